@@ -1,0 +1,129 @@
+"""Meshes, and the one table from logical axes to mesh axes.
+
+Arrays name logical axes ("prompt", "embed", ...); only this module knows the mesh. Two layouts exist per
+model: `train` shards weights over fsdp and tensor; `decode` keeps them whole over data and fsdp so that the
+token loop gathers nothing. An axis that does not divide over its mesh axes is replicated.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Weights. "vision" is the width of the vision tower: its heads of 72 and its MLP of 4304 do not divide over
+# tensor, so the tower is sharded over fsdp alone.
+WEIGHT_RULES = {
+  "train": {
+    "embed": "fsdp",
+    "vision": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+  },
+  "decode": {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"},
+}
+# Activations keep their width whole: fsdp and data carry rows instead.
+ACTIVATION_RULES = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+
+LogicalAxes = tuple[str | None, ...]
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The device mesh with axes data, fsdp and tensor.
+
+  Args:
+    data: devices that hold different prompts and the same weights; -1 takes what the others leave.
+    fsdp: devices that hold different prompts and a share of every weight.
+    tensor: devices that split heads, MLP width and vocabulary.
+    devices: devices to use, all of `jax.devices()` by default.
+
+  Raises:
+    ValueError: the product of the axes is not the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  if data == -1:
+    data = max(1, len(devices) // (fsdp * tensor))
+  if data * fsdp * tensor != len(devices):
+    raise ValueError(
+      f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} devices, "
+      f"found {len(devices)}; set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to {len(devices)}."
+    )
+  # Explicit axes, the default of make_mesh, make an ordinary embedding gather a type error.
+  return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _fits(dimension: int, mesh_axes: tuple[str, ...], sizes: dict[str, int]) -> bool:
+  return dimension % math.prod(sizes[axis] for axis in mesh_axes) == 0
+
+
+def _row_axes(shape: Sequence[int], axes: LogicalAxes, sizes: dict[str, int]) -> dict[str, Any]:
+  """Mesh axes of prompt and rollout: prompts over data and fsdp, or prompts over data and rollouts over fsdp."""
+  if "prompt" not in axes:
+    return {}
+  prompts = shape[axes.index("prompt")]
+  if _fits(prompts, ("data", "fsdp"), sizes):
+    return {"prompt": ("data", "fsdp")}
+  rows = {"prompt": "data"} if _fits(prompts, ("data",), sizes) else {}
+  if "rollout" in axes and _fits(shape[axes.index("rollout")], ("fsdp",), sizes):
+    rows["rollout"] = "fsdp"
+  return rows
+
+
+def _spec(shape: Sequence[int], axes: LogicalAxes, rules: dict[str, Any], sizes: dict[str, int]) -> PartitionSpec:
+  if len(shape) != len(axes):
+    raise ValueError(f"an array of shape {tuple(shape)} cannot have the logical axes {axes}")
+  entries = []
+  for dimension, axis in zip(shape, axes, strict=True):
+    mesh_axes = rules.get(axis) if axis else None
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+    entries.append(mesh_axes if names and _fits(dimension, names, sizes) else None)
+  return PartitionSpec(*entries)
+
+
+def weight_sharding(mesh: Mesh, shape: Sequence[int], axes: LogicalAxes, layout: str = "train") -> NamedSharding:
+  """Sharding of one weight of `shape` with logical `axes` in a layout, "train" or "decode"."""
+  return NamedSharding(mesh, _spec(shape, axes, WEIGHT_RULES[layout], dict(mesh.shape)))
+
+
+def weight_shardings(mesh: Mesh, shapes: Any, axes: Any, layout: str = "train") -> Any:
+  """`weight_sharding` of a tree; `axes` has the structure of `shapes` with a tuple of names at each leaf."""
+  return jax.tree.map(lambda leaf, names: weight_sharding(mesh, leaf.shape, names, layout), shapes, axes)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Pins an activation to the mesh in force (`jax.set_mesh`); without one, the identity."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  sizes = dict(mesh.shape)
+  rules = ACTIVATION_RULES | _row_axes(x.shape, axes, sizes)
+  return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, rules, sizes))
+
+
+def batch_sharding(mesh: Mesh, shape: Sequence[int], axes: LogicalAxes = ("prompt",)) -> NamedSharding:
+  """Sharding of a batch array whose leading axes are `axes`, the rest whole."""
+  axes = tuple(axes) + (None,) * (len(shape) - len(axes))
+  sizes = dict(mesh.shape)
+  return NamedSharding(mesh, _spec(shape, axes, _row_axes(shape, axes, sizes), sizes))
+
+
+def place(mesh: Mesh, batch: Any, axes: LogicalAxes = ("prompt",)) -> Any:
+  """Host arrays of the global batch on the mesh, leading axes `axes`; every host passes the same arrays."""
+
+  def put(array):
+    array = np.asarray(array)
+    sharding = batch_sharding(mesh, array.shape, axes[: array.ndim])
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+  return jax.tree.map(put, batch)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Sharding of a value that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())

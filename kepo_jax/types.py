@@ -1,0 +1,75 @@
+"""Records that travel between the rooms of the project.
+
+The legend of shape letters, used in every docstring: P prompts, G rollouts per prompt, S prompt tokens
+(padded), T completion tokens, V vocabulary, D width, L layers, N query heads, K key/value heads, H head
+size, R patch rows per prompt (padded), M merged image tokens per prompt (R / merge size squared).
+"""
+
+import dataclasses
+
+import chex
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One question about zero or more images, as a reader leaves it on the host."""
+
+  id: str  # unique within a data set and stable over runs; seeds the row's random stream
+  question: str  # the stem, without options
+  options: tuple[str, ...]  # option texts in the order of their letters
+  answer: str  # gold letter, "A" for options[0]
+  images: tuple[str, ...]  # absolute paths of the image files, in prompt order
+  modality: str  # canonical name, for example "MRI"
+  question_type: str = ""  # for example "Disease Diagnosis"
+  dataset: str = ""  # source data set of the record
+
+  @property
+  def answer_text(self) -> str:
+    """The text of the gold option."""
+    return self.options[ord(self.answer) - ord("A")]
+
+
+@chex.dataclass(frozen=True)
+class VisionInputs:
+  """Patches of all images of a prompt and the index tables of the tower; rows in merge-block order."""
+
+  patches: jax.Array  # float32[P, R, C], C = channels * temporal patch * patch * patch, normalised
+  segments: jax.Array  # int32[P, R], number of the image within its prompt, -1 for padding
+  coordinates: jax.Array  # int32[P, R, 2], (row, column) of the patch in its image, in patches
+  table_index: jax.Array  # int32[P, R, 4], rows of the position table to interpolate
+  table_weight: jax.Array  # float32[P, R, 4], bilinear weights; zeros for padding
+
+
+@chex.dataclass(frozen=True)
+class Prompts:
+  """A batch of right-padded prompts, ready for the device."""
+
+  tokens: jax.Array  # int32[P, S]
+  mask: jax.Array  # bool[P, S], true on real tokens
+  positions: jax.Array  # int32[P, 3, S], temporal, height and width position (M-RoPE)
+  next_position: jax.Array  # int32[P], position of the first completion token on all three axes
+  image_slot: jax.Array  # int32[P, S], merged image row that replaces the token, -1 elsewhere
+  row: jax.Array  # uint32[P], identity of the prompt: folded into its random keys
+  vision: VisionInputs  # R = 0 when no prompt of the batch has an image
+
+
+@chex.dataclass(frozen=True)
+class Rollouts:
+  """What sampling leaves behind; T counts completion tokens only."""
+
+  tokens: jax.Array  # int32[P, G, T], pad id where mask is false
+  logps: jax.Array  # float32[P, G, T], nats, under the policy that sampled them; 0 where mask is false
+  mask: jax.Array  # bool[P, G, T], true up to and including the end token
+
+
+@chex.dataclass(frozen=True)
+class Experience:
+  """Scored rollouts of the global batch: everything that one update needs besides parameters."""
+
+  prompts: Prompts
+  tokens: jax.Array  # int32[P, G, T]
+  mask: jax.Array  # bool[P, G, T]
+  advantages: jax.Array  # float32[P, G]
+  gate: jax.Array  # bool[P, G], true where the rollout is distilled
+  injected: jax.Array  # bool[P, G], true where an accepted hinted candidate replaced the rollout
