@@ -70,6 +70,7 @@ class Experience:
   prompts: Prompts
   tokens: jax.Array  # int32[P, G, T]
   mask: jax.Array  # bool[P, G, T]
+  logps: jax.Array  # float32[P, G, T], the sampler's, nats; those of injected rollouts are given the hint
   advantages: jax.Array  # float32[P, G]
   gate: jax.Array  # bool[P, G], true where the rollout is distilled
   injected: jax.Array  # bool[P, G], true where an accepted hinted candidate replaced the rollout

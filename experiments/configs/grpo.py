@@ -1,0 +1,101 @@
+"""GRPO on the phantom benchmark: the parent of every other config; each field is stated here once."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Group-relative policy optimisation alone: no teacher in the loss, no hints."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # every random stream of a run derives from it
+
+  config.model = ml_collections.ConfigDict()
+  config.model.student = "experiments/assets/phantom/confused"  # Qwen3-VL folder (or hub id)
+  config.model.teacher = "experiments/assets/phantom/weak"  # Qwen3-VL folder with the same tokenizer; loaded if used
+  config.model.compute_dtype = "float32"  # student's activations; its master weights are always float32
+  config.model.teacher_dtype = "float32"  # weights and activations of teacher and reference
+  config.model.freeze_vision = False  # True keeps the vision tower, its mergers included, as loaded
+  config.model.remat = False  # recompute each layer in the backward pass
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.data = -1  # -1: all devices that fsdp and tensor leave
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+
+  config.data = ml_collections.ConfigDict()
+  config.data.directory = ""  # a folder in OmniMedVQA's layout; empty: the phantom benchmark, drawn when missing
+  config.data.train_modality = "MRI"
+  config.data.train_items = 600  # questions
+  config.data.validation_items = 40  # questions per modality, for evaluation during training
+  config.data.test_items = 300  # questions per modality, for evaluation before and after
+  config.data.split_seed = 0  # membership of the splits of real data; the phantom's are fixed
+  config.data.resize = "native"  # native: aspect kept, area clamped by the model's processor; squash384: 384 x 384
+  config.data.templates = "brief"  # family of wordings in kepo_jax/data/prompts.py
+  config.data.prompt_buckets = (64, 128, 512, 1024)  # padded prompt lengths, tokens
+  config.data.patch_buckets = (64, 256, 1024, 4096, 16384)  # padded patch rows per prompt
+
+  config.batch = ml_collections.ConfigDict()
+  config.batch.prompts = 8  # P, per step over all devices
+  config.batch.rollouts = 8  # G, per prompt
+  config.batch.micro_batches = 1  # the update runs over P / micro_batches prompts at a time
+
+  config.sampling = ml_collections.ConfigDict()
+  config.sampling.max_new_tokens = 32  # T
+  config.sampling.temperature = 1.0
+  config.sampling.top_p = 1.0  # below 1 the policy ratio is slightly off
+  config.sampling.top_k = 0  # 0: all
+
+  config.reward = ml_collections.ConfigDict()
+  config.reward.accuracy = 1.0  # weight of the accuracy reward in the advantage
+  config.reward.format = 1.0  # weight of the strict format reward
+
+  config.objective = ml_collections.ConfigDict()
+  config.objective.advantage = "group_std"
+  config.objective.clip_low = 0.2
+  config.objective.clip_high = 0.2
+  config.objective.distill_weight = 0.0  # lambda; 0 drops the teacher from the update
+  config.objective.divergence_weight = 0.5  # b of the generalised Jensen-Shannon divergence
+  config.objective.gate_signal = "accuracy"  # accuracy, or mean or sum of accuracy and format
+  config.objective.gate_threshold = 1.0  # tau: smallest signal that is distilled
+  config.objective.gate_mode = "positive"  # positive: signal >= tau; negative: below; none: all
+  config.objective.reference_weight = 0.0  # beta; 0 drops the reference model
+  config.objective.chunk = 128  # completion tokens whose logits exist at one time
+
+  config.exploration = ml_collections.ConfigDict()
+  config.exploration.trigger = "accuracy_all_zero"  # or never
+  config.exploration.replacements = 0  # K, rollouts of a failed group that accepted candidates may replace
+  config.exploration.rounds = 0  # B, hints asked per failed prompt
+  config.exploration.hint_prompt = "hint_and_answer"  # what a hinted student is shown; or hint_only
+  config.exploration.hint_tokens = 32  # longest hint, tokens
+  config.exploration.hint_temperature = 0.7
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.learning_rate = 3e-4  # peak
+  config.optimizer.warmup_steps = 5
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.999
+  config.optimizer.eps = 1e-8
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.clip_norm = 1.0  # global gradient norm
+
+  config.train = ml_collections.ConfigDict()
+  config.train.steps = 80  # updates; the learning rate decays linearly to 0 over them
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.every = 20  # steps between evaluations on the validation set; 0: none
+  config.eval.prompts = 64  # questions per batch
+  config.eval.max_new_tokens = 32
+  config.eval.test = True  # evaluate the test set before and after training
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every = 20  # steps
+  config.checkpoint.keep = 2  # newest checkpoints kept
+
+  config.log = ml_collections.ConfigDict()
+  config.log.samples = 1  # prompts per step whose rollouts go to samples.jsonl
+  config.log.tensorboard = True
+  config.log.wandb = ""  # project name; needs wandb installed
+  config.log.trackio = ""  # project name; needs trackio installed
+
+  config.profile = ml_collections.ConfigDict()
+  config.profile.steps = 0  # steps traced with the JAX profiler, after the second step
+  return config
