@@ -6,6 +6,7 @@ size, R patch rows per prompt (padded), M merged image tokens per prompt (R / me
 """
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
@@ -74,3 +75,45 @@ class Experience:
   advantages: jax.Array  # float32[P, G]
   gate: jax.Array  # bool[P, G], true where the rollout is distilled
   injected: jax.Array  # bool[P, G], true where an accepted hinted candidate replaced the rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+  """What a run is about to do; handed to the hooks before the first step."""
+
+  config: Any  # ml_collections.ConfigDict of the run
+  workdir: str  # "" when nothing is written
+  models: dict[str, Any]  # role ("student", "teacher", "reference") -> its Qwen3VLConfig
+  mesh: dict[str, int]  # devices per mesh axis
+  questions: dict[str, int]  # split -> number of questions
+  programs: tuple[str, ...]  # jitted programs that will be compiled, at least once each
+  start_step: int  # updates already done
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+  """What one step did; handed to the hooks after each update."""
+
+  step: int  # updates done, this one included
+  metrics: dict[str, float]  # names of docs/metrics.md; deterministic values only
+  timing: dict[str, float]  # seconds per phase, tokens per second
+  samples: tuple[dict[str, Any], ...]  # decoded rollouts, JSON-able
+
+
+class Hook:
+  """Follows a run; every method may be overridden and does nothing by default."""
+
+  def start(self, plan: RunPlan) -> None:
+    """Before the first step."""
+
+  def step(self, report: StepReport) -> None:
+    """After each update."""
+
+  def evaluation(self, step: int, name: str, result: dict[str, Any]) -> None:
+    """After an evaluation: `name` is "before", "validation" or "after", `result` as kepo_jax.evaluation gives it."""
+
+  def progress(self, what: str, done: int, total: int) -> None:
+    """During long work other than steps: evaluations, loading, export."""
+
+  def finish(self) -> None:
+    """After the last step, the last evaluation and the export."""
