@@ -1,0 +1,70 @@
+# `make demo` trains, `make test` proves; both create the virtual environment first if it is missing.
+# PYTHON=python3.13 picks the interpreter, VENV=DIR another place, ARGS="--config.field=value" goes to the demo,
+# TESTS=tests/... narrows the tests down.
+
+SHELL := /bin/bash
+SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+  $$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+RUN := $(VENV)/bin
+TESTS ?= tests
+# Compilation is one core's work: two processes use two cores.
+WORKERS ?= 2
+PYTEST := $(RUN)/python -m pytest -q
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format parity test-slow mutants install clean
+
+help: ## this text
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.runtime ## train a tiny Qwen3-VL with KEPO on drawn images, evaluate, export: minutes on a CPU
+	$(RUN)/python -m experiments.kepo_medvqa $(ARGS)
+
+test: $(VENV)/.runtime ## everything but the slow tests and the oracles; 8 virtual devices
+	$(PYTEST) -n $(WORKERS) -m "not slow and not parity" $(TESTS)
+
+lint: $(VENV)/.dev ## formatting, lint and types
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+
+format: $(VENV)/.dev ## rewrite the sources as lint wants them
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+
+parity: $(VENV)/.oracle ## install the oracles (torch, trl) and compare with them live
+	$(PYTEST) -n $(WORKERS) -m parity $(TESTS)
+
+test-slow: $(VENV)/.runtime ## the long tests: whole trainings, resumption, exports
+	$(PYTEST) -n $(WORKERS) -m slow $(TESTS)
+
+mutants: $(VENV)/.runtime ## break the model in known ways and see a test fail each time
+	$(RUN)/python -m tests.mutants
+
+install: $(VENV)/.runtime ## only create the virtual environment
+
+clean: ## remove caches, not runs and not the virtual environment
+	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+
+$(RUN)/python:
+	@test -n "$(PYTHON)" || { echo "kepo_jax needs Python 3.11 or newer; none was found as python3." \
+	  "Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c '$(SUITABLE)' || { echo "kepo_jax needs Python 3.11 or newer; PYTHON=$(PYTHON) is" \
+	  "$$($(PYTHON) --version 2>&1 || echo missing)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make virtual environments; on Debian and" \
+	  "Ubuntu install its python3-venv package." >&2; exit 1; }
+
+# One stamp per set of packages: a repeated call installs nothing.
+$(VENV)/.runtime: requirements.txt setup.cfg pyproject.toml | $(RUN)/python
+	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -e .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
+	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.oracle: requirements-oracle.txt $(VENV)/.runtime
+	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements-oracle.txt
+	@touch $@

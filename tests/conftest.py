@@ -1,0 +1,63 @@
+"""Switches of the whole suite, and the fixtures that several rooms share."""
+
+import os
+import pathlib
+
+# Before jax is imported. The timeout keeps 8 virtual devices on 2 cores from aborting in a collective.
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+  ]
+).strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is wrong
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_numpy_rank_promotion", "raise")  # [P, T] * [T] becomes an error
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# A bounded cache is a locked cache: two test processes then never read half of a file.
+jax.config.update("jax_compilation_cache_max_size", 4 * 1024**3)
+
+
+def pytest_configure(config):
+  """Lets code that reads absl flags run without a command line."""
+  del config
+  flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def shared_directory() -> pathlib.Path:
+  """Real images and question texts that are not part of the repository."""
+  path = pathlib.Path(os.environ.get("KEPO_SHARED", ROOT.parent / "shared"))
+  if not path.is_dir():
+    pytest.skip("no shared data: set KEPO_SHARED to the folder that holds omnimedvqa-mini")
+  return path
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+  """Random numbers that are the same in every run of a test."""
+  return np.random.default_rng(20260202)
+
+
+@pytest.fixture(scope="session")
+def mesh_of():
+  """`mesh_of(data, fsdp, tensor)`: a mesh over the first devices of the host."""
+  from kepo_jax import sharding
+
+  def make(data: int = 1, fsdp: int = 1, tensor: int = 1):
+    return sharding.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
+
+  return make
