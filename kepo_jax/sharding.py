@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -106,6 +107,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, rules, sizes))
 
 
+def row_shards(prompts: int, rollouts: int) -> tuple[int, int]:
+  """Devices over which `constrain` splits prompts and rollouts of an activation; (1, 1) without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return 1, 1
+  sizes = dict(mesh.shape)
+  rows = _row_axes((prompts, rollouts), ("prompt", "rollout"), sizes)
+  axes = [rows.get(name, ()) for name in ("prompt", "rollout")]
+  shards = [math.prod(sizes[axis] for axis in ((names,) if isinstance(names, str) else names)) for names in axes]
+  return shards[0], shards[1]
+
+
 def batch_sharding(mesh: Mesh, shape: Sequence[int], axes: LogicalAxes = ("prompt",)) -> NamedSharding:
   """Sharding of a batch array whose leading axes are `axes`, the rest whole."""
   axes = tuple(axes) + (None,) * (len(shape) - len(axes))
@@ -127,3 +140,10 @@ def place(mesh: Mesh, batch: Any, axes: LogicalAxes = ("prompt",)) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
   """Sharding of a value that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+  """The global array on this host; with several hosts every one receives the whole."""
+  if array.is_fully_addressable:
+    return jax.device_get(array)
+  return multihost_utils.process_allgather(array, tiled=True)

@@ -42,14 +42,11 @@ class Checkpoints:
     return self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
   def restore(self, like: Any) -> Any:
-    """The newest state, on the shardings and dtypes of `like`.
-
-    Raises:
-      ValueError: there is no complete checkpoint, or it is of other shapes.
-    """
+    """The newest state, on the shardings and dtypes of `like`; `like` itself where no checkpoint is complete."""
     step = self.latest_step
     if step is None:
-      raise ValueError(f"{self._manager.directory} holds no complete checkpoint; start without --resume.")
+      logging.warning("%s holds no complete checkpoint; starting from the first step.", self._manager.directory)
+      return like
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     logging.info("restoring step %d from %s", step, self._manager.directory)
     return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))

@@ -1,0 +1,122 @@
+"""The jitted programs of one run, and the counter of what XLA compiled."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kepo_jax import sampling, sharding
+from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.training import step
+from kepo_jax.types import Experience, Prompts, Rollouts
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A loaded checkpoint."""
+
+  config: Qwen3VLConfig
+  params: Any  # in the train layout
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+  """What one sampling program is compiled for."""
+
+  samples: int  # completions per prompt
+  max_new_tokens: int
+  temperature: float  # 0: greedy
+  top_p: float = 1.0
+  top_k: int = 0
+
+
+def sampling_program(
+  config: Qwen3VLConfig, processor: Any, settings: SamplingSettings
+) -> Callable[[Any, Prompts, jax.Array], Rollouts]:
+  """`sampling.sample` compiled for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T]."""
+  allowed = jnp.asarray(processor.allowed)
+
+  def program(params, prompts, key):
+    return sampling.sample(
+      config,
+      params,
+      prompts,
+      key,
+      end_ids=processor.end_ids,
+      pad_id=processor.pad_id,
+      allowed=allowed,
+      **dataclasses.asdict(settings),
+    )
+
+  return jax.jit(program)
+
+
+def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Callable[[Any], Any]:
+  """Weights in the layout and dtype of the token loop; the weights themselves where nothing would change.
+
+  Decoding from weights sharded over fsdp would gather every layer for every token; one reshard per step does not.
+  """
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  shardings = sharding.weight_shardings(mesh, params, model.logical_axes(config), layout="decode")
+  same = jax.tree.map(lambda x, s: x.dtype == dtype and s.is_equivalent_to(x.sharding, x.ndim), params, shardings)
+  if all(jax.tree.leaves(same)):
+    return lambda params: params
+  return jax.jit(lambda params: model.cast(params, dtype), out_shardings=shardings)
+
+
+def target_program(config: Qwen3VLConfig) -> Callable[[Any, Experience], step.Target]:
+  """`step.target` compiled: (params, experience) -> what a frozen model says about the rollouts."""
+  return jax.jit(lambda params, experience: step.target(config, params, experience))
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """Everything that runs on the device during training."""
+
+  decode_weights: Callable[[Any], Any]  # student's master weights -> weights of its token loop
+  rollout: Callable[[Any, Prompts, jax.Array], Rollouts]
+  candidate: Callable[[Any, Prompts, jax.Array], Rollouts]  # hinted sampling, from the same weights
+  greedy: Callable[[Any, Prompts, jax.Array], Rollouts]  # evaluation
+  hint: Callable[[Prompts, jax.Array], Rollouts] | None  # by the teacher; None without one
+  targets: Callable[[Experience], tuple[step.Target, ...]]  # teacher, then reference, where the loss uses them
+  update: Callable[[step.TrainState, Experience, tuple[step.Target, ...]], tuple[step.TrainState, dict[str, Any]]]
+
+
+def hint_program(
+  teacher: Model, processor: Any, settings: SamplingSettings, dtype: Any
+) -> Callable[[Prompts, jax.Array], Rollouts]:
+  """The teacher's sampler with its own decode weights, made for each call and freed after it: (prompts, key)."""
+  decode_weights = decode_weights_program(teacher.config, teacher.params, dtype)
+  sample = sampling_program(teacher.config, processor, settings)
+  return lambda prompts, key: sample(decode_weights(teacher.params), prompts, key)
+
+
+def targets_program(models: Sequence[Model]) -> Callable[[Experience], tuple[step.Target, ...]]:
+  """What each frozen model says about the rollouts of a batch."""
+  score = [target_program(model.config) for model in models]
+  return lambda experience: tuple(
+    program(model.params, experience) for program, model in zip(score, models, strict=True)
+  )
+
+
+class CompileCounter:
+  """Programs that XLA compiled (or read from the persistent cache) since it was made."""
+
+  def __init__(self):
+    self.programs = 0
+    self.seconds = 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._count)
+
+  def _count(self, event: str, seconds: float, **_: Any) -> None:
+    if event == COMPILE_EVENT:
+      self.programs += 1
+      self.seconds += seconds
+
+  def close(self) -> None:
+    """Stops counting."""
+    jax.monitoring.unregister_event_duration_listener(self._count)

@@ -1,0 +1,294 @@
+"""What a run is made of: models on the mesh, data and programs, checked against each other before the first step."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kepo_jax import evaluation, sharding
+from kepo_jax import rewards as reward_functions
+from kepo_jax.data import pipeline, prompts, splits
+from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.objectives import losses
+from kepo_jax.training import programs, step
+from kepo_jax.training.groups import Reward
+from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
+
+# One random stream per purpose; the order is part of what makes a run repeatable.
+STREAMS = ("rollout", "hint", "candidate", "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Everything that `loop.train` needs, fixed for the whole run."""
+
+  config: Any
+  mesh: jax.sharding.Mesh
+  processor: pipeline.Processor
+  questions: Mapping[str, Sequence[Example]]  # split -> questions
+  rewards: Mapping[str, tuple[Reward, float]]
+  hooks: Sequence[Hook]
+  models: Mapping[str, programs.Model]  # role ("student", "teacher", "reference") -> model
+  schedule: optax.Schedule
+  state: step.TrainState  # before the first update
+  programs: programs.Programs
+
+  def key(self, purpose: str, *counters: int) -> jax.Array:
+    """The random key of a purpose at a step (and a round)."""
+    key = jax.random.fold_in(jax.random.key(self.config.seed), STREAMS.index(purpose))
+    return functools.reduce(jax.random.fold_in, counters, key)
+
+  def batch(self, done: int) -> tuple[Sequence[Example], Prompts]:
+    """Questions and host prompts of the step after `done` updates."""
+    examples = pipeline.batch_at(self.questions["train"], self.config.batch.prompts, seed=self.config.seed, step=done)
+    return examples, self.processor.prompts(examples, "think")
+
+  def prompts(self, examples: Sequence[Example], kind: str, *, hints: Sequence[str] | None = None) -> Prompts:
+    """Prompts on the mesh, their number padded to one of two sizes so that exploration compiles few programs."""
+    rows = self.config.batch.prompts
+    size = next(size for size in (max(1, rows // 4), rows) if size >= len(examples))
+    filler = size - len(examples)
+    examples = [*examples, *examples[:1] * filler]
+    hints = None if hints is None else [*hints, *hints[:1] * filler]
+    return sharding.place(self.mesh, self.processor.prompts(examples, kind, hints=hints))
+
+  def evaluate(self, state: step.TrainState, split: str, name: str, done: int) -> dict[str, Any]:
+    """Greedy accuracy of the student on a split."""
+    weights = self.programs.decode_weights(state.params)
+    key = self.key("evaluation", done)
+
+    def sample(host_prompts: Prompts) -> Rollouts:
+      return self.programs.greedy(weights, sharding.place(self.mesh, host_prompts), key)
+
+    def progress(asked: int, total: int) -> None:
+      for hook in self.hooks:
+        hook.progress(f"evaluation {name}", asked, total)
+
+    result = evaluation.evaluate(
+      sample,
+      self.processor,
+      self.questions[split],
+      batch_size=self.config.eval.prompts,
+      train_modality=self.config.data.train_modality,
+      progress=progress,
+    )
+    result = {"step": done, "split": split} | result
+    for hook in self.hooks:
+      hook.evaluation(done, name, result)
+    return result
+
+  def plan(self, workdir: str, start: int) -> RunPlan:
+    """What the run is about to do."""
+    names = [name for name in ("rollout", "update", "greedy") if getattr(self.programs, name)]
+    names += ["hint", "candidate"] if self.programs.hint else []
+    names += [f"{role} scoring" for role in self.models if role != "student"]
+    return RunPlan(
+      config=self.config,
+      workdir=workdir,
+      models={role: each.config for role, each in self.models.items()},
+      mesh=dict(self.mesh.shape),
+      questions={split: len(examples) for split, examples in self.questions.items()},
+      programs=tuple(names),
+      start_step=start,
+    )
+
+  def export(self, state: step.TrainState, directory: Any) -> None:
+    """Writes the student as a Hugging Face folder."""
+    student = self.models["student"]
+    conversion.save_pretrained(directory, student.config, state.params, source=self.config.model.student)
+
+
+def prepare(
+  config: Any,
+  *,
+  records: Mapping[str, Sequence[Example]] | None,
+  rewards: Mapping[str, tuple[Reward, float]],
+  hooks: Sequence[Hook],
+) -> Run:
+  """Loads and checks everything that a run needs.
+
+  Raises:
+    ValueError: a field, file or model that does not fit, and the way out.
+  """
+  check_config(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  processor = pipeline.Processor.from_directory(
+    config.model.student,
+    templates=prompts.TEMPLATES[config.data.templates],
+    resize=config.data.resize,
+    prompt_buckets=tuple(config.data.prompt_buckets),
+    patch_buckets=tuple(config.data.patch_buckets),
+  )
+  questions = dict(records) if records is not None else splits.load(config.data)
+  check_questions(questions, config)
+  models = load_models(config, mesh, processor)
+  schedule = step.learning_rate_schedule(
+    learning_rate=config.optimizer.learning_rate,
+    warmup_steps=config.optimizer.warmup_steps,
+    steps=config.train.steps,
+  )
+  base = {
+    "accuracy": (reward_functions.accuracy, config.reward.accuracy),
+    "format": (reward_functions.strict_format, config.reward.format),
+  }
+  with jax.set_mesh(mesh):
+    state, compiled = build_programs(config, processor, models, schedule)
+  return Run(
+    config=config,
+    mesh=mesh,
+    processor=processor,
+    questions=questions,
+    rewards=base | dict(rewards),
+    hooks=hooks,
+    models=models,
+    schedule=schedule,
+    state=state,
+    programs=compiled,
+  )
+
+
+def load_models(config: Any, mesh: jax.sharding.Mesh, processor: pipeline.Processor) -> dict[str, programs.Model]:
+  """The checkpoints that this config uses, by role; student in float32, the others frozen.
+
+  Raises:
+    ValueError: a teacher with another vocabulary, image geometry or token ids than the student.
+  """
+  folders = {"student": config.model.student}
+  if config.objective.distill_weight or explores(config):
+    folders["teacher"] = config.model.teacher
+  if config.objective.reference_weight:
+    folders["reference"] = config.model.student
+  models = {}
+  for role, folder in folders.items():
+    dtype = jnp.float32 if role == "student" else jnp.dtype(config.model.teacher_dtype)
+    models[role] = programs.Model(*conversion.load_pretrained(folder, dtype, mesh))
+  if "teacher" in models:
+    check_teacher(config, models, processor)
+  return models
+
+
+def explores(config: Any) -> bool:
+  """Whether the config asks for hints at all."""
+  exploration = config.exploration
+  return exploration.trigger != "never" and exploration.rounds > 0 and exploration.replacements > 0
+
+
+def build_programs(
+  config: Any, processor: pipeline.Processor, models: Mapping[str, programs.Model], schedule: optax.Schedule
+) -> tuple[step.TrainState, programs.Programs]:
+  """The state before the first update, and the jitted programs around it."""
+  student, compute_dtype = models["student"], jnp.dtype(config.model.compute_dtype)
+  trainable = {name: not (config.model.freeze_vision and name == "vision") for name in student.params}
+  fields = ("b1", "b2", "eps", "weight_decay", "clip_norm")
+  optimizer = step.make_optimizer(schedule, trainable=trainable, **{name: config.optimizer[name] for name in fields})
+  state = step.initial_state(student.params, optimizer)
+  objective, sampled = config.objective, config.sampling
+  token_loss = losses.kepo_token_loss(
+    allowed=jnp.asarray(processor.allowed),
+    temperature=sampled.temperature,
+    clip_low=objective.clip_low,
+    clip_high=objective.clip_high,
+    distill_coefficient=objective.distill_weight,
+    jsd_weight=objective.divergence_weight,
+    reference_coefficient=objective.reference_weight,
+  )
+  update = step.make_update(
+    student.config,
+    optimizer,
+    token_loss,
+    compute_dtype=compute_dtype,
+    freeze_vision=config.model.freeze_vision,
+    remat=config.model.remat,
+    chunk=objective.chunk,
+    parts=config.batch.micro_batches,
+  )
+  scoring = ["teacher"] if objective.distill_weight else []
+  scoring += ["reference"] if objective.reference_weight else []
+
+  def sampler(samples, tokens, temperature, top_p=sampled.top_p, top_k=sampled.top_k):
+    settings = programs.SamplingSettings(samples, tokens, temperature, top_p, top_k)
+    return programs.sampling_program(student.config, processor, settings)
+
+  hint = None
+  if "teacher" in models and explores(config):
+    settings = programs.SamplingSettings(1, config.exploration.hint_tokens, config.exploration.hint_temperature)
+    hint = programs.hint_program(models["teacher"], processor, settings, jnp.dtype(config.model.teacher_dtype))
+  return state, programs.Programs(
+    decode_weights=programs.decode_weights_program(student.config, student.params, compute_dtype),
+    rollout=sampler(config.batch.rollouts, sampled.max_new_tokens, sampled.temperature),
+    candidate=sampler(max(1, config.exploration.replacements), sampled.max_new_tokens, sampled.temperature),
+    greedy=sampler(1, config.eval.max_new_tokens, 0.0, 1.0, 0),
+    hint=hint,
+    targets=programs.targets_program([models[role] for role in scoring]),
+    update=step.jit_update(update, state),
+  )
+
+
+def check_config(config: Any) -> None:
+  """Refuses values that would fail later, or silently do something else.
+
+  Raises:
+    ValueError: the field, its value and the way out.
+  """
+  batch = config.batch
+  if batch.prompts % batch.micro_batches:
+    raise ValueError(
+      f"batch.prompts={batch.prompts} does not divide into batch.micro_batches={batch.micro_batches} parts."
+    )
+  if not 0 <= config.exploration.replacements < batch.rollouts:
+    raise ValueError(
+      f"exploration.replacements={config.exploration.replacements} must lie in 0..{batch.rollouts - 1}, "
+      "so that a group keeps a rollout of its own."
+    )
+  if config.sampling.temperature <= 0:
+    raise ValueError(f"sampling.temperature={config.sampling.temperature} gives G equal rollouts; use a value above 0.")
+  if config.data.templates not in prompts.TEMPLATES:
+    raise ValueError(f"data.templates={config.data.templates!r} is unknown; use one of {sorted(prompts.TEMPLATES)}.")
+  if (config.objective.distill_weight or explores(config)) and not config.model.teacher:
+    raise ValueError("distillation and hints need model.teacher; set it, or use experiments/configs/grpo.py.")
+
+
+def check_questions(questions: Mapping[str, Sequence[Example]], config: Any) -> None:
+  """Refuses splits that the config cannot use.
+
+  Raises:
+    ValueError: which split is missing or too small.
+  """
+  needed = {"train": config.batch.prompts, "validation": config.eval.every > 0, "test": config.eval.test}
+  for split, least in needed.items():
+    found = len(questions.get(split, ()))
+    if found < least:
+      raise ValueError(
+        f"the {split} split has {found} questions and needs {int(least)} or more; see data.* and eval.*."
+      )
+
+
+def check_teacher(config: Any, models: Mapping[str, programs.Model], processor: pipeline.Processor) -> None:
+  """Student and teacher must read the same token ids and the same patches.
+
+  Raises:
+    ValueError: what differs.
+  """
+  student, teacher = models["student"].config, models["teacher"].config
+  pairs = {
+    "vocab_size": (student.text.vocab_size, teacher.text.vocab_size),
+    "image_token_id": (student.image_token_id, teacher.image_token_id),
+    "vision_start_token_id": (student.vision_start_token_id, teacher.vision_start_token_id),
+    "patch_size": (student.vision.patch_size, teacher.vision.patch_size),
+    "spatial_merge_size": (student.vision.spatial_merge_size, teacher.vision.spatial_merge_size),
+    "temporal_patch_size": (student.vision.temporal_patch_size, teacher.vision.temporal_patch_size),
+    "num_position_embeddings": (student.vision.num_position_embeddings, teacher.vision.num_position_embeddings),
+  }
+  different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+  if not processor.same_vocabulary(config.model.teacher):
+    different["tokenizer"] = ("its own", "another")
+  if different:
+    raise ValueError(
+      f"student {config.model.student} and teacher {config.model.teacher} do not match: "
+      + ", ".join(f"{name} {a} and {b}" for name, (a, b) in different.items())
+      + "; distillation compares them token by token, so both must come from one family."
+    )
