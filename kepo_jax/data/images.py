@@ -1,0 +1,219 @@
+"""Images on the host: safe loading, and Qwen's preprocessing bit for bit.
+
+The reference is transformers' `Qwen2VLImageProcessorPil` (5.23): RGB over a white ground, bicubic resize to
+multiples of patch * merge with the area clamped, scale, normalise, and patches in merge-block order. Resized
+pixels are 8-bit, so scaling and normalising is one look-up of 256 values per channel, computed with the
+reference's own roundings.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit before it speaks of a decompression bomb
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # no format that starts a program, such as EPS
+MAX_ASPECT_RATIO = 200  # the reference refuses more
+RESIZES = {"native": None, "squash384": 384}  # side of a square that ignores the aspect ratio, before all else
+
+# What Pillow's decoders raise on damaged files, besides OSError.
+_DECODER_ERRORS = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  IndexError,
+  KeyError,
+  TypeError,
+  OverflowError,
+  NotImplementedError,
+  struct.error,
+  zlib.error,
+)
+
+
+def load_image(path: str | os.PathLike) -> Image.Image:
+  """The decoded image of a file, 8 bits per channel; orientation tags are not applied, as in the released code.
+
+  Greyscale of more than 8 bits is mapped linearly from its own minimum and maximum, where Pillow would clip
+  nearly everything to white.
+
+  Raises:
+    ValueError: the file is missing, damaged, of another format or too large; the message names it.
+  """
+  try:
+    with Image.open(path, formats=FORMATS) as image:
+      if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+      image.load()
+      return _eight_bit(image)
+  except FileNotFoundError as error:
+    raise ValueError(f"image {path}: no such file; check the data directory") from error
+  except Image.DecompressionBombError as error:
+    raise ValueError(f"image {path}: too large to decode ({error}); scale the file down") from error
+  except Image.UnidentifiedImageError as error:
+    raise ValueError(f"image {path}: not an image of a known format ({', '.join(FORMATS)})") from error
+  except _DECODER_ERRORS as error:
+    raise ValueError(f"image {path}: damaged or truncated ({error}); fetch the file again") from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+  if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+    return image.copy()
+  grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+  span = grey.max() - grey.min()
+  return Image.fromarray(np.round((grey - grey.min()) * (255 / span if span else 0.0)).astype(np.uint8))
+
+
+def rgb(image: Image.Image) -> Image.Image:
+  """The image in RGB; transparency is laid over white."""
+  if "A" not in image.getbands() and image.info.get("transparency") is None:
+    return image.convert("RGB")
+  layer = image.convert("RGBA")
+  ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+  return Image.alpha_composite(ground, layer).convert("RGB")
+
+
+def resized_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+  """(height, width) in multiples of `factor`, near the aspect ratio, with an area inside the two bounds.
+
+  Raises:
+    ValueError: one side is more than 200 times the other.
+  """
+  if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+    raise ValueError(f"an image of {width} x {height} pixels is more than {MAX_ASPECT_RATIO} times longer than wide")
+  rows, columns = round(height / factor), round(width / factor)
+  area = rows * columns * factor * factor
+  if area > max_pixels:
+    shrink = math.sqrt(height * width / max_pixels)
+    rows = max(1, math.floor(height / shrink / factor))
+    columns = max(1, math.floor(width / shrink / factor))
+  elif area < min_pixels:
+    grow = math.sqrt(min_pixels / (height * width))
+    rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+  return rows * factor, columns * factor
+
+
+def _read_settings(directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
+  """The image settings of a checkpoint folder: a file of their own, or a part of `processor_config.json`."""
+  for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+    path = directory / name
+    if not path.is_file():
+      continue
+    try:
+      settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+      raise ValueError(f"{path}: not valid JSON ({error})") from error
+    settings = settings.get(part) if part and isinstance(settings, dict) else settings
+    if isinstance(settings, dict):
+      return path, settings
+  raise ValueError(f"{directory}: no preprocessor_config.json; copy it from the published checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageProcessor:
+  """Image preprocessing of one checkpoint; the defaults are those of the reference class."""
+
+  patch_size: int = 14
+  merge_size: int = 2
+  temporal_patch_size: int = 2  # a still image is repeated this often
+  min_pixels: int = 56 * 56  # area after resizing
+  max_pixels: int = 28 * 28 * 1280
+  mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # per channel, after scaling
+  std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+  scale: float = 1 / 255
+  resample: int = int(Image.Resampling.BICUBIC)
+  resize: str = "native"  # a key of RESIZES
+
+  def __post_init__(self):
+    if self.resize not in RESIZES:
+      raise ValueError(f"resize={self.resize!r}; choose from {sorted(RESIZES)}")
+    if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
+      raise ValueError(f"image_mean={self.mean} and image_std={self.std} need three channels and no zero std")
+    if min(self.patch_size, self.merge_size, self.temporal_patch_size, self.min_pixels) < 1:
+      raise ValueError("patch_size, merge_size, temporal_patch_size and the smallest area must be positive")
+    if self.max_pixels < max(self.min_pixels, self.factor**2):
+      raise ValueError(f"max_pixels={self.max_pixels} is below min_pixels={self.min_pixels} or one merged patch")
+
+  @classmethod
+  def from_directory(cls, directory: str | os.PathLike, *, resize: str = "native") -> "ImageProcessor":
+    """The processor of a checkpoint folder; both styles of area bounds are read.
+
+    Raises:
+      ValueError: the settings are missing, unreadable or ask for something that is not supported.
+    """
+    path, settings = _read_settings(pathlib.Path(directory))
+    for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+      if settings.get(key) is False:
+        raise ValueError(f"{path}: {key}=false is not supported; Qwen-VL preprocessing has every step on")
+    size = settings.get("size") or {}
+    given = {
+      "patch_size": settings.get("patch_size"),
+      "merge_size": settings.get("merge_size"),
+      "temporal_patch_size": settings.get("temporal_patch_size"),
+      "min_pixels": _first(settings.get("min_pixels"), size.get("shortest_edge")),
+      "max_pixels": _first(settings.get("max_pixels"), size.get("longest_edge")),
+      "mean": settings.get("image_mean"),
+      "std": settings.get("image_std"),
+      "scale": settings.get("rescale_factor"),
+      "resample": settings.get("resample"),
+    }
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    try:
+      return cls(resize=resize, **{key: value for key, value in given.items() if value is not None})
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"{path}: {error}") from error
+
+  @property
+  def factor(self) -> int:
+    """Pixels per side of one merged image token."""
+    return self.patch_size * self.merge_size
+
+  def grid(self, height: int, width: int) -> tuple[int, int, int]:
+    """(frames, rows, columns) in patches of an image of this size in pixels."""
+    if side := RESIZES[self.resize]:
+      height = width = side
+    height, width = resized_size(
+      height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels
+    )
+    return 1, height // self.patch_size, width // self.patch_size
+
+  def pixels(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Patches before normalisation, an eighth of the bytes: what a cache should hold.
+
+    Returns:
+      uint8[r, 3 * patch * patch], each row channel by channel, and the grid (1, rows, columns) with
+      r = rows * columns; rows in merge-block order (rows / merge, columns / merge, merge, merge).
+    """
+    grid = self.grid(image.height, image.width)
+    image = rgb(image)
+    if side := RESIZES[self.resize]:
+      image = image.resize((side, side), Image.Resampling.BICUBIC)
+    size, merge = self.patch_size, self.merge_size
+    image = image.resize((grid[2] * size, grid[1] * size), self.resample)
+    blocks = np.asarray(image).reshape(grid[1] // merge, merge, size, grid[2] // merge, merge, size, 3)
+    return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(grid[1] * grid[2], -1), grid
+
+  def normalised(self, pixels: np.ndarray) -> np.ndarray:
+    """float32[r, 3 * temporal * patch * patch] of the uint8 rows that `pixels` gives."""
+    # The order and width of these roundings is the reference's: float64 product, then float32 throughout.
+    scaled = (np.arange(256, dtype=np.float64) * self.scale).astype(np.float32)
+    table = (scaled[None] - np.float32(self.mean)[:, None]) / np.float32(self.std)[:, None]
+    rows = pixels.reshape(len(pixels), 3, 1, -1)
+    values = np.stack([table[channel][rows[:, channel]] for channel in range(3)], axis=1)
+    return np.repeat(values, self.temporal_patch_size, axis=2).reshape(len(pixels), -1)
+
+  def patches(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """(float32[r, 3 * temporal * patch * patch], grid), equal to the reference in every bit."""
+    pixels, grid = self.pixels(image)
+    return self.normalised(pixels), grid
+
+
+def _first(*values):
+  return next((value for value in values if value is not None), None)

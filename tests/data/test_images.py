@@ -1,0 +1,197 @@
+"""Bit equality with the reference processor, and errors that name the file."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from kepo_jax.data import images
+
+MODES = ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16", "YCbCr")
+SETTINGS = {
+  "published": {
+    "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+  },
+  "clamped": {
+    "min_pixels": 4096,
+    "max_pixels": 9216,
+    "patch_size": 8,
+    "merge_size": 2,
+    "image_mean": [0.48, 0.45, 0.4],
+    "image_std": [0.27, 0.26, 0.25],
+  },
+  "merge1": {"min_pixels": 256, "max_pixels": 16384, "patch_size": 16, "merge_size": 1, "temporal_patch_size": 1},
+  "defaults": {},
+}
+
+
+def drawn(mode: str, width: int, height: int, rng: np.random.Generator) -> Image.Image:
+  """A noisy image of a mode; P carries a transparent colour."""
+  if mode == "I;16":
+    return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
+  bands = len(Image.new(mode, (1, 1)).getbands())
+  pixels = rng.integers(0, 256, (height, width, bands), dtype=np.uint8)
+  if mode in ("P", "1"):
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+    if mode == "P":
+      image.info["transparency"] = 3
+    return image
+  if mode == "YCbCr":
+    return Image.frombytes(mode, (width, height), pixels.tobytes())
+  return Image.fromarray(pixels.squeeze(-1) if bands == 1 else pixels, mode if bands > 1 else None)
+
+
+def write_settings(directory, settings):
+  (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+  return directory
+
+
+def assert_bit_equal(processor, reference, image):
+  expected = reference(images=[image], return_tensors="np")
+  patches, grid = processor.patches(image)
+  assert grid == tuple(expected["image_grid_thw"][0].tolist())
+  assert patches.dtype == np.float32
+  np.testing.assert_array_equal(patches.view(np.uint32), expected["pixel_values"].view(np.uint32))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_bit_equal_over_sizes(name, tmp_path, rng):
+  processor = images.ImageProcessor.from_directory(write_settings(tmp_path, SETTINGS[name]))
+  reference = Qwen2VLImageProcessorPil(**SETTINGS[name])
+  sizes = [(64, 64), (57, 67), (128, 128), (300, 7), (9, 512), (1, 1), (33, 200), (301, 203)]
+  sizes += [tuple(rng.integers(1, 400, 2).tolist()) for _ in range(12)]
+  checked = 0
+  for width, height in sizes:
+    if max(width, height) <= 200 * min(width, height):
+      assert_bit_equal(processor, reference, drawn("RGB", width, height, rng))
+      checked += 1
+  assert checked >= 18
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bit_equal_over_modes(mode, tmp_path, rng):
+  processor = images.ImageProcessor.from_directory(write_settings(tmp_path, SETTINGS["clamped"]))
+  reference = Qwen2VLImageProcessorPil(**SETTINGS["clamped"])
+  for size in ((64, 48), (131, 77)):
+    assert_bit_equal(processor, reference, drawn(mode, *size, rng))
+
+
+def test_sizes_equal_the_reference_widely(rng):
+  from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+  for _ in range(3000):
+    height, width = (int(x) for x in np.exp(rng.uniform(0, np.log(9000), 2)))
+    if max(height, width) <= 200 * min(height, width):
+      bounds = {"factor": 32, "min_pixels": 65536, "max_pixels": 16777216}
+      assert images.resized_size(height, width, **bounds) == smart_resize(height, width, **bounds)
+
+
+def test_both_styles_of_bounds_and_the_nested_file(tmp_path):
+  size = {"shortest_edge": 4096, "longest_edge": 9216}
+  pixels = {"min_pixels": 4096, "max_pixels": 9216}
+  by_size = images.ImageProcessor.from_directory(write_settings(tmp_path, {"size": size}))
+  assert by_size == images.ImageProcessor.from_directory(write_settings(tmp_path, pixels))
+  # With both present the explicit pair wins, as in the reference.
+  both = images.ImageProcessor.from_directory(write_settings(tmp_path, {"size": size, "min_pixels": 1024}))
+  assert (both.min_pixels, both.max_pixels) == (1024, 9216)
+  (tmp_path / "preprocessor_config.json").unlink()
+  (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"size": size}}))
+  assert by_size == images.ImageProcessor.from_directory(tmp_path)
+
+
+def test_squash_gives_one_shape(tmp_path, rng):
+  write_settings(tmp_path, SETTINGS["published"])
+  processor = images.ImageProcessor.from_directory(tmp_path, resize="squash384")
+  wide = drawn("RGB", 500, 120, rng)
+  patches, grid = processor.patches(wide)
+  assert grid == (1, 24, 24) == processor.grid(120, 500)
+  native = images.ImageProcessor.from_directory(tmp_path)
+  np.testing.assert_array_equal(patches, native.patches(wide.resize((384, 384), Image.Resampling.BICUBIC))[0])
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    ({"do_resize": False}, "do_resize=false is not supported"),
+    ({"image_mean": [0.5]}, "three channels"),
+    ({"min_pixels": 10**6, "max_pixels": 10**5}, "max_pixels=100000"),
+    ({"patch_size": "16"}, "preprocessor_config.json"),
+  ],
+)
+def test_unusable_settings_are_refused(settings, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    images.ImageProcessor.from_directory(write_settings(tmp_path, settings))
+
+
+def test_missing_and_broken_settings_are_named(tmp_path):
+  with pytest.raises(ValueError, match="no preprocessor_config.json"):
+    images.ImageProcessor.from_directory(tmp_path)
+  (tmp_path / "preprocessor_config.json").write_text("{")
+  with pytest.raises(ValueError, match="preprocessor_config.json: not valid JSON"):
+    images.ImageProcessor.from_directory(tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path, rng, monkeypatch):
+  image = drawn("RGB", 60, 40, rng)
+  for suffix in ("png", "jpg", "bmp", "tif"):
+    image.save(tmp_path / f"good.{suffix}")
+    assert images.load_image(tmp_path / f"good.{suffix}").size == (60, 40)
+    data = (tmp_path / f"good.{suffix}").read_bytes()
+    (tmp_path / f"cut.{suffix}").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=rf"cut\.{suffix}: damaged or truncated"):
+      images.load_image(tmp_path / f"cut.{suffix}")
+  (tmp_path / "text.png").write_text("not an image")
+  with pytest.raises(ValueError, match=r"text\.png: not an image"):
+    images.load_image(tmp_path / "text.png")
+  with pytest.raises(ValueError, match=r"absent\.png: no such file"):
+    images.load_image(tmp_path / "absent.png")
+  with pytest.raises(ValueError, match="damaged or truncated"):
+    images.load_image(tmp_path)  # a folder
+  monkeypatch.setattr(images, "MAX_PIXELS", 2000)
+  with pytest.raises(ValueError, match=r"good\.png: too large to decode"):
+    images.load_image(tmp_path / "good.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_random_damage_never_escapes(tmp_path, rng):
+  for suffix in ("png", "jpg", "tif", "bmp", "gif"):
+    drawn("RGB", 24, 16, rng).save(tmp_path / f"a.{suffix}")
+    data = np.frombuffer((tmp_path / f"a.{suffix}").read_bytes(), np.uint8)
+    for _ in range(40):
+      broken = data.copy()
+      broken[rng.integers(0, len(data), 6)] = rng.integers(0, 256, 6)
+      (tmp_path / "b").write_bytes(broken.tobytes())
+      try:
+        assert images.load_image(tmp_path / "b").width > 0
+      except ValueError as error:
+        assert str(tmp_path / "b") in str(error)
+
+
+def test_deep_grey_is_spread_over_eight_bits(tmp_path):
+  values = np.array([[1000, 1000], [2000, 3000]], dtype=np.uint16)
+  Image.fromarray(values).save(tmp_path / "deep.png")
+  np.testing.assert_array_equal(np.asarray(images.load_image(tmp_path / "deep.png")), [[0, 0], [128, 255]])
+
+
+def test_reference_needs_no_torch():
+  """The comparison above belongs to `make test`: neither it nor our code imports torch or torchvision."""
+  program = (
+    "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"
+    "from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as R\n"
+    "from PIL import Image\n"
+    "from kepo_jax.data.images import ImageProcessor\n"
+    "image = Image.new('RGB', (100, 60), (9, 200, 70))\n"
+    "assert (R()(images=[image], return_tensors='np')['pixel_values'] == ImageProcessor().patches(image)[0]).all()\n"
+  )
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
+  assert done.returncode == 0, done.stderr
