@@ -1,0 +1,188 @@
+"""From hidden states to a per-token loss and its gradient, in chunks along T.
+
+The vocabulary never materialises: logits exist for one chunk of T at a time. The loss makes the gradients of the
+hidden states and of the head while the logits of the chunk are at hand, as a fused linear cross-entropy does, so
+nothing is recomputed and a teacher's head is applied once. Rows [P, G] stay sharded inside every chunk.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kepo_jax import sharding
+from kepo_jax.objectives import distributions
+
+TokenLoss = Callable[[jax.Array, tuple[jax.Array, ...], Any], tuple[jax.Array, Any]]
+Scored = tuple[jax.Array, jax.Array]  # hidden states [P, G, T, D] and head [V, D] of one model
+
+
+def chunked_loss(
+  token_loss: TokenLoss,
+  hidden: jax.Array,
+  head: jax.Array,
+  inputs: Any,
+  others: Sequence[Scored] = (),
+  *,
+  chunk: int = 128,
+) -> tuple[jax.Array, Any]:
+  """Sum of a per-token loss; differentiable in hidden and head, whose gradients are made in the forward pass.
+
+  Args:
+    token_loss: (logits float32[P, G, C, V], other_logits: one such array per model of `others`, inputs of the
+      chunk) -> (loss float32[], weighted and summed, aux: pytree of [P, G, C] arrays).
+    hidden: float[P, G, T, D] of the student; hidden[..., t, :] predicts token t.
+    head: float[V, D], in the compute dtype of hidden.
+    inputs: pytree of [P, G, T, ...] arrays. No gradient.
+    others: (hidden [P, G, T, D'], head [V, D']) of teacher or reference. No gradient.
+    chunk: most tokens per row that have logits at the same time. T is padded to whole chunks of equal length with
+      zeros, so a mask in inputs must be false, and a weight zero, where padding is to be ignored.
+
+  Returns:
+    (loss float32[], aux with [P, G, T] arrays). No gradient flows through aux.
+  """
+  chex.assert_rank((hidden, head), (4, 2))
+  chex.assert_tree_shape_prefix(inputs, hidden.shape[:3])
+  return _chunked_loss(token_loss, chunk, hidden, head, inputs, tuple(others))
+
+
+def token_logps(
+  hidden: jax.Array,
+  head: jax.Array,
+  tokens: jax.Array,
+  allowed: jax.Array,
+  *,
+  temperature: float = 1.0,
+  chunk: int = 128,
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probabilities of given tokens, without gradient.
+
+  Args:
+    hidden: float[P, G, T, D]; hidden[..., t, :] predicts token t.
+    head: float[V, D].
+    tokens: int32[P, G, T].
+    allowed: bool[V], ids that may be sampled.
+    temperature: divides the logits.
+    chunk: most tokens per row that have logits at the same time.
+
+  Returns:
+    (logps float32[P, G, T], entropy float32[P, G, T]), nats; logps is -inf where the token is banned.
+  """
+
+  def evaluate(logits, _, tokens):
+    logps = distributions.masked_log_softmax(logits, allowed, temperature)
+    return jnp.float32(0), (distributions.select_token(logps, tokens), distributions.entropy(logps))
+
+  hidden, head = jax.lax.stop_gradient((hidden, head))
+  chex.assert_shape(tokens, hidden.shape[:3])
+  return chunked_loss(evaluate, hidden, head, tokens, chunk=chunk)[1]
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+  logits = jnp.einsum("pgcd,vd->pgcv", hidden, head, preferred_element_type=jnp.float32)
+  return sharding.constrain(logits, "prompt", "rollout", None, "vocab")
+
+
+def _chunks(length: int, chunk: int) -> tuple[int, int]:
+  """(number, length) of chunks of equal length that cover T with the least padding."""
+  number = max(1, math.ceil(length / chunk))
+  return number, math.ceil(length / number)
+
+
+def _padded(tree: Any, length: int) -> Any:
+  """Axis 2 of every leaf padded with zeros to `length`."""
+
+  def pad(x):
+    missing = length - x.shape[2]
+    return jnp.pad(x, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 3)) if missing else x
+
+  return jax.tree.map(pad, tree)
+
+
+def _joined(tree: Any, length: int) -> Any:
+  """Stacked chunks [n, P, G, C, ...] -> [P, G, length, ...]."""
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, 2)
+    x = x.reshape(x.shape[:2] + (x.shape[2] * x.shape[3],) + x.shape[4:])[:, :, :length]
+    return sharding.constrain(x, "prompt", "rollout", *(None,) * (x.ndim - 2))
+
+  return jax.tree.map(join, tree)
+
+
+def _scan_chunks(body: Callable, carry: Any, operands: Any, chunk: int) -> tuple[Any, Any]:
+  """body(carry, slice of operands along T) over all chunks; its outputs joined along T."""
+  length = jax.tree.leaves(operands)[0].shape[2]
+  number, size = _chunks(length, chunk)
+  operands = _padded(operands, number * size)
+
+  def step(carry, index):
+    return body(carry, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=2), operands))
+
+  carry, outputs = jax.lax.scan(step, carry, jnp.arange(number))
+  return carry, _joined(outputs, length)
+
+
+def _gathered(heads: Sequence[jax.Array]) -> list[jax.Array]:
+  """Heads whole over data and fsdp, gathered once before the loop and not in every chunk."""
+  return [sharding.constrain(head, "vocab", None) for head in heads]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_loss(token_loss, chunk, hidden, head, inputs, others):
+  head, *other_heads = _gathered([head, *(head for _, head in others)])
+
+  def body(loss, operands):
+    hidden, other_hiddens, inputs = operands
+    other_logits = tuple(map(_logits, other_hiddens, other_heads))
+    part, aux = token_loss(_logits(hidden, head), other_logits, inputs)
+    return loss + part, aux
+
+  return _scan_chunks(body, jnp.float32(0), (hidden, tuple(hidden for hidden, _ in others), inputs), chunk)
+
+
+def _head_gradient(d_logits: jax.Array, hidden: jax.Array, shards: tuple[int, int]) -> jax.Array:
+  """float32[a, b, V, D]: one partial sum per shard of the rows, so that no device waits for another in the loop."""
+  (rows_a, rows_b), (prompts, rollouts) = shards, hidden.shape[:2]
+
+  def split(x):
+    return x.reshape((rows_a, prompts // rows_a, rows_b, rollouts // rows_b) + x.shape[2:])
+
+  partial = jnp.einsum("apbgcv,apbgcd->abvd", split(d_logits), split(hidden), preferred_element_type=jnp.float32)
+  return sharding.constrain(partial, "prompt", "rollout", "vocab", None)
+
+
+def _forward(token_loss, chunk, hidden, head, inputs, others):
+  """The loss, and the gradients of hidden and head as residuals."""
+  whole, *other_heads = _gathered([head, *(head for _, head in others)])
+  shards = sharding.row_shards(*hidden.shape[:2])
+
+  def body(carry, operands):
+    loss, d_head = carry
+    hidden, other_hiddens, inputs = operands
+    other_logits = tuple(map(_logits, other_hiddens, other_heads))
+    logits = _logits(hidden, whole)
+    (part, aux), d_logits = jax.value_and_grad(token_loss, has_aux=True)(logits, other_logits, inputs)
+    # Back in the compute dtype, so that both products run at its speed; they accumulate in float32.
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = jnp.einsum("pgcv,vd->pgcd", d_logits, whole, preferred_element_type=jnp.float32).astype(hidden.dtype)
+    return (loss + part, d_head + _head_gradient(d_logits, hidden, shards)), (aux, d_hidden)
+
+  start = (jnp.float32(0), jnp.zeros((*shards, *head.shape), jnp.float32))
+  operands = (hidden, tuple(hidden for hidden, _ in others), inputs)
+  (loss, d_head), (aux, d_hidden) = _scan_chunks(body, start, operands, chunk)
+  return (loss, aux), (d_hidden, d_head.sum((0, 1)).astype(head.dtype))
+
+
+def _backward(token_loss, chunk, gradients, cotangents):
+  del token_loss, chunk
+  scale = cotangents[0]
+  d_hidden, d_head = jax.tree.map(lambda x: (x * scale).astype(x.dtype), gradients)
+  return d_hidden, d_head, None, None
+
+
+_chunked_loss.defvjp(_forward, _backward)

@@ -1,0 +1,229 @@
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kepo_jax import sharding
+from kepo_jax.models import scoring
+from kepo_jax.objectives import distributions, losses
+
+P, G, T, D, V = 8, 2, 13, 8, 24
+ALLOWED = np.arange(V) != 5
+
+
+def problem(rng, dtype=jnp.float32, shape=(P, G, T), width=D):
+  """Hidden states and heads of student, teacher and reference, and token inputs."""
+
+  def normal(*size):
+    return jnp.array(rng.normal(size=size), dtype)
+
+  mask = jnp.array(np.arange(shape[2]) < rng.integers(1, shape[2] + 1, (*shape[:2], 1)))
+  inputs = losses.token_inputs(
+    tokens=jnp.array(rng.choice(np.flatnonzero(ALLOWED), shape)),
+    mask=mask,
+    advantages=jnp.array(rng.normal(size=shape[:2]), jnp.float32),
+    gate=jnp.array(rng.integers(0, 2, shape[:2]), bool),
+    old_logps=jnp.array(rng.normal(size=shape) - 3, jnp.float32),
+  )
+  others = ((normal(*shape, width + 4), normal(V, width + 4)), (normal(*shape, width), normal(V, width)))
+  return normal(*shape, width), normal(V, width), inputs, others
+
+
+TOKEN_LOSS = losses.kepo_token_loss(allowed=ALLOWED, reference_coefficient=0.1)
+
+
+def dense_loss(hidden, head, inputs, others):
+  def logits(hidden, head):
+    return jnp.einsum("pgtd,vd->pgtv", hidden, head, preferred_element_type=jnp.float32)
+
+  return TOKEN_LOSS(logits(hidden, head), tuple(logits(*other) for other in others), inputs)
+
+
+def chunked(chunk):
+  def loss(hidden, head, inputs, others):
+    value, aux = scoring.chunked_loss(TOKEN_LOSS, hidden, head, inputs, others, chunk=chunk)
+    return 3.0 * value, aux  # a cotangent that is not 1
+
+  return loss
+
+
+def relative(actual, expected):
+  """Distance in norm, relative to the expected tensor."""
+  actual, expected = np.float64(actual), np.float64(expected)
+  return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 13, 128])
+def test_chunked_equals_dense(chunk, rng):
+  arguments = problem(rng)
+  expected, dense_gradients = jax.jit(jax.value_and_grad(dense_loss, (0, 1), has_aux=True))(*arguments)
+  (loss, aux), gradients = jax.jit(jax.value_and_grad(chunked(chunk), (0, 1), has_aux=True))(*arguments)
+  assert relative(loss / 3, expected[0]) < 1e-5
+  for actual, dense in zip(gradients, dense_gradients, strict=True):
+    assert relative(actual / 3, dense) < 1e-5
+  chex.assert_trees_all_close(aux, expected[1], rtol=1e-5, atol=1e-6)
+  # Without differentiation the plain path runs: same loss, same auxiliaries.
+  plain, plain_aux = jax.jit(chunked(chunk))(*arguments)
+  assert relative(plain, loss) < 1e-6
+  chex.assert_trees_all_close(plain_aux, aux, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_against_finite_differences(rng):
+  hidden, head, inputs, others = problem(rng)
+  gradients = jax.grad(lambda *x: chunked(4)(*x, inputs, others)[0], (0, 1))(hidden, head)
+  directions = [jnp.array(rng.normal(size=x.shape), jnp.float32) for x in (hidden, head)]
+  for i, direction in enumerate(directions):
+
+    def along(step, i=i, direction=direction):
+      moved = [x + step * direction if j == i else x for j, x in enumerate((hidden, head))]
+      return float(chunked(4)(*moved, inputs, others)[0])
+
+    slope = float((gradients[i] * direction).sum())
+    np.testing.assert_allclose(slope, (along(1e-2) - along(-1e-2)) / 2e-2, rtol=2e-2)
+
+
+def test_others_and_inputs_get_zero_cotangents(rng):
+  arguments = problem(rng)
+  _, head_gradients = jax.grad(lambda *x: chunked(4)(*x)[0], (2, 3), allow_int=True)(*arguments)
+  inputs_gradients = jax.grad(lambda *x: chunked(4)(*x)[0], 2, allow_int=True)(*arguments)
+  for leaf in jax.tree.leaves(head_gradients):
+    np.testing.assert_array_equal(leaf, 0.0)
+  assert inputs_gradients.tokens.dtype == inputs_gradients.mask.dtype == jax.dtypes.float0
+  np.testing.assert_array_equal(inputs_gradients.policy_weight, 0.0)
+
+
+def test_bfloat16_hidden_states_give_float32_losses(rng):
+  arguments = problem(rng, jnp.bfloat16)
+  (loss, _), gradients = jax.jit(jax.value_and_grad(chunked(4), (0, 1), has_aux=True))(*arguments)
+  assert loss.dtype == jnp.float32
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments)
+  (exact_loss, _), exact_gradients = jax.jit(jax.value_and_grad(chunked(4), (0, 1), has_aux=True))(*exact)
+  assert relative(loss, exact_loss) < 1e-5  # the products accumulate in float32
+  for actual, expected in zip(gradients, exact_gradients, strict=True):
+    assert actual.dtype == jnp.bfloat16
+    assert relative(actual.astype(jnp.float32), expected) < 1e-2  # one rounding of the logits' gradient
+
+
+def test_a_loss_may_close_over_traced_arrays(rng):
+  hidden, head, inputs, others = problem(rng)
+
+  @jax.jit
+  def gradient(hidden, allowed, coefficient):
+    def loss(hidden, part):
+      token_loss = losses.kepo_token_loss(allowed=allowed, distill_coefficient=coefficient)
+      return scoring.chunked_loss(token_loss, hidden, head, part, others[:1], chunk=4)[0]
+
+    # Inside a scan over micro-batches, as the step does.
+    return jax.lax.scan(lambda c, _: (c + jax.grad(loss)(hidden, inputs), None), jnp.zeros_like(hidden), None, 2)[0]
+
+  token_loss = losses.kepo_token_loss(allowed=ALLOWED, distill_coefficient=0.5)
+  expected = jax.grad(lambda x: scoring.chunked_loss(token_loss, x, head, inputs, others[:1], chunk=4)[0])(hidden)
+  assert relative(gradient(hidden, jnp.array(ALLOWED), jnp.float32(0.5)), 2 * expected) < 1e-5
+
+
+def test_gradients_pass_a_rematerialised_model(rng):
+  hidden, head, inputs, others = problem(rng)
+  weight = jnp.array(rng.normal(size=(D, D)), jnp.float32)
+
+  def loss(weight, checkpoint):
+    model = jax.checkpoint(lambda x: jnp.tanh(x @ weight)) if checkpoint else lambda x: jnp.tanh(x @ weight)
+    return chunked(4)(model(hidden), head, inputs, others)[0]
+
+  assert relative(jax.grad(loss)(weight, True), jax.grad(loss)(weight, False)) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logps(temperature, rng):
+  hidden, head, inputs, _ = problem(rng)
+  allowed = jnp.array(ALLOWED)
+  logps, entropy = scoring.token_logps(hidden, head, inputs.tokens, allowed, temperature=temperature, chunk=4)
+  dense = distributions.masked_log_softmax(jnp.einsum("pgtd,vd->pgtv", hidden, head), allowed, temperature)
+  expected = jnp.take_along_axis(dense, inputs.tokens[..., None], -1)[..., 0]
+  np.testing.assert_allclose(logps, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(entropy, distributions.entropy(dense), rtol=1e-5, atol=1e-5)
+
+
+def compiled(rng, mesh, shape, chunk=4, width=D):
+  """The compiled loss with gradients: rows sharded over the mesh, heads as in training."""
+  hidden, head, inputs, others = problem(rng, shape=shape, width=width)
+
+  def loss(hidden, head, inputs, others):
+    return scoring.chunked_loss(TOKEN_LOSS, hidden, head, inputs, others, chunk=chunk)
+
+  def on_rows(tree):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding.batch_sharding(mesh, x.shape, ("prompt", "rollout"))
+      ),
+      tree,
+    )
+
+  def on_weights(x):
+    return jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding.weight_sharding(mesh, x.shape, ("vocab", "embed"), "train")
+    )
+
+  arguments = (
+    on_rows(hidden),
+    on_weights(head),
+    on_rows(inputs),
+    tuple((on_rows(h), on_weights(w)) for h, w in others),
+  )
+  with jax.set_mesh(mesh):
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).lower(*arguments).compile()
+
+
+def collectives(text, operation):
+  """Element counts of the results of a collective in a compiled program."""
+  found = re.findall(rf"= \(?\w+\[([\d,]*)\]\S* {operation}(?:-start)?\(", text)
+  return [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in found]
+
+
+@pytest.mark.parametrize(
+  ("axes", "shape"),
+  [
+    ({"data": 8}, (16, 2, 16)),
+    ({"fsdp": 8}, (16, 2, 16)),
+    ({"data": 2, "fsdp": 4}, (4, 8, 16)),  # prompts over data, rollouts over fsdp
+  ],
+  ids=str,
+)
+def test_eight_devices_do_an_eighth_of_the_work_each(axes, shape, mesh_of, rng):
+  width = 124  # wide, so that the products outweigh what depends on how XLA fuses the rest
+  one = compiled(rng, mesh_of(), shape, width=width)
+  eight = compiled(rng, mesh_of(**axes), shape, width=width)
+  # Both programs hold the body of the loop over chunks once, so the counts compare. Not divided: scaling the head's
+  # gradient.
+  assert 7.5 < one.cost_analysis()["flops"] / eight.cost_analysis()["flops"] < 8.5
+  text = eight.as_text()
+  # Nothing is gathered but the heads that fsdp shards, before the loop.
+  assert all(size in (V * width, V * (width + 4)) for size in collectives(text, "all-gather"))
+  body = text[: text.index("ENTRY")]
+  assert collectives(body, "all-gather") == []
+  assert max(collectives(body, "all-reduce"), default=0) <= 1  # the scalar loss; the head's gradient waits
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_sharded_equals_unsharded(axes, mesh_of, rng):
+  arguments = problem(rng)
+  expected = jax.jit(jax.value_and_grad(chunked(4), (0, 1), has_aux=True))(*arguments)
+  mesh = mesh_of(**axes)
+  rows = sharding.place(mesh, (arguments[0], arguments[2]), ("prompt", "rollout"))
+  with jax.set_mesh(mesh):
+    actual = jax.jit(jax.value_and_grad(chunked(4), (0, 1), has_aux=True))(rows[0], arguments[1], rows[1], arguments[3])
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary(mesh_of, rng):
+  def temporaries(length, chunk):
+    return compiled(rng, mesh_of(), (1, 2, length), chunk).memory_analysis().temp_size_in_bytes
+
+  dense = temporaries(1024, 1024)
+  assert temporaries(1024, 16) < dense / 5
+  # Four times the tokens in chunks of the same size: what grows is the hidden states, not the logits.
+  growth = temporaries(1024, 16) - temporaries(256, 16)
+  assert growth < 768 * 2 * V * 4
