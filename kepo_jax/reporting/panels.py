@@ -1,0 +1,135 @@
+"""What a run shows of itself in a terminal: its plan before the first step, and decoded samples."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from kepo_jax.types import RunPlan
+
+
+def human_bytes(count: float) -> str:
+  """A number of bytes in three digits, for example "1.23 GB" (powers of 1,000)."""
+  for unit in ("B", "kB", "MB", "GB", "TB"):
+    if count < 999.5 or unit == "TB":
+      return f"{count:.3g} {unit}"
+    count /= 1000
+  raise AssertionError("unreachable")
+
+
+def human_count(count: float) -> str:
+  """A number in three digits, for example "2.13 B"."""
+  for unit in ("", " K", " M", " B"):
+    if count < 999.5 or unit == " B":
+      return f"{count:.3g}{unit}"
+    count /= 1000
+  raise AssertionError("unreachable")
+
+
+def human_time(seconds: float) -> str:
+  """A duration as "42 s", "3 min 05 s" or "2 h 07 min"."""
+  seconds = round(seconds)
+  if seconds < 60:
+    return f"{seconds} s"
+  if seconds < 3600:
+    return f"{seconds // 60} min {seconds % 60:02d} s"
+  return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def start_panel(
+  plan: RunPlan, parameters: Mapping[str, int], memory: Mapping[str, int] | None = None
+) -> RenderableType:
+  """What the run will do.
+
+  Args:
+    plan: as the hooks receive it.
+    parameters: role -> number of weights.
+    memory: part -> bytes on one device, an estimate; left out when None.
+  """
+  config = plan.config
+  rows: list[tuple[str, str]] = [(role, _model_line(model, parameters[role])) for role, model in plan.models.items()]
+  devices = math.prod(plan.mesh.values())
+  axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+  rows.append(("mesh", f"{devices} x {jax.devices()[0].device_kind} ({axes})"))
+  rows.append(("questions", ", ".join(f"{split} {count:,}" for split, count in plan.questions.items())))
+  batch = config.batch
+  rows.append((
+    "batch",
+    f"{batch.prompts} prompts x {batch.rollouts} rollouts of up to {config.sampling.max_new_tokens} tokens, "
+    f"{batch.micro_batches} micro-batch{'es' if batch.micro_batches > 1 else ''}",
+  ))  # fmt: skip
+  rows.append(("objective", _objective_line(config)))
+  rows.append(("exploration", _exploration_line(config)))
+  first = f", from step {plan.start_step}" if plan.start_step else ""
+  rows.append(("steps", f"{config.train.steps}{first}; learning rate {config.optimizer.learning_rate:g}"))
+  if memory:
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if size)
+    rows.append(("memory", f"about {human_bytes(sum(memory.values()))} per device (estimate: {parts})"))
+  rows.append(("programs", ", ".join(plan.programs)))
+  rows.append(("workdir", plan.workdir or "none: nothing is written"))
+  table = Table.grid(padding=(0, 2))
+  table.add_column(style="bold", no_wrap=True)
+  table.add_column()
+  for name, value in rows:
+    table.add_row(name, Text(value))
+  return Panel(table, title="this run", title_align="left", expand=False)
+
+
+def samples_panel(samples: Sequence[Mapping[str, Any]], *, step: int, limit: int = 4) -> RenderableType:
+  """The first decoded rollouts of a step, each question shown once.
+
+  Args:
+    samples: records as samples.jsonl has them.
+    step: updates done.
+    limit: rollouts shown.
+  """
+  parts: list[RenderableType] = []
+  shown = None
+  for sample in samples[:limit]:
+    if sample["id"] != shown:
+      shown = sample["id"]
+      options = "  ".join(f"{chr(ord('A') + i)}: {option}" for i, option in enumerate(sample["options"]))
+      parts.append(Text(f"{sample['question']}\n{options}  (answer {sample['answer']})", style="dim"))
+      parts.append(Rule(style="dim"))
+    parts.append(Text.assemble((_verdict(sample), "bold"), "  ", sample["completion"].strip()))
+  return Panel(Group(*parts), title=f"samples of step {step}", title_align="left", expand=False)
+
+
+def _verdict(sample: Mapping[str, Any]) -> str:
+  """A rollout's rewards and marks, for example "accuracy 1 format 1 distilled"."""
+  marks = [f"{name} {value:g}" for name, value in sample["rewards"].items()]
+  marks += ["distilled"] if sample["gate"] else []
+  marks += ["injected"] if sample["injected"] else []
+  return " ".join(marks)
+
+
+def _model_line(model: Any, parameters: int) -> str:
+  text, vision = model.text, model.vision
+  return (
+    f"{human_count(parameters)} parameters: text {text.num_hidden_layers} layers x {text.hidden_size}, "
+    f"vision {vision.depth} x {vision.hidden_size}, vocabulary {text.vocab_size:,}"
+  )
+
+
+def _objective_line(config: Any) -> str:
+  objective = config.objective
+  parts = [f"advantages {objective.advantage}"]
+  if objective.distill_weight:
+    gate = "every rollout" if objective.gate_mode == "none" else f"{objective.gate_signal} gate"
+    parts.append(f"distillation x {objective.distill_weight:g} (JSD {objective.divergence_weight:g}, {gate})")
+  if objective.reference_weight:
+    parts.append(f"reference KL x {objective.reference_weight:g}")
+  return ", ".join(parts)
+
+
+def _exploration_line(config: Any) -> str:
+  exploration = config.exploration
+  if exploration.trigger == "never" or not exploration.replacements or not exploration.rounds:
+    return "none"
+  return f"up to {exploration.rounds} hints per failed prompt, up to {exploration.replacements} rollouts replaced"

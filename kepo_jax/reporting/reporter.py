@@ -1,0 +1,164 @@
+"""The hook that follows a run from its plan to its report."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from etils import epath
+from rich.console import Console
+
+from kepo_jax.reporting import curves, panels, tables
+from kepo_jax.reporting.progress import Display
+from kepo_jax.reporting.sinks import JsonLines, Sink, TensorBoardSink, TrackioSink, WandbSink, read_records, write_all
+from kepo_jax.reporting.warnings import Watch
+from kepo_jax.types import Hook, RunPlan, StepReport
+
+MemoryEstimate = Callable[[RunPlan], Mapping[str, int]]
+
+
+class RunReporter(Hook):
+  """Shows a run in the terminal and keeps its figures, samples and plots in the workdir; the first host only.
+
+  Writes metrics.jsonl (deterministic values only), timing.jsonl, samples.jsonl, tensorboard/ and, at the end,
+  report/. Without a workdir it only shows.
+  """
+
+  def __init__(self, *, memory: MemoryEstimate | None = None, console: Console | None = None):
+    """Opens the display.
+
+    Args:
+      memory: plan -> part -> bytes per device, shown before the first step (kepo_jax.planning.memory).
+      console: where to show, standard error by default.
+    """
+    self._memory = memory
+    # Every host follows the run; only the first one shows and writes anything.
+    self._first_host = jax.process_index() == 0
+    self._display = Display(console if self._first_host else Console(quiet=True))
+    self._watch = Watch()
+    self._workdir = ""
+    self._first_step = 1
+    self._sinks: list[Sink] = []
+    self._timing: list[Sink] = []
+    self._samples: JsonLines | None = None
+    self._evaluations: dict[str, Any] = {}
+
+  def start(self, plan: RunPlan) -> None:
+    """Shows the plan and opens the files.
+
+    Raises:
+      ValueError: an optional sink is asked for and not installed.
+    """
+    self._workdir = plan.workdir if self._first_host else ""
+    self._first_step = plan.start_step + 1
+    if self._workdir:
+      self._open(plan)
+    memory = self._memory(plan) if self._memory else None
+    parameters = {role: parameter_count(config) for role, config in plan.models.items()}
+    self._display.show(panels.start_panel(plan, parameters, memory))
+    self._display.begin(plan.config.train.steps)
+
+  def step(self, report: StepReport) -> None:
+    """Records and shows one step; the first one with its samples."""
+    write_all(self._sinks, report.step, report.metrics)
+    write_all(self._timing, report.step, report.timing)
+    if self._samples:
+      for sample in report.samples:
+        self._samples.write(report.step, sample)
+    if report.step == self._first_step and report.samples:
+      self._display.show(panels.samples_panel(report.samples, step=report.step))
+    self._display.step(report.step, report.metrics, report.timing)
+    self._warn(self._watch.step(report.metrics))
+
+  def evaluation(self, step: int, name: str, result: dict[str, Any]) -> None:
+    """Records a validation among the metrics, and shows what it means."""
+    if name != "validation":
+      self._evaluations[name] = result
+      return
+    figures = validation_figures(result)
+    write_all(self._sinks, step, figures)
+    self._display.show(
+      f"step {step}  validation  " + "  ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in figures.items())
+    )
+    if {"validation/in_domain", "validation/out_of_domain"} <= figures.keys():
+      self._warn(self._watch.evaluation(figures["validation/in_domain"], figures["validation/out_of_domain"]))
+
+  def progress(self, what: str, done: int, total: int) -> None:
+    """Shows how far an evaluation, a download or an export has come."""
+    self._display.progress(what, done, total)
+
+  def finish(self) -> None:
+    """Closes the files, writes report/ and shows the accuracies before and after."""
+    for sink in [*self._sinks, *self._timing, *([self._samples] if self._samples else [])]:
+      sink.close()
+    evaluations = self._evaluations
+    if self._workdir:
+      evaluations = write_report(self._workdir) or evaluations
+    if evaluations:
+      self._display.show(tables.rich_table(tables.accuracy_rows(evaluations), title="accuracy, %, with 95 % intervals"))
+    if self._workdir:
+      self._display.show(f"report and figures: {epath.Path(self._workdir) / 'report'}")
+    self._display.close()
+
+  def _open(self, plan: RunPlan) -> None:
+    root = epath.Path(plan.workdir)
+    files = {name: JsonLines(root / f"{name}.jsonl") for name in ("metrics", "timing", "samples")}
+    for file in files.values():
+      file.truncate_after(plan.start_step)
+    self._sinks, self._timing, self._samples = [files["metrics"]], [files["timing"]], files["samples"]
+    log = plan.config.log
+    if log.tensorboard:
+      sink = TensorBoardSink(root / "tensorboard", start_step=plan.start_step)
+      self._sinks.append(sink)
+      self._timing.append(sink)
+    for project, optional in ((log.wandb, WandbSink), (log.trackio, TrackioSink)):
+      if project:
+        config = json.loads(plan.config.to_json())
+        self._sinks.append(optional(project, workdir=plan.workdir, config=config, start_step=plan.start_step))
+
+  def _warn(self, messages: list[str]) -> None:
+    for message in messages:
+      logging.warning("%s", message)
+      self._display.warn(message)
+
+
+def parameter_count(config: Any) -> int:
+  """Weights of a Qwen3-VL of a `Qwen3VLConfig`, tied ones once."""
+  from kepo_jax.models.qwen3_vl import model
+
+  return sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(config, jnp.float32)))
+
+
+def validation_figures(result: Mapping[str, Any]) -> dict[str, float]:
+  """The figures of an evaluation that go among the metrics: `validation/in_domain` and the like."""
+  entries = {key: result.get(key) for key in ("in_domain", "out_of_domain", "overall")}
+  return {f"validation/{key}": tables.center(entry) for key, entry in entries.items() if entry}
+
+
+def write_report(workdir: epath.PathLike) -> dict[str, Any]:
+  """Writes report/: curves.png, modalities.png, question_types.png and accuracy.md, from the files of a run.
+
+  Args:
+    workdir: of a run, finished or not; what its files do not have is left out.
+
+  Returns:
+    the evaluations before and after, empty without evaluation.json.
+  """
+  root = epath.Path(workdir)
+  report = root / "report"
+  report.mkdir(parents=True, exist_ok=True)
+  records = read_records(root / "metrics.jsonl") if (root / "metrics.jsonl").exists() else []
+  if records:
+    curves.save(curves.curves_figure(records, title=root.name), report / "curves.png")
+  if not (root / "evaluation.json").exists():
+    return {}
+  stored = json.loads((root / "evaluation.json").read_text())
+  evaluations = {name: stored[name] for name in ("before", "after") if name in stored}
+  if evaluations:
+    curves.save(curves.bars_figure(evaluations), report / "modalities.png")
+    if next(iter(evaluations.values()))["question_types"]:
+      curves.save(curves.bars_figure(evaluations, section="question_types"), report / "question_types.png")
+    (report / "accuracy.md").write_text(tables.markdown_table(tables.accuracy_rows(evaluations)))
+  return evaluations

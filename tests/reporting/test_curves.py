@@ -1,0 +1,85 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kepo_jax.reporting import curves, tables
+
+
+def entry(value, count=300):
+  return {"accuracy": value, "low": value - 0.05, "high": value + 0.05, "count": count}
+
+
+def evaluation(value):
+  return {
+    "overall": entry(value, 600),
+    "modalities": {"MRI": entry(value), "CT": entry(value - 0.1)},
+    "question_types": {"Modality Recognition": entry(value, 600)},
+    "in_domain": entry(value),
+    "out_of_domain": {"mean": value - 0.1, "low": value - 0.12, "high": value - 0.08},
+    "unparsed": 0.012,
+    "truncated": 0.0,
+  }
+
+
+BOTH = {"before": evaluation(0.4), "after": evaluation(0.7)}
+
+
+def test_smoothing_is_an_average_that_skips_nan():
+  values = np.array([1.0, np.nan, 3.0, 8.0])
+  # Around 1: itself. Around nan: 1 and 3. Around 3: 3 and 8. Around 8: 3 and 8.
+  np.testing.assert_allclose(curves.smoothed(values, 3), [1.0, 2.0, 5.5, 5.5])
+  assert np.isnan(curves.smoothed(np.full(3, np.nan), 3)).all()
+
+
+def test_series_leaves_out_steps_without_the_figure_and_reads_null_as_nan():
+  steps, values = curves.series([{"step": 1, "x": 0.5}, {"step": 2}, {"step": 3, "x": None}], "x")
+  np.testing.assert_array_equal(steps, [1, 3])
+  np.testing.assert_array_equal(values, [0.5, np.nan])
+
+
+def test_curves_show_what_was_logged_and_nothing_else():
+  records = [{"step": s, "reward/accuracy": s / 40, "grad_norm": 1.0, "hint/accept_rate@1": 0.1,
+              "hint/accept_rate@2": 0.2, "hint/accept_rate@10": 0.3} for s in range(1, 31)]  # fmt: skip
+  figure = curves.curves_figure(records, title="run")
+  shown = [axis for axis in figure.axes if axis.get_visible()]
+  assert [axis.get_title(loc="left") for axis in shown] == [
+    "Student's reward, before injection", "Failed prompts helped by hints", "Gradient norm",
+  ]  # fmt: skip
+  labels = [text.get_text() for text in shown[1].get_legend().get_texts()]
+  assert labels == ["within 1 hint", "within 10 hints"]
+  np.testing.assert_allclose(shown[0].lines[0].get_ydata(), np.arange(1, 31) / 40)
+
+
+def test_bars_carry_values_and_intervals():
+  figure = curves.bars_figure(BOTH)
+  axis = figure.axes[0]
+  heights = sorted(bar.get_height() for bar in axis.patches)
+  np.testing.assert_allclose(heights, sorted([0.4, 0.3, 0.3, 0.7, 0.6, 0.6]))
+  segments = np.concatenate([line.get_segments() for line in axis.collections])
+  assert any(np.allclose(segment[:, 1], [0.65, 0.75]) for segment in segments)
+  assert [text.get_text() for text in axis.get_legend().get_texts()] == ["before", "after"]
+
+
+@pytest.mark.parametrize("figure", [curves.curves_figure([]), curves.bars_figure(BOTH, section="question_types")])
+def test_saved_figures_are_images(tmp_path, figure):
+  curves.save(figure, tmp_path / "figure.png")
+  image = Image.open(io.BytesIO((tmp_path / "figure.png").read_bytes()))
+  assert image.width > 300 and image.height > 200
+
+
+def test_rows_of_accuracies():
+  rows = tables.accuracy_rows(BOTH)
+  assert rows[0] == ("", "n", "before", "after")
+  assert ("CT", "300", "30.0 [25.0, 35.0]", "60.0 [55.0, 65.0]") in rows
+  assert ("out of domain, mean", "", "30.0 [28.0, 32.0]", "60.0 [58.0, 62.0]") in rows
+  assert ("unparsed", "", "1.2 %", "1.2 %") in rows
+  lines = tables.markdown_table(rows).splitlines()
+  assert lines[1] == "|---|---:|---:|---:|" and len(lines) == len(rows) + 1
+
+
+def test_a_modality_that_one_evaluation_lacks_gets_a_dash():
+  partial = evaluation(0.7) | {"modalities": {"MRI": entry(0.7)}}
+  rows = tables.accuracy_rows({"before": evaluation(0.4), "after": partial})
+  assert ("CT", "300", "30.0 [25.0, 35.0]", "-") in rows

@@ -1,0 +1,103 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from kepo_jax.reporting import panels
+from kepo_jax.reporting.progress import Display, accept_rate, figures_line
+
+METRICS = {"reward/mean": 1.5, "reward/accuracy": 0.75, "cliff_rate": 0.25, "gate/frac": 0.5,
+           "hint/accept_rate@1": 0.2, "hint/accept_rate@10": 0.6, "hint/accept_rate@2": 0.4}  # fmt: skip
+TIMING = {"tokens_per_second/step": 12345.6}
+
+
+def display(**console):
+  output = io.StringIO()
+  ticks = iter(range(10_000))
+  return Display(Console(file=output, width=120, **console), clock=lambda: float(next(ticks))), output
+
+
+def test_the_figures_of_a_step():
+  expected = "reward 1.50  accuracy 0.75  cliff 0.25  gate 0.50  hints accepted 0.60  12,346 tokens/s"
+  assert figures_line(METRICS, TIMING) == expected
+  assert figures_line({"cliff_rate": 1.0}, {}) == "cliff 1.00"
+  assert accept_rate({}) is None
+
+
+def test_plain_lines_come_about_every_twentieth_of_the_run():
+  shown, output = display()
+  shown.begin(80)
+  for step in range(1, 81):
+    shown.step(step, METRICS, TIMING)
+  lines = output.getvalue().splitlines()
+  assert [line.split()[1] for line in lines] == ["1/80"] + [f"{step}/80" for step in range(4, 81, 4)]
+  assert lines[1].endswith("1 min 16 s left")  # 76 steps of one second
+
+
+def test_other_work_is_reported_by_quarters_and_stops_the_clock_of_the_steps():
+  shown, output = display()
+  shown.begin(100)
+  shown.step(1, {}, {})
+  for done in range(0, 101, 5):
+    shown.progress("evaluation", done, 100)
+  shown.step(2, {}, {})
+  lines = output.getvalue().splitlines()
+  assert [line.split()[1] for line in lines[1:]] == ["25/100", "50/100", "75/100", "100/100"]
+  shown.step(5, {}, {})
+  assert "1 min 35 s left" in output.getvalue()  # still one second per step
+
+
+def test_a_terminal_gets_a_live_bar(monkeypatch):
+  monkeypatch.delenv("CI", raising=False)
+  shown, output = display(force_terminal=True)
+  shown.begin(10)
+  shown.progress("loading", 1, 2)
+  shown.progress("loading", 2, 2)
+  shown.step(1, METRICS, TIMING)
+  shown.warn("something is odd")
+  shown.close()
+  text = output.getvalue()
+  assert "training" in text and "1/10" in text and "accuracy 0.75" in text and "something is odd" in text
+  assert text.rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_ci_gets_plain_lines_even_in_a_terminal(monkeypatch):
+  monkeypatch.setenv("CI", "true")
+  shown, output = display(force_terminal=True)
+  shown.begin(1)
+  shown.step(1, METRICS, TIMING)
+  assert "step 1/1" in output.getvalue() and "\x1b[?25l" not in output.getvalue()
+
+
+@pytest.mark.parametrize(
+  ("value", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (4.26e9, "4.26 GB"), (2e12, "2 TB")]
+)
+def test_human_bytes(value, text):
+  assert panels.human_bytes(value) == text
+
+
+def test_human_counts_and_times():
+  assert [panels.human_count(x) for x in (12, 842_000, 2.13e9, 33e9)] == ["12", "842 K", "2.13 B", "33 B"]
+  assert [panels.human_time(x) for x in (4.4, 185, 7620)] == ["4 s", "3 min 05 s", "2 h 07 min"]
+
+
+def sample(**changes):
+  record = {"id": "a", "question": "How many?", "options": ["one", "two"], "answer": "B", "completion": "<think>x"}
+  marks = {"rewards": {"accuracy": 1.0, "format": 0.0}, "gate": True, "injected": False, "hint": ""}
+  return record | marks | changes
+
+
+def test_samples_are_shown_with_their_question_once():
+  output = io.StringIO()
+  samples = [
+    sample(),
+    sample(completion="[bold]y", injected=True),
+    sample(id="b", question="Where?"),
+    sample(),
+    sample(),
+  ]
+  Console(file=output, width=100).print(panels.samples_panel(samples, step=1))
+  text = output.getvalue()
+  assert text.count("How many?") == 2 and text.count("Where?") == 1  # four shown, "a" again after "b"
+  assert "accuracy 1 format 0 distilled injected" in text
+  assert "[bold]y" in text  # completions are text, not markup

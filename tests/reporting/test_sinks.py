@@ -1,0 +1,98 @@
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from kepo_jax.reporting import sinks
+
+
+def test_json_lines_hold_plain_values_in_order(tmp_path):
+  file = sinks.JsonLines(tmp_path / "run" / "metrics.jsonl")
+  file.write(1, {"b": np.float32(0.5), "a": float("nan"), "nested": {"x": [np.int32(3), float("inf")]}})
+  file.write(2, {"b": 0.1})
+  text = (tmp_path / "run" / "metrics.jsonl").read_text()  # flushed line by line: readable while the run goes on
+  assert text == '{"step": 1, "b": 0.5, "a": null, "nested": {"x": [3, null]}}\n{"step": 2, "b": 0.1}\n'
+  file.close()
+
+
+def test_truncation_continues_as_if_nothing_had_been_interrupted(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  whole, cut = sinks.JsonLines(tmp_path / "whole.jsonl"), sinks.JsonLines(path)
+  for step in range(1, 7):
+    whole.write(step, {"x": step / 7, "name": "ü"})
+  for step in range(1, 5):
+    cut.write(step, {"x": step / 7, "name": "ü"})
+  cut.close()
+  with path.open("a") as file:
+    file.write('{"step": 5, "x": 0.')  # a crash in the middle of a line
+  resumed = sinks.JsonLines(path)
+  resumed.truncate_after(2)
+  for step in range(3, 7):
+    resumed.write(step, {"x": step / 7, "name": "ü"})
+  resumed.close()
+  assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+  assert [file.name for file in tmp_path.iterdir() if file.suffix == ".new"] == []
+
+
+def test_a_broken_line_is_named(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+  with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not JSON"):
+    sinks.read_records(path)
+
+
+def events(directory):
+  """Events of a TensorBoard folder: records of an 8-byte length, its checksum, the bytes, and theirs."""
+  found = []
+  for path in sorted(directory.glob("events*")):
+    data = path.read_bytes()
+    while data:
+      size = int.from_bytes(data[:8], "little")
+      found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+      data = data[16 + size :]
+  return found
+
+
+def test_tensorboard_gets_every_figure_and_voids_what_a_resumed_run_repeats(tmp_path):
+  first = sinks.TensorBoardSink(tmp_path)
+  first.write(3, {"reward/mean": 0.25})
+  first.close()
+  resumed = sinks.TensorBoardSink(tmp_path, start_step=2)
+  resumed.write(3, {"reward/mean": 0.75})
+  resumed.close()
+  resumed.close()  # two lists of sinks may share it
+  points = [(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
+  assert points == [(3, "reward/mean", 0.25), (3, "reward/mean", 0.75)]
+  assert [e.step for e in events(tmp_path) if e.HasField("session_log")][-1] == 3
+
+
+@pytest.mark.parametrize(("name", "sink"), [("wandb", sinks.WandbSink), ("trackio", sinks.TrackioSink)])
+def test_optional_sinks_are_imported_only_when_asked_for(monkeypatch, tmp_path, name, sink):
+  monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+  with pytest.raises(ValueError, match=f"pip install {name}"):
+    sink("project", workdir=str(tmp_path), config={})
+
+  calls = []
+
+  class Run:
+    def log(self, values, step):
+      calls.append(("log", values, step))
+
+    def finish(self):
+      calls.append(("finish",))
+
+  def init(**settings):
+    calls.append(("init", settings))
+    return Run()
+
+  monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=init))
+  made = sink("project", workdir=str(tmp_path), config={"seed": 1}, start_step=4)
+  made.write(5, {"x": 1.0})
+  made.close()
+  (_, settings), *rest = calls
+  assert settings["project"] == "project" and settings["resume"] == "allow"
+  assert tmp_path.name in settings["name"] and json.dumps(settings["config"]) == '{"seed": 1}'
+  assert rest == [("log", {"x": 1.0}, 5), ("finish",)]
