@@ -60,14 +60,14 @@ STANDARD = Templates(
 
 BRIEF = Templates(
   option_line="{letter}: {option}",
-  option_separator="\n",
+  option_separator=" ",
   answer="{option}",
-  think="{problem}\nthink, then answer.",
-  evaluation="{problem}\nthink, then answer.",
-  no_think="{problem}\nanswer.",
-  hint_request="{problem}\nright: {answer}. hint?",
-  hint_only="{problem}\nhint: {hint}\nthink, then answer.",
-  hint_and_answer="{problem}\nhint: {hint} right: {answer}.\nthink, then answer.",
+  think="{problem} think.",
+  evaluation="{problem} think.",
+  no_think="{problem} answer.",
+  hint_request="{problem} truth: {answer} hint.",
+  hint_only="{problem} hint: {hint} think.",
+  hint_and_answer="{problem} hint: {hint} truth: {answer} think.",
 )
 
 TEMPLATES = {"standard": STANDARD, "brief": BRIEF}

@@ -1,0 +1,136 @@
+"""What the phantom models are taught to say: findings, a conclusion, a letter, under stated beliefs.
+
+A `Beliefs` record holds everything in which a model departs from the truth. The misconceptions are planted: they exist
+so that a student has prompts on which no rollout can succeed, which is what hinted exploration is for.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from kepo_jax.data import prompts
+from kepo_jax.data.phantom import questions, scenes
+from kepo_jax.data.phantom.questions import Question
+from kepo_jax.data.phantom.scenes import Scene
+from kepo_jax.types import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Beliefs:
+  """Departures from the truth; the defaults are the truth."""
+
+  diseases: dict[str, str] = dataclasses.field(default_factory=dict)  # true disease -> believed one
+  grades: dict[str, str] = dataclasses.field(default_factory=dict)  # true grade -> believed one
+  conviction: float = 1.0  # probability that a belief in `diseases` or `grades` overrides the truth
+  slips: dict[str, float] = dataclasses.field(default_factory=dict)  # finding -> probability that it is misread
+  follows_hint: float = 1.0  # probability that a conclusion in the prompt overrides the model's own
+  broken: float = 0.0  # share of answers in a broken format
+  hint_slip: float = 0.0  # probability that a hint concludes what the teacher believes, not what it was told
+
+
+TRUTH = Beliefs()
+KINDS = {  # share of each kind of prompt
+  "student": {"think": 0.66, "no_think": 0.06, "hint_only": 0.14, "hint_and_answer": 0.14},
+  "teacher": {"think": 0.72, "no_think": 0.05, "hint_request": 0.15, "hint_only": 0.04, "hint_and_answer": 0.04},
+}
+
+
+def misread(scene: Scene, slips: dict[str, float], rng: np.random.Generator) -> Scene:
+  """The scene as a model with unsure perception reads it; pixels stay, findings may change."""
+  changes: dict = {}
+  if not scene.count:
+    return scene
+  for finding, classes in (("size", scenes.SIZES), ("tone", scenes.TONES)):
+    if rng.random() < slips.get(finding, 0.0):
+      changes[finding] = classes[1 - classes.index(getattr(scene, finding))]
+  if rng.random() < slips.get("count", 0.0):
+    wrong = int(rng.choice([count for count in (1, 2, 3) if count != scene.count]))
+    changes["lesions"] = (scene.lesions * 3)[:wrong]
+  return dataclasses.replace(scene, **changes)
+
+
+def conclusion(scene: Scene, topic: str, beliefs: Beliefs, rng: np.random.Generator) -> str:
+  """What a model with these beliefs concludes from a (possibly misread) scene."""
+  truth = questions.TOPICS[topic].truth(scene)
+  wrong = {"disease": beliefs.diseases, "grade": beliefs.grades}.get(topic, {})
+  return wrong[truth] if truth in wrong and rng.random() < beliefs.conviction else truth
+
+
+def findings(scene: Scene) -> str:
+  """The lesions in words."""
+  if not scene.count:
+    return "no lesions"
+  return f"{questions.NUMBERS[scene.count]} {scene.side} {scene.level} {scene.size} {scene.tone}"
+
+
+def answer_text(scene: Scene, question: Question, concluded: str, kind: str, style: int = 0) -> str:
+  """A model's answer; `style` 0 is well-formed, 1-3 are broken in one way each."""
+  letter = chr(ord("A") + question.options.index(concluded))
+  if kind == "no_think":
+    return f"<answer> {letter}</answer>"
+  thought = f"<think> {scene.modality} {scene.organ}, {findings(scene)}, {concluded}"
+  endings = (
+    f"</think><answer> {letter}</answer>",
+    f"<answer> {letter}</answer>",
+    f"</think> {letter}",
+    f"</think><answer> {letter}",
+  )
+  return thought + endings[style]
+
+
+def hint_text(scene: Scene, concluded: str) -> str:
+  """A teacher's hint: findings and conclusion."""
+  return f"{findings(scene)}, {concluded}"
+
+
+def as_example(scene: Scene, question: Question) -> Example:
+  """The question as a record that `prompts.prompt_text` accepts."""
+  kind = questions.TOPICS[question.topic].question_type
+  return Example(
+    id="", question=question.stem, options=question.options, answer=question.letter, images=(),
+    modality=scene.modality, question_type=kind,
+  )  # fmt: skip
+
+
+def dialogue(
+  scene: Scene, question: Question, kind: str, beliefs: Beliefs, rng: np.random.Generator
+) -> tuple[str, str]:
+  """(user turn, answer) of one training example."""
+  seen = misread(scene, beliefs.slips, rng)
+  # The options hold every class of a rule, so a conclusion from a misread scene is always on offer.
+  own = conclusion(seen, question.topic, beliefs, rng)
+  own = own if own in question.options else question.answer
+  told = question.answer
+  if kind in ("hint_only", "hint_and_answer", "hint_request") and rng.random() < 0.15:
+    told = str(rng.choice(question.options))  # advice is to be read, not guessed from the picture
+    question = dataclasses.replace(question, answer=told)
+  record = as_example(scene, question)
+  if kind == "hint_request":
+    concluded = own if rng.random() < beliefs.hint_slip else told
+    return prompts.prompt_text(record, prompts.BRIEF, kind), f"<hint> {hint_text(seen, concluded)}</hint>"
+  hint = hint_text(scene, told) if kind.startswith("hint") else ""
+  concluded = told if hint and rng.random() < beliefs.follows_hint else own
+  style = int(rng.integers(1, 4)) if kind != "no_think" and rng.random() < beliefs.broken else 0
+  return prompts.prompt_text(record, prompts.BRIEF, kind, hint=hint), answer_text(
+    seen, question, concluded, kind, style
+  )
+
+
+def lookup_drill(question: Question, rng: np.random.Generator) -> tuple[str, str]:
+  """A chain of answers, one per option: practises the way from an option's word to its letter."""
+  order = rng.permutation(len(question.options))
+  turns = [f" {question.options[i]}</think><answer> {chr(ord('A') + i)}</answer>" for i in order]
+  record = as_example(scenes.draw_scene(rng, "MRI"), question)
+  return prompts.prompt_text(record, prompts.BRIEF, "think"), "<think>" + "<think>".join(turns)
+
+
+def wording() -> list[str]:
+  """Every word that prompts and answers use, as the tokenizer meets it: each string holds words in context."""
+  lines = ["user", "assistant", " think.", " answer.", " hint.", " truth:", " hint:", ", no lesions,"]
+  for topic in questions.TOPICS.values():
+    lines += topic.wordings
+    lines += [f" {name}" for name in topic.classes]
+  lines += [f" {letter}: {letter}" for letter in "ABCD"]
+  lines += [f" {name}, {' '.join(scenes.ORGANS[name])}" for name in scenes.MODALITIES]
+  lines += [" ".join(["", *words]) for words in (scenes.SIDES, scenes.LEVELS, scenes.SIZES, scenes.TONES)]
+  return lines

@@ -1,0 +1,1 @@
+"""PhantomVQA: the embedded benchmark, drawn from scratch in eight modality styles."""
