@@ -1,0 +1,123 @@
+"""Modules that tower and decoder share, and how a static module definition meets its parameters.
+
+A module is a `flax.nnx` class that is only ever built under `nnx.eval_shape`: `definition` keeps its graph, the
+shapes of its parameters and their logical axes; `bind` makes it callable on a nested dict of arrays. Names of
+attributes are those of Hugging Face's checkpoints, so a path in the parameter tree is a name in the file.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kepo_jax.sharding import LogicalAxes
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Definition:
+  """A module without its numbers."""
+
+  graph: nnx.GraphDef
+  shapes: Params  # nested dict of jax.ShapeDtypeStruct
+  axes: Params  # nested dict of the same structure with a tuple of logical axes at each leaf
+
+
+@functools.cache
+def definition(kind: type[nnx.Module], *arguments: Any) -> Definition:
+  """The definition of `kind(*arguments)`; no array is allocated."""
+  graph, state = nnx.split(nnx.eval_shape(lambda: kind(*arguments)))
+  axes = jax.tree.map(lambda leaf: leaf.logical_axes, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+  return Definition(graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
+
+
+def bind(params: Params, kind: type[nnx.Module], *arguments: Any) -> Any:
+  """The module `kind(*arguments)` with `params` (of one layer) as its numbers."""
+  return nnx.merge(definition(kind, *arguments).graph, params)
+
+
+def _weight(shape: tuple[int, ...], axes: LogicalAxes) -> nnx.Param:
+  return nnx.Param(jnp.zeros(shape), logical_axes=axes)
+
+
+class Linear(nnx.Module):
+  """x W^T + b with the weight [out, in] of the checkpoint; axes are the logical axes of the weight."""
+
+  def __init__(self, inputs: int, outputs: int, axes: LogicalAxes, bias: bool = True):
+    self.weight = _weight((outputs, inputs), axes)
+    self.bias = nnx.data(_weight((outputs,), axes[:1])) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+    return y if self.bias is None else y + jnp.expand_dims(self.bias[...], tuple(range(y.ndim - 1)))
+
+
+class Table(nnx.Module):
+  """Rows of numbers, looked up by index."""
+
+  def __init__(self, rows: int, width: int, axes: LogicalAxes):
+    self.weight = _weight((rows, width), axes)
+
+  def __call__(self, index: jax.Array) -> jax.Array:
+    return jnp.take(self.weight[...], index, axis=0)
+
+
+class LayerNorm(nnx.Module):
+  """Normalisation to mean 0 and variance 1 in float32, scaled and shifted."""
+
+  def __init__(self, width: int):
+    self.weight = _weight((width,), (None,))
+    self.bias = _weight((width,), (None,))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    # The reference fixes this epsilon for the vision tower; it is no field of the config.
+    normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
+    leading = tuple(range(x.ndim - 1))
+    scale, shift = (jnp.expand_dims(p[...].astype(jnp.float32), leading) for p in (self.weight, self.bias))
+    return (normal * scale + shift).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Division by the root mean square in float32, scaled."""
+
+  def __init__(self, width: int, epsilon: float):
+    self.weight = _weight((width,), (None,))
+    self.epsilon = epsilon
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
+    scale = jnp.expand_dims(self.weight[...].astype(jnp.float32), tuple(range(x.ndim - 1)))
+    return (normal * scale).astype(x.dtype)
+
+
+def rotated(x: jax.Array, angles: jax.Array) -> jax.Array:
+  """Rotary embedding with the rotate-half convention, in float32.
+
+  Args:
+    x: [..., H].
+    angles: float32[..., H / 2], broadcastable to the first half of x, with as many axes.
+
+  Returns:
+    float32[..., H].
+  """
+  cosine, sine = jnp.cos(angles), jnp.sin(angles)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def stacked(tree: Any, layers: int) -> Any:
+  """Shapes of `layers` layers, stacked on a new first axis."""
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape), leaf.dtype), tree)
+
+
+def stacked_axes(tree: Any) -> Any:
+  """Logical axes of layers stacked on a new first axis."""
+  return jax.tree.map(lambda axes: (None, *axes), tree, is_leaf=lambda leaf: isinstance(leaf, tuple))

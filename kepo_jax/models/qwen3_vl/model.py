@@ -1,0 +1,278 @@
+"""Qwen3-VL as pure functions of a parameter tree: prompts once, completions and tokens on top of them.
+
+The tree mirrors the names of Hugging Face's checkpoint: `visual`, `language_model` and, when the head is not the
+embedding, `lm_head`; layers are stacked on axis 0. Activations have the dtype of the parameters; norms, softmax and
+rotary angles are float32. `Cache` and `Prefix` hold keys after the rotary embedding.
+"""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kepo_jax.models.qwen3_vl import text, vision
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.models.qwen3_vl.layers import (
+  Linear,
+  Params,
+  RMSNorm,
+  Table,
+  bind,
+  definition,
+  stacked,
+  stacked_axes,
+)
+from kepo_jax.sharding import constrain
+from kepo_jax.types import Prompts, VisionInputs
+
+
+@chex.dataclass(frozen=True)
+class Prefix:
+  """What completions need of their prompts."""
+
+  keys: jax.Array  # [L, P, K, S, H], after the rotary embedding
+  values: jax.Array  # [L, P, K, S, H]
+  mask: jax.Array  # bool[P, S], true on real tokens
+  next_position: jax.Array  # int32[P], position of the first completion token on all axes
+  last_hidden: jax.Array  # [P, D], final-normed hidden state of the last real token: predicts completion token 0
+
+
+@chex.dataclass(frozen=True)
+class Cache:
+  """Keys and values of the completion tokens so far."""
+
+  keys: jax.Array  # [L, P, K, G, T, H], after the rotary embedding
+  values: jax.Array  # [L, P, K, G, T, H]
+  length: jax.Array  # int32[], completion tokens written
+
+
+def _modules(config: Qwen3VLConfig) -> dict[tuple[str, ...], tuple[Any, int]]:
+  """Path in the tree -> (definition, number of stacked layers; 0 for a single module)."""
+  tower, decoder = config.vision, config.text
+  modules = {
+    ("visual", "patch_embed"): (definition(vision.PatchEmbed, tower), 0),
+    ("visual", "pos_embed"): (
+      definition(Table, tower.num_position_embeddings, tower.hidden_size, (None, "vision")),
+      0,
+    ),
+    ("visual", "blocks"): (definition(vision.Block, tower), tower.depth),
+    ("visual", "merger"): (definition(vision.PatchMerger, tower, False), 0),
+    ("language_model", "embed_tokens"): (
+      definition(Table, decoder.vocab_size, decoder.hidden_size, ("vocab", "embed")),
+      0,
+    ),
+    ("language_model", "layers"): (definition(text.DecoderLayer, decoder), decoder.num_hidden_layers),
+    ("language_model", "norm"): (definition(RMSNorm, decoder.hidden_size, decoder.rms_norm_eps), 0),
+  }
+  taps = len(tower.deepstack_visual_indexes)
+  if taps:
+    modules["visual", "deepstack_merger_list"] = (definition(vision.PatchMerger, tower, True), taps)
+  if not config.tie_word_embeddings:
+    head = definition(Linear, decoder.hidden_size, decoder.vocab_size, ("vocab", "embed"), False)
+    modules[("lm_head",)] = (head, 0)
+  return modules
+
+
+def _tree(config: Qwen3VLConfig, leaf_of) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for path, (module, layers) in _modules(config).items():
+    node = tree
+    for name in path[:-1]:
+      node = node.setdefault(name, {})
+    node[path[-1]] = leaf_of(module, layers)
+  return tree
+
+
+def abstract_params(config: Qwen3VLConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+  """The parameter tree as jax.ShapeDtypeStruct of `dtype`."""
+  shapes = _tree(config, lambda module, layers: stacked(module.shapes, layers) if layers else module.shapes)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+
+
+def logical_axes(config: Qwen3VLConfig) -> dict[str, Any]:
+  """The parameter tree with a tuple of logical axis names at each leaf, for `sharding.weight_shardings`."""
+  return _tree(config, lambda module, layers: stacked_axes(module.axes) if layers else module.axes)
+
+
+def init_params(config: Qwen3VLConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+  """Random parameters: matrices and tables normal with deviation 1/sqrt(width), norms 1, biases 0.
+
+  Args:
+    config: sizes.
+    key: jax.random key.
+    dtype: of the parameters.
+  """
+  axes = logical_axes(config)
+  numbered = iter(range(10**6))
+
+  def draw(path, leaf, names):
+    leaf_key = jax.random.fold_in(key, next(numbered))
+    if path[-1].key == "bias":
+      return jnp.zeros(leaf.shape, leaf.dtype)
+    if len(names) - _is_stacked(path) == 1:
+      return jnp.ones(leaf.shape, leaf.dtype)
+    return (jax.random.normal(leaf_key, leaf.shape) * leaf.shape[-1] ** -0.5).astype(leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, abstract_params(config, dtype), axes)
+
+
+def _is_stacked(path) -> bool:
+  return any(part.key in ("blocks", "layers", "deepstack_merger_list") for part in path)
+
+
+def cast(params: Params, dtype: Any) -> Any:
+  """The parameters in another dtype."""
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def head_weight(config: Qwen3VLConfig, params: Params) -> jax.Array:
+  """[V, D], the weight of the logits: the embedding when the head is tied to it."""
+  module = params["language_model"]["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+  return module["weight"]
+
+
+def _embedded(config: Qwen3VLConfig, params: Params, tokens: jax.Array) -> jax.Array:
+  weights = params["language_model"]["embed_tokens"]
+  return bind(weights, Table, config.text.vocab_size, config.text.hidden_size, ("vocab", "embed"))(tokens)
+
+
+def _normed(config: Qwen3VLConfig, params: Params, x: jax.Array) -> jax.Array:
+  norm = bind(params["language_model"]["norm"], RMSNorm, config.text.hidden_size, config.text.rms_norm_eps)
+  return norm(x)
+
+
+def encode_images(
+  config: Qwen3VLConfig, params: Params, inputs: VisionInputs, *, remat: bool = False
+) -> tuple[jax.Array, jax.Array]:
+  """Image tokens [P, M, D] of every prompt and its DeepStack features [n, P, M, D]."""
+  chex.assert_shape(inputs.patches, (None, None, config.vision.patch_width))
+  return vision.encode(config.vision, params["visual"], inputs, remat=remat)
+
+
+def _with_images(
+  config: Qwen3VLConfig, params: Params, x: jax.Array, prompts: Prompts, remat: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Embeddings with image tokens in place, and DeepStack features [n, P, S, D] spread over the tokens."""
+  if prompts.vision.patches.shape[1] == 0:
+    return x, jnp.zeros((0, *x.shape), x.dtype)
+  features, deepstack = encode_images(config, params, prompts.vision, remat=remat)
+  slot = jnp.maximum(prompts.image_slot, 0)[..., None]
+  is_image = (prompts.image_slot >= 0)[..., None]
+  x = jnp.where(is_image, jnp.take_along_axis(features, slot, axis=1), x)
+  spread = jax.vmap(lambda feature: jnp.take_along_axis(feature, slot, axis=1))(deepstack)
+  return x, jnp.where(is_image[None], spread, jnp.zeros_like(spread))
+
+
+def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: bool = False) -> Prefix:
+  """Keys and values of prompts, computed once for all their rollouts. Gradients flow through.
+
+  Args:
+    config: sizes.
+    params: parameter tree; its dtype is that of the computation.
+    prompts: P right-padded prompts; without images R = 0 and the tower is skipped.
+    remat: recompute layers in the backward pass.
+  """
+  chex.assert_rank([prompts.tokens, prompts.mask, prompts.positions], [2, 2, 3])
+  x, deepstack = _with_images(config, params, _embedded(config, params, prompts.tokens), prompts, remat)
+  x, deepstack = constrain(x, "prompt", None, None), constrain(deepstack, None, "prompt", None, None)
+  angles = text.prompt_angles(config.text, prompts.positions)
+  layers = params["language_model"]["layers"]
+  x, keys, values = text.prompt_layers(config.text, layers, x, angles, prompts.mask, deepstack, remat=remat)
+  last = jnp.maximum(prompts.mask.sum(axis=-1) - 1, 0)
+  last_hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+  return Prefix(
+    keys=keys,
+    values=values,
+    mask=prompts.mask,
+    next_position=prompts.next_position,
+    last_hidden=_normed(config, params, last_hidden),
+  )
+
+
+def extend(
+  config: Qwen3VLConfig, params: Params, prefix: Prefix, tokens: jax.Array, *, remat: bool = False
+) -> jax.Array:
+  """Final-normed hidden states of completions that see their prompt and themselves. Gradients flow through.
+
+  Args:
+    config: sizes.
+    params: parameter tree.
+    prefix: of P prompts.
+    tokens: int32[P, G, T], G completions of each prompt; what follows an end token changes nothing before it.
+    remat: recompute layers in the backward pass.
+
+  Returns:
+    [P, G, T, D]; the state at t has seen token t and predicts token t + 1.
+  """
+  chex.assert_rank(tokens, 3)
+  x = constrain(_embedded(config, params, tokens), "prompt", "rollout", None, None)
+  positions = prefix.next_position[:, None] + jnp.arange(tokens.shape[-1])[None]
+  angles = text.completion_angles(config.text, positions)
+  source = (prefix.keys, prefix.values, prefix.mask)
+  layers = params["language_model"]["layers"]
+  return _normed(config, params, text.completion_layers(config.text, layers, x, angles, source, remat=remat))
+
+
+def completion_hidden(
+  config: Qwen3VLConfig, params: Params, prefix: Prefix, tokens: jax.Array, *, remat: bool = False
+) -> jax.Array:
+  """[P, G, T, D]: hidden states that predict the tokens int32[P, G, T], the first one from the prompt."""
+  prompts, rollouts, length = tokens.shape
+  first = jnp.broadcast_to(prefix.last_hidden[:, None, None], (prompts, rollouts, 1, prefix.last_hidden.shape[-1]))
+  if length == 1:
+    return first
+  later = extend(config, params, prefix, tokens[..., :-1], remat=remat)
+  return constrain(jnp.concatenate([first, later], axis=2), "prompt", "rollout", None, None)
+
+
+def empty_cache(config: Qwen3VLConfig, prompts: int, rollouts: int, length: int, dtype: Any = jnp.float32) -> Cache:
+  """A cache for `length` completion tokens of `rollouts` completions of each of `prompts` prompts."""
+  shape = (
+    config.text.num_hidden_layers,
+    prompts,
+    config.text.num_key_value_heads,
+    rollouts,
+    length,
+    config.text.head_dim,
+  )
+  keys, values = (
+    constrain(jnp.zeros(shape, dtype), None, "prompt", "kv_heads", "rollout", None, None) for _ in range(2)
+  )
+  return Cache(keys=keys, values=values, length=jnp.zeros((), jnp.int32))
+
+
+def decode_step(
+  config: Qwen3VLConfig, params: Params, prefix: Prefix, cache: Cache, token: jax.Array
+) -> tuple[jax.Array, Cache]:
+  """One more token for every rollout.
+
+  Args:
+    config: sizes.
+    params: parameter tree.
+    prefix: of P prompts.
+    cache: of the completion tokens so far.
+    token: int32[P, G], the completion token at position `cache.length`.
+
+  Returns:
+    Final-normed hidden states [P, G, D], which predict the next token, and the cache with the token in it.
+  """
+  chex.assert_rank(token, 2)
+  x = constrain(_embedded(config, params, token[..., None]), "prompt", "rollout", None, None)
+  angles = text.completion_angles(config.text, (prefix.next_position + cache.length)[:, None])
+  written = jnp.arange(cache.keys.shape[4]) < cache.length
+  x, keys, values = text.token_layers(
+    config.text,
+    params["language_model"]["layers"],
+    x,
+    angles,
+    (prefix.keys, prefix.values, prefix.mask),
+    (cache.keys, cache.values, written),
+  )
+  start = (0, 0, 0, 0, cache.length, 0)
+  cache = Cache(
+    keys=jax.lax.dynamic_update_slice(cache.keys, keys, start),
+    values=jax.lax.dynamic_update_slice(cache.values, values, start),
+    length=cache.length + 1,
+  )
+  return _normed(config, params, x)[:, :, 0], cache

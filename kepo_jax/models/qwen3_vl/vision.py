@@ -1,0 +1,146 @@
+"""The vision tower: patches and index tables in, image tokens and DeepStack features out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kepo_jax.models.qwen3_vl.config import VisionConfig
+from kepo_jax.models.qwen3_vl.layers import LayerNorm, Linear, Params, Table, bind, rotated
+from kepo_jax.sharding import constrain
+from kepo_jax.types import VisionInputs
+
+
+class Attention(nnx.Module):
+  """Full attention inside each image; fused query, key and value."""
+
+  def __init__(self, config: VisionConfig):
+    self.heads = config.num_heads
+    self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, (None, "vision"))
+    self.proj = Linear(config.hidden_size, config.hidden_size, ("vision", None))
+
+  def __call__(self, x: jax.Array, angles: jax.Array, same_image: jax.Array) -> jax.Array:
+    prompts, rows, width = x.shape
+    head_dim = width // self.heads
+    split = self.qkv(x).reshape(prompts, rows, 3, self.heads, head_dim)
+    query, key, value = (split[:, :, i].swapaxes(1, 2) for i in range(3))  # [P, N, R, H]
+    angles = angles[:, None]
+    query = (rotated(query, angles) * head_dim**-0.5).astype(x.dtype)
+    key = rotated(key, angles).astype(x.dtype)
+    scores = jnp.einsum("pnqh,pnkh->pnqk", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(same_image[:, None], scores, -jnp.inf), axis=-1)
+    mixed = jnp.einsum("pnqk,pnkh->pqnh", weights.astype(x.dtype), value)
+    return self.proj(mixed.reshape(x.shape))
+
+
+class MLP(nnx.Module):
+  """Two layers with the tanh form of GELU between them."""
+
+  def __init__(self, config: VisionConfig):
+    self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size, (None, "vision"))
+    self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size, ("vision", None))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=True))
+
+
+class Block(nnx.Module):
+  """Attention and MLP, each after its LayerNorm and around a residual."""
+
+  def __init__(self, config: VisionConfig):
+    self.norm1 = LayerNorm(config.hidden_size)
+    self.norm2 = LayerNorm(config.hidden_size)
+    self.attn = Attention(config)
+    self.mlp = MLP(config)
+
+  def __call__(self, x: jax.Array, angles: jax.Array, same_image: jax.Array) -> jax.Array:
+    x = x + self.attn(self.norm1(x), angles, same_image)
+    return constrain(x + self.mlp(self.norm2(x)), "prompt", None, None)
+
+
+class PatchMerger(nnx.Module):
+  """Patch rows of a merge block become one image token of the text width.
+
+  The merger of the last block normalises rows before grouping them, those of the DeepStack taps after.
+  """
+
+  def __init__(self, config: VisionConfig, norm_after_grouping: bool):
+    width = config.hidden_size * config.merge_area
+    self.merge_area = config.merge_area
+    self.norm_after_grouping = norm_after_grouping
+    self.norm = LayerNorm(width if norm_after_grouping else config.hidden_size)
+    self.linear_fc1 = Linear(width, width, (None, "vision"))
+    self.linear_fc2 = Linear(width, config.out_hidden_size, (None, "vision"))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    prompts, rows, width = x.shape
+    grouped = (prompts, rows // self.merge_area, self.merge_area * width)
+    x = self.norm(x.reshape(grouped)) if self.norm_after_grouping else self.norm(x).reshape(grouped)
+    return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=False))
+
+
+class PatchEmbed(nnx.Module):
+  """A convolution whose stride is its kernel: one matrix product per flattened patch."""
+
+  def __init__(self, config: VisionConfig):
+    self.proj = Linear(config.patch_width, config.hidden_size, ("vision", None))
+
+  def __call__(self, patches: jax.Array) -> jax.Array:
+    return self.proj(patches.astype(self.proj.weight[...].dtype))
+
+
+def _angles(config: VisionConfig, coordinates: jax.Array) -> jax.Array:
+  """Rotary angles float32[P, R, H / 2]: a quarter of the head for the row, a quarter for the column."""
+  quarter = config.head_dim // 4
+  frequencies = (config.rope_theta ** (-np.arange(quarter) / quarter)).astype(np.float32)
+  angles = coordinates.astype(jnp.float32)[..., None] * frequencies[None, None, None]
+  return angles.reshape(*coordinates.shape[:2], 2 * quarter)
+
+
+def _embedded(config: VisionConfig, params: Params, vision: VisionInputs) -> jax.Array:
+  """Patch embeddings plus the position table resampled to each image's grid: [P, R, Dv]."""
+  x = bind(params["patch_embed"], PatchEmbed, config)(vision.patches)
+  table = bind(params["pos_embed"], Table, config.num_position_embeddings, config.hidden_size, (None, "vision"))
+  lines = table(vision.table_index).astype(jnp.float32)  # [P, R, 4, Dv]
+  positions = (lines * vision.table_weight[..., None]).sum(axis=2)
+  return constrain(x + positions.astype(x.dtype), "prompt", None, None)
+
+
+def encode(
+  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: bool = False
+) -> tuple[jax.Array, jax.Array]:
+  """Image tokens of every prompt and the features of the DeepStack taps.
+
+  Args:
+    config: sizes of the tower.
+    params: the tower's parameters, blocks stacked on axis 0.
+    vision: patches [P, R, C] and their tables.
+    remat: recompute blocks in the backward pass.
+
+  Returns:
+    features [P, M, D] and deepstack [n, P, M, D], n the number of taps, in the dtype of the parameters.
+  """
+  x = _embedded(config, params, vision)
+  angles = _angles(config, vision.coordinates)
+  same_image = vision.segments[:, :, None] == vision.segments[:, None, :]
+
+  # One scan over all blocks: a tapped block writes its output into its slot, the others into a spare one.
+  # Scanning slices of the stack instead would copy the weights.
+  taps = config.deepstack_visual_indexes
+  slots = np.full(config.depth, len(taps), np.int32)
+  slots[list(taps)] = np.arange(len(taps))
+
+  def step(carry, layer):
+    x, tapped = carry
+    weights, slot = layer
+    x = bind(weights, Block, config)(x, angles, same_image)
+    return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, axis=0)), None
+
+  tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
+  step = jax.checkpoint(step, prevent_cse=False) if remat else step
+  (x, tapped), _ = jax.lax.scan(step, (x, tapped), (params["blocks"], slots))
+  features = bind(params["merger"], PatchMerger, config, False)(x)
+  if not taps:
+    return features, jnp.zeros((0, *features.shape), features.dtype)
+  merge = jax.vmap(lambda weights, rows: bind(weights, PatchMerger, config, True)(rows))
+  return features, merge(params["deepstack_merger_list"], tapped[:-1])

@@ -1,0 +1,138 @@
+"""Tiny Qwen3-VL models and prompts, shared by the tests of this folder; no torch in here."""
+
+import copy
+from typing import Any
+
+import jax
+import numpy as np
+
+from kepo_jax.models.qwen3_vl import positions
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.types import Prompts, VisionInputs
+
+# A prompt is a sequence of text lengths and image grids (rows, columns) in patches.
+Layout = tuple[int | tuple[int, int], ...]
+
+PAD = 0
+TINY = {
+  "architectures": ["Qwen3VLForConditionalGeneration"],
+  "model_type": "qwen3_vl",
+  "image_token_id": 90,
+  "video_token_id": 91,
+  "vision_start_token_id": 92,
+  "vision_end_token_id": 93,
+  "tie_word_embeddings": True,
+  "text_config": {
+    "model_type": "qwen3_vl_text",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "max_position_embeddings": 4096,
+    "rope_theta": 100.0,
+    "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+  },
+  "vision_config": {
+    "model_type": "qwen3_vl",
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_heads": 2,
+    "in_channels": 3,
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 25,
+    "deepstack_visual_indexes": [0, 1, 2],
+    "hidden_act": "gelu_pytorch_tanh",
+  },
+}
+
+
+def config_record(text: dict[str, Any] = {}, vision: dict[str, Any] = {}, **top: Any) -> dict[str, Any]:  # noqa: B006
+  """The parsed config.json of a tiny model, with changes."""
+  record = copy.deepcopy(TINY)
+  record["text_config"].update(copy.deepcopy(text))
+  record["vision_config"].update(copy.deepcopy(vision))
+  record.update(top)
+  record["vision_config"]["out_hidden_size"] = record["text_config"]["hidden_size"]
+  return record
+
+
+def redrawn(params: Any, seed: int) -> Any:
+  """Parameters under which errors show: matrices 1/sqrt(fan in), biases 0.3, norms in (0.5, 1.5), position table 1.
+
+  With the usual initial weights (biases 0, norms 1, matrices 0.02) a swapped GELU changes logits by 1e-6.
+  """
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    names = [part.key for part in path]
+    if names[-1] == "bias":
+      values = 0.3 * rng.standard_normal(leaf.shape)
+    elif any("norm" in name for name in names):
+      values = rng.uniform(0.5, 1.5, leaf.shape)
+    elif "pos_embed" in names:
+      values = rng.standard_normal(leaf.shape)
+    else:
+      values = rng.standard_normal(leaf.shape) * leaf.shape[-1] ** -0.5
+    return values.astype(leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, params)
+
+
+def prompt_tokens(config: Qwen3VLConfig, layout: Layout, rng: np.random.Generator) -> tuple[list[int], list]:
+  """Token ids and patch grids of one prompt."""
+  tokens, grids = [], []
+  for part in layout:
+    if isinstance(part, int):
+      tokens += rng.integers(1, config.image_token_id, part).tolist()
+      continue
+    rows, columns = part
+    grids.append((1, rows, columns))
+    image = [config.image_token_id] * (rows * columns // config.vision.merge_area)
+    tokens += [config.vision_start_token_id, *image, config.vision_end_token_id]
+  return tokens, grids
+
+
+def _padded(rows: list[np.ndarray], length: int, value: float) -> np.ndarray:
+  pads = [[(0, length - len(row))] + [(0, 0)] * (row.ndim - 1) for row in rows]
+  return np.stack([np.pad(row, pad, constant_values=value) for row, pad in zip(rows, pads, strict=True)])
+
+
+def make_prompts(
+  config: Qwen3VLConfig, layouts: list[Layout], seed: int = 0, extra: tuple[int, int] = (0, 0)
+) -> tuple[Prompts, list[list[int]], list[list]]:
+  """Prompts of random tokens and patches, with token ids and grids of each; `extra` pads tokens and patch rows."""
+  rng = np.random.default_rng(seed)
+  tokens, grids = zip(*(prompt_tokens(config, layout, rng) for layout in layouts), strict=True)
+  ids = [positions.prompt_positions(t, g, config) for t, g in zip(tokens, grids, strict=True)]
+  tables = [positions.vision_tables(g, config) for g in grids]
+  length = max(len(t) for t in tokens) + extra[0]
+  rows = max(len(table[0]) for table in tables)
+  rows = rows and rows + extra[1]
+  patches = [rng.standard_normal((len(table[0]), config.vision.patch_width)).astype(np.float32) for table in tables]
+  segments, coordinates, index, weight = (list(column) for column in zip(*tables, strict=True))
+  prompts = Prompts(
+    tokens=_padded([np.asarray(t, np.int32) for t in tokens], length, PAD),
+    mask=_padded([np.ones(len(t), bool) for t in tokens], length, False),
+    positions=_padded([p.T for p, _, _ in ids], length, 0).transpose(0, 2, 1),
+    next_position=np.asarray([n for _, n, _ in ids], np.int32),
+    image_slot=_padded([s for _, _, s in ids], length, -1),
+    row=np.arange(len(tokens), dtype=np.uint32),
+    vision=VisionInputs(
+      patches=_padded(patches, rows, 0.0),
+      segments=_padded(segments, rows, -1),
+      coordinates=_padded(coordinates, rows, 0),
+      table_index=_padded(index, rows, 0),
+      table_weight=_padded(weight, rows, 0.0),
+    ),
+  )
+  return prompts, list(tokens), list(grids)
