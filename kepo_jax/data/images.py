@@ -204,7 +204,7 @@ class ImageProcessor:
     """float32[r, 3 * temporal * patch * patch] of the uint8 rows that `pixels` gives."""
     # The order and width of these roundings is the reference's: float64 product, then float32 throughout.
     scaled = (np.arange(256, dtype=np.float64) * self.scale).astype(np.float32)
-    table = (scaled[None] - np.float32(self.mean)[:, None]) / np.float32(self.std)[:, None]
+    table = (scaled[None] - np.array(self.mean, np.float32)[:, None]) / np.array(self.std, np.float32)[:, None]
     rows = pixels.reshape(len(pixels), 3, 1, -1)
     values = np.stack([table[channel][rows[:, channel]] for channel in range(3)], axis=1)
     return np.repeat(values, self.temporal_patch_size, axis=2).reshape(len(pixels), -1)

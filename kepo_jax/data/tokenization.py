@@ -1,0 +1,164 @@
+"""A checkpoint's tokenizer and chat template: user turns in, completions out.
+
+Loaded by transformers from the files of the folder; no code of the folder is run and nothing is downloaded.
+"""
+
+import json
+import pathlib
+import re
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from transformers import AutoTokenizer
+
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<hint>", "</hint>")  # a decoded completion must keep them
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError)
+
+
+def load(directory: pathlib.Path) -> Any:
+  """The transformers tokenizer of a folder.
+
+  Raises:
+    ValueError: its files are missing or unreadable.
+  """
+  # Without files transformers makes an empty tokenizer of the right class, and says nothing.
+  if directory.is_dir() and not any((directory / name).is_file() for name in VOCABULARY_FILES):
+    raise ValueError(f"{directory}: no usable tokenizer (no {' or '.join(VOCABULARY_FILES)})")
+  try:
+    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+  except _READ_ERRORS as error:
+    raise ValueError(f"{directory}: no usable tokenizer ({error}); copy the checkpoint's tokenizer files") from error
+
+
+def _read_json(path: pathlib.Path) -> dict:
+  if not path.is_file():
+    return {}
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: not valid JSON ({error})") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path}: expected a JSON object")
+  return content
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+  if value is None:
+    return ()
+  return tuple(value) if isinstance(value, list) else (value,)
+
+
+class Tokenizer:
+  """Tokenizer, chat template, end ids, padding id and mask of allowed ids; see `from_directory`."""
+
+  def __init__(self, tokenizer: Any, config: Qwen3VLConfig, generation: dict, name: str):
+    if len(tokenizer) > config.text.vocab_size:
+      raise ValueError(
+        f"{name}: the tokenizer has {len(tokenizer)} entries and the model only {config.text.vocab_size} rows; "
+        "tokenizer and config.json belong to different checkpoints."
+      )
+    if not tokenizer.chat_template:
+      raise ValueError(f"{name}: no chat template; an instruction-tuned checkpoint has one in its tokenizer files.")
+    self._tokenizer = tokenizer
+    self._config = config
+    self._lock = threading.Lock()  # fast tokenizers refuse to be used from two threads at once
+    self.end_ids = _as_ids(generation.get("eos_token_id")) or _as_ids(tokenizer.eos_token_id)
+    if not self.end_ids:
+      raise ValueError(f"{name}: neither generation_config.json nor the tokenizer names an end token.")
+    pad_ids = _as_ids(tokenizer.pad_token_id) or _as_ids(generation.get("pad_token_id")) or self.end_ids
+    self.pad_id: int = pad_ids[0]
+    self.allowed = self._allowed_ids()
+    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    self._specials = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
+    self._check_tags(name)
+    self._check_template(name)
+
+  @classmethod
+  def from_directory(cls, directory: pathlib.Path, config: Qwen3VLConfig) -> "Tokenizer":
+    """Reads the tokenizer files, `generation_config.json` and, for older checkpoints, `chat_template.json`.
+
+    Raises:
+      ValueError: files are missing or contradict each other; names the folder or file.
+    """
+    tokenizer = load(directory)
+    if not tokenizer.chat_template:
+      tokenizer.chat_template = _read_json(directory / "chat_template.json").get("chat_template")
+    return cls(tokenizer, config, _read_json(directory / "generation_config.json"), str(directory))
+
+  @property
+  def vocabulary(self) -> dict[str, int]:
+    """Every entry with its id."""
+    with self._lock:
+      return self._tokenizer.get_vocab()
+
+  def _allowed_ids(self) -> np.ndarray:
+    """bool[V]: false for vision tokens and for head rows without a tokenizer entry."""
+    config, vocabulary = self._config, self._tokenizer.get_vocab()
+    allowed = np.arange(config.text.vocab_size) < len(self._tokenizer)
+    named = [vocabulary[name] for name in VISION_TOKENS if name in vocabulary]
+    ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    allowed[[i for i in (*named, *ids) if i < len(allowed)]] = False
+    return allowed
+
+  def _check_tags(self, name: str) -> None:
+    sentence = " ".join(TAGS)
+    ids = self._tokenizer(sentence, add_special_tokens=False)["input_ids"]
+    if (decoded := self.decode([ids])[0]) != sentence:
+      raise ValueError(
+        f"{name}: the tokenizer turns {sentence!r} into {decoded!r}; rewards need these tags in the text."
+      )
+
+  def _check_template(self, name: str) -> None:
+    if self.render("?", images=0).rstrip().endswith("<think>"):
+      logging.warning(
+        "%s: the chat template opens a think block itself, so completions lack their <think> tag and no format reward "
+        "is ever given. Use an Instruct checkpoint.",
+        name,
+      )
+
+  def render(self, text: str, images: int) -> str:
+    """The chat with one user turn of `images` images and a text, up to where the assistant begins.
+
+    Special tokens inside the text are broken up: neither a data set nor a hint can end a turn or add an image.
+    """
+    text = self._specials.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
+    content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
+    with self._lock:
+      return self._tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+      )
+
+  def encode(self, text: str, image_tokens: Sequence[int], name: str) -> list[int]:
+    """Token ids of a prompt, each image mark repeated as often as the image has merged tokens.
+
+    Args:
+      text: the user's text.
+      image_tokens: number of merged tokens of each image.
+      name: how errors call the question.
+
+    Raises:
+      ValueError: the chat template did not write one mark per image.
+    """
+    rendered = self.render(text, len(image_tokens))
+    with self._lock:
+      ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    mark = self._config.image_token_id
+    if ids.count(mark) != len(image_tokens):
+      raise ValueError(
+        f"question {name}: the chat template wrote {ids.count(mark)} image marks for {len(image_tokens)} images; "
+        "image_token_id of config.json and the chat template do not fit together."
+      )
+    counts = iter(image_tokens)
+    return [token for i in ids for token in ([i] * next(counts) if i == mark else [i])]
+
+  def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+    """Texts without special tokens."""
+    with self._lock:
+      return self._tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
