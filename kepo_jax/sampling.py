@@ -1,0 +1,200 @@
+"""One jitted loop: prompts in, G completions per prompt out."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kepo_jax import sharding
+from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.objectives import distributions
+from kepo_jax.types import Prompts, Rollouts
+
+
+@chex.dataclass(frozen=True)
+class _State:
+  """What the loop carries; `step` tokens of every row are chosen."""
+
+  step: jax.Array  # int32[]
+  token: jax.Array  # int32[P, G], the last one chosen, pad id in rows that have ended
+  ended: jax.Array  # bool[P, G]
+  rollouts: Rollouts
+  cache: model.Cache
+
+
+def sample(
+  config: Qwen3VLConfig,
+  params: Any,
+  prompts: Prompts,
+  key: jax.Array,
+  *,
+  samples: int,
+  max_new_tokens: int,
+  end_ids: tuple[int, ...],
+  pad_id: int,
+  allowed: jax.Array,
+  temperature: float = 1.0,
+  top_p: float = 1.0,
+  top_k: int = 0,
+) -> Rollouts:
+  """Completions of every prompt; image and prompt are run once per group.
+
+  Token t of completion g is drawn with fold_in(fold_in(fold_in(key, row of the prompt), g), t), so it depends
+  neither on padding, nor on the other prompts of the batch, nor on the mesh. The loop stops when every row has
+  ended.
+
+  Args:
+    config: of the model.
+    params: its parameters, best in the `decode` layout: weights that are gathered are gathered for every token.
+    prompts: [P, S], right-padded.
+    key: of this call; derive it from step and purpose.
+    samples: G, completions per prompt.
+    max_new_tokens: T, the budget of a completion, its end token included.
+    end_ids: ids that end a completion.
+    pad_id: fills the tokens after the end.
+    allowed: bool[V], ids that may be sampled.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_p: keep the most likely tokens that hold this much probability, after top_k; 1 keeps all.
+    top_k: keep this many of the most likely tokens; 0 keeps all. Ties with the last one kept are kept.
+
+  Returns:
+    Rollouts [P, G, T]. The log-probabilities are those of `distributions.masked_log_softmax` at the temperature (1
+    when greedy), before top_k and top_p.
+
+  Raises:
+    ValueError: temperature, top_p, top_k or a size outside its range.
+  """
+  _check(temperature, top_p, top_k, samples, max_new_tokens)
+  rows = (prompts.tokens.shape[0], samples)
+  prefix = model.prefill(config, params, prompts)
+  head = model.head_weight(config, params)
+  row_keys = _row_keys(key, prompts.row, samples)
+
+  def chosen(state: _State, hidden: jax.Array, cache: model.Cache) -> _State:
+    """The state with one more token, predicted by hidden float[P, G or 1, D]."""
+    logits = jnp.einsum("pgd,vd->pgv", hidden, head, preferred_element_type=jnp.float32)
+    logits = sharding.constrain(jnp.broadcast_to(logits, (*rows, logits.shape[-1])), "prompt", "rollout", "vocab")
+    keys = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(row, state.step)))(row_keys)
+    token, logp = choose_tokens(logits, keys, allowed, temperature=temperature, top_p=top_p, top_k=top_k)
+    token = jnp.where(state.ended, pad_id, token)
+    written = Rollouts(tokens=token, logps=jnp.where(state.ended, 0.0, logp), mask=~state.ended)
+    return _State(
+      step=state.step + 1,
+      token=token,
+      ended=state.ended | (token[..., None] == jnp.array([[end_ids]], jnp.int32)).any(-1),
+      rollouts=jax.tree.map(lambda values, new: _put(values, new, state.step), state.rollouts, written),
+      cache=cache,
+    )
+
+  def going(state: _State) -> jax.Array:
+    return (state.step < max_new_tokens) & ~state.ended.all()
+
+  def advance(state: _State) -> _State:
+    return chosen(state, *model.decode_step(config, params, prefix, state.cache, state.token))
+
+  shape = (*rows, max_new_tokens)
+  start = _State(
+    step=jnp.int32(0),
+    token=_on_rows(jnp.full(rows, pad_id, jnp.int32)),
+    ended=_on_rows(jnp.zeros(rows, bool)),
+    rollouts=Rollouts(
+      tokens=_on_rows(jnp.full(shape, pad_id, jnp.int32)),
+      logps=_on_rows(jnp.zeros(shape, jnp.float32)),
+      mask=_on_rows(jnp.zeros(shape, bool)),
+    ),
+    cache=model.empty_cache(config, *rows, max_new_tokens, prefix.keys.dtype),
+  )
+  # The prompt itself predicts the first token: a group shares its logits.
+  start = chosen(start, prefix.last_hidden[:, None], start.cache)
+  return jax.lax.while_loop(going, advance, start).rollouts
+
+
+def choose_tokens(
+  logits: jax.Array, keys: jax.Array, allowed: jax.Array, *, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> tuple[jax.Array, jax.Array]:
+  """One token per row, and its log-probability before top_k and top_p.
+
+  Args:
+    logits: float32[P, G, V].
+    keys: one random key per row, [P, G].
+    allowed: bool[V].
+    temperature: divides the logits; 0 takes the most likely token.
+    top_p: see `sample`.
+    top_k: see `sample`.
+
+  Returns:
+    (int32[P, G], float32[P, G] nats).
+  """
+  logps = distributions.masked_log_softmax(logits, allowed, temperature or 1.0)
+  scores = logps
+  if temperature:
+    # Gumbel noise makes the maximum a draw from the distribution that is left.
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(keys)
+    scores = _kept(logps, top_p, top_k) + sharding.constrain(noise, "prompt", "rollout", "vocab")
+  token = scores.argmax(-1).astype(jnp.int32)
+  return token, distributions.select_token(logps, token)
+
+
+def _kept(logps: jax.Array, top_p: float, top_k: int) -> jax.Array:
+  """Log-probabilities with what top_k, and then top_p, removes at -inf."""
+  if top_k:
+    logps = jnp.where(_tail(logps, jnp.ones_like(logps), float(top_k)), -jnp.inf, logps)
+  if top_p < 1:
+    probabilities = jax.nn.softmax(logps)
+    logps = jnp.where(_tail(logps, probabilities, top_p), -jnp.inf, logps)
+  return logps
+
+
+def _tail(logps: jax.Array, weights: jax.Array, wanted: float) -> jax.Array:
+  """bool[..., V]: ids below the highest threshold above which the weights still add to `wanted`.
+
+  The threshold is found by halving the range of positive floats, whose bits are ordered like their values: 31 sums
+  over the vocabulary instead of sorting it, and a vocabulary sharded over devices stays where it is.
+  """
+  # Distance from the most likely id, negated: >= 0 everywhere, 0 at the maximum; inf for what is banned.
+  gaps = logps.max(-1, keepdims=True) - logps
+  floats = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)  # noqa: E731
+
+  def halve(_, bounds):
+    low, high = bounds  # enough lies within `high` of the maximum, and not within anything below `low`
+    middle = low + (high - low) // 2
+    enough = jnp.where(gaps <= floats(middle), weights, 0.0).sum(-1, keepdims=True) >= wanted
+    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+  infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
+  zeros = jnp.zeros((*logps.shape[:-1], 1), jnp.int32)
+  _, high = jax.lax.fori_loop(0, 31, halve, (zeros, zeros + infinity))
+  return gaps > floats(high)
+
+
+def _row_keys(key: jax.Array, row: jax.Array, samples: int) -> jax.Array:
+  """Keys [P, G], one per completion, from the identity of its prompt uint32[P]."""
+
+  def group(row):
+    return jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, row), g))(jnp.arange(samples))
+
+  return jax.vmap(group)(row)
+
+
+def _put(values: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
+  """values [P, G, T] with new [P, G] at `step`, in place inside the loop."""
+  return jax.lax.dynamic_update_slice_in_dim(values, new[..., None], step, axis=2)
+
+
+def _on_rows(x: jax.Array) -> jax.Array:
+  return sharding.constrain(x, "prompt", "rollout", *(None,) * (x.ndim - 2))
+
+
+def _check(temperature: float, top_p: float, top_k: int, samples: int, max_new_tokens: int) -> None:
+  ranges = {
+    "temperature": (temperature, temperature >= 0, "0 (greedy) or more"),
+    "top_p": (top_p, 0 < top_p <= 1, "above 0, at most 1"),
+    "top_k": (top_k, top_k >= 0, "0 (off) or more"),
+    "samples": (samples, samples >= 1, "1 or more"),
+    "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "1 or more"),
+  }
+  for name, (value, fits, wanted) in ranges.items():
+    if not fits:
+      raise ValueError(f"sampling with {name}={value} is impossible; it must be {wanted}.")
