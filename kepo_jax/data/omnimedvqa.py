@@ -161,7 +161,7 @@ def read(
       "lenient=True, which drops and counts them"
     )
   if not examples:
-    raise ValueError(f"no usable record in {summary.text()}")
+    raise ValueError(f"{root}: none of {summary.records} records is usable: {dict(summary.rules)}")
   return examples, summary
 
 

@@ -1,0 +1,287 @@
+"""The reader, rule by rule, on a data set drawn on the spot, and on the real sample where it is at hand."""
+
+import json
+import os
+import time
+
+import pytest
+from PIL import Image
+
+from kepo_jax.data import images, omnimedvqa
+
+RECORD = {
+  "dataset": "Set A",
+  "question_id": "Set A_0000",
+  "question_type": "Anatomy Identification",
+  "question": "Which organ is shown?",
+  "gt_answer": "Brain",
+  "image_path": "Images/Set A/test (1)/left.lower & x.png",
+  "option_A": "Chest",
+  "option_B": "Brain",
+  "option_C": "Knee",
+  "option_D": "Hand",
+  "modality_type": "X-Ray",
+}
+
+
+class Layout:
+  """A data set on disk in OmniMedVQA's layout."""
+
+  def __init__(self, root):
+    self.root = root
+    (root / "QA_information" / "Open-access").mkdir(parents=True)
+    self.image(RECORD["image_path"])
+
+  def image(self, relative):
+    path = self.root / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (40, 40)).save(path, format="PNG")
+
+  def write(self, *records, name="Set A"):
+    path = self.root / "QA_information" / "Open-access" / f"{name}.json"
+    path.write_text(json.dumps(list(records)))
+    return path
+
+
+@pytest.fixture
+def layout(tmp_path):
+  return Layout(tmp_path / "OmniMedVQA")
+
+
+def record(number=0, **changes):
+  """RECORD with another id and some fields changed; None drops a field."""
+  changed = RECORD | {"question_id": f"Set A_{number:04d}", "question": f"Which organ is shown? ({number})"} | changes
+  return {key: value for key, value in changed.items() if value is not ...}
+
+
+def rules(summary):
+  return dict(summary.rules)
+
+
+def test_a_record_becomes_an_example(layout):
+  layout.write(RECORD)
+  (example,), summary = omnimedvqa.read(layout.root)
+  assert example.id == "Set A/Set A_0000" and example.dataset == "Set A"
+  assert example.options == ("Chest", "Brain", "Knee", "Hand") and example.answer == "B"
+  assert example.answer_text == "Brain" and example.modality == "X-Ray"
+  assert example.question_type == "Anatomy Identification"
+  assert example.images == (os.path.realpath(layout.root / RECORD["image_path"]),)
+  assert images.load_image(example.images[0]).size == (40, 40)
+  assert (summary.files, summary.records, summary.kept, summary.dropped, rules(summary)) == (1, 1, 1, 0, {})
+
+
+@pytest.mark.parametrize("above", ["", "OmniMedVQA", "download/OmniMedVQA"])
+def test_nested_roots(above, tmp_path):
+  Layout(tmp_path / above / "OmniMedVQA").write(RECORD)
+  assert len(omnimedvqa.read(tmp_path / "OmniMedVQA" if not above else tmp_path / above)[0]) == 1
+
+
+def test_no_root_and_several_roots(tmp_path, layout):
+  with pytest.raises(ValueError, match="no such directory"):
+    omnimedvqa.read(tmp_path / "absent")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(ValueError, match="no QA_information folder"):
+    omnimedvqa.read(tmp_path / "empty")
+  Layout(tmp_path / "other")
+  with pytest.raises(ValueError, match="holds several data sets .*; name one"):
+    omnimedvqa.read(tmp_path)
+  with pytest.raises(ValueError, match=r"no JSON files; QA_information has \['Open-access'\]"):
+    omnimedvqa.read(layout.root)
+  with pytest.raises(ValueError, match="Restricted-access: no JSON files"):
+    omnimedvqa.read(layout.root, access="Restricted-access")
+
+
+@pytest.mark.parametrize(
+  "spelling, name",
+  [
+    ("MR (Mag-netic Resonance Imaging)", "MRI"),
+    ("CT(Computed Tomography)", "CT"),
+    ("X-Ray", "X-Ray"),
+    ("x_ray", "X-Ray"),
+    ("ultrasound", "Ultrasound"),
+    ("Dermoscopy", "Dermoscopy"),
+    ("Fundus Photography", "Fundus"),
+    ("OCT (Optical Coherence Tomography", "OCT"),
+    ("Microscopy Images", "Microscopy"),
+    ("Infrared Reflectance Imaging", None),
+  ],
+)
+def test_modality_spellings(spelling, name, layout):
+  layout.write(record(modality_type=spelling))
+  (example,), summary = omnimedvqa.read(layout.root)
+  assert omnimedvqa.modality_name(spelling) == name
+  assert example.modality == (name or spelling)
+  rule = {None: {"modality_unlisted": 1}, spelling: {}}.get(name, {"modality_spelling": 1})
+  assert rules(summary) == rule
+
+
+# Changed fields -> options and answer of the example, and the rules that applied; `...` takes a field away.
+REPAIRS = {
+  "two options": ({"option_C": ..., "option_D": ...}, "Chest Brain", "B", {}),
+  "null options": ({"option_C": None, "option_D": ""}, "Chest Brain", "B", {"null_option": 1}),
+  "gap": ({"option_A": None}, "Brain Knee Hand", "A", {"null_option": 1, "option_gap": 1}),
+  "case and period": ({"gt_answer": "brain."}, "Chest Brain Knee Hand", "B", {"answer_normalised": 1}),
+  "quotes": ({"gt_answer": '"Brain"'}, "Chest Brain Knee Hand", "B", {"answer_normalised": 1}),
+  "period in the option": ({"option_B": "Brain."}, "Chest Brain. Knee Hand", "B", {"answer_normalised": 1}),
+  "right twice": ({"option_A": "Brain"}, "Brain Knee Hand", "A", {"repeated_answer": 1}),
+  "right in two cases": ({"option_D": "brain"}, "Chest Brain Knee", "B", {"repeated_answer": 1}),
+  "exact wins": ({"option_A": "brain", "gt_answer": "Brain"}, "Brain Knee Hand", "A", {"repeated_answer": 1}),
+  "wrong twice": ({"option_D": "chest"}, "Chest Brain Knee chest", "B", {"repeated_distractor": 1}),
+  "other key": ({"modality_type": ..., "modality": "X-Ray"}, "Chest Brain Knee Hand", "B", {"modality_key": 1}),
+  "no data set": ({"dataset": ...}, "Chest Brain Knee Hand", "B", {"dataset_from_file": 1}),
+}
+
+
+@pytest.mark.parametrize("case", REPAIRS)
+def test_repairs(case, layout):
+  changes, options, answer, expected = REPAIRS[case]
+  layout.write(record(**changes))
+  (example,), summary = omnimedvqa.read(layout.root)
+  assert example.options == tuple(options.split()) and example.answer == answer
+  assert example.modality == "X-Ray" and example.dataset == "Set A"
+  assert rules(summary) == expected
+
+
+def test_drops_are_counted_by_rule(layout):
+  layout.write(
+    record(0),
+    record(0),  # the same again
+    record(1, gt_answer="Liver"),
+    record(2, option_A="brain", option_C=..., option_D=...),
+    record(0, question="Another question under the same id?"),
+    record(0, question="And a third?"),
+  )
+  examples, summary = omnimedvqa.read(layout.root)
+  assert [example.id for example in examples] == ["Set A/Set A_0000", "Set A/Set A_0000#2", "Set A/Set A_0000#3"]
+  assert rules(summary) == {
+    "duplicate_record": 1,
+    "answer_unmatched": 1,
+    "too_few_options": 1,
+    "repeated_answer": 1,
+    "duplicate_id": 2,
+  }
+  assert (summary.records, summary.kept, summary.dropped) == (6, 3, 3)
+  text = summary.text()
+  assert "3 of 6 records kept" in text and "answer_unmatched 1" in text and "record 2 'Set A_0001'" in text
+  assert json.loads(json.dumps(summary.to_dict()))["rules"] == rules(summary)
+
+
+def bad_records(layout, tmp_path):
+  """Records that stop a strict read, by the rule that they meet."""
+  outside = tmp_path / "secret.png"
+  Image.new("L", (8, 8)).save(outside)
+  (layout.root / "Images" / "link.png").symlink_to(outside)
+  (layout.root / "Images" / "folder").symlink_to(tmp_path)
+  (layout.root / "Images" / "loop.png").symlink_to("loop.png")
+  return {
+    "unsafe_path": [
+      record(1, image_path="../secret.png"),
+      record(2, image_path="Images/../../secret.png"),
+      record(3, image_path=str(outside)),
+      record(4, image_path="Images/link.png"),
+      record(5, image_path="Images/folder/secret.png"),
+      record(6, image_path="Images/a\0.png"),
+      record(7, image_path="."),
+    ],
+    "missing_image": [
+      record(11, image_path="Images/absent.png"),
+      record(12, image_path="Images"),
+      record(13, image_path="Images/" + "x" * 300 + ".png"),
+      record(14, image_path="Images/loop.png"),
+    ],
+    "malformed_record": [
+      "text",
+      None,
+      record(21, question=...),
+      record(22, question=3),
+      record(23, gt_answer=None),
+      record(24, option_B=["Brain"]),
+      record(25, modality_type=...),
+      record(26, image_path=" "),
+      record(27, question_id=...),
+      record(28, question="half \ud800 a pair"),
+    ],
+  }
+
+
+def test_bad_records_are_dropped_and_counted_when_lenient(layout, tmp_path):
+  bad = bad_records(layout, tmp_path)
+  layout.write(record(0), *(entry for entries in bad.values() for entry in entries))
+  examples, summary = omnimedvqa.read(layout.root, lenient=True)
+  assert [example.id for example in examples] == ["Set A/Set A_0000"]
+  assert rules(summary) == {rule: len(entries) for rule, entries in bad.items()}
+  assert summary.dropped == 21
+
+
+@pytest.mark.parametrize("rule", ["unsafe_path", "missing_image", "malformed_record"])
+def test_each_bad_record_stops_a_strict_read(rule, layout, tmp_path):
+  for entry in bad_records(layout, tmp_path)[rule]:
+    layout.write(record(0), entry)
+    with pytest.raises(ValueError, match=rf"Set A\.json, record 1.*'{rule}': 1"):
+      omnimedvqa.read(layout.root)
+
+
+@pytest.mark.parametrize(
+  "content", [b"{", b'{"a": 1}', b"\xff\xfe\x00", b"", b"[" * 100_000, b"1" * 5000, b'[{"question": NaN'], ids=range(7)
+)
+def test_broken_files_are_named(content, layout):
+  layout.write(record(0))
+  broken = layout.root / "QA_information" / "Open-access" / "Broken.json"
+  broken.write_bytes(content)
+  with pytest.raises(ValueError, match=r"Broken\.json: .*malformed_file"):
+    omnimedvqa.read(layout.root)
+  examples, summary = omnimedvqa.read(layout.root, lenient=True)
+  assert len(examples) == 1 and rules(summary) == {"malformed_file": 1}
+
+
+def test_byte_order_mark_and_no_usable_record(layout):
+  path = layout.write(record(0))
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  assert len(omnimedvqa.read(layout.root)[0]) == 1
+  layout.write(record(0, gt_answer="Liver"))
+  with pytest.raises(ValueError, match=r"none of 1 records is usable: \{'answer_unmatched': 1\}"):
+    omnimedvqa.read(layout.root)
+
+
+def test_links_inside_the_root_are_followed(layout):
+  layout.image("Images/store/a.png")
+  (layout.root / "Images" / "alias.png").symlink_to("store/a.png")
+  layout.write(record(image_path="Images/alias.png"))
+  (example,), _ = omnimedvqa.read(layout.root)
+  assert example.images == (os.path.realpath(layout.root / "Images" / "store" / "a.png"),)
+
+
+def test_text_without_images_can_be_read(layout):
+  layout.write(record(image_path="Images/not here.png"))
+  examples, summary = omnimedvqa.read(layout.root, check_images=False)
+  assert len(examples) == 1 and rules(summary) == {}
+  layout.write(record(image_path="../not here.png"))
+  with pytest.raises(ValueError, match="unsafe_path"):
+    omnimedvqa.read(layout.root, check_images=False)
+
+
+def test_speed(layout):
+  layout.write(*(record(i) for i in range(4000)))
+  start = time.perf_counter()
+  assert len(omnimedvqa.read(layout.root)[0]) == 4000
+  assert time.perf_counter() - start < 4  # 0.2 s when nothing else runs; 89,000 records must stay below 20 s
+
+
+def test_the_real_sample(shared_directory):
+  examples, summary = omnimedvqa.read(shared_directory / "omnimedvqa-mini")
+  assert (summary.files, summary.records, summary.kept) == (8, 67, 67)
+  assert rules(summary) == {"modality_spelling": 49}
+  assert {example.modality for example in examples} == set(omnimedvqa.MODALITIES.values())
+  assert sorted({len(example.options) for example in examples}) == [2, 4]
+  assert len({example.images for example in examples}) == 34
+  for example in examples:
+    images.load_image(example.images[0])
+
+
+def test_the_text_sample(shared_directory):
+  folder = shared_directory / "omnimedvqa-qa-sample" / "reconstructed"
+  examples, summary = omnimedvqa.read(folder, check_images=False)
+  stored = [entry for path in sorted(folder.rglob("*.json")) for entry in json.loads(path.read_text())]
+  assert summary.kept == summary.records == len(stored)
+  for example, entry in zip(examples, stored, strict=True):
+    assert example.answer_text == entry["gt_answer"] == entry[f"option_{example.answer}"]
