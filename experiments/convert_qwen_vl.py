@@ -1,0 +1,40 @@
+"""Converts a Qwen3-VL between a Hugging Face folder and a sharded Orbax copy.
+
+  python -m experiments.convert_qwen_vl SRC DST --to=orbax
+  python -m experiments.convert_qwen_vl SRC DST --to=hf --dtype=float32
+
+SRC is a Hugging Face folder, a Hub id or a folder with an Orbax copy; DST must be new, empty or an earlier export.
+Either folder holds the tokenizer, chat template and processor files of SRC, and both are read by `load_pretrained`.
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from kepo_jax import sharding
+from kepo_jax.models.qwen3_vl import conversion
+
+_TO = flags.DEFINE_enum("to", "orbax", ["orbax", "hf"], "What to write: orbax or hf.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of the written weights.")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) != 3:
+    raise app.UsageError("give a source and a destination: SRC DST --to=orbax|hf")
+  _, source, destination = argv
+  dtype = jnp.dtype(_DTYPE.value)
+  mesh = sharding.make_mesh(fsdp=jax.device_count())
+  try:
+    folder = conversion.resolved_folder(source)
+    config, params = conversion.load_pretrained(folder, dtype, mesh)
+    if _TO.value == "orbax":
+      conversion.save_orbax(destination, config, params, source=folder)
+    else:
+      conversion.save_pretrained(destination, config, params, source=folder, dtype=dtype)
+  except ValueError as error:
+    raise SystemExit(f"convert_qwen_vl: {error}") from error
+  print(f"wrote {destination}")
+
+
+if __name__ == "__main__":
+  app.run(main)

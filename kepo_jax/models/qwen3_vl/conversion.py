@@ -1,0 +1,304 @@
+"""Between Hugging Face folders and parameter trees, strictly and without a transpose.
+
+The tree has the checkpoint's names and layout, so a leaf is one tensor, or one tensor per layer stacked. Loading
+fills every device shard from the slices of the files it needs; saving streams one tensor at a time.
+"""
+
+import dataclasses
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+
+from kepo_jax import sharding
+from kepo_jax.models.qwen3_vl import model, safetensors_files, side_files
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.models.qwen3_vl.layers import Params
+
+_STACKS = ("blocks", "layers", "deepstack_merger_list")
+_HEAD = "lm_head.weight"
+_ORBAX = "params"  # subfolder of a converted checkpoint
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+  """A leaf of the tree and the tensors it is made of."""
+
+  names: tuple[str, ...]  # one per layer, or a single one
+  stacked: bool
+  shape: tuple[int, ...]  # of one tensor in the tree
+  stored_shape: tuple[int, ...]  # of one tensor in the file
+
+
+def _leaf(config: Qwen3VLConfig, path: tuple[str, ...], shape: tuple[int, ...]) -> _Leaf:
+  stack = next((number for number, name in enumerate(path) if name in _STACKS), None)
+  prefix = () if path[0] == "lm_head" else ("model",)
+  if stack is None:
+    names = (".".join(prefix + path),)
+  else:
+    head, tail = prefix + path[: stack + 1], path[stack + 1 :]
+    names = tuple(".".join((*head, str(layer), *tail)) for layer in range(shape[0]))
+    shape = shape[1:]
+  stored_shape = shape
+  if "patch_embed" in path and path[-1] == "weight":
+    # The file holds a convolution kernel; flattened, it is the matrix of the patches as they arrive.
+    tower = config.vision
+    stored_shape = (shape[0], tower.in_channels, tower.temporal_patch_size, tower.patch_size, tower.patch_size)
+  return _Leaf(names, stack is not None, shape, stored_shape)
+
+
+def _leaves(config: Qwen3VLConfig) -> dict[tuple[str, ...], _Leaf]:
+  """Every leaf by its path, in the order of the tree."""
+  flat = jax.tree_util.tree_leaves_with_path(model.abstract_params(config))
+  paths = {tuple(part.key for part in path): leaf.shape for path, leaf in flat}
+  return {path: _leaf(config, path, shape) for path, shape in paths.items()}
+
+
+def resolved_folder(name: str | pathlib.Path) -> pathlib.Path:
+  """The local folder of a checkpoint: `name` itself, or a download when it is a Hub id such as "org/name".
+
+  Raises:
+    ValueError: neither a folder nor a Hub id, or the Hub did not deliver.
+  """
+  path = pathlib.Path(name).expanduser()
+  if path.is_dir():
+    return path
+  if not _HUB_NAME.fullmatch(str(name)):
+    raise ValueError(f"{name} is no folder; give a Hugging Face folder of a Qwen3-VL, or a Hub id such as org/name")
+  import huggingface_hub  # slow to import, and not needed for folders
+
+  try:
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*"]
+    return pathlib.Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    reason = str(error).strip().splitlines()[0]
+    raise ValueError(f"{name} is no folder, and the Hugging Face Hub did not deliver it: {reason}") from error
+
+
+def _check_names(directory: pathlib.Path, leaves, stored: Mapping[str, safetensors_files.Stored], tied: bool) -> None:
+  """One error for everything that does not fit."""
+  expected = {name: leaf.stored_shape for leaf in leaves.values() for name in leaf.names}
+  # A tied checkpoint may repeat the embedding under the name of the head.
+  unknown = sorted(stored.keys() - expected.keys() - ({_HEAD} if tied else set()))
+  present = {name: stored[name] for name in expected if name in stored}
+  problems = {
+    "missing": sorted(expected.keys() - stored.keys()),
+    "unknown": unknown,
+    "misshaped": [f"{n} {t.shape} instead of {expected[n]}" for n, t in present.items() if t.shape != expected[n]],
+    "truncated": [f"{n} in {t.file.name}" for n, t in present.items() if not t.complete],
+    "not of a floating-point type": [
+      f"{n} {t.dtype}" for n, t in present.items() if t.dtype not in safetensors_files.DTYPES
+    ],
+  }
+  report = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+  if report:
+    raise ValueError(f"{directory} does not hold the weights that its config.json describes; " + "; ".join(report))
+
+
+def _read(leaf: _Leaf, stored, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+  """The part `index` of a leaf, cast while it is copied out of the file."""
+  shape = (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
+  bounds = [part.indices(size) for part, size in zip(index, shape, strict=True)]
+  out = np.empty([stop - start for start, stop, _ in bounds], dtype)
+  if not leaf.stacked:
+    out[...] = stored[leaf.names[0]].array().reshape(leaf.shape)[index]
+    return out
+  for row, layer in enumerate(range(*bounds[0])):
+    out[row] = stored[leaf.names[layer]].array().reshape(leaf.shape)[index[1:]]
+  return out
+
+
+def _placed(leaf: _Leaf, stored, dtype: np.dtype, place: NamedSharding | None) -> jax.Array:
+  """A leaf on its devices; the host never holds more than one shard of it."""
+  shape = (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
+  if place is None:
+    return jnp.asarray(_read(leaf, stored, (slice(None),) * len(shape), dtype))
+  devices_of: dict[tuple, list[jax.Device]] = {}
+  for device, index in place.addressable_devices_indices_map(shape).items():
+    devices_of.setdefault(tuple((part.start, part.stop) for part in index), []).append(device)
+  shards = []
+  for bounds, devices in devices_of.items():
+    part = _read(leaf, stored, tuple(slice(*bound) for bound in bounds), dtype)
+    shards += [jax.block_until_ready(jax.device_put(part, device)) for device in devices]
+    # jax lets go of a transferred buffer at its next call; without this one, two shards would be alive at once.
+    del part
+    jax.device_put(np.float32(0))
+  return jax.make_array_from_single_device_arrays(shape, place, shards)
+
+
+def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for path, value in flat.items():
+    node = tree
+    for name in path[:-1]:
+      node = node.setdefault(name, {})
+    node[path[-1]] = value
+  return tree
+
+
+def load_pretrained(
+  directory: str | pathlib.Path, dtype: Any = jnp.float32, mesh: Mesh | None = None, *, layout: str = "train"
+) -> tuple[Qwen3VLConfig, dict[str, Any]]:
+  """Config and parameters of a checkpoint folder.
+
+  Args:
+    directory: a Hugging Face folder with safetensors, a folder that `save_orbax` wrote, or a Hub id.
+    dtype: of the parameters.
+    mesh: every shard is filled straight from the slices of the files it needs; without one, the default device.
+    layout: of the weights on the mesh, "train" or "decode".
+
+  Raises:
+    ValueError: another architecture, or one error that lists every missing, unknown, misshaped or truncated tensor.
+  """
+  folder = resolved_folder(directory)
+  config = Qwen3VLConfig.from_directory(folder)
+  shapes = model.abstract_params(config, dtype)
+  places = sharding.weight_shardings(mesh, shapes, model.logical_axes(config), layout) if mesh is not None else None
+  if (folder / _ORBAX).is_dir():
+    return config, _restored(folder, shapes, places)
+  leaves = _leaves(config)
+  stored = safetensors_files.stored_tensors(folder)
+  _check_names(folder, leaves, stored, config.tie_word_embeddings)
+  flat_places = [None] * len(leaves) if places is None else jax.tree.leaves(places)
+  flat = {
+    path: _placed(leaf, stored, np.dtype(dtype), place)
+    for (path, leaf), place in zip(leaves.items(), flat_places, strict=True)
+  }
+  return config, _nested(flat)
+
+
+def _restored(folder: pathlib.Path, shapes: Any, places: Any) -> Any:
+  if places is None:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: device, shapes)
+  target = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+  )
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore((folder / _ORBAX).resolve(), target)
+
+
+def _check_params(config: Qwen3VLConfig, params: Params) -> None:
+  def shapes(tree):
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+  expected, given = shapes(model.abstract_params(config)), shapes(params)
+  wrong = sorted(path for path in expected.keys() | given.keys() if expected.get(path) != given.get(path))
+  if wrong:
+    lines = [f"{path} is {given.get(path)} instead of {expected.get(path)}" for path in wrong]
+    raise ValueError(f"the parameters do not fit the config: {'; '.join(lines)}")
+
+
+def _fetched(leaf: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
+  """One tensor of a leaf on the host of every process, cast on the device."""
+  if isinstance(leaf, np.ndarray):
+    return (leaf if layer is None else leaf[layer]).astype(dtype)
+  place = leaf.sharding
+  whole = sharding.replicated(place.mesh) if isinstance(place, NamedSharding) else None
+  if layer is None:
+    return np.asarray(jax.jit(lambda x: x.astype(dtype), out_shardings=whole)(leaf))
+  return np.asarray(jax.jit(lambda x, i: x[i].astype(dtype), out_shardings=whole)(leaf, layer))
+
+
+def save_pretrained(
+  directory: str | pathlib.Path,
+  config: Qwen3VLConfig,
+  params: Params,
+  *,
+  source: str | pathlib.Path | None = None,
+  dtype: Any = jnp.bfloat16,
+  max_shard_bytes: int = 5 * 10**9,
+) -> None:
+  """Writes a folder that `Qwen3VLForConditionalGeneration.from_pretrained` and `AutoTokenizer` load.
+
+  An earlier export in `directory` is replaced as a whole, once the new one is complete.
+
+  Args:
+    directory: where to write; made if missing.
+    config: sizes.
+    params: the tree of `load_pretrained`, sharded or not.
+    source: the folder the model came from: tokenizer, chat template, processor and generation config are copied
+      verbatim, config.json but for the dtype.
+    dtype: of the weights in the file.
+    max_shard_bytes: largest size of a file.
+
+  Raises:
+    ValueError: parameters or source do not fit the config, or `directory` holds something other than an export.
+  """
+  directory, dtype = pathlib.Path(directory), np.dtype(dtype)
+  _check_params(config, params)
+  source = _checked_source(source, config, directory)
+  leaves = _leaves(config)
+  owner = {name: (path, layer) for path, leaf in leaves.items() for layer, name in enumerate(leaf.names)}
+
+  def tensor(name: str) -> np.ndarray:
+    path, layer = owner[name]
+    value = params
+    for part in path:
+      value = value[part]
+    return _fetched(value, layer if leaves[path].stacked else None, dtype).reshape(leaves[path].stored_shape)
+
+  shapes = {name: leaf.stored_shape for leaf in leaves.values() for name in leaf.names}
+  if jax.process_index():
+    for name in shapes:  # the other processes only take part in the gathers
+      tensor(name)
+    return
+  partial = _partial(directory)
+  safetensors_files.write(partial, shapes, tensor, dtype=dtype, max_shard_bytes=max_shard_bytes)
+  _finish(partial, directory, config, source, dtype)
+
+
+def save_orbax(
+  directory: str | pathlib.Path,
+  config: Qwen3VLConfig,
+  params: Params,
+  *,
+  source: str | pathlib.Path | None = None,
+) -> None:
+  """Writes a folder with a sharded Orbax copy of the parameters beside the side files; `load_pretrained` reads it.
+
+  Every process writes its own shards; all of them must see the folder. Arguments and errors as `save_pretrained`.
+  """
+  directory = pathlib.Path(directory)
+  _check_params(config, params)
+  source = _checked_source(source, config, directory)
+  partial = _partial(directory)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save((partial / _ORBAX).resolve(), params)
+  if not jax.process_index():
+    _finish(partial, directory, config, source, np.dtype(jax.tree.leaves(params)[0].dtype))
+
+
+def _partial(directory: pathlib.Path) -> pathlib.Path:
+  """An empty folder beside `directory`, to be renamed once it is complete."""
+  partial = directory.with_name(f".{directory.name}.partial")
+  if not jax.process_index():
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+  return partial
+
+
+def _finish(partial: pathlib.Path, directory: pathlib.Path, config: Qwen3VLConfig, source, dtype: np.dtype) -> None:
+  count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.abstract_params(config)))
+  side_files.write(partial, config, source, name=directory.name, dtype=dtype.name, count=count)
+  side_files.replace(partial, directory)
+
+
+def _checked_source(source, config: Qwen3VLConfig, directory: pathlib.Path) -> pathlib.Path | None:
+  side_files.check_replaceable(directory)
+  if source is None:
+    return None
+  source = resolved_folder(source)
+  if source.resolve() == directory.resolve():
+    raise ValueError(f"{directory} is the source itself; write the export to another folder")
+  if Qwen3VLConfig.from_directory(source) != config:
+    raise ValueError(f"{source}/config.json describes another model than the one to be saved")
+  return source

@@ -1,0 +1,122 @@
+"""What a checkpoint folder holds besides weights: config.json, the model card, and the files of its source."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+
+_WRITTEN_HERE = ("config.json", "README.md")
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- kepo
+---
+
+# {name}
+
+A Qwen3-VL of {count} parameters, exported by kepo_jax{origin}. Weights are stored as {dtype}.
+
+```python
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+
+model = Qwen3VLForConditionalGeneration.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+{licence}
+"""
+
+
+def config_record(config: Qwen3VLConfig) -> dict[str, Any]:
+  """A config.json in the schema of the published checkpoints."""
+  text, vision = dataclasses.asdict(config.text), dataclasses.asdict(config.vision)
+  rope = {"rope_type": "default", "mrope_section": list(text.pop("mrope_section")), "mrope_interleaved": True}
+  vision["deepstack_visual_indexes"] = list(vision["deepstack_visual_indexes"])
+  vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
+  top = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("text", "vision")}
+  return {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    **top,
+    "text_config": {"model_type": "qwen3_vl_text", "hidden_act": "silu", "rope_scaling": rope, **text},
+    "vision_config": {"model_type": "qwen3_vl_vision", "hidden_act": "gelu_pytorch_tanh", **vision},
+  }
+
+
+def _with_dtype(record: dict[str, Any], dtype: str) -> dict[str, Any]:
+  """The record with every statement of the dtype changed, and one added if there is none."""
+  record = {
+    key: _with_dtype(value, dtype) if key in ("text_config", "vision_config") and _states_dtype(value) else value
+    for key, value in record.items()
+  }
+  key = "torch_dtype" if "torch_dtype" in record else "dtype"
+  return record | {key: dtype}
+
+
+def _states_dtype(record: dict[str, Any]) -> bool:
+  return "dtype" in record or "torch_dtype" in record
+
+
+def is_side_file(file: pathlib.Path) -> bool:
+  """True for tokenizer, template, processor and generation files; false for weights and what an export writes."""
+  return (
+    file.is_file()
+    and not file.name.startswith(".")
+    and file.name not in _WRITTEN_HERE
+    and not file.name.endswith(_WEIGHT_SUFFIXES)
+  )
+
+
+def write(
+  directory: pathlib.Path, config: Qwen3VLConfig, source: pathlib.Path | None, *, name: str, dtype: str, count: int
+) -> None:
+  """Writes config.json and the model card, and copies the side files of `source` verbatim.
+
+  Args:
+    directory: an existing folder.
+    config: sizes.
+    source: the folder the model came from, whose config.json is kept but for the dtype.
+    name: of the model, for the card.
+    dtype: of the stored weights, for example "bfloat16".
+    count: parameters.
+  """
+  record = config_record(config) if source is None else json.loads((source / "config.json").read_text())
+  (directory / "config.json").write_text(json.dumps(_with_dtype(record, dtype), indent=2) + "\n")
+  card = _CARD.format(
+    name=name,
+    count=f"{count:,}",
+    dtype=dtype,
+    origin=f" from {source.name}" if source else "",
+    licence=f"The licence of {source.name} applies." if source else "",
+  )
+  (directory / "README.md").write_text(card.rstrip() + "\n")
+  for file in sorted(source.iterdir()) if source else ():
+    if is_side_file(file):
+      shutil.copyfile(file, directory / file.name)
+
+
+def replace(partial: pathlib.Path, directory: pathlib.Path) -> None:
+  """Puts a finished folder in the place of an earlier export, or of nothing."""
+  check_replaceable(directory)
+  if directory.exists():
+    shutil.rmtree(directory)
+  partial.rename(directory)
+
+
+def check_replaceable(directory: pathlib.Path) -> None:
+  """Refuses to write over anything but an empty folder or an earlier export.
+
+  Raises:
+    ValueError: the folder holds other things.
+  """
+  if not directory.exists():
+    return
+  card = directory / "README.md"
+  if not directory.is_dir() or any(directory.iterdir()) and not (card.exists() and "kepo_jax" in card.read_text()):
+    raise ValueError(f"{directory} exists and is no earlier export; choose an empty or a new folder")

@@ -1,0 +1,212 @@
+"""Checkpoints in and out: what is read is what is stored, and everything that does not fit is said."""
+
+import json
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from absl.testing import flagsaver
+
+from experiments import convert_qwen_vl
+from kepo_jax import sharding
+from kepo_jax.models.qwen3_vl import conversion, model
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from tests.models.qwen3_vl import cases
+
+RECORD = cases.config_record(dtype="float32")
+CONFIG = Qwen3VLConfig.from_dict(RECORD)
+PARAMS = cases.redrawn(model.abstract_params(CONFIG), seed=0)
+
+
+def assert_same(actual, expected):
+  jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, actual), expected)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """A float32 folder with side files."""
+  directory = tmp_path_factory.mktemp("source") / "tiny"
+  conversion.save_pretrained(directory, CONFIG, PARAMS, dtype=np.float32)
+  (directory / "config.json").write_text(json.dumps(RECORD))
+  (directory / "tokenizer.json").write_bytes(b'{"a":\r\n 1}')
+  (directory / "chat_template.jinja").write_text("{{ messages }}")
+  (directory / "optimizer.bin").write_text("no side file")
+  return directory
+
+
+@pytest.fixture
+def broken(source, tmp_path):
+  """`broken(change)`: the source's folder after `change` edited its tensors."""
+
+  def make(change, record=RECORD):
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    return tmp_path
+
+  return make
+
+
+def test_names_and_shapes_are_those_of_the_checkpoint(source):
+  tensors = safetensors.numpy.load_file(source / "model.safetensors")  # a reader that is not ours
+  # 4 blocks of 12 tensors, 4 mergers of 6, 2 for the patches, 1 table; 4 layers of 11, embedding and norm.
+  assert len(tensors) == 4 * 12 + 4 * 6 + 3 + 4 * 11 + 2
+  assert tensors["model.visual.patch_embed.proj.weight"].shape == (32, 3, 2, 4, 4)
+  assert tensors["model.visual.deepstack_merger_list.2.linear_fc1.weight"].shape == (128, 128)
+  np.testing.assert_array_equal(
+    tensors["model.language_model.layers.3.self_attn.q_proj.weight"],
+    PARAMS["language_model"]["layers"]["self_attn"]["q_proj"]["weight"][3],
+  )
+
+
+def test_float32_round_trip_is_exact(source):
+  config, params = conversion.load_pretrained(source)
+  assert config == CONFIG
+  assert_same(params, PARAMS)
+
+
+def test_shards_with_an_index_hold_the_same_bfloat16_weights(source, tmp_path):
+  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source, max_shard_bytes=30_000)
+  index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+  files = sorted((tmp_path / "out").glob("*.safetensors"))
+  assert len(files) > 2 and {file.name for file in files} == set(index["weight_map"].values())
+  assert index["metadata"]["total_size"] == 2 * sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+  assert all(file.stat().st_size < 30_000 + 10_000 for file in files)  # tensors and a header
+  _, params = conversion.load_pretrained(tmp_path / "out")
+  assert_same(params, jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), PARAMS))
+
+
+def test_export_keeps_the_source_but_for_the_dtype(source, tmp_path):
+  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source)
+  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source)  # an earlier export is replaced
+  assert json.loads((tmp_path / "out" / "config.json").read_text()) == RECORD | {"dtype": "bfloat16"}
+  names = {file.name for file in (tmp_path / "out").iterdir()}
+  assert names == {"README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"}
+  assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b'{"a":\r\n 1}'
+
+
+def test_an_export_does_not_replace_other_things(source, tmp_path):
+  (tmp_path / "thesis.tex").write_text("years of work")
+  with pytest.raises(ValueError, match="no earlier export"):
+    conversion.save_pretrained(tmp_path, CONFIG, PARAMS, source=source)
+  assert (tmp_path / "thesis.tex").exists()
+
+
+def test_parameters_of_another_model_are_not_saved(tmp_path):
+  params = PARAMS | {"lm_head": {"weight": np.zeros((96, 32), np.float32)}}
+  with pytest.raises(ValueError, match=r"lm_head.*instead of None"):
+    conversion.save_pretrained(tmp_path / "out", CONFIG, params)
+  assert not (tmp_path / "out").exists()
+
+
+def test_one_error_lists_everything_that_does_not_fit(broken):
+  def change(tensors):
+    del tensors["model.language_model.norm.weight"]
+    tensors["model.visual.extra"] = np.zeros(3, np.float32)
+    tensors["model.visual.merger.linear_fc2.bias"] = np.zeros(31, np.float32)
+    tensors["model.visual.pos_embed.weight"] = tensors["model.visual.pos_embed.weight"].astype(np.int8)
+
+  with pytest.raises(ValueError) as caught:
+    conversion.load_pretrained(broken(change))
+  message = str(caught.value)
+  assert "1 missing: model.language_model.norm.weight" in message
+  assert "1 unknown: model.visual.extra" in message
+  assert "1 misshaped: model.visual.merger.linear_fc2.bias (31,) instead of (32,)" in message
+  assert "1 not of a floating-point type: model.visual.pos_embed.weight I8" in message
+
+
+def test_truncated_tensors_are_listed(broken):
+  folder = broken(lambda tensors: None)
+  file = folder / "model.safetensors"
+  file.write_bytes(file.read_bytes()[:-8])
+  # The last tensor in the file is the last name in the alphabet.
+  with pytest.raises(ValueError, match="1 truncated: model.visual.pos_embed.weight in model.safetensors"):
+    conversion.load_pretrained(folder)
+  file.write_bytes(file.read_bytes()[:100])
+  with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+    conversion.load_pretrained(folder)
+
+
+def test_a_missing_shard_is_named(source, tmp_path):
+  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, max_shard_bytes=60_000)
+  sorted((tmp_path / "out").glob("*.safetensors"))[1].unlink()
+  with pytest.raises(ValueError, match="files that do not exist: model-00002-of-"):
+    conversion.load_pretrained(tmp_path / "out")
+
+
+def test_a_tied_checkpoint_may_repeat_its_head(broken):
+  def change(tensors):
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
+
+  _, params = conversion.load_pretrained(broken(change))
+  assert "lm_head" not in params
+
+
+def test_an_untied_checkpoint_needs_its_head(broken):
+  with pytest.raises(ValueError, match="1 missing: lm_head.weight"):
+    conversion.load_pretrained(broken(lambda tensors: None, RECORD | {"tie_word_embeddings": False}))
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="is no folder"):
+    conversion.load_pretrained(tmp_path / "absent")
+  with pytest.raises(ValueError, match="config.json does not exist"):
+    conversion.load_pretrained(tmp_path)
+  with pytest.raises(ValueError, match="Hub did not deliver it"):
+    conversion.load_pretrained("org/name")  # the suite is offline
+  (tmp_path / "config.json").write_text(json.dumps(RECORD))
+  with pytest.raises(ValueError, match="only safetensors weights are read"):
+    conversion.load_pretrained(tmp_path)
+
+
+def test_host_holds_one_shard_at_a_time(tmp_path, mesh_of):
+  # Wide enough that Python's own objects do not count: the MLP leaf is 4 layers x 64 x 2048 numbers.
+  record = cases.config_record(text={"hidden_size": 64, "intermediate_size": 2048, "vocab_size": 512})
+  config = Qwen3VLConfig.from_dict(record)
+  params = cases.redrawn(model.abstract_params(config), seed=1)
+  conversion.save_pretrained(tmp_path / "wide", config, params, dtype=np.float32)
+  mesh = mesh_of(1, 4, 2)
+  largest_leaf = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+  assert largest_leaf == 4 * 64 * 2048 * 4
+
+  conversion.load_pretrained(tmp_path / "wide", mesh=mesh)  # imports and compilations count in the first load
+  tracemalloc.start()
+  _, loaded = conversion.load_pretrained(tmp_path / "wide", mesh=mesh)
+  kept, peak = tracemalloc.get_traced_memory()  # a CPU device may adopt a shard instead of copying it
+  tracemalloc.stop()
+
+  assert_same(loaded, params)
+  largest_shard = max(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(loaded))
+  assert largest_shard == largest_leaf // 8
+  assert peak - kept < 1.5 * largest_shard
+
+
+def test_the_decode_layout_keeps_weights_whole_over_fsdp(source, mesh_of):
+  _, params = conversion.load_pretrained(source, jnp.bfloat16, mesh_of(1, 4, 2), layout="decode")
+  weight = params["language_model"]["layers"]["mlp"]["up_proj"]["weight"]
+  assert weight.addressable_shards[0].data.shape == (4, 24, 32)
+  assert weight.dtype == jnp.bfloat16
+
+
+def test_orbax_copy_and_back(source, tmp_path, capsys):
+  arguments = ["convert_qwen_vl", str(source), str(tmp_path / "orbax")]
+  with flagsaver.flagsaver(to="orbax", dtype="float32"):
+    convert_qwen_vl.main(arguments)
+  assert (tmp_path / "orbax" / "tokenizer.json").exists()
+  with flagsaver.flagsaver(to="hf", dtype="float32"):
+    convert_qwen_vl.main([arguments[0], arguments[2], str(tmp_path / "back")])
+  assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+  assert "wrote" in capsys.readouterr().out
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+  _, params = conversion.load_pretrained(tmp_path / "orbax", mesh=mesh)
+  assert_same(params, PARAMS)
+
+
+def test_the_converter_says_what_is_wrong_in_one_line(source, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+  with pytest.raises(SystemExit, match="model_type is 'llama'.*supported is 'qwen3_vl'"):
+    convert_qwen_vl.main(["convert_qwen_vl", str(tmp_path), str(tmp_path / "out")])
