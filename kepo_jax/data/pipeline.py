@@ -6,7 +6,6 @@ host-side NumPy; sizes go to a small set of buckets, so that a run compiles a ha
 
 import hashlib
 import itertools
-import os
 import pathlib
 import threading
 import zlib
@@ -20,7 +19,7 @@ import numpy as np
 
 from kepo_jax.data import images, tokenization
 from kepo_jax.data import prompts as wordings
-from kepo_jax.models.qwen3_vl import positions
+from kepo_jax.models.qwen3_vl import conversion, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Example, Prompts, VisionInputs
 
@@ -167,7 +166,7 @@ class Processor:
   @classmethod
   def from_directory(
     cls,
-    directory: str | os.PathLike,
+    directory: str | pathlib.Path,
     *,
     templates: wordings.Templates,
     resize: str = "native",
@@ -178,7 +177,7 @@ class Processor:
     """The processor of a checkpoint folder; no code of the folder is run.
 
     Args:
-      directory: Hugging Face folder of a Qwen3-VL checkpoint; weights are not read.
+      directory: Hugging Face folder (or Hub id) of a Qwen3-VL checkpoint; weights are not read.
       templates: family of wordings.
       resize: "native" or "squash384", see `images.RESIZES`.
       prompt_buckets: padded prompt lengths S, in tokens.
@@ -188,7 +187,7 @@ class Processor:
     Raises:
       ValueError: a file is missing or contradicts another; names it.
     """
-    directory = pathlib.Path(directory)
+    directory = conversion.resolved_folder(directory)
     config = Qwen3VLConfig.from_directory(directory)
     return cls(
       config,
@@ -200,9 +199,9 @@ class Processor:
       cache_bytes=cache_bytes,
     )
 
-  def same_vocabulary(self, directory: str | os.PathLike) -> bool:
-    """Whether another checkpoint folder's tokenizer maps every entry to the same id, and ends and pads alike."""
-    other = tokenization.load(pathlib.Path(directory))
+  def same_vocabulary(self, directory: str | pathlib.Path) -> bool:
+    """Whether another checkpoint folder's tokenizer maps every entry to the same id."""
+    other = tokenization.load(conversion.resolved_folder(directory))
     return other.get_vocab() == self.tokenizer.vocabulary
 
   def prompts(
