@@ -151,6 +151,7 @@ def write_folder(directory: pathlib.Path, config: dict) -> None:
       "eos_token": "<|im_end|>",
       "pad_token": "<|endoftext|>",
       "additional_special_tokens": list(SPECIAL),
+      "kepo_templates": "brief",  # the wordings of kepo_jax/data/prompts.py that the model knows
     },
   }
   directory.mkdir(parents=True, exist_ok=True)
