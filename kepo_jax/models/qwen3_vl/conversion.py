@@ -5,6 +5,7 @@ fills every device shard from the slices of the files it needs; saving streams o
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 import shutil
@@ -197,15 +198,44 @@ def _check_params(config: Qwen3VLConfig, params: Params) -> None:
     raise ValueError(f"the parameters do not fit the config: {'; '.join(lines)}")
 
 
-def _fetched(leaf: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
-  """One tensor of a leaf on the host of every process, cast on the device."""
-  if isinstance(leaf, np.ndarray):
-    return (leaf if layer is None else leaf[layer]).astype(dtype)
-  place = leaf.sharding
-  whole = sharding.replicated(place.mesh) if isinstance(place, NamedSharding) else None
-  if layer is None:
-    return np.asarray(jax.jit(lambda x: x.astype(dtype), out_shardings=whole)(leaf))
-  return np.asarray(jax.jit(lambda x, i: x[i].astype(dtype), out_shardings=whole)(leaf, layer))
+@functools.cache
+def _gather(place: NamedSharding, dtype: np.dtype, stacked: bool):
+  """Compiled: (leaf, layer) -> one tensor of a leaf that is spread over several hosts, cast and on all of them."""
+  return jax.jit(
+    lambda leaf, layer: (leaf[layer] if stacked else leaf).astype(dtype),
+    out_shardings=sharding.replicated(place.mesh),
+  )
+
+
+def _tensor_source(leaves, params: Params, dtype: np.dtype):
+  """The function from a tensor's name to its array on the host.
+
+  On one host a leaf is fetched whole, which compiles nothing; tensors are asked for leaf by leaf. On several hosts
+  every process takes part in gathering one tensor at a time.
+  """
+  owner = {name: (path, layer) for path, leaf in leaves.items() for layer, name in enumerate(leaf.names)}
+
+  @functools.lru_cache(maxsize=1)
+  def host_leaf(path: tuple[str, ...]) -> np.ndarray:
+    return np.asarray(_at(params, path))
+
+  def tensor(name: str) -> np.ndarray:
+    path, layer = owner[name]
+    leaf = _at(params, path)
+    stacked = leaves[path].stacked
+    if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable:
+      value = host_leaf(path)[layer if stacked else ...].astype(dtype)
+    else:
+      value = np.asarray(_gather(leaf.sharding, dtype, stacked)(leaf, layer))
+    return value.reshape(leaves[path].stored_shape)
+
+  return tensor
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+  for name in path:
+    tree = tree[name]
+  return tree
 
 
 def save_pretrained(
@@ -237,15 +267,7 @@ def save_pretrained(
   _check_params(config, params)
   source = _checked_source(source, config, directory)
   leaves = _leaves(config)
-  owner = {name: (path, layer) for path, leaf in leaves.items() for layer, name in enumerate(leaf.names)}
-
-  def tensor(name: str) -> np.ndarray:
-    path, layer = owner[name]
-    value = params
-    for part in path:
-      value = value[part]
-    return _fetched(value, layer if leaves[path].stacked else None, dtype).reshape(leaves[path].stored_shape)
-
+  tensor = _tensor_source(leaves, params, dtype)
   shapes = {name: leaf.stored_shape for leaf in leaves.values() for name in leaf.names}
   if jax.process_index():
     for name in shapes:  # the other processes only take part in the gathers
