@@ -146,14 +146,15 @@ def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]
       yield f"{prefix}{name}"
 
 
-def attributes_read(paths: list[pathlib.Path]) -> set[str]:
-  """Names that some files read as attributes."""
-  return {
-    node.attr
-    for path in paths
-    for node in ast.walk(ast.parse(path.read_text()))
-    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-  }
+def names_read(paths: list[pathlib.Path]) -> set[str]:
+  """Names that some files read as attributes, or as strings where a file indexes a config: `config.optimizer[name]`."""
+  names = set()
+  for path in paths:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    if any(isinstance(node, ast.Subscript) and re.match(r"config\b", ast.unparse(node.value)) for node in nodes):
+      names |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+  return names
 
 
 @pytest.mark.parametrize("path", config_files(), ids=relative)
@@ -166,7 +167,7 @@ def test_config_loads_and_says_what_it_is(path):
 
 
 def test_every_config_field_is_read():
-  read = attributes_read([path for path in sources(LIBRARY, ROOT / "experiments") if CONFIGS not in path.parents])
+  read = names_read([path for path in sources(LIBRARY, ROOT / "experiments") if CONFIGS not in path.parents])
   unread = {f"{path.stem}: {leaf}" for path in config_files() for leaf in leaves(load_config(path))
             if leaf.split(".")[-1] not in read}  # fmt: skip
   assert unread == set()
@@ -176,7 +177,7 @@ def test_an_unread_field_is_seen(tmp_path):
   path = tmp_path / "module.py"
   path.write_text("x = config.train.learning_rate\nconfig.train.unread = 1\n")
   config = ml_collections.ConfigDict({"train": {"learning_rate": 1.0, "unread": 2}})
-  assert [leaf for leaf in leaves(config) if leaf.split(".")[-1] not in attributes_read([path])] == ["train.unread"]
+  assert [leaf for leaf in leaves(config) if leaf.split(".")[-1] not in names_read([path])] == ["train.unread"]
 
 
 # ---- docs and packaging ----

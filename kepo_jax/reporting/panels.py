@@ -50,7 +50,7 @@ def start_panel(
   Args:
     plan: as the hooks receive it.
     parameters: role -> number of weights.
-    memory: part -> bytes on one device, an estimate; left out when None.
+    memory: part -> bytes on one device and "peak", an estimate; left out when None.
   """
   config = plan.config
   rows: list[tuple[str, str]] = [(role, _model_line(model, parameters[role])) for role, model in plan.models.items()]
@@ -69,8 +69,8 @@ def start_panel(
   first = f", from step {plan.start_step}" if plan.start_step else ""
   rows.append(("steps", f"{config.train.steps}{first}; learning rate {config.optimizer.learning_rate:g}"))
   if memory:
-    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if size)
-    rows.append(("memory", f"about {human_bytes(sum(memory.values()))} per device (estimate: {parts})"))
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if name != "peak")
+    rows.append(("memory", f"about {human_bytes(memory['peak'])} per device at most (estimate: {parts})"))
   rows.append(("programs", ", ".join(plan.programs)))
   rows.append(("workdir", plan.workdir or "none: nothing is written"))
   table = Table.grid(padding=(0, 2))

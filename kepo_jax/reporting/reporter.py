@@ -10,6 +10,7 @@ from absl import logging
 from etils import epath
 from rich.console import Console
 
+from kepo_jax.models.qwen3_vl import model
 from kepo_jax.reporting import curves, panels, tables
 from kepo_jax.reporting.progress import Display
 from kepo_jax.reporting.sinks import JsonLines, Sink, TensorBoardSink, TrackioSink, WandbSink, read_records, write_all
@@ -30,7 +31,7 @@ class RunReporter(Hook):
     """Opens the display.
 
     Args:
-      memory: plan -> part -> bytes per device, shown before the first step (kepo_jax.planning.memory).
+      memory: plan -> part -> bytes per device, shown before the first step (kepo_jax.planning.memory.estimate).
       console: where to show, standard error by default.
     """
     self._memory = memory
@@ -126,8 +127,6 @@ class RunReporter(Hook):
 
 def parameter_count(config: Any) -> int:
   """Weights of a Qwen3-VL of a `Qwen3VLConfig`, tied ones once."""
-  from kepo_jax.models.qwen3_vl import model
-
   return sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(config, jnp.float32)))
 
 

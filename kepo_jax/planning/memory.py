@@ -1,0 +1,177 @@
+"""Memory that a run needs on one device, from shapes alone: an estimate before anything is compiled."""
+
+import dataclasses
+import math
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from kepo_jax import sharding
+from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.types import RunPlan
+
+# Counts that shapes do not give, set to what XLA's CPU compiler allocated for small models (the slow test compares).
+# float32 arrays with a vocabulary axis alive together in a chunk: the student's logits, log-probs and their gradient;
+# for each other model its logits, log-probs and what the divergence makes of the two.
+_LOGITS_OF_STUDENT = 3
+_LOGITS_OF_OTHER = 5
+# Logits, and what top-k, top-p and the categorical draw make of them.
+_LOGITS_OF_SAMPLER = 3
+# Copies of a value inside a layer: before and after its norm, rotation, mask or activation.
+_COPIES = 2
+
+
+def estimate(plan: RunPlan) -> dict[str, int]:
+  """Bytes per device of the parts of a run, and their peak.
+
+  The peak is what stays (student with its moments, frozen models) plus the largest of what sampling needs (decode
+  copy, caches, logits), what scoring by a frozen model needs (a layer's activations on the whole batch) and what the
+  update needs (gradients, compute copy, activations of one micro-batch, logits of one chunk). It assumes prompts
+  that fill the second prompt bucket and images that fill the first patch bucket; longer ones need more.
+  Fragmentation and the runtime's own buffers are left out.
+
+  Args:
+    plan: as the hooks receive it.
+
+  Returns:
+    part -> bytes; "peak" is the last entry.
+  """
+  config = plan.config
+  student = plan.models["student"]
+  shape = _BatchShape(config, plan.mesh)
+  compute, frozen = (jnp.dtype(config.model[name]).itemsize for name in ("compute_dtype", "teacher_dtype"))
+  weights = parameters_per_device(student, plan.mesh)
+  others = {role: other for role, other in plan.models.items() if role != "student"}
+  parts = {"student and moments": 3 * 4 * weights}
+  parts |= {role: frozen * parameters_per_device(other, plan.mesh) for role, other in others.items()}
+  stays = sum(parts.values())
+  decode_copy = 0 if compute == 4 and math.prod(plan.mesh.values()) == 1 else _decode_copy(student, plan.mesh, compute)
+  parts["sampling"] = decode_copy + cache_bytes(student, shape, compute) + _sampler_logits(student, shape)
+  hidden = sum(_hidden(other, shape, frozen) for other in others.values())
+  if others:
+    parts["scoring"] = hidden + max(_one_layer(other, shape, frozen) for other in others.values())
+  parts["update"] = (
+    4 * weights  # gradients
+    + (compute * weights if compute < 4 else 0)
+    + activation_bytes(student, shape, compute, remat=config.model.remat)
+    + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others))
+    + hidden
+  )
+  return parts | {"peak": stays + max(parts[phase] for phase in ("sampling", "scoring", "update") if phase in parts)}
+
+
+def parameters_per_device(config: Qwen3VLConfig, mesh: dict[str, int], layout: str = "train") -> int:
+  """Weights of a model that one device of a mesh holds; dimensions that do not divide are held whole.
+
+  Args:
+    config: of the model.
+    mesh: devices per axis "data", "fsdp", "tensor".
+    layout: "train" or "decode".
+  """
+  shapes = model.abstract_params(config, jnp.float32)
+  abstract = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
+  mesh_like = cast(jax.sharding.Mesh, abstract)  # placing shapes asks a mesh for its sizes alone
+  shardings = sharding.weight_shardings(mesh_like, shapes, model.logical_axes(config), layout)
+  sizes = jax.tree.map(lambda leaf, placed: math.prod(placed.shard_shape(leaf.shape)), shapes, shardings)
+  return sum(jax.tree.leaves(sizes))
+
+
+class _BatchShape:
+  """Rows and lengths of the rollouts on one device."""
+
+  def __init__(self, config: Any, mesh: dict[str, int]):
+    batch, data = config.batch, config.data
+    rows = math.ceil(batch.prompts * batch.rollouts / (mesh["data"] * mesh["fsdp"]))
+    self.tensor = mesh["tensor"]
+    self.rollouts = rows  # completions on the device
+    self.prompts = math.ceil(rows / batch.rollouts)  # prefixes on the device
+    self.micro_batches = batch.micro_batches
+    self.prompt_tokens = data.prompt_buckets[min(1, len(data.prompt_buckets) - 1)]
+    self.patches = data.patch_buckets[0]
+    self.new_tokens = config.sampling.max_new_tokens
+
+
+def cache_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int:
+  """Keys and values of the shared prompts and of the completions during sampling."""
+  text = config.text
+  heads = _divided(text.num_key_value_heads, shape.tensor)
+  positions = shape.prompts * shape.prompt_tokens + shape.rollouts * shape.new_tokens
+  return 2 * text.num_hidden_layers * positions * heads * text.head_dim * itemsize
+
+
+def chunk_logits_bytes(config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int, others: int) -> int:
+  """Everything with a vocabulary axis inside one chunk of the loss of one micro-batch, and the head's gradient."""
+  tokens = math.ceil(shape.rollouts / shape.micro_batches) * min(chunk, shape.new_tokens)
+  vocabulary = _divided(config.text.vocab_size, shape.tensor)
+  arrays = _LOGITS_OF_STUDENT + _LOGITS_OF_OTHER * others
+  return 4 * vocabulary * (arrays * tokens + config.text.hidden_size)
+
+
+def activation_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, *, remat: bool) -> int:
+  """What the backward pass of one micro-batch keeps.
+
+  With remat, the input of every layer and the inside of one; without, the inside of every layer.
+  """
+  text, vision = _layers(config, shape, parts=shape.micro_batches)
+  return sum(
+    tower.bytes(itemsize, layers=layers, inside=1 if remat else layers)
+    for tower, layers in ((text, config.text.num_hidden_layers), (vision, config.vision.depth))
+  )
+
+
+def _one_layer(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int:
+  """The working set of a forward pass over the whole batch."""
+  return max(layer.bytes(itemsize, layers=1, inside=1) for layer in _layers(config, shape, parts=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+  """Numbers that a transformer layer computes on a batch."""
+
+  stream: int  # residual stream
+  inside: int  # norms, projections and the MLP
+  scores: int  # attention weights, float32 before and in the compute dtype after their softmax
+
+  def bytes(self, itemsize: int, *, layers: int, inside: int) -> int:
+    """Bytes of the inputs of `layers` layers and of everything within `inside` layers."""
+    return layers * self.stream * itemsize + inside * _COPIES * (self.inside * itemsize + self.scores * (4 + itemsize))
+
+
+def _layers(config: Qwen3VLConfig, shape: _BatchShape, *, parts: int) -> tuple[_Layer, _Layer]:
+  """A decoder layer and a vision block on one of `parts` equal parts of the batch."""
+  text, vision = config.text, config.vision
+  prompts, rollouts = math.ceil(shape.prompts / parts), math.ceil(shape.rollouts / parts)
+  heads = _divided(text.num_attention_heads, shape.tensor)
+  kv_heads = _divided(text.num_key_value_heads, shape.tensor)
+  projections = 2 * (heads + kv_heads) * text.head_dim + 3 * _divided(text.intermediate_size, shape.tensor)
+  tokens = prompts * shape.prompt_tokens + rollouts * shape.new_tokens
+  pairs = prompts * shape.prompt_tokens**2 + rollouts * shape.new_tokens * (shape.prompt_tokens + shape.new_tokens)
+  patches = prompts * shape.patches
+  return (
+    _Layer(tokens * text.hidden_size, tokens * (3 * text.hidden_size + projections), heads * pairs),
+    _Layer(
+      patches * vision.hidden_size,
+      patches * (7 * vision.hidden_size + 2 * vision.intermediate_size),
+      vision.num_heads * patches * shape.patches,
+    ),
+  )
+
+
+def _decode_copy(config: Qwen3VLConfig, mesh: dict[str, int], itemsize: int) -> int:
+  return itemsize * parameters_per_device(config, mesh, "decode")
+
+
+def _sampler_logits(config: Qwen3VLConfig, shape: _BatchShape) -> int:
+  return 4 * _LOGITS_OF_SAMPLER * shape.rollouts * _divided(config.text.vocab_size, shape.tensor)
+
+
+def _hidden(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int:
+  """Final hidden states of a frozen model on the whole batch, which wait for the update."""
+  return shape.rollouts * shape.new_tokens * config.text.hidden_size * itemsize
+
+
+def _divided(dimension: int, parts: int) -> int:
+  """A dimension's share on one device; whole where it does not divide."""
+  return dimension // parts if dimension % parts == 0 else dimension

@@ -1,0 +1,154 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.configs import kepo
+from kepo_jax import types
+from kepo_jax.models.qwen3_vl import config as model_config
+from kepo_jax.models.qwen3_vl import model
+from kepo_jax.objectives import losses
+from kepo_jax.planning import memory
+from kepo_jax.training import step
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+SMALL = model_config.Qwen3VLConfig(
+  text=model_config.TextConfig(
+    vocab_size=1000,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rope_theta=10_000.0,
+    mrope_section=(6, 5, 5),
+  ),
+  vision=model_config.VisionConfig(
+    depth=2,
+    hidden_size=64,
+    intermediate_size=256,
+    num_heads=4,
+    out_hidden_size=128,
+    num_position_embeddings=64,
+    deepstack_visual_indexes=(0,),
+  ),
+  tie_word_embeddings=True,
+)
+
+
+def plan(student=SMALL, teacher=SMALL, mesh=ONE, **changes):
+  config = kepo.get_config()
+  for name, value in changes.items():
+    section, field = name.split("__")
+    config[section][field] = value
+  models = {"student": student} | ({"teacher": teacher} if teacher else {})
+  return types.RunPlan(
+    config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["Qwen3-VL-2B", "Qwen3-VL-32B"])
+def test_one_device_holds_every_parameter(size):
+  config = model_config.SIZES[size]
+  count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(config, jnp.float32)))
+  assert memory.parameters_per_device(config, ONE) == count
+  billions = float(size.split("-")[-1].rstrip("B"))
+  assert billions < count / 1e9 < 1.1 * billions
+
+
+def test_a_mesh_divides_what_divides():
+  config = model_config.SIZES["Qwen3-VL-2B"]
+  whole = memory.parameters_per_device(config, ONE)
+  per_device = memory.parameters_per_device(config, {"data": 4, "fsdp": 8, "tensor": 1})
+  assert whole / 8 <= per_device < 1.01 * whole / 8  # data does not divide weights; norms and biases stay whole
+  # The decode layout holds weights whole over fsdp and splits all but the vision tower over tensor.
+  assert memory.parameters_per_device(config, {"data": 1, "fsdp": 8, "tensor": 1}, "decode") == whole
+  halves = memory.parameters_per_device(config, {"data": 1, "fsdp": 1, "tensor": 2}, "decode")
+  assert whole / 2 < halves < 0.62 * whole
+
+
+def test_parts_by_hand():
+  parts = memory.estimate(plan(sampling__max_new_tokens=32, data__prompt_buckets=(16, 64), batch__prompts=8))
+  count = memory.parameters_per_device(SMALL, ONE)
+  assert parts["student and moments"] == 12 * count  # float32 weights and two moments
+  assert parts["teacher"] == 4 * count
+  # Keys and values, 2 layers, 8 prefixes of 64 and 64 completions of 32, 2 heads of 32, float32; three logit arrays.
+  caches = 2 * 2 * (8 * 64 + 64 * 32) * 2 * 32 * 4
+  assert parts["sampling"] == caches + 3 * 64 * 1000 * 4
+  stays = parts["student and moments"] + parts["teacher"]
+  assert parts["peak"] == stays + max(parts["sampling"], parts["scoring"], parts["update"])
+
+
+def test_what_a_user_turns_down_costs_less():
+  whole = memory.estimate(plan())["update"]
+  for change in ({"batch__micro_batches": 4}, {"model__remat": True}, {"objective__chunk": 8}):
+    assert memory.estimate(plan(**change))["update"] < whole
+  assert memory.estimate(plan(mesh={"data": 8, "fsdp": 1, "tensor": 1}))["update"] < whole / 2
+  assert "scoring" not in memory.estimate(plan(teacher=None))
+
+
+def arguments(config, prompts, rollouts, prompt_tokens, new_tokens, patches):
+  """Shapes of what the update takes: experience and the teacher's target."""
+
+  def shaped(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  vision = types.VisionInputs(
+    patches=shaped(prompts, patches, config.vision.patch_width),
+    segments=shaped(prompts, patches, dtype=jnp.int32),
+    coordinates=shaped(prompts, patches, 2, dtype=jnp.int32),
+    table_index=shaped(prompts, patches, 4, dtype=jnp.int32),
+    table_weight=shaped(prompts, patches, 4),
+  )
+  batch = types.Prompts(
+    tokens=shaped(prompts, prompt_tokens, dtype=jnp.int32),
+    mask=shaped(prompts, prompt_tokens, dtype=bool),
+    positions=shaped(prompts, 3, prompt_tokens, dtype=jnp.int32),
+    next_position=shaped(prompts, dtype=jnp.int32),
+    image_slot=shaped(prompts, prompt_tokens, dtype=jnp.int32),
+    row=shaped(prompts, dtype=jnp.uint32),
+    vision=vision,
+  )
+  rows = (prompts, rollouts, new_tokens)
+  experience = types.Experience(
+    prompts=batch,
+    tokens=shaped(*rows, dtype=jnp.int32),
+    mask=shaped(*rows, dtype=bool),
+    logps=shaped(*rows),
+    advantages=shaped(prompts, rollouts),
+    gate=shaped(prompts, rollouts, dtype=bool),
+    injected=shaped(prompts, rollouts, dtype=bool),
+  )
+  target = step.Target(
+    hidden=shaped(*rows, config.text.hidden_size), head=shaped(config.text.vocab_size, config.text.hidden_size)
+  )
+  return experience, (target,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("vocabulary", "layers", "remat", "parts"), [(1000, 4, False, 1), (1000, 4, True, 2), (20_000, 2, True, 1)]
+)
+def test_the_update_needs_what_was_estimated(vocabulary, layers, remat, parts):
+  text = dataclasses.replace(SMALL.text, vocab_size=vocabulary, num_hidden_layers=layers)
+  config = dataclasses.replace(SMALL, text=text)
+  estimate = memory.estimate(plan(
+    student=config, teacher=config, batch__prompts=4, batch__rollouts=4, batch__micro_batches=parts,
+    sampling__max_new_tokens=64, data__prompt_buckets=(64,), data__patch_buckets=(64,), objective__chunk=32,
+    model__remat=remat,
+  ))["update"]  # fmt: skip
+  optimizer = step.make_optimizer(lambda _: 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+  token_loss = losses.kepo_token_loss(allowed=jnp.ones(vocabulary, bool))
+  update = step.make_update(
+    config, optimizer, token_loss, compute_dtype=jnp.float32, freeze_vision=False, remat=remat, chunk=32, parts=parts
+  )
+  params = model.abstract_params(config, jnp.float32)
+  state = step.TrainState(
+    step=jax.ShapeDtypeStruct((), jnp.int32), params=params, opt_state=jax.eval_shape(optimizer.init, params)
+  )
+  compiled = jax.jit(update, donate_argnums=0).lower(state, *arguments(config, 4, 4, 64, 64, 64)).compile()
+  ratio = estimate / compiled.memory_analysis().temp_size_in_bytes
+  assert abs(math.log(ratio)) < math.log(1.5), ratio

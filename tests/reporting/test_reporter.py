@@ -1,0 +1,126 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from experiments.configs import kepo
+from kepo_jax import reporting, types
+from kepo_jax.models.qwen3_vl.config import SIZES
+
+
+def entry(value):
+  return {"accuracy": value, "low": value - 0.1, "high": value + 0.1, "count": 20}
+
+
+def evaluation(value):
+  return {
+    "overall": entry(value),
+    "modalities": {"MRI": entry(value), "CT": entry(value)},
+    "question_types": {"Lesion Grading": entry(value)},
+    "in_domain": entry(value),
+    "out_of_domain": {"mean": value, "low": value - 0.1, "high": value + 0.1},
+    "unparsed": 0.0,
+    "truncated": 0.0,
+  }
+
+
+def make_plan(workdir, start_step=0):
+  config = kepo.get_config()
+  config.train.steps = 4
+  return types.RunPlan(
+    config=config,
+    workdir=str(workdir),
+    models={"student": SIZES["Qwen3-VL-2B"], "teacher": SIZES["Qwen3-VL-8B"]},
+    mesh={"data": 2, "fsdp": 4, "tensor": 1},
+    questions={"train": 600, "test": 2400},
+    programs=("rollout", "update"),
+    start_step=start_step,
+  )
+
+
+def report(step):
+  sample = {"step": step, "id": "q1", "question": "How many lesions?", "options": ["one", "two"], "answer": "A",
+            "completion": f"<think>{step}</think><answer>A</answer>", "rewards": {"accuracy": 1.0, "format": 1.0},
+            "gate": True, "injected": False, "hint": ""}  # fmt: skip
+  metrics = {"reward/mean": step / 7, "reward/accuracy": 0.5, "reward/format": 0.0, "cliff_rate": 0.25}
+  return types.StepReport(
+    step=step, metrics=metrics, timing={"seconds/step": 0.1, "tokens_per_second/step": 99.0}, samples=(sample,)
+  )
+
+
+def follow(workdir, steps, start=0, finish=True, memory=None):
+  """Plays a run to a reporter; returns what was shown."""
+  output = io.StringIO()
+  reporter = reporting.RunReporter(memory=memory, console=Console(file=output, width=110))
+  reporter.progress("loading", 1, 1)
+  reporter.start(make_plan(workdir, start))
+  for step in steps:
+    reporter.step(report(step))
+    if step % 2 == 0:
+      reporter.evaluation(step, "validation", evaluation(0.25 + step / 8))
+  if finish:
+    reporter.evaluation(4, "after", evaluation(0.7))
+    reporter.finish()
+  return output.getvalue()
+
+
+def test_a_run_leaves_its_figures_samples_and_report(tmp_path):
+  (tmp_path / "evaluation.json").write_text(json.dumps({"before": evaluation(0.4), "after": evaluation(0.7)}))
+  shown = follow(tmp_path, range(1, 5), memory=lambda plan: {"student and moments": 34_000_000_000, "peak": 4e10})
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
+  assert lines[2] == {
+    "step": 2,
+    "validation/in_domain": 0.5,
+    "validation/out_of_domain": 0.5,
+    "validation/overall": 0.5,
+  }
+  assert "seconds/step" not in (tmp_path / "metrics.jsonl").read_text()
+  assert len((tmp_path / "timing.jsonl").read_text().splitlines()) == 4
+  assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 4
+  assert {path.name for path in (tmp_path / "report").iterdir()} == {
+    "curves.png", "modalities.png", "question_types.png", "accuracy.md",
+  }  # fmt: skip
+  assert list((tmp_path / "tensorboard").glob("events*"))
+  assert "2.13 B parameters" in shown and "about 40 GB per device" in shown and "fsdp 4" in shown
+  assert shown.count("How many lesions?") == 1  # the samples of the first step alone
+  assert "step 4/4" in shown and "70.0 [60.0, 80.0]" in shown
+
+
+def test_a_resumed_run_leaves_the_same_bytes(tmp_path):
+  follow(tmp_path / "whole", range(1, 5))
+  follow(tmp_path / "cut", range(1, 4), finish=False)  # dies after step 3, with its checkpoint of step 2
+  follow(tmp_path / "cut", range(3, 5), start=2)
+  for name in ("metrics.jsonl", "samples.jsonl"):
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert "nothing is written" in follow("", range(1, 5))
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_first_host_shows_and_writes(tmp_path, monkeypatch):
+  monkeypatch.setattr("jax.process_index", lambda: 1)
+  assert follow(tmp_path, range(1, 5)) == ""
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_warnings_reach_the_terminal_once(tmp_path):
+  plan = make_plan("")
+  output = io.StringIO()
+  reporter = reporting.RunReporter(console=Console(file=output, width=300))
+  reporter.start(plan)
+  for step in range(1, 31):
+    reporter.step(report(step))  # format is 0 throughout
+  assert output.getvalue().count("#format-at-zero") == 1
+
+
+def test_an_optional_sink_that_is_not_installed_is_refused_at_the_start(tmp_path, monkeypatch):
+  monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+  plan = make_plan(tmp_path)
+  plan.config.log.wandb = "project"
+  with pytest.raises(ValueError, match="pip install wandb"):
+    reporting.RunReporter(console=Console(file=io.StringIO())).start(plan)
