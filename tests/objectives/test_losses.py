@@ -119,8 +119,9 @@ def test_gradient_against_finite_differences(rng):
   token_loss = losses.kepo_token_loss(allowed=ALLOWED, reference_coefficient=0.5)
   direction = jnp.array(rng.normal(size=student.shape), jnp.float32)
 
+  @jax.jit
   def along(step):
-    return float(token_loss(student + step * direction, (teacher, reference), inputs)[0])
+    return token_loss(student + step * direction, (teacher, reference), inputs)[0]
 
   slope = (gradient_of(token_loss, student, (teacher, reference), inputs) * direction).sum()
   np.testing.assert_allclose(slope, (along(2e-3) - along(-2e-3)) / 4e-3, rtol=1e-2)
@@ -177,7 +178,7 @@ def test_temperatures_enter_where_they_should(rng):
 def test_padding_may_hold_anything(rng):
   student, teacher, reference, inputs, _ = batch(rng)
   off = ~inputs.mask
-  token_loss = losses.kepo_token_loss(allowed=ALLOWED, reference_coefficient=0.5)
+  token_loss = jax.jit(losses.kepo_token_loss(allowed=ALLOWED, reference_coefficient=0.5))
   expected = token_loss(student, (teacher, reference), inputs)
   # A banned token has log-probability -inf; it may serve as padding.
   odd = inputs.replace(tokens=jnp.where(off, 7, inputs.tokens))
@@ -191,10 +192,17 @@ def test_padding_may_hold_anything(rng):
 
 class PartsTest(chex.TestCase):
   @chex.variants(with_jit=True, without_jit=True)
+  def test_with_and_without_jit(self):
+    student, teacher, reference, inputs, _ = batch(np.random.default_rng(5))
+    token_loss = losses.kepo_token_loss(allowed=ALLOWED, reference_coefficient=0.1)
+    expected = jax.jit(token_loss)(student, (teacher, reference), inputs)
+    actual = self.variant(token_loss)(student, (teacher, reference), inputs)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
   @parameterized.parameters("micro-batches", "order", "padding")
   def test_parts_order_and_padding_change_nothing(self, change):
     student, teacher, reference, inputs, fields = batch(np.random.default_rng(5))
-    token_loss = self.variant(losses.kepo_token_loss(allowed=ALLOWED, reference_coefficient=0.1))
+    token_loss = jax.jit(losses.kepo_token_loss(allowed=ALLOWED, reference_coefficient=0.1))
     whole = token_loss(student, (teacher, reference), inputs)[0]
     if change == "micro-batches":
       arguments = (student, (teacher, reference), inputs)

@@ -19,36 +19,44 @@ def golden():
   return json.loads(trl_oracle.GOLDEN.read_text())
 
 
-def our_jsd(values, case):
-  mask = np.array(trl_oracle.MASKS[case["mask"]], bool)[None]
-  weights = losses.gated_token_weights(mask, np.ones((1, trl_oracle.N), bool))[0]
+@functools.partial(jax.jit, static_argnames="weight")
+def jsd_and_gradient(student, teacher, mask, temperature, *, weight):
+  weights = losses.gated_token_weights(mask[None], jnp.ones((1, trl_oracle.N), bool))[0]
 
   def loss(student):
-    logps = [distributions.masked_log_softmax(x, ALLOWED, case["temperature"]) for x in (values["teacher"], student)]
-    return (weights * divergences.generalised_jsd(*logps, weight=case["weight"])).sum()
+    logps = [distributions.masked_log_softmax(x, ALLOWED, temperature) for x in (teacher, student)]
+    return (weights * divergences.generalised_jsd(*logps, weight=weight)).sum()
 
-  return jax.value_and_grad(loss)(jnp.array(values["student"]))
+  return jax.value_and_grad(loss)(student)
+
+
+def our_jsd(values, case):
+  mask = np.array(trl_oracle.MASKS[case["mask"]], bool)
+  return jsd_and_gradient(values["student"], values["teacher"], mask, case["temperature"], weight=case["weight"])
+
+
+@functools.partial(jax.jit, static_argnames="beta")
+def grpo_and_gradient(student, reference, inputs, clip, *, beta):
+  token_loss = losses.kepo_token_loss(
+    allowed=ALLOWED, clip_low=clip[0], clip_high=clip[1], distill_coefficient=0, reference_coefficient=beta
+  )
+  frozen = (reference[None],) if beta else ()
+  return jax.value_and_grad(lambda student: token_loss(student[None], frozen, inputs)[0])(student)
 
 
 def our_grpo(values, case):
-  shape = (1, trl_oracle.N)
   inputs = losses.token_inputs(
-    jnp.array(values["tokens"])[None],
-    jnp.array(trl_oracle.MASKS["ragged"], bool)[None],
-    jnp.array(values["advantages"])[None],
-    jnp.zeros(shape, bool),
-    jnp.array(values["old_logps"])[None] if case["off_policy"] else None,
+    values["tokens"][None],
+    np.array(trl_oracle.MASKS["ragged"], bool)[None],
+    values["advantages"][None],
+    np.zeros((1, trl_oracle.N), bool),
+    values["old_logps"][None] if case["off_policy"] else None,
   )
-  # Any logits that give the reference the stored log-probability of the stored token.
+  # Any logits that give the stored token its stored log-probability under the reference.
   others = np.log1p(-np.exp(values["reference_logps"])) - np.log(trl_oracle.V - 1)
   reference = np.repeat(others[..., None], trl_oracle.V, -1)
   np.put_along_axis(reference, values["tokens"][..., None], values["reference_logps"][..., None], -1)
-  low, high = case["clip"]
-  token_loss = losses.kepo_token_loss(
-    allowed=ALLOWED, clip_low=low, clip_high=high, distill_coefficient=0, reference_coefficient=case["beta"]
-  )
-  frozen = (jnp.array(reference)[None],) if case["beta"] else ()
-  return jax.value_and_grad(lambda student: token_loss(student[None], frozen, inputs)[0])(jnp.array(values["student"]))
+  return grpo_and_gradient(values["student"], reference, inputs, tuple(case["clip"]), beta=case["beta"])
 
 
 OURS = {"jsd": our_jsd, "grpo": our_grpo}
