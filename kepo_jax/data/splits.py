@@ -98,11 +98,14 @@ def load(data: Any) -> dict[str, list[Example]]:
     logging.info("%s", summary.text())
     if name == "train":
       examples = [example for example in examples if example.modality == data.train_modality]
-    groups = _by_modality(examples).values()
-    questions[name] = _sorted(
-      example for group in groups for example in shuffled(group, data.split_seed, name)[: limits[name]]
-    )
+    questions[name] = limited(examples, limits[name], data.split_seed)
   return questions
+
+
+def limited(examples: Sequence[Example], per_modality: int, seed: int) -> list[Example]:
+  """At most a number of questions of each modality, chosen by the seed, sorted by (data set, id)."""
+  groups = _by_modality(examples).values()
+  return _sorted(example for group in groups for example in shuffled(group, seed)[:per_modality])
 
 
 def split_by_modality(

@@ -49,6 +49,14 @@ def _read_json(path: pathlib.Path) -> dict:
   return content
 
 
+def declared_templates(directory: pathlib.Path) -> str | None:
+  """The family of wordings (a key of `prompts.TEMPLATES`) that a model was trained on, if its folder names one.
+
+  It stands under `kepo_templates` in tokenizer_config.json, which travels with every export.
+  """
+  return _read_json(directory / "tokenizer_config.json").get("kepo_templates")
+
+
 def _as_ids(value: Any) -> tuple[int, ...]:
   if value is None:
     return ()
