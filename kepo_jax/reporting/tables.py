@@ -30,10 +30,13 @@ def accuracy_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     if any(cells):
       count = next(cell for cell in cells if cell).get("count")
       rows.append((label, f"{count:,}" if count else "", *[_cell(cell) for cell in cells]))
-  for label, key in (("unparsed", "unparsed"), ("truncated", "truncated")):
+  lenient = [evaluations[which].get("lenient", {}).get("overall") for which in names]
+  if any(lenient):
+    rows.append(("all, forgiving parser", "", *[_cell(cell) for cell in lenient]))
+  for key in ("format", "unparsed", "truncated"):
     shares = [evaluations[which].get(key) for which in names]
     if any(share is not None for share in shares):
-      rows.append((label, "", *["-" if share is None else f"{100 * share:.1f} %" for share in shares]))
+      rows.append((key, "", *["-" if share is None else f"{100 * share:.1f} %" for share in shares]))
   return rows
 
 
