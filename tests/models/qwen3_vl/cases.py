@@ -1,12 +1,14 @@
 """Tiny Qwen3-VL models and prompts, shared by the tests of this folder; no torch in here."""
 
 import copy
+import dataclasses
+import json
 from typing import Any
 
 import jax
 import numpy as np
 
-from kepo_jax.models.qwen3_vl import positions
+from kepo_jax.models.qwen3_vl import conversion, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Prompts, VisionInputs
 
@@ -71,7 +73,7 @@ def redrawn(params: Any, seed: int) -> Any:
 
   With the usual initial weights (biases 0, norms 1, matrices 0.02) a swapped GELU changes logits by 1e-6.
   """
-  rng = np.random.default_rng(seed)
+  rng = np.random.RandomState(seed)  # a stream that no release of NumPy changes
 
   def draw(path, leaf):
     names = [part.key for part in path]
@@ -88,12 +90,12 @@ def redrawn(params: Any, seed: int) -> Any:
   return jax.tree_util.tree_map_with_path(draw, params)
 
 
-def prompt_tokens(config: Qwen3VLConfig, layout: Layout, rng: np.random.Generator) -> tuple[list[int], list]:
+def prompt_tokens(config: Qwen3VLConfig, layout: Layout, rng: np.random.RandomState) -> tuple[list[int], list]:
   """Token ids and patch grids of one prompt."""
   tokens, grids = [], []
   for part in layout:
     if isinstance(part, int):
-      tokens += rng.integers(1, config.image_token_id, part).tolist()
+      tokens += rng.randint(1, config.image_token_id, part).tolist()
       continue
     rows, columns = part
     grids.append((1, rows, columns))
@@ -111,7 +113,7 @@ def make_prompts(
   config: Qwen3VLConfig, layouts: list[Layout], seed: int = 0, extra: tuple[int, int] = (0, 0)
 ) -> tuple[Prompts, list[list[int]], list[list]]:
   """Prompts of random tokens and patches, with token ids and grids of each; `extra` pads tokens and patch rows."""
-  rng = np.random.default_rng(seed)
+  rng = np.random.RandomState(seed)  # a stream that no release of NumPy changes
   tokens, grids = zip(*(prompt_tokens(config, layout, rng) for layout in layouts), strict=True)
   ids = [positions.prompt_positions(t, g, config) for t, g in zip(tokens, grids, strict=True)]
   tables = [positions.vision_tables(g, config) for g in grids]
@@ -136,3 +138,78 @@ def make_prompts(
     ),
   )
   return prompts, list(tokens), list(grids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One model and one batch of prompts; each guards against a trap."""
+
+  name: str
+  record: dict[str, Any]
+  layouts: tuple[Layout, ...]
+  extra: tuple[int, int] = (0, 0)  # padding of tokens and of patch rows beyond the longest prompt
+
+  @property
+  def config(self) -> Qwen3VLConfig:
+    """The config of the record."""
+    return Qwen3VLConfig.from_dict(self.record)
+
+
+_ONE_IMAGE = ((3, (4, 4), 4), (5, (4, 4), 2))
+_SHIPPED_ROPE = {"rope_theta": 5_000_000.0}
+_SQUARE = {"num_position_embeddings": 49}
+
+
+def _sections(*sections: int, **text: Any) -> dict[str, Any]:
+  rope = {"rope_type": "default", "mrope_section": list(sections), "mrope_interleaved": True}
+  return {"rope_scaling": rope, **text}
+
+
+CASES = (
+  Case("one_image", config_record(text=_SHIPPED_ROPE), _ONE_IMAGE),
+  Case("deepstack_first_block_alone", config_record(vision={"deepstack_visual_indexes": [0]}), _ONE_IMAGE),
+  Case("deepstack_last_blocks", config_record(vision={"deepstack_visual_indexes": [1, 2, 3]}), _ONE_IMAGE),
+  Case("deepstack_spread", config_record(vision={"depth": 6, "deepstack_visual_indexes": [1, 3, 4]}), _ONE_IMAGE),
+  Case("two_images", config_record(vision=_SQUARE), ((2, (4, 6), 3, (6, 4), 2), ((4, 4), (4, 4), 4))),
+  Case("text_only", config_record(text=_SHIPPED_ROPE), ((9,), (4,))),
+  Case("non_square", config_record(vision=_SQUARE), ((3, (2, 8), 4), (1, (10, 4), 5))),
+  Case("padding", config_record(), ((3, (4, 6), 5), (2, (4, 4), 3, (6, 2), 4), (9,)), extra=(3, 8)),
+  Case("untied", config_record(tie_word_embeddings=False), _ONE_IMAGE),
+  Case("query_wider_than_hidden", config_record(text={"num_attention_heads": 6}), _ONE_IMAGE),
+  Case("tower_head_72", config_record(vision={"hidden_size": 144}), _ONE_IMAGE),
+  Case("shipped_head_and_sections", config_record(text=_sections(24, 20, 20, head_dim=128)), ((2, (6, 6), 3),)),
+  Case("uneven_sections", config_record(text=_sections(2, 3, 3, **_SHIPPED_ROPE)), ((2, (6, 4), 3),)),
+  Case("one_key_head_and_biases", config_record(text={"num_key_value_heads": 1, "attention_bias": True}), _ONE_IMAGE),
+  Case(
+    "schema_of_transformers",
+    config_record(
+      text={"rope_theta": None, "rope_scaling": None}
+      | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2]}},
+      vision={"model_type": "qwen3_vl_vision"},
+    ),
+    _ONE_IMAGE,
+  ),
+  Case("deeper_decoder", config_record(text={"num_hidden_layers": 6, **_SHIPPED_ROPE}), ((4, (4, 8), 2), (6,))),
+)
+ROLLOUTS, LENGTH = 2, 6
+
+
+def completions(case: Case, seed: int = 3) -> np.ndarray:
+  """int32[P, G, T]: random completions for the prompts of a case."""
+  rng = np.random.RandomState(seed)
+  return rng.randint(1, 90, (len(case.layouts), ROLLOUTS, LENGTH)).astype(np.int32)
+
+
+def as_json(record: dict[str, Any]) -> str:
+  """The text of config.json; fields that are None are left out."""
+  kept = {
+    key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+    for key, value in record.items()
+  }
+  return json.dumps(kept)
+
+
+def as_tensors(config: Qwen3VLConfig, tree: Any) -> dict[str, np.ndarray]:
+  """A tree like the parameters as tensors with the names and shapes of the checkpoint."""
+  tensor = conversion._tensor_source(conversion._leaves(config), tree, np.dtype(np.float32))
+  return {name: tensor(name) for leaf in conversion._leaves(config).values() for name in leaf.names}

@@ -1,0 +1,96 @@
+"""The same quantities from transformers, one sequence at a time and without padding. Needs torch."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen3VLForConditionalGeneration
+
+from tests.models.qwen3_vl import cases
+
+
+class Oracle:
+  """A transformers model in float32, and the prompts of a case as its inputs."""
+
+  def __init__(self, directory: pathlib.Path, case: cases.Case, prompts: Any, tokens: list, grids: list):
+    self.model = Qwen3VLForConditionalGeneration.from_pretrained(
+      directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    self.image_token = case.config.image_token_id
+    self.merge_area = case.config.vision.merge_area
+    self.prompts, self.tokens, self.grids = prompts, tokens, grids
+
+  def inputs(self, prompt: int, completion: list[int] = []) -> dict[str, Any]:  # noqa: B006
+    """Keyword arguments of the model for one prompt and its completion."""
+    ids = torch.tensor([list(self.tokens[prompt]) + list(completion)])
+    self.model.model.rope_deltas = None
+    grids = self.grids[prompt]
+    if not grids:
+      return {"input_ids": ids}
+    rows = sum(height * width for _, height, width in grids)
+    return {
+      "input_ids": ids,
+      "pixel_values": torch.tensor(np.asarray(self.prompts.vision.patches[prompt][:rows])),
+      "image_grid_thw": torch.tensor(grids),
+      "mm_token_type_ids": (ids == self.image_token).int(),
+    }
+
+  def layer_outputs(self, prompt: int) -> dict[str, np.ndarray]:
+    """Hidden states after every decoder layer (DeepStack added) and every block, and the tower's outputs."""
+    decoder, tower = self.model.model.language_model, self.model.model.visual
+    layers, blocks, handed = [], [], []
+    # The input of the next module is the output of a layer after the DeepStack addition.
+    inputs_of = [*decoder.layers[1:], decoder.norm]
+    hooks = [
+      module.register_forward_pre_hook(
+        lambda _, args, kwargs: layers.append((args[0] if args else kwargs["hidden_states"]).detach()[0]),
+        with_kwargs=True,
+      )
+      for module in inputs_of
+    ]
+    hooks += [block.register_forward_hook(lambda _, args, out: blocks.append(out.detach())) for block in tower.blocks]
+    # Copied at once: the caller of the tower splits these fields in place.
+    hooks.append(
+      tower.register_forward_hook(
+        lambda _, args, out: handed.extend([out.pooler_output, torch.stack(list(out.deepstack_features))])
+      )
+    )
+    with torch.no_grad():
+      self.model(**self.inputs(prompt))
+    for hook in hooks:
+      hook.remove()
+    found = {"layers": torch.stack(layers).numpy()}
+    if self.grids[prompt]:
+      found["blocks"] = torch.stack(blocks).numpy()
+      found["features"], found["deepstack"] = (value.numpy() for value in handed)
+    return found
+
+  def loss_and_logits(self, completions: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    """Mean negative log-likelihood of all completions, with its graph, and the logits [P, G, T, V]."""
+    total, logits = 0.0, []
+    for prompt, group in enumerate(completions):
+      for completion in group:
+        start = len(self.tokens[prompt]) - 1
+        found = self.model(**self.inputs(prompt, completion.tolist())).logits[0, start : start + len(completion)]
+        targets = torch.tensor(completion.astype(np.int64))
+        total = total + torch.nn.functional.cross_entropy(found, targets, reduction="sum")
+        logits.append(found.detach().numpy())
+    return total / completions.size, np.stack(logits).reshape(*completions.shape, -1)
+
+  def gradient(self, loss: torch.Tensor) -> dict[str, np.ndarray]:
+    """Gradient of every parameter by its name in the checkpoint; zeros where the loss does not reach."""
+    self.model.zero_grad()
+    loss.backward()
+    return {
+      name: np.zeros(value.shape, np.float32) if value.grad is None else value.grad.numpy()
+      for name, value in self.model.named_parameters()
+    }
+
+  def greedy(self, prompt: int, steps: int) -> list[int]:
+    """The likeliest tokens, one after the other, with the cache of transformers."""
+    inputs = self.inputs(prompt)
+    out = self.model.generate(
+      **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=cases.PAD
+    )
+    return out[0, inputs["input_ids"].shape[1] :].tolist()

@@ -1,0 +1,88 @@
+"""What the tests of this folder run on a model: jitted, as arrays by name."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kepo_jax.models.qwen3_vl import model, text, vision
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.types import Prompts
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def layer_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, jax.Array]:
+  """Hidden states after every layer of decoder and tower, and what the tower hands over.
+
+  Returns:
+    `layers` [L, P, S, D], after the DeepStack addition; with images also `blocks` [depth, P, R, Dv],
+    `features` [P, M, D] and `deepstack` [n, P, M, D].
+  """
+  found = {}
+  if prompts.vision.patches.shape[1]:
+    every = dataclasses.replace(config.vision, deepstack_visual_indexes=tuple(range(config.vision.depth)))
+    found["blocks"] = vision.tower_blocks(every, params["visual"], prompts.vision)[1]
+    found["features"], found["deepstack"] = model.encode_images(config, params, prompts.vision)
+  x = model._embedded(config, params, prompts.tokens)
+  x, deepstack = model._with_images(config, params, x, prompts, False)
+  angles = text.prompt_angles(config.text, prompts.positions)
+  layers = params["language_model"]["layers"]
+  outputs = []
+  for depth in range(1, config.text.num_hidden_layers + 1):
+    part = dataclasses.replace(config.text, num_hidden_layers=depth)
+    first = jax.tree.map(lambda leaf, depth=depth: leaf[:depth], layers)
+    outputs.append(text.prompt_layers(part, first, x, angles, prompts.mask, deepstack)[0])
+  return found | {"layers": jnp.stack(outputs)}
+
+
+def completion_logits(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array) -> jax.Array:
+  """float32[P, G, T, V]: logits that predict the tokens."""
+  prefix = model.prefill(config, params, prompts)
+  hidden = model.completion_hidden(config, params, prefix, tokens)
+  return jnp.einsum("pgtd,vd->pgtv", hidden, model.head_weight(config, params))
+
+
+def loss(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean negative log-likelihood of the completions, and their logits."""
+  logits = completion_logits(config, params, prompts, tokens)
+  picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
+  return -picked.mean(), logits
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradient(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array) -> Any:
+  """((loss, logits), gradient) of `loss`."""
+  return jax.value_and_grad(functools.partial(loss, config), has_aux=True)(params, prompts, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def greedy(config: Qwen3VLConfig, params: Any, prompts: Prompts, steps: int) -> jax.Array:
+  """int32[P, steps]: the likeliest tokens, one after the other."""
+  prefix = model.prefill(config, params, prompts)
+  head = model.head_weight(config, params)
+  cache = model.empty_cache(config, prompts.tokens.shape[0], 1, steps)
+
+  def step(carry, _):
+    cache, hidden = carry
+    token = jnp.argmax(hidden @ head.T, axis=-1).astype(jnp.int32)
+    hidden, cache = model.decode_step(config, params, prefix, cache, token)
+    return (cache, hidden), token[:, 0]
+
+  _, tokens = jax.lax.scan(step, (cache, prefix.last_hidden[:, None]), length=steps)
+  return tokens.T
+
+
+def difference(actual: Any, expected: Any) -> float:
+  """max|a - b| / max|b|."""
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.shape == expected.shape, (actual.shape, expected.shape)
+  return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def difference_in_norm(actual: Any, expected: Any) -> float:
+  """|a - b| / |b|."""
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
