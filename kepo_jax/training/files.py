@@ -67,7 +67,7 @@ class RunFiles:
 
   def restore(self, like: Any) -> Any:
     """The newest checkpoint on the shardings of `like`; evaluations after it are forgotten."""
-    state = self._checkpoints.restore(like)
+    state = self._checkpoints.restore(like) if self._checkpoints else like
     step = int(state.step)
     self.evaluations.pop("after", None)
     if not step:

@@ -1,15 +1,17 @@
 """Groups of rollouts on the host: decoded, rewarded, explored, and put together for the update."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from kepo_jax import exploration, sharding
+from kepo_jax import rewards as scoring
 from kepo_jax.types import Example, Experience, Prompts, Rollouts
 
-Reward = Callable[[str, Example], float]
+WeightedRewards = Mapping[str, tuple[scoring.Reward, float]]  # name -> (function, weight in the advantage)
 
 
 @dataclasses.dataclass
@@ -22,7 +24,7 @@ class Groups:
   mask: np.ndarray  # bool[P, G, T]
   logps: np.ndarray  # float32[P, G, T], the sampler's
   texts: list[list[str]]  # [P][G]
-  scores: dict[str, np.ndarray]  # reward name -> float32[P, G]
+  scores: dict[str, np.ndarray]  # reward name -> float32[P, G]; "total" is their weighted sum
   injected: np.ndarray  # bool[P, G]
   hints: list[list[str]]  # [P][G], "" for the student's own rollouts
 
@@ -38,7 +40,7 @@ def scored_groups(
   examples: Sequence[Example],
   prompts: Prompts,
   rollouts: Rollouts,
-  rewards: Mapping[str, tuple[Reward, float]],
+  rewards: WeightedRewards,
 ) -> Groups:
   """Rollouts fetched to the host, decoded, and scored by every reward function.
 
@@ -50,12 +52,6 @@ def scored_groups(
     rewards: name -> (function of (completion, example), weight).
   """
   tokens, mask, logps, texts = decode(processor, rollouts)
-  scores = {
-    name: np.array(
-      [[reward(text, example) for text in row] for row, example in zip(texts, examples, strict=True)], np.float32
-    )
-    for name, (reward, _) in rewards.items()
-  }
   return Groups(
     examples=examples,
     prompts=prompts,
@@ -63,15 +59,23 @@ def scored_groups(
     mask=mask,
     logps=logps,
     texts=texts,
-    scores=scores,
+    scores=score(texts, examples, rewards),
     injected=np.zeros(tokens.shape[:2], bool),
     hints=[[""] * tokens.shape[1] for _ in examples],
   )
 
 
-def inject(
-  groups: Groups, placed: Sequence[exploration.Injection], rewards: Mapping[str, tuple[Reward, float]]
-) -> None:
+def score(
+  texts: Sequence[Sequence[str]], examples: Sequence[Example], rewards: WeightedRewards
+) -> dict[str, np.ndarray]:
+  """Every reward of every text [P][G], and their weighted sum "total", as float32[P, G]."""
+  functions = {name: function for name, (function, _) in rewards.items()}
+  weights = {name: weight for name, (_, weight) in rewards.items()}
+  scores = scoring.score(texts, examples, functions, weights)
+  return {name: np.array(values, np.float32) for name, values in scores.items()}
+
+
+def inject(groups: Groups, placed: Sequence[exploration.Injection], rewards: WeightedRewards) -> None:
   """Puts accepted candidates in their slots and scores those rows again."""
   for injection in placed:
     row, slot, candidate = injection.prompt, injection.slot, injection.candidate
@@ -81,8 +85,8 @@ def inject(
     groups.texts[row][slot] = candidate.text
     groups.hints[row][slot] = candidate.hint
     groups.injected[row, slot] = True
-    for name, (reward, _) in rewards.items():
-      groups.scores[name][row, slot] = reward(candidate.text, groups.examples[row])
+    for name, value in score([[candidate.text]], [groups.examples[row]], rewards).items():
+      groups.scores[name][row, slot] = value[0, 0]
 
 
 def candidates(
@@ -90,7 +94,7 @@ def candidates(
   examples: Sequence[Example],
   hints: Sequence[str],
   rollouts: Rollouts,
-  rewards: Mapping[str, tuple[Reward, float]],
+  rewards: WeightedRewards,
 ) -> list[list[exploration.Candidate]]:
   """Hinted rollouts [P, M, T] as candidates per question; rows beyond the questions are padding."""
   tokens, mask, logps, texts = decode(processor, rollouts)
@@ -110,11 +114,6 @@ def candidates(
     ]
     for p, (example, hint) in enumerate(zip(examples, hints, strict=True))
   ]
-
-
-def total_reward(scores: Mapping[str, np.ndarray], rewards: Mapping[str, tuple[Reward, float]]) -> np.ndarray:
-  """Weighted sum of the scores: float32[P, G], the reward of the advantage."""
-  return np.sum([np.float32(weight) * scores[name] for name, (_, weight) in rewards.items()], axis=0)
 
 
 def gate_signal(scores: Mapping[str, np.ndarray], signal: str) -> np.ndarray:
@@ -137,12 +136,13 @@ def gate_signal(scores: Mapping[str, np.ndarray], signal: str) -> np.ndarray:
   return signals[signal]()
 
 
-def reward_metrics(scores: Mapping[str, np.ndarray], total: np.ndarray) -> dict[str, float]:
+def reward_metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
   """The student's own figures, before injection: rewards, cliffs and groups without a signal."""
+  total = scores["total"]
   dead = (total == total[:, :1]).all(axis=1)  # exact equality: a small std is not a dead group
   right = dead & (scores["accuracy"] > 0).all(axis=1)
   wrong = dead & (scores["accuracy"] == 0).all(axis=1)
-  figures = {f"reward/{name}": float(values.mean()) for name, values in scores.items()}
+  figures = {f"reward/{name}": float(values.mean()) for name, values in scores.items() if name != "total"}
   return figures | {
     "reward/mean": float(total.mean()),
     "cliff_rate": float((scores["accuracy"] == 0).all(axis=1).mean()),
@@ -152,7 +152,7 @@ def reward_metrics(scores: Mapping[str, np.ndarray], total: np.ndarray) -> dict[
   }
 
 
-def mixed_metrics(groups: Groups, total: np.ndarray, gate: np.ndarray, end_ids: Sequence[int]) -> dict[str, float]:
+def mixed_metrics(groups: Groups, gate: np.ndarray, end_ids: Sequence[int]) -> dict[str, float]:
   """Figures of the mixed group, after injection; a completion without an end token was truncated."""
   lengths = groups.mask.sum(axis=2)
   ended = (np.isin(groups.tokens, end_ids) & groups.mask).any(axis=2)
@@ -164,15 +164,13 @@ def mixed_metrics(groups: Groups, total: np.ndarray, gate: np.ndarray, end_ids: 
     "completion/truncated_frac": float(1 - ended.mean()),
   }
   if groups.injected.any():
-    figures["injected/reward_mean"] = float(total.mean())
+    figures["injected/reward_mean"] = float(groups.scores["total"].mean())
   if gate.any():
     figures["gate/wrong_share"] = float((groups.scores["accuracy"] == 0)[gate].mean())
   return figures
 
 
-def sample_records(
-  groups: Groups, total: np.ndarray, gate: np.ndarray, *, step: int, prompts: int
-) -> tuple[dict[str, Any], ...]:
+def sample_records(groups: Groups, gate: np.ndarray, *, step: int, prompts: int) -> tuple[dict[str, Any], ...]:
   """The rollouts of the first prompts of the batch as JSON-able records."""
   return tuple(
     {
@@ -186,8 +184,8 @@ def sample_records(
       "answer": example.answer,
       "rollout": g,
       "completion": groups.texts[p][g],
-      "rewards": {name: float(values[p, g]) for name, values in groups.scores.items()},
-      "reward": float(total[p, g]),
+      "rewards": {name: float(values[p, g]) for name, values in groups.scores.items() if name != "total"},
+      "reward": float(groups.scores["total"][p, g]),
       "gate": bool(gate[p, g]),
       "injected": bool(groups.injected[p, g]),
       "hint": groups.hints[p][g],
@@ -197,7 +195,7 @@ def sample_records(
   )
 
 
-def experience(groups: Groups, advantages: np.ndarray, gate: np.ndarray) -> Experience:
+def experience(groups: Groups, advantages: ArrayLike, gate: ArrayLike) -> Experience:
   """The batch of one update, on the host."""
   return Experience(
     prompts=groups.prompts,

@@ -17,7 +17,8 @@ from etils import epath
 from kepo_jax import exploration, sharding
 from kepo_jax.objectives import advantages, gates
 from kepo_jax.training import groups as grouping
-from kepo_jax.training import setup
+from kepo_jax.training import setup, step
+from kepo_jax.training.files import RunFiles
 from kepo_jax.training.step import TrainState
 from kepo_jax.types import Example, Hook, StepReport
 
@@ -36,7 +37,7 @@ def train(
   *,
   workdir: epath.PathLike = "",
   records: Mapping[str, Sequence[Example]] | None = None,
-  rewards: Mapping[str, tuple[grouping.Reward, float]] | None = None,
+  rewards: grouping.WeightedRewards | None = None,
   hooks: Sequence[Hook] = (),
   resume: bool = False,
 ) -> Result:
@@ -56,7 +57,7 @@ def train(
   Raises:
     ValueError: config, models, data or workdir do not fit together; says which field or file, and the way out.
   """
-  files = setup.RunFiles(workdir, config, resume=resume)
+  files = RunFiles(workdir, config, resume=resume)
   run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks)
   with jax.set_mesh(run.mesh), files:
     state = files.restore(run.state) if resume else run.state
@@ -91,29 +92,27 @@ def train_step(run: setup.Run, state: TrainState, done: int) -> tuple[TrainState
     actor = programs.decode_weights(state.params)
     rollouts = programs.rollout(actor, placed, run.key("rollout", done))
     groups = grouping.scored_groups(run.processor, examples, prompts, rollouts, run.rewards)
-  own_total = grouping.total_reward(groups.scores, run.rewards)
-  metrics = grouping.reward_metrics(groups.scores, own_total)
+  metrics = grouping.reward_metrics(groups.scores)
   with clock("exploration"):
     outcome = explore(run, actor, groups, done)
     del actor  # the decode copy is freed before the update needs its memory
     slots = exploration.injections(outcome, config.batch.rollouts, seed=(config.seed, done))
     grouping.inject(groups, slots, run.rewards)
   with clock("teacher"):
-    total = grouping.total_reward(groups.scores, run.rewards)
     signal = grouping.gate_signal(groups.scores, config.objective.gate_signal)
     gate = np.asarray(
       gates.quality_gate(signal, threshold=config.objective.gate_threshold, mode=config.objective.gate_mode)
     )
-    advantage = advantages.group_advantages(total, kind=config.objective.advantage)
+    advantage = advantages.group_advantages(groups.scores["total"], kind=config.objective.advantage)
     experience = sharding.place(run.mesh, grouping.experience(groups, advantage, gate))
     targets = jax.block_until_ready(programs.targets(experience))
   with clock("update"):
     state, learned = programs.update(state, experience, targets)
-    learned = {name: float(value) for name, value in jax.device_get(learned).items()}
+    learned = step.means(jax.device_get(learned))
   metrics |= exploration.exploration_metrics(outcome, prompts=len(examples), rounds=config.exploration.rounds)
-  metrics |= grouping.mixed_metrics(groups, total, gate, run.processor.end_ids)
+  metrics |= grouping.mixed_metrics(groups, gate, run.processor.end_ids)
   metrics |= learned | {"lr": float(run.schedule(done))}
-  samples = grouping.sample_records(groups, total, gate, step=done + 1, prompts=config.log.samples)
+  samples = grouping.sample_records(groups, gate, step=done + 1, prompts=config.log.samples)
   report = StepReport(step=done + 1, metrics=metrics, timing=clock.timing(groups.mask), samples=samples)
   return state, report
 
@@ -134,9 +133,8 @@ def explore(run: setup.Run, actor: Any, groups: grouping.Groups, done: int) -> e
     rollouts = run.programs.candidate(actor, prompts, run.key("candidate", done, attempt))
     return grouping.candidates(run.processor, examples, hints, rollouts, run.rewards)
 
-  wanted = config.replacements if config.rounds else 0
-  failed = exploration.triggered(groups.scores["accuracy"], config.trigger) if wanted else []
-  return exploration.explore(failed, ask_hints, sample_hinted, rounds=config.rounds, replacements=wanted)
+  failed = exploration.triggered(groups.scores["accuracy"], config.trigger) if setup.explores(run.config) else []
+  return exploration.explore(failed, ask_hints, sample_hinted, rounds=config.rounds, replacements=config.replacements)
 
 
 class PhaseClock:

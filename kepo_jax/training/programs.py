@@ -82,7 +82,7 @@ class Programs:
   rollout: Callable[[Any, Prompts, jax.Array], Rollouts]
   candidate: Callable[[Any, Prompts, jax.Array], Rollouts]  # hinted sampling, from the same weights
   greedy: Callable[[Any, Prompts, jax.Array], Rollouts]  # evaluation
-  hint: Callable[[Prompts, jax.Array], Rollouts] | None  # by the teacher; None without one
+  hint: Callable[[Prompts, jax.Array], Rollouts]  # by the teacher; an error where the config asks for no hints
   targets: Callable[[Experience], tuple[step.Target, ...]]  # teacher, then reference, where the loss uses them
   update: Callable[[step.TrainState, Experience, tuple[step.Target, ...]], tuple[step.TrainState, dict[str, Any]]]
 
@@ -94,6 +94,12 @@ def hint_program(
   decode_weights = decode_weights_program(teacher.config, teacher.params, dtype)
   sample = sampling_program(teacher.config, processor, settings)
   return lambda prompts, key: sample(decode_weights(teacher.params), prompts, key)
+
+
+def no_hints(prompts: Prompts, key: jax.Array) -> Rollouts:
+  """Stands where no teacher is loaded."""
+  del prompts, key
+  raise ValueError("this run has no teacher to ask for hints; see exploration.* and model.teacher.")
 
 
 def targets_program(models: Sequence[Model]) -> Callable[[Experience], tuple[step.Target, ...]]:
@@ -112,10 +118,10 @@ class CompileCounter:
     self.seconds = 0.0
     jax.monitoring.register_event_duration_secs_listener(self._count)
 
-  def _count(self, event: str, seconds: float, **_: Any) -> None:
+  def _count(self, event: str, duration_secs: float, **_: Any) -> None:
     if event == COMPILE_EVENT:
       self.programs += 1
-      self.seconds += seconds
+      self.seconds += duration_secs
 
   def close(self) -> None:
     """Stops counting."""

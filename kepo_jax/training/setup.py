@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from kepo_jax.data import pipeline, prompts, splits
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.objectives import losses
 from kepo_jax.training import programs, step
-from kepo_jax.training.groups import Reward
+from kepo_jax.training.groups import WeightedRewards
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
 
 # One random stream per purpose; the order is part of what makes a run repeatable.
@@ -30,22 +30,18 @@ class Run:
   mesh: jax.sharding.Mesh
   processor: pipeline.Processor
   questions: Mapping[str, Sequence[Example]]  # split -> questions
-  rewards: Mapping[str, tuple[Reward, float]]
+  rewards: WeightedRewards
   hooks: Sequence[Hook]
   models: Mapping[str, programs.Model]  # role ("student", "teacher", "reference") -> model
   schedule: optax.Schedule
   state: step.TrainState  # before the first update
   programs: programs.Programs
+  batch: Callable[[int], tuple[Sequence[Example], Prompts]]  # updates done -> questions and host prompts of the step
 
   def key(self, purpose: str, *counters: int) -> jax.Array:
     """The random key of a purpose at a step (and a round)."""
     key = jax.random.fold_in(jax.random.key(self.config.seed), STREAMS.index(purpose))
     return functools.reduce(jax.random.fold_in, counters, key)
-
-  def batch(self, done: int) -> tuple[Sequence[Example], Prompts]:
-    """Questions and host prompts of the step after `done` updates."""
-    examples = pipeline.batch_at(self.questions["train"], self.config.batch.prompts, seed=self.config.seed, step=done)
-    return examples, self.processor.prompts(examples, "think")
 
   def prompts(self, examples: Sequence[Example], kind: str, *, hints: Sequence[str] | None = None) -> Prompts:
     """Prompts on the mesh, their number padded to one of two sizes so that exploration compiles few programs."""
@@ -83,8 +79,8 @@ class Run:
 
   def plan(self, workdir: str, start: int) -> RunPlan:
     """What the run is about to do."""
-    names = [name for name in ("rollout", "update", "greedy") if getattr(self.programs, name)]
-    names += ["hint", "candidate"] if self.programs.hint else []
+    names = ["evaluation", "rollout", "update"]
+    names += ["hint", "hinted rollout"] if explores(self.config) else []
     names += [f"{role} scoring" for role in self.models if role != "student"]
     return RunPlan(
       config=self.config,
@@ -106,7 +102,7 @@ def prepare(
   config: Any,
   *,
   records: Mapping[str, Sequence[Example]] | None,
-  rewards: Mapping[str, tuple[Reward, float]],
+  rewards: WeightedRewards,
   hooks: Sequence[Hook],
 ) -> Run:
   """Loads and checks everything that a run needs.
@@ -148,7 +144,20 @@ def prepare(
     schedule=schedule,
     state=state,
     programs=compiled,
+    batch=batches(config, processor, questions["train"]),
   )
+
+
+def batches(
+  config: Any, processor: pipeline.Processor, examples: Sequence[Example]
+) -> Callable[[int], tuple[Sequence[Example], Prompts]]:
+  """Batches of training prompts by number of updates done; a thread prepares the next one."""
+
+  def batch(done: int) -> tuple[Sequence[Example], Prompts]:
+    chosen = pipeline.batch_at(examples, config.batch.prompts, seed=config.seed, step=done)
+    return chosen, processor.prompts(chosen, "think")
+
+  return pipeline.Lookahead(batch, stop=config.train.steps)
 
 
 def load_models(config: Any, mesh: jax.sharding.Mesh, processor: pipeline.Processor) -> dict[str, programs.Model]:
@@ -182,7 +191,7 @@ def build_programs(
 ) -> tuple[step.TrainState, programs.Programs]:
   """The state before the first update, and the jitted programs around it."""
   student, compute_dtype = models["student"], jnp.dtype(config.model.compute_dtype)
-  trainable = {name: not (config.model.freeze_vision and name == "vision") for name in student.params}
+  trainable = {name: not (config.model.freeze_vision and name == "visual") for name in student.params}
   fields = ("b1", "b2", "eps", "weight_decay", "clip_norm")
   optimizer = step.make_optimizer(schedule, trainable=trainable, **{name: config.optimizer[name] for name in fields})
   state = step.initial_state(student.params, optimizer)
@@ -213,7 +222,7 @@ def build_programs(
     settings = programs.SamplingSettings(samples, tokens, temperature, top_p, top_k)
     return programs.sampling_program(student.config, processor, settings)
 
-  hint = None
+  hint = programs.no_hints
   if "teacher" in models and explores(config):
     settings = programs.SamplingSettings(1, config.exploration.hint_tokens, config.exploration.hint_temperature)
     hint = programs.hint_program(models["teacher"], processor, settings, jnp.dtype(config.model.teacher_dtype))
@@ -283,7 +292,7 @@ def check_teacher(config: Any, models: Mapping[str, programs.Model], processor: 
     "temporal_patch_size": (student.vision.temporal_patch_size, teacher.vision.temporal_patch_size),
     "num_position_embeddings": (student.vision.num_position_embeddings, teacher.vision.num_position_embeddings),
   }
-  different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+  different: dict[str, tuple[Any, Any]] = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
   if not processor.same_vocabulary(config.model.teacher):
     different["tokenizer"] = ("its own", "another")
   if different:

@@ -143,6 +143,15 @@ def batch_sums(inputs: losses.TokenInputs, aux: dict[str, jax.Array], experience
   return {name: losses.masked_sum(values, where) for name, (values, where) in figures.items()}
 
 
+def means(figures: dict[str, Any]) -> dict[str, float]:
+  """Figures of an update as numbers: (sum, count) pairs become means, left out where nothing was counted."""
+  return {
+    name: float(value[0] / value[1] if isinstance(value, tuple) else value)
+    for name, value in figures.items()
+    if not isinstance(value, tuple) or value[1]
+  }
+
+
 def make_update(
   config: Qwen3VLConfig,
   optimizer: optax.GradientTransformation,
@@ -172,7 +181,7 @@ def make_update(
 
   def loss(params, part, inputs, others):
     if freeze_vision:
-      params = params | {"vision": jax.lax.stop_gradient(params["vision"])}
+      params = params | {"visual": jax.lax.stop_gradient(params["visual"])}
     params = model.cast(params, compute_dtype)
     hidden = hidden_of(config, params, part.prompts, part.tokens, remat=remat)
     head = model.head_weight(config, params)
@@ -200,7 +209,7 @@ def make_update(
       ((value, sums), gradients), _ = jax.lax.scan(add, zeros, cut)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    figures = sums | {"loss": value, "grad_norm": optax.global_norm(gradients)}
+    figures = sums | {"loss": value, "grad_norm": optax.tree.norm(gradients)}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), figures
 
   return update

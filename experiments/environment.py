@@ -1,0 +1,36 @@
+"""What every entry point sets up: the compilation cache, quiet logs, errors in one line."""
+
+import functools
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+from absl import logging
+
+
+def prepare() -> None:
+  """Keeps compiled programs under the user's cache folder, so that a second start compiles nothing again."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def cache_directory() -> pathlib.Path:
+  """The project's folder for what can be made again: $XDG_CACHE_HOME/kepo_jax or ~/.cache/kepo_jax."""
+  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kepo_jax"
+
+
+def reporting_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+  """`main` with the user's errors as one line; --verbosity=1 shows where they came from."""
+
+  @functools.wraps(main)
+  def run(argv: list[str]) -> None:
+    try:
+      main(argv)
+    except (ValueError, OSError) as error:
+      if logging.get_verbosity() > logging.INFO:
+        raise
+      raise SystemExit(f"error: {error}") from None
+
+  return run

@@ -1,0 +1,43 @@
+"""Trains a vision-language model with KEPO on medical visual question answering.
+
+  python -m experiments.kepo_medvqa                      # phantom benchmark, tiny models, minutes on a CPU
+  python -m experiments.kepo_medvqa --config=experiments/configs/grpo.py --config.train.steps=40
+  python -m experiments.kepo_medvqa --config=experiments/configs/kepo_medvqa.py --config.data.directory=DIR \
+    --workdir=runs/paper
+
+Differs from arXiv 2602.00400 where docs/method.md says so, above all: the gate looks at accuracy alone, hints are
+asked for when no rollout is accurate, and candidates are accepted one by one.
+"""
+
+import pathlib
+import time
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from experiments import environment
+from kepo_jax import training
+from kepo_jax.planning import memory
+from kepo_jax.reporting import RunReporter
+
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+_CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "kepo.py"), "The experiment: a file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; by default a new one under runs/.")
+_RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --workdir from its newest checkpoint.")
+
+
+def main(_: list[str]) -> None:
+  """Runs the experiment that the flags describe."""
+  environment.prepare()
+  workdir = _WORKDIR.value
+  if not workdir and not _RESUME.value:
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = str(epath.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+  logging.info("workdir %s", workdir)
+  reporter = RunReporter(memory=memory.estimate)
+  training.train(_CONFIG.value, workdir=workdir, hooks=[reporter], resume=_RESUME.value)
+
+
+if __name__ == "__main__":
+  app.run(environment.reporting_errors(main))

@@ -1,0 +1,91 @@
+"""The working directory: claimed once, resumed only by the same config."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from kepo_jax import sharding
+from kepo_jax.training.files import RunFiles
+
+
+def config(learning_rate=1e-3):
+  return ml_collections.ConfigDict(
+    {"optimizer": {"learning_rate": learning_rate}, "checkpoint": {"every": 2, "keep": 2}}
+  )
+
+
+@pytest.fixture
+def state():
+  return jax.device_put({"w": jnp.arange(4.0), "step": jnp.int32(0)}, sharding.replicated(sharding.make_mesh(data=8)))
+
+
+class Stepped(dict):
+  """A state with the `step` that RunFiles reads."""
+
+  step = property(lambda self: self["step"])
+
+
+def test_a_used_folder_is_refused(tmp_path):
+  with RunFiles(tmp_path / "run", config(), resume=False):
+    pass
+  assert json.loads((tmp_path / "run" / "config.json").read_text())["checkpoint"]["keep"] == 2
+  with pytest.raises(ValueError, match="not empty; pass --resume"):
+    RunFiles(tmp_path / "run", config(), resume=False)
+
+
+def test_resume_needs_a_run(tmp_path):
+  with pytest.raises(ValueError, match="no run to resume"):
+    RunFiles(tmp_path, config(), resume=True)
+  with pytest.raises(ValueError, match="needs a workdir"):
+    RunFiles("", config(), resume=True)
+
+
+def test_resume_refuses_another_config_by_field(tmp_path):
+  with RunFiles(tmp_path / "run", config(), resume=False):
+    pass
+  with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.001 -> 0.002"):
+    RunFiles(tmp_path / "run", config(0.002), resume=True)
+
+
+def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with RunFiles("", config(), resume=False) as files:
+    files.record("before", {"overall": 1})
+    files.save(2, {}, last=True)
+    files.export(lambda path: pytest.fail(f"exported to {path}"))
+  assert not list(tmp_path.iterdir())
+  assert files.evaluations == {"before": {"overall": 1}}
+
+
+def test_checkpoints_fall_on_their_steps_and_on_the_last(tmp_path, state):
+  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+    for step in (1, 2, 3, 4, 5):
+      files.save(step, state, last=step == 5)
+  kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+  assert kept == [4, 5]
+
+
+def test_restore_brings_back_the_newest_state_and_forgets_later_evaluations(tmp_path, state):
+  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+    files.record("before", {"step": 0})
+    files.save(2, state | {"step": jnp.int32(2), "w": state["w"] + 1}, last=False)
+    files.record("validation", {"step": 2})
+    files.record("validation", {"step": 3})
+    files.record("after", {"step": 3})
+  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+    restored = files.restore(Stepped(state))
+  assert int(restored["step"]) == 2
+  assert restored["w"].tolist() == [1, 2, 3, 4]
+  assert restored["w"].sharding == state["w"].sharding
+  assert files.evaluations == {"before": {"step": 0}, "validation": [{"step": 2}]}
+
+
+def test_restore_without_a_checkpoint_starts_over(tmp_path, state):
+  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+    files.record("before", {"step": 0})
+  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+    assert files.restore(Stepped(state)) == state
+  assert "before" not in files.evaluations
