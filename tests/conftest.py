@@ -1,7 +1,9 @@
 """Switches of the whole suite, and the fixtures that several rooms share."""
 
+import importlib
 import os
 import pathlib
+import sys
 
 # Before jax is imported. The timeout keeps 8 virtual devices on 2 cores from aborting in a collective.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -61,3 +63,22 @@ def mesh_of():
     return sharding.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
 
   return make
+
+
+@pytest.fixture
+def program():
+  """`program("experiments.x")`: an entry point as if it were alone in its process.
+
+  Flags are global and entry points share names such as --output, so those of other entry points are removed and the
+  module is imported anew.
+  """
+
+  def load(name: str):
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+      for flag in defined if module.startswith("experiments.") else ():
+        if flag.name in flags.FLAGS:
+          delattr(flags.FLAGS, flag.name)
+    sys.modules.pop(name, None)
+    return importlib.import_module(name)
+
+  return load

@@ -8,7 +8,7 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
-from experiments import evaluate_medvqa, phantom_folder
+from experiments import phantom_folder
 from experiments.phantom_recipes import SIZES
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -57,7 +57,12 @@ def data(tmp_path_factory):
   return root
 
 
-def test_from_flags_to_files(checkpoint, data, tmp_path, capsys):
+@pytest.fixture
+def evaluate_medvqa(program):
+  return program("experiments.evaluate_medvqa")
+
+
+def test_from_flags_to_files(evaluate_medvqa, checkpoint, data, tmp_path, capsys):
   chosen = {"model": str(checkpoint), "data": str(data), "output": str(tmp_path / "out"), "batch": 4}
   with flagsaver.flagsaver(**chosen, max_new_tokens=3):
     evaluate_medvqa.main([])
@@ -73,7 +78,7 @@ def test_from_flags_to_files(checkpoint, data, tmp_path, capsys):
   assert result["summary"]["kept"] == 5 and result["max_new_tokens"] == 3
 
 
-def test_wrong_flags_are_named(checkpoint, data):
+def test_wrong_flags_are_named(evaluate_medvqa, checkpoint, data):
   with flagsaver.flagsaver(model=str(checkpoint), data=str(data), split="train"):
     with pytest.raises(ValueError, match=r"--split=train: .* has \['test', 'validation'\]"):
       evaluate_medvqa.main([])
@@ -82,7 +87,7 @@ def test_wrong_flags_are_named(checkpoint, data):
       evaluate_medvqa.main([])
 
 
-def test_the_limit_keeps_as_many_of_each_modality(data):
+def test_the_limit_keeps_as_many_of_each_modality(evaluate_medvqa, data):
   with flagsaver.flagsaver(data=str(data), limit=1):
     examples, summary = evaluate_medvqa.questions()
   assert sorted(example.modality for example in examples) == ["MRI", "X-Ray"] and summary.kept == 5

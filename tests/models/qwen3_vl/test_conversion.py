@@ -10,7 +10,6 @@ import pytest
 import safetensors.numpy
 from absl.testing import flagsaver
 
-from experiments import convert_qwen_vl
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -192,7 +191,12 @@ def test_the_decode_layout_keeps_weights_whole_over_fsdp(source, mesh_of):
   assert weight.dtype == jnp.bfloat16
 
 
-def test_orbax_copy_and_back(source, tmp_path, capsys):
+@pytest.fixture
+def convert_qwen_vl(program):
+  return program("experiments.convert_qwen_vl")
+
+
+def test_orbax_copy_and_back(convert_qwen_vl, source, tmp_path, capsys):
   arguments = ["convert_qwen_vl", str(source), str(tmp_path / "orbax")]
   with flagsaver.flagsaver(to="orbax", dtype="float32"):
     convert_qwen_vl.main(arguments)
@@ -206,7 +210,7 @@ def test_orbax_copy_and_back(source, tmp_path, capsys):
   assert_same(params, PARAMS)
 
 
-def test_the_converter_says_what_is_wrong_in_one_line(source, tmp_path):
+def test_the_converter_says_what_is_wrong_in_one_line(convert_qwen_vl, source, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
   with pytest.raises(SystemExit, match="model_type is 'llama'.*supported is 'qwen3_vl'"):
     convert_qwen_vl.main(["convert_qwen_vl", str(tmp_path), str(tmp_path / "out")])
