@@ -19,6 +19,8 @@ _LOGITS_OF_STUDENT = 3
 _LOGITS_OF_OTHER = 5
 # Logits, and what top-k, top-p and the categorical draw make of them.
 _LOGITS_OF_SAMPLER = 3
+# Phases of a step, one after the other; each frees its memory before the next.
+PHASES = ("sampling", "hints", "scoring", "update")
 # Copies of a value inside a layer: before and after its norm, rotation, mask or activation.
 _COPIES = 2
 
@@ -27,7 +29,7 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   """Bytes per device of the parts of a run, and their peak.
 
   The peak is what stays (student with its moments, frozen models) plus the largest of what sampling needs (decode
-  copy, caches, logits), what scoring by a frozen model needs (a layer's activations on the whole batch) and what the
+  copy, caches, logits), what hints need (the teacher's decode copy), what scoring by a frozen model needs (a layer's activations on the whole batch) and what the
   update needs (gradients, compute copy, activations of one micro-batch, logits of one chunk). It assumes prompts
   that fill the second prompt bucket and images that fill the first patch bucket; longer ones need more.
   Fragmentation and the runtime's own buffers are left out.
@@ -47,8 +49,16 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   parts = {"student and moments": 3 * 4 * weights}
   parts |= {role: frozen * parameters_per_device(other, plan.mesh) for role, other in others.items()}
   stays = sum(parts.values())
-  decode_copy = 0 if compute == 4 and math.prod(plan.mesh.values()) == 1 else _decode_copy(student, plan.mesh, compute)
-  parts["sampling"] = decode_copy + cache_bytes(student, shape, compute) + _sampler_logits(student, shape)
+  parts["sampling"] = (
+    _decode_copy(student, plan.mesh, stored=4, itemsize=compute)
+    + cache_bytes(student, shape, compute)
+    + _sampler_logits(student, shape)
+  )
+  exploration = config.exploration
+  if "teacher" in others and exploration.trigger != "never" and exploration.rounds and exploration.replacements:
+    # The student's decode copy waits for the candidates meanwhile.
+    waits = _decode_copy(student, plan.mesh, stored=4, itemsize=compute)
+    parts["hints"] = waits + _decode_copy(others["teacher"], plan.mesh, stored=frozen, itemsize=frozen)
   hidden = sum(_hidden(other, shape, frozen) for other in others.values())
   if others:
     parts["scoring"] = hidden + max(_one_layer(other, shape, frozen) for other in others.values())
@@ -59,7 +69,7 @@ def estimate(plan: RunPlan) -> dict[str, int]:
     + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others))
     + hidden
   )
-  return parts | {"peak": stays + max(parts[phase] for phase in ("sampling", "scoring", "update") if phase in parts)}
+  return parts | {"peak": stays + max(parts[phase] for phase in PHASES if phase in parts)}
 
 
 def parameters_per_device(config: Qwen3VLConfig, mesh: dict[str, int], layout: str = "train") -> int:
@@ -159,7 +169,10 @@ def _layers(config: Qwen3VLConfig, shape: _BatchShape, *, parts: int) -> tuple[_
   )
 
 
-def _decode_copy(config: Qwen3VLConfig, mesh: dict[str, int], itemsize: int) -> int:
+def _decode_copy(config: Qwen3VLConfig, mesh: dict[str, int], *, stored: int, itemsize: int) -> int:
+  """A second set of weights in the decode layout; none where layout and dtype are the same as those stored."""
+  if mesh["fsdp"] == 1 and stored == itemsize:
+    return 0
   return itemsize * parameters_per_device(config, mesh, "decode")
 
 

@@ -82,6 +82,15 @@ def test_parts_by_hand():
   assert parts["peak"] == stays + max(parts["sampling"], parts["scoring"], parts["update"])
 
 
+def test_decode_copies_exist_where_the_layout_or_the_dtype_changes():
+  count = memory.parameters_per_device(SMALL, ONE)
+  assert memory.estimate(plan())["hints"] == 0
+  # Whole over fsdp, in float32: the student's copy waits beside the teacher's.
+  assert memory.estimate(plan(mesh={"data": 1, "fsdp": 4, "tensor": 1}))["hints"] == 2 * 4 * count
+  assert memory.estimate(plan(model__compute_dtype="bfloat16"))["hints"] == 2 * count
+  assert "hints" not in memory.estimate(plan(exploration__rounds=0))
+
+
 def test_what_a_user_turns_down_costs_less():
   whole = memory.estimate(plan())["update"]
   for change in ({"batch__micro_batches": 4}, {"model__remat": True}, {"objective__chunk": 8}):
