@@ -6,11 +6,13 @@ import pathlib
 from collections.abc import Callable
 
 import jax
-from absl import logging
+from absl import flags, logging
 
 
 def prepare() -> None:
-  """Keeps compiled programs under the user's cache folder, so that a second start compiles nothing again."""
+  """Quiets the libraries' logs, and keeps compiled programs so that a second start compiles nothing again."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
