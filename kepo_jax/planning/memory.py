@@ -132,8 +132,8 @@ def activation_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, *
 
 
 def _one_layer(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int:
-  """The working set of a forward pass over the whole batch."""
-  return max(layer.bytes(itemsize, layers=1, inside=1) for layer in _layers(config, shape, parts=1))
+  """The working set of a forward pass over one micro-batch."""
+  return max(layer.bytes(itemsize, layers=1, inside=1) for layer in _layers(config, shape, parts=shape.micro_batches))
 
 
 @dataclasses.dataclass(frozen=True)

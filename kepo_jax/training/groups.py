@@ -1,7 +1,7 @@
 """Groups of rollouts on the host: decoded, rewarded, explored, and put together for the update."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,9 @@ def mixed_metrics(groups: Groups, gate: np.ndarray, end_ids: Sequence[int]) -> d
   return figures
 
 
-def sample_records(groups: Groups, gate: np.ndarray, *, step: int, prompts: int) -> tuple[dict[str, Any], ...]:
+def sample_records(
+  groups: Groups, gate: np.ndarray, *, step: int, prompts: int, problem: Callable[[Example], str]
+) -> tuple[dict[str, Any], ...]:
   """The rollouts of the first prompts of the batch as JSON-able records."""
   return tuple(
     {
@@ -179,6 +181,7 @@ def sample_records(groups: Groups, gate: np.ndarray, *, step: int, prompts: int)
       "modality": example.modality,
       "question_type": example.question_type,
       "images": list(example.images),
+      "prompt": problem(example),
       "question": example.question,
       "options": list(example.options),
       "answer": example.answer,

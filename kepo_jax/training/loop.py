@@ -112,7 +112,7 @@ def train_step(run: setup.Run, state: TrainState, done: int) -> tuple[TrainState
   metrics |= exploration.exploration_metrics(outcome, prompts=len(examples), rounds=config.exploration.rounds)
   metrics |= grouping.mixed_metrics(groups, gate, run.processor.end_ids)
   metrics |= learned | {"lr": float(run.schedule(done))}
-  samples = grouping.sample_records(groups, gate, step=done + 1, prompts=config.log.samples)
+  samples = grouping.sample_records(groups, gate, step=done + 1, prompts=config.log.samples, problem=run.problem)
   report = StepReport(step=done + 1, metrics=metrics, timing=clock.timing(groups.mask), samples=samples)
   return state, report
 

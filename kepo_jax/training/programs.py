@@ -69,11 +69,6 @@ def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Ca
   return jax.jit(lambda params: model.cast(params, dtype), out_shardings=shardings)
 
 
-def target_program(config: Qwen3VLConfig) -> Callable[[Any, Experience], step.Target]:
-  """`step.target` compiled: (params, experience) -> what a frozen model says about the rollouts."""
-  return jax.jit(lambda params, experience: step.target(config, params, experience))
-
-
 @dataclasses.dataclass(frozen=True)
 class Programs:
   """Everything that runs on the device during training."""
@@ -102,12 +97,14 @@ def no_hints(prompts: Prompts, key: jax.Array) -> Rollouts:
   raise ValueError("this run has no teacher to ask for hints; see exploration.* and model.teacher.")
 
 
-def targets_program(models: Sequence[Model]) -> Callable[[Experience], tuple[step.Target, ...]]:
-  """What each frozen model says about the rollouts of a batch."""
-  score = [target_program(model.config) for model in models]
-  return lambda experience: tuple(
-    program(model.params, experience) for program, model in zip(score, models, strict=True)
-  )
+def targets_program(models: Sequence[Model], parts: int) -> Callable[[Experience], tuple[step.Target, ...]]:
+  """What each frozen model says about the rollouts of a batch, scored in `parts` micro-batches."""
+
+  def scoring(config: Qwen3VLConfig) -> Callable[[Any, Experience], step.Target]:
+    return jax.jit(lambda params, experience: step.target(config, params, experience, parts=parts))
+
+  score = [scoring(each.config) for each in models]
+  return lambda experience: tuple(program(each.params, experience) for program, each in zip(score, models, strict=True))
 
 
 class CompileCounter:

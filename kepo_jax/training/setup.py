@@ -43,6 +43,10 @@ class Run:
     key = jax.random.fold_in(jax.random.key(self.config.seed), STREAMS.index(purpose))
     return functools.reduce(jax.random.fold_in, counters, key)
 
+  def problem(self, example: Example) -> str:
+    """The question as a sampled record shows it: stem and options."""
+    return prompts.problem(example, self.processor.templates)
+
   def prompts(self, examples: Sequence[Example], kind: str, *, hints: Sequence[str] | None = None) -> Prompts:
     """Prompts on the mesh, their number padded to one of two sizes so that exploration compiles few programs."""
     rows = self.config.batch.prompts
@@ -232,7 +236,7 @@ def build_programs(
     candidate=sampler(max(1, config.exploration.replacements), sampled.max_new_tokens, sampled.temperature),
     greedy=sampler(1, config.eval.max_new_tokens, 0.0, 1.0, 0),
     hint=hint,
-    targets=programs.targets_program([models[role] for role in scoring]),
+    targets=programs.targets_program([models[role] for role in scoring], config.batch.micro_batches),
     update=step.jit_update(update, state),
   )
 

@@ -97,12 +97,6 @@ def hidden_of(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.
   return model.completion_hidden(config, params, prefix, tokens, remat=remat)
 
 
-def target(config: Qwen3VLConfig, params: Any, experience: Experience) -> Target:
-  """Hidden states [P, G, T, D] and head [V, D] of a frozen model on the rollouts, without gradient."""
-  hidden = hidden_of(config, params, experience.prompts, experience.tokens, remat=False)
-  return jax.lax.stop_gradient(Target(hidden=hidden, head=model.head_weight(config, params)))
-
-
 def micro_batches(batch: Any, count: int) -> Any:
   """[P, ...] leaves cut to [count, P / count, ...], every device giving each part the same number of rows."""
 
@@ -111,6 +105,25 @@ def micro_batches(batch: Any, count: int) -> Any:
     return sharding.constrain(jnp.moveaxis(rows, 1, 0), None, "prompt", *[None] * (x.ndim - 1))
 
   return jax.tree.map(cut, batch)
+
+
+def target(config: Qwen3VLConfig, params: Any, experience: Experience, *, parts: int) -> Target:
+  """Hidden states [P, G, T, D] and head [V, D] of a frozen model on the rollouts, without gradient.
+
+  Args:
+    config: of the frozen model.
+    params: its weights.
+    experience: the global batch.
+    parts: micro-batches, one after the other: the attention scores of a large teacher on a whole batch are tens of GB.
+  """
+  hidden = jax.lax.map(
+    lambda part: hidden_of(config, params, *part, remat=False),
+    micro_batches((experience.prompts, experience.tokens), parts),
+  )
+  # Undoes the cut of `micro_batches`.
+  hidden = jnp.moveaxis(hidden, 0, 1).reshape(*experience.tokens.shape, hidden.shape[-1])
+  hidden = sharding.constrain(hidden, "prompt", "rollout", None, None)
+  return jax.lax.stop_gradient(Target(hidden=hidden, head=model.head_weight(config, params)))
 
 
 def batch_sums(inputs: losses.TokenInputs, aux: dict[str, jax.Array], experience: Experience) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def update_once(tiny_config, tiny_params, tiny_experience, allowed, mesh_of):
       state = step.initial_state(params, optimizer)
       batch = sharding.place(mesh, experience)
       frozen = jax.device_put(teacher, shardings)
-      targets = (jax.jit(functools.partial(step.target, tiny_config))(frozen, batch),) if distill else ()
+      targets = (jax.jit(functools.partial(step.target, tiny_config, parts=parts))(frozen, batch),) if distill else ()
       state, figures = step.jit_update(update, state)(state, batch, targets)
     return jax.device_get((state, figures))
 
