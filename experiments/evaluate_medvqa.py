@@ -99,7 +99,8 @@ def main(_: list[str]) -> None:
   }
   console.print(", ".join(f"{name} {value}" for name, value in about.items()), markup=False, highlight=False)
 
-  display, outputs, start = progress.Display(), [], time.perf_counter()
+  display, start = progress.Display(), time.perf_counter()
+  outputs: list[dict] = []
   with jax.set_mesh(mesh):
     result = evaluation.evaluate(
       lambda batch: program(params, sharding.place(mesh, batch), jax.random.key(0)),

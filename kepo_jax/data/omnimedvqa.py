@@ -283,19 +283,21 @@ class _Reader:
     if any(key != f"option_{chr(ord('A') + i)}" for i, key in enumerate(present)):
       self._summary.count("option_gap", place)
     options = [_text(record, key) for key in present]
-    right = [option for option in options if option == answer]
-    if not right:
-      right = [option for option in options if normalised(option) == normalised(answer)]
-      if not right:
-        raise _Rejected("answer_unmatched", f"gt_answer {answer!r} is none of {options}")
+    plain = [normalised(option) for option in options]
+    if answer in options:
+      gold = options.index(answer)
+    elif normalised(answer) in plain:
+      gold = plain.index(normalised(answer))
       self._summary.count("answer_normalised", place)
-    gold = options.index(right[0])
-    kept = [i for i, option in enumerate(options) if i == gold or normalised(option) != normalised(right[0])]
+    else:
+      raise _Rejected("answer_unmatched", f"gt_answer {answer!r} is none of {options}")
+    kept = [i for i in range(len(options)) if i == gold or plain[i] != plain[gold]]
+    different = len({plain[i] for i in kept})
     if len(kept) < len(options):
       self._summary.count("repeated_answer", place)
-    if len({normalised(options[i]) for i in kept}) < 2:
+    if different < 2:
       raise _Rejected("too_few_options", f"{options} leave nothing to choose")
-    if len({normalised(options[i]) for i in kept}) < len(kept):
+    if different < len(kept):
       self._summary.count("repeated_distractor", place)
     return tuple(options[i] for i in kept), chr(ord("A") + kept.index(gold))
 

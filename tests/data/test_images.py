@@ -41,10 +41,12 @@ def drawn(mode: str, width: int, height: int, rng: np.random.Generator) -> Image
     return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
   bands = len(Image.new(mode, (1, 1)).getbands())
   pixels = rng.integers(0, 256, (height, width, bands), dtype=np.uint8)
-  if mode in ("P", "1"):
-    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
-    if mode == "P":
-      image.info["transparency"] = 3
+  if mode == "1":
+    return Image.fromarray(pixels.squeeze(-1)).convert(mode)
+  if mode == "P":
+    image = Image.fromarray(pixels.squeeze(-1))
+    image.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    image.info["transparency"] = int(pixels[0, 0, 0])
     return image
   if mode == "YCbCr":
     return Image.frombytes(mode, (width, height), pixels.tobytes())
