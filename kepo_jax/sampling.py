@@ -1,5 +1,6 @@
 """One jitted loop: prompts in, G completions per prompt out."""
 
+import math
 from typing import Any
 
 import chex
@@ -128,13 +129,25 @@ def choose_tokens(
     (int32[P, G], float32[P, G] nats).
   """
   logps = distributions.masked_log_softmax(logits, allowed, temperature or 1.0)
-  scores = logps
-  if temperature:
-    # Gumbel noise makes the maximum a draw from the distribution that is left.
-    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(keys)
-    scores = _kept(logps, top_p, top_k) + sharding.constrain(noise, "prompt", "rollout", "vocab")
-  token = scores.argmax(-1).astype(jnp.int32)
+  token = _drawn(_kept(logps, top_p, top_k), keys) if temperature else logps.argmax(-1).astype(jnp.int32)
   return token, distributions.select_token(logps, token)
+
+
+def _drawn(logps: jax.Array, keys: jax.Array) -> jax.Array:
+  """A token int32[P, G] from log-probabilities float32[P, G, V], which need not be normalised.
+
+  Gumbel noise makes a maximum a draw. It is drawn over columns of ids, then over the ids of the chosen column: m + n
+  numbers instead of m n, since random bits for a whole vocabulary cost more than all else here. Exact, because the
+  probability of an id is that of its column times its share.
+  """
+  size = logps.shape[-1]
+  rows = math.gcd(size, 128)  # n; contiguous runs of ids, so that a sharded vocabulary stays where it is
+  table = logps.reshape(*logps.shape[:-1], rows, size // rows)
+  noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (size // rows + rows,))))(keys)
+  column = (jnp.log(jnp.exp(table).sum(-2)) + noise[..., : size // rows]).argmax(-1)
+  inside = jax.lax.broadcasted_iota(column.dtype, table.shape, table.ndim - 1) == column[..., None, None]
+  row = (jnp.where(inside, table, -jnp.inf).max(-1) + noise[..., size // rows :]).argmax(-1)
+  return (row * (size // rows) + column).astype(jnp.int32)
 
 
 def _kept(logps: jax.Array, top_p: float, top_k: int) -> jax.Array:

@@ -187,6 +187,19 @@ def test_frequencies(settings, kept):
   np.testing.assert_allclose(np.exp(logps), shares[tokens], rtol=1e-5)  # before top_k and top_p
 
 
+@pytest.mark.parametrize("size", [128 * 3, 96, 13])
+def test_draws_follow_the_distribution_for_every_size(size, rng):
+  shares = rng.dirichlet(np.full(size, 0.5))
+  draws = 40_000
+  keys = jax.random.split(jax.random.key(1), (draws, 1))
+  logps = jnp.broadcast_to(jnp.log(jnp.array(shares, jnp.float32)), (draws, 1, size))
+  counts = np.bincount(np.array(jax.jit(sampling._drawn)(logps, keys)).ravel(), minlength=size)
+  often = shares * draws > 5
+  statistic = ((counts - shares * draws) ** 2 / (shares * draws))[often].sum()
+  freedom = often.sum() - 1
+  assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
+
+
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.3, 0), (1e-6, 0), (1.0, 1), (1.0, 17), (1.0, 500), (0.8, 9)])
 def test_what_is_kept_equals_sorting(top_p, top_k, rng):
   logps = np.float32(np.log(rng.dirichlet(np.full(60, 0.3), size=8)))
