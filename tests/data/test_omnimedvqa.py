@@ -182,6 +182,7 @@ def bad_records(layout, tmp_path):
       record(5, image_path="Images/folder/secret.png"),
       record(6, image_path="Images/a\0.png"),
       record(7, image_path="."),
+      record(8, image_path="Images/../" + RECORD["image_path"]),  # back inside, and still refused
     ],
     "missing_image": [
       record(11, image_path="Images/absent.png"),
@@ -210,7 +211,7 @@ def test_bad_records_are_dropped_and_counted_when_lenient(layout, tmp_path):
   examples, summary = omnimedvqa.read(layout.root, lenient=True)
   assert [example.id for example in examples] == ["Set A/Set A_0000"]
   assert rules(summary) == {rule: len(entries) for rule, entries in bad.items()}
-  assert summary.dropped == 21
+  assert summary.dropped == 22
 
 
 @pytest.mark.parametrize("rule", ["unsafe_path", "missing_image", "malformed_record"])
