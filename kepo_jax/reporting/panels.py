@@ -69,7 +69,7 @@ def start_panel(
   first = f", from step {plan.start_step}" if plan.start_step else ""
   rows.append(("steps", f"{config.train.steps}{first}; learning rate {config.optimizer.learning_rate:g}"))
   if memory:
-    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if name != "peak")
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if size and name != "peak")
     rows.append(("memory", f"about {human_bytes(memory['peak'])} per device at most (estimate: {parts})"))
   rows.append(("programs", ", ".join(plan.programs)))
   rows.append(("workdir", plan.workdir or "none: nothing is written"))

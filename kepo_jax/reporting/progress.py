@@ -83,8 +83,9 @@ class Display:
   def progress(self, what: str, done: int, total: int) -> None:
     """Shows how far some other work has come; the training clock stands still meanwhile."""
     now = self._clock()
+    # The first news of some work comes when a part of it is done: it began when the last thing ended.
+    since, quarters = self._other.setdefault(what, (self._last, 0))
     self._last = now
-    since, quarters = self._other.setdefault(what, (now, 0))
     if self._live:
       self._bar(what, done, total, "")
       if done >= total:

@@ -88,7 +88,8 @@ class TensorBoardSink:
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Adds one point per figure."""
     for name, value in values.items():
-      self._writer.add_scalar(name, value, global_step=step)
+      # TensorBoard takes no "@" in names and would say so at every step.
+      self._writer.add_scalar(name.replace("@", "_at_"), value, global_step=step)
 
   def close(self) -> None:
     """Flushes and closes the event file."""

@@ -58,14 +58,14 @@ def events(directory):
 
 def test_tensorboard_gets_every_figure_and_voids_what_a_resumed_run_repeats(tmp_path):
   first = sinks.TensorBoardSink(tmp_path)
-  first.write(3, {"reward/mean": 0.25})
+  first.write(3, {"reward/mean": 0.25, "hint/accept_rate@5": 0.5})
   first.close()
   resumed = sinks.TensorBoardSink(tmp_path, start_step=2)
   resumed.write(3, {"reward/mean": 0.75})
   resumed.close()
   resumed.close()  # two lists of sinks may share it
   points = [(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
-  assert points == [(3, "reward/mean", 0.25), (3, "reward/mean", 0.75)]
+  assert points == [(3, "reward/mean", 0.25), (3, "hint/accept_rate_at_5", 0.5), (3, "reward/mean", 0.75)]
   assert [e.step for e in events(tmp_path) if e.HasField("session_log")][-1] == 3
 
 
