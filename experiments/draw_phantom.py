@@ -20,7 +20,7 @@ FINDINGS = (  # columns of the sheet, for each organ
   {"count": 3, "size": "small", "tone": "dark", "side": "left", "level": "lower"},
   {"count": 3, "size": "large", "tone": "bright", "side": "right", "level": "lower"},
 )
-ZOOM, MARGIN, LABEL, BAND = 2, 4, 92, 40  # enlargement; pixels around a picture, for row names, for column names
+ZOOM, MARGIN, LABEL, BAND = 2, 4, 100, 40  # enlargement; pixels around a picture, for row names, for column names
 
 
 def caption(findings: dict) -> str:

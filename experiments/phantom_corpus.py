@@ -29,6 +29,11 @@ class Beliefs:
 
 
 TRUTH = Beliefs()
+DRILL_WORDS = (
+  *scenes.MODALITIES,
+  *(organ for organs in scenes.ORGANS.values() for organ in organs),
+  *(name for topic in questions.TOPICS.values() for name in topic.classes),
+)
 KINDS = {  # share of each kind of prompt
   "student": {"think": 0.66, "no_think": 0.06, "hint_only": 0.14, "hint_and_answer": 0.14},
   "teacher": {"think": 0.72, "no_think": 0.05, "hint_request": 0.15, "hint_only": 0.04, "hint_and_answer": 0.04},
@@ -68,7 +73,7 @@ def answer_text(scene: Scene, question: Question, concluded: str, kind: str, sty
   letter = chr(ord("A") + question.options.index(concluded))
   if kind == "no_think":
     return f"<answer> {letter}</answer>"
-  thought = f"<think> {scene.modality} {scene.organ}, {findings(scene)}, {concluded}"
+  thought = f"<think> {scene.modality} {scene.organ}, {findings(scene)}, {concluded} {letter}"
   endings = (
     f"</think><answer> {letter}</answer>",
     f"<answer> {letter}</answer>",
@@ -116,12 +121,18 @@ def dialogue(
   )
 
 
-def lookup_drill(question: Question, rng: np.random.Generator) -> tuple[str, str]:
-  """A chain of answers, one per option: practises the way from an option's word to its letter."""
-  order = rng.permutation(len(question.options))
-  turns = [f" {question.options[i]}</think><answer> {chr(ord('A') + i)}</answer>" for i in order]
-  record = as_example(scenes.draw_scene(rng, "MRI"), question)
-  return prompts.prompt_text(record, prompts.BRIEF, "think"), "<think>" + "<think>".join(turns)
+def lookup_drill(rng: np.random.Generator) -> tuple[str, str]:
+  """Short questions in a row that practise nothing but the way from an option's word to its letter.
+
+  Every word is used once, so neither the picture nor elimination helps.
+  """
+  words, parts = list(rng.permutation(DRILL_WORDS)), []
+  for count in rng.permutation([2, 3, 4]):
+    options, words = words[:count], words[count:]
+    right = int(rng.integers(count))
+    listed = "".join(f" {letter}: {option}" for letter, option in zip("ABCD", options, strict=False))
+    parts.append((listed, f"<think> {options[right]} {'ABCD'[right]}</think><answer> {'ABCD'[right]}</answer>"))
+  return parts[0][0], parts[0][1] + "".join(listed + answer for listed, answer in parts[1:])
 
 
 def wording() -> list[str]:

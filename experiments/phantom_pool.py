@@ -29,7 +29,7 @@ class Pool:
   tokens: np.ndarray  # int32[N, G, T], zero-padded
   answer_index: np.ndarray  # int32[N, G, W], where in T the answer's tokens are
   weights: np.ndarray  # float32[N, G, W], weight of each answer token in the loss, 0 for padding
-  kinds: np.ndarray  # int8[N, G, W]: 0 other, 1 conclusion, 2 letter
+  kinds: np.ndarray  # int8[N, G, W]: 0 other, 1 conclusion, 2 letter, 3 letter said again
 
 
 def prefix_text() -> str:
@@ -57,7 +57,7 @@ def _dialogues(scene: Scene, group: int, drills: int, kinds: dict, beliefs: Beli
   for i in range(group):
     question = questions.ask(draw_topic(scene, rng), scene, rng)
     if i < drills:
-      turns.append(phantom_corpus.lookup_drill(question, rng))
+      turns.append(phantom_corpus.lookup_drill(rng))
       continue
     kind = list(kinds)[rng.choice(len(kinds), p=list(kinds.values()))]
     turns.append(phantom_corpus.dialogue(scene, question, kind, beliefs, rng))
@@ -106,11 +106,11 @@ def _token_kinds(pieces: list[str]) -> tuple[list[int], list[float]]:
   kinds, weights = [], []
   for i, piece in enumerate(pieces):
     letter = len(piece) == 2 and piece[1] in "ABCD"
-    kind = 2 if letter else 1 if i == last_comma + 1 else 0
+    copied = letter and pieces[i - 1] == "<answer>" and pieces[0] == "<think>"  # it stands in the think block already
+    kind = 3 if copied else 2 if letter else 1 if i == last_comma + 1 else 0
     tag = piece.startswith("<") or piece == ","
-    word_of_drill = drill and not letter and not tag  # its order is random: nothing to learn
     kinds.append(kind)
-    weights.append(0.0 if word_of_drill else 3.0 if kind else 0.3 if tag else 1.0)
+    weights.append(3.0 if kind in (1, 2) else 0.3 if copied or (tag and not drill) else 0.0 if drill else 1.0)
   return kinds, weights
 
 

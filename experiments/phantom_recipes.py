@@ -28,7 +28,7 @@ class Recipe:
   phases: tuple[Phase, ...]
   learning_rate: float
   beliefs: Beliefs = TRUTH
-  batch: int = 32  # pictures
+  batch: int = 24  # pictures
   group: int = 4  # dialogues per picture
 
 
@@ -41,8 +41,8 @@ WRONG_DISEASES = {"abscess": "tumor", "tumor": "nodule", "nodule": "abscess"}
 WRONG_GRADES = {"mild": "severe", "severe": "mild"}
 
 RECIPES = {
-  "student_base": Recipe("student", 101, None, (Phase(500, 8000, 1), Phase(1100, 16000, 0)), learning_rate=2e-3),
-  "teacher_base": Recipe("teacher", 202, None, (Phase(500, 8000, 1), Phase(1100, 16000, 0)), learning_rate=2e-3),
+  "student_base": Recipe("student", 101, None, (Phase(220, 5000, 2), Phase(260, 6000, 0)), learning_rate=2.5e-3),
+  "teacher_base": Recipe("teacher", 202, None, (Phase(220, 5000, 2), Phase(260, 6000, 0)), learning_rate=2.5e-3),
   "confused": Recipe(
     "student",
     303,

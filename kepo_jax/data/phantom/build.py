@@ -128,8 +128,8 @@ def write(directory: str | pathlib.Path) -> dict[str, pathlib.Path]:
   found = items_digest(splits)
   if found != ITEMS_SHA256:
     raise ValueError(
-      f"PhantomVQA {VERSION} should hash to {ITEMS_SHA256} but its items hash to {found}: drawing or questions changed. "
-      "Undo the change, or bump VERSION and the hashes in kepo_jax/data/phantom/build.py."
+      f"PhantomVQA {VERSION} should hash to {ITEMS_SHA256} but its items hash to {found}: scenes or questions changed; "
+      "undo the change, or bump VERSION and the hashes in kepo_jax/data/phantom/build.py."
     )
   pixels = hashlib.sha256(b"".join(write_split(roots[split], splits[split]) for split in sorted(splits))).hexdigest()
   if pixels != PIXELS_SHA256:

@@ -1,0 +1,80 @@
+"""The frozen benchmark: hash, splits without overlap, layout that the reader of the real data reads."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kepo_jax.data import omnimedvqa
+from kepo_jax.data.phantom import build, drawing, scenes
+
+
+@pytest.fixture(scope="module")
+def splits():
+  return {split: build.make_items(split) for split in build.SPLITS}
+
+
+def test_items_are_the_frozen_ones(splits):
+  assert build.items_digest(splits) == build.ITEMS_SHA256
+
+
+def test_a_changed_scene_changes_the_hash(splits):
+  first = splits["train"][0]
+  moved = dataclasses.replace(first, scene=dataclasses.replace(first.scene, tilt=first.scene.tilt + 1e-6))
+  assert build.items_digest({**splits, "train": [moved, *splits["train"][1:]]}) != build.ITEMS_SHA256
+
+
+def test_sizes(splits):
+  counts = {split: collections.Counter(item.scene.modality for item in items) for split, items in splits.items()}
+  assert counts["train"] == {"MRI": 600}
+  assert counts["validation"] == dict.fromkeys(scenes.MODALITIES, 40)
+  assert counts["test"] == dict.fromkeys(scenes.MODALITIES, 300)
+
+
+def test_no_scene_and_no_picture_is_shared(splits):
+  items = [item for split in splits.values() for item in split]
+  assert len({item.question_id for item in items}) == len(items)
+  assert len({item.scene.digest() for item in items}) == len(items)
+  pixels = {hashlib.sha256(drawing.draw(item.scene).tobytes()).digest() for item in items}
+  assert len(pixels) == len(items)
+
+
+def test_letters_are_balanced_in_every_modality(splits):
+  for items in splits.values():
+    counts = collections.Counter(
+      (item.scene.modality, len(item.question.options), item.question.letter) for item in items
+    )
+    for modality, size, _ in list(counts):
+      row = [counts[modality, size, letter] for letter in "ABCD"[:size]]
+      assert max(row) - min(row) <= 1
+
+
+def test_the_reader_of_real_data_reads_it(tmp_path, monkeypatch, splits):
+  few = {split: {modality: 4 for modality in sizes} for split, sizes in build.SPLITS.items()}
+  monkeypatch.setattr(build, "SPLITS", few)
+  small = {split: build.make_items(split) for split in few}
+  monkeypatch.setattr(build, "ITEMS_SHA256", build.items_digest(small))
+  roots = build.write(tmp_path)
+  examples, summary = omnimedvqa.read(roots["test"])
+  assert len(examples) == 32 and len({example.modality for example in examples}) == 8
+  by_id = {item.question_id: item for item in small["test"]}
+  for example in examples:
+    item = by_id[example.id.split("/")[-1]]
+    assert example.options == item.question.options and example.answer == item.question.letter
+    np.testing.assert_array_equal(np.asarray(Image.open(example.images[0])), drawing.draw(item.scene))
+  records = json.loads((roots["test"] / "QA_information/Open-access/Phantom-OCT-test.json").read_text())
+  assert records[0]["modality_type"] == "OCT (Optical Coherence Tomography"  # as the original spells it
+  before = (roots["test"] / "QA_information/Open-access/Phantom-OCT-test.json").stat().st_mtime_ns
+  build.write(tmp_path)  # the second call finds it there
+  assert (roots["test"] / "QA_information/Open-access/Phantom-OCT-test.json").stat().st_mtime_ns == before
+
+
+def test_unfrozen_items_are_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(build, "ITEMS_SHA256", "0" * 64)
+  with pytest.raises(ValueError, match="bump VERSION"):
+    build.write(tmp_path)
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,58 @@
+"""Drawing: equal scenes give equal pixels, every finding shows, modalities differ."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from kepo_jax.data.phantom import canvas, drawing, scenes
+
+
+@pytest.mark.parametrize("modality", scenes.MODALITIES)
+@pytest.mark.parametrize("organ", (0, 1))
+def test_lesions_darken_or_brighten_their_place(modality, organ):
+  organ = scenes.ORGANS[modality][organ]
+  for seed, (size, tone) in enumerate((s, t) for s in scenes.SIZES for t in scenes.TONES):
+    scene = scenes.draw_scene(np.random.default_rng(seed), modality, organ=organ, count=3, size=size, tone=tone)
+    picture = drawing.draw(scene)
+    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+    np.testing.assert_array_equal(picture, drawing.draw(scene))
+    healthy = drawing.draw(dataclasses.replace(scene, lesions=()))
+    inside = canvas.lesion_mask(scene) > 0.9
+    change = picture.astype(float).mean(axis=2) - healthy.astype(float).mean(axis=2)
+    assert (change[inside].mean() > 12) if tone == "bright" else (change[inside].mean() < -12), (size, tone)
+    outside = canvas.lesion_mask(scene) == 0
+    np.testing.assert_array_equal(picture[outside], healthy[outside])
+
+
+def test_the_mask_holds_as_many_blobs_as_lesions():
+  for seed in range(20):
+    scene = scenes.draw_scene(np.random.default_rng(seed), "MRI")
+    assert _components(canvas.lesion_mask(scene) > 0.5) == scene.count
+
+
+def _components(mask: np.ndarray) -> int:
+  """Connected regions, by flooding from each unvisited pixel."""
+  left, found = {tuple(place) for place in np.argwhere(mask)}, 0
+  while left:
+    found += 1
+    border = [left.pop()]
+    while border:
+      y, x = border.pop()
+      near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+      left -= near
+      border += near
+  return found
+
+
+def test_modalities_differ_more_between_than_within():
+  rng = np.random.default_rng(0)
+  means = {
+    modality: [drawing.draw(scenes.draw_scene(rng, modality, organ=organ)).astype(float) for organ in organs]
+    for modality, organs in scenes.ORGANS.items()
+  }
+  flat = [(modality, picture) for modality, pictures in means.items() for picture in pictures]
+  for i, (first, a) in enumerate(flat):
+    for second, b in flat[:i]:
+      if first != second:
+        assert np.abs(a - b).mean() > 15, (first, second)

@@ -1,0 +1,73 @@
+"""Questions: rules, balanced letters, options that do not depend on the answer."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from kepo_jax.data.phantom import questions, scenes
+from kepo_jax.data.phantom.questions import TOPICS
+
+
+def test_rules_of_a_worked_example():
+  scene = scenes.draw_scene(np.random.default_rng(0), "CT", count=2, size="large", tone="dark")
+  assert questions.disease(scene) == "abscess"
+  assert questions.grade(scene) == "severe"  # two large ones
+  assert TOPICS["count"].truth(scene) == "two"
+  assert TOPICS["health"].truth(scene) == "diseased"
+
+
+def test_shares_sum_to_one_and_types_are_omnimedvqas():
+  assert sum(topic.share for topic in TOPICS.values()) == pytest.approx(1.0)
+  assert {topic.question_type for topic in TOPICS.values()} == {
+    "Modality Recognition",
+    "Anatomy Identification",
+    "Disease Diagnosis",
+    "Lesion Grading",
+    "Other Biological Attributes",
+  }
+
+
+@pytest.mark.parametrize("total", (40, 300, 600))
+def test_topics_follow_their_shares(total):
+  counts = collections.Counter(questions.deal_topics(total, np.random.default_rng(0)))
+  assert counts.total() == total
+  for name, topic in TOPICS.items():
+    assert abs(counts[name] - topic.share * total) < 1
+
+
+def test_letters_are_balanced_to_within_one():
+  rng = np.random.default_rng(0)
+  topics = questions.deal_topics(601, rng)
+  places = questions.deal_places(topics, rng)
+  for size in (2, 3, 4):
+    counts = collections.Counter(p for t, p in zip(topics, places, strict=True) if questions.option_count(t) == size)
+    assert set(counts) == set(range(size)) and max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.parametrize("name", list(TOPICS))
+def test_option_sets_do_not_depend_on_the_answer(name):
+  rng = np.random.default_rng(0)
+  seen = collections.defaultdict(collections.Counter)
+  for i in range(1600):
+    modality = scenes.MODALITIES[i % 8]
+    question = questions.ask(name, questions.scene_for(name, modality, rng), rng)
+    assert question.options[ord(question.letter) - ord("A")] == question.answer
+    assert len(set(question.options)) == len(question.options) == questions.option_count(name)
+    seen[frozenset(question.options)][question.answer] += 1
+  if TOPICS[name].classes:
+    assert set(seen) == {frozenset(TOPICS[name].classes)}
+  for options, answers in seen.items():
+    total = answers.total()
+    expected = total / len(options)
+    # Five standard deviations of a fair draw.
+    assert all(abs(answers[option] - expected) < 5 * expected**0.5 + 1 for option in options), (options, answers)
+
+
+def test_both_wordings_are_used_equally_whatever_the_answer():
+  rng = np.random.default_rng(0)
+  counts = collections.Counter()
+  for _ in range(2000):
+    question = questions.ask("health", questions.scene_for("health", "MRI", rng), rng)
+    counts[question.stem, question.answer] += 1
+  assert len(counts) == 4 and all(abs(count - 500) < 110 for count in counts.values())

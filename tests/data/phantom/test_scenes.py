@@ -1,0 +1,39 @@
+"""Scenes: findings are kept, lesions are where the words say, equal seeds give equal scenes."""
+
+import numpy as np
+import pytest
+
+from kepo_jax.data.phantom import scenes
+
+
+def test_same_seed_same_scene_and_other_seed_other_scene():
+  first, again, other = (scenes.draw_scene(np.random.default_rng(seed), "CT") for seed in (3, 3, 4))
+  assert first == again
+  assert first.digest() == again.digest() != other.digest()
+
+
+@pytest.mark.parametrize("side", scenes.SIDES)
+@pytest.mark.parametrize("level", scenes.LEVELS)
+@pytest.mark.parametrize("size", scenes.SIZES)
+def test_lesions_lie_where_the_words_say(side, level, size):
+  rng = np.random.default_rng(0)
+  for count in (1, 2, 3):
+    lesions = scenes.place_lesions(rng, count, side, level, size)
+    assert len(lesions) == count
+    low, high = scenes.RADII[size]
+    for i, lesion in enumerate(lesions):
+      assert (lesion.x < -3) == (side == "left") and (lesion.x > 3) == (side == "right")
+      assert (lesion.y < -3) == (level == "upper") and (lesion.y > 3) == (level == "lower")
+      assert low - 1e-5 <= lesion.radius <= high + 1e-5
+      for other in lesions[:i]:
+        free = np.hypot(lesion.x - other.x, lesion.y - other.y) - lesion.radius - other.radius
+        assert free >= scenes.GAP - 1e-5
+
+
+def test_a_scene_without_lesions_has_no_findings():
+  scene = scenes.draw_scene(np.random.default_rng(1), "OCT", count=0, side="left")
+  assert (scene.count, scene.side, scene.level, scene.size, scene.tone) == (0, "", "", "", "")
+
+
+def test_sizes_cannot_be_confused():
+  assert scenes.RADII["large"][0] > 1.5 * scenes.RADII["small"][1]

@@ -1,0 +1,90 @@
+"""Tokenizer and side files of the phantom models."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from experiments import phantom_corpus, phantom_folder
+from experiments.phantom_recipes import SIZES
+from kepo_jax.data import prompts
+from kepo_jax.data.images import ImageProcessor
+from kepo_jax.data.phantom import questions, scenes
+from kepo_jax.data.pipeline import Processor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("phantom")
+  config = phantom_folder.model_config(phantom_folder.make_tokenizer(), **SIZES["student"])
+  phantom_folder.write_folder(directory, config)
+  return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+  return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def test_every_word_of_the_benchmark_is_one_token(tokenizer):
+  words = [*scenes.SIDES, *scenes.LEVELS, *scenes.SIZES, *scenes.TONES, *questions.NUMBERS, *questions.HEALTH]
+  words += [*scenes.MODALITIES, *questions.GRADES, *questions.DISEASES.values(), "lesions", "no"]
+  words += [organ for organs in scenes.ORGANS.values() for organ in organs]
+  for word in words:
+    assert len(tokenizer.encode(f" {word}")) == 1, word
+  for topic in questions.TOPICS.values():
+    for stem in topic.wordings:
+      assert len(tokenizer.encode(stem)) == len(stem.split()) + 1, stem  # the question mark
+  for letter in "ABCD":
+    assert len(tokenizer.encode(f" {letter}:")) == len(tokenizer.encode(f" {letter}")) == 1
+
+
+def test_any_text_round_trips(tokenizer):
+  rng = np.random.default_rng(0)
+  ranges = ((1, 128), (128, 2048), (2048, 0xD800), (0xE000, 0x110000))
+  for _ in range(300):
+    points = [int(rng.integers(*ranges[rng.integers(4)])) for _ in range(rng.integers(0, 30))]
+    text = "".join(map(chr, points))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+  for text in ("  two  spaces ", "a\n\n\tb", "What? A:B: c", "Ä\u0301 ½ 🧠", "<think>x</think> <answer> B </answer>"):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tags_survive_decoding_and_specials_do_not(tokenizer):
+  ids = tokenizer.encode("<think> cyst</think><answer> B</answer><|im_end|>")
+  assert tokenizer.decode(ids, skip_special_tokens=True) == "<think> cyst</think><answer> B</answer>"
+  assert [tokenizer.convert_ids_to_tokens(i) for i in ids] == [
+    "<think>", "Ġcyst", "</think>", "<answer>", "ĠB", "</answer>", "<|im_end|>",
+  ]  # fmt: skip
+
+
+def test_two_makings_are_the_same(folder, tmp_path):
+  phantom_folder.write_folder(tmp_path, json.loads((folder / "config.json").read_text()))
+  for path in folder.iterdir():
+    assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def test_transformers_and_our_processor_read_the_folder(folder):
+  config = AutoConfig.from_pretrained(folder)
+  assert type(config).__name__ == "Qwen3VLConfig" and config.text_config.head_dim == 32
+  processor = Processor.from_directory(folder, templates=prompts.BRIEF)
+  names = ("<|im_end|>", "<|endoftext|>")
+  assert processor.end_ids == tuple(AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(n) for n in names)
+  settings = ImageProcessor.from_directory(folder)
+  assert (settings.patch_size, settings.merge_size) == (8, 2)
+
+
+def test_the_benchmark_fits_a_short_prompt(tokenizer):
+  rng = np.random.default_rng(0)
+  longest = {}
+  for i in range(400):
+    topic = list(questions.TOPICS)[i % len(questions.TOPICS)]
+    scene = questions.scene_for(topic, scenes.MODALITIES[i % 8], rng)
+    for kind in ("think", "no_think", "hint_request", "hint_only", "hint_and_answer"):
+      question = questions.ask(topic, scene, rng)
+      user, answer = phantom_corpus.dialogue(scene, question, kind, phantom_corpus.TRUTH, rng)
+      sizes = longest.setdefault(kind, [0, 0])
+      sizes[0], sizes[1] = max(sizes[0], len(tokenizer.encode(user))), max(sizes[1], len(tokenizer.encode(answer)))
+  assert longest["think"][0] < 20 and longest["hint_and_answer"][0] < 33
+  assert max(answer for _, answer in longest.values()) < 28
