@@ -78,8 +78,7 @@ def load(data: Any) -> dict[str, list[Example]]:
   """
   roots = split_roots(data.directory) if data.directory else phantom_roots()
   if not roots:
-    examples, summary = omnimedvqa.read(data.directory)
-    logging.info("%s", summary.text())
+    examples = _read(data.directory)
     split = split_by_modality(
       examples,
       train_modality=data.train_modality,
@@ -94,12 +93,17 @@ def load(data: Any) -> dict[str, list[Example]]:
   limits = {"train": data.train_items, "validation": data.validation_items, "test": data.test_items}
   questions = {}
   for name, root in roots.items():
-    examples, summary = omnimedvqa.read(root)
-    logging.info("%s", summary.text())
+    examples = _read(root)
     if name == "train":
       examples = [example for example in examples if example.modality == data.train_modality]
     questions[name] = limited(examples, limits[name], data.split_seed)
   return questions
+
+
+def _read(root: str | os.PathLike) -> list[Example]:
+  examples, summary = omnimedvqa.read(root)
+  logging.log(logging.WARNING if summary.dropped else logging.INFO, "%s", summary.text())
+  return examples
 
 
 def limited(examples: Sequence[Example], per_modality: int, seed: int) -> list[Example]:
