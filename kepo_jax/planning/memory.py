@@ -30,7 +30,7 @@ def estimate(plan: RunPlan) -> dict[str, int]:
 
   The peak is what stays (student with its moments, frozen models) plus the largest of what sampling needs (decode
   copy, caches, logits), what hints need (decode copies of both models), what scoring by a frozen model needs (a
-  layer's activations on the whole batch) and what the update needs (gradients, compute copy, activations of one
+  layer's activations on one micro-batch) and what the update needs (gradients, compute copy, activations of one
   micro-batch, logits of one chunk). It assumes prompts that fill the second prompt bucket and images that fill the
   first patch bucket; longer ones need more. Fragmentation and the runtime's own buffers are left out.
 
