@@ -13,7 +13,7 @@ def prepare() -> None:
   """Quiets the libraries' logs, and keeps compiled programs so that a second start compiles nothing again."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  if not jax.config.jax_compilation_cache_dir:
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -4,10 +4,10 @@
 how a run is shown and logged is up to the hooks.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from kepo_jax.objectives import advantages, gates
 from kepo_jax.training import groups as grouping
 from kepo_jax.training import setup, step
 from kepo_jax.training.files import RunFiles
+from kepo_jax.training.profiling import CompileCounter, Profiler
 from kepo_jax.training.step import TrainState
 from kepo_jax.types import Example, Hook, StepReport
 
@@ -58,8 +59,9 @@ def train(
     ValueError: config, models, data or workdir do not fit together; says which field or file, and the way out.
   """
   files = RunFiles(workdir, config, resume=resume)
+  hooks = [*hooks, Profiler()] if config.profile.steps else hooks
   run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks)
-  with jax.set_mesh(run.mesh), files:
+  with jax.set_mesh(run.mesh), files, contextlib.closing(CompileCounter()) as compiled:
     state = files.restore(run.state) if resume else run.state
     start = int(state.step)
     for hook in hooks:
@@ -68,6 +70,7 @@ def train(
       files.record("before", run.evaluate(state, "test", "before", 0))
     for done in range(start, config.train.steps):
       state, report = train_step(run, state, done)
+      report = dataclasses.replace(report, timing=report.timing | compiled.figures())
       for hook in hooks:
         hook.step(report)
       if config.eval.every and report.step % config.eval.every == 0:
@@ -144,7 +147,7 @@ class PhaseClock:
     self._start = time.perf_counter()
     self._seconds: dict[str, float] = {}
 
-  @contextmanager
+  @contextlib.contextmanager
   def __call__(self, phase: str) -> Iterator[None]:
     """Adds the seconds inside the block to `phase`."""
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The jitted programs of one run, and the counter of what XLA compiled."""
+"""The jitted programs of one run."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,8 +12,6 @@ from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.training import step
 from kepo_jax.types import Experience, Prompts, Rollouts
-
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +103,3 @@ def targets_program(models: Sequence[Model], parts: int) -> Callable[[Experience
 
   score = [scoring(each.config) for each in models]
   return lambda experience: tuple(program(each.params, experience) for program, each in zip(score, models, strict=True))
-
-
-class CompileCounter:
-  """Programs that XLA compiled (or read from the persistent cache) since it was made."""
-
-  def __init__(self):
-    self.programs = 0
-    self.seconds = 0.0
-    jax.monitoring.register_event_duration_secs_listener(self._count)
-
-  def _count(self, event: str, duration_secs: float, **_: Any) -> None:
-    if event == COMPILE_EVENT:
-      self.programs += 1
-      self.seconds += duration_secs
-
-  def close(self) -> None:
-    """Stops counting."""
-    jax.monitoring.unregister_event_duration_listener(self._count)

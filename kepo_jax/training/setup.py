@@ -226,7 +226,7 @@ def build_programs(
     settings = programs.SamplingSettings(samples, tokens, temperature, top_p, top_k)
     return programs.sampling_program(student.config, processor, settings)
 
-  hint = programs.no_hints
+  hint: Callable[[Prompts, jax.Array], Rollouts] = programs.no_hints
   if "teacher" in models and explores(config):
     settings = programs.SamplingSettings(1, config.exploration.hint_tokens, config.exploration.hint_temperature)
     hint = programs.hint_program(models["teacher"], processor, settings, jnp.dtype(config.model.teacher_dtype))

@@ -9,6 +9,7 @@ import pytest
 
 from kepo_jax import sharding
 from kepo_jax.training.files import RunFiles
+from kepo_jax.training.step import TrainState
 
 
 def config(learning_rate=1e-3):
@@ -19,13 +20,8 @@ def config(learning_rate=1e-3):
 
 @pytest.fixture
 def state():
-  return jax.device_put({"w": jnp.arange(4.0), "step": jnp.int32(0)}, sharding.replicated(sharding.make_mesh(data=8)))
-
-
-class Stepped(dict):
-  """A state with the `step` that RunFiles reads."""
-
-  step = property(lambda self: self["step"])
+  fresh = TrainState(step=jnp.int32(0), params={"w": jnp.arange(4.0)}, opt_state=())
+  return jax.device_put(fresh, sharding.replicated(sharding.make_mesh(data=8)))
 
 
 def test_a_used_folder_is_refused(tmp_path):
@@ -71,15 +67,15 @@ def test_checkpoints_fall_on_their_steps_and_on_the_last(tmp_path, state):
 def test_restore_brings_back_the_newest_state_and_forgets_later_evaluations(tmp_path, state):
   with RunFiles(tmp_path / "run", config(), resume=False) as files:
     files.record("before", {"step": 0})
-    files.save(2, state | {"step": jnp.int32(2), "w": state["w"] + 1}, last=False)
+    files.save(2, state.replace(step=state.step + 2, params={"w": state.params["w"] + 1}), last=False)
     files.record("validation", {"step": 2})
     files.record("validation", {"step": 3})
     files.record("after", {"step": 3})
   with RunFiles(tmp_path / "run", config(), resume=True) as files:
-    restored = files.restore(Stepped(state))
-  assert int(restored["step"]) == 2
-  assert restored["w"].tolist() == [1, 2, 3, 4]
-  assert restored["w"].sharding == state["w"].sharding
+    restored = files.restore(state)
+  assert int(restored.step) == 2
+  assert restored.params["w"].tolist() == [1, 2, 3, 4]
+  assert restored.params["w"].sharding == state.params["w"].sharding
   assert files.evaluations == {"before": {"step": 0}, "validation": [{"step": 2}]}
 
 
@@ -87,5 +83,5 @@ def test_restore_without_a_checkpoint_starts_over(tmp_path, state):
   with RunFiles(tmp_path / "run", config(), resume=False) as files:
     files.record("before", {"step": 0})
   with RunFiles(tmp_path / "run", config(), resume=True) as files:
-    assert files.restore(Stepped(state)) == state
+    assert files.restore(state) is state
   assert "before" not in files.evaluations
