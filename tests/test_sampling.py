@@ -114,7 +114,9 @@ def on_mesh(params, mesh_of):
 
 
 @pytest.mark.parametrize(
-  "axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=lambda axes: "x".join(axes)
+  "axes",
+  [{"data": 8}, pytest.param({"fsdp": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}],
+  ids=lambda axes: "x".join(axes),
 )
 def test_same_tokens_on_every_mesh(axes, on_mesh, rollouts):
   run, arguments = on_mesh("decode", **axes)

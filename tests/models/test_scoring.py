@@ -11,6 +11,7 @@ from kepo_jax.models import scoring
 from kepo_jax.objectives import distributions, losses
 
 P, G, T, D, V = 8, 2, 13, 8, 24
+WIDE = 124  # a width at which products outweigh what depends on how XLA fuses the rest
 ALLOWED = np.arange(V) != 5
 
 
@@ -190,31 +191,37 @@ def collectives(text, operation):
   return [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in found]
 
 
+@pytest.fixture(scope="module")
+def flops_of_one_device(mesh_of):
+  """FLOPs of the loss on one device, the body of the loop over chunks counted once."""
+  return compiled(np.random.default_rng(0), mesh_of(), (16, 2, 16), width=WIDE).cost_analysis()["flops"]
+
+
 @pytest.mark.parametrize(
   ("axes", "shape"),
   [
-    ({"data": 8}, (16, 2, 16)),
+    pytest.param({"data": 8}, (16, 2, 16), marks=pytest.mark.slow),
     ({"fsdp": 8}, (16, 2, 16)),
     ({"data": 2, "fsdp": 4}, (4, 8, 16)),  # prompts over data, rollouts over fsdp
   ],
   ids=str,
 )
-def test_eight_devices_do_an_eighth_of_the_work_each(axes, shape, mesh_of, rng):
-  width = 124  # wide, so that the products outweigh what depends on how XLA fuses the rest
-  one = compiled(rng, mesh_of(), shape, width=width)
-  eight = compiled(rng, mesh_of(**axes), shape, width=width)
-  # Both programs hold the body of the loop over chunks once, so the counts compare. Not divided: scaling the head's
-  # gradient.
-  assert 7.5 < one.cost_analysis()["flops"] / eight.cost_analysis()["flops"] < 8.5
+def test_eight_devices_do_an_eighth_of_the_work_each(axes, shape, mesh_of, flops_of_one_device, rng):
+  eight = compiled(rng, mesh_of(**axes), shape, width=WIDE)
+  # All programs have 32 rows and hold the body of the loop once, so the counts compare. Not divided: scaling the
+  # gradient of the head.
+  assert 7.5 < flops_of_one_device / eight.cost_analysis()["flops"] < 8.5
   text = eight.as_text()
   # Nothing is gathered but the heads that fsdp shards, before the loop.
-  assert all(size in (V * width, V * (width + 4)) for size in collectives(text, "all-gather"))
+  assert all(size in (V * WIDE, V * (WIDE + 4)) for size in collectives(text, "all-gather"))
   body = text[: text.index("ENTRY")]
   assert collectives(body, "all-gather") == []
   assert max(collectives(body, "all-reduce"), default=0) <= 1  # the scalar loss; the head's gradient waits
 
 
-@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+  "axes", [pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+)
 def test_sharded_equals_unsharded(axes, mesh_of, rng):
   arguments = problem(rng)
   expected = jax.jit(jax.value_and_grad(chunked(4), (0, 1), has_aux=True))(*arguments)
@@ -230,7 +237,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(mesh_of, rng):
   def temporaries(length, chunk):
     return compiled(rng, mesh_of(), (1, 2, length), chunk).memory_analysis().temp_size_in_bytes
 
-  long, short, dense = temporaries(1024, 16), temporaries(256, 16), temporaries(1024, 1024)
-  assert long < dense / 5
+  long, short = temporaries(1024, 16), temporaries(256, 16)
+  assert long < 1024 * 2 * V * 4  # of the three models, less than the logits of one
   # Four times the tokens in chunks of the same size: what grows is of the size of hidden states, not of logits.
-  assert long - short < (1024 - 256) * 2 * V * 4
+  assert long - short < (1024 - 256) * 2 * V * 4 / 2
