@@ -2,11 +2,12 @@
 
 import functools
 import os
-import pathlib
 from collections.abc import Callable
 
 import jax
 from absl import flags, logging
+
+from kepo_jax.data import splits
 
 
 def prepare() -> None:
@@ -14,13 +15,8 @@ def prepare() -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(splits.cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def cache_directory() -> pathlib.Path:
-  """The project's folder for what can be made again: $XDG_CACHE_HOME/kepo_jax or ~/.cache/kepo_jax."""
-  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kepo_jax"
 
 
 def reporting_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:

@@ -39,9 +39,14 @@ class Split:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def cache_directory() -> pathlib.Path:
+  """The project's folder for what can be made again: $XDG_CACHE_HOME/kepo_jax or ~/.cache/kepo_jax."""
+  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kepo_jax"
+
+
 def phantom_roots() -> dict[str, pathlib.Path]:
-  """Root of each split of the phantom benchmark, drawn on first use below $XDG_CACHE_HOME (or ~/.cache)."""
-  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kepo_jax"
+  """Root of each split of the phantom benchmark, drawn into the cache folder on first use."""
+  cache = cache_directory()
   target = cache / f"phantom-{build.VERSION}-{build.PIXELS_SHA256[:8]}"
   if not target.is_dir():
     cache.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ class RunFiles:
   """config.json, evaluation.json, checkpoints/ and model/ of one run; writes nothing when workdir is ""."""
 
   def __init__(self, workdir: epath.PathLike, config: Any, *, resume: bool):
-    """Claims the folder.
+    """Looks whether the folder can be used; nothing is written before the block is entered.
 
     Args:
       workdir: the folder, or "".
@@ -25,38 +25,42 @@ class RunFiles:
     """
     self.workdir = str(workdir)
     self.evaluations: dict[str, Any] = {}
-    self._checkpoints = None
-    if not self.workdir:
-      if resume:
-        raise ValueError("resume needs a workdir; pass --workdir=DIR of the run to continue.")
-      return
-    root = epath.Path(workdir)
+    self._config = config
+    self._resume = resume
+    self._checkpoints: Checkpoints | None = None
     if resume:
-      self._check_resume(root, config)
-    else:
-      self._check_fresh(root)
-      root.mkdir(parents=True, exist_ok=True)
-      (root / "config.json").write_text(config.to_json(indent=2) + "\n")
-    self._checkpoints = Checkpoints(root / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
+      self._check_resume()
+    elif self.workdir:
+      self._check_fresh()
 
   def __enter__(self) -> "RunFiles":
+    if self.workdir:
+      root, checkpoint = epath.Path(self.workdir), self._config.checkpoint
+      if not self._resume:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "config.json").write_text(self._config.to_json(indent=2) + "\n")
+      self._checkpoints = Checkpoints(root / "checkpoints", every=checkpoint.every, keep=checkpoint.keep)
     return self
 
   def __exit__(self, *_: Any) -> None:
     if self._checkpoints:
       self._checkpoints.close()
 
-  def _check_fresh(self, root: epath.Path) -> None:
+  def _check_fresh(self) -> None:
+    root = epath.Path(self.workdir)
     if root.exists() and any(root.iterdir()):
       raise ValueError(
         f"{root} is not empty; pass --resume to continue the run in it, or another --workdir for a new one."
       )
 
-  def _check_resume(self, root: epath.Path, config: Any) -> None:
+  def _check_resume(self) -> None:
+    if not self.workdir:
+      raise ValueError("resume needs a workdir; pass --workdir=DIR of the run to continue.")
+    root = epath.Path(self.workdir)
     stored = root / "config.json"
     if not stored.exists():
       raise ValueError(f"{root} holds no run to resume (no config.json); start without --resume.")
-    before, now = _flat(json.loads(stored.read_text())), _flat(json.loads(config.to_json()))
+    before, now = _flat(json.loads(stored.read_text())), _flat(json.loads(self._config.to_json()))
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
       changes = ", ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
