@@ -17,6 +17,7 @@ from flax import nnx
 from kepo_jax.sharding import LogicalAxes
 
 Params = Mapping[str, Any]
+Turn = tuple[jax.Array, jax.Array]  # cosine and sine of rotary angles
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,17 +99,22 @@ class RMSNorm(nnx.Module):
     return (normal * scale).astype(x.dtype)
 
 
-def rotated(x: jax.Array, angles: jax.Array) -> jax.Array:
+def turn(angles: jax.Array) -> Turn:
+  """Cosine and sine of rotary angles float32[..., H / 2], made once for all layers."""
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotated(x: jax.Array, by: Turn) -> jax.Array:
   """Rotary embedding with the rotate-half convention, in float32.
 
   Args:
     x: [..., H].
-    angles: float32[..., H / 2], broadcastable to the first half of x, with as many axes.
+    by: cosine and sine float32[..., H / 2], with as many axes as x and broadcastable to its first half.
 
   Returns:
     float32[..., H].
   """
-  cosine, sine = jnp.cos(angles), jnp.sin(angles)
+  cosine, sine = by
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from kepo_jax.models.qwen3_vl.config import TextConfig
-from kepo_jax.models.qwen3_vl.layers import Linear, Params, RMSNorm, bind, rotated
+from kepo_jax.models.qwen3_vl.layers import Linear, Params, RMSNorm, Turn, bind, rotated, turn
 from kepo_jax.sharding import constrain
 
 # Keys, values and a mask that broadcasts to the scores [P, K, G, T, J, S].
@@ -68,15 +68,15 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
   def __call__(
-    self, x: jax.Array, angles: jax.Array, sources: Sequence[Source], own_mask: jax.Array
+    self, x: jax.Array, by: Turn, sources: Sequence[Source], own_mask: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows = x.shape[:3]
     query = self.q_norm(self.q_proj(x).reshape(*rows, self.kv_heads, self.shared_by, -1))
     key = self.k_norm(self.k_proj(x).reshape(*rows, self.kv_heads, -1))
     value = self.v_proj(x).reshape(*rows, self.kv_heads, -1).transpose(0, 3, 1, 2, 4)
-    query = rotated(query, angles[:, :, :, None, None]) * query.shape[-1] ** -0.5
+    query = rotated(query, _over_heads(by, 2)) * query.shape[-1] ** -0.5
     query = query.astype(x.dtype).transpose(0, 3, 1, 2, 4, 5)
-    key = rotated(key, angles[:, :, :, None]).astype(x.dtype).transpose(0, 3, 1, 2, 4)
+    key = rotated(key, _over_heads(by, 1)).astype(x.dtype).transpose(0, 3, 1, 2, 4)
     query = constrain(query, "prompt", "kv_heads", "rollout", None, None, None)
     key = constrain(key, "prompt", "kv_heads", "rollout", None, None)
     value = constrain(value, "prompt", "kv_heads", "rollout", None, None)
@@ -107,12 +107,17 @@ class DecoderLayer(nnx.Module):
     self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
   def __call__(
-    self, x: jax.Array, angles: jax.Array, sources: Sequence[Source], own_mask: jax.Array
+    self, x: jax.Array, by: Turn, sources: Sequence[Source], own_mask: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    mixed, key, value = self.self_attn(self.input_layernorm(x), angles, sources, own_mask)
+    mixed, key, value = self.self_attn(self.input_layernorm(x), by, sources, own_mask)
     x = x + mixed
     x = constrain(x + self.mlp(self.post_attention_layernorm(x)), "prompt", "rollout", None, None)
     return x, key, value
+
+
+def _over_heads(by: Turn, axes: int) -> Turn:
+  """Cosine and sine [P, G, T, H / 2] with axes for heads before the last."""
+  return jax.tree.map(lambda x: jnp.expand_dims(x, tuple(range(3, 3 + axes))), by)
 
 
 def _frequencies(config: TextConfig) -> np.ndarray:
@@ -182,11 +187,12 @@ def prompt_layers(
     x [P, S, D] before the final norm, keys and values [L, P, K, S, H].
   """
   taps = deepstack.shape[0]
+  by = turn(angles[:, None])
   visible = causal_mask(x.shape[1]) & _prefix_mask(mask)
 
   def step(x, layer):
     weights, number = layer
-    x, key, value = bind(weights, DecoderLayer, config)(x, angles[:, None], (), visible)
+    x, key, value = bind(weights, DecoderLayer, config)(x, by, (), visible)
     if taps:
       # Inside the scan rather than unrolled: slices of the stack would copy nearly all weights.
       added = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(number, taps - 1), keepdims=False)
@@ -221,12 +227,13 @@ def completion_layers(
     [P, G, T, D] before the final norm.
   """
   keys, values, mask = prefix
+  by = turn(angles[:, None])
   visible = causal_mask(x.shape[2])
 
   def step(x, layer):
     weights, key, value = layer
     sources = ((key, value, _prefix_mask(mask)),)
-    return bind(weights, DecoderLayer, config)(x, angles[:, None], sources, visible)[0], None
+    return bind(weights, DecoderLayer, config)(x, by, sources, visible)[0], None
 
   return _scan(step, x, (layers, keys, values), remat)[0]
 
@@ -259,11 +266,12 @@ def token_layers(
   cache_keys, cache_values, written = cache
   written = written[None, None, None, None, None, :]
   own = jnp.ones((1,) * 6, bool)
+  by = turn(angles[:, None])
 
   def step(x, layer):
     weights, shared_key, shared_value, key, value = layer
     sources = ((shared_key, shared_value, _prefix_mask(prefix_mask)), (key, value, written))
-    x, key, value = bind(weights, DecoderLayer, config)(x, angles[:, None], sources, own)
+    x, key, value = bind(weights, DecoderLayer, config)(x, by, sources, own)
     return x, (key, value)
 
   x, (keys, values) = jax.lax.scan(step, x, (layers, prefix_keys, prefix_values, cache_keys, cache_values))

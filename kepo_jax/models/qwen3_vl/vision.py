@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from kepo_jax.models.qwen3_vl.config import VisionConfig
-from kepo_jax.models.qwen3_vl.layers import LayerNorm, Linear, Params, Table, bind, rotated
+from kepo_jax.models.qwen3_vl.layers import LayerNorm, Linear, Params, Table, Turn, bind, rotated, turn
 from kepo_jax.sharding import constrain
 from kepo_jax.types import VisionInputs
 
@@ -19,14 +19,13 @@ class Attention(nnx.Module):
     self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, (None, "vision"))
     self.proj = Linear(config.hidden_size, config.hidden_size, ("vision", None))
 
-  def __call__(self, x: jax.Array, angles: jax.Array, same_image: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, by: Turn, same_image: jax.Array) -> jax.Array:
     prompts, rows, width = x.shape
     head_dim = width // self.heads
     split = self.qkv(x).reshape(prompts, rows, 3, self.heads, head_dim)
     query, key, value = (split[:, :, i].swapaxes(1, 2) for i in range(3))  # [P, N, R, H]
-    angles = angles[:, None]
-    query = (rotated(query, angles) * head_dim**-0.5).astype(x.dtype)
-    key = rotated(key, angles).astype(x.dtype)
+    query = (rotated(query, by) * head_dim**-0.5).astype(x.dtype)
+    key = rotated(key, by).astype(x.dtype)
     scores = jnp.einsum("pnqh,pnkh->pnqk", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(same_image[:, None], scores, -jnp.inf), axis=-1)
     mixed = jnp.einsum("pnqk,pnkh->pqnh", weights.astype(x.dtype), value)
@@ -53,8 +52,8 @@ class Block(nnx.Module):
     self.attn = Attention(config)
     self.mlp = MLP(config)
 
-  def __call__(self, x: jax.Array, angles: jax.Array, same_image: jax.Array) -> jax.Array:
-    x = x + self.attn(self.norm1(x), angles, same_image)
+  def __call__(self, x: jax.Array, by: Turn, same_image: jax.Array) -> jax.Array:
+    x = x + self.attn(self.norm1(x), by, same_image)
     return constrain(x + self.mlp(self.norm2(x)), "prompt", None, None)
 
 
@@ -106,6 +105,32 @@ def _embedded(config: VisionConfig, params: Params, vision: VisionInputs) -> jax
   return constrain(x + positions.astype(x.dtype), "prompt", None, None)
 
 
+def tower_blocks(
+  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: bool = False
+) -> tuple[jax.Array, jax.Array]:
+  """Patch rows after the last block [P, R, Dv] and after every tapped block [n, P, R, Dv]; arguments as `encode`."""
+  x = _embedded(config, params, vision)
+  by = turn(_angles(config, vision.coordinates)[:, None])  # [P, 1, R, H / 2]
+  same_image = vision.segments[:, :, None] == vision.segments[:, None, :]
+
+  # One scan over all blocks: a tapped block writes its output into its slot, the others into a spare one.
+  # Scanning slices of the stack instead would copy the weights.
+  taps = config.deepstack_visual_indexes
+  slots = np.full(config.depth, len(taps), np.int32)
+  slots[list(taps)] = np.arange(len(taps))
+
+  def step(carry, layer):
+    x, tapped = carry
+    weights, slot = layer
+    x = bind(weights, Block, config)(x, by, same_image)
+    return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, axis=0)), None
+
+  tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
+  step = jax.checkpoint(step, prevent_cse=False) if remat else step
+  (x, tapped), _ = jax.lax.scan(step, (x, tapped), (params["blocks"], slots))
+  return x, tapped[:-1]
+
+
 def encode(
   config: VisionConfig, params: Params, vision: VisionInputs, *, remat: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -120,27 +145,9 @@ def encode(
   Returns:
     features [P, M, D] and deepstack [n, P, M, D], n the number of taps, in the dtype of the parameters.
   """
-  x = _embedded(config, params, vision)
-  angles = _angles(config, vision.coordinates)
-  same_image = vision.segments[:, :, None] == vision.segments[:, None, :]
-
-  # One scan over all blocks: a tapped block writes its output into its slot, the others into a spare one.
-  # Scanning slices of the stack instead would copy the weights.
-  taps = config.deepstack_visual_indexes
-  slots = np.full(config.depth, len(taps), np.int32)
-  slots[list(taps)] = np.arange(len(taps))
-
-  def step(carry, layer):
-    x, tapped = carry
-    weights, slot = layer
-    x = bind(weights, Block, config)(x, angles, same_image)
-    return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, axis=0)), None
-
-  tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
-  step = jax.checkpoint(step, prevent_cse=False) if remat else step
-  (x, tapped), _ = jax.lax.scan(step, (x, tapped), (params["blocks"], slots))
+  x, tapped = tower_blocks(config, params, vision, remat=remat)
   features = bind(params["merger"], PatchMerger, config, False)(x)
-  if not taps:
+  if not config.deepstack_visual_indexes:
     return features, jnp.zeros((0, *features.shape), features.dtype)
   merge = jax.vmap(lambda weights, rows: bind(weights, PatchMerger, config, True)(rows))
-  return features, merge(params["deepstack_merger_list"], tapped[:-1])
+  return features, merge(params["deepstack_merger_list"], tapped)

@@ -213,3 +213,30 @@ def as_tensors(config: Qwen3VLConfig, tree: Any) -> dict[str, np.ndarray]:
   """A tree like the parameters as tensors with the names and shapes of the checkpoint."""
   tensor = conversion._tensor_source(conversion._leaves(config), tree, np.dtype(np.float32))
   return {name: tensor(name) for leaf in conversion._leaves(config).values() for name in leaf.names}
+
+
+# Stored as golden vectors: every trap in as few models as possible, so that few programs are compiled.
+GOLDEN_SEED = 20
+GOLDEN = (
+  Case(
+    "images",
+    config_record(text=_sections(3, 2, 3), vision={"depth": 5, "deepstack_visual_indexes": [0, 2, 3], **_SQUARE}),
+    ((3, (4, 6), 2, (6, 2), 2), (2, (2, 8), 3), (5,)),
+    extra=(2, 4),
+  ),
+  Case(
+    "text_untied",
+    config_record(
+      text={"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, **_SHIPPED_ROPE},
+      tie_word_embeddings=False,
+    ),
+    ((7,), (4,)),
+  ),
+)
+
+
+def summary(gradient: np.ndarray) -> np.ndarray:
+  """float64[2]: the norm of an array, and its projection on a fixed random direction."""
+  direction = np.random.RandomState(gradient.size).standard_normal(gradient.size)
+  flat = np.asarray(gradient, np.float64).ravel()
+  return np.array([np.linalg.norm(flat), flat @ direction])

@@ -12,8 +12,11 @@ from kepo_jax.models.qwen3_vl import model, text, vision
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Prompts
 
+# Tiny programs that run once: most of their time is LLVM's, half of which this saves.
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-@functools.partial(jax.jit, static_argnums=0)
+
+@functools.partial(fast_jit, static_argnums=0)
 def layer_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, jax.Array]:
   """Hidden states after every layer of decoder and tower, and what the tower hands over.
 
@@ -52,13 +55,13 @@ def loss(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array
   return -picked.mean(), logits
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(fast_jit, static_argnums=0)
 def loss_and_gradient(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array) -> Any:
   """((loss, logits), gradient) of `loss`."""
   return jax.value_and_grad(functools.partial(loss, config), has_aux=True)(params, prompts, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(fast_jit, static_argnums=(0, 3))
 def greedy(config: Qwen3VLConfig, params: Any, prompts: Prompts, steps: int) -> jax.Array:
   """int32[P, steps]: the likeliest tokens, one after the other."""
   prefix = model.prefill(config, params, prompts)
