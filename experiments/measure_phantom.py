@@ -10,6 +10,7 @@ import functools
 import json
 import pathlib
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ class Model:
 
   def _program(self, samples: int, temperature: float):
     if (samples, temperature) not in self._programs:
-      options = {
+      options: dict[str, Any] = {
         "samples": samples,
         "temperature": temperature,
         "max_new_tokens": 32,
@@ -108,7 +109,8 @@ def with_hints(student: Model, teacher: Model, train: list[Example], kind: str) 
   """On the student's cliffs: share of prompts with an accepted candidate of 2, by round, a new hint each round."""
   hits = accuracies(student.answers(train, "think", samples=8, temperature=1.0, seed=1), train)
   cliffs = [example for example, row in zip(train, hits, strict=True) if not row.any()]
-  accepted, figures = np.zeros(len(cliffs), bool), {"cliffs": len(cliffs)}
+  accepted = np.zeros(len(cliffs), bool)
+  figures: dict[str, float] = {"cliffs": len(cliffs)}
   for attempt in range(1, 6):
     raw = [row[0] for row in teacher.answers(cliffs, "hint_request", temperature=0.7, seed=10 + attempt)]
     hints = [exploration.parse_hint(text) or "" for text in raw]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -33,6 +33,7 @@ WEIGHT_RULES = {
 ACTIVATION_RULES = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 
 LogicalAxes = tuple[str | None, ...]
+AnyMesh = Mesh | AbstractMesh  # an abstract mesh places shapes without devices, for planning
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -87,12 +88,12 @@ def _spec(shape: Sequence[int], axes: LogicalAxes, rules: dict[str, Any], sizes:
   return PartitionSpec(*entries)
 
 
-def weight_sharding(mesh: Mesh, shape: Sequence[int], axes: LogicalAxes, layout: str = "train") -> NamedSharding:
+def weight_sharding(mesh: AnyMesh, shape: Sequence[int], axes: LogicalAxes, layout: str = "train") -> NamedSharding:
   """Sharding of one weight of `shape` with logical `axes` in a layout, "train" or "decode"."""
   return NamedSharding(mesh, _spec(shape, axes, WEIGHT_RULES[layout], dict(mesh.shape)))
 
 
-def weight_shardings(mesh: Mesh, shapes: Any, axes: Any, layout: str = "train") -> Any:
+def weight_shardings(mesh: AnyMesh, shapes: Any, axes: Any, layout: str = "train") -> Any:
   """`weight_sharding` of a tree; `axes` has the structure of `shapes` with a tuple of names at each leaf."""
   return jax.tree.map(lambda leaf, names: weight_sharding(mesh, leaf.shape, names, layout), shapes, axes)
 
@@ -137,7 +138,7 @@ def place(mesh: Mesh, batch: Any, axes: LogicalAxes = ("prompt",)) -> Any:
   return jax.tree.map(put, batch)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
   """Sharding of a value that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 

@@ -16,6 +16,11 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# In the environment, so that programs which a test starts or calls share the cache. A bounded cache is a locked
+# cache: two test processes then never read half of a file.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 * 1024**3)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is wrong
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -29,10 +34,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # [P, T] * [T] becomes an error
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-# A bounded cache is a locked cache: two test processes then never read half of a file.
-jax.config.update("jax_compilation_cache_max_size", 4 * 1024**3)
 
 
 def pytest_configure(config):

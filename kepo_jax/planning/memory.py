@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +82,7 @@ def parameters_per_device(config: Qwen3VLConfig, mesh: dict[str, int], layout: s
   """
   shapes = model.abstract_params(config, jnp.float32)
   abstract = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
-  mesh_like = cast(jax.sharding.Mesh, abstract)  # placing shapes asks a mesh for its sizes alone
-  shardings = sharding.weight_shardings(mesh_like, shapes, model.logical_axes(config), layout)
+  shardings = sharding.weight_shardings(abstract, shapes, model.logical_axes(config), layout)
   sizes = jax.tree.map(lambda leaf, placed: math.prod(placed.shard_shape(leaf.shape)), shapes, shardings)
   return sum(jax.tree.leaves(sizes))
 

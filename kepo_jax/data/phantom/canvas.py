@@ -83,7 +83,7 @@ def gray(level: np.ndarray) -> np.ndarray:
   return np.repeat(level[:, :, None], 3, axis=2)
 
 
-def paint(picture: np.ndarray, mask: np.ndarray, colour: tuple[float, ...] | float) -> np.ndarray:
+def paint(picture: np.ndarray, mask: np.ndarray, colour: tuple[float, ...] | float | np.ndarray) -> np.ndarray:
   """`picture` blended towards one colour where the mask says; works on [64, 64] and [64, 64, 3]."""
   if picture.ndim == 3:
     mask = mask[:, :, None]

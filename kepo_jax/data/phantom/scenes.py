@@ -79,7 +79,7 @@ def place_lesions(rng: np.random.Generator, count: int, side: str, level: str, s
     radii = rng.uniform(*RADII[size], size=40)
     inside = (((centres + 0.7 * radii[:, None]) / REACH) ** 2).sum(axis=1) <= 1
     chosen: list[int] = []
-    for i in np.flatnonzero(inside):
+    for i in np.flatnonzero(inside).tolist():
       distances = [np.hypot(*(centres[i] - centres[j])) - radii[i] - radii[j] for j in chosen]
       if all(distance >= GAP for distance in distances):
         chosen.append(i)

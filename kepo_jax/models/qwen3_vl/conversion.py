@@ -43,7 +43,7 @@ def _leaf(config: Qwen3VLConfig, path: tuple[str, ...], shape: tuple[int, ...]) 
   stack = next((number for number, name in enumerate(path) if name in _STACKS), None)
   prefix = () if path[0] == "lm_head" else ("model",)
   if stack is None:
-    names = (".".join(prefix + path),)
+    names: tuple[str, ...] = (".".join(prefix + path),)
   else:
     head, tail = prefix + path[: stack + 1], path[stack + 1 :]
     names = tuple(".".join((*head, str(layer), *tail)) for layer in range(shape[0]))
@@ -124,7 +124,7 @@ def _placed(leaf: _Leaf, stored, dtype: np.dtype, place: NamedSharding | None) -
     return jnp.asarray(_read(leaf, stored, (slice(None),) * len(shape), dtype))
   devices_of: dict[tuple, list[jax.Device]] = {}
   for device, index in place.addressable_devices_indices_map(shape).items():
-    devices_of.setdefault(tuple((part.start, part.stop) for part in index), []).append(device)
+    devices_of.setdefault(tuple((part.start, part.stop) for part in index or ()), []).append(device)
   shards = []
   for bounds, devices in devices_of.items():
     part = _read(leaf, stored, tuple(slice(*bound) for bound in bounds), dtype)

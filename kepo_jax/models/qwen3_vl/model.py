@@ -50,7 +50,7 @@ class Cache:
 def _modules(config: Qwen3VLConfig) -> dict[tuple[str, ...], tuple[Any, int]]:
   """Path in the tree -> (definition, number of stacked layers; 0 for a single module)."""
   tower, decoder = config.vision, config.text
-  modules = {
+  modules: dict[tuple[str, ...], tuple[Any, int]] = {
     ("visual", "patch_embed"): (definition(vision.PatchEmbed, tower), 0),
     ("visual", "pos_embed"): (
       definition(Table, tower.num_position_embeddings, tower.hidden_size, (None, "vision")),

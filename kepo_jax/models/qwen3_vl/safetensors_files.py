@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -98,7 +99,8 @@ def _write_file(
   dtype: np.dtype,
   tensor: Callable[[str], np.ndarray],
 ) -> None:
-  header, offset = {"__metadata__": {"format": "pt"}}, 0
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  offset = 0
   for name, shape in shapes.items():
     size = int(np.prod(shape)) * dtype.itemsize
     header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
@@ -145,7 +147,7 @@ def write(
   if len(shards) == 1:
     _write_file(directory / "model.safetensors", shards[0], dtype, tensor)
     return
-  weight_map = {}
+  weight_map: dict[str, str] = {}
   for number, shard in enumerate(shards, start=1):
     name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     _write_file(directory / name, shard, dtype, tensor)
