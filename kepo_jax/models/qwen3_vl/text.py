@@ -42,7 +42,7 @@ def joint_attention(query: jax.Array, sources: Sequence[Source]) -> jax.Array:
   for other in scores[1:]:
     peak = jnp.maximum(peak, other.max(axis=-1, keepdims=True))
   peak = jax.lax.stop_gradient(peak)
-  total, mixed = 0.0, 0.0
+  total, mixed = jnp.float32(0), jnp.float32(0)
   for score, (_, values, _) in zip(scores, sources, strict=True):
     axes = "pksh" if values.ndim == 4 else "pkgsh"
     weights = jnp.exp(score - peak)
