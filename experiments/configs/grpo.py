@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.split_seed = 0  # membership of the splits of real data; the phantom's are fixed
   config.data.resize = "native"  # native: aspect kept, area clamped by the model's processor; squash384: 384 x 384
   config.data.templates = "brief"  # family of wordings in kepo_jax/data/prompts.py
-  config.data.prompt_buckets = (64, 128, 512, 1024)  # padded prompt lengths, tokens
+  config.data.prompt_buckets = (40, 56, 128, 256, 512, 1024)  # padded prompt lengths, tokens
   config.data.patch_buckets = (64, 256, 1024, 4096, 16384)  # padded patch rows per prompt
 
   config.batch = ml_collections.ConfigDict()
@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.batch.micro_batches = 1  # the update runs over P / micro_batches prompts at a time
 
   config.sampling = ml_collections.ConfigDict()
-  config.sampling.max_new_tokens = 32  # T
+  config.sampling.max_new_tokens = 24  # T
   config.sampling.temperature = 1.0
   config.sampling.top_p = 1.0  # below 1 the policy ratio is slightly off
   config.sampling.top_k = 0  # 0: all
@@ -65,7 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.exploration.replacements = 0  # K, rollouts of a failed group that accepted candidates may replace
   config.exploration.rounds = 0  # B, hints asked per failed prompt
   config.exploration.hint_prompt = "hint_and_answer"  # what a hinted student is shown; or hint_only
-  config.exploration.hint_tokens = 32  # longest hint, tokens
+  config.exploration.hint_tokens = 24  # longest hint, tokens
   config.exploration.hint_temperature = 0.7
 
   config.optimizer = ml_collections.ConfigDict()
@@ -83,7 +83,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval = ml_collections.ConfigDict()
   config.eval.every = 20  # steps between evaluations on the validation set; 0: none
   config.eval.prompts = 64  # questions per batch
-  config.eval.max_new_tokens = 32
+  config.eval.max_new_tokens = 24
   config.eval.test = True  # evaluate the test set before and after training
 
   config.checkpoint = ml_collections.ConfigDict()
