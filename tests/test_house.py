@@ -219,3 +219,13 @@ def test_accelerator_requirements_pin_the_same_jax():
 
 def test_markers_are_declared():
   assert {"slow", "parity"} <= set(re.findall(r"^  (\w+): ", (ROOT / "setup.cfg").read_text(), re.M))
+
+
+def test_every_metric_is_defined():
+  family = "reward|hint|gate|divergence|ratio|kl|sampler|completion|injected|validation|dead_group_rate|compiled"
+  named = re.compile(rf'f?"((?:{family})/[a-z_{{}}@]+)')
+  text = (ROOT / "docs" / "metrics.md").read_text()
+  found = {name for path in sources(LIBRARY) for name in named.findall(path.read_text())}
+  assert len(found) > 25
+  # An f-string is defined by what stands before its first brace.
+  assert [name for name in sorted(found) if name.split("{")[0].rstrip("@") not in text] == []
