@@ -42,9 +42,8 @@ def sample(
 ) -> Rollouts:
   """Completions of every prompt; image and prompt are run once per group.
 
-  Token t of completion g is drawn with fold_in(fold_in(fold_in(key, row of the prompt), g), t), so it depends
-  neither on padding, nor on the other prompts of the batch, nor on the mesh. The loop stops when every row has
-  ended.
+  Token t of completion g is drawn with fold_in(fold_in(fold_in(key, row of the prompt), g), t): padding, the other
+  prompts of the batch and the mesh change nothing. The loop stops when every row has ended.
 
   Args:
     config: of the model.
@@ -61,16 +60,14 @@ def sample(
     top_k: keep this many of the most likely tokens; 0 keeps all. Ties with the last one kept are kept.
 
   Returns:
-    Rollouts [P, G, T]. The log-probabilities are those of `distributions.masked_log_softmax` at the temperature (1
-    when greedy), before top_k and top_p.
+    Rollouts [P, G, T]; log-probabilities at the temperature (1 when greedy), before top_k and top_p.
 
   Raises:
     ValueError: temperature, top_p, top_k or a size outside its range.
   """
   _check(temperature, top_p, top_k, samples, max_new_tokens)
   rows = (prompts.tokens.shape[0], samples)
-  prefix = model.prefill(config, params, prompts)
-  head = model.head_weight(config, params)
+  prefix, head = model.prefill(config, params, prompts), model.head_weight(config, params)
   row_keys = _row_keys(key, prompts.row, samples)
 
   def chosen(state: _State, hidden: jax.Array, cache: model.Cache) -> _State:
@@ -95,21 +92,25 @@ def sample(
   def advance(state: _State) -> _State:
     return chosen(state, *model.decode_step(config, params, prefix, state.cache, state.token))
 
-  shape = (*rows, max_new_tokens)
-  start = _State(
-    step=jnp.int32(0),
-    token=_on_rows(jnp.full(rows, pad_id, jnp.int32)),
-    ended=_on_rows(jnp.zeros(rows, bool)),
-    rollouts=Rollouts(
-      tokens=_on_rows(jnp.full(shape, pad_id, jnp.int32)),
-      logps=_on_rows(jnp.zeros(shape, jnp.float32)),
-      mask=_on_rows(jnp.zeros(shape, bool)),
-    ),
-    cache=model.empty_cache(config, *rows, max_new_tokens, prefix.keys.dtype),
-  )
+  cache = model.empty_cache(config, *rows, max_new_tokens, prefix.keys.dtype)
   # The prompt itself predicts the first token: a group shares its logits.
-  start = chosen(start, prefix.last_hidden[:, None], start.cache)
+  start = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
   return jax.lax.while_loop(going, advance, start).rollouts
+
+
+def _before_the_first(cache: model.Cache, rows: tuple[int, int], length: int, pad_id: int) -> _State:
+  """The state without a token."""
+
+  def filled(shape, value):
+    return sharding.constrain(jnp.full(shape, value), "prompt", "rollout", *(None,) * (len(shape) - 2))
+
+  blank = Rollouts(
+    tokens=filled((*rows, length), jnp.int32(pad_id)),
+    logps=filled((*rows, length), jnp.float32(0)),
+    mask=filled((*rows, length), False),
+  )
+  token, ended = filled(rows, jnp.int32(pad_id)), filled(rows, False)
+  return _State(step=jnp.int32(0), token=token, ended=ended, rollouts=blank, cache=cache)
 
 
 def choose_tokens(
@@ -194,10 +195,6 @@ def _row_keys(key: jax.Array, row: jax.Array, samples: int) -> jax.Array:
 def _put(values: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
   """values [P, G, T] with new [P, G] at `step`, in place inside the loop."""
   return jax.lax.dynamic_update_slice_in_dim(values, new[..., None], step, axis=2)
-
-
-def _on_rows(x: jax.Array) -> jax.Array:
-  return sharding.constrain(x, "prompt", "rollout", *(None,) * (x.ndim - 2))
 
 
 def _check(temperature: float, top_p: float, top_k: int, samples: int, max_new_tokens: int) -> None:
