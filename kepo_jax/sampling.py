@@ -86,16 +86,13 @@ def sample(
       cache=cache,
     )
 
-  def going(state: _State) -> jax.Array:
-    return (state.step < max_new_tokens) & ~state.ended.all()
-
   def advance(state: _State) -> _State:
     return chosen(state, *model.decode_step(config, params, prefix, state.cache, state.token))
 
   cache = model.empty_cache(config, *rows, max_new_tokens, prefix.keys.dtype)
   # The prompt itself predicts the first token: a group shares its logits.
   start = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
-  return jax.lax.while_loop(going, advance, start).rollouts
+  return jax.lax.while_loop(lambda state: (state.step < max_new_tokens) & ~state.ended.all(), advance, start).rollouts
 
 
 def _before_the_first(cache: model.Cache, rows: tuple[int, int], length: int, pad_id: int) -> _State:
