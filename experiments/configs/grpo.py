@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.split_seed = 0  # membership of the splits of real data; the phantom's are fixed
   config.data.resize = "native"  # native: aspect kept, area clamped by the model's processor; squash384: 384 x 384
   config.data.templates = "brief"  # family of wordings in kepo_jax/data/prompts.py
-  config.data.prompt_buckets = (40, 56, 128, 256, 512, 1024)  # padded prompt lengths, tokens
+  config.data.prompt_buckets = (56, 128, 256, 512, 1024)  # padded prompt lengths, tokens
   config.data.patch_buckets = (64, 256, 1024, 4096, 16384)  # padded patch rows per prompt
 
   config.batch = ml_collections.ConfigDict()
