@@ -41,24 +41,30 @@ def layer_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[
   return found | {"layers": jnp.stack(outputs)}
 
 
-def completion_logits(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array) -> jax.Array:
+def completion_logits(
+  config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: bool
+) -> jax.Array:
   """float32[P, G, T, V]: logits that predict the tokens."""
-  prefix = model.prefill(config, params, prompts)
-  hidden = model.completion_hidden(config, params, prefix, tokens)
+  prefix = model.prefill(config, params, prompts, remat=remat)
+  hidden = model.completion_hidden(config, params, prefix, tokens, remat=remat)
   return jnp.einsum("pgtd,vd->pgtv", hidden, model.head_weight(config, params))
 
 
-def loss(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def loss(
+  config: Qwen3VLConfig, remat: bool, params: Any, prompts: Prompts, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Mean negative log-likelihood of the completions, and their logits."""
-  logits = completion_logits(config, params, prompts, tokens)
+  logits = completion_logits(config, params, prompts, tokens, remat)
   picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
   return -picked.mean(), logits
 
 
-@functools.partial(fast_jit, static_argnums=0)
-def loss_and_gradient(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array) -> Any:
+@functools.partial(fast_jit, static_argnums=(0, 4))
+def loss_and_gradient(
+  config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: bool = False
+) -> Any:
   """((loss, logits), gradient) of `loss`."""
-  return jax.value_and_grad(functools.partial(loss, config), has_aux=True)(params, prompts, tokens)
+  return jax.value_and_grad(functools.partial(loss, config, remat), has_aux=True)(params, prompts, tokens)
 
 
 @functools.partial(fast_jit, static_argnums=(0, 3))

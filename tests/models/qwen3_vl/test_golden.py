@@ -40,7 +40,9 @@ def outputs(golden):
 
 @pytest.fixture(scope="module")
 def backward(golden):
-  return runs.loss_and_gradient(golden.config, golden.params, golden.prompts, golden.completions)
+  # Layers recomputed in one case, kept in the other: both are compared with the same reference.
+  remat = golden.prompts.vision.patches.shape[1] > 0
+  return runs.loss_and_gradient(golden.config, golden.params, golden.prompts, golden.completions, remat)
 
 
 def worst(actual, expected):

@@ -1,0 +1,179 @@
+"""Known ways to break the program, each with a test that must fail. `make mutants` runs them.
+
+A mutation is one textual change in one file. Add one for every trap that a new part guards against: the old text
+must occur exactly once in its file, and the named test must be fast.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+  """One change, and the test that sees it."""
+
+  name: str
+  file: str
+  old: str
+  new: str
+  test: str
+
+
+_QWEN = "kepo_jax/models/qwen3_vl"
+_TESTS = "tests/models/qwen3_vl"
+_TOWER = f"{_TESTS}/test_golden.py::test_tower_after_every_block[images]"
+_IMAGES = f"{_TESTS}/test_golden.py::test_image_tokens[images]"
+_DEEPSTACK = f"{_TESTS}/test_golden.py::test_deepstack_features[images]"
+_DECODER = f"{_TESTS}/test_golden.py::test_decoder_after_every_layer[images]"
+_BIASED = f"{_TESTS}/test_golden.py::test_decoder_after_every_layer[text_untied]"
+_AXES = f"{_TESTS}/test_text.py::test_frequencies_are_interleaved"
+
+
+def _deepstack_dropped(number: int) -> Mutation:
+  return Mutation(
+    f"DeepStack feature {number} not added",
+    f"{_QWEN}/text.py",
+    "jnp.where(number < taps, added",
+    f"jnp.where((number < taps) & (number != {number}), added",
+    _DECODER,
+  )
+
+
+MUTATIONS = (
+  _deepstack_dropped(0),
+  _deepstack_dropped(1),
+  _deepstack_dropped(2),
+  Mutation(
+    "DeepStack added one layer late",
+    f"{_QWEN}/text.py",
+    "jnp.minimum(number, taps - 1)",
+    "jnp.clip(number - 1, 0, taps - 1)",
+    _DECODER,
+  ),
+  Mutation(
+    "DeepStack tapped one block late",
+    f"{_QWEN}/vision.py",
+    "slots[list(taps)] = np.arange(len(taps))",
+    "slots[[tap + 1 for tap in taps]] = np.arange(len(taps))",
+    _DEEPSTACK,
+  ),
+  Mutation(
+    "DeepStack features in reverse order",
+    f"{_QWEN}/vision.py",
+    "slots[list(taps)] = np.arange(len(taps))",
+    "slots[list(taps)] = np.arange(len(taps))[::-1]",
+    _DEEPSTACK,
+  ),
+  Mutation("exact GELU in the blocks", f"{_QWEN}/vision.py", "approximate=True", "approximate=False", _TOWER),
+  Mutation("tanh GELU in the mergers", f"{_QWEN}/vision.py", "approximate=False", "approximate=True", _IMAGES),
+  Mutation(
+    "last merger normalises after grouping",
+    f"{_QWEN}/vision.py",
+    "else self.norm(x).reshape(grouped)",
+    """else (
+      jax.nn.standardize(x.reshape(grouped)) * jnp.tile(self.norm.weight[...], self.merge_area)[None, None]
+      + jnp.tile(self.norm.bias[...], self.merge_area)[None, None]
+    )""",
+    _IMAGES,
+  ),
+  Mutation(
+    "DeepStack mergers normalise before grouping",
+    f"{_QWEN}/vision.py",
+    "x = self.norm(x.reshape(grouped)) if",
+    """x = (
+      jax.nn.standardize(x).reshape(grouped) * self.norm.weight[...][None, None] + self.norm.bias[...][None, None]
+    ) if""",
+    _DEEPSTACK,
+  ),
+  Mutation("no height section", f"{_QWEN}/text.py", "for k in (1, 2):", "for k in (2,):", _AXES),
+  Mutation("no width section", f"{_QWEN}/text.py", "for k in (1, 2):", "for k in (1,):", _AXES),
+  Mutation(
+    "temporal section without its tail",
+    f"{_QWEN}/text.py",
+    "(frequency < 3 * config.mrope_section[k])",
+    "(frequency < config.head_dim)",
+    _AXES,
+  ),
+  Mutation(
+    "height and width sections exchanged", f"{_QWEN}/text.py", "frequency % 3 == k)", "frequency % 3 == 3 - k)", _AXES
+  ),
+  Mutation(
+    "query and key norms exchanged",
+    f"{_QWEN}/text.py",
+    "query = self.q_norm(self.q_proj(x).reshape(*rows, self.kv_heads, self.shared_by, -1))\n    key = self.k_norm(",
+    "query = self.k_norm(self.q_proj(x).reshape(*rows, self.kv_heads, self.shared_by, -1))\n    key = self.q_norm(",
+    _DECODER,
+  ),
+  Mutation(
+    "query heads dealt to key heads in turn",
+    f"{_QWEN}/text.py",
+    "self.q_proj(x).reshape(*rows, self.kv_heads, self.shared_by, -1))",
+    "self.q_proj(x).reshape(*rows, self.shared_by, self.kv_heads, -1).swapaxes(3, 4))",
+    _DECODER,
+  ),
+  Mutation(
+    "row and column exchanged in the tower's rotary embedding",
+    f"{_QWEN}/vision.py",
+    "coordinates.astype(jnp.float32)[..., None]",
+    "coordinates[..., ::-1].astype(jnp.float32)[..., None]",
+    _TOWER,
+  ),
+  Mutation("attention across images", f"{_QWEN}/vision.py", "vision.segments[:, :, None] ==", "-1 <= 0 *", _TOWER),
+  Mutation("rotation in the other direction", f"{_QWEN}/layers.py", "second * sine,", "second * -sine,", _DECODER),
+  Mutation("biases dropped", f"{_QWEN}/layers.py", "return y if self.bias is None else y +", "return y + 0 *", _BIASED),
+  Mutation(
+    "position table transposed",
+    f"{_QWEN}/positions.py",
+    "row_lines[:, :, None] * side + column_lines[:, None, :]",
+    "row_lines[:, :, None] + column_lines[:, None, :] * side",
+    f"{_TESTS}/test_positions.py::test_interpolation_equals_a_slow_loop",
+  ),
+  Mutation(
+    "position table sampled at patch centres",
+    f"{_QWEN}/positions.py",
+    "np.float32(side - 1) / np.float32(max(size - 1, 1))",
+    "np.float32(side) / np.float32(size)",
+    f"{_TESTS}/test_positions.py::test_interpolation_equals_a_slow_loop",
+  ),
+  Mutation(
+    "text continues after the height of an image",
+    f"{_QWEN}/positions.py",
+    "position + max(rows, columns)",
+    "position + rows",
+    f"{_TESTS}/test_positions.py::test_worked_example",
+  ),
+  Mutation(
+    "rows in raster order",
+    f"{_QWEN}/positions.py",
+    "blocks.transpose(0, 2, 1, 3, 4)",
+    "blocks",
+    f"{_TESTS}/test_positions.py::test_rows_come_in_merge_blocks",
+  ),
+  Mutation(
+    "completions start one position late",
+    f"{_QWEN}/model.py",
+    "prefix.next_position[:, None] + jnp.arange",
+    "prefix.next_position[:, None] + 1 + jnp.arange",
+    f"{_TESTS}/test_model.py::test_decoding_token_by_token_equals_the_whole",
+  ),
+  Mutation(
+    "an unwritten slot of the cache is read",
+    f"{_QWEN}/model.py",
+    "jnp.arange(cache.keys.shape[4]) < cache.length",
+    "jnp.arange(cache.keys.shape[4]) <= cache.length",
+    f"{_TESTS}/test_model.py::test_decoding_token_by_token_equals_the_whole",
+  ),
+  Mutation(
+    "padding of prompts is seen by completions",
+    f"{_QWEN}/text.py",
+    "return mask[:, None, None, None, None, :]",
+    "return mask[:, None, None, None, None, :] | True",
+    f"{_TESTS}/test_model.py::test_padding_and_what_it_holds_change_nothing",
+  ),
+  Mutation(
+    "unknown tensors ignored",
+    f"{_QWEN}/conversion.py",
+    '"unknown": unknown,',
+    '"unknown": [],',
+    f"{_TESTS}/test_conversion.py::test_one_error_lists_everything_that_does_not_fit",
+  ),
+)
