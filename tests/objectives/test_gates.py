@@ -24,6 +24,12 @@ class QualityGateTest(chex.TestCase):
     np.testing.assert_array_equal(gate, np.array(expected, bool))
 
 
+def test_a_threshold_of_zero_is_uniform_distillation(rng):
+  accuracy = jnp.array(rng.integers(0, 2, (4, 8)), jnp.float32)
+  uniform = gates.quality_gate(accuracy, threshold=1.0, mode="none")
+  np.testing.assert_array_equal(gates.quality_gate(accuracy, threshold=0.0), uniform)
+
+
 def test_unknown_mode_is_refused():
   with pytest.raises(ValueError, match="positive"):
     gates.quality_gate(SIGNAL, threshold=1.0, mode="Positive")
