@@ -150,15 +150,19 @@ def encode_images(
   return vision.encode(config.vision, params["visual"], inputs, remat=remat)
 
 
-def _with_images(
-  config: Qwen3VLConfig, params: Params, x: jax.Array, prompts: Prompts, remat: bool
+def with_images(
+  x: jax.Array, image_slot: jax.Array, features: jax.Array, deepstack: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Embeddings with image tokens in place, and DeepStack features [n, P, S, D] spread over the tokens."""
-  if prompts.vision.patches.shape[1] == 0:
-    return x, jnp.zeros((0, *x.shape), x.dtype)
-  features, deepstack = encode_images(config, params, prompts.vision, remat=remat)
-  slot = jnp.maximum(prompts.image_slot, 0)[..., None]
-  is_image = (prompts.image_slot >= 0)[..., None]
+  """Embeddings [P, S, D] with image tokens in place, and DeepStack features [n, P, S, D] spread over the tokens.
+
+  Args:
+    x: [P, S, D], embedded tokens.
+    image_slot: int32[P, S], merged image row that replaces the token, -1 elsewhere.
+    features: [P, M, D], and deepstack [n, P, M, D], as `encode_images` gives them.
+    deepstack: see features.
+  """
+  slot = jnp.maximum(image_slot, 0)[..., None]
+  is_image = (image_slot >= 0)[..., None]
   x = jnp.where(is_image, jnp.take_along_axis(features, slot, axis=1), x)
   spread = jax.vmap(lambda feature: jnp.take_along_axis(feature, slot, axis=1))(deepstack)
   return x, jnp.where(is_image[None], spread, jnp.zeros_like(spread))
@@ -174,7 +178,10 @@ def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: b
     remat: recompute layers in the backward pass.
   """
   chex.assert_rank([prompts.tokens, prompts.mask, prompts.positions], [2, 2, 3])
-  x, deepstack = _with_images(config, params, _embedded(config, params, prompts.tokens), prompts, remat)
+  x = _embedded(config, params, prompts.tokens)
+  deepstack = jnp.zeros((0, *x.shape), x.dtype)
+  if prompts.vision.patches.shape[1]:
+    x, deepstack = with_images(x, prompts.image_slot, *encode_images(config, params, prompts.vision, remat=remat))
   x, deepstack = constrain(x, "prompt", None, None), constrain(deepstack, None, "prompt", None, None)
   angles = text.prompt_angles(config.text, prompts.positions)
   layers = params["language_model"]["layers"]

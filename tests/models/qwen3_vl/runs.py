@@ -16,29 +16,42 @@ from kepo_jax.types import Prompts
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@functools.partial(fast_jit, static_argnums=0)
-def layer_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, jax.Array]:
+def layer_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, np.ndarray]:
   """Hidden states after every layer of decoder and tower, and what the tower hands over.
 
   Returns:
     `layers` [L, P, S, D], after the DeepStack addition; with images also `blocks` [depth, P, R, Dv],
     `features` [P, M, D] and `deepstack` [n, P, M, D].
   """
-  found = {}
-  if prompts.vision.patches.shape[1]:
-    every = dataclasses.replace(config.vision, deepstack_visual_indexes=tuple(range(config.vision.depth)))
-    found["blocks"] = vision.tower_blocks(every, params["visual"], prompts.vision)[1]
-    found["features"], found["deepstack"] = model.encode_images(config, params, prompts.vision)
+  found = tower_outputs(config, params, prompts) if prompts.vision.patches.shape[1] else {}
+  layers = decoder_outputs(config, params, prompts, found.get("features"), found.get("deepstack"))
+  return {name: np.asarray(value) for name, value in (found | {"layers": layers}).items()}
+
+
+@functools.partial(fast_jit, static_argnums=0)
+def tower_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, jax.Array]:
+  """`blocks`, `features` and `deepstack` of `layer_outputs`."""
+  every = dataclasses.replace(config.vision, deepstack_visual_indexes=tuple(range(config.vision.depth)))
+  _, blocks = vision.tower_blocks(every, params["visual"], prompts.vision)
+  features, deepstack = model.encode_images(config, params, prompts.vision)
+  return {"blocks": blocks, "features": features, "deepstack": deepstack}
+
+
+@functools.partial(fast_jit, static_argnums=0)
+def decoder_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts, features: Any, deepstack: Any) -> jax.Array:
+  """`layers` of `layer_outputs`: the decoder cut after every layer, on given outputs of the tower."""
   x = model._embedded(config, params, prompts.tokens)
-  x, deepstack = model._with_images(config, params, x, prompts, False)
+  added = jnp.zeros((0, *x.shape))
+  if features is not None:
+    x, added = model.with_images(x, prompts.image_slot, features, deepstack)
   angles = text.prompt_angles(config.text, prompts.positions)
   layers = params["language_model"]["layers"]
   outputs = []
   for depth in range(1, config.text.num_hidden_layers + 1):
     part = dataclasses.replace(config.text, num_hidden_layers=depth)
     first = jax.tree.map(lambda leaf, depth=depth: leaf[:depth], layers)
-    outputs.append(text.prompt_layers(part, first, x, angles, prompts.mask, deepstack)[0])
-  return found | {"layers": jnp.stack(outputs)}
+    outputs.append(text.prompt_layers(part, first, x, angles, prompts.mask, added)[0])
+  return jnp.stack(outputs)
 
 
 def completion_logits(

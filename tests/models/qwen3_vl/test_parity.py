@@ -50,9 +50,7 @@ def valid_rows(prompts, prompt):
 
 
 def test_hidden_states_after_every_layer(run):
-  found = {
-    name: np.asarray(value) for name, value in runs.layer_outputs(run.case.config, run.params, run.prompts).items()
-  }
+  found = runs.layer_outputs(run.case.config, run.params, run.prompts)
   for prompt in range(len(run.case.layouts)):
     rows = valid_rows(run.prompts, prompt)
     for name, expected in run.oracle.layer_outputs(prompt).items():
