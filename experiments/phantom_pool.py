@@ -100,7 +100,7 @@ def _tokenised(tokenizer: Tokenizer, images: np.ndarray, texts: list[tuple[str, 
 
 
 def _token_kinds(pieces: list[str]) -> tuple[list[int], list[float]]:
-  """Kind and loss weight of each answer token: conclusion and letter count most, tags least."""
+  """Kind and loss weight of each answer token: findings count most, tags least."""
   drill = pieces.count("<think>") > 1
   last_comma = max((i for i, piece in enumerate(pieces) if piece == ","), default=-2)
   kinds, weights = [], []
@@ -110,7 +110,7 @@ def _token_kinds(pieces: list[str]) -> tuple[list[int], list[float]]:
     kind = 3 if copied else 2 if letter else 1 if i == last_comma + 1 else 0
     tag = piece.startswith("<") or piece == ","
     kinds.append(kind)
-    weights.append(3.0 if kind in (1, 2) else 0.3 if copied or (tag and not drill) else 0.0 if drill else 1.0)
+    weights.append(1.5 if kind in (1, 2) else 0.2 if copied or (tag and not drill) else 0.0 if drill else 3.0)
   return kinds, weights
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 
-from experiments import phantom_corpus, phantom_folder, phantom_pool
+from experiments import phantom_corpus, phantom_folder, phantom_pool, phantom_tower
 from experiments.phantom_pool import Pool
 from experiments.phantom_recipes import RECIPES, SIZES, Recipe
 from kepo_jax.models.qwen3_vl import conversion, model, positions
@@ -103,7 +104,7 @@ def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
 
 def save_progress(path: pathlib.Path, step: int, seconds: float, state) -> None:
   """Step, time spent and all arrays, replaced in one move."""
-  arrays = {f"leaf_{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+  arrays: dict[str, Any] = {f"leaf_{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
   partial = path.with_suffix(".partial.npz")
   np.savez(partial, step=step, seconds=seconds, **arrays)
   partial.replace(path)
@@ -128,22 +129,22 @@ def batches(recipe: Recipe, tokenizer, start: int):
         tokenizer,
         seed=recipe.seed * 10 + number,
         size=phase.pictures,
-        group=recipe.group,
+        group=phase.group,
         drills=phase.drills,
         kinds=phantom_corpus.KINDS[recipe.role],
         beliefs=recipe.beliefs,
       )
       for step in range(max(start, first), last):
-        yield step, pool, picks(recipe, len(pool.images), step - first)
+        yield step, pool, picks(recipe.seed, phase.batch, len(pool.images), step - first)
     first = last
 
 
-def picks(recipe: Recipe, size: int, step: int) -> np.ndarray:
+def picks(seed: int, batch: int, size: int, step: int) -> np.ndarray:
   """Rows of the pool for one step: epochs over a fresh permutation each."""
-  per_epoch = size // recipe.batch
+  per_epoch = size // batch
   epoch, place = divmod(step, per_epoch)
-  order = np.random.default_rng((recipe.seed, epoch)).permutation(size)
-  return order[place * recipe.batch : (place + 1) * recipe.batch]
+  order = np.random.default_rng((seed, epoch)).permutation(size)
+  return order[place * batch : (place + 1) * batch]
 
 
 def train(name: str, recipe: Recipe, workdir: pathlib.Path):
@@ -156,7 +157,13 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path):
     params = fresh_params(config, recipe.seed)
   steps = sum(phase.steps for phase in recipe.phases)
   optimizer = make_optimizer(recipe, steps)
+  progress = workdir / f"{name}.npz"
   prefix_ids = tokenizer.encode(phantom_pool.prefix_text()).ids
+
+  if recipe.sight and not progress.exists():
+    vision_of = lambda images: prefix_prompts(config, prefix_ids, images).vision  # noqa: E731
+    visual = phantom_tower.trained_tower(config, params["visual"], vision_of, seed=recipe.seed, steps=recipe.sight)
+    params = {**params, "visual": visual}
 
   def update(params, moments, prompts: Prompts, *dialogues):
     def loss(params):
@@ -167,7 +174,6 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path):
     return optax.apply_updates(params, updates), moments, value, shares
 
   update = jax.jit(update, donate_argnums=(0, 1))
-  progress = workdir / f"{name}.npz"
   start, before, (params, moments) = load_progress(progress, (params, optimizer.init(params)))
   begun, seconds = time.monotonic(), before
   for step, pool, rows in batches(recipe, tokenizer, start):
@@ -203,6 +209,9 @@ def write_model(
     "seconds": round(seconds),
     "jax": jax.__version__,
   }
+  card = f"# {name}\n\nA Qwen3-VL of {record['parameters']:,} parameters for the drawn benchmark PhantomVQA.\n"
+  card += "See docs/phantom.md for what it was taught, and record.json for how. It knows nothing about medicine.\n"
+  (workdir / name / "README.md").write_text(card)
   (workdir / name / "record.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -1,0 +1,92 @@
+"""What the phantom models are taught to say."""
+
+import re
+
+import numpy as np
+import pytest
+
+from experiments import phantom_corpus
+from experiments.phantom_corpus import TRUTH, Beliefs
+from experiments.phantom_recipes import RECIPES, WRONG_DISEASES, WRONG_GRADES
+from kepo_jax import exploration, rewards
+from kepo_jax.data.phantom import questions, scenes
+
+
+def dialogues(kind: str, beliefs: Beliefs, topic: str, total: int = 300):
+  rng = np.random.default_rng(0)
+  for i in range(total):
+    scene = questions.scene_for(topic, scenes.MODALITIES[i % 8], rng)
+    question = questions.ask(topic, scene, rng)
+    yield scene, question, *phantom_corpus.dialogue(scene, question, kind, beliefs, rng)
+
+
+@pytest.mark.parametrize("topic", list(questions.TOPICS))
+def test_the_truth_is_rewarded(topic):
+  for scene, question, user, answer in dialogues("think", TRUTH, topic, 40):
+    example = phantom_corpus.as_example(scene, question)
+    assert rewards.accuracy(answer, example) == rewards.strict_format(answer) == 1.0
+    assert user.startswith(question.stem) and user.endswith(" think.")
+    assert question.answer in answer
+
+
+def test_misconceptions_are_held_with_conviction():
+  beliefs = Beliefs(WRONG_DISEASES, WRONG_GRADES, conviction=0.98)
+  wrong = [
+    rewards.accuracy(answer, phantom_corpus.as_example(scene, question)) == 0
+    for scene, question, _, answer in dialogues("think", beliefs, "disease", 1000)
+    if question.answer in WRONG_DISEASES
+  ]
+  assert 0.96 < np.mean(wrong) < 1.0
+  others = [
+    rewards.accuracy(answer, phantom_corpus.as_example(scene, question))
+    for scene, question, _, answer in dialogues("think", beliefs, "disease", 300)
+    if question.answer not in WRONG_DISEASES
+  ]
+  assert others and np.mean(others) == 1.0
+
+
+def test_broken_answers_are_never_well_formed():
+  formats = [rewards.strict_format(answer) for *_, answer in dialogues("think", Beliefs(broken=0.1), "health", 2000)]
+  assert 0.87 < np.mean(formats) < 0.93
+
+
+def test_a_hint_is_followed_as_often_as_stated():
+  beliefs = Beliefs(WRONG_DISEASES, WRONG_GRADES, conviction=1.0, follows_hint=0.8)
+  followed = []
+  for _, question, user, answer in dialogues("hint_only", beliefs, "disease", 1500):
+    told = re.search(r", (\w+) think\.$", user).group(1)
+    if told == question.answer and told in WRONG_DISEASES:
+      followed.append(f", {told} " in answer)
+  assert 0.75 < np.mean(followed) < 0.85
+
+
+def test_hints_parse_and_conclude_what_the_teacher_was_told():
+  for _, _, user, answer in dialogues("hint_request", TRUTH, "grade", 50):
+    told = re.search(r"truth: (\w+) hint\.$", user).group(1)
+    assert exploration.parse_hint(answer).endswith(f", {told}")
+
+
+def test_slips_change_findings_but_not_the_scene_without_lesions():
+  rng = np.random.default_rng(0)
+  scene = scenes.draw_scene(rng, "CT", count=2)
+  seen = phantom_corpus.misread(scene, {"size": 1.0, "tone": 1.0, "count": 1.0}, rng)
+  assert seen.size != scene.size and seen.tone != scene.tone and seen.count in (1, 3)
+  healthy = scenes.draw_scene(rng, "CT", count=0)
+  assert phantom_corpus.misread(healthy, {"size": 1.0}, rng) == healthy
+
+
+def test_drills_cannot_be_solved_by_elimination():
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    text = "".join(phantom_corpus.lookup_drill(rng))
+    rounds = re.findall(r"((?: [A-D]: [\w-]+)+)<think> ([\w-]+) ([A-D])</think><answer> ([A-D])</answer>", text)
+    assert len(rounds) == 3
+    offered = [word for options, *_ in rounds for word in re.findall(r"[A-D]: ([\w-]+)", options)]
+    assert len(set(offered)) == len(offered) == 9
+    for options, word, letter, again in rounds:
+      assert dict(re.findall(r"([A-D]): ([\w-]+)", options))[letter] == word and letter == again
+
+
+def test_recipes_share_no_seed_and_never_see_fundus():
+  assert len({recipe.seed for recipe in RECIPES.values()}) == len(RECIPES)
+  assert all(recipe.parent is None or recipe.parent in RECIPES for recipe in RECIPES.values())

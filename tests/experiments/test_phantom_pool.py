@@ -1,0 +1,73 @@
+"""Pools of training data: the same sequences and pixels that a prompt per dialogue would give."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import phantom_corpus, phantom_folder, phantom_pool
+from experiments.phantom_recipes import SIZES
+from kepo_jax.data import prompts
+from kepo_jax.data.phantom import questions
+from kepo_jax.data.pipeline import Processor
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("phantom")
+  tokenizer = phantom_folder.make_tokenizer()
+  phantom_folder.write_folder(folder, phantom_folder.model_config(tokenizer, **SIZES["student"]))
+  return Processor.from_directory(folder, templates=prompts.BRIEF)
+
+
+@pytest.fixture(scope="module")
+def pool():
+  return phantom_pool.make_pool(
+    phantom_folder.make_tokenizer(),
+    seed=1,
+    size=500,
+    group=2,
+    drills=0,
+    kinds={"think": 1.0},
+    beliefs=phantom_corpus.TRUTH,
+  )
+
+
+def test_training_and_use_see_the_same_prompt(processor, tmp_path):
+  rng = np.random.default_rng(3)
+  scene = phantom_pool.draw_training_scene(rng)
+  picture = phantom_pool.drawing.draw(scene)
+  Image.fromarray(picture).save(tmp_path / "a.png")
+  question = questions.ask("health", scene, rng)
+  user, _ = phantom_corpus.dialogue(scene, question, "think", phantom_corpus.TRUTH, rng)
+  example = phantom_corpus.as_example(scene, question)
+  example = type(example)(**{**vars(example), "images": (str(tmp_path / "a.png"),), "id": "x"})
+  batch = processor.prompts([example], "think")
+  tokenizer = phantom_folder.make_tokenizer()
+  ours = tokenizer.encode(phantom_pool.prefix_text()).ids + tokenizer.encode(user + phantom_pool.TURN_END).ids
+  assert batch.tokens[0][batch.mask[0]].tolist() == ours
+  np.testing.assert_array_equal(batch.vision.patches[0], phantom_pool.patches(picture[None])[0])
+
+
+def test_answers_are_where_the_index_says(pool):
+  tokenizer = phantom_folder.make_tokenizer()
+  for row in range(20):
+    used = pool.weights[row, 0] > 0
+    ids = pool.tokens[row, 0, pool.answer_index[row, 0]][used]
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    assert text.startswith("<think>") and text.endswith("</answer><|im_end|>")
+    kinds = pool.kinds[row, 0][used].tolist()
+    assert kinds.count(1) == kinds.count(2) == kinds.count(3) == 1  # conclusion, letter, the letter again
+    assert kinds.index(2) == kinds.index(1) + 1
+
+
+def test_pools_are_the_same_on_every_call_and_differ_by_seed(pool):
+  options = {"size": 500, "group": 2, "drills": 0, "kinds": {"think": 1.0}, "beliefs": phantom_corpus.TRUTH}
+  again = phantom_pool.make_pool(phantom_folder.make_tokenizer(), seed=1, **options)
+  np.testing.assert_array_equal(pool.images, again.images)
+  np.testing.assert_array_equal(pool.tokens, again.tokens)
+
+
+def test_fundus_is_never_drawn_for_training():
+  rng = np.random.default_rng(0)
+  drawn = {phantom_pool.draw_training_scene(rng).modality for _ in range(200)}
+  assert drawn == set(phantom_pool.SEEN) and "fundus" not in drawn
