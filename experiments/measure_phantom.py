@@ -92,6 +92,7 @@ def alone(model: Model, test: list[Example], train: list[Example]) -> dict:
   hits = accuracies(texts, train)
   some = test[:: max(1, len(test) // 400)]
   return {
+    "items_per_modality": len(test) // len(per_modality),
     "accuracy": per_modality,
     "in_domain": per_modality["MRI"],
     "out_of_domain": round(float(np.mean([value for name, value in per_modality.items() if name != "MRI"])), 4),

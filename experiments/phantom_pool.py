@@ -106,11 +106,12 @@ def _token_kinds(pieces: list[str]) -> tuple[list[int], list[float]]:
   kinds, weights = [], []
   for i, piece in enumerate(pieces):
     letter = len(piece) == 2 and piece[1] in "ABCD"
-    copied = letter and pieces[i - 1] == "<answer>" and pieces[0] == "<think>"  # it stands in the think block already
-    kind = 3 if copied else 2 if letter else 1 if i == last_comma + 1 else 0
+    # Said a second time, or in place of a tag: a weight of its own there would make broken formats likelier than drawn.
+    late = letter and pieces[0] == "<think>" and pieces[i - 1] in ("<answer>", "</think>")
+    kind = 3 if late else 2 if letter else 1 if i == last_comma + 1 else 0
     tag = piece.startswith("<") or piece == ","
     kinds.append(kind)
-    weights.append(1.5 if kind in (1, 2) else 0.2 if copied or (tag and not drill) else 0.0 if drill else 3.0)
+    weights.append(1.5 if kind in (1, 2) else 0.2 if late or (tag and not drill) else 0.0 if drill else 3.0)
   return kinds, weights
 
 
