@@ -55,7 +55,7 @@ MUTATIONS = (
     "DeepStack tapped one block late",
     f"{_QWEN}/vision.py",
     "slots[list(taps)] = np.arange(len(taps))",
-    "slots[[tap + 1 for tap in taps]] = np.arange(len(taps))",
+    "slots[[(tap + 1) % config.depth for tap in taps]] = np.arange(len(taps))",
     _DEEPSTACK,
   ),
   Mutation(
