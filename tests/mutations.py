@@ -121,7 +121,13 @@ MUTATIONS = (
   ),
   Mutation("attention across images", f"{_QWEN}/vision.py", "vision.segments[:, :, None] ==", "-1 <= 0 *", _TOWER),
   Mutation("rotation in the other direction", f"{_QWEN}/layers.py", "second * sine,", "second * -sine,", _DECODER),
-  Mutation("biases dropped", f"{_QWEN}/layers.py", "return y if self.bias is None else y +", "return y + 0 *", _BIASED),
+  Mutation(
+    "biases dropped",
+    f"{_QWEN}/layers.py",
+    "return y if self.bias is None else y +",
+    "return y if self.bias is None else y + 0 *",
+    _BIASED,
+  ),
   Mutation(
     "position table transposed",
     f"{_QWEN}/positions.py",
