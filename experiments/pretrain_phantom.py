@@ -160,6 +160,7 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path):
   progress = workdir / f"{name}.npz"
   prefix_ids = tokenizer.encode(phantom_pool.prefix_text()).ids
 
+  begun = time.monotonic()
   if recipe.sight and not progress.exists():
     vision_of = lambda images: prefix_prompts(config, prefix_ids, images).vision  # noqa: E731
     visual = phantom_tower.trained_tower(config, params["visual"], vision_of, seed=recipe.seed, steps=recipe.sight)
@@ -175,7 +176,7 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path):
 
   update = jax.jit(update, donate_argnums=(0, 1))
   start, before, (params, moments) = load_progress(progress, (params, optimizer.init(params)))
-  begun, seconds = time.monotonic(), before
+  seconds = before
   for step, pool, rows in batches(recipe, tokenizer, start):
     prompts = prefix_prompts(config, prefix_ids, pool.images[rows])
     params, moments, value, shares = update(params, moments, prompts, *_dialogues(pool, rows))
