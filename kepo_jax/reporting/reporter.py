@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from etils import epath
 from rich.console import Console
 
@@ -121,7 +120,6 @@ class RunReporter(Hook):
 
   def _warn(self, messages: list[str]) -> None:
     for message in messages:
-      logging.warning("%s", message)
       self._display.warn(message)
 
 

@@ -35,7 +35,8 @@ def read_records(path: epath.PathLike) -> list[dict[str, Any]]:
   Raises:
     ValueError: a line before the last one is not a JSON object.
   """
-  lines = epath.Path(path).read_text().splitlines()
+  # Not splitlines: that also cuts at U+0085 and U+2028, which JSON leaves raw inside a string.
+  lines = epath.Path(path).read_text().removesuffix("\n").split("\n")
   records = []
   for number, line in enumerate(lines, 1):
     try:

@@ -2,6 +2,7 @@ import io
 import json
 
 import pytest
+from absl import logging
 from rich.console import Console
 
 from experiments.configs import kepo
@@ -108,7 +109,8 @@ def test_only_the_first_host_shows_and_writes(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_warnings_reach_the_terminal_once(tmp_path):
+def test_warnings_reach_the_terminal_once(caplog, monkeypatch):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
   plan = make_plan("")
   output = io.StringIO()
   reporter = reporting.RunReporter(console=Console(file=output, width=300))
@@ -116,6 +118,7 @@ def test_warnings_reach_the_terminal_once(tmp_path):
   for step in range(1, 31):
     reporter.step(report(step))  # format is 0 throughout
   assert output.getvalue().count("#format-at-zero") == 1
+  assert "#format-at-zero" not in caplog.text  # the display and the log share standard error
 
 
 def test_an_optional_sink_that_is_not_installed_is_refused_at_the_start(tmp_path, monkeypatch):

@@ -44,6 +44,19 @@ def test_a_broken_line_is_named(tmp_path):
     sinks.read_records(path)
 
 
+def test_line_breaks_of_unicode_inside_a_text_are_no_ends_of_lines(tmp_path):
+  path = tmp_path / "samples.jsonl"
+  texts = ["next\x85line", "line\u2028separator", "paragraph\u2029separator", "form\x0cfeed", "return\r\nfeed"]
+  file = sinks.JsonLines(path)
+  for step, text in enumerate(texts, 1):
+    file.write(step, {"completion": text})
+  before = path.read_bytes()
+  file.truncate_after(len(texts))
+  file.close()
+  assert path.read_bytes() == before and before.count(b"\n") == len(texts)
+  assert [record["completion"] for record in sinks.read_records(path)] == texts
+
+
 def events(directory):
   """Events of a TensorBoard folder: records of an 8-byte length, its checksum, the bytes, and theirs."""
   found = []
