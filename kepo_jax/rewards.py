@@ -6,6 +6,7 @@ A reward is a function of (completion, example) that returns a finite float; the
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kepo_jax.types import Example
 
@@ -132,7 +133,12 @@ def score(
   return scores
 
 
-def _finite(name: str, value: float, example: Example) -> float:
-  if not isinstance(value, (int, float)) or not math.isfinite(value):
+def _finite(name: str, value: Any, example: Example) -> float:
+  try:
+    # A text is no number, even where float() could read one.
+    number = math.nan if isinstance(value, str | bytes | bytearray) else float(value)
+  except (TypeError, ValueError, OverflowError):
+    number = math.nan
+  if not math.isfinite(number):
     raise ValueError(f"reward {name!r} gave {value!r} for question {example.id}; it must return a finite number.")
-  return float(value)
+  return number

@@ -1,5 +1,6 @@
 """The reward conventions of METHOD, case by case."""
 
+import numpy as np
 import pytest
 
 from kepo_jax import rewards
@@ -129,9 +130,15 @@ def test_score_weighs_and_adds():
 def test_score_refuses_what_cannot_be_added():
   with pytest.raises(ValueError, match="same names"):
     rewards.score([["B"]], [BRAIN], {"accuracy": rewards.accuracy}, {})
-  for value in (float("nan"), None):
+  for value in (float("nan"), None, "1", b"1", 1j, np.float32("inf"), np.array([1.0, 2.0]), 10**400):
     with pytest.raises(ValueError, match=r"reward 'mine' gave .* for question x/1"):
       rewards.score([["B"]], [BRAIN], {"mine": lambda text, example, value=value: value}, {"mine": 1.0})
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(1), np.float16(1), np.int64(1), np.bool_(True), np.array(1.0)])
+def test_score_takes_every_finite_number(value):
+  scores = rewards.score([["B"]], [BRAIN], {"mine": lambda text, example: value}, {"mine": 2.0})
+  assert scores == {"mine": [[1.0]], "total": [[2.0]]} and type(scores["mine"][0][0]) is float
 
 
 def test_every_named_reward_takes_completion_and_example():
