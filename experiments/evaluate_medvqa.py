@@ -4,7 +4,9 @@
 
 --model is any Qwen3-VL folder (published, exported by a run, or a phantom model) or Hub id; --data a folder in
 OmniMedVQA's layout, or one that holds such folders as train, validation and test; without --data, the phantom
-benchmark. With --output, evaluation.json holds the figures and outputs.jsonl every completion.
+benchmark. A single folder is cut as training cuts it, so that the default, --split=test, holds no question that a
+run with the same numbers of items has trained on; --split=all asks every question. Folders that are already split are
+read whole. With --output, evaluation.json holds the figures and outputs.jsonl every completion.
 """
 
 import json
@@ -17,6 +19,7 @@ from etils import epath
 from rich.console import Console
 
 from experiments import environment
+from experiments.configs import grpo, grpo_medvqa
 from kepo_jax import evaluation, sharding
 from kepo_jax.data import images, omnimedvqa, pipeline, prompts, splits, tokenization
 from kepo_jax.models.qwen3_vl import conversion
@@ -24,35 +27,114 @@ from kepo_jax.reporting import progress, tables
 from kepo_jax.training import programs
 from kepo_jax.types import Example
 
+DATA = grpo.get_config().data  # how training cuts its data, unless flags say otherwise
+# Tokens of an answer when training evaluates, by the family of wordings that a model was trained on.
+BUDGETS = {
+  config.data.templates: config.eval.max_new_tokens for config in (grpo.get_config(), grpo_medvqa.get_config())
+}
+
 _MODEL = flags.DEFINE_string("model", None, "Qwen3-VL folder or Hub id.", required=True)
 _DATA = flags.DEFINE_string("data", "", "Folder in OmniMedVQA's layout; empty: the phantom benchmark.")
-_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test, where --data is split; else ignored.")
+_SPLIT = flags.DEFINE_enum(
+  "split", "test", [*splits.SPLITS, "all"], "Part of the data; all: every question of a folder that is not split."
+)
+_TRAIN_ITEMS = flags.DEFINE_integer(
+  "train_items", DATA.train_items, "Cut of a single folder: questions for training.", lower_bound=0
+)
+_VALIDATION_ITEMS = flags.DEFINE_integer(
+  "validation_items", DATA.validation_items, "Cut of a single folder: for validation, per modality.", lower_bound=0
+)
+_TEST_ITEMS = flags.DEFINE_integer(
+  "test_items", DATA.test_items, "Cut of a single folder: for the test, per modality.", lower_bound=0
+)
+_SPLIT_SEED = flags.DEFINE_integer("split_seed", DATA.split_seed, "Cut of a single folder: another seed, another cut.")
 _OUTPUT = flags.DEFINE_string("output", "", "Folder for evaluation.json and outputs.jsonl; must not hold them yet.")
 _TEMPLATES = flags.DEFINE_string(
   "templates", "", "Family of wordings in kepo_jax/data/prompts.py; empty: the one that the model names, or standard."
 )
 _KIND = flags.DEFINE_enum("kind", "evaluation", ["evaluation", "no_think", "think"], "Which wording of the family.")
 _RESIZE = flags.DEFINE_enum("resize", "native", sorted(images.RESIZES), "How images are brought to size.")
-_TRAIN_MODALITY = flags.DEFINE_string("train_modality", "MRI", "The in-domain modality.")
+_TRAIN_MODALITY = flags.DEFINE_string("train_modality", DATA.train_modality, "The in-domain modality.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "At most this many questions per modality; 0: all.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Chooses the questions under --limit.")
 _BATCH = flags.DEFINE_integer("batch", 64, "Questions per batch over all devices.", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("max_new_tokens", 0, "Budget of an answer; 0: 32 for phantom models, else 1024.")
+_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens",
+  0,
+  f"Longest answer, tokens; 0: as in training, {BUDGETS['brief']} for a phantom model, else {BUDGETS['standard']}.",
+  lower_bound=0,
+)
+_FSDP = flags.DEFINE_integer(
+  "fsdp", 1, "Devices that share every weight; slow, since each token gathers them.", lower_bound=1
+)
+_TENSOR = flags.DEFINE_integer(
+  "tensor",
+  1,
+  "Devices that split the decoder's heads, MLP and vocabulary; the first choice for a large model.",
+  lower_bound=1,
+)
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the weights; empty: float32 on a CPU only.")
 _LENIENT = flags.DEFINE_bool("lenient", False, "Drop and count unusable records instead of stopping at them.")
 
 
-def questions() -> tuple[list[Example], omnimedvqa.Summary]:
-  """The questions that the flags ask for, and what the reader found.
+def questions() -> tuple[list[Example], omnimedvqa.Summary, str]:
+  """The questions that the flags ask for, what the reader found, and in words how they were chosen.
 
   Raises:
-    ValueError: the data cannot be read, or have no such split.
+    ValueError: the data cannot be read, have no such split, or are too few for the cut.
   """
   roots = splits.split_roots(_DATA.value) if _DATA.value else splits.phantom_roots()
-  if roots and _SPLIT.value not in roots:
-    raise ValueError(f"--split={_SPLIT.value}: {_DATA.value} has {sorted(roots)}.")
-  examples, summary = omnimedvqa.read(roots.get(_SPLIT.value, _DATA.value), lenient=_LENIENT.value)
-  return splits.limited(examples, _LIMIT.value, _SEED.value) if _LIMIT.value else examples, summary
+  split = _SPLIT.value
+  if roots and split not in roots:
+    raise ValueError(f"--split={split}: {_DATA.value or 'the phantom benchmark'} has {sorted(roots)}; choose one.")
+  found, summary = omnimedvqa.read(roots.get(split, _DATA.value), lenient=_LENIENT.value)
+  if roots:
+    examples, how = found, f"the folder {split}"
+  elif split == "all":
+    examples, how = found, "the whole folder, questions for training included"
+  else:
+    examples = cut(found).as_dict()[split]
+    how = (
+      f"the {split} part of a cut with --train_modality={_TRAIN_MODALITY.value} --train_items={_TRAIN_ITEMS.value} "
+      f"--validation_items={_VALIDATION_ITEMS.value} --test_items={_TEST_ITEMS.value} --split_seed={_SPLIT_SEED.value}"
+    )
+  if _LIMIT.value:
+    examples = splits.limited(examples, _LIMIT.value, _SEED.value)
+    how += f", at most {_LIMIT.value} per modality"
+  return examples, summary, f"{len(examples)} of {len(found)} questions: {how}"
+
+
+def cut(examples: list[Example]) -> splits.Split:
+  """The split that training makes of a single folder.
+
+  Raises:
+    ValueError: too few questions of the training modality.
+  """
+  try:
+    return splits.split_by_modality(
+      examples,
+      train_modality=_TRAIN_MODALITY.value,
+      train=_TRAIN_ITEMS.value,
+      validation_per_modality=_VALIDATION_ITEMS.value,
+      test_per_modality=_TEST_ITEMS.value,
+      seed=_SPLIT_SEED.value,
+    )
+  except ValueError as error:
+    raise ValueError(
+      f"--split={_SPLIT.value}: {_DATA.value} cannot be cut as for training: {str(error).rstrip('.')}. The flags are "
+      "--train_modality, --train_items, --validation_items and --test_items; --split=all asks every question."
+    ) from error
+
+
+def make_mesh() -> jax.sharding.Mesh:
+  """All devices: --fsdp and --tensor as asked for, data with the rest.
+
+  Raises:
+    ValueError: the devices do not divide.
+  """
+  if jax.device_count() % (_FSDP.value * _TENSOR.value):
+    raise ValueError(f"--fsdp={_FSDP.value} x --tensor={_TENSOR.value} does not divide {jax.device_count()} devices.")
+  return sharding.make_mesh(data=-1, fsdp=_FSDP.value, tensor=_TENSOR.value)
 
 
 def output_folder() -> epath.Path | None:
@@ -75,17 +157,20 @@ def main(_: list[str]) -> None:
   environment.prepare()
   console = Console()
   folder = output_folder()
-  examples, summary = questions()
-  console.print(summary.text(), markup=False, highlight=False)
+  examples, summary, how = questions()
+  console.print(f"{summary.text()}\n{how}", markup=False, highlight=False, soft_wrap=True)
   model = conversion.resolved_folder(_MODEL.value)
-  family = _TEMPLATES.value or tokenization.declared_templates(model) or "standard"
+  declared = tokenization.declared_templates(model) or "standard"
+  family = _TEMPLATES.value or declared
   if family not in prompts.TEMPLATES:
     raise ValueError(f"--templates={family} is unknown; use one of {sorted(prompts.TEMPLATES)}.")
   processor = pipeline.Processor.from_directory(model, templates=prompts.TEMPLATES[family], resize=_RESIZE.value)
-  mesh = sharding.make_mesh(data=-1)
+  mesh = make_mesh()
   dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  config, params = conversion.load_pretrained(model, jnp.dtype(dtype), mesh, layout="decode")
-  tokens = _TOKENS.value or (32 if family == "brief" else 1024)
+  # The decode layout holds weights whole over fsdp, which is what --fsdp is there to avoid.
+  layout = "decode" if _FSDP.value == 1 else "train"
+  config, params = conversion.load_pretrained(model, jnp.dtype(dtype), mesh, layout=layout)
+  tokens = _TOKENS.value or BUDGETS.get(declared, BUDGETS["standard"])
   settings = programs.SamplingSettings(samples=1, max_new_tokens=tokens, temperature=0.0)
   program = programs.sampling_program(config, processor, settings)
   about = {
@@ -96,6 +181,7 @@ def main(_: list[str]) -> None:
     "resize": _RESIZE.value,
     "max_new_tokens": tokens,
     "dtype": dtype,
+    "mesh": dict(mesh.shape),
   }
   console.print(", ".join(f"{name} {value}" for name, value in about.items()), markup=False, highlight=False)
 
@@ -118,7 +204,7 @@ def main(_: list[str]) -> None:
   console.print(f"forgiving parser {100 * lenient:.1f} %, strict format {100 * result['format']:.1f} %")
   console.print(f"{len(examples)} questions in {time.perf_counter() - start:.1f} s", highlight=False)
   if folder:
-    record = about | {"summary": summary.to_dict()} | result
+    record = about | {"questions": how, "summary": summary.to_dict()} | result
     (folder / "outputs.jsonl").write_text("".join(json.dumps(output) + "\n" for output in outputs))
     (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"written to {folder}", highlight=False)
