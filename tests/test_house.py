@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import ml_collections
 import pytest
 
+from tests import config_reads
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "kepo_jax"
 CONFIGS = ROOT / "experiments" / "configs"
@@ -146,15 +148,16 @@ def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]
       yield f"{prefix}{name}"
 
 
-def names_read(paths: list[pathlib.Path]) -> set[str]:
-  """Names that some files read as attributes, or as strings where a file indexes a config: `config.optimizer[name]`."""
-  names = set()
-  for path in paths:
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
-    if any(isinstance(node, ast.Subscript) and re.match(r"config\b", ast.unparse(node.value)) for node in nodes):
-      names |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-  return names
+# Files whose reading of a field is no use of it: they show, estimate or check.
+ONLOOKERS = ("reporting/panels.py", "planning/memory.py", "training/checks.py")
+
+
+def users(*, without: str = "") -> list[tuple[str, str]]:
+  """Modules of the library that act on the config: (name, text)."""
+  named = {path.relative_to(LIBRARY).as_posix(): path for path in sources(LIBRARY)}
+  left_out = {*ONLOOKERS, without}
+  assert left_out - {""} <= set(named)
+  return [(path.stem, path.read_text()) for name, path in named.items() if name not in left_out]
 
 
 @pytest.mark.parametrize("path", config_files(), ids=relative)
@@ -166,18 +169,58 @@ def test_config_loads_and_says_what_it_is(path):
   assert ast.get_docstring(function) or ast.get_docstring(ast.parse(path.read_text())), "say what the experiment is"
 
 
-def test_every_config_field_is_read():
-  read = names_read([path for path in sources(LIBRARY, ROOT / "experiments") if CONFIGS not in path.parents])
-  unread = {f"{path.stem}: {leaf}" for path in config_files() for leaf in leaves(load_config(path))
-            if leaf.split(".")[-1] not in read}  # fmt: skip
-  assert unread == set()
+def unread(config: ml_collections.ConfigDict, modules: list[tuple[str, str]]) -> set[str]:
+  """Fields of a config that no module reads."""
+  return set(leaves(config)) - config_reads.fields_read(modules)
 
 
-def test_an_unread_field_is_seen(tmp_path):
-  path = tmp_path / "module.py"
-  path.write_text("x = config.train.learning_rate\nconfig.train.unread = 1\n")
-  config = ml_collections.ConfigDict({"train": {"learning_rate": 1.0, "unread": 2}})
-  assert [leaf for leaf in leaves(config) if leaf.split(".")[-1] not in names_read([path])] == ["train.unread"]
+@pytest.mark.parametrize("path", config_files(), ids=relative)
+def test_every_config_field_is_read(path):
+  assert unread(load_config(path), users()) == set()
+
+
+def test_an_unread_field_is_seen():
+  config = load_config(CONFIGS / "grpo.py")
+  config.train.temperature = 1.0  # read in another section
+  config.reward.split = 1.0  # a method of every string
+  config.profile.clip_low = 0.1
+  config.directory = ""
+  assert unread(config, users()) == {"train.temperature", "reward.split", "profile.clip_low", "directory"}
+
+
+def test_a_field_that_is_no_longer_read_is_seen():
+  config = load_config(CONFIGS / "grpo.py")
+  without_setup = unread(config, users(without="training/setup.py"))
+  assert {"reward.format", "optimizer.b1", "eval.max_new_tokens", "data.train_items"} <= without_setup
+  assert unread(config, users(without="data/splits.py")) >= {"data.train_items", "data.split_seed"}
+  assert "checkpoint.keep" in unread(config, users(without="training/files.py"))
+
+
+@pytest.mark.parametrize(
+  ("body", "read"),
+  [
+    ("config.train.steps", {"train.steps"}),
+    ("self._config.train.steps", {"train.steps"}),
+    ("plan.config['train'].steps", {"train.steps"}),
+    ("config.train.steps = 1", set()),
+    ("other.train.steps", set()),
+    ("'{}'.format(train.steps)", set()),
+    ("train = run.config.train; train.steps", {"train.steps"}),
+    ("c, x = run.config, 1; c.train.steps", {"train.steps"}),
+    ("config = run.config.train; config.steps", {"train.steps"}),
+    ("config = load(); config.train.steps", set()),
+    ("[config.train[name] for name in ('steps', 'rate')]", {"train.steps", "train.rate"}),
+    ("names = ('steps',); [config.train[name] for name in names]", {"train.steps"}),
+    ("[config.train[name] for name in names]", set()),
+    ("other.use(config.train)", {"train.rate"}),
+    ("other.use(part=config.train)", {"train.rate"}),
+    ("other.use(config.data)", {"data.rate"}),
+    ("use(config.train)", set()),
+  ],
+)
+def test_reads_are_recognised(body, read):
+  modules = [("here", f"def f():\n  {body}\n"), ("other", "def use(part):\n  return part.rate\n")]
+  assert {field for field in config_reads.fields_read(modules) if "." in field} == read
 
 
 # ---- docs and packaging ----
