@@ -126,7 +126,7 @@ def cut(examples: list[Example]) -> splits.Split:
     ) from error
 
 
-def make_mesh() -> jax.sharding.Mesh:
+def device_mesh() -> jax.sharding.Mesh:
   """All devices: --fsdp and --tensor as asked for, data with the rest.
 
   Raises:
@@ -165,7 +165,7 @@ def main(_: list[str]) -> None:
   if family not in prompts.TEMPLATES:
     raise ValueError(f"--templates={family} is unknown; use one of {sorted(prompts.TEMPLATES)}.")
   processor = pipeline.Processor.from_directory(model, templates=prompts.TEMPLATES[family], resize=_RESIZE.value)
-  mesh = make_mesh()
+  mesh = device_mesh()
   dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   # The decode layout holds weights whole over fsdp, which is what --fsdp is there to avoid.
   layout = "decode" if _FSDP.value == 1 else "train"
