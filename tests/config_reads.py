@@ -27,8 +27,9 @@ class FieldReads:
       names = self._names(scope, {})
       for node in (node for node in ast.walk(scope) if isinstance(node, ast.Call)):
         module, _, function = f"{self._module}.{ast.unparse(node.func)}".split("(")[0].rpartition(".")
-        given = [*enumerate(node.args), *((keyword.arg or "", keyword.value) for keyword in node.keywords)]
-        for place, value in given:
+        given: dict[int | str, ast.expr] = dict(enumerate(node.args))
+        given |= {keyword.arg or "": keyword.value for keyword in node.keywords}
+        for place, value in given.items():
           if len(path := self._path(value, names) or ()) == 1:
             found[module.split(".")[-1], function, place] = path
     return found
@@ -38,7 +39,7 @@ class FieldReads:
     found: set[str] = set()
     for scope in self._scopes:
       arguments = [argument.arg for argument in (*scope.args.posonlyargs, *scope.args.args, *scope.args.kwonlyargs)]
-      given = {
+      given: dict[str, Path | None] = {
         name: path
         for place, name in enumerate(arguments)
         for key in (place, name)
@@ -70,8 +71,9 @@ class FieldReads:
     base = self._path(node.value, names)
     if isinstance(node, ast.Attribute):
       return (*base, node.attr) if base is not None else () if node.attr in ("config", "_config") else None
-    literal = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)
-    return (*base, node.slice.value) if literal and base is not None else None
+    if base is None or not isinstance(node.slice, ast.Constant):
+      return None
+    return (*base, str(node.slice.value))
 
   def _paths(self, scope: ast.AST, node: ast.Attribute | ast.Subscript, names: dict[str, Path | None]) -> set[Path]:
     """`_path`, or several where a key runs through a literal tuple."""
@@ -91,8 +93,8 @@ class FieldReads:
     for loop in (node for node in nodes if isinstance(node, ast.For | ast.comprehension)):
       if isinstance(loop.target, ast.Name) and loop.target.id == name:
         over = tuples.get(loop.iter.id) if isinstance(loop.iter, ast.Name) else loop.iter
-        literal = isinstance(over, ast.Tuple | ast.List)
-        keys |= {str(x.value) for x in over.elts if isinstance(x, ast.Constant)} if literal else set()
+        elements = over.elts if isinstance(over, ast.Tuple | ast.List) else []
+        keys |= {str(x.value) for x in elements if isinstance(x, ast.Constant)}
     return keys
 
 
