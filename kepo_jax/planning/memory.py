@@ -19,8 +19,8 @@ _LOGITS_OF_STUDENT = 3
 _LOGITS_OF_OTHER = 5
 # Logits, and what top-k, top-p and the categorical draw make of them.
 _LOGITS_OF_SAMPLER = 3
-# Phases of a step, one after the other; each frees its memory before the next.
-PHASES = ("sampling", "hints", "scoring", "update")
+# Phases of a step and the evaluation after it, one after the other; each frees its memory before the next.
+PHASES = ("sampling", "hints", "scoring", "update", "evaluation")
 # Copies of a value inside a layer: before and after its norm, rotation, mask or activation.
 _COPIES = 2
 
@@ -28,11 +28,12 @@ _COPIES = 2
 def estimate(plan: RunPlan) -> dict[str, int]:
   """Bytes per device of the parts of a run, and their peak.
 
-  The peak is what stays (student with its moments, frozen models) plus the largest of what sampling needs (decode
-  copy, caches, logits), what hints need (decode copies of both models), what scoring by a frozen model needs (a
-  layer's activations on one micro-batch) and what the update needs (gradients, compute copy, activations of one
-  micro-batch, logits of one chunk). It assumes prompts that fill the second prompt bucket and images that fill the
-  first patch bucket; longer ones need more. Fragmentation and the runtime's own buffers are left out.
+  The peak is what stays (student with the moments of what it trains, frozen models) plus the largest of what
+  sampling needs (decode copy, caches, logits), what hints need (decode copies of both models), what scoring by a
+  frozen model needs (a layer's activations on one micro-batch), what the update needs (gradients, compute copy,
+  activations of one micro-batch, logits of one chunk) and what evaluation needs (as sampling, with one completion for
+  each question of a batch). It assumes prompts that fill the second prompt bucket and images that fill the first patch
+  bucket; longer ones need more. Fragmentation and the runtime's own buffers are left out.
 
   Args:
     plan: as the hooks receive it.
@@ -42,64 +43,92 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   """
   config = plan.config
   student = plan.models["student"]
-  shape = _BatchShape(config, plan.mesh)
+  shape = _training_shape(config, plan.mesh)
   compute, frozen = (jnp.dtype(config.model[name]).itemsize for name in ("compute_dtype", "teacher_dtype"))
   weights = parameters_per_device(student, plan.mesh)
+  fixed = ("visual",) if config.model.freeze_vision else ()
+  trained = parameters_per_device(student, plan.mesh, without=fixed)
   others = {role: other for role, other in plan.models.items() if role != "student"}
-  parts = {"student and moments": 3 * 4 * weights}
+  parts = {"student and moments": 4 * weights + 2 * 4 * trained}
   parts |= {role: frozen * parameters_per_device(other, plan.mesh) for role, other in others.items()}
   stays = sum(parts.values())
-  parts["sampling"] = (
-    _decode_copy(student, plan.mesh, stored=4, itemsize=compute)
-    + cache_bytes(student, shape, compute)
-    + _sampler_logits(student, shape)
-  )
+  actor = _decode_copy(student, plan.mesh, stored=4, itemsize=compute)
+  parts["sampling"] = actor + cache_bytes(student, shape, compute) + _sampler_logits(student, shape)
   exploration = config.exploration
   if "teacher" in others and exploration.trigger != "never" and exploration.rounds and exploration.replacements:
     # The student's decode copy waits for the candidates meanwhile.
-    waits = _decode_copy(student, plan.mesh, stored=4, itemsize=compute)
-    parts["hints"] = waits + _decode_copy(others["teacher"], plan.mesh, stored=frozen, itemsize=frozen)
+    parts["hints"] = actor + _decode_copy(others["teacher"], plan.mesh, stored=frozen, itemsize=frozen)
   hidden = sum(_hidden(other, shape, frozen) for other in others.values())
   if others:
     parts["scoring"] = hidden + max(_one_layer(other, shape, frozen) for other in others.values())
   parts["update"] = (
-    4 * weights  # gradients
+    4 * trained  # gradients
     + (compute * weights if compute < 4 else 0)
-    + activation_bytes(student, shape, compute, remat=config.model.remat)
+    + activation_bytes(student, shape, compute, remat=config.model.remat, fixed=fixed)
     + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others))
     + hidden
   )
+  if config.eval.every or config.eval.test:
+    asked = _evaluation_shape(config, plan.mesh)
+    parts["evaluation"] = actor + cache_bytes(student, asked, compute) + _sampler_logits(student, asked)
   return parts | {"peak": stays + max(parts[phase] for phase in PHASES if phase in parts)}
 
 
-def parameters_per_device(config: Qwen3VLConfig, mesh: dict[str, int], layout: str = "train") -> int:
+def parameters_per_device(
+  config: Qwen3VLConfig, mesh: dict[str, int], layout: str = "train", *, without: tuple[str, ...] = ()
+) -> int:
   """Weights of a model that one device of a mesh holds; dimensions that do not divide are held whole.
 
   Args:
     config: of the model.
     mesh: devices per axis "data", "fsdp", "tensor".
     layout: "train" or "decode".
+    without: top-level parts that are not counted, for example "visual".
   """
   shapes = model.abstract_params(config, jnp.float32)
   abstract = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
   shardings = sharding.weight_shardings(abstract, shapes, model.logical_axes(config), layout)
   sizes = jax.tree.map(lambda leaf, placed: math.prod(placed.shard_shape(leaf.shape)), shapes, shardings)
-  return sum(jax.tree.leaves(sizes))
+  return sum(jax.tree.leaves({name: part for name, part in sizes.items() if name not in without}))
 
 
+@dataclasses.dataclass(frozen=True)
 class _BatchShape:
   """Rows and lengths of the rollouts on one device."""
 
-  def __init__(self, config: Any, mesh: dict[str, int]):
-    batch, data = config.batch, config.data
-    rows = math.ceil(batch.prompts * batch.rollouts / (mesh["data"] * mesh["fsdp"]))
-    self.tensor = mesh["tensor"]
-    self.rollouts = rows  # completions on the device
-    self.prompts = math.ceil(rows / batch.rollouts)  # prefixes on the device
-    self.micro_batches = batch.micro_batches
-    self.prompt_tokens = data.prompt_buckets[min(1, len(data.prompt_buckets) - 1)]
-    self.patches = data.patch_buckets[0]
-    self.new_tokens = config.sampling.max_new_tokens
+  tensor: int  # devices that split heads and vocabulary
+  rollouts: int  # completions on the device
+  prompts: int  # prefixes on the device
+  micro_batches: int
+  prompt_tokens: int
+  patches: int
+  new_tokens: int
+
+
+def _training_shape(config: Any, mesh: dict[str, int]) -> _BatchShape:
+  batch, data = config.batch, config.data
+  rows = math.ceil(batch.prompts * batch.rollouts / (mesh["data"] * mesh["fsdp"]))
+  return _BatchShape(
+    tensor=mesh["tensor"],
+    rollouts=rows,
+    prompts=math.ceil(rows / batch.rollouts),
+    micro_batches=batch.micro_batches,
+    prompt_tokens=data.prompt_buckets[min(1, len(data.prompt_buckets) - 1)],
+    patches=data.patch_buckets[0],
+    new_tokens=config.sampling.max_new_tokens,
+  )
+
+
+def _evaluation_shape(config: Any, mesh: dict[str, int]) -> _BatchShape:
+  """One completion per question; where questions do not divide over the devices, several hold the same ones."""
+  asked = config.eval.prompts
+  split = next(n for n in (mesh["data"] * mesh["fsdp"], mesh["data"], 1) if asked % n == 0)
+  return dataclasses.replace(
+    _training_shape(config, mesh),
+    rollouts=asked // split,
+    prompts=asked // split,
+    new_tokens=config.eval.max_new_tokens,
+  )
 
 
 def cache_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int:
@@ -118,15 +147,19 @@ def chunk_logits_bytes(config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int,
   return 4 * vocabulary * (arrays * tokens + config.text.hidden_size)
 
 
-def activation_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, *, remat: bool) -> int:
+def activation_bytes(
+  config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, *, remat: bool, fixed: tuple[str, ...] = ()
+) -> int:
   """What the backward pass of one micro-batch keeps.
 
-  With remat, the input of every layer and the inside of one; without, the inside of every layer.
+  With remat, the input of every layer and the inside of one; without, the inside of every layer. A vision tower that
+  is `fixed` is run forwards alone and keeps one layer.
   """
   text, vision = _layers(config, shape, parts=shape.micro_batches)
+  depth = 1 if "visual" in fixed else config.vision.depth
   return sum(
     tower.bytes(itemsize, layers=layers, inside=1 if remat else layers)
-    for tower, layers in ((text, config.text.num_hidden_layers), (vision, config.vision.depth))
+    for tower, layers in ((text, config.text.num_hidden_layers), (vision, depth))
   )
 
 

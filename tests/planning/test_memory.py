@@ -82,6 +82,49 @@ def test_parts_by_hand():
   assert parts["peak"] == stays + max(parts["sampling"], parts["scoring"], parts["update"])
 
 
+def make_optimizer(params, freeze):
+  trainable = {name: not (freeze and name == "visual") for name in params}
+  return step.make_optimizer(
+    lambda _: 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, trainable=trainable
+  )
+
+
+def test_evaluation_by_hand():
+  changes = {"eval__prompts": 64, "eval__max_new_tokens": 32, "data__prompt_buckets": (16, 64)}
+  parts = memory.estimate(plan(**changes))
+  # One prefix of 64 and one completion of 32 for each of 64 questions, 2 layers, 2 heads of 32, float32; three logits.
+  expected = 2 * 2 * 64 * (64 + 32) * 2 * 32 * 4 + 3 * 64 * 1000 * 4
+  assert parts["evaluation"] == expected
+  assert memory.estimate(plan(mesh={"data": 8, "fsdp": 1, "tensor": 1}, **changes))["evaluation"] == expected // 8
+  # 64 questions do not divide over 24 devices, but over the 8 of the data axis: three devices hold the same ones.
+  mesh = {"data": 8, "fsdp": 3, "tensor": 1}
+  copy = 4 * memory.parameters_per_device(SMALL, mesh, "decode")
+  assert memory.estimate(plan(mesh=mesh, **changes))["evaluation"] == expected // 8 + copy
+
+
+def test_a_large_evaluation_sets_the_peak():
+  parts = memory.estimate(plan(eval__prompts=100_000))
+  stays = parts["student and moments"] + parts["teacher"]
+  assert parts["peak"] == stays + parts["evaluation"] > stays + parts["update"]
+  assert "evaluation" in memory.estimate(plan(eval__every=0)) and "evaluation" in memory.estimate(
+    plan(eval__test=False)
+  )
+  assert "evaluation" not in memory.estimate(plan(eval__every=0, eval__test=False))
+
+
+def test_a_frozen_vision_tower_has_neither_moments_nor_gradients():
+  whole, frozen = memory.estimate(plan()), memory.estimate(plan(model__freeze_vision=True))
+  vision = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(SMALL, jnp.float32)["visual"]))
+  assert whole["student and moments"] - frozen["student and moments"] == 2 * 4 * vision
+  assert whole["update"] - frozen["update"] > 4 * vision
+  assert frozen["sampling"] == whole["sampling"]
+  # What the optimizer holds, its counters apart.
+  params = model.abstract_params(SMALL, jnp.float32)
+  moments = jax.eval_shape(make_optimizer(params, freeze=True).init, params)
+  held = sum(4 * leaf.size for leaf in jax.tree.leaves((params, moments)))
+  assert 0 <= held - frozen["student and moments"] < 64
+
+
 def test_decode_copies_exist_where_the_layout_or_the_dtype_changes():
   count = memory.parameters_per_device(SMALL, ONE)
   assert memory.estimate(plan())["hints"] == 0
@@ -139,22 +182,23 @@ def arguments(config, prompts, rollouts, prompt_tokens, new_tokens, patches):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("vocabulary", "layers", "remat", "parts"), [(1000, 4, False, 1), (1000, 4, True, 2), (20_000, 2, True, 1)]
+  ("vocabulary", "layers", "remat", "parts", "freeze"),
+  [(1000, 4, False, 1, False), (1000, 4, False, 1, True), (1000, 4, True, 2, False), (20_000, 2, True, 1, False)],
 )
-def test_the_update_needs_what_was_estimated(vocabulary, layers, remat, parts):
+def test_the_update_needs_what_was_estimated(vocabulary, layers, remat, parts, freeze):
   text = dataclasses.replace(SMALL.text, vocab_size=vocabulary, num_hidden_layers=layers)
   config = dataclasses.replace(SMALL, text=text)
   estimate = memory.estimate(plan(
     student=config, teacher=config, batch__prompts=4, batch__rollouts=4, batch__micro_batches=parts,
     sampling__max_new_tokens=64, data__prompt_buckets=(64,), data__patch_buckets=(64,), objective__chunk=32,
-    model__remat=remat,
+    model__remat=remat, model__freeze_vision=freeze,
   ))["update"]  # fmt: skip
-  optimizer = step.make_optimizer(lambda _: 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+  params = model.abstract_params(config, jnp.float32)
+  optimizer = make_optimizer(params, freeze)
   token_loss = losses.kepo_token_loss(allowed=jnp.ones(vocabulary, bool))
   update = step.make_update(
-    config, optimizer, token_loss, compute_dtype=jnp.float32, freeze_vision=False, remat=remat, chunk=32, parts=parts
+    config, optimizer, token_loss, compute_dtype=jnp.float32, freeze_vision=freeze, remat=remat, chunk=32, parts=parts
   )
-  params = model.abstract_params(config, jnp.float32)
   state = step.TrainState(
     step=jax.ShapeDtypeStruct((), jnp.int32), params=params, opt_state=jax.eval_shape(optimizer.init, params)
   )
