@@ -5,8 +5,8 @@
 --model is any Qwen3-VL folder (published, exported by a run, or a phantom model) or Hub id; --data a folder in
 OmniMedVQA's layout, or one that holds such folders as train, validation and test; without --data, the phantom
 benchmark. A single folder is cut as training cuts it, so that the default, --split=test, holds no question that a
-run with the same numbers of items has trained on; --split=all asks every question. Folders that are already split are
-read whole. With --output, evaluation.json holds the figures and outputs.jsonl every completion.
+run with the same modality, items and seed has trained on; --split=all asks every question. Folders that are already
+split are read whole. With --output, evaluation.json holds the figures and outputs.jsonl every completion.
 """
 
 import json
