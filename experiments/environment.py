@@ -1,8 +1,10 @@
 """What every entry point sets up: the compilation cache, quiet logs, errors in one line."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import flags, logging
@@ -17,6 +19,25 @@ def prepare() -> None:
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(splits.cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def config_errors() -> Iterator[None]:
+  """An unknown field of --config, or a value of another type, as one line; fields are looked up as flags are made."""
+  try:
+    yield
+  except (AttributeError, KeyError, TypeError, flags.Error) as error:
+    given = " ".join(argument for argument in sys.argv[1:] if argument.startswith("--"))
+    reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip("\" ")
+    raise SystemExit(
+      f"error: {reason} (in {given}); experiments/configs/grpo.py lists every field of --config with its unit."
+    ) from None
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """absl's parser under `config_errors`."""
+  with config_errors():
+    return flags.FLAGS(argv)
 
 
 def reporting_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:

@@ -22,7 +22,8 @@ from kepo_jax.planning import memory
 from kepo_jax.reporting import RunReporter
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
-_CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "kepo.py"), "The experiment: a file of configs/.")
+with environment.config_errors():
+  _CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "kepo.py"), "The experiment: a file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; by default a new one under runs/.")
 _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --workdir from its newest checkpoint.")
 
@@ -40,4 +41,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main))
+  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)

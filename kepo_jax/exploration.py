@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+QUOTED_WORDS = 12  # consecutive words of a hint that make a quotation
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
 # What a completion must not say: it would teach the student to talk about help that it will not have.
 _LEAKS = re.compile(
-  r"\bhints?\b|\badvice\b|\bsomething to look for\b"
-  r"|\b(?:given|provided|supplied|told|stated) (?:correct |right |gold )?(?:answer|option)\b"
-  r"|\b(?:answer|option) (?:is |was |has been )?(?:given|provided|supplied|already known)\b"
-  r"|\b(?:am|are|was|were) told\b|\bas (?:told|instructed|suggested)\b",
+  r"\b(?:the|this|that|your|given|provided) (?:\w+ )?hint\b|\bhint(?:ed)? (?:says?|said|tells?|told|points?|is|was)\b"
+  r"|\bhint:|\b(?:the|this|that|your|given) advice\b|\bsomething to look for\b"
+  r"|\b(?:the|a|as) (?:given|provided|supplied|told|stated) (?:correct |right |gold )?(?:answer|option)\b"
+  r"|\b(?:answer|option)(?: [A-J])? (?:is|was|has been) (?:given|provided|supplied|already known)\b"
+  r"|\b(?:i|we) (?:am|are|was|were|have been) told\b|\bas (?:i was |we were )?(?:told|instructed)\b",
   re.IGNORECASE,
 )
 
@@ -39,6 +41,11 @@ class Candidate:
   def leaks(self) -> bool:
     """Whether the text reveals that help was given."""
     return reveals_help(self.text)
+
+  @property
+  def quotes_hint(self) -> bool:
+    """Whether the text repeats twelve or more consecutive words of the hint."""
+    return quotes(self.text, self.hint)
 
   @property
   def accepted(self) -> bool:
@@ -68,6 +75,14 @@ class Injection:
 def reveals_help(text: str) -> bool:
   """Whether a completion mentions the hint or an answer that was given to it."""
   return _LEAKS.search(text) is not None
+
+
+def quotes(text: str, hint: str, words: int = QUOTED_WORDS) -> bool:
+  """Whether `words` consecutive words of the hint occur in the text, in any case and punctuation."""
+  said, wanted = (" ".join(re.findall(r"\w+", each.lower())) for each in (text, hint))
+  parts = wanted.split()
+  spans = (" ".join(parts[i : i + words]) for i in range(len(parts) - words + 1))
+  return any(f" {span} " in f" {said} " for span in spans)
 
 
 def parse_hint(text: str) -> str | None:
@@ -149,6 +164,7 @@ def exploration_metrics(outcome: Exploration, *, prompts: int, rounds: int) -> d
     metrics["hint/parse_failure_rate"] = outcome.hints_unparsed / outcome.hints_asked
   if outcome.candidates:
     metrics["hint/leak_rate"] = sum(c.leaks for c in outcome.candidates) / len(outcome.candidates)
+    metrics["hint/quote_rate"] = sum(c.quotes_hint for c in outcome.candidates) / len(outcome.candidates)
   if failed:
     firsts = [candidates[0].attempt for candidates in outcome.accepted.values() if candidates]
     for b in range(1, rounds + 1):

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -46,14 +47,18 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     devices: devices to use, all of `jax.devices()` by default.
 
   Raises:
-    ValueError: the product of the axes is not the number of devices.
+    ValueError: the product of the axes is more than the devices, or, on several hosts, not all of them.
   """
   devices = list(jax.devices() if devices is None else devices)
   if data == -1:
     data = max(1, len(devices) // (fsdp * tensor))
-  if data * fsdp * tensor != len(devices):
+  used = data * fsdp * tensor
+  if used < len(devices) and jax.process_count() == 1:
+    logging.warning("the mesh uses %d of %d devices; mesh.data=-1 takes them all.", used, len(devices))
+    devices = devices[:used]
+  if used != len(devices):
     raise ValueError(
-      f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} devices, "
+      f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {used} devices, "
       f"found {len(devices)}; set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to {len(devices)}."
     )
   # Explicit axes, the default of make_mesh, make an ordinary embedding gather a type error.

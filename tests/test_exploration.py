@@ -48,14 +48,27 @@ def explore(student, failed, rounds=5, replacements=2):
     "since the correct answer was provided, B",
     "we were told that it is B",
     "following the advice, B",
-    "as suggested, it is B",
+    "as instructed, it is B",
+    "following the given hint, B",
+    "the answer was provided",
   ],
 )
 def test_texts_that_reveal_help(text):
   assert exploration.reveals_help(text)
 
 
-@pytest.mark.parametrize("text", [GOOD, "given the image, the answer is B", "no chintz, white tissue", ""])
+@pytest.mark.parametrize(
+  "text",
+  [
+    GOOD,
+    "given the image, the answer is B",
+    "no chintz, white tissue",
+    "the bright rim hints at a tumour",
+    "as suggested by the dark signal",
+    "a hint of contrast, so the lesion provided option B is right",
+    "",
+  ],
+)
 def test_texts_that_do_not(text):
   assert not exploration.reveals_help(text)
 
@@ -72,6 +85,13 @@ def test_texts_that_do_not(text):
 )
 def test_parse_hint(text, hint):
   assert exploration.parse_hint(text) == hint
+
+
+def test_a_quotation_is_twelve_words_in_a_row():
+  hint = "The dark rim on the left side is thick, and it pushes the midline to the right"
+  assert exploration.quotes("<think> the dark rim, on the left side is thick and it pushes the </think>", hint)
+  assert not exploration.quotes("<think> the dark rim on the left side is thick and it </think>", hint)
+  assert not exploration.quotes("anything", "a short hint")
 
 
 @pytest.mark.parametrize("flaw", [{"accurate": False}, {"well_formed": False}, {"text": "the hint says B"}])

@@ -50,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.objective = ml_collections.ConfigDict()
   config.objective.advantage = "group_std"
-  config.objective.clip_low = 0.2
+  config.objective.clip_low = 0.2  # of the policy ratio; idle as long as a batch serves one update
   config.objective.clip_high = 0.2
   config.objective.distill_weight = 0.0  # lambda; 0 drops the teacher from the update
   config.objective.divergence_weight = 0.5  # b of the generalised Jensen-Shannon divergence

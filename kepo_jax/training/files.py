@@ -28,6 +28,8 @@ class RunFiles:
     self._config = config
     self._resume = resume
     self._checkpoints: Checkpoints | None = None
+    if "://" in self.workdir:
+      raise ValueError(f"workdir {self.workdir} is remote, which is not supported; use a local or mounted folder.")
     if resume:
       self._check_resume()
     elif self.workdir:

@@ -16,8 +16,8 @@ from etils import epath
 
 from kepo_jax import exploration, sharding
 from kepo_jax.objectives import advantages, gates
+from kepo_jax.training import checks, setup, step
 from kepo_jax.training import groups as grouping
-from kepo_jax.training import setup, step
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.profiling import CompileCounter, Profiler
 from kepo_jax.training.step import TrainState
@@ -136,7 +136,7 @@ def explore(run: setup.Run, actor: Any, groups: grouping.Groups, done: int) -> e
     rollouts = run.programs.candidate(actor, prompts, run.key("candidate", done, attempt))
     return grouping.candidates(run.processor, examples, hints, rollouts, run.rewards)
 
-  failed = exploration.triggered(groups.scores["accuracy"], config.trigger) if setup.explores(run.config) else []
+  failed = exploration.triggered(groups.scores["accuracy"], config.trigger) if checks.explores(run.config) else []
   return exploration.explore(failed, ask_hints, sample_hinted, rounds=config.rounds, replacements=config.replacements)
 
 

@@ -14,7 +14,7 @@ from kepo_jax import rewards as reward_functions
 from kepo_jax.data import pipeline, prompts, splits
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.objectives import losses
-from kepo_jax.training import programs, step
+from kepo_jax.training import checks, programs, step
 from kepo_jax.training.groups import WeightedRewards
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
 
@@ -84,7 +84,7 @@ class Run:
   def plan(self, workdir: str, start: int) -> RunPlan:
     """What the run is about to do."""
     names = ["evaluation", "rollout", "update"]
-    names += ["hint", "hinted rollout"] if explores(self.config) else []
+    names += ["hint", "hinted rollout"] if checks.explores(self.config) else []
     names += [f"{role} scoring" for role in self.models if role != "student"]
     return RunPlan(
       config=self.config,
@@ -114,18 +114,21 @@ def prepare(
   Raises:
     ValueError: a field, file or model that does not fit, and the way out.
   """
-  check_config(config)
+  checks.check_config(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  checks.warn_of_replication(config, dict(mesh.shape))
+  student = conversion.resolved_folder(config.model.student)
+  checks.warn_of_templates(config, student)
   processor = pipeline.Processor.from_directory(
-    config.model.student,
+    student,
     templates=prompts.TEMPLATES[config.data.templates],
     resize=config.data.resize,
     prompt_buckets=tuple(config.data.prompt_buckets),
     patch_buckets=tuple(config.data.patch_buckets),
   )
   questions = dict(records) if records is not None else splits.load(config.data)
-  check_questions(questions, config)
-  models = load_models(config, mesh, processor)
+  checks.check_questions(questions, config)
+  models = load_models(config, mesh, processor, hooks)
   schedule = step.learning_rate_schedule(
     learning_rate=config.optimizer.learning_rate,
     warmup_steps=config.optimizer.warmup_steps,
@@ -164,30 +167,32 @@ def batches(
   return pipeline.Lookahead(batch, stop=config.train.steps)
 
 
-def load_models(config: Any, mesh: jax.sharding.Mesh, processor: pipeline.Processor) -> dict[str, programs.Model]:
+def load_models(
+  config: Any, mesh: jax.sharding.Mesh, processor: pipeline.Processor, hooks: Sequence[Hook]
+) -> dict[str, programs.Model]:
   """The checkpoints that this config uses, by role; student in float32, the others frozen.
 
   Raises:
     ValueError: a teacher with another vocabulary, image geometry or token ids than the student.
   """
   folders = {"student": config.model.student}
-  if config.objective.distill_weight or explores(config):
+  if config.objective.distill_weight or checks.explores(config):
     folders["teacher"] = config.model.teacher
   if config.objective.reference_weight:
     folders["reference"] = config.model.student
+  resolved = {role: conversion.resolved_folder(folder) for role, folder in folders.items()}
+  if "teacher" in resolved:
+    checks.check_teacher(config, processor, resolved["teacher"])
   models = {}
-  for role, folder in folders.items():
+  for role, folder in resolved.items():
     dtype = jnp.float32 if role == "student" else jnp.dtype(config.model.teacher_dtype)
-    models[role] = programs.Model(*conversion.load_pretrained(folder, dtype, mesh))
-  if "teacher" in models:
-    check_teacher(config, models, processor)
+
+    def progress(done: int, total: int, role: str = role) -> None:
+      for hook in hooks:
+        hook.progress(f"loading {role}", done, total)
+
+    models[role] = programs.Model(*conversion.load_pretrained(folder, dtype, mesh, progress=progress))
   return models
-
-
-def explores(config: Any) -> bool:
-  """Whether the config asks for hints at all."""
-  exploration = config.exploration
-  return exploration.trigger != "never" and exploration.rounds > 0 and exploration.replacements > 0
 
 
 def build_programs(
@@ -227,7 +232,7 @@ def build_programs(
     return programs.sampling_program(student.config, processor, settings)
 
   hint: Callable[[Prompts, jax.Array], Rollouts] = programs.no_hints
-  if "teacher" in models and explores(config):
+  if "teacher" in models and checks.explores(config):
     settings = programs.SamplingSettings(1, config.exploration.hint_tokens, config.exploration.hint_temperature)
     hint = programs.hint_program(models["teacher"], processor, settings, jnp.dtype(config.model.teacher_dtype))
   return state, programs.Programs(
@@ -239,69 +244,3 @@ def build_programs(
     targets=programs.targets_program([models[role] for role in scoring], config.batch.micro_batches),
     update=step.jit_update(update, state),
   )
-
-
-def check_config(config: Any) -> None:
-  """Refuses values that would fail later, or silently do something else.
-
-  Raises:
-    ValueError: the field, its value and the way out.
-  """
-  batch = config.batch
-  if batch.prompts % batch.micro_batches:
-    raise ValueError(
-      f"batch.prompts={batch.prompts} does not divide into batch.micro_batches={batch.micro_batches} parts."
-    )
-  if not 0 <= config.exploration.replacements < batch.rollouts:
-    raise ValueError(
-      f"exploration.replacements={config.exploration.replacements} must lie in 0..{batch.rollouts - 1}, "
-      "so that a group keeps a rollout of its own."
-    )
-  if config.sampling.temperature <= 0:
-    raise ValueError(f"sampling.temperature={config.sampling.temperature} gives G equal rollouts; use a value above 0.")
-  if config.data.templates not in prompts.TEMPLATES:
-    raise ValueError(f"data.templates={config.data.templates!r} is unknown; use one of {sorted(prompts.TEMPLATES)}.")
-  if (config.objective.distill_weight or explores(config)) and not config.model.teacher:
-    raise ValueError("distillation and hints need model.teacher; set it, or use experiments/configs/grpo.py.")
-
-
-def check_questions(questions: Mapping[str, Sequence[Example]], config: Any) -> None:
-  """Refuses splits that the config cannot use.
-
-  Raises:
-    ValueError: which split is missing or too small.
-  """
-  needed = {"train": config.batch.prompts, "validation": config.eval.every > 0, "test": config.eval.test}
-  for split, least in needed.items():
-    found = len(questions.get(split, ()))
-    if found < least:
-      raise ValueError(
-        f"the {split} split has {found} questions and needs {int(least)} or more; see data.* and eval.*."
-      )
-
-
-def check_teacher(config: Any, models: Mapping[str, programs.Model], processor: pipeline.Processor) -> None:
-  """Student and teacher must read the same token ids and the same patches.
-
-  Raises:
-    ValueError: what differs.
-  """
-  student, teacher = models["student"].config, models["teacher"].config
-  pairs = {
-    "vocab_size": (student.text.vocab_size, teacher.text.vocab_size),
-    "image_token_id": (student.image_token_id, teacher.image_token_id),
-    "vision_start_token_id": (student.vision_start_token_id, teacher.vision_start_token_id),
-    "patch_size": (student.vision.patch_size, teacher.vision.patch_size),
-    "spatial_merge_size": (student.vision.spatial_merge_size, teacher.vision.spatial_merge_size),
-    "temporal_patch_size": (student.vision.temporal_patch_size, teacher.vision.temporal_patch_size),
-    "num_position_embeddings": (student.vision.num_position_embeddings, teacher.vision.num_position_embeddings),
-  }
-  different: dict[str, tuple[Any, Any]] = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-  if not processor.same_vocabulary(config.model.teacher):
-    different["tokenizer"] = ("its own", "another")
-  if different:
-    raise ValueError(
-      f"student {config.model.student} and teacher {config.model.teacher} do not match: "
-      + ", ".join(f"{name} {a} and {b}" for name, (a, b) in different.items())
-      + "; distillation compares them token by token, so both must come from one family."
-    )

@@ -97,14 +97,27 @@ def hidden_of(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.
   return model.completion_hidden(config, params, prefix, tokens, remat=remat)
 
 
-def micro_batches(batch: Any, count: int) -> Any:
-  """[P, ...] leaves cut to [count, P / count, ...], every device giving each part the same number of rows."""
+def micro_batches(batch: Any, count: int, axes: tuple[str, ...] = ("prompt",)) -> Any:
+  """[P, ...] leaves cut to [count, P / count, ...], every device giving each part the same number of rows.
+
+  Args:
+    batch: tree of arrays that lead with `axes`.
+    count: parts.
+    axes: ("prompt",) or ("prompt", "rollout").
+  """
 
   def cut(x):
     rows = x.reshape((x.shape[0] // count, count) + x.shape[1:])
-    return sharding.constrain(jnp.moveaxis(rows, 1, 0), None, "prompt", *[None] * (x.ndim - 1))
+    return sharding.constrain(jnp.moveaxis(rows, 1, 0), None, *axes, *[None] * (x.ndim - len(axes)))
 
   return jax.tree.map(cut, batch)
+
+
+def _cut_experience(experience: Experience, count: int) -> Experience:
+  prompts = micro_batches(experience.prompts, count)
+  rows = ("tokens", "mask", "logps", "advantages", "gate", "injected")
+  parts = micro_batches({name: getattr(experience, name) for name in rows}, count, ("prompt", "rollout"))
+  return Experience(prompts=prompts, **parts)
 
 
 def target(config: Qwen3VLConfig, params: Any, experience: Experience, *, parts: int) -> Target:
@@ -118,7 +131,7 @@ def target(config: Qwen3VLConfig, params: Any, experience: Experience, *, parts:
   """
   hidden = jax.lax.map(
     lambda part: hidden_of(config, params, *part, remat=False),
-    micro_batches((experience.prompts, experience.tokens), parts),
+    (micro_batches(experience.prompts, parts), micro_batches(experience.tokens, parts, ("prompt", "rollout"))),
   )
   # Undoes the cut of `micro_batches`.
   hidden = jnp.moveaxis(hidden, 0, 1).reshape(*experience.tokens.shape, hidden.shape[-1])
@@ -182,7 +195,8 @@ def make_update(
     config: of the student.
     optimizer: from `make_optimizer`.
     token_loss: from `losses.kepo_token_loss`; wants the logits of `targets`, in order.
-    compute_dtype: of the student's activations; gradients and master weights stay float32.
+    compute_dtype: of the student's activations and products; master weights, and the sums of gradients over
+      micro-batches, are float32.
     freeze_vision: no gradient for the vision tower.
     remat: recompute layers in the backward pass.
     chunk: completion tokens whose logits exist at one time.
@@ -214,7 +228,7 @@ def make_update(
     if parts == 1:
       (value, sums), gradients = part_gradients(whole)
     else:
-      cut = micro_batches(whole, parts)
+      cut = (_cut_experience(experience, parts), *micro_batches((inputs, hiddens), parts, ("prompt", "rollout")))
       zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], cut))
       )

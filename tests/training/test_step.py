@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from kepo_jax import sharding
-from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl import layers, model
 from kepo_jax.objectives import losses
 from kepo_jax.training import step
 from kepo_jax.types import Experience
@@ -138,6 +138,31 @@ def test_gradients_are_clipped(update_once, tiny_params):
   assert figures["grad_norm"] > 1e-3
   moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, tiny_params)
   assert optax.tree.norm(moved) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_repeated_token_adds_up_in_bfloat16():
+  # 4,096 gradients of 1/64 into one row: a bfloat16 sum stops growing near 4.
+  table = jnp.zeros((3, 2), jnp.bfloat16)
+  index = jnp.ones(4096, jnp.int32)
+  gradient = jax.grad(lambda t: (layers.looked_up(t, index).astype(jnp.float32) / 64).sum())(table)
+  assert gradient.dtype == jnp.bfloat16
+  assert gradient.tolist() == [[0, 0], [64, 64], [0, 0]]
+
+
+def test_bfloat16_with_remat_comes_near_float32(tiny_config, tiny_params, tiny_experience):
+  def embedding_gradient(dtype, remat):
+    def loss(params):
+      hidden = step.hidden_of(
+        tiny_config, model.cast(params, dtype), tiny_experience.prompts, tiny_experience.tokens, remat=remat
+      )
+      weights = jax.random.normal(jax.random.key(4), hidden.shape)
+      return (weights * hidden.astype(jnp.float32)).sum()
+
+    return jax.jit(jax.grad(loss))(tiny_params)["language_model"]["embed_tokens"]["weight"]
+
+  exact, rounded = embedding_gradient(jnp.float32, False), embedding_gradient(jnp.bfloat16, True)
+  assert rounded.dtype == jnp.float32
+  assert jnp.linalg.norm(exact - rounded) < 0.05 * jnp.linalg.norm(exact)
 
 
 def test_micro_batches_take_equal_rows_of_every_device():

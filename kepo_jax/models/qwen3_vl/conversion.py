@@ -9,7 +9,7 @@ import functools
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -146,7 +146,12 @@ def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def load_pretrained(
-  directory: str | pathlib.Path, dtype: Any = jnp.float32, mesh: Mesh | None = None, *, layout: str = "train"
+  directory: str | pathlib.Path,
+  dtype: Any = jnp.float32,
+  mesh: Mesh | None = None,
+  *,
+  layout: str = "train",
+  progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Qwen3VLConfig, dict[str, Any]]:
   """Config and parameters of a checkpoint folder.
 
@@ -155,6 +160,7 @@ def load_pretrained(
     dtype: of the parameters.
     mesh: every shard is filled straight from the slices of the files it needs; without one, the default device.
     layout: of the weights on the mesh, "train" or "decode".
+    progress: receives (leaves loaded, leaves in all) after each leaf.
 
   Raises:
     ValueError: another architecture, or one error that lists every missing, unknown, misshaped or truncated tensor.
@@ -169,10 +175,11 @@ def load_pretrained(
   stored = safetensors_files.stored_tensors(folder)
   _check_names(folder, leaves, stored, config.tie_word_embeddings)
   flat_places = [None] * len(leaves) if places is None else jax.tree.leaves(places)
-  flat = {
-    path: _placed(leaf, stored, np.dtype(dtype), place)
-    for (path, leaf), place in zip(leaves.items(), flat_places, strict=True)
-  }
+  flat = {}
+  for (path, leaf), place in zip(leaves.items(), flat_places, strict=True):
+    flat[path] = _placed(leaf, stored, np.dtype(dtype), place)
+    if progress:
+      progress(len(flat), len(leaves))
   return config, _nested(flat)
 
 
@@ -265,6 +272,7 @@ def save_pretrained(
   """
   directory, dtype = pathlib.Path(directory), np.dtype(dtype)
   _check_params(config, params)
+  origin = pathlib.PurePath(source).name if source else ""
   source = _checked_source(source, config, directory)
   leaves = _leaves(config)
   tensor = _tensor_source(leaves, params, dtype)
@@ -275,7 +283,7 @@ def save_pretrained(
     return
   partial = _partial(directory)
   safetensors_files.write(partial, shapes, tensor, dtype=dtype, max_shard_bytes=max_shard_bytes)
-  _finish(partial, directory, config, source, dtype)
+  _finish(partial, directory, config, source, origin, dtype)
 
 
 def save_orbax(
@@ -291,12 +299,13 @@ def save_orbax(
   """
   directory = pathlib.Path(directory)
   _check_params(config, params)
+  origin = pathlib.PurePath(source).name if source else ""
   source = _checked_source(source, config, directory)
   partial = _partial(directory)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save((partial / _ORBAX).resolve(), params)
   if not jax.process_index():
-    _finish(partial, directory, config, source, np.dtype(jax.tree.leaves(params)[0].dtype))
+    _finish(partial, directory, config, source, origin, np.dtype(jax.tree.leaves(params)[0].dtype))
 
 
 def _partial(directory: pathlib.Path) -> pathlib.Path:
@@ -308,9 +317,11 @@ def _partial(directory: pathlib.Path) -> pathlib.Path:
   return partial
 
 
-def _finish(partial: pathlib.Path, directory: pathlib.Path, config: Qwen3VLConfig, source, dtype: np.dtype) -> None:
+def _finish(
+  partial: pathlib.Path, directory: pathlib.Path, config: Qwen3VLConfig, source, origin: str, dtype: np.dtype
+) -> None:
   count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.abstract_params(config)))
-  side_files.write(partial, config, source, name=directory.name, dtype=dtype.name, count=count)
+  side_files.write(partial, config, source, name=directory.name, origin=origin, dtype=dtype.name, count=count)
   side_files.replace(partial, directory)
 
 

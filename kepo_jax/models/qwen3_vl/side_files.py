@@ -74,7 +74,14 @@ def is_side_file(file: pathlib.Path) -> bool:
 
 
 def write(
-  directory: pathlib.Path, config: Qwen3VLConfig, source: pathlib.Path | None, *, name: str, dtype: str, count: int
+  directory: pathlib.Path,
+  config: Qwen3VLConfig,
+  source: pathlib.Path | None,
+  *,
+  name: str,
+  origin: str,
+  dtype: str,
+  count: int,
 ) -> None:
   """Writes config.json and the model card, and copies the side files of `source` verbatim.
 
@@ -83,6 +90,7 @@ def write(
     config: sizes.
     source: the folder the model came from, whose config.json is kept but for the dtype.
     name: of the model, for the card.
+    origin: name of the source as it was asked for; a download lies in a folder named after a commit.
     dtype: of the stored weights, for example "bfloat16".
     count: parameters.
   """
@@ -92,8 +100,8 @@ def write(
     name=name,
     count=f"{count:,}",
     dtype=dtype,
-    origin=f" from {source.name}" if source else "",
-    licence=f"The licence of {source.name} applies." if source else "",
+    origin=f" from {origin}" if source else "",
+    licence=f"The licence of {origin} applies." if source else "",
   )
   (directory / "README.md").write_text(card.rstrip() + "\n")
   for file in sorted(source.iterdir()) if source else ():
