@@ -43,7 +43,11 @@ def test_the_example_trains_on_other_data_with_another_reward(tmp_path, monkeypa
       pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
       Image.fromarray(pixels).save(tmp_path / f"{split}-{number}.png")
   program = block("training.train")
-  shortened = {'"runs/mine"': f'"{tmp_path}/run"', "images/": f"{tmp_path}/", "steps = 20": "steps = 2"}
+  shortened = {
+    '"runs/mine"': f'"{tmp_path}/run"',
+    "images/": f"{tmp_path}/",
+    "steps = 20": "steps = 2\nconfig.mesh.data = 1",
+  }
   for text, replacement in shortened.items():
     assert text in program
     program = program.replace(text, replacement)
