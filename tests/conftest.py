@@ -77,8 +77,8 @@ def program():
   """
 
   def load(name: str):
-    for module, defined in flags.FLAGS.flags_by_module_dict().items():
-      for flag in defined if module.startswith("experiments.") else ():
+    for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
+      for flag in list(defined) if module.startswith("experiments.") else ():
         if flag.name in flags.FLAGS:
           delattr(flags.FLAGS, flag.name)
     sys.modules.pop(name, None)
