@@ -113,7 +113,7 @@ class Hook:
     """After an evaluation: `name` is "before", "validation" or "after", `result` as kepo_jax.evaluation gives it."""
 
   def progress(self, what: str, done: int, total: int) -> None:
-    """During long work other than steps: evaluations, loading, export."""
+    """During long work other than steps: loading and evaluations."""
 
   def finish(self) -> None:
     """After the last step, the last evaluation and the export."""

@@ -86,7 +86,7 @@ class RunReporter(Hook):
       self._warn(self._watch.evaluation(figures["validation/in_domain"], figures["validation/out_of_domain"]))
 
   def progress(self, what: str, done: int, total: int) -> None:
-    """Shows how far an evaluation, a download or an export has come."""
+    """Shows how far loading or an evaluation has come."""
     self._display.progress(what, done, total)
 
   def finish(self) -> None:
