@@ -151,33 +151,11 @@ def _drawn(logps: jax.Array, keys: jax.Array) -> jax.Array:
 def _kept(logps: jax.Array, top_p: float, top_k: int) -> jax.Array:
   """Log-probabilities with what top_k, and then top_p, removes at -inf."""
   if top_k:
-    logps = jnp.where(_tail(logps, jnp.ones_like(logps), float(top_k)), -jnp.inf, logps)
+    logps = jnp.where(~distributions.top_ids(logps, top_k), -jnp.inf, logps)
   if top_p < 1:
     probabilities = jax.nn.softmax(logps)
-    logps = jnp.where(_tail(logps, probabilities, top_p), -jnp.inf, logps)
+    logps = jnp.where(distributions.tail_ids(logps, probabilities, top_p), -jnp.inf, logps)
   return logps
-
-
-def _tail(logps: jax.Array, weights: jax.Array, wanted: float) -> jax.Array:
-  """bool[..., V]: ids below the highest threshold above which the weights still add to `wanted`.
-
-  The threshold is found by halving the range of positive floats, whose bits are ordered like their values: 31 sums
-  over the vocabulary instead of sorting it, and a vocabulary sharded over devices stays where it is.
-  """
-  # Distance from the most likely id, negated: >= 0 everywhere, 0 at the maximum; inf for what is banned.
-  gaps = logps.max(-1, keepdims=True) - logps
-  floats = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)  # noqa: E731
-
-  def halve(_, bounds):
-    low, high = bounds  # enough lies within `high` of the maximum, and not within anything below `low`
-    middle = low + (high - low) // 2
-    enough = jnp.where(gaps <= floats(middle), weights, 0.0).sum(-1, keepdims=True) >= wanted
-    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-  infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
-  zeros = jnp.zeros((*logps.shape[:-1], 1), jnp.int32)
-  _, high = jax.lax.fori_loop(0, 31, halve, (zeros, zeros + infinity))
-  return gaps > floats(high)
 
 
 def _row_keys(key: jax.Array, row: jax.Array, samples: int) -> jax.Array:

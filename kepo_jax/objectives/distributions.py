@@ -39,3 +39,55 @@ def entropy(logps: jax.Array) -> jax.Array:
   # 0 * -inf is nan: a banned id contributes nothing, in value and in gradient.
   finite = jnp.where(jnp.isneginf(logps), 0.0, logps)
   return -(jnp.exp(logps) * finite).sum(-1)
+
+
+def top_ids(logps: jax.Array, k: int) -> jax.Array:
+  """The k most likely ids, with those tied with the k-th: float32[..., V] -> bool[..., V]."""
+  return ~tail_ids(logps, jnp.ones_like(logps), float(k))
+
+
+def tail_ids(logps: jax.Array, weights: jax.Array, wanted: float) -> jax.Array:
+  """Ids below the highest threshold above which the weights still add to `wanted`.
+
+  The threshold is found by halving the range of positive floats, whose bits are ordered like their values: 31 sums
+  over the vocabulary instead of sorting it, and a vocabulary sharded over devices stays where it is.
+
+  Args:
+    logps: float32[..., V], -inf at banned ids.
+    weights: float32[..., V], >= 0.
+    wanted: sum of the weights to keep.
+
+  Returns:
+    bool[..., V].
+  """
+  # Distance from the most likely id, negated: >= 0 everywhere, 0 at the maximum; inf for what is banned.
+  gaps = logps.max(-1, keepdims=True) - logps
+  floats = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)  # noqa: E731
+
+  def halve(_, bounds):
+    low, high = bounds  # enough lies within `high` of the maximum, and not within anything below `low`
+    middle = low + (high - low) // 2
+    enough = jnp.where(gaps <= floats(middle), weights, 0.0).sum(-1, keepdims=True) >= wanted
+    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+  infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
+  zeros = jnp.zeros((*logps.shape[:-1], 1), jnp.int32)
+  _, high = jax.lax.fori_loop(0, 31, halve, (zeros, zeros + infinity))
+  return gaps > floats(high)
+
+
+def with_tail(logps: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """A distribution over some ids and one bucket for all others.
+
+  Args:
+    logps: float32[..., V], normalised; -inf at banned ids.
+    top: bool[..., V], ids that stay.
+
+  Returns:
+    (float32[..., V], -inf outside `top`; float32[..., 1], log of the mass outside, -inf where nothing is left).
+  """
+  rest = ~top & ~jnp.isneginf(logps)
+  left = rest.any(-1, keepdims=True)
+  # A sum over nothing is log 0, whose gradient is nan; zeros stand in for it.
+  tail = jax.nn.logsumexp(jnp.where(left, jnp.where(rest, logps, -jnp.inf), 0.0), axis=-1, keepdims=True)
+  return jnp.where(top, logps, -jnp.inf), jnp.where(left, tail, -jnp.inf)
