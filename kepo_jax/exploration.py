@@ -1,8 +1,8 @@
 """Hints and rejection sampling for prompts on which every rollout fails.
 
 The teacher, shown image, question and gold answer, writes a hint; the student samples candidates under it. A
-candidate that is accurate, well formed and does not talk about the hint is accepted; accepted candidates
-replace random rollouts of the group (Algorithm 1 of arXiv 2602.00400, with acceptance per candidate).
+candidate that is accurate, well formed and does not talk about the hint is accepted (by default, see `Acceptance`), and
+replaces a random rollout of the group (Algorithm 1 of arXiv 2602.00400, with acceptance per candidate).
 """
 
 import dataclasses
@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-QUOTED_WORDS = 12  # consecutive words of a hint that make a quotation
+QUOTED_WORDS = 12  # consecutive words of a hint that make a quotation, in the figure that is always logged
+TRIGGERS = ("accuracy_all_zero", "reward_all_zero", "always", "never")
+RULES = ("accurate_and_formatted", "accurate", "all_or_none")
+HINTS = ("each_round", "once")
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
 # What a completion must not say: it would teach the student to talk about help that it will not have.
 _LEAKS = re.compile(
@@ -47,20 +50,52 @@ class Candidate:
     """Whether the text repeats twelve or more consecutive words of the hint."""
     return quotes(self.text, self.hint)
 
-  @property
-  def accepted(self) -> bool:
-    """Accurate, well formed, and without a word about the help."""
-    return self.accurate and self.well_formed and not self.leaks
+
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+  """Which candidates may replace a rollout."""
+
+  # One of RULES: "accurate_and_formatted" and "accurate" look at each candidate alone; under "all_or_none" those of a
+  # prompt and a round are accepted together, if every one of them is accurate and well formed.
+  rule: str = "accurate_and_formatted"
+  leak_filter: bool = True  # refuse texts that talk about the help
+  quoted_words: int = 0  # refuse texts that repeat so many consecutive words of their hint; 0: none
+
+  def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The accepted ones among the candidates of one prompt and round, in their order.
+
+    Raises:
+      ValueError: an unknown rule.
+    """
+    if self.rule not in RULES:
+      raise ValueError(f"exploration.acceptance={self.rule!r} is unknown; use one of {RULES}.")
+    good = [candidate for candidate in candidates if self._alone(candidate)]
+    return good if self.rule != "all_or_none" or len(good) == len(candidates) else []
+
+  def _alone(self, candidate: Candidate) -> bool:
+    formed = candidate.well_formed or self.rule == "accurate"
+    silent = not (self.leak_filter and candidate.leaks)
+    own_words = not (self.quoted_words and quotes(candidate.text, candidate.hint, self.quoted_words))
+    return candidate.accurate and formed and silent and own_words
 
 
 @dataclasses.dataclass
 class Exploration:
   """What the rounds left behind for one step."""
 
-  accepted: dict[int, list[Candidate]]  # per failed prompt, in order of acceptance, at most K
-  candidates: list[Candidate]  # everything sampled, accepted or not
-  hints_asked: int = 0
-  hints_unparsed: int = 0
+  accepted: dict[int, list[Candidate]]  # per prompt that asked for help, in order of acceptance, at most K
+  candidates: dict[int, list[Candidate]]  # everything sampled for them, accepted or not
+  hints: dict[int, list[str]]  # what the teacher wrote for them, parsed or not
+
+  @property
+  def hints_asked(self) -> int:
+    """Hints that the teacher wrote."""
+    return sum(map(len, self.hints.values()))
+
+  @property
+  def hints_unparsed(self) -> int:
+    """Those of them without a hint block."""
+    return sum(parse_hint(text) is None for texts in self.hints.values() for text in texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,23 +126,27 @@ def parse_hint(text: str) -> str | None:
   return (found.group(1).strip() or None) if found else None
 
 
-def triggered(accuracy: np.ndarray, trigger: str) -> list[int]:
-  """Rows of float32[P, G] accuracies that ask for help.
+def triggered(accuracy: np.ndarray, total: np.ndarray, trigger: str) -> list[int]:
+  """Rows of the batch that ask for help.
 
   Args:
     accuracy: float32[P, G], accuracy of each rollout.
-    trigger: "accuracy_all_zero" (no rollout of the prompt is accurate) or "never".
+    total: float32[P, G], its reward.
+    trigger: "accuracy_all_zero" (no rollout of the prompt is accurate), "reward_all_zero" (none has a reward above 0),
+      "always" or "never".
 
   Raises:
-    ValueError: the trigger is neither.
+    ValueError: the trigger is none of these.
   """
   triggers = {
-    "accuracy_all_zero": lambda: [int(i) for i in np.flatnonzero((np.asarray(accuracy) == 0).all(axis=1))],
-    "never": lambda: [],
+    "accuracy_all_zero": lambda: (np.asarray(accuracy) == 0).all(axis=1),
+    "reward_all_zero": lambda: (np.asarray(total) <= 0).all(axis=1),
+    "always": lambda: np.ones(len(accuracy), bool),
+    "never": lambda: np.zeros(len(accuracy), bool),
   }
   if trigger not in triggers:
-    raise ValueError(f"exploration.trigger={trigger!r} is unknown; use one of {sorted(triggers)}.")
-  return triggers[trigger]()
+    raise ValueError(f"exploration.trigger={trigger!r} is unknown; use one of {TRIGGERS}.")
+  return [int(row) for row in np.flatnonzero(triggers[trigger]())]
 
 
 def explore(
@@ -117,34 +156,60 @@ def explore(
   *,
   rounds: int,
   replacements: int,
+  accept: Callable[[Sequence[Candidate]], list[Candidate]] = Acceptance(),
+  hints: str = "each_round",
 ) -> Exploration:
   """Asks for hints and samples under them until each failed prompt has its replacements or the rounds are over.
 
+  A hint that cannot be parsed costs its prompt the round. A prompt without an accepted candidate keeps its group.
+
   Args:
-    failed: rows of the batch without an accurate rollout.
-    ask_hints: (rows, round) -> the teacher's raw text per row; a new hint each round.
+    failed: rows of the batch that ask for help.
+    ask_hints: (rows, round) -> the teacher's raw text per row.
     sample_hinted: (rows, hints, round) -> candidates per row.
-    rounds: B, largest number of hints per prompt.
+    rounds: B, largest number of rounds per prompt.
     replacements: K, accepted candidates wanted per prompt.
+    accept: the accepted ones among the candidates of one prompt and round.
+    hints: "each_round" asks for a new hint in each round, "once" keeps the first that could be parsed.
+
+  Raises:
+    ValueError: `hints` is neither.
   """
-  outcome = Exploration(accepted={row: [] for row in failed}, candidates=[])
+  if hints not in HINTS:
+    raise ValueError(f"exploration.hints={hints!r} is unknown; use one of {HINTS}.")
+  outcome = Exploration(
+    accepted={row: [] for row in failed}, candidates={row: [] for row in failed}, hints={row: [] for row in failed}
+  )
+  known: dict[int, str] = {}
   for attempt in range(1, rounds + 1):
     open_rows = [row for row in failed if len(outcome.accepted[row]) < replacements]
     if not open_rows:
       break
-    hints = [parse_hint(text) for text in ask_hints(open_rows, attempt)]
-    outcome.hints_asked += len(hints)
-    outcome.hints_unparsed += sum(hint is None for hint in hints)
-    hinted = [(row, hint) for row, hint in zip(open_rows, hints, strict=True) if hint is not None]
-    if not hinted:
-      continue
-    rows, texts = zip(*hinted, strict=True)
-    for row, candidates in zip(rows, sample_hinted(rows, texts, attempt), strict=True):
-      candidates = [dataclasses.replace(candidate, attempt=attempt) for candidate in candidates]
-      outcome.candidates.extend(candidates)
-      room = replacements - len(outcome.accepted[row])
-      outcome.accepted[row].extend([candidate for candidate in candidates if candidate.accepted][:room])
+    if asked := [row for row in open_rows if row not in known]:
+      known |= _parsed_hints(outcome, asked, ask_hints(asked, attempt))
+    hinted = [row for row in open_rows if row in known]
+    if hinted:
+      _sample_round(outcome, hinted, known, sample_hinted, accept, attempt, replacements)
+    if hints == "each_round":
+      known.clear()
   return outcome
+
+
+def _parsed_hints(outcome: Exploration, rows: Sequence[int], texts: Sequence[str]) -> dict[int, str]:
+  """Row -> its hint where one can be parsed; adds every text to the outcome."""
+  for row, text in zip(rows, texts, strict=True):
+    outcome.hints[row].append(text)
+  parsed = {row: parse_hint(text) for row, text in zip(rows, texts, strict=True)}
+  return {row: hint for row, hint in parsed.items() if hint is not None}
+
+
+def _sample_round(outcome, rows, hints, sample_hinted, accept, attempt: int, replacements: int) -> None:
+  """Adds the candidates of one round to the outcome, and the accepted ones up to K per prompt."""
+  for row, sampled in zip(rows, sample_hinted(rows, [hints[row] for row in rows], attempt), strict=True):
+    candidates = [dataclasses.replace(candidate, attempt=attempt) for candidate in sampled]
+    outcome.candidates[row].extend(candidates)
+    room = replacements - len(outcome.accepted[row])
+    outcome.accepted[row].extend(accept(candidates)[:room])
 
 
 def injections(outcome: Exploration, rollouts: int, seed: Sequence[int]) -> list[Injection]:
@@ -162,9 +227,9 @@ def exploration_metrics(outcome: Exploration, *, prompts: int, rounds: int) -> d
   metrics = {"hint/trigger_rate": failed / prompts, "hint/attempts": float(outcome.hints_asked)}
   if outcome.hints_asked:
     metrics["hint/parse_failure_rate"] = outcome.hints_unparsed / outcome.hints_asked
-  if outcome.candidates:
-    metrics["hint/leak_rate"] = sum(c.leaks for c in outcome.candidates) / len(outcome.candidates)
-    metrics["hint/quote_rate"] = sum(c.quotes_hint for c in outcome.candidates) / len(outcome.candidates)
+  if candidates := [candidate for row in outcome.candidates.values() for candidate in row]:
+    metrics["hint/leak_rate"] = sum(candidate.leaks for candidate in candidates) / len(candidates)
+    metrics["hint/quote_rate"] = sum(candidate.quotes_hint for candidate in candidates) / len(candidates)
   if failed:
     firsts = [candidates[0].attempt for candidates in outcome.accepted.values() if candidates]
     for b in range(1, rounds + 1):

@@ -3,14 +3,19 @@
 A reward is a function of (completion, example) that returns a finite float; the example may be ignored.
 """
 
+import dataclasses
+import importlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kepo_jax.types import Example
 
 Reward = Callable[[str, Example], float]
+WeightedRewards = Mapping[str, tuple[Reward, float]]  # name -> (function, weight in the total)
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _ANSWER_ANY_CASE = re.compile(_ANSWER.pattern, re.DOTALL | re.IGNORECASE)
@@ -59,14 +64,6 @@ def medvlm_accuracy(completion: str, example: Example) -> float:
   return 0.5 * float(_ISOLATED_LETTER.findall(content) == [example.answer])
 
 
-REWARDS: Mapping[str, Reward] = {
-  "accuracy": accuracy,
-  "format": strict_format,
-  "answer_format": answer_format,
-  "medvlm_accuracy": medvlm_accuracy,
-}
-
-
 def answer_letter(completion: str) -> str | None:
   """What evaluation reads as the answer: the word in the first answer block that holds nothing else.
 
@@ -100,37 +97,127 @@ def _plain(text: str) -> str:
   return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def score(
-  completions: Sequence[Sequence[str]],
-  examples: Sequence[Example],
-  rewards: Mapping[str, Reward],
-  weights: Mapping[str, float],
-) -> dict[str, list[list[float]]]:
-  """Every reward of every completion, and their weighted sum under the name "total".
+def lenient_accuracy(completion: str, example: Example) -> float:
+  """1.0 when a forgiving reader would see the gold option in the completion, else 0.0; see `lenient_letter`."""
+  return float(lenient_letter(completion, example) == example.answer)
 
-  Args:
-    completions: [P][G] texts.
-    examples: the P questions.
-    rewards: name -> function.
-    weights: name -> weight; the same names.
+
+@dataclasses.dataclass(frozen=True)
+class Convention:
+  """What counts as accurate and as well formed: for the reward, the gate, cliffs, and acceptance."""
+
+  accuracy: Reward
+  format: Reward
+
+
+CONVENTIONS: Mapping[str, Convention] = {
+  "med_r1": Convention(accuracy, strict_format),  # Med-R1, KEPO
+  "medvlm_r1": Convention(medvlm_accuracy, strict_format),
+  "no_think": Convention(accuracy, answer_format),
+  "lenient": Convention(lenient_accuracy, strict_format),
+}
+REWARDS: Mapping[str, Reward] = {
+  "accuracy": accuracy,
+  "format": strict_format,
+  "answer_format": answer_format,
+  "medvlm_accuracy": medvlm_accuracy,
+  "lenient_accuracy": lenient_accuracy,
+}
+COMBINATIONS = ("sum", "product")
+_LARGEST = float(np.finfo(np.float32).max)  # scores are float32: a larger number would become inf there
+
+
+def named_reward(name: str) -> Reward:
+  """A reward function by its name in `REWARDS`, or by its dotted path, `package.module.function`.
 
   Raises:
-    ValueError: names differ, or a reward is not a finite number; names the reward and the question.
+    ValueError: there is no such name, module or function.
   """
-  if rewards.keys() != weights.keys() or "total" in rewards:
-    raise ValueError(f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names, none 'total'.")
-  scores = {
-    name: [
-      [_finite(name, reward(text, example), example) for text in group]
-      for group, example in zip(completions, examples, strict=True)
-    ]
-    for name, reward in rewards.items()
-  }
-  scores["total"] = [
-    [sum(weights[name] * scores[name][p][g] for name in rewards) for g in range(len(group))]
-    for p, group in enumerate(completions)
-  ]
-  return scores
+  if name in REWARDS:
+    return REWARDS[name]
+  module, _, function = name.rpartition(".")
+  if not module or module.startswith("."):
+    raise ValueError(f"reward {name!r} is neither one of {sorted(REWARDS)} nor a dotted path package.module.function.")
+  try:
+    found = getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f"reward {name!r} cannot be imported ({error}); the module must lie on PYTHONPATH.") from error
+  if not callable(found):
+    raise ValueError(f"reward {name!r} is no function of (completion, example).")
+  return found
+
+
+def parsed_rewards(text: str) -> dict[str, tuple[Reward, float]]:
+  """Rewards written as "name:weight, name:weight", each name as in `named_reward`.
+
+  Returns:
+    last part of the name -> (function, weight); in order.
+
+  Raises:
+    ValueError: a part that does not read so, a name that is unknown or comes twice.
+  """
+  found: dict[str, tuple[Reward, float]] = {}
+  for part in (part.strip() for part in text.split(",") if part.strip()):
+    name, weight = (side.strip() for side in part.rpartition(":")[::2])
+    try:
+      number = float(weight)
+    except ValueError:
+      number = math.nan
+    if not name or not math.isfinite(number):
+      raise ValueError(f"reward {part!r} does not read as name:weight, for example lenient_accuracy:0.5.")
+    short = name.rpartition(".")[2]
+    if short in found:
+      raise ValueError(f"two rewards are called {short!r}; give one of them another name.")
+    found[short] = (named_reward(name), number)
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """Every reward of every completion, and what they are together.
+
+  The total is the weighted sum of all rewards; with `combination` "product" the weight of accuracy times the product
+  of accuracy and format stands in place of these two (arXiv:2602.00400 calls the reward binary).
+  """
+
+  rewards: WeightedRewards  # holds "accuracy" and "format"
+  combination: str = "sum"  # of accuracy and format; or product
+
+  def __post_init__(self):
+    if not {"accuracy", "format"} <= self.rewards.keys() or "total" in self.rewards:
+      raise ValueError(f"rewards {sorted(self.rewards)} must hold accuracy and format, and none called 'total'.")
+    for name, pair in self.rewards.items():
+      if not (isinstance(pair, tuple) and len(pair) == 2 and callable(pair[0])):
+        raise ValueError(f"reward {name!r} is {pair!r}; give a pair of function and weight, (function, 1.0).")
+    if self.combination not in COMBINATIONS:
+      raise ValueError(f"reward combination {self.combination!r} is unknown; use one of {COMBINATIONS}.")
+
+  def __call__(self, completions: Sequence[Sequence[str]], examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Name -> float32[P, G], and their combination under the name "total".
+
+    Args:
+      completions: [P][G] texts.
+      examples: the P questions.
+
+    Raises:
+      ValueError: a reward is not a finite number; names the reward and the question.
+    """
+    shape = (len(examples), len(completions[0]) if completions else 0)
+    scores = {
+      name: np.array(
+        [
+          [_finite(name, reward(text, example), example) for text in group]
+          for group, example in zip(completions, examples, strict=True)
+        ],
+        np.float32,
+      ).reshape(shape)
+      for name, (reward, _) in self.rewards.items()
+    }
+    weighted = {name: np.float32(self.rewards[name][1]) * values for name, values in scores.items()}
+    if self.combination == "product":
+      weighted["accuracy"] = weighted["accuracy"] * scores["format"]
+      del weighted["format"]
+    return scores | {"total": sum(weighted.values(), np.zeros(shape, np.float32))}
 
 
 def _finite(name: str, value: Any, example: Example) -> float:
@@ -139,6 +226,6 @@ def _finite(name: str, value: Any, example: Example) -> float:
     number = math.nan if isinstance(value, str | bytes | bytearray) else float(value)
   except (TypeError, ValueError, OverflowError):
     number = math.nan
-  if not math.isfinite(number):
+  if not abs(number) <= _LARGEST:  # nan is refused as well
     raise ValueError(f"reward {name!r} gave {value!r} for question {example.id}; it must return a finite number.")
   return number

@@ -295,6 +295,24 @@ class Processor:
         vision.patches[i, :count] = settings.normalised(np.concatenate(pixels[i]))
     return vision
 
+  def completions(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as completions, (tokens int32[N, T], mask bool[N, T]), each with an end token.
+
+    Args:
+      texts: N texts.
+      length: T.
+
+    Raises:
+      ValueError: a text and its end token need more than T tokens; nothing is cut.
+    """
+    tokens, mask = np.full((len(texts), length), self.pad_id, np.int32), np.zeros((len(texts), length), bool)
+    for i, text in enumerate(texts):
+      row = self.tokenizer.completion(text)
+      if len(row) > length:
+        raise ValueError(f"{text!r} needs {len(row)} tokens; raise sampling.max_new_tokens={length}.")
+      tokens[i, : len(row)], mask[i, : len(row)] = row, True
+    return tokens, mask
+
   def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
     """Texts of completions int32[N, T] where bool[N, T], without special tokens; tags of the answer survive."""
     return self.tokenizer.decode([row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)])

@@ -23,6 +23,7 @@ class Templates:
   hint_request: str  # to the teacher: {problem}, {answer}
   hint_only: str  # to the student: {problem}, {hint}
   hint_and_answer: str  # to the student: {problem}, {hint}, {answer}
+  answer_block: str  # what a student should reply to `no_think`: {letter}
 
 
 STANDARD = Templates(
@@ -56,6 +57,7 @@ STANDARD = Templates(
     "your reasoning between <think> and </think>, then the letter of the one correct option between <answer> and "
     "</answer>. Write nothing outside these two blocks."
   ),
+  answer_block="<answer>{letter}</answer>",
 )
 
 BRIEF = Templates(
@@ -68,6 +70,7 @@ BRIEF = Templates(
   hint_request="{problem} truth: {answer} hint.",
   hint_only="{problem} hint: {hint} think.",
   hint_and_answer="{problem} hint: {hint} truth: {answer} think.",
+  answer_block="<answer> {letter}</answer>",
 )
 
 TEMPLATES = {"standard": STANDARD, "brief": BRIEF}
@@ -92,3 +95,8 @@ def prompt_text(example: Example, templates: Templates, kind: str, *, hint: str 
   """
   answer = templates.answer.format(letter=example.answer, option=example.answer_text)
   return getattr(templates, kind).format(problem=problem(example, templates), answer=answer, hint=hint)
+
+
+def gold_completion(example: Example, templates: Templates) -> str:
+  """The answer block with the gold letter: what supervised training without reasoning imitates."""
+  return templates.answer_block.format(letter=example.answer)

@@ -166,6 +166,13 @@ class Tokenizer:
     counts = iter(image_tokens)
     return [token for i in ids for token in ([i] * next(counts) if i == mark else [i])]
 
+  def completion(self, text: str) -> list[int]:
+    """Token ids of a completion as a model would have sampled it, its end token included."""
+    with self._lock:
+      ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+      end = self._tokenizer.eos_token_id
+    return [*ids, end if end in self.end_ids else self.end_ids[0]]
+
   def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
     """Texts without special tokens."""
     with self._lock:
