@@ -133,9 +133,14 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int], axes: LogicalAxes = ("promp
 
 
 def place(mesh: Mesh, batch: Any, axes: LogicalAxes = ("prompt",)) -> Any:
-  """Host arrays of the global batch on the mesh, leading axes `axes`; every host passes the same arrays."""
+  """Host arrays of the global batch on the mesh, leading axes `axes`; every host passes the same arrays.
+
+  Arrays that are on the mesh already stay as they are.
+  """
 
   def put(array):
+    if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding) and array.sharding.mesh == mesh:
+      return array
     array = np.asarray(array)
     sharding = batch_sharding(mesh, array.shape, axes[: array.ndim])
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -148,8 +153,10 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
   """The global array on this host; with several hosts every one receives the whole."""
+  if isinstance(array, np.ndarray):
+    return array
   if array.is_fully_addressable:
     return jax.device_get(array)
   return multihost_utils.process_allgather(array, tiled=True)

@@ -65,6 +65,16 @@ class Rollouts:
 
 
 @chex.dataclass(frozen=True)
+class HintedRows:
+  """Injected rollouts with the prompts under which they were sampled; Q rows, the last ones may be padding."""
+
+  prompts: Prompts  # [Q, ...], with the hint
+  prompt: jax.Array  # int32[Q], row of the batch
+  slot: jax.Array  # int32[Q], rollout of its group
+  used: jax.Array  # bool[Q], false for padding
+
+
+@chex.dataclass(frozen=True)
 class Experience:
   """Scored rollouts of the global batch: everything that one update needs besides parameters."""
 
@@ -75,6 +85,9 @@ class Experience:
   advantages: jax.Array  # float32[P, G]
   gate: jax.Array  # bool[P, G], true where the rollout is distilled
   injected: jax.Array  # bool[P, G], true where an accepted hinted candidate replaced the rollout
+  supervised: jax.Array  # bool[P, G], rows that the student did not sample: gold answers or the teacher's
+  kept: jax.Array  # bool[P, G], false for rollouts that no term of the loss sees
+  hinted: HintedRows | None = None  # where injected rollouts keep their hint in the policy term
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.training import checks
 from kepo_jax.types import RunPlan
 
 # Counts that shapes do not give, set to what XLA's CPU compiler allocated for small models (the slow test compares).
@@ -54,15 +55,15 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   stays = sum(parts.values())
   actor = _decode_copy(student, plan.mesh, stored=4, itemsize=compute)
   parts["sampling"] = actor + cache_bytes(student, shape, compute) + _sampler_logits(student, shape)
-  exploration = config.exploration
-  if "teacher" in others and exploration.trigger != "never" and exploration.rounds and exploration.replacements:
+  if "teacher" in others and (checks.explores(config) or checks.teacher_answers(config)):
     # The student's decode copy waits for the candidates meanwhile.
     parts["hints"] = actor + _decode_copy(others["teacher"], plan.mesh, stored=frozen, itemsize=frozen)
   hidden = sum(_hidden(other, shape, frozen) for other in others.values())
   if others:
     parts["scoring"] = hidden + max(_one_layer(other, shape, frozen) for other in others.values())
+  terms = config.objective.policy_weight and config.objective.distill_weight
   parts["update"] = (
-    4 * trained  # gradients
+    4 * trained * (2 if config.log.gradients_every and terms else 1)  # gradients, of one term and another if compared
     + (compute * weights if compute < 4 else 0)
     + activation_bytes(student, shape, compute, remat=config.model.remat, fixed=fixed)
     + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others))

@@ -58,12 +58,7 @@ def start_panel(
   axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
   rows.append(("mesh", f"{devices} x {jax.devices()[0].device_kind} ({axes})"))
   rows.append(("questions", ", ".join(f"{split} {count:,}" for split, count in plan.questions.items())))
-  batch = config.batch
-  rows.append((
-    "batch",
-    f"{batch.prompts} prompts x {batch.rollouts} rollouts of up to {config.sampling.max_new_tokens} tokens, "
-    f"{batch.micro_batches} micro-batch{'es' if batch.micro_batches > 1 else ''}",
-  ))  # fmt: skip
+  rows.append(("batch", _batch_line(config)))
   rows.append(("objective", _objective_line(config)))
   rows.append(("exploration", _exploration_line(config)))
   first = f", from step {plan.start_step}" if plan.start_step else ""
@@ -82,7 +77,7 @@ def start_panel(
 
 
 def samples_panel(samples: Sequence[Mapping[str, Any]], *, step: int, limit: int = 4) -> RenderableType:
-  """The first decoded rollouts of a step, each question shown once.
+  """The first decoded rollouts of a step, each question shown once; hints and their candidates are left out.
 
   Args:
     samples: records as samples.jsonl has them.
@@ -91,7 +86,7 @@ def samples_panel(samples: Sequence[Mapping[str, Any]], *, step: int, limit: int
   """
   parts: list[RenderableType] = []
   shown = None
-  for sample in samples[:limit]:
+  for sample in [sample for sample in samples if sample["kind"] == "rollout"][:limit]:
     if sample["id"] != shown:
       shown = sample["id"]
       options = "  ".join(f"{chr(ord('A') + i)}: {option}" for i, option in enumerate(sample["options"]))
@@ -105,7 +100,7 @@ def _verdict(sample: Mapping[str, Any]) -> str:
   """A rollout's rewards and marks, for example "accuracy 1 format 1 distilled"."""
   marks = [f"{name} {value:g}" for name, value in sample["rewards"].items()]
   marks += ["distilled"] if sample["gate"] else []
-  marks += ["injected"] if sample["injected"] else []
+  marks += [name for name in ("injected", "supervised") if sample[name]]
   return " ".join(marks)
 
 
@@ -119,17 +114,36 @@ def _model_line(model: Any, parameters: int) -> str:
 
 def _objective_line(config: Any) -> str:
   objective = config.objective
-  parts = [f"advantages {objective.advantage}"]
+  parts = []
+  if objective.policy_weight and config.batch.on_policy_fraction:
+    parts.append(f"policy gradient ({objective.advantage}, {objective.aggregation}, {objective.ratio} ratio)")
   if objective.distill_weight:
-    gate = "every rollout" if objective.gate_mode == "none" else f"{objective.gate_signal} gate"
-    parts.append(f"distillation x {objective.distill_weight:g} (JSD {objective.divergence_weight:g}, {gate})")
+    gate = "every rollout" if objective.gate_mode == "none" else f"{objective.gate_mode} {objective.gate_signal} gate"
+    weight = f" {objective.divergence_weight:g}" if objective.divergence == "jsd" else ""
+    parts.append(f"distillation x {objective.distill_weight:g} ({objective.divergence}{weight}, {gate})")
   if objective.reference_weight:
     parts.append(f"reference KL x {objective.reference_weight:g}")
+  if objective.supervised_weight:
+    parts.append(f"likelihood x {objective.supervised_weight:g}")
   return ", ".join(parts)
+
+
+def _batch_line(config: Any) -> str:
+  batch, micro = config.batch, config.batch.micro_batches
+  line = f"{batch.prompts} prompts x {batch.rollouts} rollouts of up to {config.sampling.max_new_tokens} tokens"
+  if batch.on_policy_fraction < 1:
+    writer = {"teacher": "the teacher", "answer": "the gold answers"}[config.supervised.source]
+    line += f", {1 - batch.on_policy_fraction:.0%} of them by {writer}"
+  line += f", {micro} micro-batch{'es' if micro > 1 else ''}"
+  return line + (f", {batch.updates} updates" if batch.updates > 1 else "")
 
 
 def _exploration_line(config: Any) -> str:
   exploration = config.exploration
   if exploration.trigger == "never" or not exploration.replacements or not exploration.rounds:
     return "none"
-  return f"up to {exploration.rounds} hints per failed prompt, up to {exploration.replacements} rollouts replaced"
+  per_round = exploration.candidates or exploration.replacements
+  return (
+    f"on {exploration.trigger}: up to {exploration.rounds} rounds of {per_round} candidates, "
+    f"up to {exploration.replacements} rollouts replaced ({config.objective.off_context})"
+  )

@@ -20,6 +20,7 @@ FIGURES = (
   ("accuracy", "reward/accuracy", "{:.2f}"),
   ("cliff", "cliff_rate", "{:.2f}"),
   ("gate", "gate/frac", "{:.2f}"),
+  ("nll", "supervised/nll", "{:.3f}"),
 )
 
 

@@ -1,15 +1,18 @@
 """What is refused, or warned of, before anything large is loaded."""
 
 import collections
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
+from kepo_jax import exploration, rewards
 from kepo_jax.data import images, pipeline, prompts, tokenization
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.objectives import advantages, gates
+from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
+from kepo_jax.training import groups, inputs
 from kepo_jax.types import Example
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -18,12 +21,39 @@ CHOICES: Mapping[str, Sequence[str]] = {
   "model.compute_dtype": DTYPES,
   "model.teacher_dtype": DTYPES,
   "data.resize": tuple(images.RESIZES),
+  "data.prompt": ("think", "no_think"),
   "data.templates": tuple(prompts.TEMPLATES),
+  "reward.convention": tuple(rewards.CONVENTIONS),
+  "reward.combination": rewards.COMBINATIONS,
   "objective.advantage": tuple(advantages.ESTIMATORS),
-  "objective.gate_signal": ("accuracy", "mean", "sum"),
+  "objective.aggregation": weights.AGGREGATIONS,
+  "objective.ratio": ("token", "sequence"),
+  "objective.off_context": inputs.OFF_CONTEXT,
+  "objective.distill_schedule": ("constant", "linear"),
+  "objective.divergence": divergences.KINDS,
+  "objective.distill_normaliser": weights.NORMALISERS,
+  "objective.gate_signal": tuple(groups.GATE_SIGNALS),
   "objective.gate_mode": gates.MODES,
-  "exploration.trigger": ("accuracy_all_zero", "never"),
+  "objective.reference_estimator": tuple(ratios.KL_ESTIMATORS),
+  "supervised.source": ("none", "answer", "teacher"),
+  "exploration.trigger": exploration.TRIGGERS,
+  "exploration.hints": exploration.HINTS,
   "exploration.hint_prompt": ("hint_only", "hint_and_answer"),
+  "exploration.acceptance": exploration.RULES,
+  "eval.prompt": ("evaluation", "no_think"),
+}
+# What users of TRL may write instead, and what does the same here.
+ELSEWHERE: Mapping[str, str] = {
+  "grpo": "sequence_mean",
+  "dapo": "token_mean",
+  "bnpo": "token_mean, over the global batch: a mean over a micro-batch would depend on their number",
+  "dr_grpo": "constant_length, with objective.advantage=no_std",
+  "gspo": "objective.ratio=sequence",
+  "group": "group_std",
+  "batch": "batch_std",
+  "loo": "rloo",
+  "forward": "forward_kl",
+  "reverse": "reverse_kl",
 }
 # Fields with a smallest legal value.
 LEAST: Mapping[str, float] = {
@@ -32,31 +62,57 @@ LEAST: Mapping[str, float] = {
   "mesh.tensor": 1,
   "batch.prompts": 1,
   "batch.rollouts": 1,
+  "batch.on_policy_fraction": 0,
+  "batch.updates": 1,
   "batch.micro_batches": 1,
   "sampling.max_new_tokens": 1,
   "sampling.top_k": 0,
+  "sampling.dynamic_rounds": 0,
+  "objective.policy_weight": 0,
+  "objective.clip_low": 0,
+  "objective.clip_high": 0,
+  "objective.importance_cap": 0,
   "objective.divergence_weight": 0,
+  "objective.divergence_top_k": 0,
   "objective.distill_weight": 0,
   "objective.reference_weight": 0,
+  "objective.supervised_weight": 0,
   "objective.chunk": 1,
+  "supervised.temperature": 0,
+  "exploration.replacements": 0,
   "exploration.rounds": 0,
+  "exploration.candidates": 0,
+  "exploration.quoted_words": 0,
   "exploration.hint_tokens": 1,
   "exploration.hint_temperature": 0,
+  "optimizer.learning_rate": 0,
   "optimizer.warmup_steps": 0,
+  "optimizer.weight_decay": 0,
   "train.steps": 1,
   "eval.every": 0,
   "eval.prompts": 1,
   "eval.max_new_tokens": 1,
   "checkpoint.every": 0,
   "checkpoint.keep": 1,
+  "log.samples": 0,
+  "log.gradients_every": 0,
   "profile.steps": 0,
 }
 
 
 def explores(config: Any) -> bool:
   """Whether the config asks for hints at all."""
-  exploration = config.exploration
-  return exploration.trigger != "never" and exploration.rounds > 0 and exploration.replacements > 0
+  return config.exploration.trigger != "never" and config.exploration.rounds > 0 and config.exploration.replacements > 0
+
+
+def teacher_answers(config: Any) -> bool:
+  """Whether the teacher writes supervised rows."""
+  return config.batch.on_policy_fraction < 1 and config.supervised.source == "teacher"
+
+
+def needs_teacher(config: Any) -> bool:
+  """Whether the teacher is loaded."""
+  return bool(config.objective.distill_weight) or explores(config) or teacher_answers(config)
 
 
 def check_config(config: Any) -> None:
@@ -66,29 +122,92 @@ def check_config(config: Any) -> None:
     ValueError: the field, its value and the way out.
   """
   for field, choices in CHOICES.items():
-    if _value(config, field) not in choices:
-      raise ValueError(f"{field}={_value(config, field)!r} is unknown; use one of {sorted(choices)}.")
+    if (value := _value(config, field)) not in choices:
+      hint = f" (what others call {value} is {ELSEWHERE[value]})" if value in ELSEWHERE else ""
+      raise ValueError(f"{field}={value!r} is unknown; use one of {sorted(choices)}{hint}.")
   for field, least in LEAST.items():
-    if _value(config, field) < least:
-      raise ValueError(f"{field}={_value(config, field)} is too small; use {least} or more.")
-  batch = config.batch
-  if batch.prompts % batch.micro_batches:
-    raise ValueError(
-      f"batch.prompts={batch.prompts} does not divide into batch.micro_batches={batch.micro_batches} parts."
-    )
-  if not 0 <= config.exploration.replacements < batch.rollouts:
-    raise ValueError(
-      f"exploration.replacements={config.exploration.replacements} must lie in 0..{batch.rollouts - 1}, "
-      "so that a group keeps a rollout of its own."
-    )
+    value = _value(config, field)
+    if not (math.isfinite(value) and value >= least):
+      raise ValueError(f"{field}={value} is too small; use {least} or more.")
+  if not config.mesh.data:
+    raise ValueError("mesh.data=0 is a mesh without devices; use -1 for all that fsdp and tensor leave, or 1 or more.")
+  _check_sampling(config)
+  _check_rows(config)
+  _check_terms(config)
+
+
+def _check_sampling(config: Any) -> None:
   if config.sampling.temperature <= 0:
     raise ValueError(f"sampling.temperature={config.sampling.temperature} gives G equal rollouts; use a value above 0.")
   if not 0 < config.sampling.top_p <= 1:
     raise ValueError(f"sampling.top_p={config.sampling.top_p} must lie above 0 and at most at 1.")
-  if config.objective.divergence_weight > 1:
-    raise ValueError(f"objective.divergence_weight={config.objective.divergence_weight} must lie in [0, 1].")
-  if (config.objective.distill_weight or explores(config)) and not config.model.teacher:
-    raise ValueError("distillation and hints need model.teacher; set it, or use experiments/configs/grpo.py.")
+  if not config.optimizer.clip_norm > 0:
+    raise ValueError(f"optimizer.clip_norm={config.optimizer.clip_norm} leaves no gradient; use a value above 0.")
+  if config.objective.distill_temperature <= 0:
+    raise ValueError(f"objective.distill_temperature={config.objective.distill_temperature} must lie above 0.")
+
+
+def _check_rows(config: Any) -> None:
+  """Prompts, rollouts, and who writes them."""
+  batch, fraction, source = config.batch, config.batch.on_policy_fraction, config.supervised.source
+  if batch.prompts % batch.micro_batches:
+    raise ValueError(
+      f"batch.prompts={batch.prompts} does not divide into batch.micro_batches={batch.micro_batches} parts."
+    )
+  own = fraction * batch.rollouts
+  if fraction > 1 or abs(own - round(own)) > 1e-6:
+    raise ValueError(
+      f"batch.on_policy_fraction={fraction} of batch.rollouts={batch.rollouts} is {own:g} rollouts; "
+      f"use a multiple of 1/{batch.rollouts} from 0 to 1."
+    )
+  if fraction < 1 and source == "none":
+    raise ValueError(
+      f"batch.on_policy_fraction={fraction} leaves rows to others; set supervised.source to answer or teacher."
+    )
+  if explores(config) and not config.exploration.replacements < round(own):
+    raise ValueError(
+      f"exploration.replacements={config.exploration.replacements} must lie in 0..{max(0, round(own) - 1)}, "
+      "so that a group keeps a rollout of its own."
+    )
+  if config.sampling.dynamic_rounds and not round(own):
+    raise ValueError(
+      "sampling.dynamic_rounds looks at the student's rollouts, and batch.on_policy_fraction=0 has none."
+    )
+  if needs_teacher(config) and not config.model.teacher:
+    raise ValueError(
+      "distillation, hints and the teacher's answers need model.teacher; set it, or use experiments/configs/grpo.py."
+    )
+
+
+def warn_of_prompts(config: Any) -> None:
+  """Says when the prompt asks for another format than the reward wants."""
+  alone, wanted = config.data.prompt == "no_think", config.reward.convention == "no_think"
+  if alone != wanted:
+    logging.warning(
+      "data.prompt=%s asks for another format than reward.convention=%s rewards: set both to no_think, or neither.",
+      *(config.data.prompt, config.reward.convention),
+    )
+
+
+def _check_terms(config: Any) -> None:
+  """The terms of the loss, and what each of them needs."""
+  objective, fraction = config.objective, config.batch.on_policy_fraction
+  if objective.divergence_weight > 1:
+    raise ValueError(f"objective.divergence_weight={objective.divergence_weight} must lie in [0, 1].")
+  if objective.divergence == "sampled_k2" and objective.divergence_top_k:
+    raise ValueError("objective.divergence=sampled_k2 looks at one id; set objective.divergence_top_k=0.")
+  if objective.supervised_weight and fraction == 1:
+    raise ValueError("objective.supervised_weight needs supervised rows; set batch.on_policy_fraction below 1.")
+  learns = objective.policy_weight and fraction > 0
+  if not (learns or objective.distill_weight or objective.supervised_weight):
+    raise ValueError(
+      "nothing is learnt: set objective.policy_weight (with a batch.on_policy_fraction above 0), "
+      "objective.distill_weight or objective.supervised_weight above 0."
+    )
+  if objective.reference_weight and objective.reference_estimator == "k1":
+    logging.warning(
+      "objective.reference_estimator=k1: the mean gradient of k1 is zero; use k2 or k3 to hold the policy."
+    )
 
 
 def _value(config: Any, field: str) -> Any:

@@ -7,11 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kepo_jax import exploration, sharding
-from kepo_jax import rewards as scoring
-from kepo_jax.types import Example, Experience, Prompts, Rollouts
-
-WeightedRewards = Mapping[str, tuple[scoring.Reward, float]]  # name -> (function, weight in the advantage)
+from kepo_jax import exploration, rewards, sharding
+from kepo_jax.types import Example, Experience, HintedRows, Prompts, Rollouts
 
 
 @dataclasses.dataclass
@@ -19,14 +16,17 @@ class Groups:
   """The rollouts of one step; accepted candidates replace rows in place."""
 
   examples: Sequence[Example]
-  prompts: Prompts  # on the host
   tokens: np.ndarray  # int32[P, G, T]
   mask: np.ndarray  # bool[P, G, T]
   logps: np.ndarray  # float32[P, G, T], the sampler's
-  texts: list[list[str]]  # [P][G]
-  scores: dict[str, np.ndarray]  # reward name -> float32[P, G]; "total" is their weighted sum
+  texts: np.ndarray  # object[P, G], str
+  scores: dict[str, np.ndarray]  # reward name -> float32[P, G]; "total" is what they are together
   injected: np.ndarray  # bool[P, G]
-  hints: list[list[str]]  # [P][G], "" for the student's own rollouts
+  supervised: np.ndarray  # bool[P, G], rows that the student did not sample
+  hints: np.ndarray  # object[P, G], str, "" for rollouts without
+
+
+_ARRAYS = ("tokens", "mask", "logps", "texts", "injected", "supervised", "hints")
 
 
 def decode(processor: Any, rollouts: Rollouts) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list[str]]]:
@@ -35,70 +35,101 @@ def decode(processor: Any, rollouts: Rollouts) -> tuple[np.ndarray, np.ndarray, 
   return tokens, mask, logps, [processor.decode(*row) for row in zip(tokens, mask, strict=True)]
 
 
-def scored_groups(
-  processor: Any,
-  examples: Sequence[Example],
-  prompts: Prompts,
-  rollouts: Rollouts,
-  rewards: WeightedRewards,
-) -> Groups:
-  """Rollouts fetched to the host, decoded, and scored by every reward function.
+def scored_groups(processor: Any, examples: Sequence[Example], rollouts: Rollouts, scorer: rewards.Scorer) -> Groups:
+  """Rollouts of the student fetched to the host, decoded, and scored by every reward function.
 
   Args:
     processor: decodes tokens.
     examples: the P questions.
-    prompts: their prompts, on the host.
     rollouts: [P, G, T] as sampled.
-    rewards: name -> (function of (completion, example), weight).
+    scorer: of the run.
   """
   tokens, mask, logps, texts = decode(processor, rollouts)
+  rows = tokens.shape[:2]
   return Groups(
     examples=examples,
-    prompts=prompts,
     tokens=tokens,
     mask=mask,
     logps=logps,
-    texts=texts,
-    scores=score(texts, examples, rewards),
-    injected=np.zeros(tokens.shape[:2], bool),
-    hints=[[""] * tokens.shape[1] for _ in examples],
+    texts=np.array(texts, object).reshape(rows),
+    scores=scorer(texts, examples),
+    injected=np.zeros(rows, bool),
+    supervised=np.zeros(rows, bool),
+    hints=np.full(rows, "", object),
   )
 
 
-def score(
-  texts: Sequence[Sequence[str]], examples: Sequence[Example], rewards: WeightedRewards
-) -> dict[str, np.ndarray]:
-  """Every reward of every text [P][G], and their weighted sum "total", as float32[P, G]."""
-  functions = {name: function for name, (function, _) in rewards.items()}
-  weights = {name: weight for name, (_, weight) in rewards.items()}
-  scores = scoring.score(texts, examples, functions, weights)
-  return {name: np.array(values, np.float32) for name, values in scores.items()}
+def supervised_groups(groups: Groups, *, accepted: np.ndarray | None = None) -> Groups:
+  """Groups that somebody else than the student wrote.
+
+  Args:
+    groups: as `scored_groups` gives them.
+    accepted: bool[P, G], rows that are kept; the others become empty. None keeps all.
+  """
+  mask = groups.mask if accepted is None else groups.mask & accepted[..., None]
+  return dataclasses.replace(groups, mask=mask, supervised=np.ones_like(groups.supervised))
 
 
-def inject(groups: Groups, placed: Sequence[exploration.Injection], rewards: WeightedRewards) -> None:
+def given_rollouts(processor: Any, texts: Sequence[str], rows: int, length: int) -> Rollouts:
+  """Completions that were written, not sampled, as Rollouts [P, rows, T], each repeated; log-probs are 0.
+
+  Args:
+    processor: encodes texts.
+    texts: one per question.
+    rows: G, per question.
+    length: T.
+
+  Raises:
+    ValueError: a text is longer than T tokens.
+  """
+  tokens, mask = (np.repeat(x[:, None], rows, axis=1) for x in processor.completions(texts, length))
+  return Rollouts(tokens=tokens, mask=mask, logps=np.zeros(tokens.shape, np.float32))
+
+
+def joined(first: Groups, second: Groups, *, axis: int) -> Groups:
+  """Two sets of groups as one: axis 0 puts more prompts behind the others, axis 1 more rollouts into each group."""
+  return Groups(
+    examples=first.examples if axis else [*first.examples, *second.examples],
+    scores={name: np.concatenate([first.scores[name], second.scores[name]], axis) for name in first.scores},
+    **{name: np.concatenate([getattr(first, name), getattr(second, name)], axis) for name in _ARRAYS},
+  )
+
+
+def selected(groups: Groups, rows: Sequence[int]) -> Groups:
+  """The groups of some prompts."""
+  rows = list(rows)
+  return Groups(
+    examples=[groups.examples[row] for row in rows],
+    scores={name: values[rows] for name, values in groups.scores.items()},
+    **{name: getattr(groups, name)[rows] for name in _ARRAYS},
+  )
+
+
+def has_signal(groups: Groups) -> np.ndarray:
+  """bool[P]: groups whose rewards are not all equal, by exact equality."""
+  total = groups.scores["total"]
+  return (total != total[:, :1]).any(axis=1)
+
+
+def inject(groups: Groups, placed: Sequence[exploration.Injection], scorer: rewards.Scorer) -> None:
   """Puts accepted candidates in their slots and scores those rows again."""
   for injection in placed:
     row, slot, candidate = injection.prompt, injection.slot, injection.candidate
-    groups.tokens[row, slot] = candidate.tokens
-    groups.mask[row, slot] = candidate.mask
-    groups.logps[row, slot] = candidate.logps
-    groups.texts[row][slot] = candidate.text
-    groups.hints[row][slot] = candidate.hint
+    for name in ("tokens", "mask", "logps"):
+      getattr(groups, name)[row, slot] = getattr(candidate, name)
+    groups.texts[row, slot] = candidate.text
+    groups.hints[row, slot] = candidate.hint
     groups.injected[row, slot] = True
-    for name, value in score([[candidate.text]], [groups.examples[row]], rewards).items():
+    for name, value in scorer([[candidate.text]], [groups.examples[row]]).items():
       groups.scores[name][row, slot] = value[0, 0]
 
 
 def candidates(
-  processor: Any,
-  examples: Sequence[Example],
-  hints: Sequence[str],
-  rollouts: Rollouts,
-  rewards: WeightedRewards,
+  processor: Any, examples: Sequence[Example], hints: Sequence[str], rollouts: Rollouts, scorer: rewards.Scorer
 ) -> list[list[exploration.Candidate]]:
   """Hinted rollouts [P, M, T] as candidates per question; rows beyond the questions are padding."""
   tokens, mask, logps, texts = decode(processor, rollouts)
-  accuracy, well_formed = rewards["accuracy"][0], rewards["format"][0]
+  accuracy, well_formed = (scorer.rewards[name][0] for name in ("accuracy", "format"))
   return [
     [
       exploration.Candidate(
@@ -116,6 +147,13 @@ def candidates(
   ]
 
 
+GATE_SIGNALS: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
+  "accuracy": lambda scores: scores["accuracy"],
+  "mean": lambda scores: (scores["accuracy"] + scores["format"]) / 2,
+  "sum": lambda scores: scores["accuracy"] + scores["format"],
+}
+
+
 def gate_signal(scores: Mapping[str, np.ndarray], signal: str) -> np.ndarray:
   """Quality of each rollout that the gate looks at: float32[P, G].
 
@@ -126,86 +164,56 @@ def gate_signal(scores: Mapping[str, np.ndarray], signal: str) -> np.ndarray:
   Raises:
     ValueError: the signal is none of these.
   """
-  signals = {
-    "accuracy": lambda: scores["accuracy"],
-    "mean": lambda: (scores["accuracy"] + scores["format"]) / 2,
-    "sum": lambda: scores["accuracy"] + scores["format"],
-  }
-  if signal not in signals:
-    raise ValueError(f"objective.gate_signal={signal!r} is unknown; use one of {sorted(signals)}.")
-  return signals[signal]()
+  if signal not in GATE_SIGNALS:
+    raise ValueError(f"objective.gate_signal={signal!r} is unknown; use one of {sorted(GATE_SIGNALS)}.")
+  return GATE_SIGNALS[signal](scores)
 
 
-def reward_metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
-  """The student's own figures, before injection: rewards, cliffs and groups without a signal."""
-  total = scores["total"]
-  dead = (total == total[:, :1]).all(axis=1)  # exact equality: a small std is not a dead group
-  right = dead & (scores["accuracy"] > 0).all(axis=1)
-  wrong = dead & (scores["accuracy"] == 0).all(axis=1)
-  figures = {f"reward/{name}": float(values.mean()) for name, values in scores.items() if name != "total"}
-  return figures | {
-    "reward/mean": float(total.mean()),
-    "cliff_rate": float((scores["accuracy"] == 0).all(axis=1).mean()),
-    "dead_group_rate": float(dead.mean()),
-    "dead_group_rate/right": float(right.mean()),
-    "dead_group_rate/wrong": float(wrong.mean()),
-  }
-
-
-def mixed_metrics(groups: Groups, gate: np.ndarray, end_ids: Sequence[int]) -> dict[str, float]:
-  """Figures of the mixed group, after injection; a completion without an end token was truncated."""
-  lengths = groups.mask.sum(axis=2)
+def truncated(groups: Groups, end_ids: Sequence[int]) -> np.ndarray:
+  """bool[P, G]: rollouts of the student without an end token."""
   ended = (np.isin(groups.tokens, end_ids) & groups.mask).any(axis=2)
-  figures = {
-    "injected_frac": float(groups.injected.mean()),
-    "gate/frac": float(gate.mean()),
-    "gate/token_frac": float((gate * lengths).sum() / max(1, lengths.sum())),
-    "completion/length": float(lengths.mean()),
-    "completion/truncated_frac": float(1 - ended.mean()),
-  }
-  if groups.injected.any():
-    figures["injected/reward_mean"] = float(groups.scores["total"].mean())
-  if gate.any():
-    figures["gate/wrong_share"] = float((groups.scores["accuracy"] == 0)[gate].mean())
-  return figures
+  return ~ended & ~groups.supervised
 
 
-def sample_records(
-  groups: Groups, gate: np.ndarray, *, step: int, prompts: int, problem: Callable[[Example], str]
-) -> tuple[dict[str, Any], ...]:
-  """The rollouts of the first prompts of the batch as JSON-able records."""
-  return tuple(
-    {
-      "step": step,
-      "id": example.id,
-      "modality": example.modality,
-      "question_type": example.question_type,
-      "images": list(example.images),
-      "prompt": problem(example),
-      "question": example.question,
-      "options": list(example.options),
-      "answer": example.answer,
-      "rollout": g,
-      "completion": groups.texts[p][g],
-      "rewards": {name: float(values[p, g]) for name, values in groups.scores.items() if name != "total"},
-      "reward": float(groups.scores["total"][p, g]),
-      "gate": bool(gate[p, g]),
-      "injected": bool(groups.injected[p, g]),
-      "hint": groups.hints[p][g],
-    }
-    for p, example in enumerate(groups.examples[:prompts])
-    for g in range(groups.tokens.shape[1])
+def hinted_rows(groups: Groups, prompts: Callable[[Sequence[Example], Sequence[str]], Prompts]) -> HintedRows | None:
+  """The injected rollouts with their hinted prompts, their number padded to a multiple of P; None without any.
+
+  Args:
+    groups: after injection.
+    prompts: (questions, hints) -> prompts on the host.
+  """
+  found = np.argwhere(groups.injected)
+  if not len(found):
+    return None
+  size = -(-len(found) // len(groups.examples)) * len(groups.examples)
+  rows = np.concatenate([found, np.repeat(found[:1], size - len(found), axis=0)]).astype(np.int32)
+  return HintedRows(
+    prompts=prompts([groups.examples[p] for p, _ in rows], [groups.hints[p, g] for p, g in rows]),
+    prompt=rows[:, 0],
+    slot=rows[:, 1],
+    used=np.arange(size) < len(found),
   )
 
 
-def experience(groups: Groups, advantages: ArrayLike, gate: ArrayLike) -> Experience:
-  """The batch of one update, on the host."""
+def experience(
+  groups: Groups,
+  prompts: Prompts,
+  advantages: ArrayLike,
+  gate: ArrayLike,
+  *,
+  kept: np.ndarray,
+  hinted: HintedRows | None = None,
+) -> Experience:
+  """The batch of one update, on the host; every row of `Experience` as documented there."""
   return Experience(
-    prompts=groups.prompts,
+    prompts=prompts,
     tokens=groups.tokens,
     mask=groups.mask,
     logps=groups.logps,
     advantages=np.asarray(advantages, np.float32),
     gate=np.asarray(gate, bool),
     injected=groups.injected,
+    supervised=groups.supervised,
+    kept=kept,
+    hinted=hinted,
   )

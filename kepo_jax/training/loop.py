@@ -15,13 +15,16 @@ import numpy as np
 from etils import epath
 
 from kepo_jax import exploration, sharding
+from kepo_jax.data.prompts import gold_completion
 from kepo_jax.objectives import advantages, gates
-from kepo_jax.training import checks, setup, step
+from kepo_jax.rewards import WeightedRewards
+from kepo_jax.training import checks, figures, setup, step
 from kepo_jax.training import groups as grouping
 from kepo_jax.training.files import RunFiles
+from kepo_jax.training.groups import Groups
 from kepo_jax.training.profiling import CompileCounter, Profiler
-from kepo_jax.training.step import TrainState
-from kepo_jax.types import Example, Hook, StepReport
+from kepo_jax.training.state import TrainState
+from kepo_jax.types import Example, Experience, Hook, Prompts, StepReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ def train(
   *,
   workdir: epath.PathLike = "",
   records: Mapping[str, Sequence[Example]] | None = None,
-  rewards: grouping.WeightedRewards | None = None,
+  rewards: WeightedRewards | None = None,
   hooks: Sequence[Hook] = (),
   resume: bool = False,
 ) -> Result:
@@ -48,7 +51,7 @@ def train(
     config: an `ml_collections.ConfigDict` with the fields of experiments/configs/grpo.py.
     workdir: folder for the config, checkpoints, evaluations and the exported model; "" writes nothing.
     records: split ("train", "validation", "test") -> questions; None reads `config.data`.
-    rewards: name -> (function of (completion, example), weight), added to accuracy and format.
+    rewards: name -> (function of (completion, example), weight), added to those of `config.reward`.
     hooks: follow the run; `kepo_jax.reporting.RunReporter` writes metrics, samples and plots.
     resume: continue from the newest checkpoint of `workdir`.
 
@@ -84,43 +87,117 @@ def train(
   return Result(state=state, evaluations=files.evaluations, workdir=files.workdir)
 
 
+@dataclasses.dataclass
+class Collected:
+  """The groups of a step, ready for the update."""
+
+  groups: Groups
+  prompts: Prompts  # of the groups, on the mesh
+  metrics: dict[str, float]
+  records: tuple[dict[str, Any], ...] = ()  # hints and candidates of explored prompts, JSON-able
+
+
 def train_step(run: setup.Run, state: TrainState, done: int) -> tuple[TrainState, StepReport]:
-  """One step of the method after `done` updates: the new state, and what happened."""
-  config, programs = run.config, run.programs
-  clock = PhaseClock()
+  """One step of the method after `done` steps: the new state, and what happened."""
+  config, clock = run.config, PhaseClock()
+  collected = collect(run, state, done, clock)
+  groups, metrics = collected.groups, collected.metrics
+  with clock("teacher"):
+    gate = gated(run, groups)
+    experience = experience_of(run, groups, collected.prompts, gate)
+    targets = jax.block_until_ready(run.programs.targets(experience.prompts, experience.tokens))
+  with clock("update"):
+    compare = run.compares and (done + 1) % config.log.gradients_every == 0
+    state, learned = run.programs.update(state, experience, targets, compare=compare)
+    metrics |= step.means(jax.device_get(learned))
+  metrics |= figures.mixed_metrics(groups, run.processor.end_ids) | {"lr": float(run.schedule(done))}
+  if config.objective.distill_weight:
+    metrics |= figures.gate_metrics(groups, gate) | {"lambda": run.distill_weight(done)}
+  samples = figures.sample_records(groups, gate, step=done + 1, prompts=config.log.samples, problem=run.problem)
+  timing = clock.timing(sampled=groups.mask[~groups.supervised].sum(), trained=groups.mask.sum())
+  return state, StepReport(step=done + 1, metrics=metrics, timing=timing, samples=samples + collected.records)
+
+
+def collect(run: setup.Run, state: TrainState, done: int, clock: "PhaseClock") -> Collected:
+  """The student's rollouts, explored, and supervised rows behind them, as the config mixes them."""
   with clock("prepare"):
-    examples, prompts = run.batch(done)
-    placed = sharding.place(run.mesh, prompts)
+    examples, host_prompts = run.batch(done)
+    prompts = sharding.place(run.mesh, host_prompts)
+  if not run.own_rollouts:
+    with clock("supervision"):
+      return Collected(supervised_rows(run, examples, prompts, done), prompts, {})
+  collected = sample_and_explore(run, state, examples, prompts, done, clock)
+  if run.own_rollouts < run.config.batch.rollouts:
+    with clock("supervision"):
+      given = supervised_rows(run, collected.groups.examples, collected.prompts, done)
+      collected.groups = grouping.joined(collected.groups, given, axis=1)
+  return collected
+
+
+def sample_and_explore(
+  run: setup.Run, state: TrainState, examples: Sequence[Example], prompts: Prompts, done: int, clock: "PhaseClock"
+) -> Collected:
+  """The student's groups after injection."""
+  config = run.config
   with clock("sampling"):
-    actor = programs.decode_weights(state.params)
-    rollouts = programs.rollout(actor, placed, run.key("rollout", done))
-    groups = grouping.scored_groups(run.processor, examples, prompts, rollouts, run.rewards)
-  metrics = grouping.reward_metrics(groups.scores)
+    actor = run.programs.decode_weights(state.params)
+    groups = own_groups(run, actor, examples, prompts, done)
+  metrics = figures.reward_metrics(groups)
+  if config.sampling.dynamic_rounds:
+    with clock("prepare"):
+      groups, asked = most_useful(run, groups)
+      prompts = sharding.place(run.mesh, run.processor.prompts(groups.examples, config.data.prompt))
+    metrics |= asked
   with clock("exploration"):
     outcome = explore(run, actor, groups, done)
-    del actor  # the decode copy is freed before the update needs its memory
-    slots = exploration.injections(outcome, config.batch.rollouts, seed=(config.seed, done))
-    grouping.inject(groups, slots, run.rewards)
-  with clock("teacher"):
-    signal = grouping.gate_signal(groups.scores, config.objective.gate_signal)
-    gate = np.asarray(
-      gates.quality_gate(signal, threshold=config.objective.gate_threshold, mode=config.objective.gate_mode)
-    )
-    advantage = advantages.group_advantages(groups.scores["total"], kind=config.objective.advantage)
-    experience = sharding.place(run.mesh, grouping.experience(groups, advantage, gate))
-    targets = jax.block_until_ready(programs.targets(experience))
-  with clock("update"):
-    state, learned = programs.update(state, experience, targets)
-    learned = step.means(jax.device_get(learned))
-  metrics |= exploration.exploration_metrics(outcome, prompts=len(examples), rounds=config.exploration.rounds)
-  metrics |= grouping.mixed_metrics(groups, gate, run.processor.end_ids)
-  metrics |= learned | {"lr": float(run.schedule(done))}
-  samples = grouping.sample_records(groups, gate, step=done + 1, prompts=config.log.samples, problem=run.problem)
-  report = StepReport(step=done + 1, metrics=metrics, timing=clock.timing(groups.mask), samples=samples)
-  return state, report
+    slots = exploration.injections(outcome, run.own_rollouts, seed=(config.seed, done))
+    grouping.inject(groups, slots, run.scorer)
+  # The decode copy ends with this function: its memory is free before the update needs it.
+  explored = exploration.exploration_metrics(outcome, prompts=len(groups.examples), rounds=config.exploration.rounds)
+  records = figures.hint_records(outcome, groups, step=done + 1, prompts=config.log.samples)
+  return Collected(groups, prompts, metrics | explored, records)
 
 
-def explore(run: setup.Run, actor: Any, groups: grouping.Groups, done: int) -> exploration.Exploration:
+def own_groups(run: setup.Run, actor: Any, examples: Sequence[Example], prompts: Prompts, done: int) -> Groups:
+  """The student's rollouts; of further prompts as well, until P groups have a signal or the rounds are over (DAPO)."""
+
+  def sampled(examples: Sequence[Example], prompts: Prompts) -> Groups:
+    rollouts = run.programs.rollout(actor, prompts, run.key("rollout", done))
+    return grouping.scored_groups(run.processor, examples, rollouts, run.scorer)
+
+  groups = sampled(examples, prompts)
+  for extra in range(1, run.config.sampling.dynamic_rounds + 1):
+    further = run.further_questions(done, extra, asked=groups.examples)
+    if useful(run, groups).sum() >= len(examples) or not further:
+      break
+    more = sharding.place(run.mesh, run.processor.prompts(further, run.config.data.prompt))
+    groups = grouping.joined(groups, sampled(further, more), axis=0)
+  return groups
+
+
+def useful(run: setup.Run, groups: Groups) -> np.ndarray:
+  """bool[P]: groups with a signal, and those that exploration may give one."""
+  found = grouping.has_signal(groups)
+  found[asking(run, groups)] = True
+  return found
+
+
+def most_useful(run: setup.Run, groups: Groups) -> tuple[Groups, dict[str, float]]:
+  """The first P useful groups, filled up with others where there are too few; and how many there were."""
+  usable, wanted = useful(run, groups), run.config.batch.prompts
+  order = np.argsort(~usable, kind="stable")  # useful ones first, in the order in which they were asked
+  asked = {"dynamic/asked": float(len(usable)), "dynamic/useful_frac": float(usable.mean())}
+  return grouping.selected(groups, sorted(order[:wanted])), asked
+
+
+def asking(run: setup.Run, groups: Groups) -> list[int]:
+  """Rows of the batch that ask for hints."""
+  if not checks.explores(run.config):
+    return []
+  return exploration.triggered(groups.scores["accuracy"], groups.scores["total"], run.config.exploration.trigger)
+
+
+def explore(run: setup.Run, actor: Any, groups: Groups, done: int) -> exploration.Exploration:
   """Hinted sampling for the failed prompts of a step."""
   config = run.config.exploration
 
@@ -134,10 +211,56 @@ def explore(run: setup.Run, actor: Any, groups: grouping.Groups, done: int) -> e
     examples = [groups.examples[row] for row in rows]
     prompts = run.prompts(examples, config.hint_prompt, hints=hints)
     rollouts = run.programs.candidate(actor, prompts, run.key("candidate", done, attempt))
-    return grouping.candidates(run.processor, examples, hints, rollouts, run.rewards)
+    return grouping.candidates(run.processor, examples, hints, rollouts, run.scorer)
 
-  failed = exploration.triggered(groups.scores["accuracy"], config.trigger) if checks.explores(run.config) else []
-  return exploration.explore(failed, ask_hints, sample_hinted, rounds=config.rounds, replacements=config.replacements)
+  return exploration.explore(
+    asking(run, groups),
+    ask_hints,
+    sample_hinted,
+    rounds=config.rounds,
+    replacements=config.replacements,
+    accept=exploration.Acceptance(config.acceptance, config.leak_filter, config.quoted_words),
+    hints=config.hints,
+  )
+
+
+def supervised_rows(run: setup.Run, examples: Sequence[Example], prompts: Prompts, done: int) -> Groups:
+  """What others wrote: gold answers, or those answers of the teacher that the reward accepts; the rest is empty."""
+  config = run.config
+  if config.supervised.source == "answer":
+    texts = [gold_completion(example, run.processor.templates) for example in examples]
+    rows = config.batch.rollouts - run.own_rollouts
+    given = grouping.given_rollouts(run.processor, texts, rows, config.sampling.max_new_tokens)
+    return grouping.supervised_groups(grouping.scored_groups(run.processor, examples, given, run.scorer))
+  answers = run.programs.answer(prompts, run.key("answer", done))
+  groups = grouping.scored_groups(run.processor, examples, answers, run.scorer)
+  accepted = (groups.scores["accuracy"] == 1) & (groups.scores["format"] == 1)
+  return grouping.supervised_groups(groups, accepted=accepted)
+
+
+def gated(run: setup.Run, groups: Groups) -> np.ndarray:
+  """bool[P, G]: rollouts that are distilled."""
+  objective = run.config.objective
+  signal = grouping.gate_signal(groups.scores, objective.gate_signal)
+  gate = np.asarray(gates.quality_gate(signal, threshold=objective.gate_threshold, mode=objective.gate_mode))
+  return gate if objective.gate_injected else gate & ~groups.injected
+
+
+def experience_of(run: setup.Run, groups: Groups, prompts: Prompts, gate: np.ndarray) -> Experience:
+  """The batch of the update on the mesh: advantages of the student's own groups, and everything else of their rows."""
+  config = run.config
+  advantage = np.zeros(groups.supervised.shape, np.float32)
+  if own := run.own_rollouts:
+    advantage[:, :own] = advantages.group_advantages(groups.scores["total"][:, :own], kind=config.objective.advantage)
+  kept = np.ones_like(groups.supervised)
+  if config.objective.mask_truncated:
+    kept = ~grouping.truncated(groups, run.processor.end_ids)
+  hinted = None
+  if config.objective.off_context == "keep_hint":
+    kind = config.exploration.hint_prompt
+    hinted = grouping.hinted_rows(groups, lambda examples, hints: run.processor.prompts(examples, kind, hints=hints))
+  batch = grouping.experience(groups, prompts, advantage, gate, kept=kept, hinted=hinted)
+  return sharding.place(run.mesh, batch)
 
 
 class PhaseClock:
@@ -154,9 +277,14 @@ class PhaseClock:
     yield
     self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
-  def timing(self, mask: np.ndarray) -> dict[str, float]:
-    """`seconds/<phase>`, `seconds/step` and `tokens_per_second/<phase>` of the completion tokens bool[P, G, T]."""
-    tokens = float(mask.sum())
+  def timing(self, *, sampled: int, trained: int) -> dict[str, float]:
+    """`seconds/<phase>`, `seconds/step`, and `tokens_per_second/<phase>` of sampling, the update and the whole step.
+
+    Args:
+      sampled: completion tokens of the batch that the student sampled.
+      trained: completion tokens of the batch.
+    """
     seconds = self._seconds | {"step": time.perf_counter() - self._start}
-    rates = {f"tokens_per_second/{phase}": tokens / seconds[phase] for phase in ("sampling", "update", "step")}
+    tokens = {"sampling": sampled, "update": trained, "step": trained}
+    rates = {f"tokens_per_second/{phase}": float(n) / seconds[phase] for phase, n in tokens.items() if phase in seconds}
     return {f"seconds/{phase}": value for phase, value in seconds.items()} | rates

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from kepo_jax import sampling, sharding
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.training import step
-from kepo_jax.types import Experience, Prompts, Rollouts
+from kepo_jax.training import forward, step
+from kepo_jax.types import Prompts, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +75,15 @@ class Programs:
   rollout: Callable[[Any, Prompts, jax.Array], Rollouts]
   candidate: Callable[[Any, Prompts, jax.Array], Rollouts]  # hinted sampling, from the same weights
   greedy: Callable[[Any, Prompts, jax.Array], Rollouts]  # evaluation
-  hint: Callable[[Prompts, jax.Array], Rollouts]  # by the teacher; an error where the config asks for no hints
-  targets: Callable[[Experience], tuple[step.Target, ...]]  # teacher, then reference, where the loss uses them
-  update: Callable[[step.TrainState, Experience, tuple[step.Target, ...]], tuple[step.TrainState, dict[str, Any]]]
+  hint: Callable[[Prompts, jax.Array], Rollouts]  # by the teacher; an error where the config has no use for it
+  answer: Callable[[Prompts, jax.Array], Rollouts]  # by the teacher as well, for supervised rows
+  targets: Callable[
+    [Prompts, jax.Array], tuple[forward.Target, ...]
+  ]  # teacher, then reference, where the loss uses them
+  update: step.Update
 
 
-def hint_program(
+def teacher_program(
   teacher: Model, processor: Any, settings: SamplingSettings, dtype: Any
 ) -> Callable[[Prompts, jax.Array], Rollouts]:
   """The teacher's sampler with its own decode weights, made for each call and freed after it: (prompts, key)."""
@@ -89,17 +92,19 @@ def hint_program(
   return lambda prompts, key: sample(decode_weights(teacher.params), prompts, key)
 
 
-def no_hints(prompts: Prompts, key: jax.Array) -> Rollouts:
+def no_teacher(prompts: Prompts, key: jax.Array) -> Rollouts:
   """Stands where no teacher is loaded."""
   del prompts, key
-  raise ValueError("this run has no teacher to ask for hints; see exploration.* and model.teacher.")
+  raise ValueError("this run has no teacher to ask; see exploration.*, supervised.source and model.teacher.")
 
 
-def targets_program(models: Sequence[Model], parts: int) -> Callable[[Experience], tuple[step.Target, ...]]:
-  """What each frozen model says about the rollouts of a batch, scored in `parts` micro-batches."""
+def targets_program(models: Sequence[Model], parts: int) -> Callable[[Prompts, jax.Array], tuple[forward.Target, ...]]:
+  """What each frozen model says about the rollouts of a batch, scored in `parts` micro-batches: (prompts, tokens)."""
 
-  def scoring(config: Qwen3VLConfig) -> Callable[[Any, Experience], step.Target]:
-    return jax.jit(lambda params, experience: step.target(config, params, experience, parts=parts))
+  def scoring(config: Qwen3VLConfig) -> Callable[[Any, Prompts, jax.Array], forward.Target]:
+    return jax.jit(lambda params, prompts, tokens: forward.target(config, params, prompts, tokens, parts=parts))
 
   score = [scoring(each.config) for each in models]
-  return lambda experience: tuple(program(each.params, experience) for program, each in zip(score, models, strict=True))
+  return lambda prompts, tokens: tuple(
+    program(each.params, prompts, tokens) for program, each in zip(score, models, strict=True)
+  )

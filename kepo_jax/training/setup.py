@@ -10,16 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from kepo_jax import evaluation, sharding
-from kepo_jax import rewards as reward_functions
 from kepo_jax.data import pipeline, prompts, splits
 from kepo_jax.models.qwen3_vl import conversion
-from kepo_jax.objectives import losses
-from kepo_jax.training import checks, programs, step
-from kepo_jax.training.groups import WeightedRewards
+from kepo_jax.rewards import Scorer, WeightedRewards
+from kepo_jax.training import assembly, checks, programs
+from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
 
 # One random stream per purpose; the order is part of what makes a run repeatable.
-STREAMS = ("rollout", "hint", "candidate", "evaluation")
+STREAMS = ("rollout", "hint", "candidate", "evaluation", "answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +29,35 @@ class Run:
   mesh: jax.sharding.Mesh
   processor: pipeline.Processor
   questions: Mapping[str, Sequence[Example]]  # split -> questions
-  rewards: WeightedRewards
+  scorer: Scorer
   hooks: Sequence[Hook]
   models: Mapping[str, programs.Model]  # role ("student", "teacher", "reference") -> model
   schedule: optax.Schedule
-  state: step.TrainState  # before the first update
+  state: TrainState  # before the first update
   programs: programs.Programs
-  batch: Callable[[int], tuple[Sequence[Example], Prompts]]  # updates done -> questions and host prompts of the step
+  batch: Callable[[int], tuple[Sequence[Example], Prompts]]  # steps done -> questions and host prompts of the next step
+
+  @property
+  def own_rollouts(self) -> int:
+    """Rollouts of each group that the student samples."""
+    return assembly.own_rollouts(self.config)
+
+  @property
+  def compares(self) -> bool:
+    """Whether there are two terms whose gradients are compared from time to time."""
+    objective = self.config.objective
+    return bool(self.config.log.gradients_every and objective.policy_weight and objective.distill_weight)
+
+  def distill_weight(self, done: int) -> float:
+    """lambda in the step after `done` steps."""
+    return float(self.config.objective.distill_weight * assembly.distill_factor(self.config)(done))
+
+  def further_questions(self, done: int, extra: int, *, asked: Sequence[Example]) -> list[Example]:
+    """P more training questions for a step, none of them asked before in it; empty where too few are left."""
+    seen, wanted = {example.id for example in asked}, self.config.batch.prompts
+    order = pipeline.shuffled(self.questions["train"], self.config.seed, "further", done, extra)
+    fresh = [example for example in order if example.id not in seen]
+    return fresh[:wanted] if len(fresh) >= wanted else []
 
   def key(self, purpose: str, *counters: int) -> jax.Array:
     """The random key of a purpose at a step (and a round)."""
@@ -56,7 +77,7 @@ class Run:
     hints = None if hints is None else [*hints, *hints[:1] * filler]
     return sharding.place(self.mesh, self.processor.prompts(examples, kind, hints=hints))
 
-  def evaluate(self, state: step.TrainState, split: str, name: str, done: int) -> dict[str, Any]:
+  def evaluate(self, state: TrainState, split: str, name: str, done: int) -> dict[str, Any]:
     """Greedy accuracy of the student on a split."""
     weights = self.programs.decode_weights(state.params)
     key = self.key("evaluation", done)
@@ -74,6 +95,7 @@ class Run:
       self.questions[split],
       batch_size=self.config.eval.prompts,
       train_modality=self.config.data.train_modality,
+      kind=self.config.eval.prompt,
       progress=progress,
     )
     result = {"step": done, "split": split} | result
@@ -83,8 +105,9 @@ class Run:
 
   def plan(self, workdir: str, start: int) -> RunPlan:
     """What the run is about to do."""
-    names = ["evaluation", "rollout", "update"]
+    names = ["evaluation", *(["rollout"] if self.own_rollouts else []), "inputs", "gradients", "update"]
     names += ["hint", "hinted rollout"] if checks.explores(self.config) else []
+    names += ["teacher's answers"] if checks.teacher_answers(self.config) else []
     names += [f"{role} scoring" for role in self.models if role != "student"]
     return RunPlan(
       config=self.config,
@@ -96,7 +119,7 @@ class Run:
       start_step=start,
     )
 
-  def export(self, state: step.TrainState, directory: Any) -> None:
+  def export(self, state: TrainState, directory: Any) -> None:
     """Writes the student as a Hugging Face folder."""
     student = self.models["student"]
     conversion.save_pretrained(directory, student.config, state.params, source=self.config.model.student)
@@ -115,6 +138,8 @@ def prepare(
     ValueError: a field, file or model that does not fit, and the way out.
   """
   checks.check_config(config)
+  checks.warn_of_prompts(config)
+  scorer = assembly.scorer(config, rewards)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   checks.warn_of_replication(config, dict(mesh.shape))
   student = conversion.resolved_folder(config.model.student)
@@ -129,26 +154,17 @@ def prepare(
   questions = dict(records) if records is not None else splits.load(config.data)
   checks.check_questions(questions, config)
   models = load_models(config, mesh, processor, hooks)
-  schedule = step.learning_rate_schedule(
-    learning_rate=config.optimizer.learning_rate,
-    warmup_steps=config.optimizer.warmup_steps,
-    steps=config.train.steps,
-  )
-  base = {
-    "accuracy": (reward_functions.accuracy, config.reward.accuracy),
-    "format": (reward_functions.strict_format, config.reward.format),
-  }
   with jax.set_mesh(mesh):
-    state, compiled = build_programs(config, processor, models, schedule)
+    state, compiled = assembly.build_programs(config, processor, models)
   return Run(
     config=config,
     mesh=mesh,
     processor=processor,
     questions=questions,
-    rewards=base | dict(rewards),
+    scorer=scorer,
     hooks=hooks,
     models=models,
-    schedule=schedule,
+    schedule=assembly.schedule(config),
     state=state,
     programs=compiled,
     batch=batches(config, processor, questions["train"]),
@@ -162,7 +178,7 @@ def batches(
 
   def batch(done: int) -> tuple[Sequence[Example], Prompts]:
     chosen = pipeline.batch_at(examples, config.batch.prompts, seed=config.seed, step=done)
-    return chosen, processor.prompts(chosen, "think")
+    return chosen, processor.prompts(chosen, config.data.prompt)
 
   return pipeline.Lookahead(batch, stop=config.train.steps)
 
@@ -176,7 +192,7 @@ def load_models(
     ValueError: a teacher with another vocabulary, image geometry or token ids than the student.
   """
   folders = {"student": config.model.student}
-  if config.objective.distill_weight or checks.explores(config):
+  if checks.needs_teacher(config):
     folders["teacher"] = config.model.teacher
   if config.objective.reference_weight:
     folders["reference"] = config.model.student
@@ -193,54 +209,3 @@ def load_models(
 
     models[role] = programs.Model(*conversion.load_pretrained(folder, dtype, mesh, progress=progress))
   return models
-
-
-def build_programs(
-  config: Any, processor: pipeline.Processor, models: Mapping[str, programs.Model], schedule: optax.Schedule
-) -> tuple[step.TrainState, programs.Programs]:
-  """The state before the first update, and the jitted programs around it."""
-  student, compute_dtype = models["student"], jnp.dtype(config.model.compute_dtype)
-  trainable = {name: not (config.model.freeze_vision and name == "visual") for name in student.params}
-  fields = ("b1", "b2", "eps", "weight_decay", "clip_norm")
-  optimizer = step.make_optimizer(schedule, trainable=trainable, **{name: config.optimizer[name] for name in fields})
-  state = step.initial_state(student.params, optimizer)
-  objective, sampled = config.objective, config.sampling
-  token_loss = losses.kepo_token_loss(
-    allowed=jnp.asarray(processor.allowed),
-    temperature=sampled.temperature,
-    clip_low=objective.clip_low,
-    clip_high=objective.clip_high,
-    distill_coefficient=objective.distill_weight,
-    jsd_weight=objective.divergence_weight,
-    reference_coefficient=objective.reference_weight,
-  )
-  update = step.make_update(
-    student.config,
-    optimizer,
-    token_loss,
-    compute_dtype=compute_dtype,
-    freeze_vision=config.model.freeze_vision,
-    remat=config.model.remat,
-    chunk=objective.chunk,
-    parts=config.batch.micro_batches,
-  )
-  scoring = ["teacher"] if objective.distill_weight else []
-  scoring += ["reference"] if objective.reference_weight else []
-
-  def sampler(samples, tokens, temperature, top_p=sampled.top_p, top_k=sampled.top_k):
-    settings = programs.SamplingSettings(samples, tokens, temperature, top_p, top_k)
-    return programs.sampling_program(student.config, processor, settings)
-
-  hint: Callable[[Prompts, jax.Array], Rollouts] = programs.no_hints
-  if "teacher" in models and checks.explores(config):
-    settings = programs.SamplingSettings(1, config.exploration.hint_tokens, config.exploration.hint_temperature)
-    hint = programs.hint_program(models["teacher"], processor, settings, jnp.dtype(config.model.teacher_dtype))
-  return state, programs.Programs(
-    decode_weights=programs.decode_weights_program(student.config, student.params, compute_dtype),
-    rollout=sampler(config.batch.rollouts, sampled.max_new_tokens, sampled.temperature),
-    candidate=sampler(max(1, config.exploration.replacements), sampled.max_new_tokens, sampled.temperature),
-    greedy=sampler(1, config.eval.max_new_tokens, 0.0, 1.0, 0),
-    hint=hint,
-    targets=programs.targets_program([models[role] for role in scoring], config.batch.micro_batches),
-    update=step.jit_update(update, state),
-  )

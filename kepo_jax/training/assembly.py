@@ -1,0 +1,136 @@
+"""From the config to what it names: rewards, loss, settings of the update, and the programs of a run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kepo_jax import rewards
+from kepo_jax.data import pipeline
+from kepo_jax.objectives import losses
+from kepo_jax.training import checks, inputs, programs, state, step
+from kepo_jax.types import Prompts, Rollouts
+
+
+def scorer(config: Any, more: rewards.WeightedRewards) -> rewards.Scorer:
+  """The rewards of a run: accuracy and format of its convention, those of `reward.more`, and `more`.
+
+  Raises:
+    ValueError: a reward cannot be found, or two have one name.
+  """
+  reward = config.reward
+  convention = rewards.CONVENTIONS[reward.convention]
+  named = {"accuracy": (convention.accuracy, reward.accuracy), "format": (convention.format, reward.format)}
+  for others in (rewards.parsed_rewards(reward.more), more):
+    if twice := sorted(named.keys() & others.keys()):
+      raise ValueError(f"the rewards {twice} are there twice; give one of them another name.")
+    named |= others
+  return rewards.Scorer(named, reward.combination)
+
+
+def own_rollouts(config: Any) -> int:
+  """Rollouts of each group that the student samples; the others are supervised rows."""
+  return round(config.batch.on_policy_fraction * config.batch.rollouts)
+
+
+def frozen_parts(config: Any) -> tuple[str, ...]:
+  """Top-level parts of the parameters that are not trained."""
+  return ("visual",) if config.model.freeze_vision else ()
+
+
+def token_loss(config: Any, processor: pipeline.Processor) -> losses.KepoTokenLoss:
+  """The objective of a run."""
+  objective = config.objective
+  return losses.KepoTokenLoss(
+    allowed=jnp.asarray(processor.allowed),
+    temperature=config.sampling.temperature,
+    policy_coefficient=objective.policy_weight,
+    clip_low=objective.clip_low,
+    clip_high=objective.clip_high,
+    importance_cap=objective.importance_cap,
+    distill_coefficient=objective.distill_weight,
+    divergence=objective.divergence,
+    jsd_weight=objective.divergence_weight,
+    top_k=objective.divergence_top_k,
+    distill_temperature=objective.distill_temperature,
+    reference_coefficient=objective.reference_weight,
+    reference_estimator=objective.reference_estimator,
+    supervised_coefficient=objective.supervised_weight,
+  )
+
+
+def distill_factor(config: Any) -> optax.Schedule:
+  """Factor of lambda at a step, between 1 and 0."""
+  if config.objective.distill_schedule == "linear":
+    return optax.linear_schedule(1.0, 0.0, config.train.steps)
+  return optax.constant_schedule(1.0)
+
+
+def update_settings(config: Any) -> inputs.UpdateSettings:
+  """How a batch of this run becomes updates."""
+  objective = config.objective
+  return inputs.UpdateSettings(
+    compute_dtype=jnp.dtype(config.model.compute_dtype),
+    chunk=objective.chunk,
+    parts=config.batch.micro_batches,
+    updates=config.batch.updates,
+    frozen=frozen_parts(config),
+    remat=config.model.remat,
+    aggregation=objective.aggregation,
+    normaliser=objective.distill_normaliser,
+    max_tokens=config.sampling.max_new_tokens,
+    sequence_ratio=objective.ratio == "sequence",
+    off_context=objective.off_context,
+    distill_factor=distill_factor(config),
+  )
+
+
+def schedule(config: Any) -> optax.Schedule:
+  """Learning rate at a step."""
+  optimizer = config.optimizer
+  return state.learning_rate_schedule(
+    learning_rate=optimizer.learning_rate, warmup_steps=optimizer.warmup_steps, steps=config.train.steps
+  )
+
+
+def build_programs(
+  config: Any, processor: pipeline.Processor, models: Mapping[str, programs.Model]
+) -> tuple[state.TrainState, programs.Programs]:
+  """The state before the first update, and the jitted programs around it."""
+  student, settings = models["student"], update_settings(config)
+  fields = ("b1", "b2", "eps", "weight_decay", "clip_norm")
+  optimizer = state.make_optimizer(
+    schedule(config), updates=settings.updates, **{name: config.optimizer[name] for name in fields}
+  )
+  first = state.initial_state(student.params, optimizer, settings.frozen)
+  scoring = ["teacher"] if config.objective.distill_weight else []
+  scoring += ["reference"] if config.objective.reference_weight else []
+  exploration, sampled, asked = config.exploration, config.sampling, config.eval
+
+  def sampler(samples: int, tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
+    arguments = programs.SamplingSettings(samples, tokens, temperature, top_p, top_k)
+    return programs.sampling_program(student.config, processor, arguments)
+
+  def teacher(used: bool, samples: int, tokens: int, temperature: float) -> Callable[[Prompts, jax.Array], Rollouts]:
+    if not used:
+      return programs.no_teacher
+    arguments = programs.SamplingSettings(samples, tokens, temperature)
+    return programs.teacher_program(models["teacher"], processor, arguments, jnp.dtype(config.model.teacher_dtype))
+
+  policy = (sampled.max_new_tokens, sampled.temperature, sampled.top_p, sampled.top_k)
+  own = own_rollouts(config)
+  return first, programs.Programs(
+    decode_weights=programs.decode_weights_program(student.config, student.params, settings.compute_dtype),
+    rollout=sampler(max(1, own), *policy),
+    candidate=sampler(max(1, exploration.candidates or exploration.replacements), *policy),
+    greedy=sampler(1, asked.max_new_tokens, 0.0),
+    hint=teacher(checks.explores(config), 1, exploration.hint_tokens, exploration.hint_temperature),
+    answer=teacher(
+      checks.teacher_answers(config),
+      *(config.batch.rollouts - own, sampled.max_new_tokens, config.supervised.temperature),
+    ),
+    targets=programs.targets_program([models[role] for role in scoring], settings.parts),
+    update=step.Update(student.config, optimizer, token_loss(config, processor), settings, first),
+  )

@@ -1,0 +1,150 @@
+"""From experience to the inputs of the loss: weights over the global batch, pi_old, and the ratios of injected rows."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from kepo_jax.models import scoring
+from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.objectives import losses
+from kepo_jax.training import forward
+from kepo_jax.types import Experience, HintedRows, Prompts
+
+# What the importance ratio of an injected rollout, sampled under a hint, is taken between; see `UpdateSettings`.
+OFF_CONTEXT = ("drop_on_policy", "drop_behaviour_shaped", "drop_unit_shaped", "keep_hint")
+UNIT_GAMMA = 0.1  # LUFFY
+BEHAVIOUR_QUANTILE = 0.9  # Guide
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings:
+  """How a batch becomes updates.
+
+  `off_context` says what becomes of rollouts that were sampled under a hint:
+    `drop_on_policy`: the hint is dropped from both policies of the ratio, which is 1 in the first update.
+    `drop_behaviour_shaped`: pi_theta without the hint against the sampler with it, rho / (rho + gamma) without a clip;
+      gamma is the 0.9-quantile of rho over the injected tokens of the batch, before its first update (Guide,
+      arXiv:2506.13923).
+    `drop_unit_shaped`: p / (p + 0.1) with p = pi_theta without the hint (LUFFY, arXiv:2504.14945).
+    `keep_hint`: the hint stays in the prompt of the policy term (SAGE, arXiv:2602.03143). The divergence and the KL to
+      the reference look at the prompt without it, as in all conventions.
+  """
+
+  compute_dtype: Any  # of the student's activations and products; gradients and master weights are float32
+  chunk: int  # completion tokens whose logits exist at one time
+  parts: int = 1  # micro-batches
+  updates: int = 1  # per batch; with more than one, pi_old comes from a scoring pass before the first
+  frozen: tuple[str, ...] = ()  # top-level parts of the parameters that stay
+  remat: bool = False  # recompute layers in the backward pass
+  aggregation: str = "sequence_mean"  # of weights.AGGREGATIONS
+  normaliser: str = "gated_tokens"  # of weights.NORMALISERS
+  max_tokens: int | None = None  # length of the aggregation "constant_length"
+  sequence_ratio: bool = False  # one ratio per rollout (GSPO) instead of one per token
+  off_context: str = "drop_on_policy"
+  distill_factor: optax.Schedule = lambda step: 1.0  # factor of lambda at a step  # noqa: E731
+
+
+@chex.dataclass(frozen=True)
+class Inputs:
+  """Inputs of the loss of a batch, weighted over all of it."""
+
+  rows: losses.TokenInputs  # [P, G, T]
+  hinted: losses.TokenInputs | None = None  # [Q, 1, T], policy term of injected rollouts that keep their hint
+
+
+def alone(inputs: Inputs, weight: str) -> Inputs:
+  """The inputs with the weights of all terms but one at zero; the same program then gives that term's gradient."""
+  others = [name for name in losses.WEIGHTS if name != weight]
+
+  def silenced(rows):
+    return rows if rows is None else rows.replace(**{name: jnp.zeros_like(rows[name]) for name in others})
+
+  return Inputs(rows=silenced(inputs.rows), hinted=silenced(inputs.hinted))
+
+
+def make_inputs(
+  config: Qwen3VLConfig, token_loss: losses.KepoTokenLoss, settings: UpdateSettings
+) -> Callable[[Any, jax.Array, Experience], Inputs]:
+  """The function (params, step, experience) -> Inputs, with pi_old scored where the loss needs it.
+
+  Args:
+    config: of the student.
+    token_loss: the objective.
+    settings: of the update.
+  """
+  behaviour = settings.off_context == "drop_behaviour_shaped"
+
+  def scored(params: Any, prompts: Prompts, tokens: jax.Array) -> jax.Array:
+    """log pi_old of tokens int32[P, G, T]."""
+    params = model.cast(params, settings.compute_dtype)
+    head = model.head_weight(config, params)
+
+    def part(prompts, tokens):
+      hidden = forward.hidden_of(config, params, prompts, tokens, remat=False)
+      return scoring.token_logps(
+        hidden, head, tokens, token_loss.allowed, temperature=token_loss.temperature, chunk=settings.chunk
+      )[0]
+
+    return forward.in_parts(part, prompts, tokens, settings.parts)
+
+  def inputs(params: Any, step: jax.Array, experience: Experience) -> Inputs:
+    old_logps: Any = None
+    if settings.updates > 1 or behaviour:
+      old_logps = scored(params, experience.prompts, experience.tokens)
+    rows: Any = losses.token_inputs(
+      experience.tokens,
+      experience.mask,
+      experience.advantages,
+      experience.gate,
+      old_logps if settings.updates > 1 else None,
+      kept=experience.kept,
+      injected=experience.injected,
+      supervised=experience.supervised,
+      aggregation=settings.aggregation,
+      normaliser=settings.normaliser,
+      max_tokens=settings.max_tokens,
+    )
+    rows = rows.replace(distill_weight=rows.distill_weight * settings.distill_factor(step))
+    if token_loss.importance_cap:
+      rows = rows.replace(sampler_logps=experience.logps)
+    if behaviour:
+      rows = rows.replace(shaping_logps=experience.logps + _log_gamma(old_logps - experience.logps, rows))
+    elif settings.off_context == "drop_unit_shaped":
+      rows = rows.replace(shaping_logps=jnp.full(rows.mask.shape, jnp.log(UNIT_GAMMA)))
+    if experience.hinted is None:
+      return Inputs(rows=rows)
+    hinted: Any = _hinted_inputs(rows, experience.hinted)
+    if settings.updates > 1:
+      hinted = hinted.replace(old_logps=scored(params, experience.hinted.prompts, hinted.tokens))
+    return Inputs(rows=rows.replace(policy_weight=jnp.where(rows.injected, 0.0, rows.policy_weight)), hinted=hinted)
+
+  return inputs
+
+
+def _log_gamma(log_ratio: jax.Array, rows: losses.TokenInputs) -> jax.Array:
+  """float32[], log of the 0.9-quantile of rho over injected tokens; 0 without any."""
+  injected = rows.mask & rows.injected
+  quantile = jnp.nanquantile(jnp.where(injected, log_ratio, jnp.nan), BEHAVIOUR_QUANTILE)
+  return jnp.where(injected.any(), quantile, 0.0)
+
+
+def _hinted_inputs(rows: losses.TokenInputs, hinted: HintedRows) -> losses.TokenInputs:
+  """The rows that keep their hint [Q, 1, T], with the weights that they have in the whole batch."""
+  picked = jax.tree.map(lambda x: x[hinted.prompt, hinted.slot][:, None], rows)
+  used = hinted.used[:, None, None] & picked.mask
+  nothing = jnp.zeros_like(picked.policy_weight)
+  return picked.replace(
+    mask=used,
+    injected=jnp.zeros_like(used),
+    policy_weight=jnp.where(used, picked.policy_weight, 0.0),
+    reference_weight=nothing,
+    distill_weight=nothing,
+    supervised_weight=nothing,
+    old_logps=None,
+  )

@@ -1,0 +1,85 @@
+"""What training changes: parameters, optimizer state and the number of steps done."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from kepo_jax import sharding
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+  """Everything that a step changes."""
+
+  step: jax.Array  # int32[], steps done, each with its own batch
+  params: Any  # float32 master weights
+  opt_state: Any  # of the parts of params that are trained
+
+
+def learning_rate_schedule(*, learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
+  """Linear warm-up to the peak, then linear decay to 0 at `steps`; step -> rate."""
+  decay = optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup_steps))
+  if not warmup_steps:
+    return decay
+  # The first update already moves: the ramp reaches its peak with update `warmup_steps`.
+  ramp = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, max(1, warmup_steps - 1))
+  return optax.join_schedules([ramp, decay], [warmup_steps])
+
+
+def make_optimizer(
+  schedule: optax.Schedule,
+  *,
+  b1: float,
+  b2: float,
+  eps: float,
+  weight_decay: float,
+  clip_norm: float,
+  updates: int = 1,
+) -> optax.GradientTransformation:
+  """AdamW after clipping by the global norm.
+
+  Args:
+    schedule: step -> learning rate.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled weight decay, 0 for none.
+    clip_norm: largest global gradient norm.
+    updates: updates per step; all of a step have its learning rate.
+  """
+  return optax.chain(
+    optax.clip_by_global_norm(clip_norm),
+    optax.adamw(lambda count: schedule(count // updates), b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+  )
+
+
+def trained(params: dict[str, Any], frozen: tuple[str, ...] = ()) -> dict[str, Any]:
+  """The top-level parts of a parameter tree that are not `frozen`: only they have gradients and moments."""
+  return {name: part for name, part in params.items() if name not in frozen}
+
+
+def initial_state(
+  params: dict[str, Any], optimizer: optax.GradientTransformation, frozen: tuple[str, ...] = ()
+) -> TrainState:
+  """The state before the first update, moments sharded as their parameters.
+
+  Args:
+    params: float32 master weights, on a mesh.
+    optimizer: from `make_optimizer`.
+    frozen: top-level parts of params that stay as they are.
+  """
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  moving = trained(params, frozen)
+  shardings = optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda _, s: s,
+    jax.eval_shape(optimizer.init, moving),
+    jax.tree.map(lambda x: x.sharding, moving),
+    transform_non_params=lambda _: sharding.replicated(mesh),
+  )
+  opt_state = jax.jit(optimizer.init, out_shardings=shardings)(moving)
+  step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
+  return TrainState(step=step, params=params, opt_state=opt_state)
