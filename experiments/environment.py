@@ -28,7 +28,8 @@ def config_errors() -> Iterator[None]:
     yield
   except (AttributeError, KeyError, TypeError, flags.Error) as error:
     given = " ".join(argument for argument in sys.argv[1:] if argument.startswith("--"))
-    reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip('" ')
+    said = str(error).rpartition("\nValueError: ")[2]  # what a config refuses comes inside a traceback
+    reason = " ".join(said.replace("\\n", " ").replace("\\'", "'").split()).strip('" ')
     raise SystemExit(
       f"error: {reason} (in {given}); experiments/configs/grpo.py lists every field of --config with its unit."
     ) from None
