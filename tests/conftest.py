@@ -21,6 +21,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 * 1024**3)
+os.environ.setdefault(
+  "HYPOTHESIS_STORAGE_DIRECTORY", str(pathlib.Path(__file__).resolve().parent.parent / ".cache" / "hypothesis")
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is wrong
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")

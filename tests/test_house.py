@@ -190,8 +190,11 @@ def test_an_unread_field_is_seen():
 
 def test_a_field_that_is_no_longer_read_is_seen():
   config = load_config(CONFIGS / "grpo.py")
-  without_setup = unread(config, users(without="training/setup.py"))
-  assert {"reward.format", "optimizer.b1", "eval.max_new_tokens", "data.train_items"} <= without_setup
+  without_assembly = unread(config, users(without="training/assembly.py"))
+  assert {"reward.format", "reward.more", "optimizer.b1", "eval.max_new_tokens"} <= without_assembly
+  assert {"batch.updates", "objective.importance_cap", "objective.supervised_weight"} <= without_assembly
+  assert unread(config, users(without="training/setup.py")) >= {"data.train_items", "mesh.fsdp", "eval.prompt"}
+  assert unread(config, users(without="training/loop.py")) >= {"exploration.quoted_words", "supervised.source"}
   assert unread(config, users(without="data/splits.py")) >= {"data.train_items", "data.split_seed"}
   assert "checkpoint.keep" in unread(config, users(without="training/files.py"))
 
@@ -266,6 +269,7 @@ def test_markers_are_declared():
 
 def test_every_metric_is_defined():
   family = "reward|hint|gate|divergence|ratio|kl|sampler|completion|injected|validation|dead_group_rate|compiled"
+  family += "|supervised|dynamic|grad_norm"
   named = re.compile(rf'f?"((?:{family})/[a-z_{{}}@]+)')
   text = (ROOT / "docs" / "metrics.md").read_text()
   found = {name for path in sources(LIBRARY) for name in named.findall(path.read_text())}

@@ -11,8 +11,10 @@ from absl import logging
 from PIL import Image
 from transformers import AutoTokenizer
 
+from kepo_jax import rewards
 from kepo_jax.data import images, pipeline, prompts
 from kepo_jax.models.qwen3_vl import positions
+from tests.conftest import ROOT
 
 SMALL = {"templates": prompts.BRIEF, "prompt_buckets": (72, 128, 512), "patch_buckets": (16, 48, 128)}
 
@@ -162,6 +164,59 @@ def test_decoding_keeps_tags_and_drops_specials(processor, tokenizer):
   mask = np.zeros(tokens.shape, bool)
   mask[0, : len(ids)] = True
   assert processor.decode(tokens, mask) == [text, ""]
+
+
+def test_completions_are_texts_with_an_end_token(processor, tokenizer):
+  texts = ["<think>Ünïcode 影 looks  odd .</think>\n<answer>B</answer>", "", "<answer>B</answer>"]
+  ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+  length = max(map(len, ids)) + 3
+  tokens, mask = processor.completions(texts, length)
+  assert (tokens.shape, tokens.dtype, mask.dtype) == ((3, length), np.int32, bool)
+  for row, keep, expected in zip(tokens, mask, ids, strict=True):
+    n = len(expected) + 1
+    assert row.tolist() == [*expected, processor.end_ids[0], *[processor.pad_id] * (length - n)]
+    assert keep.tolist() == [True] * n + [False] * (length - n)
+  assert processor.decode(tokens, mask) == texts
+
+
+def test_completions_are_never_cut(processor):
+  text = "<answer>B</answer>"
+  assert processor.completions([text], 4)[1].all()  # tag, letter, tag and end token
+  with pytest.raises(ValueError, match=r"'<answer>B</answer>' needs 4 tokens; raise sampling.max_new_tokens=3\."):
+    processor.completions(["", text], 3)
+
+
+@pytest.mark.parametrize(
+  ("stored", "end"), [(["<|endoftext|>", "<|im_end|>"], "<|im_end|>"), (["<|endoftext|>"], "<|endoftext|>")]
+)
+def test_a_completion_ends_as_the_model_ends_it(stored, end, make_checkpoint, tmp_path, tokenizer):
+  # The tokenizer's own end token, <|im_end|>, wherever it stands in the list; the first where it is not among them.
+  vocabulary = tokenizer.get_vocab()
+  make_checkpoint(tmp_path)
+  (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [vocabulary[name] for name in stored]}))
+  made = pipeline.Processor.from_directory(tmp_path, **SMALL)
+  assert made.tokenizer.completion("B") == [vocabulary["B"], vocabulary[end]]
+
+
+@pytest.fixture(scope="module")
+def phantom_processor():
+  folder = ROOT / "experiments" / "assets" / "phantom" / "confused"
+  return pipeline.Processor.from_directory(folder, templates=prompts.BRIEF)
+
+
+@pytest.mark.parametrize("family", prompts.TEMPLATES)
+@pytest.mark.parametrize("model", ["processor", "phantom_processor"])
+def test_the_gold_completion_is_accurate(family, model, questions, request):
+  processor, templates = request.getfixturevalue(model), prompts.TEMPLATES[family]
+  texts = [prompts.gold_completion(example, templates) for example in questions]
+  tokens, mask = processor.completions(texts, 8)
+  no_think = rewards.CONVENTIONS["no_think"]
+  for example, text in zip(questions, processor.decode(tokens, mask), strict=True):
+    assert no_think.accuracy(text, example) == no_think.format(text, example) == 1
+    assert rewards.answer_letter(text) == example.answer  # and evaluation reads it
+  assert len(set(texts)) == 3  # the letters A, B and C
+  # Nothing of it is banned: the likelihood of a banned token is 0.
+  assert processor.allowed[tokens[mask]].all()
 
 
 def test_a_tokenizer_that_drops_the_tags_is_refused(make_checkpoint, tmp_path):

@@ -33,7 +33,7 @@ def problem(rng, dtype=jnp.float32, shape=(P, G, T), width=D):
   return normal(*shape, width), normal(V, width), inputs, others
 
 
-TOKEN_LOSS = losses.kepo_token_loss(allowed=ALLOWED, reference_coefficient=0.1)
+TOKEN_LOSS = losses.KepoTokenLoss(allowed=ALLOWED, reference_coefficient=0.1)
 
 
 def dense_loss(hidden, head, inputs, others):
@@ -121,13 +121,13 @@ def test_a_loss_may_close_over_traced_arrays(rng):
   @jax.jit
   def gradient(hidden, allowed, coefficient):
     def loss(hidden, part):
-      token_loss = losses.kepo_token_loss(allowed=allowed, distill_coefficient=coefficient)
+      token_loss = losses.KepoTokenLoss(allowed=allowed, distill_coefficient=coefficient)
       return scoring.chunked_loss(token_loss, hidden, head, part, others[:1], chunk=4)[0]
 
     # Inside a scan over micro-batches, as the step does.
     return jax.lax.scan(lambda c, _: (c + jax.grad(loss)(hidden, inputs), None), jnp.zeros_like(hidden), None, 2)[0]
 
-  token_loss = losses.kepo_token_loss(allowed=ALLOWED, distill_coefficient=0.5)
+  token_loss = losses.KepoTokenLoss(allowed=ALLOWED, distill_coefficient=0.5)
   expected = jax.grad(lambda x: scoring.chunked_loss(token_loss, x, head, inputs, others[:1], chunk=4)[0])(hidden)
   assert relative(gradient(hidden, jnp.array(ALLOWED), jnp.float32(0.5)), 2 * expected) < 1e-5
 
@@ -251,7 +251,7 @@ def test_distillation_equals_the_chunked_divergence_of_trl(weight, rng):
   hidden, head, inputs, others = problem(rng)
   every = jnp.ones(inputs.mask.shape[:2], bool)
   inputs = losses.token_inputs(inputs.tokens, inputs.mask, jnp.zeros(every.shape), every)
-  token_loss = losses.kepo_token_loss(allowed=np.ones(V, bool), jsd_weight=weight, distill_temperature=1.3)
+  token_loss = losses.KepoTokenLoss(allowed=np.ones(V, bool), jsd_weight=weight, distill_temperature=1.3)
 
   def loss(hidden, head):
     return scoring.chunked_loss(token_loss, hidden, head, inputs, others[:1], chunk=4)[0]

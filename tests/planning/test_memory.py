@@ -11,7 +11,7 @@ from kepo_jax.models.qwen3_vl import config as model_config
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.objectives import losses
 from kepo_jax.planning import memory
-from kepo_jax.training import step
+from kepo_jax.training import forward, inputs, state, step
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 SMALL = model_config.Qwen3VLConfig(
@@ -82,11 +82,7 @@ def test_parts_by_hand():
   assert parts["peak"] == stays + max(parts["sampling"], parts["scoring"], parts["update"])
 
 
-def make_optimizer(params, freeze):
-  trainable = {name: not (freeze and name == "visual") for name in params}
-  return step.make_optimizer(
-    lambda _: 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, trainable=trainable
-  )
+OPTIMIZER = state.make_optimizer(lambda _: 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
 
 
 def test_evaluation_by_hand():
@@ -120,9 +116,16 @@ def test_a_frozen_vision_tower_has_neither_moments_nor_gradients():
   assert frozen["sampling"] == whole["sampling"]
   # What the optimizer holds, its counters apart.
   params = model.abstract_params(SMALL, jnp.float32)
-  moments = jax.eval_shape(make_optimizer(params, freeze=True).init, params)
+  moments = jax.eval_shape(OPTIMIZER.init, state.trained(params, ("visual",)))
   held = sum(4 * leaf.size for leaf in jax.tree.leaves((params, moments)))
   assert 0 <= held - frozen["student and moments"] < 64
+
+
+def test_a_comparison_of_gradients_holds_a_second_set():
+  compared, alone = memory.estimate(plan()), memory.estimate(plan(log__gradients_every=0))
+  assert compared["update"] - alone["update"] == 4 * memory.parameters_per_device(SMALL, ONE)
+  grpo = {"objective__distill_weight": 0.0}
+  assert memory.estimate(plan(**grpo)) == memory.estimate(plan(**grpo, log__gradients_every=0))
 
 
 def test_decode_copies_exist_where_the_layout_or_the_dtype_changes():
@@ -173,8 +176,10 @@ def arguments(config, prompts, rollouts, prompt_tokens, new_tokens, patches):
     advantages=shaped(prompts, rollouts),
     gate=shaped(prompts, rollouts, dtype=bool),
     injected=shaped(prompts, rollouts, dtype=bool),
+    supervised=shaped(prompts, rollouts, dtype=bool),
+    kept=shaped(prompts, rollouts, dtype=bool),
   )
-  target = step.Target(
+  target = forward.Target(
     hidden=shaped(*rows, config.text.hidden_size), head=shaped(config.text.vocab_size, config.text.hidden_size)
   )
   return experience, (target,)
@@ -191,17 +196,17 @@ def test_the_update_needs_what_was_estimated(vocabulary, layers, remat, parts, f
   estimate = memory.estimate(plan(
     student=config, teacher=config, batch__prompts=4, batch__rollouts=4, batch__micro_batches=parts,
     sampling__max_new_tokens=64, data__prompt_buckets=(64,), data__patch_buckets=(64,), objective__chunk=32,
-    model__remat=remat, model__freeze_vision=freeze,
+    model__remat=remat, model__freeze_vision=freeze, log__gradients_every=0,
   ))["update"]  # fmt: skip
   params = model.abstract_params(config, jnp.float32)
-  optimizer = make_optimizer(params, freeze)
-  token_loss = losses.kepo_token_loss(allowed=jnp.ones(vocabulary, bool))
-  update = step.make_update(
-    config, optimizer, token_loss, compute_dtype=jnp.float32, freeze_vision=freeze, remat=remat, chunk=32, parts=parts
+  token_loss = losses.KepoTokenLoss(allowed=jnp.ones(vocabulary, bool))
+  settings = inputs.UpdateSettings(
+    compute_dtype=jnp.float32, chunk=32, parts=parts, remat=remat, frozen=("visual",) if freeze else ()
   )
-  state = step.TrainState(
-    step=jax.ShapeDtypeStruct((), jnp.int32), params=params, opt_state=jax.eval_shape(optimizer.init, params)
-  )
-  compiled = jax.jit(update, donate_argnums=0).lower(state, *arguments(config, 4, 4, 64, 64, 64)).compile()
-  ratio = estimate / compiled.memory_analysis().temp_size_in_bytes
+  experience, targets = arguments(config, 4, 4, 64, 64, 64)
+  steps = jax.ShapeDtypeStruct((), jnp.int32)
+  weighted = jax.eval_shape(inputs.make_inputs(config, token_loss, settings), params, steps, experience)
+  gradients = jax.jit(step.make_gradients(config, token_loss, settings))
+  compiled = gradients.lower(params, experience, weighted, targets).compile().memory_analysis()
+  ratio = estimate / (compiled.temp_size_in_bytes + compiled.output_size_in_bytes)
   assert abs(math.log(ratio)) < math.log(1.5), ratio

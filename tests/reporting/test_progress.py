@@ -1,9 +1,7 @@
 import io
 
-import pytest
 from rich.console import Console
 
-from kepo_jax.reporting import panels
 from kepo_jax.reporting.progress import Display, accept_rate, figures_line
 
 METRICS = {"reward/mean": 1.5, "reward/accuracy": 0.75, "cliff_rate": 0.25, "gate/frac": 0.5,
@@ -22,6 +20,13 @@ def test_the_figures_of_a_step():
   assert figures_line(METRICS, TIMING) == expected
   assert figures_line({"cliff_rate": 1.0}, {}) == "cliff 1.00"
   assert accept_rate({}) is None
+
+
+def test_the_figures_of_a_step_without_rollouts_of_the_student():
+  # Supervised training has no reward of its own; its likelihood falls in the third place behind the point.
+  assert figures_line({"supervised/nll": 0.69315, "lr": 1e-4}, TIMING) == "nll 0.693  12,346 tokens/s"
+  # Rows of both kinds: behind the gate.
+  assert figures_line(METRICS | {"supervised/nll": 2.0}, {}).endswith("gate 0.50  nll 2.000  hints accepted 0.60")
 
 
 def test_plain_lines_come_about_every_twentieth_of_the_run():
@@ -67,37 +72,3 @@ def test_ci_gets_plain_lines_even_in_a_terminal(monkeypatch):
   shown.begin(1)
   shown.step(1, METRICS, TIMING)
   assert "step 1/1" in output.getvalue() and "\x1b[?25l" not in output.getvalue()
-
-
-@pytest.mark.parametrize(
-  ("value", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (4.26e9, "4.26 GB"), (2e12, "2 TB")]
-)
-def test_human_bytes(value, text):
-  assert panels.human_bytes(value) == text
-
-
-def test_human_counts_and_times():
-  assert [panels.human_count(x) for x in (12, 842_000, 2.13e9, 33e9)] == ["12", "842 K", "2.13 B", "33 B"]
-  assert [panels.human_time(x) for x in (4.4, 185, 7620)] == ["4 s", "3 min 05 s", "2 h 07 min"]
-
-
-def sample(**changes):
-  record = {"id": "a", "question": "How many?", "options": ["one", "two"], "answer": "B", "completion": "<think>x"}
-  marks = {"rewards": {"accuracy": 1.0, "format": 0.0}, "gate": True, "injected": False, "hint": ""}
-  return record | marks | changes
-
-
-def test_samples_are_shown_with_their_question_once():
-  output = io.StringIO()
-  samples = [
-    sample(),
-    sample(completion="[bold]y", injected=True),
-    sample(id="b", question="Where?"),
-    sample(),
-    sample(),
-  ]
-  Console(file=output, width=100).print(panels.samples_panel(samples, step=1))
-  text = output.getvalue()
-  assert text.count("How many?") == 2 and text.count("Where?") == 1  # four shown, "a" again after "b"
-  assert "accuracy 1 format 0 distilled injected" in text
-  assert "[bold]y" in text  # completions are text, not markup

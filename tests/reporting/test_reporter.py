@@ -41,9 +41,10 @@ def make_plan(workdir, start_step=0):
 
 
 def report(step):
-  sample = {"step": step, "id": "q1", "question": "How many lesions?", "options": ["one", "two"], "answer": "A",
-            "completion": f"<think>{step}</think><answer>A</answer>", "rewards": {"accuracy": 1.0, "format": 1.0},
-            "gate": True, "injected": False, "hint": ""}  # fmt: skip
+  sample = {"kind": "rollout", "step": step, "id": "q1", "question": "How many lesions?", "options": ["one", "two"],
+            "answer": "A", "completion": f"<think>{step}</think><answer>A</answer>",
+            "rewards": {"accuracy": 1.0, "format": 1.0},
+            "gate": True, "injected": False, "supervised": False, "hint": ""}  # fmt: skip
   metrics = {"reward/mean": step / 7, "reward/accuracy": 0.5, "reward/format": 0.0, "cliff_rate": 0.25}
   return types.StepReport(
     step=step, metrics=metrics, timing={"seconds/step": 0.1, "tokens_per_second/step": 99.0}, samples=(sample,)

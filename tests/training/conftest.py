@@ -102,6 +102,8 @@ def tiny_experience(tiny_prompts) -> Experience:
     advantages=rng.normal(size=(P, G)).astype(np.float32),
     gate=rng.random((P, G)) < 0.5,
     injected=injected,
+    supervised=np.zeros((P, G), bool),
+    kept=np.ones((P, G), bool),
   )
 
 

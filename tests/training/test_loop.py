@@ -93,11 +93,19 @@ def test_the_workdir(finished):
 
 def test_samples_tell_what_happened(finished):
   workdir, _, _ = finished
-  samples = lines(workdir / "samples.jsonl")
+  records = lines(workdir / "samples.jsonl")
+  samples = [record for record in records if record["kind"] == "rollout"]
   assert len(samples) == 3 * 4  # the rollouts of one prompt a step
   assert samples[0].keys() >= {"prompt", "completion", "rewards", "reward", "gate", "injected", "hint", "answer"}
   assert all(sample["gate"] == (sample["rewards"]["accuracy"] == 1) for sample in samples)
   assert all(bool(sample["hint"]) == sample["injected"] for sample in samples)
+  # What was tried for the first prompt that asked for help, accepted or not.
+  hints, candidates = ([record for record in records if record["kind"] == kind] for kind in ("hint", "candidate"))
+  assert hints and all("<hint>" in record["text"] for record in hints)
+  assert candidates and all(record["hint"] for record in candidates)
+  assert all(record["accurate"] and record["well_formed"] for record in candidates if record["accepted"])
+  asked = [record for record in lines(workdir / "metrics.jsonl") if record.get("hint/attempts")]
+  assert {record["step"] for record in hints} == {record["step"] for record in asked}
 
 
 def test_the_export_is_the_trained_student(finished):

@@ -1,0 +1,322 @@
+"""Every field of the config arrives at what it names."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.configs import gkd, grpo, kepo, kepo_eq7, sft, sft_teacher
+from kepo_jax import rewards, sharding
+from kepo_jax.objectives import losses
+from kepo_jax.training import assembly, inputs, programs, state
+from kepo_jax.types import Example
+
+EXAMPLE = Example(id="x", question="?", options=("one", "two"), answer="B", images=(), modality="MRI")
+RIGHT = "<think>a</think><answer>B</answer>"
+LENIENT = "<think>a</think><answer>(b)</answer>"
+
+
+def total(scorer, text):
+  return float(scorer([[text]], [EXAMPLE])["total"][0, 0])
+
+
+def half_length(completion, example):
+  """Half a point per character."""
+  del example
+  return len(completion) / 2
+
+
+# ---- rewards ----
+
+
+def test_the_scorer_of_a_config():
+  config = grpo.get_config()
+  config.reward.accuracy, config.reward.format = 3.0, 0.5
+  scorer = assembly.scorer(config, {})
+  assert total(scorer, RIGHT) == 3.5 and total(scorer, LENIENT) == 0.5 and total(scorer, "B") == 3.0
+  config.reward.combination = "product"
+  product = assembly.scorer(config, {})
+  assert total(product, RIGHT) == 3.0 and total(product, LENIENT) == total(product, "B") == 0.0
+
+
+@pytest.mark.parametrize("convention", rewards.CONVENTIONS)
+def test_the_scorer_follows_its_convention(convention):
+  config = grpo.get_config()
+  config.reward.convention = convention
+  found = assembly.scorer(config, {}).rewards
+  expected = rewards.CONVENTIONS[convention]
+  assert found == {"accuracy": (expected.accuracy, 1.0), "format": (expected.format, 1.0)}
+
+
+def test_more_rewards_come_from_the_config_and_the_caller():
+  config = grpo.get_config()
+  config.reward.more = "lenient_accuracy:0.25, kepo_jax.rewards.answer_format:4"
+  scorer = assembly.scorer(config, {"length": (half_length, 2.0)})
+  assert list(scorer.rewards) == ["accuracy", "format", "lenient_accuracy", "answer_format", "length"]
+  # 1 + 1 + 0.25 + 0 + 34 characters; 0 + 1 + 0.25 + 0 + 36; 1 + 0 + 0.25 + 4 + 18.
+  assert total(scorer, RIGHT) == 2.25 + 34
+  assert total(scorer, LENIENT) == 1.25 + 36
+  assert total(scorer, "<answer>B</answer>") == 5.25 + 18
+
+
+@pytest.mark.parametrize(
+  ("more", "given", "twice"),
+  [
+    ("accuracy:1", {}, "accuracy"),
+    ("kepo_jax.rewards.accuracy:1", {}, "accuracy"),  # called by the last part of its name
+    ("", {"format": (half_length, 1.0)}, "format"),
+    ("lenient_accuracy:1", {"lenient_accuracy": (half_length, 1.0)}, "lenient_accuracy"),
+  ],
+)
+def test_two_rewards_of_one_name_are_refused(more, given, twice):
+  config = grpo.get_config()
+  config.reward.more = more
+  with pytest.raises(ValueError, match=rf"the rewards \['{twice}'\] are there twice; give one of them another name"):
+    assembly.scorer(config, given)
+
+
+def test_rewards_that_cannot_be_are_refused():
+  config = grpo.get_config()
+  with pytest.raises(ValueError, match="none called 'total'"):
+    assembly.scorer(config, {"total": (half_length, 1.0)})
+  config.reward.more = "unheard_of:1"
+  with pytest.raises(ValueError, match="reward 'unheard_of' is neither one of"):
+    assembly.scorer(config, {})
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize(
+  ("rollouts", "fraction", "own"),
+  [(8, 1.0, 8), (8, 0.0, 0), (8, 0.375, 3), (3, 0.6666667, 2), (3, 0.3333333, 1), (10, 0.7, 7), (1, 0.0, 0)],
+)
+def test_own_rollouts(rollouts, fraction, own):
+  config = gkd.get_config()
+  config.batch.rollouts, config.batch.on_policy_fraction = rollouts, fraction
+  found = assembly.own_rollouts(config)
+  assert found == own and isinstance(found, int)  # a typed third of 3 is 1 but for rounding
+
+
+def test_the_weight_of_the_divergence_is_constant_or_falls_to_zero():
+  config = kepo.get_config()
+  config.train.steps = 4
+  assert [float(assembly.distill_factor(config)(step)) for step in range(5)] == [1.0] * 5
+  config.objective.distill_schedule = "linear"
+  assert [float(assembly.distill_factor(config)(step)) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+
+def test_the_learning_rate():
+  config = grpo.get_config()
+  config.optimizer.learning_rate, config.optimizer.warmup_steps, config.train.steps = 0.4, 2, 6
+  # Two steps up to the peak, four down to zero.
+  expected = [0.2, 0.4, 0.4, 0.3, 0.2, 0.1, 0.0]
+  np.testing.assert_allclose([assembly.schedule(config)(step) for step in range(7)], expected, rtol=1e-6, atol=1e-9)
+
+
+# ---- records ----
+
+
+def test_update_settings_carry_every_field():
+  config = grpo.get_config()
+  config.model.compute_dtype, config.model.freeze_vision, config.model.remat = "bfloat16", True, True
+  config.batch.micro_batches, config.batch.updates = 4, 3
+  config.sampling.max_new_tokens = 77
+  config.train.steps = 10
+  config.objective.update({
+    "chunk": 5,
+    "aggregation": "constant_length",
+    "distill_normaliser": "group_mean",
+    "ratio": "sequence",
+    "off_context": "keep_hint",
+    "distill_schedule": "linear",
+  })  # fmt: skip
+  found = dataclasses.asdict(assembly.update_settings(config))
+  factor = found.pop("distill_factor")
+  assert float(factor(5)) == 0.5
+  assert found == {
+    "compute_dtype": jnp.dtype("bfloat16"),
+    "chunk": 5,
+    "parts": 4,
+    "updates": 3,
+    "frozen": ("visual",),
+    "remat": True,
+    "aggregation": "constant_length",
+    "normaliser": "group_mean",
+    "max_tokens": 77,
+    "sequence_ratio": True,
+    "off_context": "keep_hint",
+  }
+  # A value that equals its default would hide a field that is forgotten.
+  defaults = {field.name: field.default for field in dataclasses.fields(inputs.UpdateSettings)}
+  assert [name for name, value in found.items() if value == defaults[name]] == []
+  assert found.keys() | {"distill_factor"} == defaults.keys()
+
+
+def test_update_settings_of_the_default_config():
+  found = assembly.update_settings(grpo.get_config())
+  expected = inputs.UpdateSettings(compute_dtype=jnp.dtype("float32"), chunk=128, max_tokens=24)
+  assert dataclasses.replace(found, distill_factor=None) == dataclasses.replace(expected, distill_factor=None)
+
+
+def test_token_loss_carries_every_field():
+  config = grpo.get_config()
+  config.sampling.temperature = 0.9
+  config.objective.update({
+    "policy_weight": 0.8,
+    "clip_low": 0.1,
+    "clip_high": 0.28,
+    "importance_cap": 2.0,
+    "distill_weight": 0.7,
+    "divergence": "reverse_kl",
+    "divergence_weight": 0.3,
+    "divergence_top_k": 100,
+    "distill_temperature": 2.5,
+    "reference_weight": 0.04,
+    "reference_estimator": "k2",
+    "supervised_weight": 0.6,
+  })  # fmt: skip
+  allowed = np.array([True, False, True])
+  loss = assembly.token_loss(config, types.SimpleNamespace(allowed=allowed))
+  found = {field.name: getattr(loss, field.name) for field in dataclasses.fields(losses.KepoTokenLoss)}
+  assert found.pop("allowed").tolist() == allowed.tolist()
+  assert found == {
+    "temperature": 0.9,
+    "policy_coefficient": 0.8,
+    "clip_low": 0.1,
+    "clip_high": 0.28,
+    "importance_cap": 2.0,
+    "distill_coefficient": 0.7,
+    "divergence": "reverse_kl",
+    "jsd_weight": 0.3,
+    "top_k": 100,
+    "distill_temperature": 2.5,
+    "reference_coefficient": 0.04,
+    "reference_estimator": "k2",
+    "supervised_coefficient": 0.6,
+  }
+  defaults = {field.name: field.default for field in dataclasses.fields(losses.KepoTokenLoss)}
+  assert [name for name, value in found.items() if value == defaults[name]] == []
+
+
+def test_a_term_without_weight_is_left_out():
+  loss = assembly.token_loss(grpo.get_config(), types.SimpleNamespace(allowed=np.ones(3, bool)))
+  assert not loss.distils
+  assert loss.reference_coefficient == loss.supervised_coefficient == loss.importance_cap == 0
+
+
+# ---- programs ----
+
+
+@pytest.fixture
+def built(monkeypatch, mesh_of):
+  """`built(config)`: what the programs of a run are made of: (state, programs, arguments of their makers)."""
+
+  def build(config):
+    made = {"student": [], "teacher": [], "targets": [], "update": []}
+
+    def sampling_program(model, processor, settings):
+      made["student"].append(settings)
+      return settings
+
+    def teacher_program(model, processor, settings, dtype):
+      made["teacher"].append((settings, dtype))
+      return settings
+
+    def update(*arguments):
+      made["update"].append(arguments)
+      return "update"
+
+    monkeypatch.setattr(programs, "sampling_program", sampling_program)
+    monkeypatch.setattr(programs, "teacher_program", teacher_program)
+    monkeypatch.setattr(programs, "decode_weights_program", lambda config, params, dtype: dtype)
+    monkeypatch.setattr(programs, "targets_program", lambda models, parts: (models, parts))
+    monkeypatch.setattr(assembly.step, "Update", update)
+    params = {name: {"w": np.ones(3, np.float32)} for name in ("visual", "language_model")}
+    student = programs.Model("config", jax.device_put(params, sharding.replicated(mesh_of())))
+    models = {"student": student, "teacher": "the teacher", "reference": "the reference"}
+    processor = types.SimpleNamespace(allowed=np.ones(3, bool))
+    return *assembly.build_programs(config, processor, models), made
+
+  return build
+
+
+def test_the_programs_of_kepo(built):
+  config = kepo.get_config()
+  config.batch.rollouts, config.batch.micro_batches = 6, 2
+  config.sampling.update({"max_new_tokens": 20, "temperature": 0.9, "top_p": 0.95, "top_k": 50})
+  config.exploration.update({"hint_tokens": 30, "hint_temperature": 0.6})
+  config.eval.max_new_tokens = 40
+  config.model.update({"compute_dtype": "bfloat16", "teacher_dtype": "float16"})
+  first, made, arguments = built(config)
+  settings = programs.SamplingSettings
+  assert made.rollout == settings(6, 20, 0.9, 0.95, 50)
+  assert made.candidate == settings(2, 20, 0.9, 0.95, 50)  # the student's usual settings, K of them
+  assert made.greedy == settings(1, 40, 0.0)
+  assert made.hint == settings(1, 30, 0.6) and arguments["teacher"] == [(made.hint, jnp.dtype("float16"))]
+  assert made.answer is programs.no_teacher
+  assert made.decode_weights == jnp.dtype("bfloat16")
+  assert made.targets == (["the teacher"], 2)
+  ((model, _, loss, update, state_of),) = arguments["update"]
+  assert (model, loss.distill_coefficient, update.parts) == ("config", 1.0, 2)
+  assert state_of is first and int(first.step) == 0
+
+
+@pytest.mark.parametrize(
+  ("parent", "changes", "targets"),
+  [
+    (grpo, {}, []),
+    (grpo, {"reference_weight": 0.1}, ["the reference"]),
+    (kepo, {}, ["the teacher"]),
+    (kepo_eq7, {}, ["the teacher", "the reference"]),  # in the order that the loss expects
+  ],
+)
+def test_who_scores_the_rollouts(built, parent, changes, targets):
+  config = parent.get_config()
+  config.objective.update(changes)
+  assert built(config)[1].targets == (targets, 1)
+
+
+def test_candidates_per_round(built):
+  config = kepo.get_config()
+  config.exploration.candidates = 5
+  assert built(config)[1].candidate.samples == 5
+
+
+def test_the_teacher_answers_for_the_rows_that_the_student_leaves(built):
+  config = gkd.get_config()
+  config.batch.on_policy_fraction, config.supervised.temperature = 0.25, 0.5
+  _, made, _ = built(config)
+  assert made.rollout.samples == 2 and made.answer == programs.SamplingSettings(6, 24, 0.5)
+  _, made, _ = built(sft_teacher.get_config())
+  assert made.answer.samples == 8 and made.answer.temperature == 1.0
+
+
+@pytest.mark.parametrize("parent", [grpo, sft])
+def test_where_no_teacher_is_used_none_is_made(built, parent):
+  _, made, arguments = built(parent.get_config())
+  assert arguments["teacher"] == []
+  for ask in (made.hint, made.answer):
+    with pytest.raises(ValueError, match="no teacher to ask; see exploration"):
+      ask("prompts", "key")
+
+
+def test_the_optimizer_has_the_fields_of_the_config(built, monkeypatch):
+  config = grpo.get_config()
+  config.model.freeze_vision, config.batch.updates = True, 2
+  changes = {"b1": 0.5, "b2": 0.6, "eps": 1e-3, "weight_decay": 0.25, "clip_norm": 7.0}
+  config.optimizer.update(changes)
+  given, make = {}, state.make_optimizer
+
+  def make_optimizer(schedule, **settings):
+    given.update(settings)
+    return make(schedule, **settings)
+
+  monkeypatch.setattr(state, "make_optimizer", make_optimizer)
+  first, _, _ = built(config)
+  assert given == changes | {"updates": 2}
+  # Two moments of the language model; the tower has none.
+  assert sum(leaf.shape == (3,) for leaf in jax.tree.leaves(first.opt_state)) == 2

@@ -1,0 +1,298 @@
+"""What is refused before anything is loaded: the field is named, and the way out."""
+
+import re
+
+import pytest
+from absl import logging
+
+from experiments.configs import gkd, grpo, kepo, kepo_ke, sft, sft_teacher
+from kepo_jax import exploration, rewards
+from kepo_jax.data import prompts
+from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
+from kepo_jax.training import checks
+from tests.conftest import ROOT
+
+
+def changed(parent, **changes):
+  """A config of `parent` with changes as `section__field=value`."""
+  config = parent.get_config()
+  for name, value in changes.items():
+    section, field = name.split("__")
+    with config.ignore_type():  # None is a wrong value as well
+      config[section][field] = value
+  return config
+
+
+def one(field, value):
+  """`field` as an argument of `changed`."""
+  return {field.replace(".", "__"): value}
+
+
+@pytest.fixture
+def warned(monkeypatch):
+  """Messages of warnings."""
+  said = []
+  monkeypatch.setattr(logging, "warning", lambda message, *values: said.append(message % values))
+  return said
+
+
+# ---- fields with a few legal values ----
+
+
+@pytest.mark.parametrize("value", ["else", "", None])
+@pytest.mark.parametrize("field", checks.CHOICES)
+def test_a_value_that_is_no_choice_is_refused(field, value):
+  with pytest.raises(ValueError) as error:
+    checks.check_config(changed(kepo, **one(field, value)))
+  assert str(error.value) == f"{field}={value!r} is unknown; use one of {sorted(checks.CHOICES[field])}."
+
+
+@pytest.mark.parametrize(
+  ("field", "value"), [(field, value) for field, values in checks.CHOICES.items() for value in values]
+)
+def test_every_choice_is_taken(field, value):
+  checks.check_config(changed(kepo, **one(field, value)))
+
+
+@pytest.mark.parametrize(
+  ("field", "known"),
+  [
+    ("reward.convention", rewards.CONVENTIONS),
+    ("reward.combination", ("sum", "product")),
+    ("objective.advantage", advantages.ESTIMATORS),
+    ("objective.aggregation", weights.AGGREGATIONS),
+    ("objective.divergence", divergences.KINDS),
+    ("objective.distill_normaliser", weights.NORMALISERS),
+    ("objective.gate_mode", gates.MODES),
+    ("objective.reference_estimator", ratios.KL_ESTIMATORS),
+    ("exploration.trigger", exploration.TRIGGERS),
+    ("exploration.hints", exploration.HINTS),
+    ("exploration.acceptance", exploration.RULES),
+    ("data.templates", prompts.TEMPLATES),
+  ],
+)
+def test_the_choices_are_what_the_code_knows(field, known):
+  assert set(checks.CHOICES[field]) == set(known)
+
+
+@pytest.mark.parametrize("field", ["data.prompt", "eval.prompt", "exploration.hint_prompt"])
+def test_every_kind_of_prompt_has_a_wording(field):
+  assert all(getattr(prompts.BRIEF, kind) for kind in checks.CHOICES[field])
+
+
+THEIRS = [
+  ("objective.aggregation", "grpo", "sequence_mean"),
+  ("objective.aggregation", "dapo", "token_mean"),
+  ("objective.aggregation", "bnpo", "token_mean"),
+  ("objective.aggregation", "dr_grpo", "constant_length"),
+  ("objective.aggregation", "gspo", "objective.ratio=sequence"),
+  ("objective.advantage", "group", "group_std"),
+  ("objective.advantage", "batch", "batch_std"),
+  ("objective.advantage", "loo", "rloo"),
+  ("objective.divergence", "forward", "forward_kl"),
+  ("objective.divergence", "reverse", "reverse_kl"),
+]
+
+
+@pytest.mark.parametrize(("field", "theirs", "ours"), THEIRS)
+def test_what_others_call_it(field, theirs, ours):
+  with pytest.raises(ValueError, match=rf"{field}='{theirs}'.*\(what others call {theirs} is {ours}"):
+    checks.check_config(changed(kepo, **one(field, theirs)))
+  # What the hint names is a choice of the field, or of the one that it names.
+  named, _, value = ours.rpartition("=")
+  assert value in checks.CHOICES[named or field]
+
+
+def test_every_name_of_others_is_tested():
+  assert {theirs for _, theirs, _ in THEIRS} == set(checks.ELSEWHERE)
+  # Dr.GRPO is two fields.
+  assert "objective.advantage=no_std" in checks.ELSEWHERE["dr_grpo"]
+  assert "no_std" in checks.CHOICES["objective.advantage"]
+
+
+# ---- fields with a smallest value ----
+
+
+@pytest.mark.parametrize("field", checks.LEAST)
+def test_a_value_below_the_least_is_refused(field):
+  least = checks.LEAST[field]
+  with pytest.raises(ValueError, match=rf"^{field}={least - 1}(\.0)? is too small; use {least} or more\.$"):
+    checks.check_config(changed(kepo, **one(field, least - 1)))
+
+
+@pytest.mark.parametrize("field", ["objective.distill_weight", "batch.on_policy_fraction", "optimizer.learning_rate"])
+def test_a_value_that_is_no_number_is_refused(field):
+  with pytest.raises(ValueError, match=rf"^{field}=nan is too small"):
+    checks.check_config(changed(kepo, **one(field, float("nan"))))
+
+
+@pytest.mark.parametrize("field", checks.LEAST)
+def test_the_least_is_not_too_small(field):
+  try:
+    checks.check_config(changed(kepo, **one(field, checks.LEAST[field])))
+  except ValueError as error:
+    assert "too small" not in str(error)
+
+
+def test_every_field_with_rules_exists():
+  config = kepo.get_config()
+  for field in (*checks.CHOICES, *checks.LEAST):
+    section, name = field.split(".")
+    assert name in config[section], field
+
+
+# ---- what does not fit together ----
+
+REFUSED = [
+  (kepo, {"mesh__data": 0}, "mesh.data=0 .* use -1"),
+  # Sampling.
+  (kepo, {"sampling__temperature": 0.0}, "sampling.temperature=0.0 gives G equal rollouts; use a value above 0"),
+  (kepo, {"sampling__temperature": -1.0}, "sampling.temperature=-1.0"),
+  (kepo, {"sampling__top_p": 0.0}, "sampling.top_p=0.0 must lie above 0 and at most at 1"),
+  (kepo, {"sampling__top_p": 1.1}, "sampling.top_p=1.1"),
+  (kepo, {"objective__distill_temperature": 0.0}, "objective.distill_temperature=0.0 must lie above 0"),
+  # Rows.
+  (kepo, {"batch__prompts": 8, "batch__micro_batches": 3}, "batch.prompts=8 does not divide into .*micro_batches=3"),
+  (gkd, {"batch__on_policy_fraction": 0.3}, "on_policy_fraction=0.3 of batch.rollouts=8 is 2.4 rollouts.* 1/8 from 0"),
+  (gkd, {"batch__on_policy_fraction": 1.5}, "on_policy_fraction=1.5 .*is 12 rollouts; use a multiple of 1/8"),
+  (grpo, {"batch__on_policy_fraction": 0.5}, "on_policy_fraction=0.5 leaves rows to others; set supervised.source to"),
+  (kepo, {"exploration__replacements": -1}, "exploration.replacements=-1 is too small; use 0 or more"),
+  (kepo, {"exploration__replacements": 8}, "exploration.replacements=8 must lie in 0..7, so that a group keeps"),
+  # Half of the eight rollouts are the student's, and one of them must stay.
+  (
+    kepo,
+    {"exploration__replacements": 4, "batch__on_policy_fraction": 0.5, "supervised__source": "teacher"},
+    "exploration.replacements=4 must lie in 0..3",
+  ),
+  (
+    kepo,
+    {"batch__on_policy_fraction": 0.0, "supervised__source": "answer"},
+    "exploration.replacements=2 must lie in 0..0",
+  ),
+  (sft, {"sampling__dynamic_rounds": 2}, "dynamic_rounds looks at the student's rollouts, and .*fraction=0 has none"),
+  # Teachers.
+  (kepo_ke, {"model__teacher": ""}, "need model.teacher; set it, or use experiments/configs/grpo.py"),
+  (kepo, {"model__teacher": "", "objective__distill_weight": 0.0}, "need model.teacher"),
+  (sft_teacher, {"model__teacher": ""}, "need model.teacher"),
+  # Terms.
+  (kepo, {"objective__divergence_weight": 1.5}, r"objective.divergence_weight=1.5 must lie in \[0, 1\]"),
+  (
+    kepo,
+    {"objective__divergence": "sampled_k2", "objective__divergence_top_k": 5},
+    "sampled_k2 looks at one id; set objective.divergence_top_k=0",
+  ),
+  (grpo, {"objective__supervised_weight": 1.0}, "supervised_weight needs supervised rows; set batch.on_policy_fra"),
+  (grpo, {"objective__policy_weight": 0.0}, "nothing is learnt: set objective.policy_weight"),
+  # The policy term has no row.
+  (
+    sft,
+    {"objective__policy_weight": 1.0, "objective__supervised_weight": 0.0},
+    "nothing is learnt: .*on_policy_fraction above 0",
+  ),
+]
+
+
+@pytest.mark.parametrize(("parent", "changes", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(parent, changes, message):
+  with pytest.raises(ValueError, match=message) as error:
+    checks.check_config(changed(parent, **changes))
+  config = parent.get_config()
+  named = re.findall(r"\b([a-z]+)\.([a-z_]+\w)", str(error.value))
+  assert any(section in config and field in config[section] for section, field in named)
+  checks.check_config(config)  # the parent alone is fine
+
+
+@pytest.mark.parametrize(
+  ("parent", "changes"),
+  [
+    (gkd, {"batch__on_policy_fraction": 0.0}),
+    (gkd, {"batch__on_policy_fraction": 0.375}),  # 3 of 8
+    (gkd, {"batch__rollouts": 3, "batch__on_policy_fraction": 1 / 3}),  # 1, but for rounding
+    (gkd, {"batch__rollouts": 3, "batch__on_policy_fraction": 0.6666667}),  # as one types it
+    (kepo, {"exploration__replacements": 7}),
+    (kepo, {"exploration__replacements": 9, "exploration__rounds": 0}),  # idle
+    (kepo, {"exploration__replacements": 9, "exploration__trigger": "never"}),
+    (grpo, {"model__teacher": ""}),  # a teacher is wanted where it is used
+    (kepo, {"model__teacher": "", "objective__distill_weight": 0.0, "exploration__trigger": "never"}),
+    (sft, {"model__teacher": ""}),
+    (sft_teacher, {"objective__supervised_weight": 0.0, "objective__distill_weight": 1.0}),
+    (kepo, {"objective__divergence": "reverse_kl", "objective__divergence_top_k": 5}),
+    (kepo, {"objective__policy_weight": 0.0}),
+    (kepo, {"mesh__data": -1}),
+  ],
+)
+def test_what_fits_is_taken(parent, changes):
+  checks.check_config(changed(parent, **changes))
+
+
+# ---- predicates and warnings ----
+
+
+@pytest.mark.parametrize(
+  ("parent", "changes", "expected"),
+  [
+    # (explores, teacher_answers, needs_teacher)
+    (grpo, {}, (False, False, False)),
+    (kepo_ke, {}, (False, False, True)),
+    (kepo, {}, (True, False, True)),
+    (kepo, {"objective__distill_weight": 0.0}, (True, False, True)),
+    (kepo, {"exploration__trigger": "never"}, (False, False, True)),
+    (kepo, {"exploration__rounds": 0}, (False, False, True)),
+    (kepo, {"exploration__replacements": 0}, (False, False, True)),
+    (kepo, {"exploration__replacements": 0, "objective__distill_weight": 0.0}, (False, False, False)),
+    (gkd, {}, (False, False, True)),
+    (gkd, {"batch__on_policy_fraction": 0.5}, (False, True, True)),
+    (sft, {}, (False, False, False)),
+    (sft_teacher, {}, (False, True, True)),
+    (sft_teacher, {"batch__on_policy_fraction": 1.0}, (False, False, False)),
+  ],
+)
+def test_who_is_needed(parent, changes, expected):
+  config = changed(parent, **changes)
+  found = checks.explores(config), checks.teacher_answers(config), checks.needs_teacher(config)
+  assert found == expected and all(isinstance(each, bool) for each in found)
+
+
+def test_k1_is_warned_of_where_it_is_used(warned):
+  checks.check_config(changed(kepo, objective__reference_estimator="k1"))  # without weight: idle
+  for estimator in ("k2", "k3"):
+    checks.check_config(changed(kepo, objective__reference_estimator=estimator, objective__reference_weight=0.1))
+  assert warned == []
+  checks.check_config(changed(kepo, objective__reference_estimator="k1", objective__reference_weight=0.1))
+  (message,) = warned
+  assert message.startswith("objective.reference_estimator=k1") and "use k2 or k3" in message
+
+
+def test_a_prompt_that_asks_for_another_format_than_is_rewarded_is_warned_of(warned):
+  for parent in (kepo, sft, sft_teacher):
+    checks.warn_of_prompts(parent.get_config())
+  assert warned == []
+  checks.warn_of_prompts(changed(kepo, data__prompt="no_think"))
+  checks.warn_of_prompts(changed(kepo, reward__convention="no_think"))
+  assert [message.split(": set both")[0] for message in warned] == [
+    "data.prompt=no_think asks for another format than reward.convention=med_r1 rewards",
+    "data.prompt=think asks for another format than reward.convention=no_think rewards",
+  ]
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh_is_warned_of(warned):
+  config = changed(grpo, batch__micro_batches=2)  # 8 prompts x 8 rollouts in parts of 4
+  checks.warn_of_replication(config, {"data": 2, "fsdp": 4})  # 4 prompts on 2, 8 rollouts on 4
+  assert warned == []
+  checks.warn_of_replication(config, {"data": 8, "fsdp": 1})
+  (message,) = warned
+  assert message.startswith("a micro-batch: 4 prompts x 8 rollouts do not divide over mesh.data=8 x mesh.fsdp=1")
+  config.eval.prompts = 6
+  checks.warn_of_replication(config, {"data": 4, "fsdp": 1})
+  assert warned[1:] == ["eval.prompts=6 does not divide over 4 devices."]
+
+
+def test_other_wordings_than_those_of_the_student_are_warned_of(warned, tmp_path):
+  phantom = ROOT / "experiments" / "assets" / "phantom" / "confused"
+  checks.warn_of_templates(changed(grpo, data__templates="brief"), phantom)
+  checks.warn_of_templates(changed(grpo, data__templates="standard"), tmp_path)  # a model that declares nothing
+  assert warned == []
+  checks.warn_of_templates(changed(grpo, data__templates="standard"), phantom)
+  checks.warn_of_templates(changed(grpo, data__templates="brief", model__student="other"), tmp_path)
+  assert [message.split(", but ")[0] for message in warned] == ["data.templates=standard", "data.templates=brief"]
+  assert warned[0].endswith("knows the wordings brief.") and warned[1].endswith("other knows the wordings standard.")

@@ -1,0 +1,191 @@
+"""The figures of a step, on groups made by hand."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from kepo_jax import exploration
+from kepo_jax.training import figures
+from kepo_jax.training import groups as grouping
+from tests.training import cases
+from tests.training.cases import BARE, END, NOTHING, RIGHT, SCORER, WRONG, G, P
+
+GATE = np.array([[True, False, True], [False, True, False]])
+
+
+def test_reward_metrics():
+  # Rewards 1.5 0.5 1 and 0 0.5 0.5; the second prompt is a cliff, and neither group is dead.
+  assert figures.reward_metrics(cases.mixed()) == {
+    "reward/accuracy": pytest.approx(2 / 6),
+    "reward/format": pytest.approx(4 / 6),
+    "reward/mean": pytest.approx(4 / 6),
+    "cliff_rate": 0.5,
+    "dead_group_rate": 0.0,
+    "dead_group_rate/right": 0.0,
+    "dead_group_rate/wrong": 0.0,
+  }
+
+
+def test_dead_groups_are_all_right_or_all_wrong_or_neither():
+  # All right; all wrong in one way; all wrong, yet with rewards that differ; right and wrong with one reward.
+  texts = [[RIGHT, RIGHT], [WRONG, WRONG], [WRONG, NOTHING], [RIGHT, WRONG]]
+  groups = cases.groups(texts, [[4, 4]] * 4)
+  groups.scores["total"][3] = 1.0
+  found = figures.reward_metrics(groups)
+  assert found["dead_group_rate"] == 3 / 4
+  assert (found["dead_group_rate/right"], found["dead_group_rate/wrong"]) == (1 / 4, 1 / 4)
+  assert found["cliff_rate"] == 2 / 4  # a cliff may have a signal
+
+
+def test_graded_accuracy_is_no_cliff():
+  groups = cases.groups([[NOTHING] * 3], [[4] * 3])
+  groups.scores["accuracy"][0] = 0.5
+  found = figures.reward_metrics(groups)
+  assert found["cliff_rate"] == 0 and found["dead_group_rate/right"] == 1
+
+
+def test_every_reward_has_a_figure():
+  groups = cases.mixed()
+  groups.scores["mine"] = np.array([[1, 2, 3], [4, 5, 9]], np.float32)
+  assert figures.reward_metrics(groups)["reward/mine"] == 4.0
+
+
+def test_mixed_metrics_of_the_students_own_groups():
+  groups = cases.mixed()
+  # Lengths 4 3 1 and 4 2 3; one row of six is cut off.
+  assert figures.mixed_metrics(groups, (END,)) == {
+    "injected_frac": 0.0,
+    "completion/length": pytest.approx(17 / 6),
+    "completion/truncated_frac": pytest.approx(1 / 6),
+  }
+  grouping.inject(groups, [exploration.Injection(1, 0, cases.candidate())], SCORER)
+  # The row that was cut off becomes a right one of two tokens: rewards 1.5 0.5 1 and 1.5 0.5 0.5.
+  assert figures.mixed_metrics(groups, (END,)) == {
+    "injected_frac": pytest.approx(1 / 6),
+    "injected/reward_mean": pytest.approx(5.5 / 6),
+    "completion/length": pytest.approx(15 / 6),
+    "completion/truncated_frac": 0.0,
+  }
+
+
+def test_mixed_metrics_count_own_rows_apart_from_supervised_ones():
+  others = cases.groups([[RIGHT, RIGHT, RIGHT]] * 2, [[1, 1, 1]] * 2)
+  accepted = np.array([[True, True, False], [True, False, False]])
+  own = cases.mixed()
+  grouping.inject(own, [exploration.Injection(1, 1, cases.candidate())], SCORER)
+  groups = grouping.joined(own, grouping.supervised_groups(others, accepted=accepted), axis=1)
+  assert figures.mixed_metrics(own, (END,))["completion/truncated_frac"] == pytest.approx(1 / 6)
+  # Three of six supervised rows hold something, out of twelve rows; all else is as without them.
+  assert figures.mixed_metrics(groups, (END,)) == figures.mixed_metrics(own, (END,)) | {
+    "supervised/row_frac": 3 / 12,
+    "supervised/accept_rate": 3 / 6,
+  }
+
+
+def test_mixed_metrics_without_rows_of_the_student():
+  groups = grouping.supervised_groups(cases.mixed(), accepted=np.array([[True, False, False], [True, True, True]]))
+  assert figures.mixed_metrics(groups, (END,)) == {
+    "supervised/row_frac": pytest.approx(4 / 6),
+    "supervised/accept_rate": pytest.approx(4 / 6),
+  }
+
+
+def test_gate_metrics():
+  # Open for rows of 4, 1 and 2 of 17 tokens; the last of the three is wrong.
+  assert figures.gate_metrics(cases.mixed(), GATE) == {
+    "gate/frac": 3 / 6,
+    "gate/token_frac": pytest.approx(7 / 17),
+    "gate/wrong_share": pytest.approx(1 / 3),
+  }
+
+
+def test_a_closed_gate_has_no_wrong_share():
+  closed = np.zeros((P, G), bool)
+  assert figures.gate_metrics(cases.mixed(), closed) == {"gate/frac": 0.0, "gate/token_frac": 0.0}
+
+
+def test_empty_rows_count_among_rollouts_and_not_among_tokens():
+  empty = grouping.supervised_groups(cases.mixed(), accepted=np.array([[True, False, False], [False, True, False]]))
+  found = figures.gate_metrics(empty, GATE)  # rows of 4, 0 and 2 tokens: all that there are
+  assert (found["gate/frac"], found["gate/token_frac"]) == (3 / 6, 1.0)
+  nothing = grouping.supervised_groups(cases.mixed(), accepted=np.zeros((P, G), bool))
+  assert figures.gate_metrics(nothing, np.ones((P, G), bool))["gate/token_frac"] == 0.0
+
+
+def test_sample_records():
+  groups = cases.mixed()
+  grouping.inject(groups, [exploration.Injection(0, 2, cases.candidate(BARE))], SCORER)
+  groups.supervised[0, 1] = True
+  records = figures.sample_records(
+    groups, GATE, step=7, prompts=1, problem=lambda example: f"asked: {example.question}"
+  )
+  assert len(records) == G and [record["rollout"] for record in records] == [0, 1, 2]
+  assert json.loads(json.dumps(records)) == list(records)
+  assert records[2] == {
+    "kind": "rollout",
+    "step": 7,
+    "id": "set/q0",
+    "modality": "MRI",
+    "question_type": "Counting",
+    "images": ["q0.png"],
+    "prompt": "asked: What is q0?",
+    "question": "What is q0?",
+    "options": ["one", "two"],
+    "answer": "B",
+    "rollout": 2,
+    "completion": BARE,
+    "rewards": {"accuracy": 1.0, "format": 0.0},
+    "reward": 1.0,
+    "gate": True,
+    "injected": True,
+    "supervised": False,
+    "hint": "look left",
+  }
+  marks = [(record["gate"], record["injected"], record["supervised"], record["hint"]) for record in records[:2]]
+  assert marks == [(True, False, False, ""), (False, False, True, "")]
+
+
+@pytest.mark.parametrize(("prompts", "count"), [(0, 0), (1, G), (2, 2 * G), (5, 2 * G)])
+def test_the_rollouts_of_the_first_prompts_are_recorded(prompts, count):
+  records = figures.sample_records(cases.mixed(), GATE, step=1, prompts=prompts, problem=lambda example: "")
+  assert [(record["id"], record["rollout"]) for record in records] == [(f"set/q{i // G}", i % G) for i in range(count)]
+
+
+def outcome():
+  """Two prompts asked for help: the second got nothing, the first one of two candidates after a hint that was none."""
+  refused, accepted = cases.candidate("the hint says B"), cases.candidate(RIGHT)
+  accepted = dataclasses.replace(accepted, attempt=2)
+  return exploration.Exploration(
+    accepted={1: [accepted], 0: []},
+    candidates={1: [refused, accepted], 0: []},
+    hints={1: ["no block", "<hint> look left </hint>"], 0: ["<hint></hint>"]},
+  )
+
+
+def test_hint_records():
+  records = figures.hint_records(outcome(), cases.mixed(), step=7, prompts=2)
+  assert json.loads(json.dumps(records)) == list(records)
+  first, last = {"step": 7, "id": "set/q1"}, {"step": 7, "id": "set/q0"}
+  tried = first | {"kind": "candidate", "hint": "look left", "accurate": True, "well_formed": True}
+  assert records == (
+    first | {"kind": "hint", "text": "no block"},
+    first | {"kind": "hint", "text": "<hint> look left </hint>"},
+    tried | {"round": 1, "completion": "the hint says B", "leaks": True, "accepted": False},
+    tried | {"round": 2, "completion": RIGHT, "leaks": False, "accepted": True},
+    last | {"kind": "hint", "text": "<hint></hint>"},
+  )
+
+
+@pytest.mark.parametrize(("prompts", "count"), [(0, 0), (1, 4), (9, 5)])
+def test_hints_of_the_first_prompts_that_asked_are_recorded(prompts, count):
+  assert len(figures.hint_records(outcome(), cases.mixed(), step=1, prompts=prompts)) == count
+
+
+def test_two_equal_candidates_are_told_apart():
+  # One of two that say the same was accepted: arrays inside make them incomparable by value.
+  first, second = cases.candidate(), cases.candidate()
+  found = exploration.Exploration(accepted={0: [second]}, candidates={0: [first, second]}, hints={0: []})
+  records = figures.hint_records(found, cases.mixed(), step=1, prompts=1)
+  assert [record["accepted"] for record in records] == [False, True]

@@ -1,0 +1,299 @@
+"""Groups on the host: made from rollouts, joined, selected, injected into, and put together for the update."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from kepo_jax import exploration, rewards
+from kepo_jax.data import pipeline, prompts
+from kepo_jax.training import groups as grouping
+from kepo_jax.types import Rollouts
+from tests.conftest import ROOT
+from tests.training import cases
+from tests.training.cases import BARE, END, NOTHING, RIGHT, SCORER, WRONG, G, P, T
+
+ARRAYS = ("tokens", "mask", "logps", "texts", "injected", "supervised", "hints")
+LENGTH = 16  # tokens of a completion in the phantom's vocabulary
+
+
+@pytest.fixture(scope="module")
+def processor():
+  folder = ROOT / "experiments" / "assets" / "phantom" / "confused"
+  return pipeline.Processor.from_directory(folder, templates=prompts.TEMPLATES["brief"])
+
+
+def rollouts_of(processor, texts):
+  """Rollouts [P, G, T] that say `texts`."""
+  tokens, mask = processor.completions([text for group in texts for text in group], LENGTH)
+  shape = (len(texts), len(texts[0]), LENGTH)
+  logps = -np.arange(tokens.size, dtype=np.float32).reshape(shape)
+  return Rollouts(tokens=tokens.reshape(shape), mask=mask.reshape(shape), logps=logps)
+
+
+def assert_equal(a, b):
+  """Every field of two groups is equal."""
+  assert list(a.examples) == list(b.examples)
+  for name in ARRAYS:
+    np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+  assert a.scores.keys() == b.scores.keys()
+  for name, values in a.scores.items():
+    np.testing.assert_array_equal(values, b.scores[name], err_msg=name)
+
+
+# ---- from rollouts ----
+
+
+def test_scored_groups_are_the_rollouts_decoded_and_scored(processor):
+  texts, examples = [[RIGHT, WRONG], [BARE, NOTHING]], [cases.example("a"), cases.example("b")]
+  rollouts = rollouts_of(processor, texts)
+  found = grouping.scored_groups(processor, examples, rollouts, SCORER)
+  for name in ("tokens", "mask", "logps"):
+    np.testing.assert_array_equal(getattr(found, name), rollouts[name])
+  assert found.texts.tolist() == texts and found.texts.dtype == object
+  # The weights are 1 and 0.5.
+  assert {name: values.tolist() for name, values in found.scores.items()} == {
+    "accuracy": [[1, 0], [1, 0]],
+    "format": [[1, 1], [0, 0]],
+    "total": [[1.5, 0.5], [1, 0]],
+  }
+  assert not found.injected.any() and not found.supervised.any()
+  assert found.hints.tolist() == [["", ""], ["", ""]]
+  # They are copies: injection writes into them.
+  assert not np.shares_memory(found.tokens, rollouts.tokens) and found.tokens.flags.writeable
+
+
+def test_what_lies_behind_the_mask_is_not_read(processor):
+  rollouts = rollouts_of(processor, [["<answer>B</answer>"]])
+  (word, *_), _ = processor.completions(["A"], 2)
+  rollouts = rollouts.replace(tokens=np.where(rollouts.mask, rollouts.tokens, word[0]))
+  found = grouping.scored_groups(processor, [cases.example("a")], rollouts, SCORER)
+  assert found.texts.tolist() == [["<answer>B</answer>"]] and found.scores["accuracy"].tolist() == [[1]]
+
+
+def test_one_text_per_row_stays_one_text(processor):
+  # NumPy makes an array of characters, or of another shape, of some lists of texts.
+  found = grouping.scored_groups(processor, [cases.example("a")], rollouts_of(processor, [["B"]]), SCORER)
+  assert found.texts.shape == (1, 1) and found.texts[0, 0] == "B"
+
+
+def test_given_rollouts_repeat_what_was_written(processor):
+  texts = ["<answer> A</answer>", "<answer> B</answer>"]
+  given = grouping.given_rollouts(processor, texts, 3, 6)
+  assert given.tokens.shape == given.mask.shape == given.logps.shape == (2, 3, 6)
+  assert (given.tokens == given.tokens[:, :1]).all() and (given.mask == given.mask[:, :1]).all()
+  assert [processor.decode(given.tokens[:, g], given.mask[:, g]) for g in range(3)] == [texts] * 3
+  # Tag, letter, tag and end token; the rest is padding.
+  assert given.mask.sum(axis=2).tolist() == [[4] * 3] * 2
+  assert (given.tokens[..., 3] == processor.end_ids[0]).all() and (given.tokens[..., 4:] == processor.pad_id).all()
+  assert given.logps.dtype == np.float32 and not given.logps.any()
+
+
+def test_given_rollouts_are_not_cut(processor):
+  with pytest.raises(ValueError, match=r"'<answer> A</answer>' needs 4 tokens; raise sampling.max_new_tokens=3"):
+    grouping.given_rollouts(processor, ["<answer> A</answer>"], 2, 3)
+
+
+def test_candidates_are_judged_by_the_scorer(processor):
+  texts = [[RIGHT, BARE, "the hint says <think></think><answer>B</answer>"], [WRONG, NOTHING, RIGHT], [RIGHT] * 3]
+  rollouts = rollouts_of(processor, texts)
+  examples = [cases.example("a"), cases.example("b", answer="A")]
+  found = grouping.candidates(processor, examples, ["left", "right"], rollouts, SCORER)
+  assert [len(each) for each in found] == [3, 3]  # the third row is padding
+  judged = [[(c.accurate, c.well_formed, c.leaks) for c in each] for each in found]
+  assert judged == [
+    [(True, True, False), (True, False, False), (True, False, True)],
+    [(True, True, False), (False, False, False), (False, True, False)],  # the gold letter is A
+  ]
+  assert [[c.text for c in each] for each in found] == texts[:2]
+  assert [{c.hint for c in each} for each in found] == [{"left"}, {"right"}]
+  for name in ("tokens", "mask", "logps"):
+    np.testing.assert_array_equal(getattr(found[1][2], name), rollouts[name][1, 2])
+
+
+def test_a_half_right_candidate_is_not_accurate(processor):
+  graded = rewards.Scorer({"accuracy": (rewards.medvlm_accuracy, 1.0), "format": (rewards.strict_format, 1.0)})
+  rollouts = rollouts_of(processor, [["<answer>B) two</answer>", "<answer>B</answer>"]])
+  (found,) = grouping.candidates(processor, [cases.example("a")], ["left"], rollouts, graded)
+  assert [c.accurate for c in found] == [False, True]
+
+
+# ---- put together ----
+
+
+def test_supervised_groups_keep_their_rows():
+  groups = cases.mixed()
+  found = grouping.supervised_groups(groups)
+  assert found.supervised.all() and not groups.supervised.any()
+  assert_equal(dataclasses.replace(found, supervised=groups.supervised), groups)
+
+
+def test_rows_that_are_not_accepted_become_empty():
+  groups = cases.mixed()
+  accepted = np.array([[True, False, True], [False, False, False]])
+  found = grouping.supervised_groups(groups, accepted=accepted)
+  assert found.mask.sum(axis=2).tolist() == [[4, 0, 1], [0, 0, 0]]
+  assert found.supervised.all()
+  assert groups.mask.sum(axis=2).tolist() == [[4, 3, 1], [4, 2, 3]]  # as it was
+  assert_equal(dataclasses.replace(found, mask=groups.mask, supervised=groups.supervised), groups)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_joined(axis):
+  first = cases.mixed()
+  second = cases.groups([[BARE, BARE, RIGHT], [RIGHT, RIGHT, RIGHT]], [[1, 1, 4], [4, 3, 2]], name="r")
+  second = grouping.supervised_groups(second)
+  first.hints[0, 1] = "left"
+  first.injected[0, 1] = True
+  found = grouping.joined(first, second, axis=axis)
+  assert found.tokens.shape == ((2 * P, G, T), (P, 2 * G, T))[axis]
+  # More rollouts belong to the questions of the first; more prompts bring their own.
+  ids = [each.id for each in found.examples]
+  assert ids == ["set/q0", "set/q1", *(["set/r0", "set/r1"] if axis == 0 else [])]
+  rows = (slice(None),) * axis
+  size = (P, G)[axis]
+  for name in ARRAYS:
+    np.testing.assert_array_equal(getattr(found, name)[*rows, :size], getattr(first, name), err_msg=name)
+    np.testing.assert_array_equal(getattr(found, name)[*rows, size:], getattr(second, name), err_msg=name)
+    assert getattr(found, name).dtype == getattr(first, name).dtype
+  for name, values in found.scores.items():
+    np.testing.assert_array_equal(values[*rows, :size], first.scores[name], err_msg=name)
+    np.testing.assert_array_equal(values[*rows, size:], second.scores[name], err_msg=name)
+
+
+def test_selected_undoes_joined():
+  first, second = cases.mixed(), cases.groups([[BARE] * 3, [RIGHT] * 3], [[1] * 3, [4] * 3], name="r")
+  both = grouping.joined(first, second, axis=0)
+  assert_equal(grouping.selected(both, [0, 1]), first)
+  assert_equal(grouping.selected(both, np.array([2, 3])), second)
+  turned = grouping.selected(both, [3, 0])
+  assert [each.id for each in turned.examples] == ["set/r1", "set/q0"]
+  np.testing.assert_array_equal(turned.tokens, both.tokens[[3, 0]])
+  np.testing.assert_array_equal(turned.scores["total"], both.scores["total"][[3, 0]])
+
+
+def test_a_signal_is_any_difference_however_small():
+  groups = cases.groups([[RIGHT] * 8] * 4, [[4] * 8] * 4)
+  total = np.full((4, 8), 0.1, np.float32)
+  total[1, 7] = np.nextafter(np.float32(0.1), np.float32(1))  # the last of a group, by one bit
+  total[2, 0] = 0.0
+  groups.scores["total"] = total
+  # The mean of eight times 0.1 rounds; 0.1 equals 0.1.
+  assert grouping.has_signal(groups).tolist() == [False, True, True, False]
+
+
+# ---- injection ----
+
+
+def test_inject_replaces_a_row_and_scores_it_again():
+  groups, before = cases.mixed(), cases.mixed()
+  placed = [
+    exploration.Injection(1, 2, cases.candidate()),
+    exploration.Injection(1, 0, cases.candidate(BARE, "up", 60)),
+  ]
+  grouping.inject(groups, placed, SCORER)
+  assert groups.injected.tolist() == [[False] * 3, [True, False, True]]
+  assert groups.tokens[1, 2].tolist() == [50, END, 0, 0] and groups.tokens[1, 0].tolist() == [60, END, 0, 0]
+  assert groups.mask[1].sum(axis=1).tolist() == [2, 2, 2] and groups.logps[1, 0].tolist() == [-2, -2, 0, 0]
+  assert groups.texts[1].tolist() == [BARE, WRONG, RIGHT] and groups.hints[1].tolist() == ["up", "", "look left"]
+  # Bare: 1 + 0; wrong in the right format: 0 + 0.5; right: 1 + 0.5.
+  assert groups.scores["total"][1].tolist() == [1, 0.5, 1.5]
+  assert groups.scores["accuracy"][1].tolist() == [1, 0, 1] and groups.scores["format"][1].tolist() == [0, 1, 1]
+  assert_equal(grouping.selected(groups, [0]), grouping.selected(before, [0]))
+  np.testing.assert_array_equal(groups.tokens[1, 1], before.tokens[1, 1])
+
+
+def test_nothing_placed_changes_nothing():
+  groups = cases.mixed()
+  grouping.inject(groups, [], SCORER)
+  assert_equal(groups, cases.mixed())
+
+
+# ---- gate, truncation, hinted rows, experience ----
+
+
+@pytest.mark.parametrize(
+  ("signal", "expected"),
+  [
+    ("accuracy", [[1, 0, 1], [0, 0, 0]]),
+    ("mean", [[1, 0.5, 0.5], [0, 0.5, 0.5]]),
+    ("sum", [[2, 1, 1], [0, 1, 1]]),
+  ],
+)
+def test_gate_signals(signal, expected):
+  # Accuracies 1 0 1 and 0 0 0, formats 1 1 0 and 0 1 1.
+  assert grouping.gate_signal(cases.mixed().scores, signal).tolist() == expected
+
+
+def test_an_unknown_gate_signal_is_refused():
+  with pytest.raises(ValueError, match=r"objective.gate_signal='reward' is unknown; use one of \['accuracy', 'mean'"):
+    grouping.gate_signal(cases.mixed().scores, "reward")
+
+
+def test_truncated_rows_have_no_end_token():
+  groups = cases.mixed()
+  assert grouping.truncated(groups, (END,)).tolist() == [[False] * 3, [True, False, False]]
+  assert grouping.truncated(groups, (END + 90,)).all()
+  # Any end id ends: this is the first token of the row that was cut off.
+  assert not grouping.truncated(groups, (END, groups.tokens[1, 0, 0])).any()
+
+
+def test_an_end_token_behind_the_mask_ends_nothing():
+  groups = cases.mixed()
+  groups.mask[0, 0, 3] = False  # where its end token is
+  assert grouping.truncated(groups, (END,)).tolist() == [[True, False, False], [True, False, False]]
+  # Padding is often an end id as well.
+  groups.tokens[~groups.mask] = END
+  assert grouping.truncated(groups, (END,))[0, 0]
+
+
+def test_supervised_rows_are_never_truncated():
+  groups = cases.mixed()
+  groups.supervised[1] = True
+  assert not grouping.truncated(groups, (END,)).any()
+  empty = grouping.supervised_groups(cases.mixed(), accepted=np.zeros((P, G), bool))
+  assert not grouping.truncated(empty, (END,)).any()
+
+
+class Asked:
+  """Remembers what prompts were asked for."""
+
+  def __call__(self, examples, hints):
+    self.examples, self.hints = [each.id for each in examples], list(hints)
+    return "prompts"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_hinted_rows_come_in_multiples_of_the_prompts(count):
+  groups, asked = cases.mixed(), Asked()
+  slots = [(1, 2), (0, 1), (1, 0)][:count]
+  for i, (p, g) in enumerate(slots):
+    grouping.inject(groups, [exploration.Injection(p, g, cases.candidate(hint=f"hint {i}"))], SCORER)
+  found = grouping.hinted_rows(groups, asked)
+  # P is 2: one is filled up to two, three to four, with the first; in the order of the batch.
+  expected = {1: [(1, 2)], 2: [(0, 1), (1, 2)], 3: [(0, 1), (1, 0), (1, 2)]}[count]
+  filled = expected + expected[:1] * (count % 2)
+  assert list(zip(found.prompt.tolist(), found.slot.tolist(), strict=True)) == filled
+  assert found.used.tolist() == [True] * count + [False] * (count % 2)
+  assert found.prompts == "prompts"
+  assert asked.examples == [f"set/q{p}" for p, _ in filled]
+  assert asked.hints == [f"hint {slots.index(row)}" for row in filled]
+  assert found.prompt.dtype == found.slot.dtype == np.int32 and found.used.dtype == bool
+
+
+def test_without_injected_rows_there_are_no_hinted_rows():
+  assert grouping.hinted_rows(cases.mixed(), Asked()) is None
+
+
+def test_experience_holds_every_row():
+  groups = grouping.joined(cases.mixed(), grouping.supervised_groups(cases.mixed()), axis=1)
+  groups.injected[0, 1] = True
+  rows = np.arange(P * 2 * G).reshape(P, 2 * G)
+  kept = rows != 3
+  found = grouping.experience(groups, "prompts", rows.tolist(), rows % 2, kept=kept, hinted="hinted")
+  for name in ("tokens", "mask", "logps", "injected", "supervised"):
+    np.testing.assert_array_equal(found[name], getattr(groups, name), err_msg=name)
+  assert found.advantages.dtype == np.float32 and found.advantages.tolist() == rows.tolist()
+  assert found.gate.dtype == bool and found.gate.tolist() == (rows % 2 == 1).tolist()
+  assert found.kept is kept and (found.prompts, found.hinted) == ("prompts", "hinted")
+  assert grouping.experience(groups, "prompts", rows, rows > 2, kept=kept).hinted is None

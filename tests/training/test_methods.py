@@ -1,0 +1,124 @@
+"""Every config of experiments/configs runs two steps, and logs what its method has and nothing else."""
+
+import importlib.util
+
+import pytest
+
+from experiments import settings
+from kepo_jax import training
+from kepo_jax.data import splits
+from kepo_jax.types import Hook
+from tests.conftest import ROOT
+
+ASSETS = ROOT / "experiments" / "assets" / "phantom"
+CONFIGS = sorted(path for path in (ROOT / "experiments" / "configs").glob("*.py") if path.stem != "__init__")
+
+
+class Recorder(Hook):
+  """Keeps every report."""
+
+  def __init__(self):
+    self.reports = []
+
+  def step(self, report):
+    self.reports.append(report)
+
+
+def small(path, *arguments, **changes):
+  """The config of a file on the phantom's models, in a size that runs in seconds; changes as `section__field=value`."""
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(*arguments)
+  config.model.student, config.model.teacher = str(ASSETS / "confused"), str(ASSETS / "weak")
+  config.mesh.data = 1
+  config.batch.prompts = 4
+  if config.batch.rollouts > 1:
+    config.batch.rollouts = 4
+  config.data.train_items, config.data.validation_items, config.data.test_items = 16, 1, 1
+  # What the paper's sizes would make of drawn pictures: other buckets, the phantom's wordings and its lengths.
+  config.data.resize, config.data.templates = "native", "brief"
+  config.data.prompt_buckets, config.data.patch_buckets = (56,), (64,)
+  config.sampling.max_new_tokens = config.eval.max_new_tokens = config.exploration.hint_tokens = 24
+  config.exploration.rounds = min(config.exploration.rounds, 2)
+  config.train.steps, config.eval.every, config.eval.test = 2, 0, False
+  config.log.gradients_every = 2
+  for name, value in changes.items():
+    section, field = name.split("__")
+    config[section][field] = value
+  return config
+
+
+@pytest.fixture(scope="module")
+def questions():
+  return splits.load(small(ROOT / "experiments" / "configs" / "kepo.py").data)
+
+
+def metrics_of(config, questions):
+  recorder = Recorder()
+  result = training.train(config, records=questions, hooks=[recorder])
+  assert int(result.state.step) == 2
+  return [report.metrics for report in recorder.reports]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_two_steps(path, questions):
+  config = small(path)
+  first, second = metrics_of(config, questions)
+  samples = config.batch.on_policy_fraction > 0
+  distils = config.objective.distill_weight > 0
+  assert ("reward/mean" in first) == samples == ("entropy" in first)
+  assert ("gate/frac" in first) == distils == ("lambda" in first)
+  assert ("kl/ref" in first) == (config.objective.reference_weight > 0)
+  assert ("supervised/nll" in first) == (config.batch.on_policy_fraction < 1)
+  if config.objective.reference_weight:  # the policy leaves it with the first update
+    assert second["kl/ref"] > 1e-6 > abs(first["kl/ref"])
+  assert ("grad_cosine" in second) == (distils and config.objective.policy_weight > 0)
+  assert "grad_cosine" not in first
+  assert second["grad_norm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_gkd_with_answers_of_the_teacher(fraction, questions):
+  config = small(ROOT / "experiments" / "configs" / "gkd.py", batch__on_policy_fraction=fraction)
+  first, _ = metrics_of(config, questions)
+  assert 0 < first["supervised/accept_rate"] <= 1
+  assert first["supervised/row_frac"] == pytest.approx(first["supervised/accept_rate"] * (1 - fraction))
+  assert first["divergence/gated"] > 0
+  assert first["gate/frac"] == 1
+  assert ("reward/mean" in first) == (fraction > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"objective__off_context": "keep_hint", "batch__updates": 2, "batch__micro_batches": 2},
+    {"objective__off_context": "drop_behaviour_shaped", "objective__ratio": "sequence", "batch__updates": 2},
+    {"objective__divergence_top_k": 20, "objective__distill_schedule": "linear", "objective__mask_truncated": True},
+    {"objective__divergence": "sampled_k2", "objective__importance_cap": 2.0, "objective__gate_injected": False},
+    {"exploration__hints": "once", "exploration__candidates": 3, "exploration__hint_prompt": "hint_only"},
+    {"sampling__dynamic_rounds": 2, "exploration__trigger": "never", "reward__more": "lenient_accuracy:0.5"},
+  ],
+  ids=lambda changes: "-".join(name.split("__")[1] for name in changes),
+)
+def test_knobs_together(changes, questions):
+  first, second = metrics_of(small(ROOT / "experiments" / "configs" / "kepo.py", **changes), questions)
+  assert second["grad_norm"] > 0
+  if changes.get("batch__updates") == 2:
+    assert first["ratio/mean"] != 1
+  if "objective__distill_schedule" in changes:
+    assert (first["lambda"], second["lambda"]) == (1.0, 0.5)
+  if "sampling__dynamic_rounds" in changes:
+    assert first["dynamic/asked"] in (4, 8, 12)
+    assert first["dynamic/asked"] == 4 or first["dynamic/useful_frac"] < 1
+    assert first["reward/lenient_accuracy"] >= first["reward/accuracy"]
+  if changes.get("exploration__hints") == "once":
+    assert first["hint/attempts"] <= first["hint/trigger_rate"] * 4
+
+
+def test_the_grid_belongs_to_every_method():
+  for path in CONFIGS:
+    assert small(path).optimizer.learning_rate in {rate for rates in settings.LEARNING_RATES.values() for rate in rates}

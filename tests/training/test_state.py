@@ -1,0 +1,136 @@
+"""The schedule and the optimizer are what they say; moments lie where their parameters lie."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kepo_jax import sharding
+from kepo_jax.training import state
+
+OPTIMIZER = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
+
+
+def constant(rate):
+  return lambda step: rate
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_schedule(warmup):
+  schedule = state.learning_rate_schedule(learning_rate=3e-4, warmup_steps=warmup, steps=80)
+  rates = np.array([schedule(i) for i in range(81)])
+  assert rates[max(0, warmup - 1)] == pytest.approx(3e-4)
+  assert rates[0] == pytest.approx(3e-4 / max(1, warmup))
+  assert rates[80] == 0
+  assert (np.diff(rates[max(0, warmup - 1) :]) <= 0).all()
+  assert rates[79] > 0
+
+
+def test_schedule_by_hand():
+  # Up to 0.4 in four updates, the first of which moves already; then 6 / 6, 5 / 6, ... of it.
+  schedule = state.learning_rate_schedule(learning_rate=0.4, warmup_steps=4, steps=10)
+  expected = [0.1, 0.2, 0.3, 0.4, *(0.4 * left / 6 for left in (6, 5, 4, 3, 2, 1, 0))]
+  np.testing.assert_allclose([schedule(i) for i in range(11)], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_warmup_as_long_as_the_run_never_decays_below_zero():
+  schedule = state.learning_rate_schedule(learning_rate=0.2, warmup_steps=4, steps=2)
+  np.testing.assert_allclose([schedule(i) for i in range(2)], [0.05, 0.1], rtol=1e-6)
+  assert all(schedule(i) >= 0 for i in range(9))
+
+
+def test_the_optimizer_is_adam_without_decay():
+  optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
+  params = {"a": jnp.array([1.0, -2.0])}
+  moments = optimizer.init(params)
+  updates, moments = optimizer.update({"a": jnp.array([0.3, -0.4])}, moments, params)
+  # The first step of Adam is lr times the sign of the gradient.
+  np.testing.assert_allclose(updates["a"], [-0.1, 0.1], rtol=1e-5)
+  assert [leaf.shape for leaf in jax.tree.leaves(moments) if leaf.ndim] == [(2,), (2,)]
+  # The second by hand: m = 0.9 m + 0.1 g over 1 - 0.9^2, v likewise with 0.999; g doubles, and is not clipped: norm 1.
+  updates, _ = optimizer.update({"a": jnp.array([0.6, -0.8])}, moments, params)
+  first = (0.9 * 0.1 * 0.3 + 0.1 * 0.6) / (1 - 0.9**2)
+  second = (0.999 * 0.001 * 0.3**2 + 0.001 * 0.6**2) / (1 - 0.999**2)
+  step = 0.1 * first / second**0.5  # the second element is 4/3 of the first, so its step has the same size
+  np.testing.assert_allclose(updates["a"], [-step, step], rtol=1e-4)
+
+
+def test_weight_decay_is_decoupled():
+  optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER | {"weight_decay": 0.5})
+  params = {"a": jnp.array([1.0, -2.0])}
+  updates, _ = optimizer.update({"a": jnp.array([0.3, -0.4])}, optimizer.init(params), params)
+  # lr (sign + 0.5 w): decay is no part of the gradient that Adam divides.
+  np.testing.assert_allclose(updates["a"], [-0.1 - 0.05, 0.1 + 0.1], rtol=1e-5)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_of_them():
+  # Norm 50 over both tensors; with eps far above the clipped gradient Adam's first step is lr g / eps.
+  optimizer = state.make_optimizer(constant(1.0), **OPTIMIZER | {"clip_norm": 5.0, "eps": 1e6})
+  params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+  gradient = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}
+  updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+  np.testing.assert_allclose([updates["a"][0] * 1e6, updates["b"][0] * 1e6], [-3.0, -4.0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("updates", "rates"),
+  [(1, [0.4, 0.3, 0.2, 0.1, 0.0, 0.0]), (2, [0.4, 0.4, 0.3, 0.3, 0.2, 0.2]), (3, [0.4, 0.4, 0.4, 0.3, 0.3, 0.3])],
+)
+def test_all_updates_of_a_step_have_its_learning_rate(updates, rates):
+  schedule = state.learning_rate_schedule(learning_rate=0.4, warmup_steps=0, steps=4)
+  optimizer = state.make_optimizer(schedule, updates=updates, **OPTIMIZER)
+  params, gradient = {"a": jnp.zeros(1)}, {"a": jnp.array([0.5])}
+  moments, moved = optimizer.init(params), []
+  for _ in rates:
+    change, moments = optimizer.update(gradient, moments, params)
+    moved.append(-float(change["a"][0]))
+  # Under a constant gradient every step of Adam is the learning rate.
+  np.testing.assert_allclose(moved, rates, rtol=1e-4, atol=1e-9)
+
+
+def test_trained():
+  params = {"visual": 1, "language_model": 2, "lm_head": 3}
+  assert state.trained(params) == params
+  assert state.trained(params, ("visual",)) == {"language_model": 2, "lm_head": 3}
+
+
+@pytest.fixture
+def params(mesh_of):
+  """float32 parameters on four devices: one tensor cut over fsdp, one over tensor, one whole."""
+  mesh = mesh_of(fsdp=2, tensor=2)
+  place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+  tree = {"visual": {"w": np.ones((4, 2))}, "language_model": {"w": np.ones((4, 6)), "b": np.ones(3)}}
+  places = {"visual": {"w": place("fsdp")}, "language_model": {"w": place(None, "tensor"), "b": place()}}
+  return jax.device_put(jax.tree.map(np.float32, tree), places)
+
+
+def test_the_first_state(params):
+  optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
+  first = state.initial_state(params, optimizer)
+  assert first.params is params and first.step.dtype == jnp.int32 and int(first.step) == 0
+  mu, nu = (optax.tree_utils.tree_get(first.opt_state, name) for name in ("mu", "nu"))
+  for moment in (mu, nu):
+    assert jax.tree.structure(moment) == jax.tree.structure(params)
+    for value, parameter in zip(jax.tree.leaves(moment), jax.tree.leaves(params), strict=True):
+      assert (value.shape, value.dtype) == (parameter.shape, jnp.float32) and not value.any()
+      assert value.sharding.is_equivalent_to(parameter.sharding, value.ndim)
+  # Counters lie on every device, as the number of steps does.
+  whole = sharding.replicated(params["visual"]["w"].sharding.mesh)
+  counts = [leaf for leaf in jax.tree.leaves(first.opt_state) if not leaf.ndim]
+  assert counts and all(leaf.sharding.is_equivalent_to(whole, 0) for leaf in (*counts, first.step))
+
+
+def test_frozen_parts_have_no_moments(params):
+  optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
+  first = state.initial_state(params, optimizer, ("visual",))
+  assert first.params is params  # they stay in the state, for the forward pass and the export
+  for name in ("mu", "nu"):
+    moment = optax.tree_utils.tree_get(first.opt_state, name)
+    assert moment.keys() == {"language_model"}
+    assert [leaf.shape for leaf in jax.tree.leaves(moment)] == [(3,), (4, 6)]
+  # It takes gradients of the trained parts, and no others.
+  moving = state.trained(params, ("visual",))
+  updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, moving), first.opt_state, moving)
+  assert updates.keys() == {"language_model"}
