@@ -6,6 +6,9 @@ must occur exactly once in its file, and the named test must be fast.
 
 import dataclasses
 
+from tests.objectives import mutations as objectives
+from tests.training import mutations as training
+
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
@@ -25,7 +28,6 @@ _IMAGES = f"{_TESTS}/test_golden.py::test_image_tokens[images]"
 _DEEPSTACK = f"{_TESTS}/test_golden.py::test_deepstack_features[images]"
 _DECODER = f"{_TESTS}/test_golden.py::test_decoder_after_every_layer[images]"
 _BIASED = f"{_TESTS}/test_golden.py::test_decoder_after_every_layer[text_untied]"
-_OBJECTIVE = "tests/objectives/test_losses.py::test_objective_equals_a_slow_loop"
 _CHUNKED = "tests/models/test_scoring.py::test_chunked_equals_dense"
 _AXES = f"{_TESTS}/test_text.py::test_frequencies_are_interleaved"
 
@@ -184,110 +186,13 @@ MUTATIONS = (
     '"unknown": [],',
     f"{_TESTS}/test_conversion.py::test_one_error_lists_everything_that_does_not_fit",
   ),
-  Mutation(
-    "sign of the policy term",
-    "kepo_jax/objectives/losses.py",
-    "loss = -(inputs.policy_weight",
-    "loss = (inputs.policy_weight",
-    _OBJECTIVE,
+  *(
+    Mutation(name, f"kepo_jax/objectives/{module}.py", old, new, f"tests/objectives/{test}")
+    for module, name, test, old, new in objectives.MUTATIONS
   ),
-  Mutation(
-    "ddof of the group deviation",
-    "kepo_jax/objectives/advantages.py",
-    "ddof=1",
-    "ddof=0",
-    "tests/objectives/test_advantages.py::test_equals_a_slow_loop",
-  ),
-  Mutation(
-    "dead groups found by a small spread",
-    "kepo_jax/objectives/advantages.py",
-    "(rewards == rewards[:, :1]).all(axis=1, keepdims=True)",
-    "rewards.std(axis=1, keepdims=True) == 0",
-    "tests/objectives/test_advantages.py::test_dead_groups_give_exact_zeros",
-  ),
-  Mutation(
-    "comparison of the gate",
-    "kepo_jax/objectives/gates.py",
-    "signal >= threshold",
-    "signal > threshold",
-    "tests/objectives/test_gates.py::test_a_threshold_of_zero_is_uniform_distillation",
-  ),
-  Mutation(
-    "branches of the JSD swapped",
-    "kepo_jax/objectives/divergences.py",
-    "if weight == 0:",
-    "if weight == 1:",
-    "tests/objectives/test_divergences.py::test_equals_a_slow_loop",
-  ),
-  Mutation(
-    "weights of the mixture swapped",
-    "kepo_jax/objectives/divergences.py",
-    "student_logps) + math.log1p(-weight)",
-    "student_logps) + math.log(weight)",
-    "tests/objectives/test_divergences.py::test_equals_a_slow_loop",
-  ),
-  Mutation(
-    "banned ids reach logaddexp",
-    "kepo_jax/objectives/divergences.py",
-    "banned = jnp.isneginf(teacher_logps) & jnp.isneginf(student_logps)",
-    "banned = jnp.zeros_like(teacher_logps, bool)",
-    "tests/objectives/test_divergences.py::test_banned_ids_are_safe_in_value_and_gradient",
-  ),
-  Mutation(
-    "pi_old not cut",
-    "kepo_jax/objectives/losses.py",
-    "old_logps = jax.lax.stop_gradient(logps) if",
-    "old_logps = logps if",
-    "tests/objectives/test_losses.py::test_gradient_of_an_injected_row_is_advantage_times_score",
-  ),
-  Mutation(
-    "divergence divided by all tokens, gated or not",
-    "kepo_jax/objectives/losses.py",
-    "jnp.maximum(gated.sum(dtype=jnp.float32), 1.0)",
-    "jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)",
-    _OBJECTIVE,
-  ),
-  Mutation(
-    "gate ignored",
-    "kepo_jax/objectives/losses.py",
-    "gated = mask & gate[..., None]",
-    "gated = mask",
-    _OBJECTIVE,
-  ),
-  Mutation(
-    "token mean instead of sequence mean",
-    "kepo_jax/objectives/losses.py",
-    "lengths = mask.sum(axis=-1, keepdims=True, dtype=jnp.float32)",
-    "lengths = mask.sum(keepdims=True, dtype=jnp.float32)",
-    _OBJECTIVE,
-  ),
-  Mutation(
-    "clip bounds swapped",
-    "kepo_jax/objectives/ratios.py",
-    "jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)",
-    "jnp.clip(ratio, 1.0 - clip_high, 1.0 + clip_low)",
-    _OBJECTIVE,
-  ),
-  Mutation(
-    "max for min in the surrogate",
-    "kepo_jax/objectives/ratios.py",
-    "jnp.minimum(ratio",
-    "jnp.maximum(ratio",
-    _OBJECTIVE,
-  ),
-  Mutation(
-    "k3 in the wrong direction",
-    "kepo_jax/objectives/ratios.py",
-    "return jnp.expm1(gap) - gap",
-    "return jnp.expm1(-gap) + gap",
-    "tests/objectives/test_ratios.py::test_k3_expectation_is_the_kl",
-  ),
-  Mutation(
-    "temperature forgotten",
-    "kepo_jax/objectives/distributions.py",
-    ".astype(jnp.float32) / temperature",
-    ".astype(jnp.float32)",
-    "tests/objectives/test_losses.py::test_temperatures_enter_where_they_should",
+  *(
+    Mutation(name, f"kepo_jax/training/{module}.py", old, new, f"tests/training/{test}")
+    for module, name, test, old, new in training.MUTATIONS
   ),
   Mutation(
     "cotangent of the chunked loss dropped",

@@ -1,4 +1,5 @@
 import functools
+import math
 
 import chex
 import jax
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kepo_jax.objectives import distributions, divergences
 
@@ -119,3 +121,161 @@ def test_gradient_against_finite_differences(weight, rng):
 def test_weight_outside_the_unit_interval_is_refused(rng):
   with pytest.raises(ValueError, match="1.5"):
     divergences.generalised_jsd(logps_of(rng), logps_of(rng), weight=1.5)
+
+
+def slow_top_k(teacher_logps, student_logps, weight, k):
+  """`slow_jsd` of distributions over k + 1 buckets; no ties."""
+  buckets = []
+  for row in range(len(teacher_logps)):
+    order = sorted(range(teacher_logps.shape[1]), key=lambda i: -teacher_logps[row, i])
+    for logps in (teacher_logps, student_logps):
+      shares = np.exp(np.float64(logps[row]))
+      buckets.append([*shares[order[:k]], sum(shares[order[k:]])])
+  return slow_jsd(np.log(buckets[::2]), np.log(buckets[1::2]), weight)
+
+
+class TopKTest(chex.TestCase):
+  @chex.variants(with_jit=True, without_jit=True)
+  @parameterized.parameters(
+    # Teacher 1/2 1/4 1/4, student 1/4 1/2 1/4. k = 1: (1/2, 1/2) against (1/4, 3/4).
+    (0.0, 1, 0.5 * math.log(2) + 0.5 * math.log(2 / 3)),
+    (1.0, 1, 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)),
+    # k = 2: the second and the third are equally likely, so both stay and nothing is left: 1/2 log 2 - 1/4 log 2.
+    (0.0, 2, 0.25 * math.log(2)),
+    # The mixture is 3/8 3/8 1/4, and both sides are equally far from it.
+    (0.5, 2, 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3)),
+  )
+  def test_worked_examples(self, weight, k, expected):
+    teacher, student = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.5, 0.25]])
+    divergence = self.variant(functools.partial(divergences.top_k_jsd, weight=weight, top_k=k))
+    np.testing.assert_allclose(divergence(jnp.array(teacher), jnp.array(student)), [expected], rtol=3e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 10])
+@pytest.mark.parametrize("weight", BRANCHES)
+def test_top_k_equals_a_slow_loop(weight, k, rng):
+  allowed = np.arange(12) != 4
+  teacher, student = (logps_of(rng, allowed=jnp.array(allowed)) for _ in range(2))
+  actual = divergences.top_k_jsd(teacher, student, weight=weight, top_k=k)
+  expected = slow_top_k(np.array(teacher)[:, allowed], np.array(student)[:, allowed], weight, k)
+  np.testing.assert_allclose(actual, expected, rtol=5e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_top_k_grows_to_the_whole_divergence(weight, rng):
+  # Merging ids cannot raise a divergence. 11 ids are allowed: with 10 of them the bucket is the eleventh.
+  allowed = jnp.arange(12) != 4
+  teacher, student = (logps_of(rng, (40, 12), allowed=allowed) for _ in range(2))
+  whole = divergences.generalised_jsd(teacher, student, weight=weight)
+  before = jnp.zeros(40)
+  for k in (1, 2, 5, 9, 10, 11, 30):
+    coarse = divergences.top_k_jsd(teacher, student, weight=weight, top_k=k)
+    assert (coarse >= before - 1e-6).all() and (coarse <= whole + 1e-6).all()
+    assert coarse.sum() > before.sum() + 1e-3 or k > 10
+    before = coarse
+    if k >= 10:
+      np.testing.assert_allclose(coarse, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 9, 12])
+@pytest.mark.parametrize("weight", BRANCHES)
+def test_top_k_is_safe_with_banned_ids(weight, top_k, rng):
+  # Nine of twelve ids are allowed: the bucket holds some, and none at 9 and 12.
+  allowed = np.arange(12) % 4 > 0
+  teacher_logits, logits, direction = (jnp.array(rng.normal(size=(3, 12)), jnp.float32) for _ in range(3))
+
+  @jax.jit
+  @jax.value_and_grad
+  def divergence(logits, allowed, teacher_logits):
+    logps = [distributions.masked_log_softmax(x, allowed) for x in (teacher_logits, logits)]
+    return divergences.top_k_jsd(*logps, weight=weight, top_k=top_k).sum()
+
+  value, gradient = divergence(logits, jnp.array(allowed), teacher_logits)
+  # The same as if the banned ids did not exist.
+  expected, small = divergence(logits[:, allowed], jnp.ones(9, bool), teacher_logits[:, allowed])
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  np.testing.assert_allclose(gradient[:, allowed], small, rtol=1e-4, atol=1e-6)
+  np.testing.assert_array_equal(gradient[:, ~allowed], 0.0)
+  # Against differences of the slow loop: in float64, so that the step can be small.
+  slow = lambda z: slow_top_k(teacher[:, allowed], masked(z)[:, allowed], weight, min(top_k, 8)).sum()  # noqa: E731
+
+  def masked(z):
+    z = np.where(allowed, np.float64(z), -np.inf)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+  teacher, step = masked(teacher_logits), 1e-5 * np.float64(direction)
+  difference = (slow(np.float64(logits) + step) - slow(np.float64(logits) - step)) / 2e-5
+  np.testing.assert_allclose((np.float64(gradient) * direction).sum(), difference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", BRANCHES)
+def test_a_tie_at_the_kth_id_keeps_both(weight, rng):
+  student = logps_of(rng, (4, 6))
+  teacher = jnp.log(jnp.tile(jnp.array([[0.3, 0.2, 0.2, 0.1, 0.1, 0.1]]), (4, 1)))
+  by_k = [divergences.top_k_jsd(teacher, student, weight=weight, top_k=k) for k in range(1, 7)]
+  np.testing.assert_array_equal(by_k[1], by_k[2])
+  for more in by_k[3:]:  # from the fourth on all are tied: nothing is left for the bucket
+    np.testing.assert_allclose(more, divergences.generalised_jsd(teacher, student, weight=weight), rtol=1e-6)
+  assert (by_k[1] > by_k[0]).all() and (by_k[3] > by_k[2]).all()
+
+
+def tokens_and_logps(rng, shape=(5, 12)):
+  allowed = jnp.arange(shape[-1]) != 4
+  teacher, student = (logps_of(rng, shape, allowed=allowed) for _ in range(2))
+  return teacher, student, jnp.array(rng.choice(np.flatnonzero(allowed), shape[:-1]))
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("kind", divergences.KINDS)
+def test_kinds_are_what_their_names_say(kind, top_k, rng):
+  teacher, student, tokens = tokens_and_logps(rng)
+  actual = divergences.token_divergence(teacher, student, tokens, kind=kind, weight=0.3, top_k=top_k)
+  weight = {"jsd": 0.3, "forward_kl": 0.0, "reverse_kl": 1.0}.get(kind)
+  allowed = np.isfinite(teacher[0])
+  teacher, student = np.float64(teacher), np.float64(student)
+  if kind == "sampled_k2":
+    rows = np.arange(5)
+    expected = (student[rows, np.array(tokens)] - teacher[rows, np.array(tokens)]) ** 2 / 2
+  elif top_k:
+    expected = slow_top_k(teacher[:, allowed], student[:, allowed], weight, top_k)
+  else:
+    expected = slow_jsd(teacher, student, weight)
+  np.testing.assert_allclose(actual, expected, rtol=5e-6, atol=1e-7)
+
+
+def test_unknown_kind_is_refused(rng):
+  with pytest.raises(ValueError, match="sampled_k2"):
+    divergences.token_divergence(*tokens_and_logps(rng), kind="k2", weight=0.5)
+
+
+def test_mean_gradient_of_sampled_k2_is_that_of_the_reverse_kl(rng):
+  teacher, logits = logps_of(rng, (7,)), jnp.array(rng.normal(size=7), jnp.float32)
+
+  @jax.jit
+  @jax.grad
+  def gradient(logits):
+    # Every token of the vocabulary, weighted with its share under the student as data: an exact mean over its samples.
+    student = jnp.tile(jax.nn.log_softmax(logits)[None], (7, 1))
+    each = divergences.token_divergence(
+      jnp.tile(teacher[None], (7, 1)), student, jnp.arange(7), kind="sampled_k2", weight=0.5
+    )
+    return (jax.lax.stop_gradient(jnp.exp(student[0])) * each).sum()
+
+  # In the logits d KL(p || q) = p (log p - log q - KL).
+  logps = np.float64(logits) - np.log(np.exp(np.float64(logits)).sum())
+  gap = logps - np.float64(teacher)
+  expected = np.exp(logps) * (gap - (np.exp(logps) * gap).sum())
+  np.testing.assert_allclose(gradient(logits), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_sharded_equals_unsharded(mesh_of, rng):
+  allowed = jnp.arange(16) != 4
+  teacher, student = (logps_of(rng, (4, 3, 16), allowed=allowed) for _ in range(2))
+  tokens = jnp.array(rng.choice(np.flatnonzero(allowed), (4, 3)))
+  mesh = mesh_of(data=4, tensor=2)
+  sharded = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", None, "tensor"))) for x in (teacher, student)]
+  for kind in divergences.KINDS:
+    for top_k in (0, 3):
+      divergence = functools.partial(divergences.token_divergence, kind=kind, weight=0.5, top_k=top_k)
+      actual = jax.jit(divergence)(*sharded, jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data"))))
+      np.testing.assert_allclose(actual, divergence(teacher, student, tokens), rtol=2e-5, atol=1e-6)

@@ -1,0 +1,205 @@
+"""What must hold for every batch: drawn by hypothesis, with shapes that stay so that nothing compiles twice.
+
+Masks, gates and flags are drawn one by one, so that a failure shrinks to few rows; logits and log-probabilities come
+from a drawn seed.
+"""
+
+import functools
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from kepo_jax.objectives import advantages, distributions, divergences
+from tests.objectives import cases
+from tests.objectives.cases import ALLOWED, BANNED, SETTINGS, V
+
+P, G, T, MORE = 3, 4, 5, 3
+ROWS = P * G
+examples = hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
+# Aggregations, normalisers, ratios, divergences and flags, each in at least one; each compiles programs of its own.
+FAST = ("kepo off-policy", "everything")
+LONG = (
+  "token mean, k1",
+  "constant length, k2",
+  "group mean, forward",
+  "gspo, token mean",
+  "sampled k2",
+  "gspo, shaped",
+)
+CHOSEN = (*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG))
+KINDS = tuple(advantages.ESTIMATORS)
+
+seeds = st.integers(0, 2**32 - 1)
+flags = st.lists(st.booleans(), min_size=ROWS, max_size=ROWS).map(lambda x: np.reshape(x, (P, G)))
+lengths = st.one_of(
+  st.lists(st.integers(0, T), min_size=ROWS, max_size=ROWS),
+  st.sampled_from([[0] * ROWS, [T] * ROWS, [0] * (ROWS - 1) + [1]]),  # no token, all tokens, one token
+).map(lambda x: np.reshape(x, (P, G)))
+
+
+def rewards(groups, size):
+  """Few values, so that ties and dead groups are common."""
+  values = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=groups * size, max_size=groups * size)
+  return values.map(lambda x: np.reshape(x, (groups, size)).astype(np.float32))
+
+
+@st.composite
+def batches(draw):
+  """A batch as `cases.batch` makes it, with everything that selects rows drawn."""
+  values = {name: np.array(x) for name, x in cases.batch(np.random.default_rng(draw(seeds)), (P, G, T)).items()}
+  values["mask"] = np.arange(T) < draw(lengths)[..., None]
+  kind = draw(st.sampled_from(KINDS))
+  values["advantages"] = np.array(_advantages(draw(rewards(P, G)), kind=kind))
+  return values | {name: draw(flags) for name in ("gate", "kept", "injected", "supervised")}
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _advantages(rewards, *, kind):
+  return advantages.group_advantages(rewards, kind=kind)
+
+
+def evaluated(values, name):
+  """(loss, gradient) as numpy, both finite."""
+  (loss, _), gradient = cases.value_and_gradient(values, SETTINGS[name])
+  loss, gradient = np.float64(loss), np.float64(gradient)
+  assert np.isfinite(loss) and np.isfinite(gradient).all()
+  return loss, gradient
+
+
+def assert_same(actual, expected):
+  """Equal up to the order of sums: a loss, and a gradient in norm."""
+  (loss, gradient), (expected_loss, expected_gradient) = actual, expected
+  scale = np.linalg.norm(expected_gradient)
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-5, atol=2e-6)
+  assert np.linalg.norm(gradient - expected_gradient) <= 1e-5 * scale + 1e-7
+
+
+def padded(values, rng):
+  """Longer rows, with banned tokens, large logits and nan in what is added."""
+  more = {}
+  for name, x in values.items():
+    if x.ndim < 3:
+      more[name] = x
+      continue
+    if name in cases.LOGITS:
+      extra = rng.normal(size=(P, G, MORE, V)).astype(np.float32) * 1e4
+    else:
+      fill = {"mask": False, "tokens": BANNED}.get(name, np.nan)
+      extra = np.full((P, G, MORE), fill, x.dtype)
+    more[name] = np.concatenate([x, extra], axis=2)
+  return more
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+@hypothesis.given(values=batches(), seed=seeds)
+@examples
+def test_padding_changes_nothing(name, values, seed):
+  loss, gradient = evaluated(values, name)
+  more, more_gradient = evaluated(padded(values, np.random.default_rng(seed)), name)
+  assert_same((more, more_gradient[:, :, :T]), (loss, gradient))
+  np.testing.assert_array_equal(more_gradient[:, :, T:], 0.0)
+  np.testing.assert_array_equal(gradient[~values["mask"]], 0.0)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+@hypothesis.given(
+  values=batches(),
+  prompts=st.permutations(range(P)),
+  rollouts=st.lists(st.permutations(range(G)), min_size=P, max_size=P),
+)
+@examples
+def test_order_changes_nothing(name, values, prompts, rollouts):
+  prompts, rollouts = np.array(prompts)[:, None], np.array(rollouts)
+  moved = {name: x[prompts, rollouts] for name, x in values.items()}
+  loss, gradient = evaluated(values, name)
+  assert_same(evaluated(moved, name), (loss, gradient[prompts, rollouts]))
+
+
+_inputs = functools.partial(jax.jit, static_argnames="case")(cases.inputs_of)
+
+
+@functools.partial(jax.jit, static_argnames="case")
+def _part(student, others, inputs, case):
+  return jax.value_and_grad(lambda student: case.token_loss(student, others, inputs)[0])(student)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+@hypothesis.given(values=batches())
+@examples
+def test_micro_batches_change_nothing(name, values):
+  case = SETTINGS[name]
+  arguments = (values["student"], case.others(values), jax.tree.map(np.array, _inputs(values, case)))
+  whole = evaluated(values, name)
+  for axis in (0, 2):  # prompts, and chunks of a token each
+    size = values["student"].shape[axis]
+    cut = (jax.tree.map(lambda x, i=i, axis=axis: np.take(x, [i], axis), arguments) for i in range(size))
+    parts = [_part(*part, case) for part in cut]
+    loss = sum(np.float64(part[0]) for part in parts)
+    assert_same((loss, np.concatenate([np.float64(part[1]) for part in parts], axis)), whole)
+
+
+# ---- divergences ----
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "weight", "top_k"))
+def _divergence(logits, tokens, **options):
+  teacher, student = (distributions.masked_log_softmax(x, ALLOWED) for x in logits)
+  return divergences.token_divergence(teacher, student, tokens, **options)
+
+
+@st.composite
+def pairs(draw):
+  """Logits of two policies for eight tokens, from nearly uniform to nearly certain, and tokens."""
+  rng = np.random.default_rng(draw(seeds))
+  scales = np.array([draw(st.sampled_from([1e-3, 0.1, 1.0, 10.0, 60.0])) for _ in range(2)])
+  logits = (rng.normal(size=(2, 8, V)) * scales[:, None, None]).astype(np.float32)
+  if draw(st.booleans()):
+    logits[1] = logits[0]
+  return logits, rng.choice(np.flatnonzero(ALLOWED), 8).astype(np.int32)
+
+
+@hypothesis.given(pair=pairs())
+@examples
+def test_jensen_shannon_is_symmetric_and_bounded(pair):
+  logits, tokens = pair
+  jsd = np.array(_divergence(logits, tokens, kind="jsd", weight=0.5))
+  assert (jsd >= -1e-6).all() and (jsd <= np.log(2) + 1e-6).all()
+  np.testing.assert_allclose(_divergence(logits[::-1], tokens, kind="jsd", weight=0.5), jsd, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", divergences.KINDS)
+@hypothesis.given(pair=pairs(), weight=st.sampled_from([0.1, 0.5, 0.9]), top_k=st.sampled_from([1, 4]))
+@examples
+def test_divergences_are_not_negative(kind, pair, weight, top_k):
+  logits, tokens = pair
+  whole = np.array(_divergence(logits, tokens, kind=kind, weight=weight))
+  coarse = np.array(_divergence(logits, tokens, kind=kind, weight=weight, top_k=top_k))
+  same = np.array_equal(logits[0], logits[1])
+  # Absolute: at scale 60 a log-probability of 200 has an error of 1e-5, and a sum of shares times them as well.
+  assert (whole >= -2e-5).all() and (coarse >= -2e-5).all()
+  assert (coarse <= whole * (1 + 1e-5) + 2e-5).all()
+  assert not same or (np.abs(whole) <= 2e-5).all()
+
+
+# ---- advantages ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@hypothesis.given(
+  drawn=rewards(3, 7), scale=st.sampled_from([0.1, 1.0, 3.0]), constant=st.sampled_from([-2.0, 0.5, 8.0])
+)
+@examples
+def test_advantages_compare_inside_a_group(kind, drawn, scale, constant):
+  # Groups of seven: the mean of equal rewards of 0.1 is not 0.1.
+  drawn = drawn * np.float32(scale)
+  actual = np.array(_advantages(drawn, kind=kind))
+  dead = (drawn == drawn[:, :1]).all(1)
+  np.testing.assert_array_equal(actual[dead], 0.0)
+  assert (np.abs(actual).max(1)[~dead] > 0).all()
+  np.testing.assert_allclose(actual.sum(1), 0.0, atol=2e-5)
+  # The order is that of the rewards, ties included, and a constant that everyone gets changes nothing.
+  assert (np.argsort(actual, 1, kind="stable") == np.argsort(drawn, 1, kind="stable")).all()
+  np.testing.assert_allclose(_advantages(drawn + np.float32(constant), kind=kind), actual, rtol=1e-4, atol=1e-4)
