@@ -1,31 +1,40 @@
-"""Evaluates a Qwen3-VL folder on medical visual question answering, greedily.
+"""Evaluates a Qwen3-VL folder on medical visual question answering, greedily or by sampling.
 
   python -m experiments.evaluate_medvqa --model=DIR --data=DIR [--split=test] [--output=DIR]
+  python -m experiments.evaluate_medvqa --model=DIR --data=DIR --samples=8 --seed=1      # mean accuracy, pass@1 to 8
+  python -m experiments.evaluate_medvqa --model=DIR --data=DIR --control=blank           # grey pictures; or text
 
 --model is any Qwen3-VL folder (published, exported by a run, or a phantom model) or Hub id; --data a folder in
 OmniMedVQA's layout, or one that holds such folders as train, validation and test; without --data, the phantom
 benchmark. A single folder is cut as training cuts it, so that the default, --split=test, holds no question that a
 run with the same modality, items and seed has trained on; --split=all asks every question. Folders that are already
-split are read whole. With --output, evaluation.json holds the figures and outputs.jsonl every completion.
+split are read whole.
+
+Answers are read as Med-R1 and KEPO read them: the word inside the first answer block that holds one word, compared with
+the gold letter; what does not parse counts as wrong. A forgiving parser is reported beside it, as are chance and the
+shares of unparsed and truncated completions. With --output, about.json says what is asked of whom, outputs.jsonl gets
+every completion as it comes, and evaluation.json the figures; --resume continues where an interrupted evaluation
+stopped, to the same bytes. `python -m experiments.compare_medvqa A B` compares two such folders.
 """
 
-import json
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from etils import epath
 from rich.console import Console
 
 from experiments import environment
 from experiments.configs import grpo, grpo_medvqa
 from kepo_jax import evaluation, sharding
 from kepo_jax.data import images, omnimedvqa, pipeline, prompts, splits, tokenization
+from kepo_jax.evaluation import journal
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting import progress, tables
 from kepo_jax.training import programs
-from kepo_jax.types import Example
+from kepo_jax.types import Example, Prompts, Rollouts
 
 DATA = grpo.get_config().data  # how training cuts its data, unless flags say otherwise
 # Tokens of an answer when training evaluates, by the family of wordings that a model was trained on.
@@ -49,6 +58,7 @@ _TEST_ITEMS = flags.DEFINE_integer(
 )
 _SPLIT_SEED = flags.DEFINE_integer("split_seed", DATA.split_seed, "Cut of a single folder: another seed, another cut.")
 _OUTPUT = flags.DEFINE_string("output", "", "Folder for evaluation.json and outputs.jsonl; must not hold them yet.")
+_RESUME = flags.DEFINE_bool("resume", False, "Continue the interrupted evaluation in --output.")
 _TEMPLATES = flags.DEFINE_string(
   "templates", "", "Family of wordings in kepo_jax/data/prompts.py; empty: the one that the model names, or standard."
 )
@@ -56,8 +66,20 @@ _KIND = flags.DEFINE_enum("kind", "evaluation", ["evaluation", "no_think", "thin
 _RESIZE = flags.DEFINE_enum("resize", "native", sorted(images.RESIZES), "How images are brought to size.")
 _TRAIN_MODALITY = flags.DEFINE_string("train_modality", DATA.train_modality, "The in-domain modality.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "At most this many questions per modality; 0: all.", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Chooses the questions under --limit.")
-_BATCH = flags.DEFINE_integer("batch", 64, "Questions per batch over all devices.", lower_bound=1)
+_LIMIT_SEED = flags.DEFINE_integer("limit_seed", 0, "Chooses the questions under --limit.")
+_CONTROL = flags.DEFINE_enum(
+  "control", "none", list(evaluation.CONTROLS), "blank: every picture becomes grey; text: no picture is shown."
+)
+_SAMPLES = flags.DEFINE_integer("samples", 1, "Completions per question.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", None, "Divides the logits; 0: greedy. By default 0 for one sample, 1 for several.", lower_bound=0
+)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens of this much probability.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling; each question and sample has its own stream.")
+_BATCH = flags.DEFINE_integer(
+  "batch", 64, "Questions per batch over all devices, each with all its samples.", lower_bound=1
+)
+_DATASETS = flags.DEFINE_bool("datasets", False, "Show source data sets in the table even if there are many.")
 _TOKENS = flags.DEFINE_integer(
   "max_new_tokens",
   0,
@@ -99,7 +121,7 @@ def questions() -> tuple[list[Example], omnimedvqa.Summary, str]:
       f"--validation_items={_VALIDATION_ITEMS.value} --test_items={_TEST_ITEMS.value} --split_seed={_SPLIT_SEED.value}"
     )
   if _LIMIT.value:
-    examples = splits.limited(examples, _LIMIT.value, _SEED.value)
+    examples = splits.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
     how += f", at most {_LIMIT.value} per modality"
   return examples, summary, f"{len(examples)} of {len(found)} questions: {how}"
 
@@ -137,26 +159,51 @@ def device_mesh() -> jax.sharding.Mesh:
   return sharding.make_mesh(data=-1, fsdp=_FSDP.value, tensor=_TENSOR.value)
 
 
-def output_folder() -> epath.Path | None:
-  """The folder of --output, made; None without the flag.
+def sampling_settings(tokens: int) -> programs.SamplingSettings:
+  """Greedy or sampled, as the flags say.
 
   Raises:
-    ValueError: it holds an evaluation already.
+    ValueError: several greedy completions.
   """
-  if not _OUTPUT.value:
-    return None
-  folder = epath.Path(_OUTPUT.value)
-  if (folder / "evaluation.json").exists():
-    raise ValueError(f"{folder} holds an evaluation already; choose another --output.")
-  folder.mkdir(parents=True, exist_ok=True)
-  return folder
+  samples, temperature = _SAMPLES.value, _TEMPERATURE.value
+  if temperature is None:
+    temperature = float(samples > 1)
+  if samples > 1 and not temperature:
+    raise ValueError(f"--samples={samples} --temperature=0 would give {samples} times the same; raise one of them.")
+  return programs.SamplingSettings(samples=samples, max_new_tokens=tokens, temperature=temperature, top_p=_TOP_P.value)
+
+
+def sampler(
+  model: str, processor: pipeline.Processor, mesh: jax.sharding.Mesh, dtype: str, settings: programs.SamplingSettings
+) -> Callable[[Prompts], Rollouts]:
+  """Loads the weights: host prompts -> completions."""
+  # The decode layout holds weights whole over fsdp, which is what --fsdp is there to avoid.
+  layout = "decode" if _FSDP.value == 1 else "train"
+  config, params = conversion.load_pretrained(model, jnp.dtype(dtype), mesh, layout=layout)
+  program, key = programs.sampling_program(config, processor, settings), jax.random.key(_SEED.value)
+  # One key for all batches: the sampler folds each question's identity into it.
+  return lambda batch: program(params, sharding.place(mesh, batch), key)
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+  """Prints the figures."""
+  rows = tables.evaluation_rows(result, datasets=_DATASETS.value or None)
+  console.print(tables.rich_table(rows, title="accuracy, %, with 95 % intervals"))
+  if "pass_at_k" in result:
+    title = f"pass@k, %, from {result['samples']} samples of each question, with 95 % intervals"
+    console.print(tables.rich_table(tables.pass_rows(result), title=title))
+  console.print(tables.rich_table(tables.rate_rows(result), title="completions, %"))
+  console.print(f"format {100 * result['format']:.1f} %, {result['completion_length']:.1f} tokens on average")
 
 
 def main(_: list[str]) -> None:
   """Loads, asks, counts, prints and writes."""
   environment.prepare()
   console = Console()
-  folder = output_folder()
+  if not console.is_terminal:
+    console = Console(width=max(console.width, 120))  # a file or pipe has no width that a table should be cut to
+  if not _RESUME.value:
+    journal.Journal.check_fresh(_OUTPUT.value)
   examples, summary, how = questions()
   console.print(f"{summary.text()}\n{how}", markup=False, highlight=False, soft_wrap=True)
   model = conversion.resolved_folder(_MODEL.value)
@@ -167,47 +214,54 @@ def main(_: list[str]) -> None:
   processor = pipeline.Processor.from_directory(model, templates=prompts.TEMPLATES[family], resize=_RESIZE.value)
   mesh = device_mesh()
   dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  # The decode layout holds weights whole over fsdp, which is what --fsdp is there to avoid.
-  layout = "decode" if _FSDP.value == 1 else "train"
-  config, params = conversion.load_pretrained(model, jnp.dtype(dtype), mesh, layout=layout)
-  tokens = _TOKENS.value or BUDGETS.get(declared, BUDGETS["standard"])
-  settings = programs.SamplingSettings(samples=1, max_new_tokens=tokens, temperature=0.0)
-  program = programs.sampling_program(config, processor, settings)
-  about = {
-    "model": str(_MODEL.value),
-    "data": summary.root,
+  settings = sampling_settings(_TOKENS.value or BUDGETS.get(declared, BUDGETS["standard"]))
+  asked = {
     "templates": family,
     "kind": _KIND.value,
+    "control": _CONTROL.value,
     "resize": _RESIZE.value,
-    "max_new_tokens": tokens,
+    "samples": settings.samples,
+    "temperature": settings.temperature,
+    "top_p": settings.top_p,
+    "seed": _SEED.value,
+    "max_new_tokens": settings.max_new_tokens,
     "dtype": dtype,
-    "mesh": dict(mesh.shape),
   }
-  console.print(", ".join(f"{name} {value}" for name, value in about.items()), markup=False, highlight=False)
-
+  notes = {"model": str(_MODEL.value), "data": summary.root, "mesh": dict(mesh.shape), "batch": _BATCH.value}
+  console.print(", ".join(f"{k} {v}" for k, v in (notes | asked).items()), markup=False, highlight=False)
+  record = journal.Journal(
+    _OUTPUT.value,
+    asked
+    | {"model_hash": journal.model_hash(model)}
+    | journal.questions_identity(examples, processor.templates, _KIND.value),
+    notes | {"questions": how, "summary": summary.to_dict()},
+    order=[(example.id, number) for example in examples for number in range(settings.samples)],
+    batch=_BATCH.value * settings.samples,
+    resume=_RESUME.value,
+  )
   display, start = progress.Display(), time.perf_counter()
-  outputs: list[dict] = []
-  with jax.set_mesh(mesh):
-    result = evaluation.evaluate(
-      lambda batch: program(params, sharding.place(mesh, batch), jax.random.key(0)),
-      processor,
-      examples,
-      batch_size=_BATCH.value,
-      train_modality=_TRAIN_MODALITY.value,
-      kind=_KIND.value,
-      progress=lambda done, total: display.progress("evaluation", done, total),
-      on_output=outputs.append,
-    )
+  with record, jax.set_mesh(mesh):
+    if record.complete:
+      result = evaluation.summarised(record.earlier, train_modality=_TRAIN_MODALITY.value)
+    else:
+      result = evaluation.evaluate(
+        sampler(str(model), processor, mesh, dtype, settings),
+        processor,
+        examples,
+        batch_size=_BATCH.value,
+        train_modality=_TRAIN_MODALITY.value,
+        kind=_KIND.value,
+        control=_CONTROL.value,
+        earlier=record.earlier,
+        progress=lambda done, total: display.progress("evaluation", done, total),
+        on_output=record.write,
+      )
   display.close()
-  console.print(tables.rich_table(tables.accuracy_rows({"accuracy": result}), title="accuracy, %, with 95 % intervals"))
-  lenient = result["lenient"]["overall"]["accuracy"]
-  console.print(f"forgiving parser {100 * lenient:.1f} %, strict format {100 * result['format']:.1f} %")
+  show(console, result)
   console.print(f"{len(examples)} questions in {time.perf_counter() - start:.1f} s", highlight=False)
-  if folder:
-    record = about | {"questions": how, "summary": summary.to_dict()} | result
-    (folder / "outputs.jsonl").write_text("".join(json.dumps(output) + "\n" for output in outputs))
-    (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"written to {folder}", highlight=False)
+  record.finish(result)
+  if _OUTPUT.value:
+    console.print(f"written to {_OUTPUT.value}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Intervals against closed forms, counting against hand-made completions, paired comparison against a slow one."""
 
+import dataclasses
 import json
 import math
 
@@ -25,11 +26,11 @@ class StubProcessor:
 
   end_ids = (END,)
 
-  def __init__(self):
-    self.sizes = []
+  def __init__(self, kind="evaluation"):
+    self.sizes, self.kind = [], kind
 
   def prompts(self, examples, kind):
-    assert kind == "evaluation"
+    assert kind == self.kind
     self.sizes.append(len(examples))
     return [int(example.id[1:]) for example in examples]
 
@@ -132,6 +133,17 @@ def test_evaluate_counts_each_question_once():
   assert json.loads(json.dumps([result, outputs])) == [result, outputs]
 
 
+def test_an_answer_without_reasoning_is_well_formed_where_none_is_asked():
+  outputs = []
+  asked = {"batch_size": 4, "kind": "no_think", "on_output": outputs.append}
+  result = evaluation.evaluate(sample, StubProcessor("no_think"), examples(4), **asked)
+  # Of the four completions the third is an answer block alone; with reasoning asked for, the first two are well formed.
+  assert [output["format"] for output in outputs] == [False, False, True, False]
+  assert result["format"] == 0.25
+  reasoned = evaluation.evaluate(sample, StubProcessor(), examples(4), batch_size=4)
+  assert {name for name in result if result[name] != reasoned[name]} == {"format"}  # answers are read alike
+
+
 def test_the_result_does_not_depend_on_the_batch():
   results = [evaluation.evaluate(sample, StubProcessor(), examples(), batch_size=size) for size in (1, 5, 12, 64)]
   assert all(result == results[0] for result in results)
@@ -188,5 +200,97 @@ def test_equal_evaluations_do_not_differ():
 
 
 def test_other_questions_cannot_be_compared():
-  with pytest.raises(ValueError, match=r"1 questions are in one of the evaluations only, for example \['q2'\]"):
+  with pytest.raises(ValueError, match=r"different questions: 1 only in the second \(q2\)"):
     evaluation.compared(outputs_of([1, 0]), outputs_of([1, 0, 1]))
+
+
+def test_sections_rates_and_chance():
+  asked = [
+    dataclasses.replace(example, dataset="ab"[n % 2], options=("x", "y", "z", "w")[: 2 + 2 * (n // 4 == 1)])
+    for n, example in enumerate(examples())
+  ]
+  result = evaluation.evaluate(sample, StubProcessor(), asked, batch_size=4)
+  assert result["datasets"] == {"a": evaluation.share(3, 6), "b": evaluation.share(0, 6)}
+  assert result["lenient"]["datasets"] == {"a": evaluation.share(3, 6), "b": evaluation.share(3, 6)}
+  assert result["rates"] == {name: {"unparsed": 0.5, "truncated": 0.25} for name in ("CT", "MRI", "OCT")}
+  # Two options everywhere but in CT, which has four.
+  chance = result["chance"]
+  assert {name: entry["accuracy"] for name, entry in chance["modalities"].items()} == {
+    "CT": 0.25,
+    "MRI": 0.5,
+    "OCT": 0.5,
+  }
+  assert chance["overall"]["accuracy"] == pytest.approx(5 / 12) and chance["out_of_domain"]["mean"] == 0.375
+  assert chance["in_domain"] == chance["modalities"]["MRI"]
+  # Four fair throws: 0.5 -+ 1.96 * sqrt(0.25 / 4).
+  bounds = (chance["in_domain"]["low"], chance["in_domain"]["high"])
+  assert bounds == (pytest.approx(0.01, abs=1e-4), pytest.approx(0.99, abs=1e-4))
+
+
+def several(samples):
+  """A model whose completion g of question n is that of question n + g."""
+
+  def drawn(prompts):
+    parts = [sample([number + g for number in prompts]) for g in range(samples)]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=1), *parts)
+
+  return drawn
+
+
+def test_several_completions_of_a_question():
+  outputs = []
+  asked = {"batch_size": 5, "on_output": outputs.append}
+  result = evaluation.evaluate(several(3), StubProcessor(), examples(), **asked)
+  assert [(output["id"], output["sample"]) for output in outputs] == [(f"q{n}", g) for n in range(12) for g in range(3)]
+  assert [output["completion"] for output in outputs] == [says(n + g) for n in range(12) for g in range(3)]
+  # Of n, n + 1, n + 2 one is right (divisible by four) for n = 0, 2, 3 modulo 4: three of four questions, one of three.
+  assert result["samples"] == 3 and result["overall"]["count"] == 12
+  assert result["overall"]["accuracy"] == pytest.approx(3 / 4 / 3)
+  assert result["overall"]["low"] < 0.25 < result["overall"]["high"]
+  # k = 2: 1 - C(2, 2) / C(3, 2) = 2/3 for those. Three is no power of two.
+  passed = result["pass_at_k"]
+  assert list(passed) == ["1", "2"]
+  assert passed["1"]["overall"]["accuracy"] == pytest.approx(result["overall"]["accuracy"])
+  assert passed["2"]["modalities"]["CT"]["accuracy"] == pytest.approx(3 / 4 * 2 / 3)
+  assert passed["2"]["out_of_domain"]["mean"] == pytest.approx(0.5)
+  assert passed["1"]["overall"]["low"] < 0.25 < passed["1"]["overall"]["high"]
+  # Unparsed are n + g = 1, 3 modulo 4, truncated 3: over all completions.
+  assert result["unparsed"] == 0.5 and result["truncated"] == 0.25
+  assert json.loads(json.dumps(result)) == result
+
+
+def test_intervals_of_several_completions_are_over_questions():
+  # Eight equal answers to each of 60 questions are no more than 60 answers.
+  records = [
+    {"id": f"q{n}", "modality": "CT", "question_type": "", "dataset": "", "options": ["x", "y"], "parsed": None,
+     "truncated": False, "format": False, "tokens": 1, "correct": n < 30, "lenient_correct": n < 30}
+    for n in range(60)
+  ]  # fmt: skip
+  once, often = evaluation.summarised(records), evaluation.summarised([r for r in records for _ in range(8)])
+  width = [result["overall"]["high"] - result["overall"]["low"] for result in (once, often)]
+  assert width[0] == pytest.approx(width[1], rel=0.1)
+  assert often["pass_at_k"]["8"]["overall"]["accuracy"] == 0.5
+
+
+def test_the_number_of_completions_must_be_equal():
+  outputs = []
+  evaluation.evaluate(several(2), StubProcessor(), examples(4), batch_size=4, on_output=outputs.append)
+  with pytest.raises(ValueError, match="question q3 has 1 completions and q0 2"):
+    evaluation.summarised(outputs[:-1])
+
+
+def test_what_is_answered_is_not_asked_again():
+  outputs, progress = [], []
+  whole = evaluation.evaluate(several(2), StubProcessor(), examples(), batch_size=5, on_output=outputs.append)
+  processor, more = StubProcessor(), []
+  found = evaluation.evaluate(
+    several(2),
+    processor,
+    examples(),
+    batch_size=5,
+    earlier=outputs[:10],
+    on_output=more.append,
+    progress=lambda done, total: progress.append((done, total)),
+  )
+  assert found == whole and more == outputs[10:]
+  assert processor.sizes == [5, 5] and progress == [(5, 12), (10, 12), (12, 12)]

@@ -1,4 +1,4 @@
-"""Accuracy before and after training as tables, for the terminal and for documents."""
+"""Accuracies and comparisons as tables, for the terminal and for documents."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,43 +8,123 @@ from rich.table import Table
 
 Row = tuple[str, ...]
 
+_SUMMARIES = (("in domain", "in_domain"), ("out of domain, mean", "out_of_domain"), ("all", "overall"))
+_FEW = range(2, 9)  # source data sets that are shown without being asked for
+
 
 def accuracy_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-  """Rows of (name, n questions, one cell per evaluation), modalities first, then question types and summaries.
+  """Rows of (name, n questions, chance, one cell per evaluation), modalities first, then types and summaries.
 
   Args:
     evaluations: name ("before", "after") -> result of kepo_jax.evaluation.
 
   Returns:
-    the header and the rows; accuracies in percent with 95 % intervals.
+    the header and the rows; accuracies in percent with 95 % intervals. Chance has a column where it is known.
   """
   names = list(evaluations)
   first = evaluations[names[0]]
-  rows: list[Row] = [("", "n", *names)]
+  chance = first.get("chance")
+  rows: list[Row] = [("", "n", *(["chance"] if chance else []), *names)]
+
+  def row(label: str, count: int | None, guessed: Mapping | None, cells: Sequence[str]) -> Row:
+    return (label, f"{count:,}" if count else "", *([_percent(guessed)] if chance else []), *cells)
+
   for section in ("modalities", "question_types"):
     for name in first[section]:
-      cells = [evaluations[which][section].get(name) for which in names]
-      rows.append((name, f"{first[section][name]['count']:,}", *[_cell(cell) for cell in cells]))
-  for label, key in (("in domain", "in_domain"), ("out of domain, mean", "out_of_domain"), ("all", "overall")):
-    cells = [evaluations[which].get(key) for which in names]
-    if any(cells):
-      count = next(cell for cell in cells if cell).get("count")
-      rows.append((label, f"{count:,}" if count else "", *[_cell(cell) for cell in cells]))
+      cells = [_cell(evaluations[which][section].get(name)) for which in names]
+      rows.append(row(name, first[section][name]["count"], chance[section].get(name) if chance else None, cells))
+  for label, key in _SUMMARIES:
+    entries = [evaluations[which].get(key) for which in names]
+    if any(entries):
+      count = next(entry for entry in entries if entry).get("count")
+      rows.append(row(label, count, chance.get(key) if chance else None, [_cell(entry) for entry in entries]))
   lenient = [evaluations[which].get("lenient", {}).get("overall") for which in names]
   if any(lenient):
-    rows.append(("all, forgiving parser", "", *[_cell(cell) for cell in lenient]))
+    rows.append(row("all, forgiving parser", None, None, [_cell(cell) for cell in lenient]))
   for key in ("format", "unparsed", "truncated"):
     shares = [evaluations[which].get(key) for which in names]
     if any(share is not None for share in shares):
-      rows.append((key, "", *["-" if share is None else f"{100 * share:.1f} %" for share in shares]))
+      rows.append(row(key, None, None, ["-" if share is None else f"{100 * share:.1f} %" for share in shares]))
   return rows
 
 
+def evaluation_rows(result: Mapping[str, Any], *, datasets: bool | None = None) -> list[Row]:
+  """One evaluation: name, n questions, chance, strict and forgiving parser side by side.
+
+  Args:
+    result: of kepo_jax.evaluation.
+    datasets: whether source data sets have rows; None: if there are 2 to 8 that are not the modalities over again.
+
+  Returns:
+    the header and the rows, in percent, accuracies with 95 % intervals.
+  """
+  if datasets is None:
+    modalities = list(result["modalities"].values())
+    datasets = len(result["datasets"]) in _FEW and any(e not in modalities for e in result["datasets"].values())
+  sections = ["modalities", "question_types", *(["datasets"] if datasets else [])]
+  blocks = (result["chance"], result, result["lenient"])
+  rows: list[Row] = [("", "n", "chance", "strict", "forgiving")]
+
+  def row(label: str, entries: Sequence[Mapping]) -> Row:
+    return (label, f"{entries[1]['count']:,}", _percent(entries[0]), *map(_cell, entries[1:]))
+
+  for section in sections:
+    rows += [row(name, [block[section][name] for block in blocks]) for name in result[section]]
+  return rows + [row(label, [block[key] for block in blocks]) for label, key in _SUMMARIES if result[key]]
+
+
+def rate_rows(result: Mapping[str, Any]) -> list[Row]:
+  """Unparsed and truncated completions of one evaluation per modality, in percent, header first."""
+  names = ("unparsed", "truncated")
+  found = {**result["rates"], "all": result}
+  return [("", *names), *[(label, *(f"{100 * each[name]:.1f}" for name in names)) for label, each in found.items()]]
+
+
+def pass_rows(result: Mapping[str, Any]) -> list[Row]:
+  """pass@k of a sampled evaluation: one column per k, in percent with 95 % intervals, header first."""
+  blocks = result["pass_at_k"]
+  rows: list[Row] = [("", "n", *(f"pass@{k}" for k in blocks))]
+  for name, entry in result["modalities"].items():
+    rows.append((name, f"{entry['count']:,}", *(_cell(block["modalities"][name]) for block in blocks.values())))
+  for label, key in _SUMMARIES:
+    if result[key]:
+      rows.append((label, f"{result[key]['count']:,}", *(_cell(block[key]) for block in blocks.values())))
+  return rows
+
+
+def comparison_rows(comparison: Mapping[str, Any], names: tuple[str, str] = ("A", "B")) -> list[Row]:
+  """A paired comparison: both accuracies, their difference with its interval, questions gained and lost, p-values.
+
+  Args:
+    comparison: of kepo_jax.evaluation.compared.
+    names: of the two evaluations.
+
+  Returns:
+    the header and the rows; percent, and percentage points for the difference.
+  """
+  tested = comparison["overall"]["p_value"] is not None
+  rows: list[Row] = [
+    ("", "n", *names, "difference", "gained", "lost", *(["p (McNemar)", "p (Holm)"] if tested else []))
+  ]
+
+  def row(label: str, entry: Mapping[str, Any]) -> Row:
+    change = f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
+    accuracies = [f"{100 * entry[which]:.1f}" for which in ("first", "second")]
+    moved = [f"{entry[which]:,}" if which in entry else "" for which in ("gained", "lost")]
+    p_values = [_p_value(entry.get(which)) for which in ("p_value", "p_holm")] if tested else []
+    return (label, f"{entry['count']:,}", *accuracies, change, *moved, *p_values)
+
+  rows += [row(name, entry) for name, entry in comparison["modalities"].items()]
+  # The in-domain row repeats a modality's, whose correction belongs to that row.
+  summaries = [(label, comparison[key]) for label, key in _SUMMARIES]
+  return rows + [row(label, {**entry, "p_holm": None}) for label, entry in summaries if entry]
+
+
 def rich_table(rows: Sequence[Row], *, title: str = "") -> Table:
-  """Rows, header first, for the terminal."""
-  table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+  """Rows, header first, for the terminal; what is too wide for it wraps, nothing is cut."""
+  table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
   for i, name in enumerate(rows[0]):
-    table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    table.add_column(name, justify="left" if i == 0 else "right", overflow="fold", min_width=12 if i == 0 else None)
   for row in rows[1:]:
     table.add_row(*row)
   return table
@@ -67,3 +147,14 @@ def _cell(entry: Mapping[str, float] | None) -> str:
   if not entry:
     return "-"
   return f"{100 * center(entry):.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+
+
+def _percent(entry: Mapping[str, float] | None) -> str:
+  return f"{100 * center(entry):.1f}" if entry else ""
+
+
+def _p_value(value: float | None) -> str:
+  """Three decimals, and a bound below them."""
+  if value is None:
+    return ""
+  return "< 0.001" if value < 0.001 else f"{value:.3f}"

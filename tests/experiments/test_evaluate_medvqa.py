@@ -13,9 +13,11 @@ from PIL import Image
 from experiments import phantom_folder
 from experiments.configs import grpo
 from experiments.phantom_recipes import SIZES
-from kepo_jax.data import splits, tokenization
+from kepo_jax import evaluation
+from kepo_jax.data import pipeline, prompts, splits, tokenization
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.training import programs
 
 PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
 
@@ -94,6 +96,86 @@ def test_from_flags_to_files(evaluate_medvqa, checkpoint, data, tmp_path, capsys
     {"data": 8, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2},
   )  # fmt: skip
   assert (tmp_path / "cut" / "outputs.jsonl").read_text() == (tmp_path / "out" / "outputs.jsonl").read_text()
+
+
+def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, data, tmp_path, capsys, monkeypatch):
+  asked = {
+    "model": str(checkpoint),
+    "data": str(data),
+    "batch": 2,
+    "max_new_tokens": 3,
+    "samples": 2,
+    "control": "text",
+  }
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  with flagsaver.flagsaver(**asked, output=str(whole)):
+    evaluate_medvqa.main([])
+  printed = capsys.readouterr().out
+  assert "control text" in printed and "temperature 1.0" in printed and "pass@2" in printed and "chance" in printed
+  assert "_hash" not in printed
+  result = json.loads((whole / "evaluation.json").read_text())
+  assert (result["control"], result["samples"], result["temperature"], result["batch"]) == ("text", 2, 1.0, 2)
+  assert result["chance"]["overall"]["accuracy"] == 0.5 and list(result["pass_at_k"]) == ["1", "2"]
+  # Killed while it wrote the fifth of ten lines: two questions of a batch are whole.
+  cut.mkdir()
+  content = (whole / "outputs.jsonl").read_bytes()
+  (cut / "about.json").write_bytes((whole / "about.json").read_bytes())
+  (cut / "outputs.jsonl").write_bytes(b"".join(content.splitlines(keepends=True)[:5])[:-9])
+  with flagsaver.flagsaver(**asked, output=str(cut)):
+    with pytest.raises(ValueError, match="unfinished evaluation; --resume continues it"):
+      evaluate_medvqa.main([])
+    with flagsaver.flagsaver(resume=True):
+      with flagsaver.flagsaver(seed=1, control="blank"):
+        with pytest.raises(ValueError, match=r"\(control: 'text' -> 'blank', seed: 0 -> 1\)"):
+          evaluate_medvqa.main([])
+      with flagsaver.flagsaver(limit=1):
+        with pytest.raises(ValueError, match=r"\(count: 5 -> 2, ids_hash: "):
+          evaluate_medvqa.main([])
+      evaluate_medvqa.main([])
+      assert "evaluation: 5/5" in capsys.readouterr().err
+      # What is complete is counted again; the weights are not even loaded.
+      (cut / "evaluation.json").unlink()
+      monkeypatch.setattr(conversion, "load_pretrained", None)
+      evaluate_medvqa.main([])
+  names = {path.name for path in whole.iterdir()}
+  assert names == {"about.json", "outputs.jsonl", "evaluation.json"} == {path.name for path in cut.iterdir()}
+  for name in names:
+    assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_samples_depend_on_question_and_seed_alone(evaluate_medvqa, checkpoint, data):
+  examples, _, _ = questions_of(evaluate_medvqa, data)
+  processor = pipeline.Processor.from_directory(checkpoint, templates=prompts.BRIEF)
+  mesh = evaluate_medvqa.device_mesh()
+
+  def completions(asked, size, seed):
+    outputs = []
+    with flagsaver.flagsaver(samples=2, seed=seed), jax.set_mesh(mesh):
+      settings = evaluate_medvqa.sampling_settings(tokens=4)
+      sample = evaluate_medvqa.sampler(str(checkpoint), processor, mesh, "float32", settings)
+      evaluation.evaluate(sample, processor, asked, batch_size=size, on_output=outputs.append)
+    return {(output["id"], output["sample"]): output["completion"] for output in outputs}
+
+  first = completions(examples, 5, seed=0)
+  assert len(first) == 10 and len({first[key] for key in first}) > 5  # questions and samples have streams of their own
+  assert completions(examples[::-1], 2, seed=0) == first  # another order, other neighbours, another batch
+  assert completions(examples, 5, seed=1) != first
+
+
+def questions_of(evaluate_medvqa, data):
+  with flagsaver.flagsaver(data=str(data)):
+    return evaluate_medvqa.questions()
+
+
+def test_sampling_settings(evaluate_medvqa):
+  assert evaluate_medvqa.sampling_settings(7) == programs.SamplingSettings(1, 7, 0.0)
+  with flagsaver.flagsaver(samples=8):
+    assert evaluate_medvqa.sampling_settings(7).temperature == 1.0
+    with flagsaver.flagsaver(temperature=0.0):
+      with pytest.raises(ValueError, match="--samples=8 --temperature=0 would give 8 times the same"):
+        evaluate_medvqa.sampling_settings(7)
+  with flagsaver.flagsaver(temperature=0.6, top_p=0.9):
+    assert evaluate_medvqa.sampling_settings(7) == programs.SamplingSettings(1, 7, 0.6, 0.9)
 
 
 def test_answers_may_be_as_long_as_in_training(evaluate_medvqa):

@@ -1,0 +1,114 @@
+"""Two evaluations of the same questions, question by question."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kepo_jax.evaluation import figures, statistics
+
+FIELDS = ("correct", "lenient_correct")
+_SAME = ("modality", "question", "options", "answer")  # what makes two records with one id the same question
+_SHOWN = 3  # ids in a message
+
+
+def compared(
+  first: Sequence[Mapping[str, Any]],
+  second: Sequence[Mapping[str, Any]],
+  *,
+  train_modality: str = "MRI",
+  field: str = "correct",
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Paired comparison of two evaluations of the same questions.
+
+  Questions are the unit: the bootstrap draws them in pairs, McNemar's test counts those that only one of the two got
+  right. With several completions of a question its mean is compared, and there is no McNemar's test, which needs a
+  right or wrong of each.
+
+  Args:
+    first: output records of `evaluate`.
+    second: those of another model, in any order.
+    train_modality: canonical name of the in-domain modality.
+    field: "correct", or "lenient_correct".
+    seed: of the bootstrap.
+
+  Returns:
+    JSON-able entries under `overall`, `in_domain` and each of `modalities`: count, both accuracies, their difference
+    (second less first) with a paired bootstrap 95 % interval, how many questions gained and lost, and the exact
+    p-value of McNemar's test, None with several completions; in `modalities` also `p_holm`, corrected after Holm for
+    the number of modalities. `out_of_domain`: the unweighted mean difference over the other modalities with its
+    interval.
+
+  Raises:
+    ValueError: the two do not hold the same questions; says how many and which.
+  """
+  questions = [{records[0]["id"]: records for records in figures.by_question(outputs)} for outputs in (first, second)]
+  _check_same(*questions)
+  order = list(questions[0])
+  values = [figures.per_question([each[name] for name in order], field) for each in questions]
+  single = all(len(each[order[0]]) == 1 for each in questions)
+  groups = [figures.grouped(each, [questions[0][name][0]["modality"] for name in order]) for each in values]
+  rng = np.random.default_rng(seed)
+  draws = {name: statistics.resampled_means(groups[1][name] - groups[0][name], rng) for name in groups[0]}
+  modalities = {name: _entry(groups[0][name], groups[1][name], draws[name], single) for name in draws}
+  if single:
+    corrected = statistics.holm({name: entry["p_value"] for name, entry in modalities.items()})
+    modalities = {name: entry | {"p_holm": corrected[name]} for name, entry in modalities.items()}
+  return {
+    "train_modality": train_modality,
+    "field": field,
+    "samples": [len(each[order[0]]) for each in questions],
+    "overall": _entry(values[0], values[1], statistics.resampled_means(values[1] - values[0], rng), single),
+    "in_domain": modalities.get(train_modality),
+    "out_of_domain": _mean(figures.without(modalities, train_modality), figures.without(draws, train_modality)),
+    "modalities": modalities,
+  }
+
+
+def _check_same(first: Mapping[str, Sequence[Mapping]], second: Mapping[str, Sequence[Mapping]]) -> None:
+  if not first and not second:
+    raise ValueError("there is no question in either evaluation; nothing can be compared.")
+  alone = {"first": sorted(first.keys() - second.keys()), "second": sorted(second.keys() - first.keys())}
+  if any(alone.values()):
+    parts = [f"{len(ids)} only in the {which} ({_named(ids)})" for which, ids in alone.items() if ids]
+    raise ValueError(f"the evaluations hold different questions: {', '.join(parts)}; ask both models the same.")
+  for field in _SAME:
+    other = [name for name in first if first[name][0].get(field) != second[name][0].get(field)]
+    if other:
+      raise ValueError(f"{len(other)} questions have another {field} in the second evaluation ({_named(other)}).")
+
+
+def _named(ids: Sequence[str]) -> str:
+  return ", ".join(ids[:_SHOWN]) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
+
+
+def _entry(first: np.ndarray, second: np.ndarray, draws: np.ndarray, single: bool) -> dict[str, Any]:
+  gained, lost = int((second > first).sum()), int((first > second).sum())
+  low, high = statistics.percentile_interval(draws)
+  return {
+    "count": len(first),
+    "first": float(first.mean()),
+    "second": float(second.mean()),
+    "difference": float((second - first).mean()),
+    "low": low,
+    "high": high,
+    "gained": gained,
+    "lost": lost,
+    "p_value": statistics.mcnemar(gained, lost) if single else None,
+  }
+
+
+def _mean(modalities: Mapping[str, Mapping[str, Any]], draws: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+  if not modalities:
+    return None
+  low, high = statistics.percentile_interval(np.mean(list(draws.values()), axis=0))
+  return {
+    "count": sum(entry["count"] for entry in modalities.values()),
+    **{
+      name: float(np.mean([entry[name] for entry in modalities.values()])) for name in ("first", "second", "difference")
+    },
+    "low": low,
+    "high": high,
+    "modalities": list(modalities),
+  }

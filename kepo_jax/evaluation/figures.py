@@ -1,0 +1,146 @@
+"""From output records to figures: accuracy per modality, question type and data set, chance beside it, pass@k."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kepo_jax.evaluation import statistics
+
+Record = Mapping[str, Any]
+# Section of the result -> field of the record.
+SECTIONS = {"modalities": "modality", "question_types": "question_type", "datasets": "dataset"}
+
+
+def by_question(outputs: Sequence[Record]) -> list[list[Record]]:
+  """The records of each question together, in order of first appearance.
+
+  Raises:
+    ValueError: questions with different numbers of records; names one.
+  """
+  found: dict[str, list[Record]] = {}
+  for output in outputs:
+    found.setdefault(output["id"], []).append(output)
+  questions = list(found.values())
+  for records in questions:
+    if len(records) != len(questions[0]):
+      raise ValueError(
+        f"question {records[0]['id']} has {len(records)} completions and {questions[0][0]['id']} "
+        f"{len(questions[0])}; an evaluation has the same number of each."
+      )
+  return questions
+
+
+def per_question(questions: Sequence[Sequence[Record]], field: str) -> np.ndarray:
+  """float64[n]: the share of each question's records whose field is true."""
+  return np.array([np.mean([bool(record[field]) for record in records]) for records in questions])
+
+
+def grouped(values: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+  """The values under each name, sorted by name; the empty name is left out."""
+  return {name: values[[each == name for each in names]] for name in sorted({*names} - {""})}
+
+
+def without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """The entries but one."""
+  return {key: entry for key, entry in entries.items() if key != name}
+
+
+def summarised(outputs: Sequence[Record], *, train_modality: str = "MRI") -> dict[str, Any]:
+  """The figures of an evaluation from its output records.
+
+  Args:
+    outputs: at least one record of `evaluate`; as many for each question.
+    train_modality: canonical name of the in-domain modality.
+
+  Returns:
+    JSON-able figures. A block holds `overall`, `in_domain`, `modalities`, `question_types`, `datasets` (entries of
+    `share`; of `mean_share` with several completions per question) and `out_of_domain` (of `mean_over_groups`: each
+    modality counts the same). The result is the block of the strict parser and, under `lenient`, that of the
+    forgiving one; under `chance` what guessing scores on these questions, with the bounds of 95 % of guessers. With
+    several completions per question, accuracy is their mean, and `pass_at_k` has, for k = 1, 2, 4, .., a block
+    without question types and data sets. Besides: `samples` per question, the shares `unparsed`, `truncated` and
+    `format` of all completions, the first two per modality in `rates`, and the mean `completion_length` in tokens.
+
+  Raises:
+    ValueError: questions with different numbers of records.
+  """
+  questions = by_question(outputs)
+  samples = len(questions[0])
+  names = {section: [records[0][field] for records in questions] for section, field in SECTIONS.items()}
+
+  def block(values: np.ndarray, entry: Callable[[np.ndarray], dict], mean: Callable, *, brief: bool = False) -> dict:
+    groups = {section: grouped(values, names[section]) for section in (["modalities"] if brief else SECTIONS)}
+    modalities = groups["modalities"]
+    return {
+      "overall": entry(values),
+      "in_domain": entry(modalities[train_modality]) if train_modality in modalities else None,
+      "out_of_domain": mean(without(modalities, train_modality)),
+      **{section: {name: entry(found) for name, found in each.items()} for section, each in groups.items()},
+    }
+
+  entry = statistics.mean_share if samples > 1 else _counted
+  guesses = np.array([1 / len(records[0]["options"]) for records in questions])
+  result = {
+    "train_modality": train_modality,
+    "samples": samples,
+    **block(per_question(questions, "correct"), entry, statistics.mean_over_groups),
+    "lenient": block(per_question(questions, "lenient_correct"), entry, statistics.mean_over_groups),
+    "chance": block(guesses, _guessed, _guessed_mean),
+  }
+  if samples > 1:
+    result["pass_at_k"] = {
+      str(k): block(_passed(questions, k), statistics.mean_share, statistics.mean_over_groups, brief=True)
+      for k in powers_of_two(samples)
+    }
+  return result | {
+    "rates": {
+      name: {"unparsed": _unparsed(found), "truncated": _rate(found, "truncated")}
+      for name, found in _records_by_modality(outputs).items()
+    },
+    "unparsed": _unparsed(outputs),
+    "truncated": _rate(outputs, "truncated"),
+    "format": _rate(outputs, "format"),
+    "completion_length": sum(output["tokens"] for output in outputs) / len(outputs),
+  }
+
+
+def powers_of_two(samples: int) -> list[int]:
+  """1, 2, 4, .. up to a number of samples."""
+  return [1 << i for i in range(samples.bit_length())]
+
+
+def _counted(values: np.ndarray) -> dict[str, Any]:
+  return statistics.share(int(values.sum()), len(values))
+
+
+def _guessed(values: np.ndarray) -> dict[str, Any]:
+  mean, low, high = statistics.guessing({"": values})
+  return {"count": len(values), "accuracy": mean, "low": low, "high": high}
+
+
+def _guessed_mean(groups: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+  if not groups:
+    return None
+  mean, low, high = statistics.guessing(groups)
+  count = sum(len(values) for values in groups.values())
+  return {"mean": mean, "low": low, "high": high, "count": count, "modalities": list(groups)}
+
+
+def _passed(questions: Sequence[Sequence[Record]], k: int) -> np.ndarray:
+  return np.array(
+    [statistics.pass_at_k(len(records), sum(bool(r["correct"]) for r in records), k) for records in questions]
+  )
+
+
+def _records_by_modality(outputs: Sequence[Record]) -> dict[str, list[Record]]:
+  names = sorted({output["modality"] for output in outputs} - {""})
+  return {name: [output for output in outputs if output["modality"] == name] for name in names}
+
+
+def _unparsed(outputs: Sequence[Record]) -> float:
+  return sum(output["parsed"] is None for output in outputs) / len(outputs)
+
+
+def _rate(outputs: Sequence[Record], field: str) -> float:
+  return sum(bool(output[field]) for output in outputs) / len(outputs)

@@ -1,0 +1,213 @@
+"""The folder of an evaluation: what was asked of whom, and every answer as it comes, so that it can be continued."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from kepo_jax.data import prompts
+from kepo_jax.types import Example
+
+ABOUT, OUTPUTS, RESULT = "about.json", "outputs.jsonl", "evaluation.json"
+# What decides about a model's answers in its folder; notes and licences may change.
+_MODEL_FILES = ("*config.json", "tokenizer*.json", "vocab.json", "merges.txt", "chat_template*", "*.safetensors")
+_BLOCKS, _BLOCK = 64, 1 << 16  # of a large file that are read, and the bytes of each
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+  """SHA-256 of texts, each after its length, so that no two lists share one by accident."""
+  found = hashlib.sha256()
+  for part in parts:
+    data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+    found.update(len(data).to_bytes(8, "big") + data)
+  return found.hexdigest()
+
+
+def model_hash(folder: pathlib.Path) -> str:
+  """Fingerprint of a model folder: names, sizes and contents of its files, weights by evenly spread blocks.
+
+  64 blocks of 64 KiB stand for a file of weights: training moves every tensor, and a whole pass over a large model
+  would take minutes.
+  """
+  paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+  parts: list[str | bytes] = []
+  for path in paths:
+    size = path.stat().st_size
+    parts += [path.name, str(size)]
+    with path.open("rb") as file:
+      if path.suffix != ".safetensors" or size <= _BLOCKS * _BLOCK:
+        parts.append(file.read())
+        continue
+      for i in range(_BLOCKS):
+        file.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
+        parts.append(file.read(_BLOCK))
+  return digest(parts)
+
+
+def questions_identity(examples: Sequence[Example], templates: prompts.Templates, kind: str) -> dict[str, Any]:
+  """Hashes of ids, questions and wordings, in order: what must be equal for an evaluation to go on."""
+  return {
+    "count": len(examples),
+    "ids_hash": digest(example.id for example in examples),
+    "questions_hash": digest(
+      json.dumps([e.question, e.options, e.answer, e.modality, e.question_type, e.dataset, len(e.images)])
+      for e in examples
+    ),
+    "prompts_hash": digest(prompts.prompt_text(example, templates, kind) for example in examples),
+  }
+
+
+def read_outputs(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The records of a finished outputs.jsonl, or of that of a folder.
+
+  Raises:
+    ValueError: there is none, or a line is damaged; names it.
+  """
+  file = pathlib.Path(path)
+  file = file / OUTPUTS if file.is_dir() else file
+  if not file.is_file():
+    raise ValueError(f"{file} does not exist; give the --output of an evaluation, or its {OUTPUTS}.")
+  records, kept = _whole_lines(file)
+  if kept != file.stat().st_size:
+    raise ValueError(f"the last line of {file} is cut short; --resume finishes the evaluation.")
+  return records
+
+
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+  """What about.json or evaluation.json beside the outputs say; empty where neither exists."""
+  given = pathlib.Path(path)
+  folder = given if given.is_dir() else given.parent
+  found = [json.loads((folder / name).read_text()) for name in (ABOUT, RESULT) if (folder / name).is_file()]
+  return {key: value for each in found for key, value in each.items()}
+
+
+def _whole_lines(file: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+  """The records of the lines that end, and their bytes; what a crash left of a line after them is left out."""
+  *lines, _ = file.read_bytes().split(b"\n")
+  records = []
+  for number, line in enumerate(lines, 1):
+    try:
+      records.append(json.loads(line))
+    except ValueError as error:
+      raise ValueError(f"{file}:{number} is not JSON ({error}); the file was changed by something else.") from error
+  return records, sum(len(line) + 1 for line in lines)
+
+
+class Journal:
+  """about.json, outputs.jsonl and evaluation.json of one evaluation; writes nothing when the folder is "".
+
+  Every record is written as one line and flushed, so that a crash costs at most the batch that was running.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    identity: Mapping[str, Any],
+    notes: Mapping[str, Any],
+    *,
+    order: Sequence[tuple[str, int]],
+    batch: int,
+    resume: bool = False,
+  ):
+    """Checks the folder; nothing is written before the block is entered.
+
+    Args:
+      folder: where the files are, or "".
+      identity: JSON-able; what must be equal for an evaluation to go on.
+      notes: JSON-able; what else about.json says, for example the batch: it changes nothing but the time.
+      order: (id, number of the completion) of each record that there will be.
+      batch: records of one batch; what is left of the last one is asked again, so that batches are composed as in an
+        unbroken evaluation, and equal to the last bit.
+      resume: continue what the folder holds.
+
+    Raises:
+      ValueError: the folder holds an evaluation; or on resuming: none, one of something else, or a damaged one.
+    """
+    if "://" in str(folder):
+      raise ValueError(f"--output={folder} is remote, which is not supported; use a local or mounted folder.")
+    self.about: dict[str, Any] = {**identity, **notes}
+    self.earlier: list[dict[str, Any]] = []
+    self._folder = pathlib.Path(folder) if str(folder) else None
+    self._total = len(order)
+    self._kept = 0  # bytes
+    self._file: Any = None
+    if resume:
+      self._look_back(json.loads(json.dumps(dict(identity))), order, batch)
+    else:
+      self.check_fresh(folder)
+
+  @staticmethod
+  def check_fresh(folder: str | os.PathLike) -> None:
+    """Refuses a folder with files of an evaluation.
+
+    Raises:
+      ValueError: there are some, and what to do.
+    """
+    if str(folder) and (pathlib.Path(folder) / RESULT).exists():
+      raise ValueError(f"{folder} holds an evaluation already; choose another --output.")
+    if str(folder) and any((pathlib.Path(folder) / name).exists() for name in (ABOUT, OUTPUTS)):
+      raise ValueError(f"{folder} holds an unfinished evaluation; --resume continues it, or choose another --output.")
+
+  @property
+  def complete(self) -> bool:
+    """Whether every answer was there from the start."""
+    return len(self.earlier) == self._total
+
+  def __enter__(self) -> "Journal":
+    if self._folder:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      if not (self._folder / ABOUT).exists():
+        _write(self._folder / ABOUT, self.about)
+      path = self._folder / OUTPUTS
+      path.touch()
+      os.truncate(path, self._kept)
+      self._file = path.open("a", encoding="utf-8", newline="\n")
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    if self._file:
+      self._file.close()
+
+  def write(self, record: Mapping[str, Any]) -> None:
+    """Appends one answer."""
+    if self._file:
+      self._file.write(json.dumps(record) + "\n")
+      self._file.flush()
+
+  def finish(self, result: Mapping[str, Any]) -> None:
+    """Writes evaluation.json: what about.json says, and the figures."""
+    if self._folder:
+      _write(self._folder / RESULT, {**self.about, **result})
+
+  def _look_back(self, identity: dict[str, Any], order: Sequence[tuple[str, int]], batch: int) -> None:
+    if not self._folder:
+      raise ValueError("--resume needs the --output of the evaluation to continue.")
+    if not (self._folder / ABOUT).is_file():
+      raise ValueError(f"{self._folder} holds no evaluation to resume (no {ABOUT}); start without --resume.")
+    self.about = json.loads((self._folder / ABOUT).read_text())
+    changed = [name for name in identity if self.about.get(name) != identity[name]]
+    if changed:
+      changes = ", ".join(f"{name}: {self.about.get(name)!r} -> {identity[name]!r}" for name in changed)
+      raise ValueError(
+        f"{self._folder} holds an evaluation of something else ({changes}); ask as it did, or choose another --output."
+      )
+    path = self._folder / OUTPUTS
+    records, _ = _whole_lines(path) if path.is_file() else ([], 0)
+    found = [(record["id"], record["sample"]) for record in records]
+    if found != list(order[: len(found)]):
+      place = next((i for i, (a, b) in enumerate(zip(found, order, strict=False)) if a != b), len(order))
+      raise ValueError(f"{path}:{place + 1} answers another question than the one that was asked; start anew.")
+    whole = len(records) if len(records) == self._total else len(records) // batch * batch
+    self.earlier = records[:whole]
+    if whole:
+      lines = path.read_bytes().split(b"\n")[:whole]
+      self._kept = sum(len(line) + 1 for line in lines)
+
+
+def _write(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+  """JSON in one move: a crash leaves the old file or the new one."""
+  fresh = path.with_name(path.name + ".new")
+  fresh.write_text(json.dumps(content, indent=2) + "\n")
+  os.replace(fresh, path)

@@ -1,0 +1,131 @@
+"""Intervals, tests and estimators of an evaluation; a question is the unit that is drawn and paired everywhere."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+NORMAL_QUANTILE = 1.959963984540054  # of 0.975: two-sided 95 %
+RESAMPLES = 10_000
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+  """Wilson's 95 % interval of a share of successes; (0, 1) without trials."""
+  if not count:
+    return 0.0, 1.0
+  share, z2 = correct / count, NORMAL_QUANTILE**2
+  center = (share + z2 / (2 * count)) / (1 + z2 / count)
+  half = NORMAL_QUANTILE / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+  # At shares of 0 and 1 the bound is exact; rounding must not push it off.
+  return (0.0 if correct == 0 else center - half), (1.0 if correct == count else center + half)
+
+
+def share(correct: int, count: int) -> dict[str, Any]:
+  """A share of correct answers with its 95 % interval: count, correct, accuracy, low, high."""
+  low, high = wilson_interval(correct, count)
+  return {"count": count, "correct": correct, "accuracy": correct / count if count else 0.0, "low": low, "high": high}
+
+
+def resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Bootstrap of a mean: float64[RESAMPLES], each the mean of n values drawn with replacement from float[n]."""
+  # How often each distinct value is drawn is multinomial; few values are distinct, so no index is ever drawn.
+  levels, counts = np.unique(values, return_counts=True)
+  drawn = rng.multinomial(len(values), counts[::-1] / len(values), RESAMPLES)
+  return drawn @ levels[::-1] / len(values)
+
+
+def percentile_interval(draws: np.ndarray) -> tuple[float, float]:
+  """The middle 95 % of bootstrap draws."""
+  low, high = np.percentile(draws, [2.5, 97.5])
+  return float(low), float(high)
+
+
+def mean_share(values: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+  """Mean of one figure per question, float[n] in [0, 1], with a bootstrap 95 % interval: count, accuracy, low, high."""
+  low, high = percentile_interval(resampled_means(values, np.random.default_rng(seed)))
+  return {"count": len(values), "accuracy": float(np.mean(values)), "low": low, "high": high}
+
+
+def mean_over_groups(groups: Mapping[str, np.ndarray], *, seed: int = 0) -> dict[str, Any] | None:
+  """Unweighted mean of the means of groups with a bootstrap 95 % interval; questions are drawn inside each group.
+
+  Args:
+    groups: name of a modality -> one figure per question, float[n].
+    seed: of the resampling.
+
+  Returns:
+    mean, low, high, count and the names; None for no group.
+  """
+  if not groups:
+    return None
+  rng = np.random.default_rng(seed)
+  low, high = percentile_interval(np.mean([resampled_means(values, rng) for values in groups.values()], axis=0))
+  return {
+    "mean": float(np.mean([np.mean(values) for values in groups.values()])),
+    "low": low,
+    "high": high,
+    "count": sum(len(values) for values in groups.values()),
+    "modalities": list(groups),
+  }
+
+
+def mean_over_modalities(modalities: Mapping[str, Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any] | None:
+  """`mean_over_groups` of entries of `share`: name of a modality -> entry."""
+  return mean_over_groups(
+    {name: np.repeat([1.0, 0.0], [e["correct"], e["count"] - e["correct"]]) for name, e in modalities.items()},
+    seed=seed,
+  )
+
+
+def guessing(groups: Mapping[str, np.ndarray]) -> tuple[float, float, float]:
+  """What guessing scores: expected accuracy, and the bounds between which 95 % of uniform guessers fall.
+
+  Args:
+    groups: name -> 1 / number of options of each question, float[n]; groups count the same.
+
+  Returns:
+    (mean, low, high); the bounds are those of the normal distribution with the variance of the guesses.
+  """
+  mean = float(np.mean([values.mean() for values in groups.values()]))
+  variance = sum(float((values * (1 - values)).sum()) / len(values) ** 2 for values in groups.values())
+  half = NORMAL_QUANTILE * math.sqrt(variance) / len(groups)
+  return mean, max(0.0, mean - half), min(1.0, mean + half)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+  """Unbiased estimate, from n samples of which c are right, that at least one of k is (arXiv:2107.03374, Eq. 1).
+
+  1 - C(n - c, k) / C(n, k): the share of the subsets of k samples that hold a right one.
+
+  Args:
+    samples: n, completions of one question.
+    correct: c.
+    k: at most n.
+
+  Raises:
+    ValueError: k is outside 1..n.
+  """
+  if not 1 <= k <= samples:
+    raise ValueError(f"pass@{k} cannot be estimated from {samples} samples; k is at least 1 and at most their number.")
+  return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+  """Two-sided exact p-value of McNemar's test: questions that only the second, only the first got right."""
+  discordant = gained + lost
+  tail = sum(math.comb(discordant, k) for k in range(min(gained, lost) + 1))
+  return min(1.0, 2 * tail / 2**discordant)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+  """p-values of a family of tests, corrected after Holm (1979); in the given order.
+
+  The i-th smallest of m is multiplied by m - i + 1, and none may be below a smaller one's: rejecting what is below
+  0.05 errs anywhere in the family with a probability of at most 0.05.
+  """
+  corrected, largest = dict(p_values), 0.0
+  for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+    largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+    corrected[name] = largest
+  return corrected

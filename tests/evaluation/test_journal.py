@@ -1,0 +1,216 @@
+"""An interrupted evaluation continued from its folder equals an unbroken one; what does not fit is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kepo_jax import evaluation
+from kepo_jax.data import prompts
+from kepo_jax.evaluation import journal
+from kepo_jax.types import Example, Rollouts
+
+END, SAMPLES, BATCH = 1, 2, 3
+IDENTITY = {"model_hash": "m", "samples": SAMPLES, "control": "none"}
+
+
+def examples(count=8, **changes):
+  fields = {"question": "?", "options": ("x", "y"), "answer": "A", "images": (), "dataset": "d"} | changes
+  return [Example(id=f"q{n}", modality=("MRI", "CT")[n % 2], **fields) for n in range(count)]
+
+
+class Asked:
+  """A processor and a model in one: tokens are code points, an answer depends on question and sample alone."""
+
+  end_ids = (END,)
+
+  def __init__(self, dies_after=None):
+    self.questions, self.dies_after = [], dies_after
+
+  def prompts(self, shown, kind):
+    return [int(example.id[1:]) for example in shown]
+
+  def decode(self, tokens, mask):
+    return ["".join(map(chr, row[keep])).replace(chr(END), "") for row, keep in zip(tokens, mask, strict=True)]
+
+  def __call__(self, numbers):
+    if self.dies_after is not None and len(self.questions) >= self.dies_after:
+      raise KeyboardInterrupt
+    self.questions += numbers
+    tokens = np.zeros((len(numbers), SAMPLES, 40), np.int32)
+    for p, number in enumerate(numbers):
+      for g in range(SAMPLES):
+        text = f"<answer>{'AB'[(number * number + g) % 3 % 2]}</answer> é{number}"
+        tokens[p, g, : len(text) + 1] = [*map(ord, text), END]
+    return Rollouts(tokens=tokens, logps=np.zeros(tokens.shape, np.float32), mask=tokens > 0)
+
+
+def opened(folder, *, asked=None, resume=False, batch=BATCH, identity=IDENTITY, **notes):
+  asked = asked or examples()
+  order = [(example.id, number) for example in asked for number in range(SAMPLES)]
+  return journal.Journal(folder, identity, notes, order=order, batch=batch * SAMPLES, resume=resume)
+
+
+def run(folder, *, model=None, resume=False, batch=BATCH, progress=None):
+  """One evaluation into a folder; returns the model, which knows what it was asked."""
+  model = model or Asked()
+  with opened(folder, resume=resume, batch=batch) as record:
+    result = evaluation.evaluate(
+      model, model, examples(), batch_size=batch, earlier=record.earlier, on_output=record.write, progress=progress
+    )
+  record.finish(result)
+  return model
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("unbroken") / "out"
+  run(folder)
+  return folder
+
+
+def test_the_files_of_an_evaluation(unbroken):
+  found = contents(unbroken)
+  assert found.keys() == {"about.json", "outputs.jsonl", "evaluation.json"}
+  records = journal.read_outputs(unbroken)
+  assert records == journal.read_outputs(unbroken / "outputs.jsonl")
+  assert [(r["id"], r["sample"]) for r in records] == [(f"q{n}", g) for n in range(8) for g in range(SAMPLES)]
+  assert json.loads(found["about.json"]) == IDENTITY
+  result = json.loads(found["evaluation.json"])
+  assert result == IDENTITY | evaluation.summarised(records)
+  assert journal.read_settings(unbroken / "outputs.jsonl") == result
+
+
+def test_a_kill_at_any_byte_changes_nothing(unbroken, tmp_path, rng):
+  whole = contents(unbroken)["outputs.jsonl"]
+  ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+  cuts = {0, 1, *ends, *(end - 1 for end in ends), *rng.integers(0, len(whole), 20).tolist()}
+  for cut in sorted(cuts):
+    folder = tmp_path / str(cut)
+    folder.mkdir()
+    (folder / "about.json").write_bytes(contents(unbroken)["about.json"])
+    (folder / "outputs.jsonl").write_bytes(whole[:cut])
+    seen = []
+    model = run(folder, resume=True, progress=lambda done, total, seen=seen: seen.append((done, total)))
+    assert contents(folder) == contents(unbroken), cut
+    # Whole batches are kept, and batches are composed as before; the last one is filled with its first question.
+    lines = sum(end <= cut for end in ends)
+    kept = 8 if lines == 16 else lines // (BATCH * SAMPLES) * BATCH
+    assert model.questions == [*range(kept, 8), *([6] if kept < 8 else [])]
+    if 0 < kept < 8:
+      assert seen[0] == (kept, 8) and seen[-1] == (8, 8)
+
+
+def test_a_crash_in_the_middle_leaves_whole_batches(unbroken, tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, model=Asked(dies_after=6))
+  left = contents(tmp_path)
+  assert left.keys() == {"about.json", "outputs.jsonl"} and left["outputs.jsonl"].count(b"\n") == 6 * SAMPLES
+  with pytest.raises(ValueError, match="holds an unfinished evaluation; --resume continues it"):
+    run(tmp_path)
+  assert contents(tmp_path) == left
+  assert run(tmp_path, resume=True).questions == [6, 7, 6]
+  assert contents(tmp_path) == contents(unbroken)
+
+
+def test_another_batch_may_finish_it(unbroken, tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, model=Asked(dies_after=3))
+  assert run(tmp_path, resume=True, batch=2).questions == [2, 3, 4, 5, 6, 7]
+  assert contents(tmp_path) == contents(unbroken)
+
+
+def test_a_finished_folder_is_refused_and_may_be_counted_again(unbroken, tmp_path):
+  with pytest.raises(ValueError, match="holds an evaluation already; choose another --output"):
+    run(unbroken)
+  for name, content in contents(unbroken).items():
+    (tmp_path / name).write_bytes(content)
+  (tmp_path / "evaluation.json").unlink()
+  with opened(tmp_path, resume=True) as record:
+    assert record.complete
+  record.finish(evaluation.summarised(record.earlier))
+  assert contents(tmp_path) == contents(unbroken)
+
+
+def test_what_cannot_be_resumed(unbroken, tmp_path):
+  with pytest.raises(ValueError, match="--resume needs the --output"):
+    opened("", resume=True)
+  with pytest.raises(ValueError, match=r"holds no evaluation to resume \(no about.json\); start without"):
+    opened(tmp_path, resume=True)
+  with pytest.raises(ValueError, match=r"something else \(control: 'none' -> 'blank'\); ask as it did"):
+    opened(unbroken, resume=True, identity=IDENTITY | {"control": "blank"})
+  with pytest.raises(ValueError, match="is remote, which is not supported"):
+    opened("gs://bucket/evaluation")
+
+
+def test_notes_may_differ(unbroken):
+  assert opened(unbroken, resume=True, batch=7, mesh={"data": 8}).about == IDENTITY
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (lambda lines: [lines[1], lines[0], *lines[2:]], r"outputs.jsonl:1 answers another question"),
+    (lambda lines: [*lines, lines[-1]], r"outputs.jsonl:17 answers another question"),
+    (lambda lines: [lines[0], lines[1][:20], *lines[2:]], r"outputs.jsonl:2 is not JSON"),
+  ],
+)
+def test_damaged_outputs_are_refused(unbroken, tmp_path, damage, message):
+  found = contents(unbroken)
+  (tmp_path / "about.json").write_bytes(found["about.json"])
+  (tmp_path / "outputs.jsonl").write_bytes(
+    b"".join(line + b"\n" for line in damage(found["outputs.jsonl"].splitlines()))
+  )
+  with pytest.raises(ValueError, match=message):
+    opened(tmp_path, resume=True)
+
+
+def test_a_torn_line_cannot_be_compared(unbroken, tmp_path):
+  (tmp_path / "outputs.jsonl").write_bytes(contents(unbroken)["outputs.jsonl"][:-3])
+  with pytest.raises(ValueError, match="last line of .* is cut short; --resume finishes"):
+    journal.read_outputs(tmp_path)
+  with pytest.raises(ValueError, match="nothing.jsonl does not exist; give the --output"):
+    journal.read_outputs(tmp_path / "nothing.jsonl")
+  assert journal.read_settings(tmp_path) == {}
+
+
+def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  run("")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_questions_are_told_apart():
+  first = journal.questions_identity(examples(), prompts.STANDARD, "evaluation")
+  assert first == journal.questions_identity(examples(), prompts.STANDARD, "evaluation")
+
+  def changed(asked, templates=prompts.STANDARD, kind="evaluation"):
+    other = journal.questions_identity(asked, templates, kind)
+    return {name.removesuffix("_hash") for name in first if first[name] != other[name]}
+
+  assert changed(examples()[::-1]) == {"ids", "questions"}  # in another order; all read the same
+  assert changed(examples(7)) == {"count", "ids", "questions", "prompts"}
+  assert changed(examples(options=("x", "z"))) == {"questions", "prompts"}
+  assert changed(examples(answer="B")) == {"questions"}
+  assert changed(examples(images=("a.png",))) == {"questions"}
+  assert changed(examples(), kind="no_think") == changed(examples(), prompts.BRIEF) == {"prompts"}
+
+
+def test_models_are_told_apart(tmp_path):
+  def written(name, content):
+    (tmp_path / name).write_bytes(content)
+    return journal.model_hash(tmp_path)
+
+  large = bytearray(np.random.default_rng(0).bytes(6 << 20))  # more than the blocks that are read
+  first = written("model.safetensors", bytes(large))
+  assert first == written("record.json", b"{}") == written("README.md", b"notes")
+  named = written("generation_config.json", b"{}")
+  assert named != first
+  large[::4096] = bytes(len(large[::4096]))  # what training changes is everywhere
+  assert written("model.safetensors", bytes(large)) != named
+  small = written("model.safetensors", b"abc")
+  assert small != written("model.safetensors", b"abd")

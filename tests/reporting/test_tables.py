@@ -1,0 +1,101 @@
+"""Rows of tables: what stands beside what, and what is left out."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from kepo_jax import evaluation
+from kepo_jax.reporting import tables
+
+
+def records(samples=1, sets=3):
+  """Two modalities, of which CT has four options; every third completion is right, every fourth unparsed."""
+  return [
+    {"id": f"q{n // samples}", "sample": n % samples, "modality": ("MRI", "CT")[n // samples % 2],
+     "question_type": "Lesion Grading", "dataset": f"set {n // samples % sets}",
+     "options": ["x", "y", "z", "w"][: 2 + 2 * (n // samples % 2)], "parsed": None if n % 4 == 0 else "A",
+     "correct": n % 3 == 0, "lenient_correct": True, "format": True, "truncated": n % 6 == 0, "tokens": 5}
+    for n in range(12 * samples)
+  ]  # fmt: skip
+
+
+def test_an_evaluation_in_full():
+  rows = {row[0]: row for row in tables.evaluation_rows(evaluation.summarised(records()))}
+  assert rows[""] == ("", "n", "chance", "strict", "forgiving")
+  # Of MRI's questions 0, 2, .. 10 right are 0 and 6.
+  assert rows["MRI"] == ("MRI", "6", "50.0", "33.3 [9.7, 70.0]", "100.0 [61.0, 100.0]")
+  assert rows["CT"][2] == "25.0" and rows["Lesion Grading"][1:3] == ("12", "37.5")
+  assert rows["set 0"][3].startswith("100.0") and rows["set 1"][3].startswith("0.0")
+  assert rows["in domain"][:4] == ("in domain", "6", "50.0", "33.3 [9.7, 70.0]")
+  assert rows["out of domain, mean"][1:3] == ("6", "25.0")
+  assert rows["all"][1:3] == ("12", "37.5")
+
+
+def test_rates_per_modality():
+  # Of MRI's questions 0, 2, .. 10 unparsed are 0, 4, 8, truncated 0, 6.
+  assert tables.rate_rows(evaluation.summarised(records())) == [
+    ("", "unparsed", "truncated"), ("CT", "0.0", "0.0"), ("MRI", "50.0", "33.3"), ("all", "25.0", "16.7"),
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("sets", "flag", "shown"),
+  [(1, None, False), (3, None, True), (12, None, False), (12, True, True), (3, False, False), (2, None, False)],
+)
+def test_data_sets_have_rows_when_few(sets, flag, shown):
+  # Two data sets are the two modalities again.
+  rows = tables.evaluation_rows(evaluation.summarised(records(sets=sets)), datasets=flag)
+  assert any(row[0].startswith("set ") for row in rows) == shown
+
+
+def test_pass_at_k_has_a_column_for_each_k():
+  result = evaluation.summarised(records(samples=4))
+  rows = tables.pass_rows(result)
+  assert rows[0] == ("", "n", "pass@1", "pass@2", "pass@4")
+  assert [row[0] for row in rows[1:]] == ["CT", "MRI", "in domain", "out of domain, mean", "all"]
+  for row in rows[1:]:
+    means = [float(cell.split()[0]) for cell in row[2:]]
+    assert means == sorted(means) and means[-1] == 100  # four in a row hold a multiple of three
+
+
+def test_chance_stands_beside_before_and_after():
+  result = evaluation.summarised(records())
+  rows = {row[0]: row for row in tables.accuracy_rows({"before": result, "after": result})}
+  assert rows[""] == ("", "n", "chance", "before", "after")
+  assert rows["CT"][:3] == ("CT", "6", "25.0") and rows["all"][2] == "37.5" and rows["unparsed"][2] == ""
+  assert {len(row) for row in rows.values()} == {5}
+
+
+def test_a_comparison(rng):
+  first = records()
+  second = [record | {"correct": True} for record in first]
+  rows = {row[0]: row for row in tables.comparison_rows(evaluation.compared(first, second), ("old", "new"))}
+  assert rows[""] == ("", "n", "old", "new", "difference", "gained", "lost", "p (McNemar)", "p (Holm)")
+  # Four gained: p = 2 / 2^4 = 0.125, twice that for two modalities; both alike.
+  assert rows["MRI"][2:4] == ("33.3", "100.0") and rows["MRI"][5:] == ("4", "0", "0.125", "0.250")
+  assert rows["MRI"][4].startswith("+66.7 [+")
+  assert rows["in domain"][5:] == ("4", "0", "0.125", "") and rows["out of domain, mean"][5:] == ("", "", "", "")
+  assert rows["all"][7] == "0.008"
+  sure = [{"id": f"q{n}", "modality": "CT", "correct": right} for right in (False, True) for n in range(20)]
+  (row,) = [row for row in tables.comparison_rows(evaluation.compared(sure[:20], sure[20:])) if row[0] == "CT"]
+  assert row[7:] == ("< 0.001", "< 0.001")
+
+
+def test_nothing_is_cut_in_a_narrow_terminal():
+  result = evaluation.summarised([r | {"question_type": "Other Biological Attributes"} for r in records()])
+
+  def printed(rows):
+    console = Console(file=io.StringIO(), width=80)
+    console.print(tables.rich_table(rows))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    return "\n".join(lines)
+
+  text = printed(tables.evaluation_rows(result))
+  assert "…" not in text and "33.3 [9.7, 70.0]" in text and "100.0 [61.0, 100.0]" in text
+  second = [record | {"correct": True} for record in records()]
+  rows = tables.comparison_rows(evaluation.compared(records(), second))
+  text = printed(rows)
+  assert "…" not in text
+  assert all(word in text for row in rows for cell in row for word in cell.split())
