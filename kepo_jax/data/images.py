@@ -23,7 +23,7 @@ MAX_ASPECT_RATIO = 200  # the reference refuses more
 RESIZES = {"native": None, "squash384": 384}  # side of a square that ignores the aspect ratio, before all else
 
 # What Pillow's decoders raise on damaged files, besides OSError.
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
   OSError,
   SyntaxError,
   ValueError,
@@ -59,7 +59,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     raise ValueError(f"image {path}: too large to decode ({error}); scale the file down") from error
   except Image.UnidentifiedImageError as error:
     raise ValueError(f"image {path}: not an image of a known format ({', '.join(FORMATS)})") from error
-  except _DECODER_ERRORS as error:
+  except DECODER_ERRORS as error:
     raise ValueError(f"image {path}: damaged or truncated ({error}); fetch the file again") from error
 
 

@@ -1,20 +1,30 @@
-"""Train, validation and test questions: three folders on disk, or one folder cut by a published rule."""
+"""Train, validation and test questions: three folders on disk, or one folder cut by a published rule.
+
+The rule with its defaults, 600 training, 40 validation and 300 test questions and seed 0, is this project's published
+split of OmniMedVQA, `mri600`: the questions are sorted by data set and question id, grouped by image, and the groups
+of a modality ordered by the SHA-256 of seed and id, so that membership depends on the ids and the seed alone and no
+image stands in two parts. The split of the paper cannot be made again: its order came from a directory listing.
+"""
 
 import collections
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
-from kepo_jax.data import omnimedvqa
+from kepo_jax.data import json_files, omnimedvqa
+from kepo_jax.data.cache import cache_directory
 from kepo_jax.data.phantom import build
 from kepo_jax.data.pipeline import shuffled
+from kepo_jax.data.rules import Rejected
+from kepo_jax.data.tfds import folders
 from kepo_jax.types import Example
 
 SPLITS = ("train", "validation", "test")
@@ -33,15 +43,19 @@ class Split:
     return {name: getattr(self, name) for name in SPLITS}
 
   @property
+  def ids(self) -> dict[str, list[str]]:
+    """Split name -> ids, sorted."""
+    return {name: sorted(example.id for example in part) for name, part in self.as_dict().items()}
+
+  @property
   def digest(self) -> str:
     """SHA-256 over the ids of all three parts: equal digests, equal splits."""
-    lines = (f"{name}\t{example.id}\n" for name in SPLITS for example in getattr(self, name))
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+    return _digest(self.ids)
 
 
-def cache_directory() -> pathlib.Path:
-  """The project's folder for what can be made again: $XDG_CACHE_HOME/kepo_jax or ~/.cache/kepo_jax."""
-  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kepo_jax"
+def _digest(ids: dict[str, list[str]]) -> str:
+  lines = (f"{name}\t{one}\n" for name in SPLITS for one in ids[name])
+  return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def phantom_roots() -> dict[str, pathlib.Path]:
@@ -75,12 +89,17 @@ def load(data: Any) -> dict[str, list[Example]]:
       `validation_items` and `test_items` (both per modality), and `split_seed`.
 
   Returns:
-    "train", "validation" and "test" -> questions; folders that are already split are read as they are, and
-    cut down to the numbers asked for.
+    "train", "validation" and "test" -> questions; folders that are already split, and data sets that TFDS has built,
+    are read as they are, and cut down to the numbers asked for.
 
   Raises:
     ValueError: the data cannot be read, or hold too few questions; names the folder or the field.
   """
+  if data.directory and (built := folders.find(data.directory)):
+    # Imported here: it is slow to import, and makes use of this module.
+    from kepo_jax.data.tfds import reading
+
+    return _cut_down(reading.read_splits(built), data)
   roots = split_roots(data.directory) if data.directory else phantom_roots()
   if not roots:
     examples = _read(data.directory)
@@ -95,10 +114,13 @@ def load(data: Any) -> dict[str, list[Example]]:
     return split.as_dict()
   if missing := [name for name in SPLITS if name not in roots]:
     raise ValueError(f"{data.directory}: has {sorted(roots)} but not {missing}; add them, or point at one single root")
+  return _cut_down({name: _read(root) for name, root in roots.items()}, data)
+
+
+def _cut_down(parts: Mapping[str, Sequence[Example]], data: Any) -> dict[str, list[Example]]:
   limits = {"train": data.train_items, "validation": data.validation_items, "test": data.test_items}
   questions = {}
-  for name, root in roots.items():
-    examples = _read(root)
+  for name, examples in parts.items():
     if name == "train":
       examples = [example for example in examples if example.modality == data.train_modality]
     questions[name] = limited(examples, limits[name], data.split_seed)
@@ -207,3 +229,62 @@ def _by_modality(examples: Iterable[Example]) -> dict[str, list[Example]]:
   for example in examples:
     pools[example.modality].append(example)
   return dict(pools)
+
+
+def overlap(train: Iterable[Example], test: Iterable[Example]) -> tuple[int, float]:
+  """How many images of the test questions are also images of training questions, and their share of the test's.
+
+  Images are compared by path: both parts must have been read with the same root.
+  """
+  seen = {image for example in train for image in example.images}
+  asked = {image for example in test for image in example.images}
+  return len(asked & seen), len(asked & seen) / len(asked) if asked else 0.0
+
+
+def write_ids(split: Split, path: str | os.PathLike, *, rule: str, seed: int) -> None:
+  """Writes which questions a split holds: rule, seed, counts, sorted ids of each part, and their SHA-256, as JSON.
+
+  Args:
+    split: the split.
+    path: the file.
+    rule: in words or by name how the split was made, for example "mri600".
+    seed: of the rule.
+
+  Raises:
+    ValueError: the file exists and holds something else.
+  """
+  counts = {name: len(part) for name, part in split.ids.items()}
+  record = {"rule": rule, "seed": seed, "counts": counts, "sha256": split.digest, "ids": split.ids}
+  text, target = json.dumps(record, indent=1) + "\n", pathlib.Path(path)
+  if target.exists() and target.read_bytes() != text.encode():
+    raise ValueError(f"{target}: exists and holds another split; choose another name, or remove it")
+  target.write_text(text)
+
+
+def read_ids(path: str | os.PathLike, examples: Iterable[Example]) -> Split:
+  """The split whose ids a file of `write_ids` lists.
+
+  Args:
+    path: the file.
+    examples: at least the questions that it lists.
+
+  Raises:
+    ValueError: the file is damaged or was changed, lists an id twice, or one that no question has.
+  """
+  try:
+    record = json_files.parsed(pathlib.Path(path))
+    ids = {name: record["ids"][name] for name in SPLITS}
+    said, counts = record["sha256"], {name: record["counts"][name] for name in SPLITS}
+    if not all(isinstance(part, list) and all(isinstance(one, str) for one in part) for part in ids.values()):
+      raise TypeError("ids are lists of texts")
+  except (Rejected, KeyError, TypeError) as error:
+    raise ValueError(f"{path}: no list of a split's ids ({error})") from error
+  if said != _digest(ids) or counts != {name: len(part) for name, part in ids.items()}:
+    raise ValueError(f"{path}: its ids do not have the counts {counts} and the SHA-256 {said} that it states")
+  listed = [one for part in ids.values() for one in part]
+  if len(set(listed)) < len(listed):
+    raise ValueError(f"{path}: {len(listed) - len(set(listed))} ids stand there twice")
+  known = {example.id: example for example in examples}
+  if missing := [one for one in listed if one not in known]:
+    raise ValueError(f"{path}: the data lack {len(missing)} of its {len(listed)} questions, such as {missing[0]!r}")
+  return Split(**{name: _sorted(known[one] for one in part) for name, part in ids.items()})

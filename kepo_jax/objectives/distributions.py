@@ -87,7 +87,6 @@ def with_tail(logps: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
     (float32[..., V], -inf outside `top`; float32[..., 1], log of the mass outside, -inf where nothing is left).
   """
   rest = ~top & ~jnp.isneginf(logps)
-  left = rest.any(-1, keepdims=True)
-  # A sum over nothing is log 0, whose gradient is nan; zeros stand in for it.
-  tail = jax.nn.logsumexp(jnp.where(left, jnp.where(rest, logps, -jnp.inf), 0.0), axis=-1, keepdims=True)
-  return jnp.where(top, logps, -jnp.inf), jnp.where(left, tail, -jnp.inf)
+  # A sum over nothing is -inf; the inner `where` keeps its nan out of the gradient.
+  tail = jax.nn.logsumexp(jnp.where(rest, logps, -jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(top, logps, -jnp.inf), tail

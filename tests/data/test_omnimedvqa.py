@@ -8,50 +8,12 @@ import pytest
 from PIL import Image
 
 from kepo_jax.data import images, omnimedvqa
-
-RECORD = {
-  "dataset": "Set A",
-  "question_id": "Set A_0000",
-  "question_type": "Anatomy Identification",
-  "question": "Which organ is shown?",
-  "gt_answer": "Brain",
-  "image_path": "Images/Set A/test (1)/left.lower & x.png",
-  "option_A": "Chest",
-  "option_B": "Brain",
-  "option_C": "Knee",
-  "option_D": "Hand",
-  "modality_type": "X-Ray",
-}
-
-
-class Layout:
-  """A data set on disk in OmniMedVQA's layout."""
-
-  def __init__(self, root):
-    self.root = root
-    (root / "QA_information" / "Open-access").mkdir(parents=True)
-    self.image(RECORD["image_path"])
-
-  def image(self, relative):
-    path = self.root / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (40, 40)).save(path, format="PNG")
-
-  def write(self, *records, name="Set A"):
-    path = self.root / "QA_information" / "Open-access" / f"{name}.json"
-    path.write_text(json.dumps(list(records)))
-    return path
+from tests.data.cases import RECORD, Layout, record
 
 
 @pytest.fixture
 def layout(tmp_path):
   return Layout(tmp_path / "OmniMedVQA")
-
-
-def record(number=0, **changes):
-  """RECORD with another id and some fields changed; None drops a field."""
-  changed = RECORD | {"question_id": f"Set A_{number:04d}", "question": f"Which organ is shown? ({number})"} | changes
-  return {key: value for key, value in changed.items() if value is not ...}
 
 
 def rules(summary):

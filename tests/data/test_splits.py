@@ -1,5 +1,7 @@
 """The published rule: exact numbers, no shared image, membership from seed and ids alone."""
 
+import json
+
 import ml_collections
 import pytest
 from PIL import Image
@@ -100,3 +102,60 @@ def test_a_missing_split_is_named(tmp_path):
   (tmp_path / "train" / "QA_information").mkdir(parents=True)
   with pytest.raises(ValueError, match=r"has \['train'\] but not \['validation', 'test'\]"):
     splits.load(settings(tmp_path))
+
+
+def test_ids_go_to_a_file_and_back(tmp_path):
+  split, path = cut(pool()), tmp_path / "mri600.json"
+  splits.write_ids(split, path, rule="mri600", seed=1)
+  record = json.loads(path.read_text())
+  assert (record["rule"], record["seed"], record["sha256"]) == ("mri600", 1, split.digest)
+  assert record["counts"] == {"train": 20, "validation": 15, "test": 45}
+  assert record["ids"]["train"] == sorted(example.id for example in split.train)
+  assert splits.read_ids(path, pool()[::-1]) == split
+  splits.write_ids(split, path, rule="mri600", seed=1)  # the same again
+  with pytest.raises(ValueError, match="exists and holds another split"):
+    splits.write_ids(cut(pool(), seed=2), path, rule="mri600", seed=2)
+  lacking = [example for example in pool() if example.id not in record["ids"]["test"][:7]]
+  with pytest.raises(ValueError, match=r"the data lack 7 of its 80 questions, such as 'CT/"):
+    splits.read_ids(path, lacking)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda r: r["ids"]["train"].pop(), r"do not have the counts .* and the SHA-256"),
+    (lambda r: r["ids"]["train"].reverse(), "do not have the counts"),
+    (lambda r: r.update(sha256="0"), "the SHA-256 0 that it states"),
+    (lambda r: r["counts"].update(test=1), "do not have the counts"),
+    (lambda r: r.pop("ids"), "no list of a split's ids"),
+    (lambda r: r["ids"].update(train=[1]), "no list of a split's ids"),
+    (lambda r: r["ids"].update(train="abc"), "no list of a split's ids"),
+  ],
+)
+def test_changed_ids_are_refused(change, message, tmp_path):
+  path = tmp_path / "ids.json"
+  splits.write_ids(cut(pool()), path, rule="mri600", seed=1)
+  record = json.loads(path.read_text())
+  change(record)
+  path.write_text(json.dumps(record))
+  with pytest.raises(ValueError, match=message):
+    splits.read_ids(path, pool())
+
+
+def test_an_id_in_two_parts_is_refused(tmp_path):
+  split = cut(pool())
+  splits.write_ids(splits.Split(split.train, split.validation, split.train), tmp_path / "a.json", rule="x", seed=0)
+  with pytest.raises(ValueError, match="20 ids stand there twice"):
+    splits.read_ids(tmp_path / "a.json", pool())
+  for content in ("[]", "{", "3"):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json: no list of a split's ids"):
+      splits.read_ids(tmp_path / "a.json", pool())
+
+
+def test_overlap():
+  a, b, c = (question("MRI", n, n) for n in range(3))
+  both = question("MRI", 9, 1, "/MRI/7.png")
+  assert splits.overlap([a, b], [c]) == (0, 0.0)
+  assert splits.overlap([a, b], [b, both, c]) == (1, 1 / 3)  # images 1, 2 and 7
+  assert splits.overlap([a], []) == (0, 0.0)

@@ -1,0 +1,144 @@
+"""Checks a download of medical questions before anything is trained on it.
+
+  python -m experiments.inspect_medvqa PATH... [--json] [--decode] [--images_root=DIR] [--access=NAME] [--lenient]
+
+A PATH is a folder in OmniMedVQA's layout, Med-R1's or MedVLM-R1's split files, a Hugging Face folder of parquet files
+or saved to disk, or one file of these; docs/data.md describes them. Prints what was kept, repaired and dropped by
+which rule, what the questions are, and what their images are: every file's header is opened, and with --decode every
+pixel. With several PATHs, how many images each has in common with those before it. --json writes the same to standard
+output for machines. The exit status is 0 if training could use the data, and 1 with one line that says why not.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from absl import app, flags
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from experiments import environment
+from kepo_jax.data import formats, inspection, rules, splits
+from kepo_jax.reporting import progress
+from kepo_jax.types import Example
+
+_JSON = flags.DEFINE_bool("json", False, "Write JSON to standard output.")
+_DECODE = flags.DEFINE_bool("decode", False, "Decode every image fully: finds files that are cut off.")
+_IMAGES = flags.DEFINE_bool("images", True, "Open the images; --noimages for questions whose images are not at hand.")
+_IMAGES_ROOT = flags.DEFINE_string("images_root", None, "Folder that image paths start from; by default found.")
+_ACCESS = flags.DEFINE_string("access", "Open-access", "Folder below QA_information, in OmniMedVQA's layout.")
+_LENIENT = flags.DEFINE_bool("lenient", False, "Drop and count unusable records instead of stopping at them.")
+
+
+def inspected(path: str, display: progress.Display) -> tuple[list[Example], dict[str, Any]]:
+  """The usable questions of a path, and its report: `summary`, `figures` and, unless --noimages, `images`.
+
+  Raises:
+    ValueError: the data cannot be used.
+  """
+  examples, summary = formats.read_any(
+    path,
+    image_root=_IMAGES_ROOT.value,
+    access=_ACCESS.value,
+    lenient=_LENIENT.value,
+    check_images=_IMAGES.value,
+  )
+  report: dict[str, Any] = {}
+  if _IMAGES.value:
+    examples, report["images"] = inspection.open_images(
+      examples,
+      summary,
+      decode=_DECODE.value,
+      progress=lambda done, total: display.progress("images", done, total),
+    )
+    summary.verdict(lenient=_LENIENT.value)
+  return examples, {"summary": summary.to_dict(), "figures": inspection.figures(examples)} | report
+
+
+def rule_table(summary: Mapping[str, Any]) -> Table:
+  """Every rule that applied."""
+  table = Table("rule", "records", "what it means", title="rules")
+  table.add_column("first", overflow="fold")
+  for rule, text in rules.RULES.items():
+    if rule in summary["rules"]:
+      table.add_row(rule, f"{summary['rules'][rule]:,}", text, summary["first"][rule])
+  return table
+
+
+def group_table(title: str, kind: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
+  """One row per group: questions, chance, number of options, gold letters."""
+  counts = sorted({count for group in groups.values() for count in group["options"]}, key=int)
+  letters = sorted({letter for group in groups.values() for letter in group["letters"]})
+  table = Table(kind, "questions", "chance", *(f"{count} options" for count in counts), *letters, title=title)
+  for name, group in groups.items():
+    table.add_row(
+      rules.printable(name),
+      f"{group['questions']:,}",
+      f"{100 * group['chance']:.1f} %",
+      *(f"{group['options'].get(count, 0):,}" for count in counts),
+      *(f"{group['letters'].get(letter, 0):,}" for letter in letters),
+    )
+  return table
+
+
+def image_lines(found: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+  """What the images are, in words."""
+  several = found["images_with_several_questions"]
+  lines = [f"{found['images']:,} images, {several:,} of them with several questions"]
+  if report:
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in report["formats"].items())
+    common = ", ".join(f"{size} {count:,}" for size, count in itertools.islice(report["sizes"].items(), 6))
+    (left, top), (right, bottom) = report["smallest"], report["largest"]
+    lines.append(f"formats: {kinds}; {report['bytes'] / 1e6:,.1f} MB")
+    lines.append(f"sizes: {report['different_sizes']:,}, {left} to {right} wide, {top} to {bottom} high; {common}")
+  return "\n".join(lines)
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+  """Prints a report."""
+  summary, found = report["summary"], report["figures"]
+  head = f"{rules.printable(summary['root'])}: {summary['format']}, {summary['files']} files, {summary['records']:,} "
+  head += f"records, {summary['kept']:,} kept, {summary['dropped']:,} dropped"
+  shown: list[RenderableType] = [head]
+  if summary["rules"]:
+    shown.append(rule_table(summary))
+  shown.append(group_table("modalities", "modality", found["modalities"] | {"all": found["overall"]}))
+  shown.append(group_table("question types", "question type", found["question_types"]))
+  for part in [*shown, image_lines(found, report.get("images"))]:
+    console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+
+
+def main(argv: list[str]) -> None:
+  """Reads, opens, counts and prints."""
+  if len(argv) < 2:
+    raise ValueError("no PATH: name the folder or the files to check")
+  console = Console(stderr=_JSON.value)
+  display = progress.Display()
+  result: dict[str, Any] = {"usable": True, "reports": [], "overlaps": []}
+  read: dict[str, list[Example]] = {}
+  try:
+    for path in argv[1:]:
+      examples, report = inspected(path, display)
+      result["reports"].append(report)
+      if not _JSON.value:
+        show(report, console)
+      for before, earlier in read.items():
+        number, share = splits.overlap(earlier, examples)
+        result["overlaps"].append({"first": before, "second": path, "images": number, "share": share})
+        if not _JSON.value:
+          line = f"{number:,} images of {path}, {100 * share:.1f} %, are also in {before}"
+          console.print(rules.printable(line), markup=False, highlight=False, soft_wrap=True)
+      read[path] = examples
+  except (ValueError, OSError) as error:
+    result |= {"usable": False, "error": str(error)}
+    raise
+  finally:
+    display.close()
+    if _JSON.value:
+      sys.stdout.write(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(environment.reporting_errors(main))

@@ -1,0 +1,106 @@
+"""What a data set holds: counts, chance, letters, and what its image files are."""
+
+import collections
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from kepo_jax.data import image_files, images, rules
+from kepo_jax.data.rules import Summary
+from kepo_jax.types import Example
+
+
+def figures(examples: Sequence[Example]) -> dict[str, Any]:
+  """Figures of some questions as JSON-able values.
+
+  Returns:
+    `overall`, and by `modalities`, `question_types` and `datasets`, each as `group_figures` gives it; the number of
+    distinct images, and of images with several questions.
+  """
+  asked = collections.Counter(image for example in examples for image in example.images)
+  return {
+    "overall": group_figures(examples),
+    "modalities": _by(examples, lambda example: example.modality),
+    "question_types": _by(examples, lambda example: example.question_type or "not told"),
+    "datasets": _by(examples, lambda example: example.dataset),
+    "images": len(asked),
+    "images_with_several_questions": sum(count > 1 for count in asked.values()),
+  }
+
+
+def group_figures(examples: Sequence[Example]) -> dict[str, Any]:
+  """Questions, the accuracy of guessing, and how often each number of options and each gold letter occurs."""
+  return {
+    "questions": len(examples),
+    "chance": sum(1 / len(example.options) for example in examples) / max(1, len(examples)),
+    "options": _sorted_counts(len(example.options) for example in examples),
+    "letters": _sorted_counts(example.answer for example in examples),
+  }
+
+
+def _by(examples: Iterable[Example], key: Callable[[Example], str]) -> dict[str, Any]:
+  groups = collections.defaultdict(list)
+  for example in examples:
+    groups[key(example)].append(example)
+  return {name: group_figures(groups[name]) for name in sorted(groups)}
+
+
+def _sorted_counts(values: Iterable[Any]) -> dict[str, int]:
+  counts = collections.Counter(values)
+  return {str(value): counts[value] for value in sorted(counts)}
+
+
+def open_images(
+  examples: Sequence[Example],
+  summary: Summary,
+  *,
+  decode: bool = False,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Example], dict[str, Any]]:
+  """Opens every image once; questions about unreadable ones are dropped and counted in the summary.
+
+  Args:
+    examples: questions.
+    summary: of their reading.
+    decode: decode the pixels too, which finds files that are cut off.
+    progress: called with the number of images done and of all.
+
+  Returns:
+    the questions whose images can be read; counts of formats and sizes, bytes, and the unreadable files.
+  """
+  paths = list(dict.fromkeys(image for example in examples for image in example.images))
+  formats: collections.Counter[str] = collections.Counter()
+  sizes: collections.Counter[tuple[int, int]] = collections.Counter()
+  unreadable: dict[str, str] = {}
+  total_bytes = 0
+  for done, path in enumerate(paths, start=1):
+    try:
+      kind, width, height = image_files.header(path)
+      if decode:
+        images.load_image(path)
+      total_bytes += os.stat(path).st_size
+      formats[kind] += 1
+      sizes[width, height] += 1
+    except (rules.Rejected, ValueError, OSError) as error:
+      unreadable[path] = str(error)
+    progress(done, len(paths))
+  kept = []
+  for example in examples:
+    bad = next((path for path in example.images if path in unreadable), None)
+    if bad is None:
+      kept.append(example)
+    else:
+      summary.count("unreadable_image", f"question {example.id}: image {bad}: {unreadable[bad]}")
+  summary.kept = len(kept)
+  return kept, _image_figures(formats, sizes) | {"bytes": total_bytes, "unreadable": unreadable}
+
+
+def _image_figures(formats: Mapping[str, int], sizes: collections.Counter[tuple[int, int]]) -> dict[str, Any]:
+  widths, heights = [width for width, _ in sizes], [height for _, height in sizes]
+  return {
+    "formats": dict(sorted(formats.items())),
+    "sizes": {f"{width}x{height}": count for (width, height), count in sizes.most_common(20)},
+    "different_sizes": len(sizes),
+    "smallest": [min(widths, default=0), min(heights, default=0)],  # of each side by itself
+    "largest": [max(widths, default=0), max(heights, default=0)],
+  }

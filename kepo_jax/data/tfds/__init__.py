@@ -1,0 +1,1 @@
+"""TensorFlow Datasets: the builder `omnimedvqa`, building it, and reading it back; none of it needs TensorFlow."""

@@ -1,0 +1,68 @@
+"""Builds the TFDS data set: `download_and_prepare` with the settings that work without TensorFlow."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+
+import tensorflow_datasets as tfds
+
+from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder_module
+from kepo_jax.data.tfds.omnimedvqa.omnimedvqa_dataset_builder import Builder, Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+  """A data set on disk."""
+
+  directory: pathlib.Path  # of the version; what `config.data.directory` takes
+  questions: dict[str, int]  # split -> number
+  bytes: int  # of the records
+  reused: bool  # it was there before
+
+  def text(self) -> str:
+    """One line for the user."""
+    parts = ", ".join(f"{name} {number}" for name, number in self.questions.items())
+    return f"{'reused' if self.reused else 'wrote'} {self.directory}: {parts} questions, {self.bytes / 1e6:.1f} MB"
+
+
+def build(
+  data_dir: str | os.PathLike,
+  *,
+  manual_dir: str | os.PathLike | None = None,
+  config: str | Config = builder_module.NAME,
+  progress: Callable[[int, int], None] | None = None,
+) -> Built:
+  """Writes a config of the data set below `data_dir` unless it is there already.
+
+  Args:
+    data_dir: TFDS data directory; the data set becomes data_dir/omnimedvqa/<config>/<version>.
+    manual_dir: folder with the unpacked OmniMedVQA download; the phantom needs none.
+    config: "omnimedvqa", "phantom", or what `omnimedvqa_dataset_builder.split_config` gives for other numbers.
+    progress: receives (questions written, questions in all) after each question.
+
+  Raises:
+    ValueError: no manual folder, or it cannot be read or split; names it and the way out.
+  """
+  known = [each.name for each in Builder.BUILDER_CONFIGS]
+  if isinstance(config, str) and config not in known:
+    raise ValueError(f"config {config!r}; choose from {known}")
+  builder = Builder(data_dir=os.path.abspath(data_dir), config=config)
+  directory = pathlib.Path(builder.data_dir)
+  reused = directory.is_dir()
+  if not reused and builder.builder_config.name != builder_module.PHANTOM:
+    _require(manual_dir)
+  builder.progress = progress
+  settings = tfds.download.DownloadConfig(manual_dir=os.path.abspath(manual_dir) if manual_dir else None)
+  builder.download_and_prepare(download_config=settings, file_format=builder_module.FILE_FORMAT)
+  splits = builder.info.splits
+  questions = {name: split.num_examples for name, split in splits.items()}
+  return Built(directory, questions, sum(split.num_bytes for split in splits.values()), reused)
+
+
+def _require(manual_dir: str | os.PathLike | None) -> None:
+  if not manual_dir:
+    raise ValueError(f"manual_dir is not set: OmniMedVQA is downloaded by hand. {Builder.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+  if not os.path.isdir(manual_dir) or not os.listdir(manual_dir):
+    state = "is empty" if os.path.isdir(manual_dir) else "no such directory"
+    raise ValueError(f"manual_dir {manual_dir}: {state}. {Builder.MANUAL_DOWNLOAD_INSTRUCTIONS}")

@@ -1,0 +1,123 @@
+"""Reads a built data set as questions whose images are files, as the rest of the project takes them."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from kepo_jax.data import image_files, splits
+from kepo_jax.data.rules import Rejected
+from kepo_jax.data.tfds import folders, records
+from kepo_jax.types import Example
+
+
+class EncodedImages(tfds.decode.Decoder):
+  """Leaves the images of a record as bytes; `SkipDecoding` of TFDS does so for a single image, not for a sequence."""
+
+  def decode_example(self, example):
+    """The bytes of one image."""
+    return example
+
+  def decode_batch_example_np(self, example):
+    """The bytes of each image of a record."""
+    return example
+
+
+def source(
+  data_dir: str | os.PathLike, config: str = folders.NAME, split: str = "train"
+) -> Sequence[Mapping[str, Any]]:
+  """Random access to the records of a split, strings and images as bytes.
+
+  Args:
+    data_dir: TFDS data directory, or the folder of one built version, which then says the config itself.
+    config: name of the config.
+    split: "train", "validation" or "test".
+
+  Raises:
+    ValueError: no such data set or split, or the records are of another kind; names the folder.
+  """
+  return _source(_builder(data_dir, config), split)
+
+
+def read(data_dir: str | os.PathLike, config: str = folders.NAME, split: str = "train") -> list[Example]:
+  """The questions of a split in stored order; arguments and errors are those of `source`."""
+  return examples_from(source(data_dir, config, split))
+
+
+def read_splits(data_dir: str | os.PathLike, config: str = "*") -> dict[str, list[Example]]:
+  """Name of each of `splits.SPLITS` -> questions; a part that was built without any is empty."""
+  builder = _builder(data_dir, config)
+  return {name: examples_from(_source(builder, name)) if name in builder.info.splits else [] for name in splits.SPLITS}
+
+
+def examples_from(source: Iterable[Mapping[str, Any]]) -> list[Example]:
+  """Questions of records; each image is written once into the project's cache folder, named by its content.
+
+  Args:
+    source: what the function `source` gives, or any data source of the builder opened with
+      `decoders={"images": EncodedImages()}`.
+
+  Raises:
+    ValueError: an image was decoded on the way, by which its file is lost, or is none; names the question.
+    OSError: the cache folder cannot be written.
+  """
+  return [records.example(each, [_stored(image, each["id"]) for image in each["images"]]) for each in source]
+
+
+def _stored(image: Any, name: bytes) -> str:
+  if not isinstance(image, bytes):
+    raise ValueError(
+      f"question {name.decode()}: its images are decoded; open the data source with "
+      'decoders={"images": EncodedImages()}'
+    )
+  try:
+    return image_files.store(image, check=True)
+  except Rejected as rejected:
+    raise ValueError(f"question {name.decode()}: {rejected}; build the data set again") from rejected
+
+
+def _builder(data_dir: str | os.PathLike, config: str) -> tfds.core.DatasetBuilder:
+  folder = folders.find(data_dir, config)
+  if folder is None:
+    raise ValueError(f"{data_dir}: no built config {config!r}; run python -m experiments.build_tfds")
+  _check_features(folder)
+  return tfds.builder_from_directory(folder)
+
+
+def _source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[Mapping[str, Any]]:
+  if split not in builder.info.splits:
+    raise ValueError(f"{builder.data_dir}: no split {split!r}, it has {sorted(builder.info.splits)}")
+  files = [pathlib.Path(path) for path in builder.info.splits[split].filepaths]
+  if missing := [path.name for path in files if not path.is_file()]:
+    raise ValueError(f"{builder.data_dir}: {missing[0]} is missing ({len(missing)} in all); build the data set again")
+  return builder.as_data_source(split, decoders={"images": EncodedImages()})
+
+
+def _check_features(folder: pathlib.Path) -> None:
+  """Refuses records of another kind; TFDS would import whatever class their description names."""
+  expected = _classes(records.features())
+  path = folder / "features.json"
+  try:
+    found = _described_classes(json.loads(path.read_text(encoding="utf-8")))
+  except (ValueError, TypeError, AttributeError, KeyError) as error:
+    raise ValueError(f"{path}: not the description of a TFDS data set ({error!r})") from error
+  if found != expected:
+    raise ValueError(f"{path}: describes {sorted(found)}, not the records of this version; build the data set again")
+
+
+def _classes(feature: tfds.features.FeatureConnector, name: str = "") -> set[str]:
+  found = {f"{name}: {type(feature).__module__}.{type(feature).__name__}"}
+  if isinstance(feature, tfds.features.FeaturesDict):
+    return found.union(*(_classes(inner, f"{name}/{each}") for each, inner in feature.items()))
+  return found | _classes(feature.feature, f"{name}[]") if isinstance(feature, tfds.features.Sequence) else found
+
+
+def _described_classes(description: Mapping[str, Any], name: str = "") -> set[str]:
+  found = {f"{name}: {description['pythonClassName']}"}
+  if "sequence" in description:
+    found |= _described_classes(description["sequence"]["feature"], f"{name}[]")
+  features = description.get("featuresDict", {}).get("features", {})
+  return found.union(*(_described_classes(inner, f"{name}/{each}") for each, inner in features.items()))

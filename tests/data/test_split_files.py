@@ -1,0 +1,245 @@
+"""Med-R1's and MedVLM-R1's records, drawn here, and the real sample where it is at hand."""
+
+import json
+import os
+import re
+
+import pytest
+from PIL import Image
+
+from kepo_jax.data import omnimedvqa, split_files, splits
+from tests.data.cases import MEDR1, MEDVLM, write_records
+
+
+@pytest.fixture
+def root(tmp_path):
+  """A folder with the two images that the records name."""
+  for name in (MEDR1["image"], MEDVLM["image"][0]):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8)).save(tmp_path / name)
+  return tmp_path
+
+
+def test_med_r1(root):
+  file = write_records(root / "Splits" / "modality" / "test" / "CT(Computed Tomography)_test.json", MEDR1)
+  (example,), summary = split_files.read(file)
+  assert (example.id, example.dataset) == ("CT(Computed Tomography)_test/0", "Chest CT")
+  assert example.question == "Which organ is shown?" and example.answer == "B" and example.modality == "CT"
+  assert example.options == ("Chest", "Brain (left)", "No, it's none")
+  assert example.images == (os.path.realpath(root / MEDR1["image"]),)
+  assert dict(summary.rules) == {"modality_spelling": 1}
+  assert (summary.records, summary.kept, summary.format) == (1, 1, "split files")
+
+
+def test_medvlm_r1(root):
+  (example,), summary = split_files.read(write_records(root / "MRI_CT_XRAY_300each_dataset.json", MEDVLM))
+  assert (example.id, example.modality, example.dataset) == ("MRI_CT_XRAY_300each_dataset/0", "X-Ray", "OmniMedVQA")
+  assert example.options == ("Chest", "Brain") and example.answer_text == "Brain"
+  assert example.images == (os.path.realpath(root / "images/a.png"),) and not summary.rules
+
+
+@pytest.mark.parametrize(
+  ("stem", "modality", "kind"),
+  [
+    ("MR (Mag-netic Resonance Imaging)_train", "MR (Mag-netic Resonance Imaging)", ""),
+    ("OCT (Optical Coherence Tomography_test", "OCT (Optical Coherence Tomography", ""),
+    ("MRI_test", "MRI", ""),
+    ("Fundus_test_300", "Fundus", ""),
+    ("X-Ray_test", "X-Ray", ""),
+    ("modality_MRI_train_600", "MRI", ""),
+    ("Lesion Grading_train", "", "Lesion Grading"),
+    ("Other Biological Attributes_test", "", "Other Biological Attributes"),
+    ("MRI_CT_XRAY_300each_dataset", "", ""),
+    ("ACRIMA_filtered_test", "", ""),
+    ("unknown_train", "", ""),
+  ],
+)
+def test_what_a_name_tells(stem, modality, kind):
+  assert split_files.described(stem) == (modality, kind)
+
+
+# Changed fields of MEDVLM -> options and answer of the example, and the rules that applied; `...` takes a field away.
+REPAIRS = {
+  "bare letter": ({"answer": ...}, "Chest Brain", "B", {}),
+  "tags": ({"solution": "<answer>A</answer>", "answer": "chest."}, "Chest Brain", "A", {}),
+  "text": ({"solution": "brain."}, "Chest Brain", "B", {"answer_normalised": 1, "solution_text": 1}),
+  "text in tags": ({"solution": "<answer> Brain </answer>"}, "Chest Brain", "B", {"solution_text": 1}),
+  "answer is the letter": ({"answer": "b"}, "Chest Brain", "B", {}),
+  "no list": ({"options": ..., "question": ...}, "Chest Brain", "B", {}),
+  "other list": ({"options": ["Foot", "Brain"]}, "Foot Brain", "B", {"options_listed": 1}),
+  "no options in the text": ({"problem": "Which organ?"}, "Chest Brain", "B", {"options_listed": 1}),
+  "empty option": (
+    {"problem": "Q?\nA) \nB) Brain\nC) Knee", "options": ...}, "Brain Knee", "A", {"null_option": 1, "option_gap": 1},
+  ),
+  "right twice": (
+    {"problem": "Q?\nA) Brain\nB) Brain\nC) Knee", "options": ...}, "Brain Knee", "A", {"repeated_answer": 1},
+  ),
+  "two rows": ({"problem": "Of A)x, B)y which? A)Chest, B)Brain"}, "Chest Brain", "B", {"options_ambiguous": 1}),
+  "no modality": ({"subset": ...}, "Chest Brain", "B", {"modality_unknown": 1}),
+  "option of one letter": ({"problem": "Q?\nA) X\nB) Y", "options": ..., "answer": ..., "solution": "Y"}, "X Y", "B",
+                           {"solution_text": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REPAIRS)
+def test_repairs(case, root):
+  changes, options, answer, expected = REPAIRS[case]
+  record = {key: value for key, value in (MEDVLM | changes).items() if value is not ...}
+  (example,), summary = split_files.read(write_records(root / "file.json", record))
+  assert example.options == tuple(options.split()) and example.answer == answer
+  assert dict(summary.rules) == expected
+
+
+BAD = {
+  "answer_contradicted": [{"answer": "Chest"}, {"answer": "Liver"}],
+  "answer_unmatched": [{"solution": "C"}, {"solution": "Liver"}, {"solution": "<answer> </answer>"}],
+  "options_not_found": [{"problem": "Which?", "options": ...}, {"problem": "Which?", "question": ...}],
+  "too_few_options": [{"problem": "Q?\nA) brain\nB) Brain.", "options": ..., "solution": "A"}],
+  "too_many_options": [
+    {"problem": "Q?" + "".join(f"\n{c}) {c}1" for c in "ABCDEFGHIJK"), "options": ..., "answer": ...},
+  ],
+  "malformed_record": [
+    {"image": ...}, {"image": []}, {"image": 3}, {"image": [None]}, {"image": {"a": 1}}, {"problem": ["x"]},
+    {"solution": None}, {"options": "AB"}, {"options": [1, 2]}, {"problem": "A)x, B)Brain", "options": ...},
+    {"subset": 7}, {"problem": "x" * 20_000}, {"answer": {"deep": []}},
+  ],
+  "unsafe_path": [{"image": "/etc/hostname"}, {"image": "../a.png"}, {"image": ["images/a.png", "images/../../a.png"]},
+                  {"image": ""}, {"image": "a\ud800.png"}],
+  "missing_image": [{"image": "images/b.png"}, {"image": "images"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", BAD)
+def test_bad_records(rule, root):
+  for changes in BAD[rule]:
+    record = {key: value for key, value in (MEDVLM | changes).items() if value is not ...}
+    file = write_records(root / "file.json", MEDVLM, record)
+    examples, summary = split_files.read(file, lenient=True)
+    assert [example.id for example in examples] == ["file/0"], changes
+    assert summary.rules[rule] == summary.dropped == 1, changes
+    assert summary.first[rule].startswith(f"{file}, record 1: ")
+    if rule in ("malformed_record", "unsafe_path", "missing_image"):
+      with pytest.raises(ValueError, match=rf"file\.json, record 1: .*'{rule}': 1"):
+        split_files.read(file)
+    else:
+      assert split_files.read(file)[1].rules[rule] == 1
+
+
+@pytest.mark.parametrize(
+  "content",
+  [b"{}", b"[" * 50_000, b"[1e999999, " + b"9" * 5000 + b"]", b"\xff\xfe", b'[{"a": 1}', b'"text"', b"[{]}"],
+  ids=range(7),
+)
+def test_broken_files(content, root):
+  write_records(root / "a.json", MEDVLM)
+  (root / "b.json").write_bytes(content)
+  with pytest.raises(ValueError, match=r"b\.json: .*'malformed_file': 1"):
+    split_files.read(root)
+  examples, summary = split_files.read(root, lenient=True)
+  assert len(examples) == 1 and dict(summary.rules) == {"malformed_file": 1}
+
+
+def test_odd_values_and_repeated_keys(root):
+  text = json.dumps([MEDVLM, MEDVLM | {"extra": [1, {"a": None}]}])[:-1]
+  text += ', {"problem": "Q?\\nA) x\\nB) y", "problem": "Q?\\nA) y\\nB) x", "solution": "A"}, [], NaN, -Infinity]'
+  (root / "file.json").write_text(text)
+  with pytest.raises(ValueError, match="record 2: the key 'problem' stands there twice"):
+    split_files.read(root / "file.json")
+  _, summary = split_files.read(root / "file.json", lenient=True)
+  assert dict(summary.rules) == {"duplicate_record": 1, "malformed_record": 4}
+
+
+def test_files_that_are_links_or_no_files(root, tmp_path_factory):
+  outside = write_records(tmp_path_factory.mktemp("outside") / "secret.json", MEDVLM)
+  folder = root / "splits"
+  write_records(folder / "a.json", MEDVLM)
+  (folder / "b.json").symlink_to(outside)
+  os.mkfifo(folder / "c.json")  # opening it would wait for ever
+  (folder / "d.json").mkdir()
+  (folder / "e.json").symlink_to("e.json")
+  examples, summary = split_files.read(folder, lenient=True)
+  assert len(examples) == 1 and dict(summary.rules) == {"malformed_file": 4}
+  with pytest.raises(ValueError, match=r"b\.json: is a symbolic link out of"):
+    split_files.read(folder)
+
+
+def test_the_image_root(root, tmp_path_factory):
+  elsewhere = write_records(tmp_path_factory.mktemp("elsewhere") / "MRI_test.json", MEDR1)
+  with pytest.raises(ValueError, match="missing_image"):
+    split_files.read(elsewhere)
+  assert split_files.read(elsewhere, image_root=root)[0][0].images == (os.path.realpath(root / MEDR1["image"]),)
+  assert split_files.read(elsewhere, check_images=False)[0][0].images[0].startswith(str(elsewhere.parent))
+  with pytest.raises(ValueError, match="no JSON files here or below"):
+    (root / "empty").mkdir()
+    split_files.read(root / "empty")
+
+
+def test_the_real_sample_of_med_r1(shared_directory):
+  """Every record is an example with the letter of its record; the same cut as the sample's own."""
+  sample = shared_directory / "omnimedvqa-qa-sample"
+  original = {}
+  for example in omnimedvqa.read(sample / "reconstructed", check_images=False)[0]:
+    key = (example.images[0].partition("/Images/")[2], example.question, example.options)
+    assert original.setdefault(key, example.answer_text) == example.answer_text
+  total, matched, found = 0, 0, {}
+  for file in sorted((sample / "med-r1").rglob("*.json")):
+    examples, summary = split_files.read(file, check_images=False)
+    stored = json.loads(file.read_text())
+    assert summary.kept == summary.records == len(examples) == len(stored), file
+    total += len(stored)
+    found[file.stem] = {rule: count for rule, count in summary.rules.items() if rule != "modality_spelling"}
+    for example, entry in zip(examples, stored, strict=True):
+      assert example.answer == re.fullmatch(r"<answer> (\w) </answer>", entry["solution"])[1]
+      row = ", ".join(f"{'ABCDEFGHIJ'[i]}){text}" for i, text in enumerate(example.options))
+      assert f"{example.question} {row}" == entry["problem"]
+      key = (example.images[0].partition("/Images/")[2], example.question, example.options)
+      if key in original:
+        matched += 1
+        assert original[key] == example.answer_text
+  assert (total, matched, len(original)) == (1090, 88, 165)  # the other 77 are of questions that the sample leaves out
+  assert {name: applied for name, applied in found.items() if applied} == {
+    "CT(Computed Tomography)_train": {"repeated_distractor": 3},
+    "Dermoscopy_test": {"class_spelling": 5},
+    "Dermoscopy_train": {"class_spelling": 1},
+    "MR (Mag-netic Resonance Imaging)_test": {"nonsense_option": 2, "leaked_label": 8},
+    "Microscopy Images_test": {"class_spelling": 2},
+    "Microscopy Images_train": {"class_spelling": 1},
+    "X-Ray_test": {"class_spelling": 8},
+    "X-Ray_train": {"class_spelling": 5},
+    "ultrasound_test": {"repeated_distractor": 2},
+    "ultrasound_train": {"repeated_distractor": 6},
+    "unknown_train": {"modality_unknown": 1},
+  }
+
+
+def test_real_options_survive_every_syntax(shared_directory, tmp_path):
+  folder = shared_directory / "omnimedvqa-qa-sample" / "reconstructed"
+  examples, _ = omnimedvqa.read(folder, check_images=False)
+  for begin, between in ((" {})", ", {})"), ("\n{}) ", "\n{}) "), ("\n{}: ", "\n{}: ")):
+    stored = []
+    for example in examples:
+      row = [(between if i else begin).format("ABCD"[i]) + text for i, text in enumerate(example.options)]
+      problem = example.question + "".join(row)
+      stored.append({"image": f"Images/{example.id}.png", "problem": problem, "solution": example.answer_text})
+    again, summary = split_files.read(write_records(tmp_path / "all.json", *stored), check_images=False)
+    assert summary.rules["solution_text"] == len(again) == 165 and not summary.rules["options_ambiguous"]
+    for example, entry in zip(again, examples, strict=True):
+      assert (example.question, example.options, example.answer) == (entry.question, entry.options, entry.answer)
+
+
+def test_the_real_sample_of_medvlm_r1(shared_directory):
+  file = shared_directory / "omnimedvqa-qa-sample" / "medvlm-r1" / "MRI_CT_XRAY_sample.json"
+  examples, summary = split_files.read(file, check_images=False)
+  stored = json.loads(file.read_text())
+  assert summary.kept == summary.records == len(stored) == 210 and "options_listed" not in summary.rules
+  for example, entry in zip(examples, stored, strict=True):
+    assert (example.question, list(example.options)) == (entry["question"], entry["options"])
+    assert example.answer == entry["solution"] and example.answer_text == entry["answer"]
+
+
+def test_images_of_both_parts_of_the_real_sample(shared_directory):
+  folder = shared_directory / "omnimedvqa-qa-sample" / "med-r1" / "modality"
+  train, _ = split_files.read(folder / "train", check_images=False, image_root=folder)
+  test, _ = split_files.read(folder / "test", check_images=False, image_root=folder)
+  number, share = splits.overlap(train, test)
+  assert (len(train), len(test), number) == (218, 872, 2) and round(share * len({e.images for e in test})) == 2

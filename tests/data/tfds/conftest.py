@@ -1,0 +1,83 @@
+"""A small download in OmniMedVQA's layout with images of every kind, and the data set built from it."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kepo_jax.data.tfds import building
+from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
+
+
+def write_images(folder: pathlib.Path) -> list[str]:
+  """Images of different files and modes; returns their names."""
+  rng = np.random.default_rng(11)
+  colour = Image.fromarray(rng.integers(0, 256, (24, 40, 3), dtype=np.uint8))
+  deep = Image.fromarray(rng.integers(500, 3000, (30, 20)).astype(np.uint16))
+  kinds = {
+    "grey.png": colour.convert("L"),
+    "colour.png": colour,
+    "palette.png": colour.convert("P", palette=Image.Palette.ADAPTIVE, colors=16),
+    "alpha.png": Image.merge("RGBA", (*colour.split(), colour.convert("L"))),
+    "deep.png": deep,
+    "a (1).jpg": colour,
+    "LOUD.JPG": colour.convert("L"),
+    "print.jpeg": colour.convert("CMYK"),
+    "scan.tif": colour,
+    "deep.tif": deep,
+    "old.bmp": colour,
+    "bits.bmp": colour.convert("1"),
+  }
+  folder.mkdir(parents=True)
+  for name, picture in kinds.items():
+    picture.save(folder / name)
+  return list(kinds)
+
+
+def write_download(root: pathlib.Path) -> pathlib.Path:
+  """Twelve MRI and twelve CT questions about the images of `write_images`, an image of its own for each."""
+  listing = root / "QA_information" / "Open-access"
+  listing.mkdir(parents=True)
+  for dataset, modality in (("Set M", "MR (Mag-netic Resonance Imaging)"), ("Set C", "CT(Computed Tomography)")):
+    records = [
+      {
+        "dataset": dataset,
+        "question_id": f"{dataset}_{number:04d}",
+        "question_type": "Anatomy Identification",
+        "question": f"Où est-ce, {number}?",
+        "gt_answer": "Brain",
+        "image_path": f"Images/{dataset}/{name}",
+        **{f"option_{letter}": text for letter, text in zip("ABCD", ("Knee", "Brain", "Hand, left")[: 2 + number % 2])},
+        "modality_type": modality,
+      }
+      for number, name in enumerate(write_images(root / "Images" / dataset))
+    ]
+    (listing / f"{dataset}.json").write_text(json.dumps(records))
+  return root
+
+
+@pytest.fixture(scope="session")
+def download(tmp_path_factory) -> pathlib.Path:
+  """Root of the download."""
+  return write_download(tmp_path_factory.mktemp("download") / "OmniMedVQA")
+
+
+@pytest.fixture(scope="session")
+def small() -> builder.Config:
+  """A config that asks for every MRI question of the download, and for half of the CT questions."""
+  return builder.split_config(train_items=6, validation_items=2, test_items=4, split_seed=3)
+
+
+@pytest.fixture(scope="session")
+def built(download, small, tmp_path_factory) -> building.Built:
+  """The data set."""
+  return building.build(tmp_path_factory.mktemp("tfds"), manual_dir=download, config=small)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> pathlib.Path:
+  """The project's cache folder, empty."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  return tmp_path / "cache" / "kepo_jax"

@@ -1,0 +1,138 @@
+"""What was built comes back: the same questions in the same order, with the same pixels."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import ml_collections
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from kepo_jax.data import images, omnimedvqa, splits
+from kepo_jax.data.tfds import building, reading
+from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
+from kepo_jax.types import Example
+
+
+def pixels(path):
+  return np.asarray(images.rgb(images.load_image(path)))
+
+
+def assert_equal(found: list[Example], expected: list[Example]):
+  """Equal but for where their images lie."""
+  assert [dataclasses.replace(each, images=()) for each in found] == [
+    dataclasses.replace(each, images=()) for each in expected
+  ]
+  for a, b in zip(found, expected, strict=True):
+    for stored, original in zip(a.images, b.images, strict=True):
+      np.testing.assert_array_equal(pixels(stored), pixels(original), err_msg=original)
+
+
+def expected_split(root, train, validation, test, seed=0):
+  examples, _ = omnimedvqa.read(root)
+  return splits.split_by_modality(
+    examples, train=train, validation_per_modality=validation, test_per_modality=test, seed=seed
+  ).as_dict()
+
+
+def test_questions_pixels_and_order_come_back(built, download):
+  expected = expected_split(download, 6, 2, 4, seed=3)
+  for name, part in reading.read_splits(built.directory).items():
+    assert len(reading.source(built.directory, split=name)) == len(expected[name])
+    assert_equal(part, expected[name])
+  kinds = {pathlib.Path(each.images[0]).suffix for part in expected.values() for each in part}
+  assert {".tif", ".bmp", ".png", ".jpg"} <= kinds
+
+
+def test_any_number_of_images(download, tmp_path, monkeypatch):
+  folder = download / "Images" / "Set M"
+  paths = [str(folder / name) for name in ("grey.png", "old.bmp", "a (1).jpg")]
+  expected = [
+    Example(f"set/{i}", "?", ("a", "b"), "AB"[i % 2], tuple(paths[:i]), "MRI", dataset="set") for i in range(4)
+  ]
+  monkeypatch.setattr(builder, "_read", lambda root: expected)
+  config = builder.split_config(train_items=4, validation_items=0, test_items=0)
+  building.build(tmp_path, manual_dir=download, config=config)
+  assert_equal(reading.read(tmp_path, config.name), expected)
+
+
+def test_images_are_written_once(built, cache):
+  first = reading.read(built.directory, split="test")
+  files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")}
+  assert {str(path) for path in files} == {path for each in first for path in each.images}
+  assert reading.read(built.directory, split="test") == first
+  assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")} == files
+
+
+def test_records_one_by_one(built):
+  source = reading.source(built.directory.parents[2], built.directory.parent.name, "test")
+  assert reading.examples_from([source[3]]) == reading.read(built.directory, split="test")[3:4]
+  broken = dict(source[3]) | {"images": [b"text"]}
+  with pytest.raises(ValueError, match=r"question Set M/Set M_\d+: .*build the data set again"):
+    reading.examples_from([source[7], broken | {"id": source[7]["id"]}])
+
+
+def test_decoded_images_are_refused(built):
+  decoded = tfds.builder_from_directory(built.directory).as_data_source("train")
+  with pytest.raises(
+    ValueError, match="question Set M/.*: its images are decoded; open the data source with decoders="
+  ):
+    reading.examples_from(decoded)
+
+
+def test_what_is_not_there_is_named(built, tmp_path):
+  with pytest.raises(ValueError, match="no built config 'omnimedvqa'; run python -m experiments.build_tfds"):
+    reading.read(tmp_path)
+  with pytest.raises(ValueError, match=r"no split 'dev', it has \['test', 'train', 'validation'\]"):
+    reading.read(built.directory, split="dev")
+  copy = shutil.copytree(built.directory, tmp_path / "copy")
+  next(copy.glob("*-train.array_record-*")).unlink()
+  with pytest.raises(ValueError, match=r"copy: omnimedvqa-train\.array_record-00000-of-00001 is missing \(1 in all\)"):
+    reading.read(copy)
+  assert len(reading.read(copy, split="test")) == 8
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"featuresDict": 3}', '{"pythonClassName": "antigravity.Feature"}'])
+def test_records_of_another_kind_are_refused(content, built, tmp_path):
+  copy = shutil.copytree(built.directory, tmp_path / "copy")
+  (copy / "features.json").write_text(content)
+  with pytest.raises(ValueError, match=r"features\.json: (not the description|describes)"):
+    reading.read(copy)
+
+
+def test_a_class_from_elsewhere_is_not_imported(built, tmp_path, monkeypatch):
+  copy = shutil.copytree(built.directory, tmp_path / "copy")
+  description = json.loads((copy / "features.json").read_text())
+  description["featuresDict"]["features"]["images"]["sequence"]["feature"]["pythonClassName"] = "intruder.Image"
+  (copy / "features.json").write_text(json.dumps(description))
+  (tmp_path / "intruder.py").write_text("raise SystemExit('imported')")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ValueError, match=r"features\.json: describes .*intruder\.Image"):
+    reading.read(copy)
+
+
+def settings(directory, **changes):
+  values = {"directory": str(directory), "train_modality": "MRI", "split_seed": 0}
+  return ml_collections.ConfigDict(values | {"train_items": 6, "validation_items": 2, "test_items": 4} | changes)
+
+
+def test_the_loader_of_a_run_reads_it(built, download):
+  expected = expected_split(download, 6, 2, 4, seed=3)
+  for directory in (built.directory, built.directory.parents[2]):
+    for name, part in splits.load(settings(directory)).items():
+      assert_equal(part, expected[name])
+  fewer = splits.load(settings(built.directory, test_items=1, train_items=3))
+  assert {name: len(part) for name, part in fewer.items()} == {"train": 3, "validation": 4, "test": 2}
+  assert splits.load(settings(built.directory, train_modality="CT"))["train"] == []
+
+
+def test_the_real_sample(shared_directory, tmp_path):
+  root = shared_directory / "omnimedvqa-mini"
+  config = builder.split_config(train_items=4, validation_items=2, test_items=3)
+  built = building.build(tmp_path, manual_dir=root, config=config)
+  expected = expected_split(root, 4, 2, 3)
+  assert built.questions == {name: len(part) for name, part in expected.items()}
+  for name, part in reading.read_splits(tmp_path).items():
+    assert_equal(part, expected[name])

@@ -1,0 +1,56 @@
+"""The program that builds the TFDS form: flags in, one line out."""
+
+import json
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+from kepo_jax.data import splits
+from kepo_jax.data.phantom import build as phantom
+
+
+@pytest.fixture
+def build_tfds(program):
+  return program("experiments.build_tfds")
+
+
+@pytest.fixture
+def download(tmp_path):
+  """Six MRI questions in OmniMedVQA's layout."""
+  root = tmp_path / "OmniMedVQA"
+  (root / "QA_information" / "Open-access").mkdir(parents=True)
+  (root / "Images").mkdir()
+  records = []
+  for number in range(6):
+    Image.fromarray(np.full((8, 8), number, np.uint8)).save(root / "Images" / f"{number}.png")
+    texts = {"question_id": f"Set_{number}", "question": "Which?", "gt_answer": "a", "modality_type": "MRI"}
+    records.append(texts | {"image_path": f"Images/{number}.png", "option_A": "a", "option_B": "b"})
+  (root / "QA_information" / "Open-access" / "Set.json").write_text(json.dumps(records))
+  return root
+
+
+def test_from_flags_to_a_folder(build_tfds, download, tmp_path, capsys):
+  numbers = {"train_items": 3, "validation_items": 1, "test_items": 2, "split_seed": 5}
+  with flagsaver.flagsaver(data_dir=str(tmp_path / "data"), manual_dir=str(download), **numbers):
+    build_tfds.main([])
+    printed = capsys.readouterr()
+    folder = tmp_path / "data" / "omnimedvqa" / "omnimedvqa-MRI-3-1-2-5" / "1.0.0"
+    assert printed.out.startswith(f"wrote {folder}: train 3, validation 1, test 2 questions")
+    assert "writing questions: 6/6" in printed.err
+    build_tfds.main([])
+    assert capsys.readouterr().out.startswith(f"reused {folder}: train 3")
+  with flagsaver.flagsaver(data_dir=str(tmp_path / "data")):
+    with pytest.raises(ValueError, match="manual_dir is not set"):
+      build_tfds.main([])
+
+
+def test_the_phantom(build_tfds, tmp_path, capsys, monkeypatch):
+  roots = {name: tmp_path / "drawn" / name for name in splits.SPLITS}
+  for name, root in roots.items():
+    phantom.write_split(root, phantom.make_items(name)[:2])
+  monkeypatch.setattr(splits, "phantom_roots", lambda: roots)
+  with flagsaver.flagsaver(data_dir=str(tmp_path / "data"), config_name="phantom"):
+    build_tfds.main([])
+  assert f"phantom/{phantom.VERSION}.0.0: train 2, validation 2, test 2 questions" in capsys.readouterr().out

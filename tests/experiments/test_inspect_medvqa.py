@@ -1,0 +1,100 @@
+"""The entry point: drawn downloads, from flags to the exit status."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+from tests.data import cases
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def inspect_medvqa(program):
+  return program("experiments.inspect_medvqa")
+
+
+@pytest.fixture
+def download(tmp_path):
+  """A root with three questions about two images, one with an odd modality."""
+  layout = cases.Layout(tmp_path / "OmniMedVQA")
+  (layout.root / "Images" / "b.JPG").parent.mkdir(exist_ok=True)
+  Image.new("RGB", (60, 30)).save(layout.root / "Images" / "b.JPG", format="JPEG")
+  record = cases.record
+  two = {"option_C": ..., "option_D": ..., "modality_type": "CT(Computed Tomography)"}
+  layout.write(record(0), record(1, gt_answer="chest."), record(2, image_path="Images/b.JPG", **two))
+  return layout.root
+
+
+def test_what_is_printed(inspect_medvqa, download, capsys):
+  inspect_medvqa.main(["", str(download)])
+  printed = capsys.readouterr().out
+  assert "OmniMedVQA layout, 1 files, 3 records, 3 kept, 0 dropped" in printed
+  for text in ("answer_normalised", "modality_spelling", "X-Ray", "33.3 %", "50.0 %", "2 options"):
+    assert text in printed, text
+  assert "2 images, 1 of them with several questions\nformats: JPEG 1, PNG 1; 0.0 MB" in printed
+  assert "sizes: 2, 40 to 60 wide, 30 to 40 high; " in printed
+
+
+def test_json(inspect_medvqa, download, capsys):
+  with flagsaver.flagsaver(json=True, decode=True):
+    inspect_medvqa.main(["", str(download), str(download)])
+  captured = capsys.readouterr()
+  result = json.loads(captured.out)
+  assert result["usable"] and len(result["reports"]) == 2 and "images: 2/2" in captured.err
+  report = result["reports"][0]
+  assert report["summary"]["rules"] == {"answer_normalised": 1, "modality_spelling": 1}
+  assert report["figures"]["overall"] == {
+    "questions": 3, "chance": (0.25 + 0.25 + 0.5) / 3, "options": {"2": 1, "4": 2}, "letters": {"A": 1, "B": 2},
+  }  # fmt: skip
+  assert report["figures"]["modalities"]["CT"]["letters"] == {"B": 1}
+  assert report["images"]["formats"] == {"JPEG": 1, "PNG": 1} and report["images"]["sizes"] == {"40x40": 1, "60x30": 1}
+  assert result["overlaps"] == [{"first": str(download), "second": str(download), "images": 2, "share": 1.0}]
+
+
+def test_unreadable_images(inspect_medvqa, download, capsys):
+  path = download / "Images" / "b.JPG"
+  whole = path.read_bytes()
+  path.write_bytes(whole[: len(whole) - 10])  # the header is there
+  inspect_medvqa.main(["", str(download)])
+  with flagsaver.flagsaver(decode=True):
+    with pytest.raises(ValueError, match=r"question Set A/Set A_0002: image .*b\.JPG.*'unreadable_image': 1"):
+      inspect_medvqa.main(["", str(download)])
+    capsys.readouterr()
+    with flagsaver.flagsaver(lenient=True, json=True):
+      inspect_medvqa.main(["", str(download)])
+  report = json.loads(capsys.readouterr().out)["reports"][0]
+  assert (report["summary"]["kept"], report["summary"]["dropped"]) == (2, 1)
+  assert [os.path.basename(name) for name in report["images"]["unreadable"]] == ["b.JPG"]
+  path.write_bytes(b"text")
+  with pytest.raises(ValueError, match="unreadable_image"):
+    inspect_medvqa.main(["", str(download)])
+  path.unlink()
+  with flagsaver.flagsaver(images=False):
+    inspect_medvqa.main(["", str(download)])
+
+
+def test_other_folders_and_names(inspect_medvqa, download, capsys):
+  os.rename(download / "QA_information" / "Open-access", download / "QA_information" / "Mine")
+  os.rename(download / "Images", download.parent / "Images")
+  with flagsaver.flagsaver(access="Mine", images_root=str(download.parent)):
+    inspect_medvqa.main(["", str(download)])
+  assert "3 kept" in capsys.readouterr().out
+  with pytest.raises(ValueError, match="no PATH"):
+    inspect_medvqa.main([""])
+
+
+def test_the_exit_status(download):
+  (download / "Images" / "b.JPG").unlink()
+  command = [sys.executable, "-m", "experiments.inspect_medvqa", str(download), "--json"]
+  failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert failed.returncode == 1 and len(failed.stderr.strip().splitlines()) == 1
+  assert failed.stderr.startswith("error: ") and "record 2 'Set A_0002'" in failed.stderr
+  told = json.loads(failed.stdout)
+  assert not told["usable"] and "'missing_image': 1" in told["error"] and "Traceback" not in failed.stderr
