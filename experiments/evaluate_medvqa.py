@@ -4,11 +4,11 @@
   python -m experiments.evaluate_medvqa --model=DIR --data=DIR --samples=8 --seed=1      # mean accuracy, pass@1 to 8
   python -m experiments.evaluate_medvqa --model=DIR --data=DIR --control=blank           # grey pictures; or text
 
---model is any Qwen3-VL folder (published, exported by a run, or a phantom model) or Hub id; --data a folder in
-OmniMedVQA's layout, or one that holds such folders as train, validation and test; without --data, the phantom
-benchmark. A single folder is cut as training cuts it, so that the default, --split=test, holds no question that a
-run with the same modality, items and seed has trained on; --split=all asks every question. Folders that are already
-split are read whole.
+--model is any Qwen3-VL folder (published, exported by a run, or a phantom model) or Hub id; --data data in a format of
+docs/data.md, a folder that holds such data as train, validation and test, or a data set that TFDS has built; without
+--data, the phantom benchmark. A single folder is cut as training cuts it, so that the default, --split=test, holds no
+question that a run with the same modality, items and seed has trained on; --split=all asks every question. What is
+already split is read whole, a published split (--split_files, with --data for its images) included.
 
 Answers are read as Med-R1 and KEPO read them: the word inside the first answer block that holds one word, compared with
 the gold letter; what does not parse counts as wrong. A forgiving parser is reported beside it, as are chance and the
@@ -17,6 +17,7 @@ every completion as it comes, and evaluation.json the figures; --resume continue
 stopped, to the same bytes. `python -m experiments.compare_medvqa A B` compares two such folders.
 """
 
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,8 @@ from rich.console import Console
 from experiments import environment
 from experiments.configs import grpo, grpo_medvqa
 from kepo_jax import evaluation, sharding
-from kepo_jax.data import images, omnimedvqa, pipeline, prompts, splits, tokenization
+from kepo_jax.data import formats, images, pipeline, prompts, rules, splits, tokenization
+from kepo_jax.data.tfds import folders
 from kepo_jax.evaluation import journal
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting import progress, tables
@@ -43,7 +45,10 @@ BUDGETS = {
 }
 
 _MODEL = flags.DEFINE_string("model", None, "Qwen3-VL folder or Hub id.", required=True)
-_DATA = flags.DEFINE_string("data", "", "Folder in OmniMedVQA's layout; empty: the phantom benchmark.")
+_DATA = flags.DEFINE_string("data", "", "Data in a format of docs/data.md; empty: the phantom benchmark.")
+_SPLIT_FILES = flags.DEFINE_string(
+  "split_files", "", "Folder with the train/ and test/ of a published split, used verbatim."
+)
 _SPLIT = flags.DEFINE_enum(
   "split", "test", [*splits.SPLITS, "all"], "Part of the data; all: every question of a folder that is not split."
 )
@@ -99,19 +104,25 @@ _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the wei
 _LENIENT = flags.DEFINE_bool("lenient", False, "Drop and count unusable records instead of stopping at them.")
 
 
-def questions() -> tuple[list[Example], omnimedvqa.Summary, str]:
+def questions() -> tuple[list[Example], rules.Summary, str]:
   """The questions that the flags ask for, what the reader found, and in words how they were chosen.
 
   Raises:
     ValueError: the data cannot be read, have no such split, or are too few for the cut.
   """
-  roots = splits.split_roots(_DATA.value) if _DATA.value else splits.phantom_roots()
-  split = _SPLIT.value
+  split, where = _SPLIT.value, _DATA.value or "the phantom benchmark"
+  if built := _DATA.value and folders.find(_DATA.value):
+    return limited(*built_questions(built))
+  image_root = None
+  if _SPLIT_FILES.value:
+    roots, where, image_root = splits.published_parts(_SPLIT_FILES.value), _SPLIT_FILES.value, _DATA.value or None
+  else:
+    roots = splits.split_roots(_DATA.value) if _DATA.value else splits.phantom_roots()
   if roots and split not in roots:
-    raise ValueError(f"--split={split}: {_DATA.value or 'the phantom benchmark'} has {sorted(roots)}; choose one.")
-  found, summary = omnimedvqa.read(roots.get(split, _DATA.value), lenient=_LENIENT.value)
+    raise ValueError(f"--split={split}: {where} has {sorted(roots)}; choose one.")
+  found, summary = formats.read_any(roots.get(split, _DATA.value), image_root=image_root, lenient=_LENIENT.value)
   if roots:
-    examples, how = found, f"the folder {split}"
+    examples, how = found, f"the part {split}"
   elif split == "all":
     examples, how = found, "the whole folder, questions for training included"
   else:
@@ -120,10 +131,33 @@ def questions() -> tuple[list[Example], omnimedvqa.Summary, str]:
       f"the {split} part of a cut with --train_modality={_TRAIN_MODALITY.value} --train_items={_TRAIN_ITEMS.value} "
       f"--validation_items={_VALIDATION_ITEMS.value} --test_items={_TEST_ITEMS.value} --split_seed={_SPLIT_SEED.value}"
     )
+  return limited(examples, summary, how)
+
+
+def built_questions(folder: pathlib.Path) -> tuple[list[Example], rules.Summary, str]:
+  """The same of a data set that TFDS has built.
+
+  Raises:
+    ValueError: it has no such split.
+  """
+  from kepo_jax.data.tfds import reading  # slow to import, and seldom needed
+
+  parts = reading.read_splits(folder)
+  if not (found := parts.get(_SPLIT.value)):
+    raise ValueError(
+      f"--split={_SPLIT.value}: {folder} has {sorted(name for name in parts if parts[name])}; choose one."
+    )
+  summary = rules.Summary(root=str(folder), format="TFDS", records=len(found), kept=len(found))
+  return found, summary, f"the part {_SPLIT.value}"
+
+
+def limited(examples: list[Example], summary: rules.Summary, how: str) -> tuple[list[Example], rules.Summary, str]:
+  """At most --limit questions of each modality, and their number in words."""
+  kept = examples
   if _LIMIT.value:
-    examples = splits.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
+    kept = splits.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
     how += f", at most {_LIMIT.value} per modality"
-  return examples, summary, f"{len(examples)} of {len(found)} questions: {how}"
+  return kept, summary, f"{len(kept)} of {summary.kept} questions: {how}"
 
 
 def cut(examples: list[Example]) -> splits.Split:

@@ -100,7 +100,8 @@ class RunPlan:
   mesh: dict[str, int]  # devices per mesh axis
   questions: dict[str, int]  # split -> number of questions
   programs: tuple[str, ...]  # jitted programs that will be compiled, at least once each
-  start_step: int  # updates already done
+  start_step: int  # steps already done
+  images: str = ""  # in words how images are brought to size, and what one costs
 
 
 @dataclasses.dataclass(frozen=True)

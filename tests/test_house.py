@@ -195,7 +195,6 @@ def test_a_field_that_is_no_longer_read_is_seen():
   assert {"batch.updates", "objective.importance_cap", "objective.supervised_weight"} <= without_assembly
   assert unread(config, users(without="training/setup.py")) >= {"data.train_items", "mesh.fsdp", "eval.prompt"}
   assert unread(config, users(without="training/loop.py")) >= {"exploration.quoted_words", "supervised.source"}
-  assert unread(config, users(without="data/splits.py")) >= {"data.train_items", "data.split_seed"}
   assert "checkpoint.keep" in unread(config, users(without="training/files.py"))
 
 

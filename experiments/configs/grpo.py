@@ -29,7 +29,9 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.mesh.tensor = 1
 
   config.data = ml_collections.ConfigDict()
-  config.data.directory = ""  # a folder in OmniMedVQA's layout; empty: the phantom benchmark, drawn when missing
+  config.data.directory = ""  # data in a format of docs/data.md; empty: the phantom benchmark, drawn when missing
+  config.data.split_files = ""  # a published split, verbatim: folder with train/ and test/; empty: cut by our rule
+  config.data.lenient = False  # True leaves out, and counts, records and images that would stop a run
   config.data.train_modality = "MRI"
   config.data.train_items = 600  # questions
   config.data.validation_items = 40  # questions per modality, for evaluation during training

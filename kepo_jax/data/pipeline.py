@@ -17,8 +17,9 @@ from typing import Generic, TypeVar
 import chex
 import numpy as np
 
-from kepo_jax.data import images, tokenization
+from kepo_jax.data import image_files, images, tokenization
 from kepo_jax.data import prompts as wordings
+from kepo_jax.data.rules import Rejected
 from kepo_jax.models.qwen3_vl import conversion, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Example, Prompts, VisionInputs
@@ -240,6 +241,23 @@ class Processor:
       vision=self._vision(examples, grids, pixels),
       **self._text(tokens, grids, length),
     )
+
+  def image_tokens(self, examples: Sequence[Example], *, limit: int = 256) -> list[int]:
+    """Prompt tokens of the first images of some questions, from the headers of their files: what an image costs.
+
+    Args:
+      examples: questions.
+      limit: most images looked at.
+
+    Raises:
+      ValueError: a file is no image; names it.
+    """
+    paths = dict.fromkeys(path for example in examples for path in example.images)
+    try:
+      sizes = [image_files.header(path)[1:] for path in itertools.islice(paths, limit)]
+    except Rejected as error:
+      raise ValueError(f"an image of the questions cannot be opened: {error}") from error
+    return [self._merged(self.image_processor.grid(height, width)) for width, height in sizes]
 
   def _merged(self, grid: tuple[int, int, int]) -> int:
     return grid[0] * grid[1] * grid[2] // self.config.vision.spatial_merge_size**2

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import logging
 
-from kepo_jax.data import json_files, omnimedvqa
+from kepo_jax.data import formats, json_files
 from kepo_jax.data.cache import cache_directory
 from kepo_jax.data.phantom import build
 from kepo_jax.data.pipeline import shuffled
@@ -85,16 +85,19 @@ def load(data: Any) -> dict[str, list[Example]]:
   """The questions of a run.
 
   Args:
-    data: record with `directory` ("" for the phantom benchmark), `train_modality`, `train_items`,
-      `validation_items` and `test_items` (both per modality), and `split_seed`.
+    data: record with `directory` ("" for the phantom benchmark; else any format of `formats.read_any`),
+      `split_files` ("", or the folder of a published split), `train_modality`, `train_items`, `validation_items` and
+      `test_items` (both per modality), `split_seed`, and `lenient` (leave out and count what cannot be used).
 
   Returns:
-    "train", "validation" and "test" -> questions; folders that are already split, and data sets that TFDS has built,
-    are read as they are, and cut down to the numbers asked for.
+    "train", "validation" and "test" -> questions; folders that are already split, published splits, and data sets that
+    TFDS has built, are read as they are, and cut down to the numbers asked for.
 
   Raises:
     ValueError: the data cannot be read, or hold too few questions; names the folder or the field.
   """
+  if data.split_files:
+    return _given_split(data)
   if data.directory and (built := folders.find(data.directory)):
     # Imported here: it is slow to import, and makes use of this module.
     from kepo_jax.data.tfds import reading
@@ -102,7 +105,7 @@ def load(data: Any) -> dict[str, list[Example]]:
     return _cut_down(reading.read_splits(built), data)
   roots = split_roots(data.directory) if data.directory else phantom_roots()
   if not roots:
-    examples = _read(data.directory)
+    examples = _read(data.directory, lenient=data.lenient)
     split = split_by_modality(
       examples,
       train_modality=data.train_modality,
@@ -114,7 +117,7 @@ def load(data: Any) -> dict[str, list[Example]]:
     return split.as_dict()
   if missing := [name for name in SPLITS if name not in roots]:
     raise ValueError(f"{data.directory}: has {sorted(roots)} but not {missing}; add them, or point at one single root")
-  return _cut_down({name: _read(root) for name, root in roots.items()}, data)
+  return _cut_down({name: _read(root, lenient=data.lenient) for name, root in roots.items()}, data)
 
 
 def _cut_down(parts: Mapping[str, Sequence[Example]], data: Any) -> dict[str, list[Example]]:
@@ -127,8 +130,42 @@ def _cut_down(parts: Mapping[str, Sequence[Example]], data: Any) -> dict[str, li
   return questions
 
 
-def _read(root: str | os.PathLike) -> list[Example]:
-  examples, summary = omnimedvqa.read(root)
+def published_parts(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
+  """Where the parts of a published split lie: `train` and `test`, and `validation` if there is one, below a folder.
+
+  Raises:
+    ValueError: there is no train or no test part.
+  """
+  found = {name: pathlib.Path(folder) / name for name in SPLITS if (pathlib.Path(folder) / name).exists()}
+  if missing := {"train", "test"} - found.keys():
+    raise ValueError(
+      f"{folder}: has no {' and no '.join(sorted(missing))} part; split_files is a folder with train/ and test/, such "
+      "as Splits/modality of Med-R1, or a data set that Hugging Face's library saved to disk"
+    )
+  return found
+
+
+def _given_split(data: Any) -> dict[str, list[Example]]:
+  """A published split, verbatim; validation questions come from what is left of its training part.
+
+  Whether its training and test questions share images is up to its authors, and said.
+  """
+  parts = {
+    name: _read(path, lenient=data.lenient, image_root=data.directory or None)
+    for name, path in published_parts(data.split_files).items()
+  }
+  split = _cut_down(parts, data)
+  if "validation" not in parts:
+    taken = {image for part in split.values() for example in part for image in example.images}
+    rest = [example for example in parts["train"] if not taken.intersection(example.images)]
+    split["validation"] = limited(rest, data.validation_items, data.split_seed)
+  shared, share = overlap(split["train"], split["test"])
+  logging.warning("%s: %d test images (%.1f %%) are training images too", data.split_files, shared, 100 * share)
+  return split
+
+
+def _read(root: str | os.PathLike, *, lenient: bool, image_root: str | None = None) -> list[Example]:
+  examples, summary = formats.read_any(root, image_root=image_root, lenient=lenient)
   logging.log(logging.WARNING if summary.dropped else logging.INFO, "%s", summary.text())
   return examples
 

@@ -58,6 +58,8 @@ def start_panel(
   axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
   rows.append(("mesh", f"{devices} x {jax.devices()[0].device_kind} ({axes})"))
   rows.append(("questions", ", ".join(f"{split} {count:,}" for split, count in plan.questions.items())))
+  if plan.images:
+    rows.append(("images", plan.images))
   rows.append(("batch", _batch_line(config)))
   rows.append(("objective", _objective_line(config)))
   rows.append(("exploration", _exploration_line(config)))

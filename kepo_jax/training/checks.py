@@ -3,13 +3,14 @@
 import collections
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
 from kepo_jax import exploration, rewards
-from kepo_jax.data import images, pipeline, prompts, tokenization
+from kepo_jax.data import images, inspection, pipeline, prompts, tokenization
+from kepo_jax.data.rules import Summary
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
 from kepo_jax.training import groups, inputs
@@ -266,6 +267,34 @@ def check_questions(questions: Mapping[str, Sequence[Example]], config: Any) -> 
       raise ValueError(
         f"{split} has {len(repeated)} ids more than once, {repeated[0]!r} among them; an id names one question."
       )
+
+
+def with_readable_images(
+  questions: Mapping[str, Sequence[Example]], *, lenient: bool, progress: Callable[[int, int], None]
+) -> dict[str, list[Example]]:
+  """Decodes every image once, so that none stops a run in its middle.
+
+  Args:
+    questions: split -> questions.
+    lenient: leave out, and count, questions whose image cannot be read.
+    progress: called with the number of images done and of all, for each split.
+
+  Returns:
+    split -> questions whose images can be read.
+
+  Raises:
+    ValueError: an image cannot be read, unless lenient; names the question and the file.
+  """
+  kept = {}
+  for split, examples in questions.items():
+    summary = Summary(root=split)
+    kept[split], _ = inspection.open_images(examples, summary, decode=True, progress=progress)
+    if dropped := len(examples) - len(kept[split]):
+      said = f"{split} {summary.first['unreadable_image']}"
+      if not lenient:
+        raise ValueError(f"{said} ({dropped} such questions); mend the file, or set data.lenient to leave them out.")
+      logging.warning("%d questions left out: %s", dropped, said)
+  return kept
 
 
 def check_teacher(config: Any, processor: pipeline.Processor, folder: pathlib.Path) -> None:

@@ -1,12 +1,14 @@
 """The working directory of a run."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from kepo_jax.data import splits
 from kepo_jax.training.checkpoints import Checkpoints
+from kepo_jax.types import Example
 
 
 class RunFiles:
@@ -80,6 +82,21 @@ class RunFiles:
       self.evaluations.clear()
     self.evaluations["validation"] = [e for e in self.evaluations.get("validation", []) if e["step"] <= step]
     return state
+
+  def record_questions(self, questions: Mapping[str, Sequence[Example]], *, rule: str) -> None:
+    """Writes questions.json: which questions the run has, by part, and their hash.
+
+    Args:
+      questions: part -> questions.
+      rule: in words how they were chosen.
+
+    Raises:
+      ValueError: the run that is resumed had others.
+    """
+    if self.workdir:
+      parts = {name: list(questions.get(name, ())) for name in splits.SPLITS}
+      path = epath.Path(self.workdir) / "questions.json"
+      splits.write_ids(splits.Split(**parts), path, rule=rule, seed=self._config.data.split_seed)
 
   def record(self, name: str, result: dict[str, Any]) -> None:
     """Adds an evaluation ("before", "validation" or "after") to evaluation.json."""

@@ -65,6 +65,7 @@ def train(
   hooks = [*hooks, Profiler()] if config.profile.steps else hooks
   run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks)
   with jax.set_mesh(run.mesh), files, contextlib.closing(CompileCounter()) as compiled:
+    files.record_questions(run.questions, rule=setup.split_rule(config, given=records is not None))
     state = files.restore(run.state) if resume else run.state
     start = int(state.step)
     for hook in hooks:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -85,10 +86,6 @@ class Run:
     def sample(host_prompts: Prompts) -> Rollouts:
       return self.programs.greedy(weights, sharding.place(self.mesh, host_prompts), key)
 
-    def progress(asked: int, total: int) -> None:
-      for hook in self.hooks:
-        hook.progress(f"evaluation {name}", asked, total)
-
     result = evaluation.evaluate(
       sample,
       self.processor,
@@ -96,7 +93,7 @@ class Run:
       batch_size=self.config.eval.prompts,
       train_modality=self.config.data.train_modality,
       kind=self.config.eval.prompt,
-      progress=progress,
+      progress=functools.partial(show_progress, self.hooks, f"evaluation {name}"),
     )
     result = {"step": done, "split": split} | result
     for hook in self.hooks:
@@ -117,12 +114,28 @@ class Run:
       questions={split: len(examples) for split, examples in self.questions.items()},
       programs=tuple(names),
       start_step=start,
+      images=self.image_cost(),
     )
+
+  def image_cost(self) -> str:
+    """In words how images are brought to size, and the prompt tokens of one of the training questions' images."""
+    tokens = self.processor.image_tokens(self.questions["train"])
+    if not tokens:
+      return "none"
+    spread = f"{min(tokens)} to {max(tokens)}, {round(statistics.median(tokens))} in the middle"
+    cost = f"{tokens[0]}" if len(set(tokens)) == 1 else spread
+    return f"{self.config.data.resize}: {cost} tokens each"
 
   def export(self, state: TrainState, directory: Any) -> None:
     """Writes the student as a Hugging Face folder."""
     student = self.models["student"]
     conversion.save_pretrained(directory, student.config, state.params, source=self.config.model.student)
+
+
+def show_progress(hooks: Sequence[Hook], what: str, done: int, total: int) -> None:
+  """Tells every hook how far some work has come."""
+  for hook in hooks:
+    hook.progress(what, done, total)
 
 
 def prepare(
@@ -153,6 +166,10 @@ def prepare(
   )
   questions = dict(records) if records is not None else splits.load(config.data)
   checks.check_questions(questions, config)
+  if records is not None or config.data.directory or config.data.split_files:  # what was drawn here is sound
+    reading = functools.partial(show_progress, hooks, "checking images")
+    questions = checks.with_readable_images(questions, lenient=config.data.lenient, progress=reading)
+    checks.check_questions(questions, config)
   models = load_models(config, mesh, processor, hooks)
   with jax.set_mesh(mesh):
     state, compiled = assembly.build_programs(config, processor, models)
@@ -203,9 +220,22 @@ def load_models(
   for role, folder in resolved.items():
     dtype = jnp.float32 if role == "student" else jnp.dtype(config.model.teacher_dtype)
 
-    def progress(done: int, total: int, role: str = role) -> None:
-      for hook in hooks:
-        hook.progress(f"loading {role}", done, total)
-
+    progress = functools.partial(show_progress, hooks, f"loading {role}")
     models[role] = programs.Model(*conversion.load_pretrained(folder, dtype, mesh, progress=progress))
   return models
+
+
+def split_rule(config: Any, *, given: bool) -> str:
+  """In words how the questions of a run were chosen.
+
+  Args:
+    config: of the run.
+    given: whether the caller passed them.
+  """
+  data = config.data
+  if given:
+    return "given by the caller"
+  numbers = f"{data.train_items} of {data.train_modality}, {data.validation_items} and {data.test_items} per modality"
+  if data.split_files:
+    return f"published split {data.split_files}: {numbers}"
+  return f"{data.directory or 'phantom benchmark'}, sorted by data set and id, ordered by a seeded hash: {numbers}"

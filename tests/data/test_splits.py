@@ -8,6 +8,7 @@ from PIL import Image
 
 from kepo_jax.data import splits
 from kepo_jax.types import Example
+from tests.data.cases import MEDR1, write_parquet, write_records
 
 
 def question(modality, number, image, *more):
@@ -72,7 +73,7 @@ def test_too_few_questions():
 
 
 def settings(directory, **changes):
-  values = {"directory": str(directory), "train_modality": "MRI", "split_seed": 0}
+  values = {"directory": str(directory), "split_files": "", "lenient": False, "train_modality": "MRI", "split_seed": 0}
   return ml_collections.ConfigDict(values | {"train_items": 6, "validation_items": 2, "test_items": 3} | changes)
 
 
@@ -96,6 +97,63 @@ def test_load_the_phantom(tmp_path_factory, monkeypatch):
   assert {name: len(part) for name, part in whole.items()} == {"train": 600, "validation": 320, "test": 2400}
   ids = [example.id for part in whole.values() for example in part]
   assert len(set(ids)) == len(ids)
+
+
+@pytest.fixture
+def published(tmp_path):
+  """Images below `data`; a split in Med-R1's form beside them, two of whose test images are training images too."""
+
+  def records(numbers, modality):
+    for number in numbers:
+      path = tmp_path / "data" / "Images" / modality / f"{number}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new("L", (8, 8), number).save(path)
+    return [
+      MEDR1 | {"image": f"Images/{modality}/{number}.png", "problem": f"Which organ is no. {number}? A)Chest, B)Brain"}
+      for number in numbers
+    ]
+
+  for modality in ("MRI", "CT"):
+    write_records(tmp_path / "split" / "train" / f"{modality}_train.json", *records(range(20), modality))
+    write_records(tmp_path / "split" / "test" / f"{modality}_test.json", *records(range(18, 30), modality))
+  return tmp_path
+
+
+def test_a_published_split_is_taken_verbatim(published, caplog):
+  wanted = settings(published / "data", split_files=str(published / "split"), train_items=20, test_items=12)
+  with caplog.at_level("WARNING"):
+    found = splits.load(wanted)
+  # 20 MRI questions for training; its images 18 and 19 are among the 12 of the MRI test, of 24 test images in all.
+  assert "2 test images (8.3 %) are training images too" in caplog.text
+  assert [example.id for example in found["train"]] == sorted(f"MRI_train/{n}" for n in range(20))
+  assert {example.id for example in found["test"]} == {f"{m}_test/{n}" for m in ("MRI", "CT") for n in range(12)}
+  # Validation questions come from what is left of the training part: no MRI, and no image of train or test.
+  assert [example.modality for example in found["validation"]] == ["CT", "CT"]
+  taken = {image for name in ("train", "test") for example in found[name] for image in example.images}
+  assert not taken.intersection(image for example in found["validation"] for image in example.images)
+
+
+def test_a_published_split_lacks_a_part(published):
+  (published / "split" / "test").rename(published / "split" / "later")
+  with pytest.raises(ValueError, match=r"has no test part; split_files is a folder with train/ and test/"):
+    splits.load(settings(published / "data", split_files=str(published / "split")))
+
+
+def test_any_format_is_cut_by_the_rule(tmp_path):
+  write_parquet(tmp_path / "modality_MRI_train.parquet", count=12)
+  found = splits.load(settings(tmp_path, train_items=5))
+  assert {name: len(part) for name, part in found.items()} == {"train": 5, "validation": 2, "test": 3}
+
+
+def test_unusable_records_stop_a_run_unless_it_is_lenient(published):
+  file = published / "split" / "train" / "MRI_train.json"
+  records = json.loads(file.read_text())
+  write_records(file, *records, MEDR1 | {"image": "Images/MRI/none.png", "problem": "Where? A)Chest, B)Brain"})
+  wanted = settings(published / "data", split_files=str(published / "split"), train_items=20)
+  with pytest.raises(ValueError, match="none.png"):
+    splits.load(wanted)
+  wanted.lenient = True
+  assert len(splits.load(wanted)["train"]) == 20
 
 
 def test_a_missing_split_is_named(tmp_path):

@@ -15,9 +15,12 @@ from experiments.configs import grpo
 from experiments.phantom_recipes import SIZES
 from kepo_jax import evaluation
 from kepo_jax.data import pipeline, prompts, splits, tokenization
+from kepo_jax.data.tfds import building, reading
+from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.training import programs
+from tests.data.cases import MEDR1, write_records
 
 PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
 
@@ -80,7 +83,7 @@ def test_from_flags_to_files(evaluate_medvqa, checkpoint, data, tmp_path, capsys
     evaluate_medvqa.main([])
     printed = capsys.readouterr().out
     assert "5 of 5 records kept" in printed and "templates brief" in printed and "X-Ray" in printed
-    assert "5 of 5 questions: the folder test" in printed
+    assert "5 of 5 questions: the part test" in printed
     with pytest.raises(ValueError, match="holds an evaluation already; choose another --output"):
       evaluate_medvqa.main([])
   outputs = [json.loads(line) for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()]
@@ -218,6 +221,38 @@ def test_a_single_folder_is_cut_as_in_training(evaluate_medvqa, data):
       assert len(examples) == 4 and "questions for training included, at most 2 per modality" in how
   with flagsaver.flagsaver(data=root, split="all"):
     assert len(evaluate_medvqa.questions()[0]) == 5
+
+
+def test_a_published_split_is_asked_whole(evaluate_medvqa, tmp_path):
+  for part, numbers in (("train", range(3)), ("test", range(3, 7))):
+    for n in numbers:
+      path = tmp_path / "data" / "Images" / f"{n}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new("L", (8, 8)).save(path)
+    records = [MEDR1 | {"image": f"Images/{n}.png", "problem": f"No. {n}? A)Chest, B)Brain"} for n in numbers]
+    write_records(tmp_path / "split" / part / f"CT_{part}.json", *records)
+  with flagsaver.flagsaver(data=str(tmp_path / "data"), split_files=str(tmp_path / "split")):
+    examples, summary, how = evaluate_medvqa.questions()
+    assert [example.id for example in examples] == [f"CT_test/{n}" for n in range(4)]
+    assert summary.format == "split files" and how == "4 of 4 questions: the part test"
+    with flagsaver.flagsaver(split="validation"):
+      with pytest.raises(ValueError, match=r"--split=validation: .*split has \['test', 'train'\]"):
+        evaluate_medvqa.questions()
+
+
+def test_a_data_set_that_was_built_is_asked_whole(evaluate_medvqa, data, tmp_path):
+  config = omnimedvqa_dataset_builder.split_config(
+    train_modality="MRI", train_items=1, validation_items=0, test_items=1, split_seed=0
+  )
+  built = building.build(tmp_path / "tfds", manual_dir=data / "test", config=config)
+  reading.read_splits(built.directory)  # its libraries define flags when first used, which flagsaver would take away
+  with flagsaver.flagsaver(data=str(built.directory), limit=1):
+    examples, summary, how = evaluate_medvqa.questions()
+  assert summary.format == "TFDS" and how == "2 of 2 questions: the part test, at most 1 per modality"
+  assert sorted(example.modality for example in examples) == ["MRI", "X-Ray"]
+  with flagsaver.flagsaver(data=str(built.directory), split="validation"):
+    with pytest.raises(ValueError, match=r"--split=validation: .* has \['test', 'train'\]; choose one"):
+      evaluate_medvqa.questions()
 
 
 def test_the_defaults_cut_as_the_config_does(evaluate_medvqa):

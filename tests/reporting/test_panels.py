@@ -10,7 +10,7 @@ from kepo_jax.reporting import panels
 from kepo_jax.types import RunPlan
 
 
-def start_lines(parent, start_step=0, memory=None, **changes):
+def start_lines(parent, start_step=0, memory=None, images="", **changes):
   """Name -> text of the rows of the start panel; changes of the config of `parent` as `section__field=value`."""
   config = parent.get_config()
   for name, value in changes.items():
@@ -24,6 +24,7 @@ def start_lines(parent, start_step=0, memory=None, **changes):
     questions={"train": 600, "test": 2400},
     programs=("rollout", "update"),
     start_step=start_step,
+    images=images,
   )
   output = io.StringIO()
   Console(file=output, width=300).print(panels.start_panel(plan, {}, memory))
@@ -43,6 +44,7 @@ def test_the_start_panel():
     "programs": "rollout, update",
     "workdir": "runs/one",
   }
+  assert start_lines(grpo, images="native: 16 tokens each")["images"] == "native: 16 tokens each"
   lines = start_lines(grpo, start_step=20, memory={"student": 3e9, "teacher": 0, "peak": 4.26e9})
   assert lines["steps"] == "80, from step 20; learning rate 0.0003"
   assert lines["memory"] == "about 4.26 GB per device at most (estimate: student 3 GB)"

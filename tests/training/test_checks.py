@@ -4,12 +4,14 @@ import re
 
 import pytest
 from absl import logging
+from PIL import Image
 
 from experiments.configs import gkd, grpo, kepo, kepo_ke, sft, sft_teacher
 from kepo_jax import exploration, rewards
 from kepo_jax.data import prompts
 from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
 from kepo_jax.training import checks
+from kepo_jax.types import Example
 from tests.conftest import ROOT
 
 
@@ -296,3 +298,28 @@ def test_other_wordings_than_those_of_the_student_are_warned_of(warned, tmp_path
   checks.warn_of_templates(changed(grpo, data__templates="brief", model__student="other"), tmp_path)
   assert [message.split(", but ")[0] for message in warned] == ["data.templates=standard", "data.templates=brief"]
   assert warned[0].endswith("knows the wordings brief.") and warned[1].endswith("other knows the wordings standard.")
+
+
+def test_every_image_is_decoded_before_the_first_step(tmp_path, caplog):
+  for name in ("good", "cut"):
+    Image.effect_noise((64, 64), 50).save(tmp_path / f"{name}.png")
+  whole = (tmp_path / "cut.png").read_bytes()
+  (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header can still be read
+  asked = [
+    Example(
+      id=name, question="?", options=("a", "b"), answer="A", images=(str(tmp_path / f"{name}.png"),), modality="CT"
+    )
+    for name in ("good", "cut")
+  ]
+  calls = []
+  progress = lambda done, total: calls.append((done, total))  # noqa: E731
+  with pytest.raises(ValueError, match=r"train question cut: image .*cut.png.* set data.lenient to leave them out"):
+    checks.with_readable_images({"train": asked}, lenient=False, progress=progress)
+  assert calls == [(1, 2), (2, 2)]
+  with caplog.at_level("WARNING"):
+    kept = checks.with_readable_images({"train": asked, "test": asked[:1]}, lenient=True, progress=progress)
+  assert {name: [example.id for example in part] for name, part in kept.items()} == {
+    "train": ["good"],
+    "test": ["good"],
+  }
+  assert "1 questions left out: train question cut" in caplog.text

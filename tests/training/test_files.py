@@ -9,12 +9,17 @@ import pytest
 
 from kepo_jax import sharding
 from kepo_jax.training.files import RunFiles
-from kepo_jax.training.step import TrainState
+from kepo_jax.training.state import TrainState
+from kepo_jax.types import Example
 
 
 def config(learning_rate=1e-3):
   return ml_collections.ConfigDict(
-    {"optimizer": {"learning_rate": learning_rate}, "checkpoint": {"every": 2, "keep": 2}}
+    {
+      "optimizer": {"learning_rate": learning_rate},
+      "checkpoint": {"every": 2, "keep": 2},
+      "data": {"split_seed": 0},
+    }
   )
 
 
@@ -54,6 +59,23 @@ def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
     files.export(lambda path: pytest.fail(f"exported to {path}"))
   assert not list(tmp_path.iterdir())
   assert files.evaluations == {"before": {"overall": 1}}
+
+
+def question(name):
+  return Example(id=name, question="?", options=("a", "b"), answer="A", images=(), modality="MRI")
+
+
+def test_the_questions_of_a_run_are_on_record(tmp_path):
+  asked = {"train": [question("b"), question("a")], "test": [question("c")]}
+  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+    files.record_questions(asked, rule="by hand")
+  record = json.loads((tmp_path / "run" / "questions.json").read_text())
+  assert record["ids"] == {"train": ["a", "b"], "validation": [], "test": ["c"]}
+  assert record["rule"] == "by hand" and len(record["sha256"]) == 64
+  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+    files.record_questions(asked, rule="by hand")
+    with pytest.raises(ValueError, match="questions.json: exists and holds another split"):
+      files.record_questions(asked | {"test": [question("d")]}, rule="by hand")
 
 
 def test_checkpoints_fall_on_their_steps_and_on_the_last(tmp_path, state):

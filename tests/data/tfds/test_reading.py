@@ -114,7 +114,7 @@ def test_a_class_from_elsewhere_is_not_imported(built, tmp_path, monkeypatch):
 
 
 def settings(directory, **changes):
-  values = {"directory": str(directory), "train_modality": "MRI", "split_seed": 0}
+  values = {"directory": str(directory), "split_files": "", "lenient": False, "train_modality": "MRI", "split_seed": 0}
   return ml_collections.ConfigDict(values | {"train_items": 6, "validation_items": 2, "test_items": 4} | changes)
 
 
