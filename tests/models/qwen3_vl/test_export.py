@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kepo_jax import sampling
-from kepo_jax.data import pipeline, prompts, splits
+from kepo_jax.data import omnimedvqa, pipeline, prompts, splits
 from kepo_jax.models.qwen3_vl import conversion
 from tests.conftest import ROOT
 
@@ -28,7 +28,7 @@ def exported(tmp_path_factory):
 @pytest.fixture(scope="module")
 def questions():
   """One test question of each modality."""
-  examples, _ = splits.omnimedvqa.read(splits.phantom_roots()["test"])
+  examples, _ = omnimedvqa.read(splits.phantom_roots()["test"])
   return list({example.modality: example for example in examples}.values())
 
 
