@@ -17,6 +17,7 @@ every completion as it comes, and evaluation.json the figures; --resume continue
 stopped, to the same bytes. `python -m experiments.compare_medvqa A B` compares two such folders.
 """
 
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from kepo_jax.data.tfds import folders
 from kepo_jax.evaluation import journal
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting import progress, tables
-from kepo_jax.training import programs
+from kepo_jax.training import checks, programs
 from kepo_jax.types import Example, Prompts, Rollouts
 
 DATA = grpo.get_config().data  # how training cuts its data, unless flags say otherwise
@@ -182,6 +183,18 @@ def cut(examples: list[Example]) -> splits.Split:
     ) from error
 
 
+def readable(examples: list[Example], display: progress.Display) -> list[Example]:
+  """The questions whose images can be read: all of them, unless --lenient.
+
+  Raises:
+    ValueError: an image cannot be read; names the question and the file.
+  """
+  if not (_DATA.value or _SPLIT_FILES.value):
+    return examples  # the phantom's pictures were drawn here
+  show = functools.partial(display.progress, "checking images")
+  return checks.with_readable_images({_SPLIT.value: examples}, lenient=_LENIENT.value, progress=show)[_SPLIT.value]
+
+
 def device_mesh() -> jax.sharding.Mesh:
   """All devices: --fsdp and --tensor as asked for, data with the rest.
 
@@ -240,13 +253,20 @@ def main(_: list[str]) -> None:
     journal.Journal.check_fresh(_OUTPUT.value)
   examples, summary, how = questions()
   console.print(f"{summary.text()}\n{how}", markup=False, highlight=False, soft_wrap=True)
+  display = progress.Display()
+  examples = readable(examples, display)
   model = conversion.resolved_folder(_MODEL.value)
   declared = tokenization.declared_templates(model) or "standard"
   family = _TEMPLATES.value or declared
   if family not in prompts.TEMPLATES:
     raise ValueError(f"--templates={family} is unknown; use one of {sorted(prompts.TEMPLATES)}.")
-  processor = pipeline.Processor.from_directory(model, templates=prompts.TEMPLATES[family], resize=_RESIZE.value)
   mesh = device_mesh()
+  processor = pipeline.Processor.from_directory(
+    model,
+    templates=prompts.TEMPLATES[family],
+    resize=_RESIZE.value,
+    held_rows=functools.partial(sharding.held_rows, mesh),
+  )
   dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   settings = sampling_settings(_TOKENS.value or BUDGETS.get(declared, BUDGETS["standard"]))
   asked = {
@@ -273,7 +293,7 @@ def main(_: list[str]) -> None:
     batch=_BATCH.value * settings.samples,
     resume=_RESUME.value,
   )
-  display, start = progress.Display(), time.perf_counter()
+  start = time.perf_counter()
   with record, jax.set_mesh(mesh):
     if record.complete:
       result = evaluation.summarised(record.earlier, train_modality=_TRAIN_MODALITY.value)

@@ -132,6 +132,15 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int], axes: LogicalAxes = ("promp
   return NamedSharding(mesh, _spec(shape, axes, _row_axes(shape, axes, sizes), sizes))
 
 
+def held_rows(mesh: Mesh, prompts: int) -> frozenset[int]:
+  """Prompts of a batch of so many that the devices of this process hold: all of them in a single process.
+
+  What `place` never reads of the other rows need not be made: each host decodes its own images.
+  """
+  indices = batch_sharding(mesh, (prompts,)).addressable_devices_indices_map((prompts,))
+  return frozenset(row for index in indices.values() if index for row in range(*index[0].indices(prompts)))
+
+
 def place(mesh: Mesh, batch: Any, axes: LogicalAxes = ("prompt",)) -> Any:
   """Host arrays of the global batch on the mesh, leading axes `axes`; every host passes the same arrays.
 

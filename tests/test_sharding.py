@@ -58,3 +58,20 @@ def test_host_arrays_pass_through_to_host(mesh_of):
   assert sharding.to_host(array) is array
   back = sharding.to_host(sharding.place(mesh_of(data=2), array))
   assert isinstance(back, np.ndarray) and back.tolist() == [0, 1, 2, 3]
+
+
+def test_a_single_process_holds_every_row(mesh_of):
+  for axes, prompts in (({"data": 8}, 16), ({"data": 2, "fsdp": 4}, 4), ({"data": 4}, 6)):
+    assert sharding.held_rows(mesh_of(**axes), prompts) == frozenset(range(prompts))
+
+
+def test_held_rows_are_those_that_placing_reads(mesh_of, monkeypatch):
+  # A process that could address two of eight devices would be asked for their rows alone.
+  mesh = mesh_of(data=8)
+  whole = jax.sharding.NamedSharding.addressable_devices_indices_map
+
+  def part(self, shape):
+    return {device: index for device, index in whole(self, shape).items() if device.id in (1, 6)}
+
+  monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", part)
+  assert sharding.held_rows(mesh, 16) == {2, 3, 12, 13}

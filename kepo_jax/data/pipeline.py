@@ -10,7 +10,7 @@ import pathlib
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -138,6 +138,7 @@ class Processor:
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
     patch_buckets: Sequence[int] = PATCH_BUCKETS,
     cache_bytes: int = CACHE_BYTES,
+    held_rows: Callable[[int], Collection[int]] = range,
   ):
     vision = config.vision
     geometry = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
@@ -163,6 +164,7 @@ class Processor:
     self.pad_id = tokenizer.pad_id
     self.allowed = tokenizer.allowed  # bool[V]
     self._cache = ImageCache(image_processor, cache_bytes)
+    self._held_rows = held_rows
 
   @classmethod
   def from_directory(
@@ -174,6 +176,7 @@ class Processor:
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
     patch_buckets: Sequence[int] = PATCH_BUCKETS,
     cache_bytes: int = CACHE_BYTES,
+    held_rows: Callable[[int], Collection[int]] = range,
   ) -> "Processor":
     """The processor of a checkpoint folder; no code of the folder is run.
 
@@ -184,6 +187,8 @@ class Processor:
       prompt_buckets: padded prompt lengths S, in tokens.
       patch_buckets: padded patch rows R per prompt.
       cache_bytes: decoded pixels kept in memory.
+      held_rows: P -> rows of a batch of P prompts whose pixels this host needs (`sharding.held_rows`): the others are
+        left at zero, of the same shape. Every host must make the same batches.
 
     Raises:
       ValueError: a file is missing or contradicts another; names it.
@@ -198,6 +203,7 @@ class Processor:
       prompt_buckets=prompt_buckets,
       patch_buckets=patch_buckets,
       cache_bytes=cache_bytes,
+      held_rows=held_rows,
     )
 
   def same_vocabulary(self, directory: str | pathlib.Path) -> bool:
@@ -227,10 +233,11 @@ class Processor:
     """
     hints = [""] * len(examples) if hints is None else hints
     chex.assert_equal(len(hints), len(examples))
+    held = frozenset(self._held_rows(len(examples)))
     grids, pixels, tokens = [], [], []
-    for example, hint in zip(examples, hints, strict=True):
-      decoded = [self._cache.pixels(path) for path in example.images]
-      grids.append([grid for _, grid in decoded])
+    for i, (example, hint) in enumerate(zip(examples, hints, strict=True)):
+      decoded = [self._cache.pixels(path) for path in example.images] if i in held else []
+      grids.append([grid for _, grid in decoded] if i in held else self._grids(example.images))
       pixels.append([rows for rows, _ in decoded])
       text = wordings.prompt_text(example, self.templates, kind, hint=hint)
       tokens.append(self.tokenizer.encode(text, [self._merged(grid) for grid in grids[-1]], example.id))
@@ -253,11 +260,18 @@ class Processor:
       ValueError: a file is no image; names it.
     """
     paths = dict.fromkeys(path for example in examples for path in example.images)
-    try:
-      sizes = [image_files.header(path)[1:] for path in itertools.islice(paths, limit)]
-    except Rejected as error:
-      raise ValueError(f"an image of the questions cannot be opened: {error}") from error
-    return [self._merged(self.image_processor.grid(height, width)) for width, height in sizes]
+    return [self._merged(grid) for grid in self._grids(itertools.islice(paths, limit))]
+
+  def _grids(self, paths: Iterable[str]) -> list[tuple[int, int, int]]:
+    """Grids of images from the headers of their files, without decoding them."""
+    grids = []
+    for path in paths:
+      try:
+        _, width, height = image_files.header(path)
+        grids.append(self.image_processor.grid(height, width))
+      except (Rejected, ValueError) as error:
+        raise ValueError(f"image {path}: {error}") from error
+    return grids
 
   def _merged(self, grid: tuple[int, int, int]) -> int:
     return grid[0] * grid[1] * grid[2] // self.config.vision.spatial_merge_size**2
@@ -291,7 +305,7 @@ class Processor:
     return arrays
 
   def _vision(self, examples, grids, pixels) -> VisionInputs:
-    counts = [sum(len(rows) for rows in row) for row in pixels]
+    counts = [sum(rows * columns for _, rows, columns in row) for row in grids]
     rows = 0
     if any(counts):
       rows = self._bucket(counts, self.patch_buckets, examples, "patch rows", "data.patch_buckets")
@@ -305,7 +319,7 @@ class Processor:
       table_weight=np.zeros((size, rows, 4), np.float32),
     )
     for i, count in enumerate(counts):
-      if count:
+      if pixels[i]:
         tables = positions.vision_tables(grids[i], self.config)
         names = ("segments", "coordinates", "table_index", "table_weight")
         for name, table in zip(names, tables, strict=True):

@@ -163,6 +163,7 @@ def prepare(
     resize=config.data.resize,
     prompt_buckets=tuple(config.data.prompt_buckets),
     patch_buckets=tuple(config.data.patch_buckets),
+    held_rows=functools.partial(sharding.held_rows, mesh),
   )
   questions = dict(records) if records is not None else splits.load(config.data)
   checks.check_questions(questions, config)

@@ -78,6 +78,31 @@ def test_vision_rows_are_patches_and_tables(processor, questions):
     assert (vision.table_weight[i, count:] == 0).all()
 
 
+def test_a_host_decodes_the_images_of_its_own_rows_alone(checkpoint, processor, questions, monkeypatch):
+  whole = processor.prompts(questions, "think")
+  mine = pipeline.Processor.from_directory(checkpoint, **SMALL, held_rows=lambda count: range(count - 2, count))
+  opened = []
+  load = images.load_image
+  monkeypatch.setattr(images, "load_image", lambda path: opened.append(path) or load(path))
+  batch = mine.prompts(questions, "think")
+  assert set(opened) == {path for example in questions[-2:] for path in example.images}
+  # The text of every row, and the shapes of all arrays, are those of the whole batch.
+  for name in ("tokens", "mask", "positions", "next_position", "image_slot", "row"):
+    np.testing.assert_array_equal(getattr(batch, name), getattr(whole, name))
+  for name, array in whole.vision.items():
+    np.testing.assert_array_equal(batch.vision[name][-2:], array[-2:])
+    assert batch.vision[name].shape == array.shape
+  assert not batch.vision.patches[:-2].any() and whole.vision.patches[:-2].any()
+
+
+def test_what_an_image_costs(processor, questions):
+  tokens = processor.image_tokens(questions)
+  paths = list(dict.fromkeys(path for example in questions for path in example.images))
+  grids = [processor.image_processor.patches(images.load_image(path))[1] for path in paths]
+  assert tokens == [rows * columns // 4 for _, rows, columns in grids]
+  assert processor.image_tokens(questions, limit=1) == tokens[:1]
+
+
 def test_a_batch_without_images_has_no_rows(processor, questions):
   batch = processor.prompts(questions[3:4], "think")
   assert batch.vision.patches.shape == (1, 0, 384)
