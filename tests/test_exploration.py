@@ -209,12 +209,18 @@ def test_what_is_accepted_is_up_to_the_rule():
   student.sample_hinted = lambda rows, hints, attempt: [
     [candidate(well_formed=False), candidate(), candidate(accurate=attempt == 2, well_formed=False)]
   ]
-  # Per round: by default the second alone; by accuracy the first two; together none (the first is never well formed).
+  # Per round: by default the second alone; by accuracy the first two; together none (the first is never well formed),
+  # or, by accuracy, all three of the second round, of which two are wanted.
   attempts = {
     rule: [c.attempt for c in explore(student, [0], rounds=2, accept=exploration.Acceptance(rule)).accepted[0]]
     for rule in exploration.RULES
   }
-  assert attempts == {"accurate_and_formatted": [1, 2], "accurate": [1, 1], "all_or_none": []}
+  assert attempts == {
+    "accurate_and_formatted": [1, 2],
+    "accurate": [1, 1],
+    "all_or_none": [],
+    "all_or_none_accurate": [2, 2],
+  }
 
 
 def test_all_or_none_looks_at_each_prompt_and_round_alone():

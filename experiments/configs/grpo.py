@@ -82,7 +82,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.objective.divergence_top_k = 0  # the teacher's k most likely ids and one bucket for the rest; 0: all ids
   config.objective.distill_temperature = 1.0  # of teacher and student inside the divergence
   config.objective.distill_normaliser = "gated_tokens"  # or group_mean
-  config.objective.gate_signal = "accuracy"  # accuracy, or mean or sum of accuracy and format
+  config.objective.gate_signal = "accuracy"  # accuracy; or mean, sum or product of accuracy and format
   config.objective.gate_threshold = 1.0  # tau: smallest signal that is distilled
   config.objective.gate_mode = "positive"  # positive: signal >= tau; negative: below; none: all
   config.objective.gate_injected = True  # False: injected rollouts are never distilled
@@ -104,7 +104,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.exploration.hint_prompt = "hint_and_answer"  # what a hinted student is shown; or hint_only
   config.exploration.hint_tokens = 24  # longest hint, tokens
   config.exploration.hint_temperature = 0.7
-  config.exploration.acceptance = "accurate_and_formatted"  # or accurate, all_or_none
+  config.exploration.acceptance = "accurate_and_formatted"  # or accurate, all_or_none, all_or_none_accurate
   config.exploration.leak_filter = True  # refuse candidates that talk about the help
   config.exploration.quoted_words = 0  # refuse those that repeat so many consecutive words of the hint; 0: none
 

@@ -11,7 +11,9 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   Not followed: trigger and acceptance look at each prompt, where the released code looks at all prompts of a device,
   so that its method depends on their number; the divergence is divided by the gated tokens of the global batch, not by
   those of a device's micro-batch, where 0 / 0 is possible; slots are distinct; hints belong to their prompts; answers
-  are not parsed symbolically, which does nothing on letters. The baselines have its token budget and learning rates.
+  are not parsed symbolically, which does nothing on letters. Log-probabilities of the policy term are at the
+  temperature that sampled, not at 1; hints are drawn without top-p and have a budget of their own. The baselines have
+  its token budget and learning rates.
   """
   config = kepo.get_config(setting)
   config.sampling.temperature = 0.9
@@ -19,5 +21,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.objective.gate_signal = "sum"  # at tau = 1 a wrong answer in the right format passes
   config.exploration.trigger = "reward_all_zero"
   config.exploration.hints = "once"
-  config.exploration.acceptance = "all_or_none"
+  config.exploration.hint_temperature = 0.9  # that of the student's sampling
+  config.exploration.acceptance = "all_or_none_accurate"
+  config.exploration.leak_filter = False
   return config

@@ -42,13 +42,17 @@ class Checkpoints:
     return self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
   def restore(self, like: Any) -> Any:
-    """The newest state, on the shardings and dtypes of `like`; `like` itself where no checkpoint is complete."""
+    """The newest state, on the shardings and dtypes of `like`; `like` itself where no checkpoint is complete.
+
+    The arrays of `like` are deleted when there is a checkpoint: the devices need not hold two states.
+    """
     step = self.latest_step
     if step is None:
       logging.warning("%s holds no complete checkpoint; starting from the first step.", self._manager.directory)
       return like
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     logging.info("restoring step %d from %s", step, self._manager.directory)
+    jax.tree.map(lambda x: x.delete(), like)
     return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
   def close(self) -> None:

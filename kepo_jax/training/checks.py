@@ -17,9 +17,11 @@ from kepo_jax.training import groups, inputs
 from kepo_jax.types import Example
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Largest value of each signal of the gate; accuracy and format are at most 1.
+GATE_MAXIMUM = {"accuracy": 1.0, "mean": 1.0, "sum": 2.0, "product": 1.0}
 # Fields with a few legal values, and those values.
 CHOICES: Mapping[str, Sequence[str]] = {
-  "model.compute_dtype": DTYPES,
+  "model.compute_dtype": ("float32", "bfloat16"),  # float16 has no room for the gradients of a large vocabulary
   "model.teacher_dtype": DTYPES,
   "data.resize": tuple(images.RESIZES),
   "data.prompt": ("think", "no_think"),
@@ -87,6 +89,8 @@ LEAST: Mapping[str, float] = {
   "exploration.hint_tokens": 1,
   "exploration.hint_temperature": 0,
   "optimizer.learning_rate": 0,
+  "optimizer.b1": 0,
+  "optimizer.b2": 0,
   "optimizer.warmup_steps": 0,
   "optimizer.weight_decay": 0,
   "train.steps": 1,
@@ -130,6 +134,8 @@ def check_config(config: Any) -> None:
     value = _value(config, field)
     if not (math.isfinite(value) and value >= least):
       raise ValueError(f"{field}={value} is too small; use {least} or more.")
+  if config.seed < 0:
+    raise ValueError(f"seed={config.seed} must be 0 or more.")
   if not config.mesh.data:
     raise ValueError("mesh.data=0 is a mesh without devices; use -1 for all that fsdp and tensor leave, or 1 or more.")
   _check_sampling(config)
@@ -142,6 +148,11 @@ def _check_sampling(config: Any) -> None:
     raise ValueError(f"sampling.temperature={config.sampling.temperature} gives G equal rollouts; use a value above 0.")
   if not 0 < config.sampling.top_p <= 1:
     raise ValueError(f"sampling.top_p={config.sampling.top_p} must lie above 0 and at most at 1.")
+  for name in ("b1", "b2"):
+    if not config.optimizer[name] < 1:
+      raise ValueError(f"optimizer.{name}={config.optimizer[name]} must lie in [0, 1).")
+  if not config.optimizer.eps > 0:
+    raise ValueError(f"optimizer.eps={config.optimizer.eps} must lie above 0.")
   if not config.optimizer.clip_norm > 0:
     raise ValueError(f"optimizer.clip_norm={config.optimizer.clip_norm} leaves no gradient; use a value above 0.")
   if config.objective.distill_temperature <= 0:
@@ -180,6 +191,17 @@ def _check_rows(config: Any) -> None:
     )
 
 
+def _check_gate(objective: Any) -> None:
+  """A gate that can never open, or never close although it is asked to."""
+  tau, largest = objective.gate_threshold, GATE_MAXIMUM[objective.gate_signal]
+  closed = {"positive": not tau <= largest, "negative": not tau > 0, "none": False}[objective.gate_mode]
+  if objective.distill_weight and closed:
+    raise ValueError(
+      f"objective.gate_threshold={tau} with gate_mode={objective.gate_mode} distils nothing: gate_signal="
+      f"{objective.gate_signal} lies between 0 and {largest:g}."
+    )
+
+
 def warn_of_prompts(config: Any) -> None:
   """Says when the prompt asks for another format than the reward wants."""
   alone, wanted = config.data.prompt == "no_think", config.reward.convention == "no_think"
@@ -199,6 +221,24 @@ def _check_terms(config: Any) -> None:
     raise ValueError("objective.divergence=sampled_k2 looks at one id; set objective.divergence_top_k=0.")
   if objective.supervised_weight and fraction == 1:
     raise ValueError("objective.supervised_weight needs supervised rows; set batch.on_policy_fraction below 1.")
+  own = round(fraction * config.batch.rollouts)
+  if objective.policy_weight and own == 1:
+    raise ValueError(
+      "one rollout of the student's in a group has no other to be compared with, so no advantage; raise batch.rollouts "
+      "or batch.on_policy_fraction, or set objective.policy_weight=0."
+    )
+  if fraction < 1 and not (objective.distill_weight or objective.supervised_weight):
+    raise ValueError("supervised rows enter no term: set objective.supervised_weight or objective.distill_weight.")
+  if objective.reference_weight and not own:
+    raise ValueError("objective.reference_weight looks at the student's rollouts, and there are none.")
+  if 0 < objective.importance_cap < 1:
+    raise ValueError(f"objective.importance_cap={objective.importance_cap} scales every token down; use 1 or more.")
+  if not (objective.clip_low > 0 and objective.clip_high > 0):
+    raise ValueError(
+      f"objective.clip_low={objective.clip_low} and clip_high={objective.clip_high} must be above 0, where the clip "
+      "would cut the gradient of an unchanged policy; large numbers switch it off."
+    )
+  _check_gate(objective)
   learns = objective.policy_weight and fraction > 0
   if not (learns or objective.distill_weight or objective.supervised_weight):
     raise ValueError(

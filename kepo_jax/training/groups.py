@@ -151,6 +151,7 @@ GATE_SIGNALS: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
   "accuracy": lambda scores: scores["accuracy"],
   "mean": lambda scores: (scores["accuracy"] + scores["format"]) / 2,
   "sum": lambda scores: scores["accuracy"] + scores["format"],
+  "product": lambda scores: scores["accuracy"] * scores["format"],
 }
 
 
@@ -159,7 +160,7 @@ def gate_signal(scores: Mapping[str, np.ndarray], signal: str) -> np.ndarray:
 
   Args:
     scores: must hold "accuracy" and "format".
-    signal: "accuracy", or "mean" or "sum" of accuracy and format.
+    signal: "accuracy", or "mean", "sum" or "product" of accuracy and format.
 
   Raises:
     ValueError: the signal is none of these.

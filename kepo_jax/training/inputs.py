@@ -94,6 +94,8 @@ def make_inputs(
     return forward.in_parts(part, prompts, tokens, settings.parts)
 
   def inputs(params: Any, step: jax.Array, experience: Experience) -> Inputs:
+    if experience.hinted is not None and settings.off_context != "keep_hint":
+      raise ValueError(f"off_context={settings.off_context} drops hints; experience.hinted must be None.")
     old_logps: Any = None
     if settings.updates > 1 or behaviour:
       old_logps = scored(params, experience.prompts, experience.tokens)

@@ -104,8 +104,9 @@ def train_step(run: setup.Run, state: TrainState, done: int) -> tuple[TrainState
   collected = collect(run, state, done, clock)
   groups, metrics = collected.groups, collected.metrics
   with clock("teacher"):
-    gate = gated(run, groups)
-    experience = experience_of(run, groups, collected.prompts, gate)
+    kept = kept_rows(run, groups)
+    gate = gated(run, groups) & kept
+    experience = experience_of(run, groups, collected.prompts, gate, kept)
     targets = jax.block_until_ready(run.programs.targets(experience.prompts, experience.tokens))
   with clock("update"):
     compare = run.compares and (done + 1) % config.log.gradients_every == 0
@@ -247,15 +248,19 @@ def gated(run: setup.Run, groups: Groups) -> np.ndarray:
   return gate if objective.gate_injected else gate & ~groups.injected
 
 
-def experience_of(run: setup.Run, groups: Groups, prompts: Prompts, gate: np.ndarray) -> Experience:
+def kept_rows(run: setup.Run, groups: Groups) -> np.ndarray:
+  """bool[P, G]: rollouts that enter the loss."""
+  if run.config.objective.mask_truncated:
+    return ~grouping.truncated(groups, run.processor.end_ids)
+  return np.ones_like(groups.supervised)
+
+
+def experience_of(run: setup.Run, groups: Groups, prompts: Prompts, gate: np.ndarray, kept: np.ndarray) -> Experience:
   """The batch of the update on the mesh: advantages of the student's own groups, and everything else of their rows."""
   config = run.config
   advantage = np.zeros(groups.supervised.shape, np.float32)
   if own := run.own_rollouts:
     advantage[:, :own] = advantages.group_advantages(groups.scores["total"][:, :own], kind=config.objective.advantage)
-  kept = np.ones_like(groups.supervised)
-  if config.objective.mask_truncated:
-    kept = ~grouping.truncated(groups, run.processor.end_ids)
   hinted = None
   if config.objective.off_context == "keep_hint":
     kind = config.exploration.hint_prompt

@@ -37,12 +37,14 @@ DIFFERENCES = {
     "objective.gate_signal": "sum",
     "exploration.trigger": "reward_all_zero",
     "exploration.hints": "once",
-    "exploration.acceptance": "all_or_none",
+    "exploration.hint_temperature": 0.9,
+    "exploration.acceptance": "all_or_none_accurate",
+    "exploration.leak_filter": False,
   },
   "kepo_eq7": KEPO
   | {
     "reward.combination": "product",
-    "objective.gate_signal": "mean",
+    "objective.gate_signal": "product",
     "objective.divergence": "forward_kl",
     "objective.distill_normaliser": "group_mean",
     "objective.reference_weight": 1e-3,

@@ -1,5 +1,6 @@
 """Known ways to break the update and the groups, for `tests.mutations`: module, name, test that must fail, old, new."""
 
+_COLLECT = "test_collect.py::"
 _SHAPED = "test_step.py::test_shaped_ratios_by_hand"
 _HINT = "test_step.py::test_a_kept_hint_that_says_nothing_changes_nothing[{}]"
 _TWO = "test_step.py::test_two_updates_have_the_ratio_of_the_policy_that_sampled"
@@ -68,5 +69,37 @@ MUTATIONS = (
    "test_state.py::test_all_updates_of_a_step_have_its_learning_rate",
    "schedule(count // updates)",
    "schedule(count)"),
+  ("inputs", "pi_old of a kept hint without the hint",
+   "test_step.py::test_pi_old_of_a_kept_hint_is_given_the_hint",
+   "scored(params, experience.hinted.prompts, hinted.tokens)",
+   "scored(params, jax.tree.map(lambda x: x[experience.hinted.prompt], experience.prompts), hinted.tokens)"),
+  ("inputs", "lambda of the first step",
+   "test_step.py::test_lambda_fades",
+   "settings.distill_factor(step)",
+   "settings.distill_factor(0 * step)"),
+  ("loop", "advantages over supervised rows",
+   f"{_COLLECT}test_advantages_compare_the_students_own_rollouts",
+   'groups.scores["total"][:, :own], kind',
+   'groups.scores["total"], kind'),
+  ("loop", "injected rollouts distilled in any case",
+   f"{_COLLECT}test_injected_rollouts_are_distilled_or_not",
+   "return gate if objective.gate_injected else",
+   "return gate if True else"),
+  ("loop", "truncated rollouts kept in any case",
+   f"{_COLLECT}test_truncated_rollouts_of_the_student_are_kept_or_not",
+   "if run.config.objective.mask_truncated:",
+   "if False:"),
+  ("loop", "every answer of the teacher accepted",
+   f"{_COLLECT}test_refused_answers_of_the_teacher_leave_their_rows_empty",
+   '(groups.scores["format"] == 1)',
+   '(groups.scores["format"] >= 0)'),
+  ("loop", "useless groups first",
+   f"{_COLLECT}test_useful_groups_come_first_and_others_fill_up",
+   "np.argsort(~usable",
+   "np.argsort(usable"),
+  ("loop", "the same candidates in every round",
+   f"{_COLLECT}test_each_round_of_exploration_draws_anew",
+   'run.key("candidate", done, attempt)',
+   'run.key("candidate", done, 1)'),
 )
 # fmt: on

@@ -189,8 +189,20 @@ REFUSED = [
   (
     sft,
     {"objective__policy_weight": 1.0, "objective__supervised_weight": 0.0},
-    "nothing is learnt: .*on_policy_fraction above 0",
+    "supervised rows enter no term: set objective.supervised_weight or objective.distill_weight",
   ),
+  (grpo, {"batch__on_policy_fraction": 0.5, "supervised__source": "answer"}, "supervised rows enter no term"),
+  (grpo, {"batch__rollouts": 1}, "no other to be compared with.*raise batch.rollouts"),
+  (sft, {"objective__reference_weight": 0.1}, "reference_weight looks at the student's rollouts, and there are none"),
+  (grpo, {"objective__importance_cap": 0.5}, "importance_cap=0.5 scales every token down; use 1 or more"),
+  (grpo, {"objective__clip_low": 0.0}, "clip_low=0.0 and clip_high=0.2 must be above 0"),
+  (grpo, {"objective__clip_high": 0.0}, "clip_high=0.0 must be above 0, .*large numbers switch it off"),
+  (kepo, {"objective__gate_threshold": 2.0}, "gate_threshold=2.0 with gate_mode=positive distils nothing: .*0 and 1"),
+  (kepo, {"objective__gate_threshold": float("nan")}, "gate_threshold=nan .* distils nothing"),
+  (kepo, {"objective__gate_threshold": 0.0, "objective__gate_mode": "negative"}, "gate_mode=negative distils nothing"),
+  (grpo, {"optimizer__b2": 1.0}, r"optimizer.b2=1.0 must lie in \[0, 1\)"),
+  (grpo, {"optimizer__eps": 0.0}, "optimizer.eps=0.0 must lie above 0"),
+  (grpo, {"model__compute_dtype": "float16"}, "model.compute_dtype='float16' is unknown; use one of .'bfloat16'"),
 ]
 
 
@@ -323,3 +335,14 @@ def test_every_image_is_decoded_before_the_first_step(tmp_path, caplog):
     "test": ["good"],
   }
   assert "1 questions left out: train question cut" in caplog.text
+
+
+def test_a_negative_seed_is_refused():
+  config = grpo.get_config()
+  config.seed = -1  # NumPy's generators refuse it, at the first injection
+  with pytest.raises(ValueError, match="seed=-1 must be 0 or more"):
+    checks.check_config(config)
+
+
+def test_a_sum_may_reach_two():
+  checks.check_config(changed(kepo, objective__gate_signal="sum", objective__gate_threshold=2.0))

@@ -11,7 +11,7 @@ import pytest
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import layers, model
 from kepo_jax.objectives import losses
-from kepo_jax.training import forward, step
+from kepo_jax.training import forward, inputs, step
 from kepo_jax.training.inputs import UpdateSettings
 from kepo_jax.training.state import initial_state
 from kepo_jax.types import Experience, HintedRows
@@ -22,7 +22,8 @@ def update_once(tiny_config, tiny_params, tiny_experience, allowed, mesh_of):
   """One step under the given settings: (state, figures), the state on the host."""
   teacher = model.init_params(tiny_config, jax.random.key(9))
 
-  @functools.cache
+  # Each program holds thousands of memory maps, of which a process may have 65,530: few are kept.
+  @functools.lru_cache(maxsize=6)
   def programs(mesh, loss, settings, clip_norm):
     """A fresh state, the teacher's scoring and the update: compiled once for all tests that ask for the same."""
     token_loss = losses.KepoTokenLoss(allowed=allowed, **dict(loss))
@@ -35,17 +36,21 @@ def update_once(tiny_config, tiny_params, tiny_experience, allowed, mesh_of):
     wanted = token_loss.distils + bool(token_loss.reference_coefficient)
     return fresh, score, wanted, step.Update(tiny_config, optimizer, token_loss, settings, fresh())
 
-  def run(*, mesh=None, experience=tiny_experience, clip_norm=1.0, loss=None, compare=False, **settings):
+  def run(*, mesh=None, experience=tiny_experience, clip_norm=1.0, loss=None, compare=False, done=0, **settings):
     mesh = mesh or mesh_of()
     settings = UpdateSettings(**{"compute_dtype": jnp.float32, "chunk": 4} | settings)
     with jax.set_mesh(mesh):
       fresh, score, wanted, update = programs(mesh, tuple((loss or {}).items()), settings, clip_norm)
       batch = sharding.place(mesh, experience)
       targets = tuple(score(batch.prompts, batch.tokens) for _ in range(wanted))
-      state, figures = update(fresh(), batch, targets, compare=compare)
+      state = fresh()
+      state = state.replace(step=state.step + done)
+      state, figures = update(state, batch, targets, compare=compare)
     return jax.device_get((state, figures))
 
-  return run
+  yield run
+  programs.cache_clear()
+  jax.clear_caches()
 
 
 GRPO = {"distill_coefficient": 0}
@@ -277,6 +282,22 @@ def test_a_kept_hint_is_seen_by_the_policy_term_alone(update_once, hinted):
   assert abs(same["grad_norm/policy"][0] - changed["grad_norm/policy"][0]) > 1e-4
 
 
+def test_pi_old_of_a_kept_hint_is_given_the_hint(tiny_config, tiny_params, hinted, allowed):
+  prompts = hinted.hinted.prompts
+  said = np.where(np.asarray(prompts.mask) & (np.asarray(prompts.image_slot) < 0), 3, prompts.tokens)
+  batch = hinted.replace(hinted=hinted.hinted.replace(prompts=prompts.replace(tokens=said)))
+  settings = UpdateSettings(compute_dtype=jnp.float32, chunk=4, updates=2, off_context="keep_hint")
+  make = inputs.make_inputs(tiny_config, losses.KepoTokenLoss(allowed=allowed), settings)
+  made = jax.jit(make)(tiny_params, jnp.int32(0), batch)
+  rows = made.hinted.mask
+  as_rows = batch.replace(prompts=batch.hinted.prompts, tokens=made.hinted.tokens)
+  expected = dense_logps(tiny_config, tiny_params, as_rows, allowed)
+  np.testing.assert_allclose(made.hinted.old_logps[rows], expected[rows], rtol=1e-5)
+  # Dropped or kept, the hint makes a difference: the row of the batch has other log-probabilities.
+  dropped = made.rows.old_logps[hinted.hinted.prompt, hinted.hinted.slot][:, None]
+  assert np.abs(made.hinted.old_logps - dropped)[rows].max() > 1e-3
+
+
 @pytest.mark.parametrize("convention", ["drop_behaviour_shaped", "drop_unit_shaped"])
 def test_shaped_ratios_by_hand(update_once, tiny_config, tiny_params, tiny_experience, allowed, convention):
   logps = np.float64(dense_logps(tiny_config, tiny_params, tiny_experience, allowed))
@@ -333,6 +354,8 @@ def test_lambda_fades(update_once, tiny_experience):
   full, none = update_once(), update_once(distill_factor=lambda step: 0.0 * step)
   assert difference(none[0].params, update_once(loss=GRPO)[0].params) < 1e-6
   half = update_once(distill_factor=lambda step: 0.5 + step)
+  later = update_once(distill_factor=lambda step: 0.1 * step, done=5)
+  assert difference(half[0].params, later[0].params) < 1e-6
   same = update_once(loss={"distill_coefficient": 0.5})
   assert difference(half[0].params, same[0].params) < 1e-6
   assert difference(full[0].params, half[0].params) > 1e-5
@@ -362,8 +385,9 @@ def test_a_sampler_that_is_sure_of_itself_counts_less(update_once, tiny_experien
 )
 def test_the_mesh_changes_nothing_of_the_options(update_once, mesh_of, hinted, options):
   loss = {"reference_coefficient": 0.1, "reference_estimator": "k2", "divergence": "jsd", "top_k": 5}
+  batch = hinted if options.get("off_context") == "keep_hint" else hinted.replace(hinted=None)
   one, many = (
-    update_once(experience=hinted, mesh=mesh, loss=loss, **options) for mesh in (mesh_of(), mesh_of(data=2, fsdp=2))
+    update_once(experience=batch, mesh=mesh, loss=loss, **options) for mesh in (mesh_of(), mesh_of(data=2, fsdp=2))
   )
   assert difference(one[0].params, many[0].params) < 1e-5
   np.testing.assert_allclose(one[1]["loss"][0], many[1]["loss"][0], rtol=1e-5)

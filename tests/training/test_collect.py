@@ -1,0 +1,158 @@
+"""The host's part of a step, on a run made by hand: who is kept, gated, compared, selected and supervised."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.configs import kepo
+from kepo_jax.training import assembly, loop
+from kepo_jax.training.groups import Groups
+from kepo_jax.types import Example, Rollouts
+
+END, PAD = 1, 0
+RIGHT, WRONG = "<think>x</think><answer>A</answer>", "<think>x</think><answer>B</answer>"
+UNFORMED = "<answer>A</answer>"
+TEXTS = {2: RIGHT, 3: WRONG, 4: UNFORMED}  # what the one token of a completion says
+
+
+class Processor:
+  """Tokens that stand for whole completions."""
+
+  end_ids = (END,)
+
+  def decode(self, tokens, mask):
+    return [TEXTS[int(row[0])] for row in tokens]
+
+
+def question(number):
+  return Example(id=f"q{number}", question="?", options=("a", "b"), answer="A", images=(), modality="MRI")
+
+
+def run_of(**changes):
+  """What `loop` asks of a run, with a config of KEPO; changes as `section__field=value`."""
+  config = kepo.get_config()
+  config.batch.prompts = 3
+  for name, value in changes.items():
+    section, field = name.split("__")
+    config[section][field] = value
+  keys = []
+
+  def key(purpose, *counters):
+    keys.append((purpose, *counters))
+    return jax.random.key(0)
+
+  return types.SimpleNamespace(
+    config=config,
+    processor=Processor(),
+    scorer=assembly.scorer(config, {}),
+    own_rollouts=assembly.own_rollouts(config),
+    key=key,
+    keys=keys,
+    mesh=None,
+    prompts=lambda examples, kind, hints=None: None,
+  )
+
+
+def groups_of(rows, run, *, ended=True, supervised=()):
+  """Groups from tokens of TEXTS, [P][G]; columns in `supervised` are somebody else's."""
+  first = np.array(rows, np.int32)
+  tokens = np.stack([first, np.full_like(first, END if ended else 5)], -1)
+  texts = np.array([[TEXTS[t] for t in row] for row in rows], object)
+  examples = [question(number) for number in range(len(rows))]
+  given = np.zeros(first.shape, bool)
+  given[:, list(supervised)] = True
+  return Groups(
+    examples=examples, tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32),
+    texts=texts, scores=run.scorer(texts.tolist(), examples), injected=np.zeros(first.shape, bool),
+    supervised=given, hints=np.full(first.shape, "", object),
+  )  # fmt: skip
+
+
+def test_injected_rollouts_are_distilled_or_not():
+  run = run_of()
+  groups = groups_of([[2, 2, 3]], run)
+  groups.injected[0, 0] = True
+  assert loop.gated(run, groups).tolist() == [[True, True, False]]
+  run.config.objective.gate_injected = False
+  assert loop.gated(run, groups).tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize(("masked", "expected"), [(False, [[True, True]]), (True, [[False, True]])])
+def test_truncated_rollouts_of_the_student_are_kept_or_not(masked, expected):
+  run = run_of(objective__mask_truncated=masked)
+  groups = groups_of([[2, 2]], run, ended=False, supervised=[1])
+  assert loop.kept_rows(run, groups).tolist() == expected
+
+
+def test_advantages_compare_the_students_own_rollouts(monkeypatch):
+  run = run_of(batch__rollouts=4, batch__on_policy_fraction=0.5, supervised__source="teacher")
+  monkeypatch.setattr(loop.sharding, "place", lambda mesh, batch: batch)
+  groups = groups_of([[2, 3, 2, 2]], run, supervised=[2, 3])
+  gate, kept = np.ones((1, 4), bool), np.array([[True, False, True, True]])
+  experience = loop.experience_of(run, groups, None, gate, kept)
+  # Rewards 2 and 1 of the own two: mean 1.5, sample deviation 0.707.
+  x = 0.5 / (0.5**0.5 + 1e-4)
+  np.testing.assert_allclose(experience.advantages, [[x, -x, 0, 0]], rtol=1e-5)
+  assert experience.kept.tolist() == kept.tolist() and experience.hinted is None
+
+
+def test_useful_groups_come_first_and_others_fill_up():
+  run = run_of(exploration__rounds=0)
+  groups = groups_of([[2, 2], [2, 3], [3, 3], [3, 2], [2, 2]], run)
+  chosen, figures = loop.most_useful(run, groups)
+  # Two of five have a signal; the first of the others fills the batch of three, and the order of asking stays.
+  assert [example.id for example in chosen.examples] == ["q0", "q1", "q3"]
+  assert figures == {"dynamic/asked": 5.0, "dynamic/useful_frac": 0.4}
+  run.config.exploration.rounds = 1  # a prompt without an accurate rollout may be explored, so it is of use
+  chosen, figures = loop.most_useful(run, groups)
+  assert [example.id for example in chosen.examples] == ["q1", "q2", "q3"]
+  assert figures["dynamic/useful_frac"] == 0.6
+
+
+def test_sampling_goes_on_until_enough_groups_are_of_use(monkeypatch):
+  run = run_of(sampling__dynamic_rounds=3, exploration__rounds=0)
+  monkeypatch.setattr(loop.sharding, "place", lambda mesh, batch: batch)
+  rounds = iter([[[2, 2], [2, 3], [2, 2]], [[2, 3], [3, 3], [3, 2]], [[2, 3]] * 3])
+  seen = []
+
+  def rollout(actor, prompts, key):
+    first = np.array(next(rounds), np.int32)
+    tokens = np.stack([first, np.full_like(first, END)], -1)
+    return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
+
+  def further(done, extra, *, asked):
+    seen.append([example.id for example in asked])
+    return [question(10 * extra + number) for number in range(3)]
+
+  run.programs = types.SimpleNamespace(rollout=rollout)
+  run.further_questions = further
+  run.processor.prompts = lambda examples, kind: None
+  groups = loop.own_groups(run, None, [question(number) for number in range(3)], None, 7)
+  # One useful group of three, then three of six: enough after the second of four rounds.
+  assert [example.id for example in groups.examples] == ["q0", "q1", "q2", "q10", "q11", "q12"]
+  assert seen[0] == ["q0", "q1", "q2"] and run.keys == [("rollout", 7)] * 2
+
+
+def test_refused_answers_of_the_teacher_leave_their_rows_empty():
+  run = run_of(batch__rollouts=3, batch__on_policy_fraction=0.0, supervised__source="teacher")
+  first = np.array([[2, 3, 4]], np.int32)  # right; wrong; right without its think block
+  tokens = np.stack([first, np.full_like(first, END)], -1)
+  rollouts = Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
+  run.programs = types.SimpleNamespace(answer=lambda prompts, key: rollouts)
+  groups = loop.supervised_rows(run, [question(0)], None, 4)
+  assert groups.mask.any(-1).tolist() == [[True, False, False]]
+  assert groups.supervised.all() and run.keys == [("answer", 4)]
+
+
+def test_each_round_of_exploration_draws_anew():
+  run = run_of(exploration__hints="once", exploration__rounds=3)
+  hint = Rollouts(tokens=np.zeros((1, 1, 1), np.int32), mask=np.ones((1, 1, 1), bool), logps=np.zeros((1, 1, 1)))
+  wrong = np.full((1, 2, 2), 3, np.int32)
+  candidates = Rollouts(tokens=wrong, mask=np.ones(wrong.shape, bool), logps=np.zeros(wrong.shape, np.float32))
+  run.programs = types.SimpleNamespace(hint=lambda prompts, key: hint, candidate=lambda actor, prompts, key: candidates)
+  run.processor.decode = lambda tokens, mask: [{0: "<hint>look</hint>"}.get(int(t[0]), WRONG) for t in tokens]
+  outcome = loop.explore(run, None, groups_of([[3, 3]], run), 9)
+  assert run.keys == [("hint", 9, 1), *[("candidate", 9, attempt) for attempt in (1, 2, 3)]]
+  assert outcome.accepted == {0: []} and len(outcome.candidates[0]) == 6
