@@ -40,10 +40,9 @@ from kepo_jax.training import checks, programs
 from kepo_jax.types import Example, Prompts, Rollouts
 
 DATA = grpo.get_config().data  # how training cuts its data, unless flags say otherwise
-# Tokens of an answer when training evaluates, by the family of wordings that a model was trained on.
-BUDGETS = {
-  config.data.templates: config.eval.max_new_tokens for config in (grpo.get_config(), grpo_medvqa.get_config())
-}
+# Tokens of an answer and size of images when training evaluates, by the family of wordings that a model was trained on.
+TRAINED = {config.data.templates: config for config in (grpo.get_config(), grpo_medvqa.get_config())}
+BUDGETS = {family: config.eval.max_new_tokens for family, config in TRAINED.items()}
 
 _MODEL = flags.DEFINE_string("model", None, "Qwen3-VL folder or Hub id.", required=True)
 _DATA = flags.DEFINE_string("data", "", "Data in a format of docs/data.md; empty: the phantom benchmark.")
@@ -69,7 +68,9 @@ _TEMPLATES = flags.DEFINE_string(
   "templates", "", "Family of wordings in kepo_jax/data/prompts.py; empty: the one that the model names, or standard."
 )
 _KIND = flags.DEFINE_enum("kind", "evaluation", ["evaluation", "no_think", "think"], "Which wording of the family.")
-_RESIZE = flags.DEFINE_enum("resize", "native", sorted(images.RESIZES), "How images are brought to size.")
+_RESIZE = flags.DEFINE_enum(
+  "resize", "", ["", *sorted(images.RESIZES)], "How images are brought to size; empty: as in training, like the tokens."
+)
 _TRAIN_MODALITY = flags.DEFINE_string("train_modality", DATA.train_modality, "The in-domain modality.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "At most this many questions per modality; 0: all.", lower_bound=0)
 _LIMIT_SEED = flags.DEFINE_integer("limit_seed", 0, "Chooses the questions under --limit.")
@@ -121,6 +122,8 @@ def questions() -> tuple[list[Example], rules.Summary, str]:
     roots = splits.split_roots(_DATA.value) if _DATA.value else splits.phantom_roots()
   if roots and split not in roots:
     raise ValueError(f"--split={split}: {where} has {sorted(roots)}; choose one.")
+  if not roots and split != "all":
+    splits.refuse_published(_DATA.value)
   found, summary = formats.read_any(roots.get(split, _DATA.value), image_root=image_root, lenient=_LENIENT.value)
   if roots:
     examples, how = found, f"the part {split}"
@@ -260,11 +263,12 @@ def main(_: list[str]) -> None:
   family = _TEMPLATES.value or declared
   if family not in prompts.TEMPLATES:
     raise ValueError(f"--templates={family} is unknown; use one of {sorted(prompts.TEMPLATES)}.")
+  resize = _RESIZE.value or TRAINED.get(declared, TRAINED["standard"]).data.resize
   mesh = device_mesh()
   processor = pipeline.Processor.from_directory(
     model,
     templates=prompts.TEMPLATES[family],
-    resize=_RESIZE.value,
+    resize=resize,
     held_rows=functools.partial(sharding.held_rows, mesh),
   )
   dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -273,7 +277,7 @@ def main(_: list[str]) -> None:
     "templates": family,
     "kind": _KIND.value,
     "control": _CONTROL.value,
-    "resize": _RESIZE.value,
+    "resize": resize,
     "samples": settings.samples,
     "temperature": settings.temperature,
     "top_p": settings.top_p,

@@ -105,6 +105,7 @@ def load(data: Any) -> dict[str, list[Example]]:
     return _cut_down(reading.read_splits(built), data)
   roots = split_roots(data.directory) if data.directory else phantom_roots()
   if not roots:
+    refuse_published(data.directory)
     examples = _read(data.directory, lenient=data.lenient)
     split = split_by_modality(
       examples,
@@ -143,6 +144,22 @@ def published_parts(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
       "as Splits/modality of Med-R1, or a data set that Hugging Face's library saved to disk"
     )
   return found
+
+
+def refuse_published(directory: str | os.PathLike) -> None:
+  """Refuses a folder that holds a published split where a pool of questions is wanted: its parts would be mixed.
+
+  Raises:
+    ValueError: there are files or folders called train and test, or Hugging Face's list of splits.
+  """
+  top = pathlib.Path(directory)
+  names = [path.name.lower() for path in top.iterdir()] if top.is_dir() else []
+  parts = all(any(name.split("-")[0].split(".")[0] == part for name in names) for part in ("train", "test"))
+  if parts or "dataset_dict.json" in names:
+    raise ValueError(
+      f"{top} holds a published split, whose training and test questions would be mixed; name it as split_files, with "
+      "train/ and test/ as folders, or name one of its parts."
+    )
 
 
 def _given_split(data: Any) -> dict[str, list[Example]]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from kepo_jax.data import splits
 from kepo_jax.types import Example
-from tests.data.cases import MEDR1, write_parquet, write_records
+from tests.data.cases import MEDR1, write_parquet, write_records, write_saved
 
 
 def question(modality, number, image, *more):
@@ -137,6 +137,19 @@ def test_a_published_split_lacks_a_part(published):
   (published / "split" / "test").rename(published / "split" / "later")
   with pytest.raises(ValueError, match=r"has no test part; split_files is a folder with train/ and test/"):
     splits.load(settings(published / "data", split_files=str(published / "split")))
+
+
+def test_a_published_split_is_not_mixed(published, tmp_path):
+  with pytest.raises(ValueError, match="holds a published split, .* name it as split_files"):
+    splits.load(settings(published / "split"))
+  for name in ("train-00000-of-00001", "test-00000-of-00001"):
+    write_parquet(tmp_path / "hub" / f"{name}.parquet")
+  with pytest.raises(ValueError, match="holds a published split"):
+    splits.load(settings(tmp_path / "hub"))
+  write_saved(tmp_path / "saved" / "train")
+  (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+  with pytest.raises(ValueError, match="holds a published split"):
+    splits.load(settings(tmp_path / "saved"))
 
 
 def test_any_format_is_cut_by_the_rule(tmp_path):

@@ -93,7 +93,10 @@ def _source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[Mapping[s
   files = [pathlib.Path(path) for path in builder.info.splits[split].filepaths]
   if missing := [path.name for path in files if not path.is_file()]:
     raise ValueError(f"{builder.data_dir}: {missing[0]} is missing ({len(missing)} in all); build the data set again")
-  return builder.as_data_source(split, decoders={"images": EncodedImages()})
+  try:
+    return builder.as_data_source(split, decoders={"images": EncodedImages()})
+  except RuntimeError as error:  # what array_record raises on a file that is cut off
+    raise ValueError(f"{builder.data_dir}: {split} cannot be read ({error}); build the data set again") from error
 
 
 def _check_features(folder: pathlib.Path) -> None:
