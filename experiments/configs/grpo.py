@@ -118,7 +118,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.optimizer.clip_norm = 1.0  # global gradient norm
 
   config.train = ml_collections.ConfigDict()
-  config.train.steps = 80  # updates; the learning rate decays linearly to 0 over them
+  config.train.steps = 80  # batches; the learning rate decays linearly to 0 over them
 
   config.eval = ml_collections.ConfigDict()
   config.eval.every = 20  # steps between evaluations on the validation set; 0: none

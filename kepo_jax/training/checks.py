@@ -47,16 +47,16 @@ CHOICES: Mapping[str, Sequence[str]] = {
 }
 # What users of TRL may write instead, and what does the same here.
 ELSEWHERE: Mapping[str, str] = {
-  "grpo": "sequence_mean",
-  "dapo": "token_mean",
-  "bnpo": "token_mean, over the global batch: a mean over a micro-batch would depend on their number",
-  "dr_grpo": "constant_length, with objective.advantage=no_std",
+  "grpo": "objective.advantage=group_std with objective.aggregation=sequence_mean",
+  "dapo": "objective.aggregation=token_mean",
+  "bnpo": "objective.aggregation=token_mean, over the global batch: one of a micro-batch would depend on their number",
+  "dr_grpo": "objective.advantage=no_std with objective.aggregation=constant_length",
   "gspo": "objective.ratio=sequence",
-  "group": "group_std",
-  "batch": "batch_std",
-  "loo": "rloo",
-  "forward": "forward_kl",
-  "reverse": "reverse_kl",
+  "group": "objective.advantage=group_std",
+  "batch": "objective.advantage=batch_std",
+  "loo": "objective.advantage=rloo",
+  "forward": "objective.divergence=forward_kl",
+  "reverse": "objective.divergence=reverse_kl",
 }
 # Fields with a smallest legal value.
 LEAST: Mapping[str, float] = {

@@ -243,6 +243,8 @@ def supervised_rows(run: setup.Run, examples: Sequence[Example], prompts: Prompt
 def gated(run: setup.Run, groups: Groups) -> np.ndarray:
   """bool[P, G]: rollouts that are distilled."""
   objective = run.config.objective
+  if not objective.distill_weight:
+    return np.zeros_like(groups.supervised)
   signal = grouping.gate_signal(groups.scores, objective.gate_signal)
   gate = np.asarray(gates.quality_gate(signal, threshold=objective.gate_threshold, mode=objective.gate_mode))
   return gate if objective.gate_injected else gate & ~groups.injected

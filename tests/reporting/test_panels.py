@@ -61,7 +61,7 @@ def test_the_start_panel():
      "distillation x 0.25 (jsd 0.5, negative accuracy gate)"),
     # Only the Jensen-Shannon divergence has a weight.
     (kepo_eq7, {}, "policy gradient (group_std, sequence_mean, token ratio), "
-                   "distillation x 1 (forward_kl, positive mean gate), reference KL x 0.001"),
+                   "distillation x 1 (forward_kl, positive product gate), reference KL x 0.001"),
     (gkd, {}, "distillation x 1 (jsd 0.5, every rollout)"),
     (gkd, {"objective__divergence_weight": 0.9}, "distillation x 1 (jsd 0.9, every rollout)"),
     (sft, {}, "likelihood x 1"),
