@@ -13,46 +13,19 @@ from kepo_jax import training
 from kepo_jax.data import splits
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting import RunReporter
-from kepo_jax.types import Hook
-from tests.conftest import ROOT
-
-ASSETS = ROOT / "experiments" / "assets" / "phantom"
+from tests.training.runs import ASSETS, Recorder, shrunk
 
 
 def small(parent, **changes):
   """A config of `parent` that runs in seconds; changes as `section__field=value`."""
-  config = parent.get_config()
-  config.model.student, config.model.teacher = str(ASSETS / "confused"), str(ASSETS / "weak")
-  # One device: XLA's collectives between virtual devices can block each other for good when two cores run whole jobs
-  # of eight. What a mesh changes, and what not, is tested where it is made: sampling, scoring, update.
-  config.mesh.data = 1
-  config.batch.prompts, config.batch.rollouts = 4, 4
-  config.data.train_items, config.data.validation_items, config.data.test_items = 16, 1, 1
-  config.exploration.rounds = min(config.exploration.rounds, 2)
-  config.train.steps, config.eval.every, config.eval.prompts = 3, 2, 8
-  config.checkpoint.every = 1
-  for name, value in changes.items():
-    section, field = name.split("__")
-    config[section][field] = value
-  return config
+  sizes = {"train__steps": 3, "eval__every": 2, "eval__prompts": 8, "checkpoint__every": 1}
+  return shrunk(parent.get_config(), **sizes | changes)
 
 
 @pytest.fixture(scope="module")
 def questions():
   """Few questions, a quarter of them of the kind that the student believes wrong things about."""
   return splits.load(small(kepo).data)
-
-
-class Recorder(Hook):
-  """Keeps every report; stops the run after a step, if told to."""
-
-  def __init__(self, stop_after=None):
-    self.reports, self.stop_after = [], stop_after
-
-  def step(self, report):
-    self.reports.append(report)
-    if report.step == self.stop_after:
-      raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")

@@ -7,21 +7,10 @@ import pytest
 from experiments import settings
 from kepo_jax import training
 from kepo_jax.data import splits
-from kepo_jax.types import Hook
 from tests.conftest import ROOT
+from tests.training.runs import Recorder, shrunk
 
-ASSETS = ROOT / "experiments" / "assets" / "phantom"
 CONFIGS = sorted(path for path in (ROOT / "experiments" / "configs").glob("*.py") if path.stem != "__init__")
-
-
-class Recorder(Hook):
-  """Keeps every report."""
-
-  def __init__(self):
-    self.reports = []
-
-  def step(self, report):
-    self.reports.append(report)
 
 
 def small(path, *arguments, **changes):
@@ -30,23 +19,13 @@ def small(path, *arguments, **changes):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config(*arguments)
-  config.model.student, config.model.teacher = str(ASSETS / "confused"), str(ASSETS / "weak")
-  config.mesh.data = 1
-  config.batch.prompts = 4
-  if config.batch.rollouts > 1:
-    config.batch.rollouts = 4
-  config.data.train_items, config.data.validation_items, config.data.test_items = 16, 1, 1
   # What the paper's sizes would make of drawn pictures: other buckets, the phantom's wordings and its lengths.
   config.data.resize, config.data.templates = "native", "brief"
   config.data.prompt_buckets, config.data.patch_buckets = (56,), (64,)
   config.sampling.max_new_tokens = config.eval.max_new_tokens = config.exploration.hint_tokens = 24
-  config.exploration.rounds = min(config.exploration.rounds, 2)
   config.train.steps, config.eval.every, config.eval.test = 2, 0, False
   config.log.gradients_every = 2
-  for name, value in changes.items():
-    section, field = name.split("__")
-    config[section][field] = value
-  return config
+  return shrunk(config, **changes)
 
 
 @pytest.fixture(scope="module")
