@@ -171,14 +171,7 @@ def cut(examples: list[Example]) -> splits.Split:
     ValueError: too few questions of the training modality.
   """
   try:
-    return splits.split_by_modality(
-      examples,
-      train_modality=_TRAIN_MODALITY.value,
-      train=_TRAIN_ITEMS.value,
-      validation_per_modality=_VALIDATION_ITEMS.value,
-      test_per_modality=_TEST_ITEMS.value,
-      seed=_SPLIT_SEED.value,
-    )
+    return splits.cut_by_rule(examples, flags.FLAGS)  # the flags have the names of the config's fields
   except ValueError as error:
     raise ValueError(
       f"--split={_SPLIT.value}: {_DATA.value} cannot be cut as for training: {str(error).rstrip('.')}. The flags are "

@@ -107,18 +107,26 @@ def load(data: Any) -> dict[str, list[Example]]:
   if not roots:
     refuse_published(data.directory)
     examples = _read(data.directory, lenient=data.lenient)
-    split = split_by_modality(
-      examples,
-      train_modality=data.train_modality,
-      train=data.train_items,
-      validation_per_modality=data.validation_items,
-      test_per_modality=data.test_items,
-      seed=data.split_seed,
-    )
-    return split.as_dict()
+    return cut_by_rule(examples, data).as_dict()
   if missing := [name for name in SPLITS if name not in roots]:
     raise ValueError(f"{data.directory}: has {sorted(roots)} but not {missing}; add them, or point at one single root")
   return _cut_down({name: _read(root, lenient=data.lenient) for name, root in roots.items()}, data)
+
+
+def cut_by_rule(examples: Sequence[Example], data: Any) -> Split:
+  """`split_by_modality` with the numbers of a record: `train_modality`, `train_items` and the like, as in `load`.
+
+  Raises:
+    ValueError: the training modality has too few questions.
+  """
+  return split_by_modality(
+    examples,
+    train_modality=data.train_modality,
+    train=data.train_items,
+    validation_per_modality=data.validation_items,
+    test_per_modality=data.test_items,
+    seed=data.split_seed,
+  )
 
 
 def _cut_down(parts: Mapping[str, Sequence[Example]], data: Any) -> dict[str, list[Example]]:

@@ -47,7 +47,7 @@ class UpdateSettings:
   max_tokens: int | None = None  # length of the aggregation "constant_length"
   sequence_ratio: bool = False  # one ratio per rollout (GSPO) instead of one per token
   off_context: str = "drop_on_policy"
-  distill_factor: optax.Schedule = lambda step: 1.0  # factor of lambda at a step  # noqa: E731
+  distill_factor: optax.Schedule = lambda step: 1.0  # factor of lambda at a step
 
 
 @chex.dataclass(frozen=True)

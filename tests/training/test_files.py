@@ -97,6 +97,7 @@ def test_restore_brings_back_the_newest_state_and_forgets_later_evaluations(tmp_
     restored = files.restore(state)
   assert int(restored.step) == 2
   assert restored.params["w"].tolist() == [1, 2, 3, 4]
+  assert state.params["w"].is_deleted()  # a resumed run does not hold the untrained state beside its own
   assert restored.params["w"].sharding == state.params["w"].sharding
   assert files.evaluations == {"before": {"step": 0}, "validation": [{"step": 2}]}
 

@@ -109,16 +109,7 @@ class Builder(tfds.core.ShardBasedBuilder):
     }
 
   def _manual(self, directory: os.PathLike) -> dict[str, list[Example]]:
-    config = self.builder_config
-    split = splits.split_by_modality(
-      _read(directory),
-      train_modality=config.train_modality,
-      train=config.train_items,
-      validation_per_modality=config.validation_items,
-      test_per_modality=config.test_items,
-      seed=config.split_seed,
-    )
-    return split.as_dict()
+    return splits.cut_by_rule(_read(directory), self.builder_config).as_dict()
 
   def _phantom(self) -> dict[str, list[Example]]:
     return {name: _read(root) for name, root in splits.phantom_roots().items()}
