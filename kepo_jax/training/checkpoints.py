@@ -1,9 +1,13 @@
-"""Checkpoints of a run: the training state, sharded and asynchronous, through Orbax.
+"""Checkpoints of a run: the training state, sharded and asynchronous, through Orbax, each with its checksums.
 
-A step is done or not done: random keys, the order of the data and the schedule derive from the seed and the
-step, so parameters, optimizer state and step are the whole state of a run.
+A step is done or not done: random keys, the order of the data and the schedule derive from the seed and the step, so
+parameters, optimizer state and step are the whole state of a run. Beside them lies what a resumed run is compared
+with. A checkpoint counts once its manifest is there, which is the last thing that is written of it.
 """
 
+import threading
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,51 +15,211 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from kepo_jax import storage
+from kepo_jax.training import manifest, processes
+
+_BROKEN = "broken"  # what is found damaged is set aside there, not deleted
+
 
 class Checkpoints:
-  """The `checkpoints/` folder of one run."""
+  """The `checkpoints/` folder of one run; a context manager that waits for the last save."""
 
-  def __init__(self, directory: epath.PathLike, *, every: int, keep: int):
-    """Opens or creates the folder.
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    *,
+    every: int,
+    minutes: float,
+    keep: int,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Nothing is touched before the first save or restore.
 
     Args:
       directory: folder of the checkpoints, one sub-folder per step.
-      every: steps between checkpoints; 0 saves the last step alone.
-      keep: newest checkpoints kept.
+      every: steps between checkpoints; 0 does not count steps.
+      minutes: between checkpoints; 0 does not look at the clock.
+      keep: newest checkpoints kept, besides the best.
+      clock: seconds that never jump.
     """
-    self._every = every
-    self._manager = ocp.CheckpointManager(
-      epath.Path(directory).resolve(),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True),
-    )
+    directory = epath.Path(directory)
+    self.directory = directory if storage.is_remote(directory) else directory.resolve()
+    self._every, self._minutes = every, minutes
+    self._keep = keep
+    self._clock = clock
+    self._saved_at = clock()
+    self._manager: ocp.CheckpointManager | None = None
+    self._finishing: threading.Thread | None = None
+    self._failure: Exception | None = None
+    self._saving: int | None = None  # step whose checkpoint is being written
+    self.newest: int | None = None  # step of the newest one that is complete
+    self.best: int | None = None  # step of the one that is kept whatever its age
+    self.blocked = 0.0  # seconds for which the last save held up the run
 
-  @property
-  def latest_step(self) -> int | None:
-    """Updates done at the newest complete checkpoint, None where there is none."""
-    return self._manager.latest_step()
+  def due(self, step: int) -> bool:
+    """Whether a checkpoint after `step` updates has its turn; on several hosts the same on all."""
+    late = bool(self._minutes) and self._clock() - self._saved_at >= 60 * self._minutes
+    return bool(self._every and step % self._every == 0) or processes.any_process(late)[0]
 
-  def save(self, step: int, state: Any, *, last: bool = False) -> bool:
-    """Starts to save `state` after `step` updates if its turn has come (or `last`); True if it does."""
-    due = last or (self._every > 0 and step % self._every == 0)
-    if not due or self.latest_step == step:
-      return False
-    return self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+  def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
+    """Starts to save; returns as soon as the state may change.
 
-  def restore(self, like: Any) -> Any:
-    """The newest state, on the shardings and dtypes of `like`; `like` itself where no checkpoint is complete.
+    Args:
+      step: updates done.
+      state: of jax arrays.
+      record: JSON-able, kept beside it.
 
-    The arrays of `like` are deleted when there is a checkpoint: the devices need not hold two states.
+    Raises:
+      OSError: this checkpoint, or the one before it, cannot be written.
     """
-    step = self.latest_step
+    start = time.perf_counter()
+    self.wait()
+    if self.newest == step:
+      return
+    try:
+      manager = self._open()
+      manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record))),
+        force=True,
+      )
+    except Exception as error:
+      raise self._cannot_write(step, error) from error
+    self._saving = step
+    self._finishing = threading.Thread(target=self._finish, args=(manager, step), name="checkpoint")
+    self._finishing.start()
+    self._saved_at = self._clock()
+    self.blocked = time.perf_counter() - start
+
+  def check(self) -> None:
+    """Looks whether the save in the background has failed; does not wait.
+
+    Raises:
+      OSError: it has.
+    """
+    if self._finishing and not self._finishing.is_alive():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits until the save in the background is complete.
+
+    Raises:
+      OSError: it has failed.
+    """
+    if not self._finishing:
+      return
+    self._finishing.join()
+    step, failure = self._saving or 0, self._failure
+    self._finishing = self._failure = self._saving = None
+    if failure:
+      raise self._cannot_write(step, failure) from failure
+    self.newest = step
+
+  def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The newest intact state, on the shardings and dtypes of `like`, and what lay beside it; None without any.
+
+    Damaged checkpoints are set aside and named in the log. The arrays of `like` are deleted when there is a
+    checkpoint: the devices need not hold two states.
+
+    Raises:
+      ValueError: the checkpoint holds the state of other models or another optimizer.
+    """
+    step = processes.on_first(self._newest_intact)
     if step is None:
-      logging.warning("%s holds no complete checkpoint; starting from the first step.", self._manager.directory)
-      return like
+      return None
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    logging.info("restoring step %d from %s", step, self._manager.directory)
     jax.tree.map(lambda x: x.delete(), like)
-    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    logging.info("restoring step %d from %s", step, self.directory)
+    try:
+      restored = self._open().restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
+      )
+    except (ValueError, KeyError, TypeError) as error:
+      reason = str(error).strip().splitlines()[0]
+      raise ValueError(
+        f"{self.directory / str(step)} is intact and does not fit the models of this config: {reason}; "
+        f"resume with the student and the optimizer of the run."
+      ) from error
+    self.newest = step
+    return restored["state"], restored["record"]
 
   def close(self) -> None:
-    """Waits for the last save."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits for the last save and frees what Orbax holds.
+
+    Raises:
+      OSError: the last save has failed.
+    """
+    try:
+      self.wait()
+    finally:
+      if self._manager:
+        self._manager.close()
+        self._manager = None
+
+  def _open(self) -> ocp.CheckpointManager:
+    # Not before damaged checkpoints are set aside: it reads the folder once.
+    if self._manager is None:
+      self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(
+          # Orbax would delete the old ones at the commit; here a new one does not count before its manifest.
+          preservation_policy=ocp.checkpoint_managers.PreserveAll(),
+          enable_async_checkpointing=True,
+          cleanup_tmp_directories=True,
+          create=True,
+        ),
+      )
+    return self._manager
+
+  def _finish(self, manager: ocp.CheckpointManager, step: int) -> None:
+    """In the background: waits for the commit, then reads the files back for their checksums."""
+    try:
+      manager.wait_until_finished()
+      if processes.is_first():
+        manifest.write(self.directory / str(step))
+        self._delete_old()
+    except Exception as error:  # told by the next save, check or close
+      self._failure = error
+
+  def _delete_old(self) -> None:
+    for step in steps_in(self.directory)[: -self._keep]:
+      if step != self.best:
+        folder = self.directory / str(step)
+        (folder / manifest.NAME).unlink(missing_ok=True)  # what is left of it if we are stopped here does not count
+        folder.rmtree()
+
+  def _newest_intact(self) -> int | None:
+    for step in sorted(steps_in(self.directory), reverse=True):
+      folder = self.directory / str(step)
+      faults = manifest.faults(folder)
+      if not faults:
+        return step
+      aside = self._free_name(step)
+      aside.parent.mkdir(parents=True, exist_ok=True)
+      folder.rename(aside)
+      logging.warning(
+        "the checkpoint of step %d is damaged: %s%s. It was moved to %s; looking at the one before it.",
+        step,
+        "; ".join(faults[:3]),
+        f" and {len(faults) - 3} more" if len(faults) > 3 else "",
+        aside,
+      )
+    return None
+
+  def _free_name(self, step: int) -> epath.Path:
+    names = (self.directory.parent / _BROKEN / (f"{step}-{n}" if n else str(step)) for n in range(1000))
+    return next(path for path in names if not path.exists())
+
+  def _cannot_write(self, step: int, error: Exception) -> OSError:
+    newest = "there is no earlier one" if self.newest is None else f"that of step {self.newest} is intact"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return OSError(
+      f"the checkpoint of step {step} could not be written to {self.directory} ({reason}); {newest}. "
+      f"Make room or mend the storage, then go on with --resume."
+    )
+
+
+def steps_in(directory: epath.PathLike) -> list[int]:
+  """Steps with a checkpoint in a folder, intact or not, sorted."""
+  directory = epath.Path(directory)
+  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.exists() else []

@@ -17,6 +17,7 @@ class TrainState:
   step: jax.Array  # int32[], steps done, each with its own batch
   params: Any  # float32 master weights
   opt_state: Any  # of the parts of params that are trained
+  skipped: jax.Array  # int32[], updates in a row, up to the last one, that were not finite and changed nothing
 
 
 def learning_rate_schedule(*, learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
@@ -37,9 +38,11 @@ def make_optimizer(
   eps: float,
   weight_decay: float,
   clip_norm: float,
-  updates: int = 1,
-) -> optax.GradientTransformation:
-  """AdamW after clipping by the global norm.
+) -> optax.GradientTransformationExtraArgs:
+  """AdamW after clipping by the global norm; `update` takes the number of steps done as `step`.
+
+  The rate follows the step, not a counter of updates: all updates of a step have its rate, and one that is skipped
+  does not shift those after it.
 
   Args:
     schedule: step -> learning rate.
@@ -48,12 +51,24 @@ def make_optimizer(
     eps: added to the root of the second moment.
     weight_decay: decoupled weight decay, 0 for none.
     clip_norm: largest global gradient norm.
-    updates: updates per step; all of a step have its learning rate.
   """
   return optax.chain(
     optax.clip_by_global_norm(clip_norm),
-    optax.adamw(lambda count: schedule(count // updates), b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    optax.add_decayed_weights(weight_decay),
+    _scale_by_rate(schedule),
   )
+
+
+def _scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+  """The last part of AdamW: minus the learning rate of the step, times the update."""
+
+  def update(updates, state, params=None, *, step, **_):
+    del params
+    rate = -schedule(step)
+    return jax.tree.map(lambda x: jnp.asarray(rate, x.dtype) * x, updates), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def trained(params: dict[str, Any], frozen: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -81,5 +96,5 @@ def initial_state(
     transform_non_params=lambda _: sharding.replicated(mesh),
   )
   opt_state = jax.jit(optimizer.init, out_shardings=shardings)(moving)
-  step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-  return TrainState(step=step, params=params, opt_state=opt_state)
+  step, skipped = (jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)) for _ in range(2))
+  return TrainState(step=step, params=params, opt_state=opt_state, skipped=skipped)

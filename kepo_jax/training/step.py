@@ -130,20 +130,37 @@ def make_gradients(
 
 
 def apply_gradients(
-  optimizer: optax.GradientTransformation, state: TrainState, gradient: Any, *, steps: int
-) -> tuple[TrainState, jax.Array]:
-  """The state after one update, and the norm of the gradient float32[] before it is clipped.
+  optimizer: optax.GradientTransformation, state: TrainState, gradient: Any, loss: jax.Array, *, steps: int
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The state after one update; where loss or gradient is not finite, parameters and moments stay as they are.
 
   Args:
-    optimizer: from `state.make_optimizer`.
+    optimizer: from `state.make_optimizer`, or any other.
     state: before the update.
     gradient: of the trained parts of the parameters.
+    loss: float32[].
     steps: added to the number of steps done.
+
+  Returns:
+    the state, and float32[] figures: the norm of the gradient before it is clipped, and whether the update was skipped.
   """
+  norm = optax.tree.norm(gradient)
+  finite = jnp.isfinite(norm) & jnp.isfinite(loss)
   moving = {name: state.params[name] for name in gradient}
-  updates, opt_state = optimizer.update(gradient, state.opt_state, moving)
-  params = state.params | optax.apply_updates(moving, updates)
-  return TrainState(step=state.step + steps, params=params, opt_state=opt_state), optax.tree.norm(gradient)
+  optimizer = optax.with_extra_args_support(optimizer)
+  updates, opt_state = optimizer.update(gradient, state.opt_state, moving, step=state.step)
+  moved, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(finite, new, old),
+    (optax.apply_updates(moving, updates), opt_state),
+    (moving, state.opt_state),
+  )
+  after = TrainState(
+    step=state.step + steps,
+    params=state.params | moved,
+    opt_state=opt_state,
+    skipped=jnp.where(finite, 0, state.skipped + 1),
+  )
+  return after, {"grad_norm": norm, "update/skipped": 1 - finite.astype(jnp.float32)}
 
 
 def compared(first: Any, second: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -198,9 +215,9 @@ class Update:
     figures: list[dict[str, Any]] = []
     for update in range(self._updates):
       sums, gradient = self._gradients(state.params, experience, inputs, targets)
-      state, norm = self._apply(state, gradient, steps=int(update == self._updates - 1))
+      state, applied = self._apply(state, gradient, sums["loss"][0], steps=int(update == self._updates - 1))
       del gradient
-      figures.append(sums | {"grad_norm": (norm, jnp.float32(1))})
+      figures.append(sums | {name: (value, jnp.float32(1)) for name, value in applied.items()})
     return state, jax.tree.map(lambda *pairs: sum(pairs), *figures) | comparison
 
   def _comparison(self, params: Any, experience: Experience, inputs: Inputs, targets: tuple[Target, ...]) -> Any:

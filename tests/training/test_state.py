@@ -45,12 +45,12 @@ def test_the_optimizer_is_adam_without_decay():
   optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
   params = {"a": jnp.array([1.0, -2.0])}
   moments = optimizer.init(params)
-  updates, moments = optimizer.update({"a": jnp.array([0.3, -0.4])}, moments, params)
+  updates, moments = optimizer.update({"a": jnp.array([0.3, -0.4])}, moments, params, step=0)
   # The first step of Adam is lr times the sign of the gradient.
   np.testing.assert_allclose(updates["a"], [-0.1, 0.1], rtol=1e-5)
   assert [leaf.shape for leaf in jax.tree.leaves(moments) if leaf.ndim] == [(2,), (2,)]
   # The second by hand: m = 0.9 m + 0.1 g over 1 - 0.9^2, v likewise with 0.999; g doubles, and is not clipped: norm 1.
-  updates, _ = optimizer.update({"a": jnp.array([0.6, -0.8])}, moments, params)
+  updates, _ = optimizer.update({"a": jnp.array([0.6, -0.8])}, moments, params, step=0)
   first = (0.9 * 0.1 * 0.3 + 0.1 * 0.6) / (1 - 0.9**2)
   second = (0.999 * 0.001 * 0.3**2 + 0.001 * 0.6**2) / (1 - 0.999**2)
   step = 0.1 * first / second**0.5  # the second element is 4/3 of the first, so its step has the same size
@@ -60,7 +60,7 @@ def test_the_optimizer_is_adam_without_decay():
 def test_weight_decay_is_decoupled():
   optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER | {"weight_decay": 0.5})
   params = {"a": jnp.array([1.0, -2.0])}
-  updates, _ = optimizer.update({"a": jnp.array([0.3, -0.4])}, optimizer.init(params), params)
+  updates, _ = optimizer.update({"a": jnp.array([0.3, -0.4])}, optimizer.init(params), params, step=0)
   # lr (sign + 0.5 w): decay is no part of the gradient that Adam divides.
   np.testing.assert_allclose(updates["a"], [-0.1 - 0.05, 0.1 + 0.1], rtol=1e-5)
 
@@ -70,24 +70,35 @@ def test_gradients_are_clipped_by_the_norm_of_all_of_them():
   optimizer = state.make_optimizer(constant(1.0), **OPTIMIZER | {"clip_norm": 5.0, "eps": 1e6})
   params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
   gradient = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}
-  updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+  updates, _ = optimizer.update(gradient, optimizer.init(params), params, step=0)
   np.testing.assert_allclose([updates["a"][0] * 1e6, updates["b"][0] * 1e6], [-3.0, -4.0], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-  ("updates", "rates"),
-  [(1, [0.4, 0.3, 0.2, 0.1, 0.0, 0.0]), (2, [0.4, 0.4, 0.3, 0.3, 0.2, 0.2]), (3, [0.4, 0.4, 0.4, 0.3, 0.3, 0.3])],
-)
-def test_all_updates_of_a_step_have_its_learning_rate(updates, rates):
+def test_the_rate_is_that_of_the_step_whatever_the_number_of_updates():
   schedule = state.learning_rate_schedule(learning_rate=0.4, warmup_steps=0, steps=4)
-  optimizer = state.make_optimizer(schedule, updates=updates, **OPTIMIZER)
+  optimizer = state.make_optimizer(schedule, **OPTIMIZER)
   params, gradient = {"a": jnp.zeros(1)}, {"a": jnp.array([0.5])}
   moments, moved = optimizer.init(params), []
-  for _ in rates:
-    change, moments = optimizer.update(gradient, moments, params)
+  for step in (0, 0, 1, 3, 3):
+    change, moments = optimizer.update(gradient, moments, params, step=jnp.int32(step))
     moved.append(-float(change["a"][0]))
   # Under a constant gradient every step of Adam is the learning rate.
-  np.testing.assert_allclose(moved, rates, rtol=1e-4, atol=1e-9)
+  np.testing.assert_allclose(moved, [0.4, 0.4, 0.3, 0.1, 0.1], rtol=1e-4, atol=1e-9)
+
+
+def test_the_optimizer_is_adamw_of_optax():
+  chain = {"b1": 0.9, "b2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+  schedule = optax.linear_schedule(0.3, 0.1, 3)
+  ours = state.make_optimizer(schedule, clip_norm=1.0, **chain)
+  theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, **chain))
+  left = right = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
+  mine, other = ours.init(left), theirs.init(right)
+  for step in range(3):
+    gradient = jax.tree.map(lambda x, step=step: jnp.sin(x + step), left)
+    change, mine = ours.update(gradient, mine, left, step=jnp.int32(step))
+    expected, other = theirs.update(gradient, other, right)
+    jax.tree.map(np.testing.assert_array_equal, change, expected)
+    left, right = optax.apply_updates(left, change), optax.apply_updates(right, expected)
 
 
 def test_trained():
@@ -109,7 +120,8 @@ def params(mesh_of):
 def test_the_first_state(params):
   optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
   first = state.initial_state(params, optimizer)
-  assert first.params is params and first.step.dtype == jnp.int32 and int(first.step) == 0
+  assert first.params is params
+  assert all(counter.dtype == jnp.int32 and int(counter) == 0 for counter in (first.step, first.skipped))
   mu, nu = (optax.tree_utils.tree_get(first.opt_state, name) for name in ("mu", "nu"))
   for moment in (mu, nu):
     assert jax.tree.structure(moment) == jax.tree.structure(params)
@@ -119,7 +131,7 @@ def test_the_first_state(params):
   # Counters lie on every device, as the number of steps does.
   whole = sharding.replicated(params["visual"]["w"].sharding.mesh)
   counts = [leaf for leaf in jax.tree.leaves(first.opt_state) if not leaf.ndim]
-  assert counts and all(leaf.sharding.is_equivalent_to(whole, 0) for leaf in (*counts, first.step))
+  assert counts and all(leaf.sharding.is_equivalent_to(whole, 0) for leaf in (*counts, first.step, first.skipped))
 
 
 def test_frozen_parts_have_no_moments(params):
@@ -132,5 +144,5 @@ def test_frozen_parts_have_no_moments(params):
     assert [leaf.shape for leaf in jax.tree.leaves(moment)] == [(3,), (4, 6)]
   # It takes gradients of the trained parts, and no others.
   moving = state.trained(params, ("visual",))
-  updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, moving), first.opt_state, moving)
+  updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, moving), first.opt_state, moving, step=0)
   assert updates.keys() == {"language_model"}

@@ -13,7 +13,7 @@ from kepo_jax.models.qwen3_vl import layers, model
 from kepo_jax.objectives import losses
 from kepo_jax.training import forward, inputs, step
 from kepo_jax.training.inputs import UpdateSettings
-from kepo_jax.training.state import initial_state
+from kepo_jax.training.state import initial_state, make_optimizer
 from kepo_jax.types import Experience, HintedRows
 
 
@@ -36,7 +36,7 @@ def update_once(tiny_config, tiny_params, tiny_experience, allowed, mesh_of):
     wanted = token_loss.distils + bool(token_loss.reference_coefficient)
     return fresh, score, wanted, step.Update(tiny_config, optimizer, token_loss, settings, fresh())
 
-  def run(*, mesh=None, experience=tiny_experience, clip_norm=1.0, loss=None, compare=False, done=0, **settings):
+  def run(*, mesh=None, experience=tiny_experience, clip_norm=1.0, loss=None, compare=False, done=0, skipped=0, **settings):
     mesh = mesh or mesh_of()
     settings = UpdateSettings(**{"compute_dtype": jnp.float32, "chunk": 4} | settings)
     with jax.set_mesh(mesh):
@@ -44,7 +44,7 @@ def update_once(tiny_config, tiny_params, tiny_experience, allowed, mesh_of):
       batch = sharding.place(mesh, experience)
       targets = tuple(score(batch.prompts, batch.tokens) for _ in range(wanted))
       state = fresh()
-      state = state.replace(step=state.step + done)
+      state = state.replace(step=state.step + done, skipped=state.skipped + skipped)
       state, figures = update(state, batch, targets, compare=compare)
     return jax.device_get((state, figures))
 
@@ -91,6 +91,39 @@ def test_step_counts_and_parameters_move(reference, tiny_params):
 
 def _moved(a, b):
   return bool((np.asarray(a) != np.asarray(b)).any())
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(
+  update_once, tiny_params, tiny_experience, mesh_of, broken, axes
+):
+  advantages = tiny_experience.advantages.copy()
+  advantages[2, 1] = broken
+  experience = tiny_experience.replace(advantages=advantages)
+  state, figures = update_once(experience=experience, mesh=mesh_of(**axes), loss=GRPO, updates=2)
+  jax.tree.map(np.testing.assert_array_equal, state.params, tiny_params)
+  assert (int(state.step), int(state.skipped)) == (1, 2)
+  assert figures["update/skipped"] == (2, 2)
+  assert not np.isfinite(figures["grad_norm"][0])
+
+
+def test_a_finite_update_ends_the_count_of_skipped_ones(update_once, tiny_params):
+  state, figures = update_once(skipped=3)
+  assert int(state.skipped) == 0 and figures["update/skipped"] == (0, 1)
+  assert any(jax.tree.leaves(jax.tree.map(_moved, state.params, tiny_params)))
+
+
+def test_moments_stay_where_an_update_is_skipped():
+  params = {"a": jnp.array([1.0, 2.0])}
+  optimizer = make_optimizer(lambda step: 0.1, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
+  before = initial_state(jax.device_put(params, sharding.replicated(sharding.make_mesh())), optimizer)
+  before, _ = step.apply_gradients(optimizer, before, {"a": jnp.array([0.3, -0.4])}, jnp.float32(1), steps=1)
+  for gradient, loss in (([np.nan, 1.0], 1.0), ([0.1, 0.2], np.inf), ([3e38, 3e38], 1.0)):
+    gradient = {"a": jnp.array(gradient, jnp.float32)}
+    after, figures = step.apply_gradients(optimizer, before, gradient, jnp.float32(loss), steps=1)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
+    assert figures["update/skipped"] == 1 and int(after.step) == 2 and int(after.skipped) == 1
 
 
 @pytest.mark.parametrize("parts", [2, 4])

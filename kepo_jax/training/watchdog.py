@@ -1,0 +1,90 @@
+"""Says when a run has come to a standstill, and where every thread of it stands."""
+
+import sys
+import threading
+import traceback
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from kepo_jax import storage
+
+
+class Watchdog:
+  """Warns when nothing was heard of for some seconds, inside its block; again after twice the time."""
+
+  def __init__(self, seconds: float, workdir: epath.PathLike = ""):
+    """Sets the limit.
+
+    Args:
+      seconds: longest silence; 0 never warns. Measured by a clock that never jumps.
+      workdir: where stalls/ with the stack traces is written; "" puts them into the log.
+    """
+    self._seconds = seconds
+    self._workdir = str(workdir)
+    self._heard = threading.Condition()
+    self._beats = 0
+    self._what = "the start"
+    self._closed = False
+    self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+  def __enter__(self) -> "Watchdog":
+    if self._seconds:
+      self._thread.start()
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    with self._heard:
+      self._closed = True
+      self._heard.notify()
+    if self._seconds:
+      self._thread.join()
+
+  def beat(self, what: str) -> None:
+    """Something was completed."""
+    with self._heard:
+      self._beats += 1
+      self._what = what
+      self._heard.notify()
+
+  def _watch(self) -> None:
+    limit = self._seconds
+    with self._heard:
+      while not self._closed:
+        if self._heard.wait(limit):
+          limit = self._seconds
+        else:
+          self._warn(limit)
+          limit *= 2
+
+  def _warn(self, silence: float) -> None:
+    stacks = stack_traces()
+    where = "below"
+    if self._workdir:
+      folder = epath.Path(self._workdir) / "stalls"
+      path = folder / f"after-{self._what.replace(' ', '-')}-{self._beats}.txt"
+      try:
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.write_text(path, stacks)
+        where = f"in {path}"
+      except OSError as error:
+        logging.warning("%s", error)
+    logging.warning(
+      "nothing has been completed for %.0f s since %s: a collective that waits for another host, storage that does "
+      "not answer, or a compilation longer than log.stall_seconds. The stacks of all threads are %s.%s",
+      silence,
+      self._what,
+      where,
+      "\n" + stacks if where == "below" else "",
+    )
+
+
+def stack_traces() -> str:
+  """Where every thread of this process stands, as Python prints tracebacks."""
+  names = {thread.ident: thread.name for thread in threading.enumerate()}
+  parts = [
+    f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
+    for ident, frame in sys._current_frames().items()
+  ]
+  return "\n".join(parts)
