@@ -47,8 +47,8 @@ def write_text(path: epath.PathLike, text: str) -> None:
 def files_under(folder: epath.PathLike) -> list[epath.Path]:
   """Every file below a folder, sorted."""
   found: list[epath.Path] = []
-  for root, _, names in epath.Path(folder).walk():
-    found += [root / name for name in names]
+  for path in epath.Path(folder).iterdir():  # not walk: it loses the scheme
+    found += files_under(path) if path.is_dir() else [path]
   return sorted(found, key=os.fspath)
 
 
@@ -74,7 +74,7 @@ def staged(folder: epath.PathLike, cache: pathlib.Path, *, progress: Progress | 
   if not is_remote(folder):
     return pathlib.Path(folder)
   source = epath.Path(folder)
-  sizes = {below(path, source): path.stat().length for path in files_under(source)}
+  sizes = {below(path, source): path.stat().length for path in files_under(source)} if source.is_dir() else {}
   if not sizes:
     raise ValueError(f"{source} is no folder or has no files; check the name, and the credentials of its storage.")
   listing = "\n".join(f"{name} {size}" for name, size in sorted(sizes.items()))

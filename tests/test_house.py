@@ -17,7 +17,7 @@ CONFIGS = ROOT / "experiments" / "configs"
 
 # A room imports only from itself and from rooms before it.
 LAYERS = (
-  "types", "sharding", "objectives", "models", "data", "sampling", "rewards", "exploration", "evaluation",
+  "types", "storage", "sharding", "objectives", "models", "data", "sampling", "rewards", "exploration", "evaluation",
   "training", "reporting", "planning",
 )  # fmt: skip
 # What a room must not know although the order of the rooms would let it, or although it comes from outside.

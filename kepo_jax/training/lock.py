@@ -50,11 +50,11 @@ class WorkdirLock:
       OSError: the workdir cannot be written.
     """
     held = self._read()
-    if held:
+    if held is not None:
       self._check_dead(held)
       logging.warning("%s is that of a process that has ended; taking it over.", self._path)
     remote = storage.is_remote(self._path)
-    if held or remote:
+    if held is not None or remote:
       # Whoever wrote last has it: read after everybody who saw the same state has written.
       self._write()
       time.sleep(_SETTLE[remote])
@@ -87,7 +87,9 @@ class WorkdirLock:
     try:
       descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
-      raise ValueError(f"{self._path.parent}: another process took it at the same moment; one run per workdir.") from None
+      raise ValueError(
+        f"{self._path.parent}: another process took it at the same moment; one run per workdir."
+      ) from None
     with os.fdopen(descriptor, "w") as file:
       file.write(json.dumps(self._record))
 
@@ -107,14 +109,14 @@ class WorkdirLock:
     while time.monotonic() < end:
       time.sleep(min(1.0, self._beat))
       now = self._read()
-      if now and now != held:
+      if now is not None and now != held:
         raise ValueError(refused)
 
   def _keep(self) -> None:
     while not self._stop.wait(self._beat):
       try:
         found = self._read()
-        if found and _token(found) != self._record["token"]:
+        if found is not None and _token(found) != self._record["token"]:
           self._lost = f"{self._path} was taken by {_who(found)}; this run stops before two write into one workdir."
           return
         self._record["beat"] += 1
@@ -122,10 +124,12 @@ class WorkdirLock:
       except OSError as error:  # storage that comes back is no reason to stop
         logging.warning("the lock %s could not be renewed: %s", self._path, error)
 
-  def _read(self) -> str:
+  def _read(self) -> str | None:
     try:
       return self._path.read_text()
     except FileNotFoundError:
+      return None
+    except UnicodeDecodeError:
       return ""
 
   def _write(self) -> None:
@@ -177,18 +181,18 @@ def _namespace() -> str:
     return ""
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(text: str | None) -> dict[str, Any]:
   try:
-    record = json.loads(text)
+    record = json.loads(text or "")
   except ValueError:
     return {}
   return record if isinstance(record, dict) else {}
 
 
-def _token(text: str) -> Any:
+def _token(text: str | None) -> Any:
   return _parsed(text).get("token")
 
 
-def _who(text: str) -> str:
+def _who(text: str | None) -> str:
   record = _parsed(text)
   return f"process {record.get('pid', '?')} on {record.get('host', 'an unknown host')}"

@@ -36,7 +36,9 @@ def update_once(tiny_config, tiny_params, tiny_experience, allowed, mesh_of):
     wanted = token_loss.distils + bool(token_loss.reference_coefficient)
     return fresh, score, wanted, step.Update(tiny_config, optimizer, token_loss, settings, fresh())
 
-  def run(*, mesh=None, experience=tiny_experience, clip_norm=1.0, loss=None, compare=False, done=0, skipped=0, **settings):
+  def run(
+    *, mesh=None, experience=tiny_experience, clip_norm=1.0, loss=None, compare=False, done=0, skipped=0, **settings
+  ):
     mesh = mesh or mesh_of()
     settings = UpdateSettings(**{"compute_dtype": jnp.float32, "chunk": 4} | settings)
     with jax.set_mesh(mesh):

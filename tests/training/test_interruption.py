@@ -1,0 +1,83 @@
+"""Signals: the first asks, the second ends; in a process of its own, which they may end."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from kepo_jax.training.interruption import EXIT_CODE, Interrupted, Interruption
+
+# Waits inside one call into C, as a compilation does: Python's own handlers do not run meanwhile.
+PROGRAM = """
+import os, signal, sys, threading
+from kepo_jax.training.interruption import Interruption
+busy = threading.Lock()
+busy.acquire()
+with Interruption() as interruption:
+  print("ready", flush=True)
+  if sys.argv[1] == "deaf":
+    sum(1 for _ in iter(lambda: busy.acquire(timeout=0.05), True))
+  while not interruption.requested():
+    pass
+  print("asked", flush=True)
+print("after", flush=True)
+"""
+
+
+def start(mode="listening"):
+  process = subprocess.Popen(
+    [sys.executable, "-c", PROGRAM, mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == "ready\n"
+  return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks(number):
+  process = start()
+  process.send_signal(number)
+  out, said = process.communicate(timeout=60)
+  assert out == "asked\nafter\n" and process.returncode == 0
+  assert f"{number.name}: the run stops after this step and saves its state" in said
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_the_second_signal_ends_the_process_at_once(first, second):
+  process = start("deaf")
+  process.send_signal(first)
+  assert "again to exit at once" in process.stderr.readline()
+  process.send_signal(second)
+  process.communicate(timeout=60)
+  assert process.returncode == 128 + second
+
+
+def test_handlers_are_put_back():
+  before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+  with Interruption() as interruption:
+    assert signal.getsignal(signal.SIGTERM) is not before[0]
+    assert not interruption.requested()
+    interruption.check()
+  assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+  assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_outside_the_main_thread_nothing_is_installed():
+  found = []
+
+  def work():
+    with Interruption() as interruption:
+      found.append(interruption.requested())
+
+  before = signal.getsignal(signal.SIGTERM)
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert found == [False] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_an_interrupted_run_says():
+  assert EXIT_CODE == 75
+  assert str(Interrupted(7, "run/checkpoints/7")) == "interrupted after step 7; its state is in run/checkpoints/7."
+  assert "nothing was saved" in str(Interrupted())

@@ -1,0 +1,149 @@
+"""One process per workdir, whatever became of the last one, and whatever the clocks say."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from kepo_jax.training import lock
+from kepo_jax.training.lock import WorkdirLock
+
+HOLD = """
+import sys, time
+from kepo_jax.training.lock import WorkdirLock
+with WorkdirLock(sys.argv[1]):
+  print("held", flush=True)
+  time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+  """Another process that holds the lock of tmp_path."""
+  process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == "held\n"
+  yield process
+  process.kill()
+  process.wait()
+
+
+def test_the_lock_of_a_living_process_is_respected(tmp_path, holder):
+  with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {holder.pid} on .*another\s+--workdir"):
+    WorkdirLock(tmp_path).__enter__()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, holder):
+  holder.kill()
+  holder.wait()
+  start = time.monotonic()
+  with WorkdirLock(tmp_path) as taken:
+    taken.check()
+    assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+  assert time.monotonic() - start < 5  # nobody waited for a beat
+  assert not (tmp_path / lock.NAME).exists()
+
+
+def test_a_later_process_with_the_same_number_is_no_holder(tmp_path):
+  with WorkdirLock(tmp_path):
+    record = json.loads((tmp_path / lock.NAME).read_text())
+  (tmp_path / lock.NAME).write_text(json.dumps(record | {"token": "other", "started": "1"}))
+  with WorkdirLock(tmp_path) as taken:
+    taken.check()
+
+
+def test_one_process_cannot_hold_it_twice(tmp_path):
+  with WorkdirLock(tmp_path):
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+      WorkdirLock(tmp_path).__enter__()
+
+
+def elsewhere(tmp_path, beat):
+  record = {"token": "theirs", "host": "node7", "boot": "b", "namespace": "n", "pid": 1, "started": "5", "beat": beat}
+  (tmp_path / lock.NAME).write_text(json.dumps(record))
+
+
+def test_a_holder_elsewhere_is_alive_while_its_beat_changes(tmp_path):
+  elsewhere(tmp_path, 0)
+  timer = threading.Timer(0.15, elsewhere, (tmp_path, 1))
+  timer.start()
+  with pytest.raises(ValueError, match="in use by process 1 on node7"):
+    WorkdirLock(tmp_path, beat=0.1).__enter__()
+  timer.join()
+
+
+@pytest.mark.parametrize("jump", [-86_400, 0, 86_400])
+def test_a_silent_holder_elsewhere_is_dead_whatever_the_clock_says(tmp_path, monkeypatch, jump):
+  elsewhere(tmp_path, 0)
+  now = time.time
+  monkeypatch.setattr("time.time", lambda: now() + jump)
+  with WorkdirLock(tmp_path, beat=0.05) as taken:
+    taken.check()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\x00\x01"])
+def test_a_damaged_lock_is_watched_and_taken_over(tmp_path, text):
+  (tmp_path / lock.NAME).write_text(text)
+  with WorkdirLock(tmp_path, beat=0.05) as taken:
+    taken.check()
+
+
+def test_a_lock_that_was_taken_stops_its_run(tmp_path):
+  with WorkdirLock(tmp_path, beat=0.05) as held:
+    elsewhere(tmp_path, 0)
+    deadline = time.monotonic() + 10
+    with pytest.raises(ValueError, match="was taken by process 1 on node7; this run stops"):
+      while time.monotonic() < deadline:
+        held.check()
+        time.sleep(0.02)
+  assert json.loads((tmp_path / lock.NAME).read_text())["token"] == "theirs"  # not ours to remove
+
+
+def test_a_removed_lock_comes_back(tmp_path):
+  with WorkdirLock(tmp_path, beat=0.05) as held:
+    (tmp_path / lock.NAME).unlink()
+    deadline = time.monotonic() + 10
+    while not (tmp_path / lock.NAME).exists() and time.monotonic() < deadline:
+      time.sleep(0.02)
+    assert (tmp_path / lock.NAME).exists()
+    held.check()
+
+
+def test_storage_that_answers_again_is_no_reason_to_stop(tmp_path, monkeypatch):
+  with WorkdirLock(tmp_path, beat=0.05) as held:
+    failing = threading.Event()
+    read = held._read
+
+    def unreachable():
+      failing.set()
+      raise OSError("the network is down")
+
+    monkeypatch.setattr(held, "_read", unreachable)
+    assert failing.wait(10)
+    monkeypatch.setattr(held, "_read", read)
+    held.check()
+
+
+def test_two_that_start_at_once_do_not_both_get_it(tmp_path):
+  got, refused = [], []
+  gate, done = threading.Barrier(4), threading.Barrier(4)
+
+  def take():
+    try:
+      gate.wait()
+      with WorkdirLock(tmp_path) as held:
+        got.append(held)
+        done.wait()
+    except ValueError:
+      refused.append(1)
+      done.wait()
+
+  threads = [threading.Thread(target=take) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert (len(got), len(refused)) == (1, 3)

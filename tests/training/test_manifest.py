@@ -1,0 +1,65 @@
+"""Every kind of damage to a checkpoint's files is seen and named."""
+
+import json
+
+import pytest
+
+from kepo_jax.training import manifest
+
+
+@pytest.fixture
+def folder(tmp_path):
+  root = tmp_path / "20"
+  (root / "state" / "d").mkdir(parents=True)
+  (root / "state" / "d" / "a").write_bytes(bytes(range(256)) * 20)
+  (root / "state" / "b").write_bytes(b"")
+  (root / "record").write_text("{}")
+  manifest.write(root)
+  return root
+
+
+def test_an_untouched_checkpoint_is_intact(folder):
+  assert manifest.faults(folder) == []
+  written = json.loads((folder / manifest.NAME).read_text())["files"]
+  assert sorted(written) == ["record", "state/b", "state/d/a"]
+  # sha256sum of the empty file
+  assert written["state/b"] == {
+    "bytes": 0,
+    "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+  }
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[3000] ^= 1
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+  ("damage", "said"),
+  [
+    (lambda root: flip(root / "state" / "d" / "a"), "state/d/a has other bytes"),
+    (lambda root: (root / "state" / "d" / "a").write_bytes(b"x" * 10), "state/d/a has 10 of 5120 bytes"),
+    (lambda root: (root / "state" / "b").unlink(), "state/b is missing"),
+    (lambda root: (root / manifest.NAME).unlink(), "never completed"),
+    (lambda root: (root / manifest.NAME).write_text('{"files": '), "cannot be read"),
+    (lambda root: (root / manifest.NAME).write_text("[]"), "cannot be read"),
+  ],
+)
+def test_damage_is_named(folder, damage, said):
+  damage(folder)
+  (fault,) = manifest.faults(folder)
+  assert said in fault
+
+
+def test_the_manifest_appears_as_a_whole(folder, monkeypatch):
+  before = (folder / manifest.NAME).read_bytes()
+  (folder / "record").write_text("changed")
+
+  def full(descriptor):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("os.fsync", full)
+  with pytest.raises(OSError, match=r"manifest.json could not be written: No space left on device"):
+    manifest.write(folder)
+  assert (folder / manifest.NAME).read_bytes() == before

@@ -1,0 +1,60 @@
+"""A standstill is told, with the place where every thread stands; work that goes on is not."""
+
+import threading
+import time
+
+from absl import logging
+
+from kepo_jax.training.watchdog import Watchdog
+
+
+def until(condition):
+  deadline = time.monotonic() + 20
+  while not condition() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert condition()
+
+
+def test_a_stall_leaves_the_stacks_of_all_threads(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  release = threading.Event()
+
+  def waiting_for_a_collective():
+    release.wait()
+
+  thread = threading.Thread(target=waiting_for_a_collective, name="stuck")
+  thread.start()
+  with Watchdog(0.1, tmp_path) as watchdog:
+    watchdog.beat("step 3")
+    until(lambda: "nothing has been completed" in caplog.text)
+    release.set()
+  (path,) = list((tmp_path / "stalls").glob("*step-3*"))
+  text = path.read_text()
+  assert "thread stuck" in text and "waiting_for_a_collective" in text and "thread MainThread" in text
+  assert "since step 3" in caplog.text and str(path) in caplog.text
+  thread.join()
+
+
+def test_without_a_workdir_the_stacks_are_in_the_log(caplog, monkeypatch):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  with Watchdog(0.05):
+    until(lambda: "thread MainThread" in caplog.text)
+
+
+def test_beats_keep_it_quiet_and_a_stall_is_told_less_and_less_often(caplog, monkeypatch):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  warned = []
+  with Watchdog(0.2) as watchdog:
+    monkeypatch.setattr(watchdog, "_warn", warned.append)
+    for _ in range(40):
+      time.sleep(0.02)
+      watchdog.beat("step")
+    assert warned == []
+    until(lambda: len(warned) == 2)
+  assert warned == [0.2, 0.4]
+
+
+def test_zero_seconds_never_warn():
+  with Watchdog(0) as watchdog:
+    watchdog.beat("step 1")
+  assert not watchdog._thread.is_alive()
