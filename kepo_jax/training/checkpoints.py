@@ -5,6 +5,8 @@ parameters, optimizer state and step are the whole state of a run. Beside them l
 with. A checkpoint counts once its manifest is there, which is the last thing that is written of it.
 """
 
+import contextlib
+import logging as stdlib_logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +20,13 @@ from etils import epath
 from kepo_jax import storage
 from kepo_jax.training import manifest, processes
 
+_STORAGE_ERRORS = (OSError, ValueError, RuntimeError)  # as Orbax and TensorStore pass them on
 _BROKEN = "broken"  # what is found damaged is set aside there, not deleted
+
+
+def _said_once(record: stdlib_logging.LogRecord) -> bool:
+  """Orbax logs a failed write up to six times with its traceback; it is raised, and told by us."""
+  return not (record.levelno >= stdlib_logging.ERROR and record.exc_info and "/orbax/" in record.pathname)
 
 
 class Checkpoints:
@@ -83,7 +91,7 @@ class Checkpoints:
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record))),
         force=True,
       )
-    except Exception as error:
+    except _STORAGE_ERRORS as error:
       raise self._cannot_write(step, error) from error
     self._saving = step
     self._finishing = threading.Thread(target=self._finish, args=(manager, step), name="checkpoint")
@@ -111,8 +119,10 @@ class Checkpoints:
     self._finishing.join()
     step, failure = self._saving or 0, self._failure
     self._finishing = self._failure = self._saving = None
-    if failure:
+    if isinstance(failure, _STORAGE_ERRORS):
       raise self._cannot_write(step, failure) from failure
+    if failure:
+      raise failure
     self.newest = step
 
   def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -149,21 +159,28 @@ class Checkpoints:
     Raises:
       OSError: the last save has failed.
     """
+    manager, self._manager = self._manager, None
     try:
       self.wait()
+    except Exception:
+      if manager:
+        with contextlib.suppress(Exception):  # it tells the same error again
+          manager.close()
+      raise
     finally:
-      if self._manager:
-        self._manager.close()
-        self._manager = None
+      logging.get_absl_logger().removeFilter(_said_once)
+    if manager:
+      manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
     # Not before damaged checkpoints are set aside: it reads the folder once.
     if self._manager is None:
+      logging.get_absl_logger().addFilter(_said_once)
       self._manager = ocp.CheckpointManager(
         self.directory,
         options=ocp.CheckpointManagerOptions(
           # Orbax would delete the old ones at the commit; here a new one does not count before its manifest.
-          preservation_policy=ocp.checkpoint_managers.PreserveAll(),
+          preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
           enable_async_checkpointing=True,
           cleanup_tmp_directories=True,
           create=True,
@@ -212,7 +229,8 @@ class Checkpoints:
 
   def _cannot_write(self, step: int, error: Exception) -> OSError:
     newest = "there is no earlier one" if self.newest is None else f"that of step {self.newest} is intact"
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # TensorStore nests what happened behind where it happened, over several hundred characters.
+    reason = (isinstance(error, OSError) and error.strerror) or str(error).strip().rpartition(": ")[2] or repr(error)
     return OSError(
       f"the checkpoint of step {step} could not be written to {self.directory} ({reason}); {newest}. "
       f"Make room or mend the storage, then go on with --resume."

@@ -1,0 +1,193 @@
+"""Checkpoints: complete or not there, damaged ones set aside, the newest and the best kept, errors that say what stands."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+
+from kepo_jax import sharding
+from kepo_jax.training import manifest
+from kepo_jax.training.checkpoints import Checkpoints, steps_in
+
+
+def opened(tmp_path, **changes):
+  return Checkpoints(tmp_path / "checkpoints", **{"every": 2, "minutes": 0.0, "keep": 2} | changes)
+
+
+def state(mesh, value):
+  tree = {"w": np.arange(64, dtype=np.float32).reshape(8, 8) + value, "b": [np.float32(value), ()]}
+  cut = jax.tree.map(lambda x: sharding.batch_sharding(mesh, np.shape(x), ("prompt",) * bool(np.ndim(x))), tree)
+  return jax.device_put(tree, cut)
+
+
+def saved(tmp_path, steps, **changes):
+  mesh = sharding.make_mesh(data=8)
+  checkpoints = opened(tmp_path, **changes)
+  for step in steps:
+    checkpoints.save(step, state(mesh, step), {"step": step})
+  checkpoints.close()
+
+
+def restored(tmp_path, mesh=None):
+  checkpoints = opened(tmp_path)
+  found = checkpoints.restore(state(mesh or sharding.make_mesh(data=8), -1))
+  checkpoints.close()
+  return found
+
+
+def test_the_newest_comes_back_with_what_lay_beside_it(tmp_path):
+  saved(tmp_path, [2, 4])
+  tree, record = restored(tmp_path)
+  np.testing.assert_array_equal(tree["w"], np.arange(64).reshape(8, 8) + 4)
+  assert record == {"step": 4} and tree["b"][1] == ()
+
+
+def test_nothing_comes_back_from_an_empty_folder(tmp_path):
+  assert restored(tmp_path) is None
+
+
+@pytest.mark.parametrize("axes", [{"data": 1}, {"fsdp": 4}, {"data": 2, "fsdp": 2}])
+def test_another_mesh_gets_the_same_values(tmp_path, mesh_of, axes):
+  saved(tmp_path, [2])
+  mesh = mesh_of(**axes)
+  tree, _ = restored(tmp_path, mesh)
+  assert tree["w"].sharding.mesh == mesh
+  np.testing.assert_array_equal(tree["w"], np.arange(64).reshape(8, 8) + 2)
+
+
+def test_the_state_may_change_while_it_is_written(tmp_path):
+  mesh = sharding.make_mesh(data=8)
+  change = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+  checkpoints = opened(tmp_path)
+  for step in range(1, 6):
+    tree = jax.device_put({"w": jnp.full((512, 512), step, jnp.float32)}, sharding.batch_sharding(mesh, (512, 512)))
+    checkpoints.save(step, tree, {})
+    jax.block_until_ready(change(tree))
+  checkpoints.close()
+  again = opened(tmp_path)
+  tree, _ = again.restore({"w": jax.device_put(jnp.zeros((512, 512)), sharding.replicated(mesh))})
+  again.close()
+  assert (np.asarray(tree["w"]) == 5).all()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+  mesh = sharding.make_mesh(data=8)
+  checkpoints = opened(tmp_path, keep=2)
+  for step in range(1, 7):
+    checkpoints.best = 2 if step >= 2 else None
+    checkpoints.save(step, state(mesh, step), {})
+  checkpoints.close()
+  assert steps_in(tmp_path / "checkpoints") == [2, 5, 6]
+  assert not manifest.faults(tmp_path / "checkpoints" / "2")
+
+
+def test_the_old_one_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
+  mesh = sharding.make_mesh(data=8)
+  checkpoints = opened(tmp_path, keep=1)
+  checkpoints.save(1, state(mesh, 1), {})
+  checkpoints.wait()
+  monkeypatch.setattr(manifest, "write", lambda folder: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+  checkpoints.save(2, state(mesh, 2), {})
+  with pytest.raises(OSError, match=r"step 2 could not be written .*Input/output error.*that of step 1 is intact"):
+    checkpoints.close()
+  monkeypatch.undo()
+  assert restored(tmp_path)[1] == {}
+  assert steps_in(tmp_path / "checkpoints") == [1]
+
+
+def largest(folder):
+  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(folder):
+  path = largest(folder)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 4
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    flip,
+    lambda folder: os.truncate(largest(folder), 10),
+    lambda folder: largest(folder).unlink(),
+    lambda folder: (folder / "_CHECKPOINT_METADATA").unlink(),
+    lambda folder: (folder / manifest.NAME).unlink(),
+  ],
+  ids=["flipped", "truncated", "missing", "without metadata", "without manifest"],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, damage, caplog, monkeypatch):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  saved(tmp_path, [2, 4])
+  damage(tmp_path / "checkpoints" / "4")
+  tree, record = restored(tmp_path)
+  assert record == {"step": 2} and float(tree["b"][0]) == 2
+  assert "the checkpoint of step 4 is damaged" in caplog.text and str(tmp_path / "broken" / "4") in caplog.text
+  assert steps_in(tmp_path / "checkpoints") == [2] and steps_in(tmp_path / "broken") == [4]
+  # The step can be saved again, and be damaged again.
+  saved(tmp_path, [4])
+  damage(tmp_path / "checkpoints" / "4")
+  assert restored(tmp_path)[1] == {"step": 2}
+  assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["4", "4-1"]
+
+
+def test_all_damaged_is_none(tmp_path):
+  saved(tmp_path, [2, 4])
+  for step in (2, 4):
+    flip(tmp_path / "checkpoints" / str(step))
+  assert restored(tmp_path) is None
+
+
+def test_another_state_is_refused(tmp_path):
+  saved(tmp_path, [2])
+  checkpoints = opened(tmp_path)
+  with pytest.raises(ValueError, match=r"checkpoints/2 is intact and does not fit the models of this config"):
+    checkpoints.restore(jax.device_put({"other": np.zeros(3, np.float32)}))
+  checkpoints.close()
+
+
+def test_when_a_checkpoint_is_due(tmp_path):
+  now = [100.0]
+  checkpoints = opened(tmp_path, every=3, minutes=2.0, clock=lambda: now[0])
+  assert [checkpoints.due(step) for step in range(1, 7)] == [False, False, True, False, False, True]
+  now[0] += 119
+  assert not checkpoints.due(1)
+  now[0] += 1
+  assert checkpoints.due(1)
+  checkpoints.save(1, state(sharding.make_mesh(data=8), 1), {})
+  assert not checkpoints.due(2)
+  checkpoints.close()
+  assert not opened(tmp_path, every=0).due(10)
+
+
+# A limit on the size of files stands for a full disk: the write fails half-way.
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import jax.numpy as jnp, numpy as np
+from kepo_jax.training.checkpoints import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], every=1, minutes=0, keep=1)
+state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=1_000_000), jnp.float32)}
+checkpoints.save(1, state, {})
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+try:
+  checkpoints.save(2, state, {})
+  checkpoints.close()
+except OSError as error:
+  print(error)
+"""
+
+
+def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
+  folder = tmp_path / "checkpoints"
+  done = subprocess.run([sys.executable, "-c", FULL, str(folder)], capture_output=True, text=True, check=True)
+  assert f"the checkpoint of step 2 could not be written to {folder}" in done.stdout
+  assert "that of step 1 is intact" in done.stdout
+  assert manifest.faults(folder / "1") == [] and steps_in(folder) == [1]
