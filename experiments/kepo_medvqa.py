@@ -10,6 +10,7 @@ asked for when no rollout is accurate, and candidates are accepted one by one.
 """
 
 import pathlib
+import sys
 import time
 
 from absl import app, flags, logging
@@ -25,19 +26,37 @@ CONFIGS = pathlib.Path(__file__).parent / "configs"
 with environment.config_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "kepo.py"), "The experiment: a file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; by default a new one under runs/.")
-_RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --workdir from its newest checkpoint.")
+_RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --workdir from its newest intact checkpoint.")
+_AUTO_RESUME = flags.DEFINE_bool("auto_resume", False, "Continue the run in --workdir if there is one, else start it.")
+_ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+  "allow_config_change", False, "Continue although config or questions are not those of the run."
+)
 
 
 def main(_: list[str]) -> None:
   """Runs the experiment that the flags describe."""
   environment.prepare()
   workdir = _WORKDIR.value
-  if not workdir and not _RESUME.value:
+  if not workdir and not (_RESUME.value or _AUTO_RESUME.value):
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = str(epath.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
   logging.info("workdir %s", workdir)
   reporter = RunReporter(memory=memory.estimate)
-  training.train(_CONFIG.value, workdir=workdir, hooks=[reporter], resume=_RESUME.value)
+  with training.Interruption() as interruption:
+    try:
+      training.train(
+        _CONFIG.value,
+        workdir=workdir,
+        hooks=[reporter],
+        resume=_RESUME.value,
+        auto_resume=_AUTO_RESUME.value,
+        allow_config_change=_ALLOW_CONFIG_CHANGE.value,
+        interruption=interruption,
+      )
+    except training.Interrupted as error:
+      reporter.stop()
+      print(f"{error} Go on with --workdir={workdir} --resume.", file=sys.stderr)
+      sys.exit(training.EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ class RunPlan:
   programs: tuple[str, ...]  # jitted programs that will be compiled, at least once each
   start_step: int  # steps already done
   images: str = ""  # in words how images are brought to size, and what one costs
+  positions: dict[str, int] = dataclasses.field(default_factory=dict)  # what `Hook.position` gave at that step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,10 @@ class Hook:
 
   def evaluation(self, step: int, name: str, result: dict[str, Any]) -> None:
     """After an evaluation: `name` is "before", "validation" or "after", `result` as kepo_jax.evaluation gives it."""
+
+  def position(self) -> dict[str, int]:
+    """Before a checkpoint: file of the hook -> bytes of it that belong to the steps done, by now safely stored."""
+    return {}
 
   def progress(self, what: str, done: int, total: int) -> None:
     """During long work other than steps: loading and evaluations."""

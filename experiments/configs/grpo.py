@@ -116,6 +116,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.optimizer.eps = 1e-8
   config.optimizer.weight_decay = 0.0
   config.optimizer.clip_norm = 1.0  # global gradient norm
+  config.optimizer.skip_limit = 5  # updates in a row that may be skipped since loss or gradient are not finite
 
   config.train = ml_collections.ConfigDict()
   config.train.steps = 80  # batches; the learning rate decays linearly to 0 over them
@@ -128,12 +129,15 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.eval.test = True  # evaluate the test set before and after training
 
   config.checkpoint = ml_collections.ConfigDict()
-  config.checkpoint.every = 20  # steps
+  config.checkpoint.every = 20  # steps; 0: only by the clock, and the last step
+  config.checkpoint.minutes = 10.0  # besides, so long after the last one; 0: never by the clock
   config.checkpoint.keep = 2  # newest checkpoints kept
+  config.checkpoint.best = "out_of_domain"  # the best validation's is kept too: or in_domain, overall; empty: not
 
   config.log = ml_collections.ConfigDict()
   config.log.samples = 1  # prompts per step whose rollouts go to samples.jsonl
   config.log.gradients_every = 20  # steps between comparisons of the two terms' gradients, if both exist; 0: never
+  config.log.stall_seconds = 900.0  # warn, with stack traces, when nothing was completed for so long; 0: never
   config.log.tensorboard = True
   config.log.wandb = ""  # project name; needs wandb installed
   config.log.trackio = ""  # project name; needs trackio installed

@@ -1,6 +1,7 @@
 """The hook that follows a run from its plan to its report."""
 
 import json
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 from rich.console import Console
 
+from kepo_jax import storage
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.reporting import curves, panels, tables
 from kepo_jax.reporting.progress import Display
@@ -16,6 +18,7 @@ from kepo_jax.reporting.sinks import JsonLines, Sink, TensorBoardSink, TrackioSi
 from kepo_jax.reporting.warnings import Watch
 from kepo_jax.types import Hook, RunPlan, StepReport
 
+_FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 MemoryEstimate = Callable[[RunPlan], Mapping[str, int]]
 
 
@@ -42,6 +45,7 @@ class RunReporter(Hook):
     self._first_step = 1
     self._sinks: list[Sink] = []
     self._timing: list[Sink] = []
+    self._files: dict[str, JsonLines] = {}
     self._samples: JsonLines | None = None
     self._evaluations: dict[str, Any] = {}
 
@@ -85,6 +89,12 @@ class RunReporter(Hook):
     if {"validation/in_domain", "validation/out_of_domain"} <= figures.keys():
       self._warn(self._watch.evaluation(figures["validation/in_domain"], figures["validation/out_of_domain"]))
 
+  def position(self) -> dict[str, int]:
+    """Brings the files to the disk; how long they are."""
+    for sink in [*self._sinks, *self._timing, *self._files.values()]:
+      sink.flush()
+    return {name: file.position for name, file in self._files.items()}
+
   def progress(self, what: str, done: int, total: int) -> None:
     """Shows how far loading or an evaluation has come."""
     self._display.progress(what, done, total)
@@ -104,13 +114,13 @@ class RunReporter(Hook):
 
   def _open(self, plan: RunPlan) -> None:
     root = epath.Path(plan.workdir)
-    files = {name: JsonLines(root / f"{name}.jsonl") for name in ("metrics", "timing", "samples")}
-    for file in files.values():
-      file.truncate_after(plan.start_step)
-    self._sinks, self._timing, self._samples = [files["metrics"]], [files["timing"]], files["samples"]
+    self._files = {name: JsonLines(root / name, position=plan.positions.get(name, 0)) for name in _FILES}
+    metrics, timing, self._samples = self._files.values()
+    self._sinks, self._timing = [metrics], [timing]
     log = plan.config.log
     if log.tensorboard:
-      sink = TensorBoardSink(root / "tensorboard", start_step=plan.start_step)
+      history = [*metrics.records(), *timing.records()]
+      sink = TensorBoardSink(root / "tensorboard", history=sorted(history, key=lambda record: record["step"]))
       self._sinks.append(sink)
       self._timing.append(sink)
     for project, optional in ((log.wandb, WandbSink), (log.trackio, TrackioSink)):
@@ -144,8 +154,12 @@ def write_report(workdir: epath.PathLike) -> dict[str, Any]:
     the evaluations before and after, empty without evaluation.json.
   """
   root = epath.Path(workdir)
-  report = root / "report"
-  report.mkdir(parents=True, exist_ok=True)
+  with storage.written_locally(root / "report") as report:
+    report.mkdir(parents=True, exist_ok=True)
+    return _write_figures(root, report)
+
+
+def _write_figures(root: epath.Path, report: pathlib.Path) -> dict[str, Any]:
   records = read_records(root / "metrics.jsonl") if (root / "metrics.jsonl").exists() else []
   if records:
     curves.save(curves.curves_figure(records, title=root.name), report / "curves.png")

@@ -4,16 +4,23 @@ metrics.jsonl holds deterministic values only, so two runs of one config leave e
 machine goes to timing.jsonl.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Protocol
 
 import tensorboardX
+from absl import logging
 from etils import epath
+
+from kepo_jax import storage
 
 # What one import needs, by module name.
 _INSTALL = "{name} is asked for by log.{name} and not installed; run `pip install {name}` or leave log.{name} empty."
@@ -24,6 +31,9 @@ class Sink(Protocol):
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Figures after `step` updates."""
+
+  def flush(self) -> None:
+    """Makes sure that what was written outlives the process."""
 
   def close(self) -> None:
     """Writes out what is pending."""
@@ -48,53 +58,124 @@ def read_records(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 class JsonLines:
-  """An append-only file of one JSON object per line, each with its `step`; a sink, and more than scalars."""
+  """An append-only file of one JSON object per line, each with its `step`; a sink, and more than scalars.
 
-  def __init__(self, path: epath.PathLike):
+  A bucket takes whole objects only: there the file grows on the local disk, and `flush` copies it.
+  """
+
+  def __init__(self, path: epath.PathLike, *, position: int = 0):
+    """Opens the file and cuts off what lies behind `position`: records that a resumed run is about to write again.
+
+    Args:
+      path: of the file, made if missing.
+      position: bytes that stay.
+
+    Raises:
+      OSError: it cannot be written; names it.
+    """
     self._path = epath.Path(path)
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    self._file = self._path.open("a")
+    self._spool: tempfile.TemporaryDirectory[str] | None = None
+    with self._named_errors():
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      local = pathlib.Path(self._path)
+      if storage.is_remote(self._path):
+        self._spool = tempfile.TemporaryDirectory(prefix="kepo_jax-")
+        local = pathlib.Path(self._spool.name) / self._path.name
+        if self._path.exists():
+          local.write_bytes(self._path.read_bytes())
+      self._file = local.open("ab")
+      size = self._file.seek(0, os.SEEK_END)
+      if size < position:
+        logging.warning("%s has %d of the %d bytes that it had: its history has a gap.", path, size, position)
+      self._file.truncate(min(size, position))
+      self._file.seek(0, os.SEEK_END)
+
+  @property
+  def position(self) -> int:
+    """Bytes written."""
+    return self._file.tell()
+
+  def records(self) -> list[dict[str, Any]]:
+    """What the file holds."""
+    return read_records(self._file.name)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Appends one record; a number that is not finite becomes null, which every JSON reader takes."""
-    record = {"step": int(step)} | {name: _plain(value) for name, value in values.items()}
-    self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    self._file.flush()
+    """Appends one record; a number that is not finite becomes null, which every JSON reader takes.
 
-  def truncate_after(self, step: int) -> None:
-    """Drops the records of later steps, which a resumed run is about to write again."""
-    self._file.close()
-    kept = [record for record in read_records(self._path) if record["step"] <= step]
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-    # Replaced in one move: a crash here must not cost the history.
-    fresh = self._path.parent / f"{self._path.name}.new"
-    fresh.write_text(lines)
-    fresh.replace(self._path)
-    self._file = self._path.open("a")
+    Raises:
+      OSError: the disk is full; names the file.
+    """
+    record = {"step": int(step)} | {name: _plain(value) for name, value in values.items()}
+    with self._named_errors():
+      self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+      self._file.flush()
+
+  def flush(self) -> None:
+    """Brings the file to the disk, or to its bucket.
+
+    Raises:
+      OSError: that fails; names the file.
+    """
+    with self._named_errors():
+      self._file.flush()
+      os.fsync(self._file.fileno())
+      if self._spool:
+        self._path.write_bytes(pathlib.Path(self._file.name).read_bytes())
 
   def close(self) -> None:
-    """Closes the file."""
-    self._file.close()
+    """Flushes and closes the file."""
+    if not self._file.closed:
+      self.flush()
+      self._file.close()
+    if self._spool:
+      self._spool.cleanup()
+
+  @contextlib.contextmanager
+  def _named_errors(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise OSError(f"{self._path} could not be written: {error.strerror or error}; make room and resume.") from error
 
 
 class TensorBoardSink:
-  """Scalars as TensorBoard events."""
+  """Scalars as TensorBoard events; what a resumed run repeats is written anew from the records that stay."""
 
-  def __init__(self, directory: epath.PathLike, *, start_step: int = 0):
-    """Opens `directory`; events of steps after `start_step`, left by an earlier try, are marked as void."""
-    purge = start_step + 1 if start_step else None
-    # The suffix keeps two tries within one second from sharing a file name.
-    self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=purge, filename_suffix=f".{start_step}")
+  def __init__(self, directory: epath.PathLike, *, history: Iterable[Mapping[str, Any]] = ()):
+    """Opens `directory`, without the events of an earlier try.
 
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Adds one point per figure."""
+    Args:
+      directory: of the events.
+      history: records of the steps done, with their `step`; written as if they had just happened.
+    """
+    self._directory = epath.Path(directory)
+    self._spool = tempfile.TemporaryDirectory(prefix="kepo_jax-") if storage.is_remote(directory) else None
+    if self._directory.exists():
+      self._directory.rmtree()
+    self._writer = tensorboardX.SummaryWriter(self._spool.name if self._spool else str(directory))
+    for record in history:
+      self.write(record["step"], {name: value for name, value in record.items() if name != "step"})
+
+  def write(self, step: int, values: Mapping[str, float | None]) -> None:
+    """Adds one point per figure; none where it is not a number."""
     for name, value in values.items():
-      # TensorBoard takes no "@" in names and would say so at every step.
-      self._writer.add_scalar(name.replace("@", "_at_"), value, global_step=step)
+      if value is not None:
+        # TensorBoard takes no "@" in names and would say so at every step.
+        self._writer.add_scalar(name.replace("@", "_at_"), value, global_step=step)
+
+  def flush(self) -> None:
+    """Brings the events to the disk, or to their bucket."""
+    self._writer.flush()
+    if self._spool:
+      storage.publish(pathlib.Path(self._spool.name), self._directory)
 
   def close(self) -> None:
     """Flushes and closes the event file."""
     self._writer.close()
+    if self._spool:
+      storage.publish(pathlib.Path(self._spool.name), self._directory)
+      self._spool.cleanup()
+      self._spool = None
 
 
 class WandbSink:
@@ -120,6 +201,9 @@ class WandbSink:
     """Logs one step."""
     self._run.log(dict(values), step=step)
 
+  def flush(self) -> None:
+    """Does nothing: the tracker sends on its own."""
+
   def close(self) -> None:
     """Ends the run."""
     self._run.finish()
@@ -141,6 +225,9 @@ class TrackioSink:
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Logs one step."""
     self._run.log(dict(values), step=step)
+
+  def flush(self) -> None:
+    """Does nothing: the tracker sends on its own."""
 
   def close(self) -> None:
     """Ends the run."""

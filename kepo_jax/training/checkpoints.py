@@ -62,7 +62,6 @@ class Checkpoints:
     self._saving: int | None = None  # step whose checkpoint is being written
     self.newest: int | None = None  # step of the newest one that is complete
     self.best: int | None = None  # step of the one that is kept whatever its age
-    self.blocked = 0.0  # seconds for which the last save held up the run
 
   def due(self, step: int) -> bool:
     """Whether a checkpoint after `step` updates has its turn; on several hosts the same on all."""
@@ -80,7 +79,6 @@ class Checkpoints:
     Raises:
       OSError: this checkpoint, or the one before it, cannot be written.
     """
-    start = time.perf_counter()
     self.wait()
     if self.newest == step:
       return
@@ -97,7 +95,6 @@ class Checkpoints:
     self._finishing = threading.Thread(target=self._finish, args=(manager, step), name="checkpoint")
     self._finishing.start()
     self._saved_at = self._clock()
-    self.blocked = time.perf_counter() - start
 
   def check(self) -> None:
     """Looks whether the save in the background has failed; does not wait.

@@ -44,6 +44,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
   "exploration.hint_prompt": ("hint_only", "hint_and_answer"),
   "exploration.acceptance": exploration.RULES,
   "eval.prompt": ("evaluation", "no_think"),
+  "checkpoint.best": ("", "in_domain", "out_of_domain", "overall"),
 }
 # What users of TRL may write instead, and what does the same here.
 ELSEWHERE: Mapping[str, str] = {
@@ -93,14 +94,17 @@ LEAST: Mapping[str, float] = {
   "optimizer.b2": 0,
   "optimizer.warmup_steps": 0,
   "optimizer.weight_decay": 0,
+  "optimizer.skip_limit": 1,
   "train.steps": 1,
   "eval.every": 0,
   "eval.prompts": 1,
   "eval.max_new_tokens": 1,
   "checkpoint.every": 0,
+  "checkpoint.minutes": 0,
   "checkpoint.keep": 1,
   "log.samples": 0,
   "log.gradients_every": 0,
+  "log.stall_seconds": 0,
   "profile.steps": 0,
 }
 

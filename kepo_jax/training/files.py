@@ -1,102 +1,163 @@
-"""The working directory of a run."""
+"""The working directory of a run: locked, claimed once, resumed only as the run that it holds."""
 
+import contextlib
+import importlib.metadata
+import io
 import json
+import os
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+from absl import logging
 from etils import epath
 
+from kepo_jax import storage
 from kepo_jax.data import splits
-from kepo_jax.training.checkpoints import Checkpoints
+from kepo_jax.data.rules import Summary
+from kepo_jax.training import lock, processes
+from kepo_jax.training.checkpoints import Checkpoints, steps_in
 from kepo_jax.types import Example
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "kepo_jax")
 
 
 class RunFiles:
-  """config.json, evaluation.json, checkpoints/ and model/ of one run; writes nothing when workdir is ""."""
+  """config.json, questions.json, evaluation.json, checkpoints/ and model/ of one run; none where workdir is "".
 
-  def __init__(self, workdir: epath.PathLike, config: Any, *, resume: bool):
-    """Looks whether the folder can be used; nothing is written before the block is entered.
+  A context manager: inside its block the folder is locked.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    config: Any,
+    *,
+    resume: bool = False,
+    auto_resume: bool = False,
+    allow_config_change: bool = False,
+  ):
+    """Nothing is touched before the block is entered.
 
     Args:
-      workdir: the folder, or "".
+      workdir: the folder, local or remote, or "".
       config: of the run; stored as config.json, and compared with it on resume.
       resume: continue what the folder holds.
-
-    Raises:
-      ValueError: the folder holds another run, or nothing to resume, or a run of another config.
+      auto_resume: continue it if there is something to continue.
+      allow_config_change: go on with another config, and other questions, than those of the folder.
     """
     self.workdir = str(workdir)
     self.evaluations: dict[str, Any] = {}
+    self.positions: dict[str, int] = {}  # of the files that the hooks write, at the checkpoint that was restored
+    self.owes_validation = False  # the restored step was saved before its validation
+    self._resume, self._auto_resume, self._allow_change = resume, auto_resume, allow_config_change
     self._config = config
-    self._resume = resume
+    self._resumes = False
+    self._begun = False
+    self._made = False  # whether the folder did not exist before
+    self._lock: lock.WorkdirLock | None = None
+    self._questions = ""  # their hash
+    self._blocked: float | None = None
     self._checkpoints: Checkpoints | None = None
-    if "://" in self.workdir:
-      raise ValueError(f"workdir {self.workdir} is remote, which is not supported; use a local or mounted folder.")
-    if resume:
-      self._check_resume()
-    elif self.workdir:
-      self._check_fresh()
 
   def __enter__(self) -> "RunFiles":
-    if self.workdir:
-      root, checkpoint = epath.Path(self.workdir), self._config.checkpoint
-      if not self._resume:
-        root.mkdir(parents=True, exist_ok=True)
-        (root / "config.json").write_text(self._config.to_json(indent=2) + "\n")
-      self._checkpoints = Checkpoints(root / "checkpoints", every=checkpoint.every, keep=checkpoint.keep)
+    """Locks the folder and looks whether it can be used.
+
+    Raises:
+      ValueError: it is in use, holds another run, nothing to resume, or a run of another config.
+      OSError: it cannot be written.
+    """
+    if not self.workdir:
+      if self._resume or self._auto_resume:
+        raise ValueError("resume needs a workdir; pass --workdir=DIR of the run to continue.")
+      return self
+    try:
+      claim = processes.on_first(self._claimed)
+      self._resumes, self.evaluations = claim["resumes"], claim["evaluations"]
+    except BaseException:
+      self._leave()
+      raise
+    settings = self._config.checkpoint
+    self._checkpoints = Checkpoints(
+      self._root / "checkpoints", every=settings.every, minutes=settings.minutes, keep=settings.keep
+    )
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    if self._checkpoints:
-      self._checkpoints.close()
+  def __exit__(self, kind: Any, *_: Any) -> None:
+    try:
+      if self._checkpoints:
+        # What is going wrong already matters more than a save that fails with it.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+          self._checkpoints.close()
+    finally:
+      self._leave()
 
-  def _check_fresh(self) -> None:
-    root = epath.Path(self.workdir)
-    if root.exists() and any(root.iterdir()):
-      raise ValueError(
-        f"{root} is not empty; pass --resume to continue the run in it, or another --workdir for a new one."
-      )
-
-  def _check_resume(self) -> None:
-    if not self.workdir:
-      raise ValueError("resume needs a workdir; pass --workdir=DIR of the run to continue.")
-    root = epath.Path(self.workdir)
-    stored = root / "config.json"
-    if not stored.exists():
-      raise ValueError(f"{root} holds no run to resume (no config.json); start without --resume.")
-    before, now = _flat(json.loads(stored.read_text())), _flat(json.loads(self._config.to_json()))
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if changed:
-      changes = ", ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
-      raise ValueError(f"the config differs from that of the run in {root} ({changes}); resume with the same config.")
-    evaluations = root / "evaluation.json"
-    if evaluations.exists():
-      self.evaluations = json.loads(evaluations.read_text())
-
-  def restore(self, like: Any) -> Any:
-    """The newest checkpoint on the shardings of `like`; evaluations after it are forgotten."""
-    state = self._checkpoints.restore(like) if self._checkpoints else like
-    step = int(state.step)
-    self.evaluations.pop("after", None)
-    if not step:
-      self.evaluations.clear()
-    self.evaluations["validation"] = [e for e in self.evaluations.get("validation", []) if e["step"] <= step]
-    return state
-
-  def record_questions(self, questions: Mapping[str, Sequence[Example]], *, rule: str) -> None:
-    """Writes questions.json: which questions the run has, by part, and their hash.
+  def begin(self, questions: Mapping[str, Sequence[Example]], *, rule: str) -> None:
+    """Writes what the run is: config.json and questions.json; on resume compares the questions with what is there.
 
     Args:
       questions: part -> questions.
       rule: in words how they were chosen.
 
     Raises:
-      ValueError: the run that is resumed had others.
+      ValueError: the run that is resumed had other questions, or some of them have changed; names the first.
+      OSError: a file cannot be written.
     """
-    if self.workdir:
-      parts = {name: list(questions.get(name, ())) for name in splits.SPLITS}
-      path = epath.Path(self.workdir) / "questions.json"
-      splits.write_ids(splits.Split(**parts), path, rule=rule, seed=self._config.data.split_seed)
+    if not self.workdir:
+      return
+    split = splits.Split(**{name: list(questions.get(name, ())) for name in splits.SPLITS})
+
+    def write() -> str:
+      digest = self._written_questions(split, rule)
+      path, config = self._root / "config.json", self._config.to_json(indent=2) + "\n"
+      if path.exists() and path.read_text() != config:
+        _set_aside(path)
+      storage.write_text(path, config)
+      return digest
+
+    self._questions = processes.on_first(write)
+    self._begun = True
+
+  def record_summaries(self, summaries: Mapping[str, Sequence[Summary]]) -> None:
+    """Writes data_summary.json: by which rules the data of the run were repaired and questions dropped.
+
+    Args:
+      summaries: "reading" and "checking" -> what was found in it.
+    """
+    record = {name: [summary.to_dict() for summary in found] for name, found in summaries.items()}
+    self._write("data_summary.json", json.dumps(record, indent=2) + "\n")
+
+  def restored(self, like: Any) -> Any:
+    """The state to go on with: the newest intact checkpoint on the shardings of `like`, or `like` itself.
+
+    What was written after that checkpoint is forgotten.
+
+    Raises:
+      ValueError: the checkpoint is not one of this run as it is now; says what differs.
+    """
+    if not self._checkpoints:
+      return like
+    self._warn_of_room(like)
+    if not self._resumes:
+      return like
+    found = self._checkpoints.restore(like)
+    if found is None:
+      logging.warning("%s holds no complete checkpoint; starting from the first step.", self._root)
+      self.evaluations = {}
+      return like
+    state, record = found
+    self._check_record(record)
+    step = int(state.step)
+    self.positions, self.owes_validation = record["positions"], not record["validated"]
+    # Its own validation is made again if the checkpoint was written before it.
+    last = step - self.owes_validation
+    self.evaluations.pop("after", None)
+    self.evaluations["validation"] = [each for each in self.evaluations.get("validation", []) if each["step"] <= last]
+    self._checkpoints.best = self._best_step()
+    return state
 
   def record(self, name: str, result: dict[str, Any]) -> None:
     """Adds an evaluation ("before", "validation" or "after") to evaluation.json."""
@@ -104,19 +165,231 @@ class RunFiles:
       self.evaluations.setdefault(name, []).append(result)
     else:
       self.evaluations[name] = result
-    if self.workdir:
-      path = epath.Path(self.workdir) / "evaluation.json"
-      path.write_text(json.dumps(self.evaluations, indent=2) + "\n")
+    self._write("evaluation.json", json.dumps(self.evaluations, indent=2) + "\n")
 
-  def save(self, step: int, state: Any, *, last: bool) -> None:
-    """Checkpoints the state if its turn has come."""
-    if self._checkpoints:
-      self._checkpoints.save(step, state, last=last)
+  def save(
+    self,
+    step: int,
+    state: Any,
+    *,
+    now: bool,
+    positions: Callable[[], Mapping[str, int]] = dict,
+    validated: bool = True,
+  ) -> None:
+    """Checkpoints the state if its turn has come, `now`, or if the last validation was the best.
 
-  def export(self, write: Callable[[epath.Path], None]) -> None:
-    """Calls `write` with the path of model/ unless there is no workdir."""
+    Args:
+      step: updates done.
+      state: after them.
+      now: whatever the turn.
+      positions: gives the sizes of the files that the hooks write, safely on the disk.
+      validated: whether the validation of this step, where it has one, is done.
+
+    Raises:
+      ValueError: another process has taken the folder.
+      OSError: this checkpoint, or the one before it, cannot be written.
+    """
+    if not self._checkpoints:
+      return
+    self._checkpoints.check()
+    if self._lock:
+      self._lock.check()
+    best = self._best_step()
+    due = self._checkpoints.due(step)
+    if due or now or best == step:
+      self._checkpoints.best = best
+      start = time.perf_counter()
+      self._checkpoints.save(step, state, self._run_record(positions(), validated))
+      self._blocked = time.perf_counter() - start
+
+  @property
+  def saved(self) -> str:
+    """The folder of the newest checkpoint; waits until it is complete, "" where there is none."""
+    if not self._checkpoints:
+      return ""
+    self._checkpoints.wait()
+    newest = self._checkpoints.newest
+    return "" if newest is None else str(self._checkpoints.directory / str(newest))
+
+  def timing(self) -> dict[str, float]:
+    """For how long a save after the last step held up the run; nothing where there was none."""
+    blocked, self._blocked = self._blocked, None
+    return {} if blocked is None else {"seconds/checkpoint": blocked}
+
+  def dump(self, name: str, arrays: Mapping[str, np.ndarray], records: Sequence[Mapping[str, Any]]) -> str:
+    """Writes a batch for inspection; the folder, or "" without a workdir.
+
+    Args:
+      name: of the folder.
+      arrays: go to batch.npz.
+      records: JSON-able, go to samples.jsonl.
+    """
+    if not self.workdir:
+      return ""
+    folder = self._root / name
+    if processes.is_first():
+      folder.mkdir(parents=True, exist_ok=True)
+      packed = io.BytesIO()
+      np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # its only positional argument is the file
+      storage.write_bytes(folder / "batch.npz", packed.getvalue())
+      storage.write_text(folder / "samples.jsonl", "".join(json.dumps(each) + "\n" for each in records))
+    return str(folder)
+
+  def export(self, write: Callable[[Any], None]) -> None:
+    """Calls `write` with the path of model/ unless there is no workdir; half an export never looks like one."""
     if self.workdir:
-      write(epath.Path(self.workdir) / "model")
+      # A folder without config.json is no model.
+      with storage.written_locally(self._root / "model", last="config.json") as folder:
+        write(folder)
+
+  @property
+  def _root(self) -> epath.Path:
+    return epath.Path(self.workdir)
+
+  def _write(self, name: str, text: str) -> None:
+    if self.workdir and processes.is_first():
+      storage.write_text(self._root / name, text)
+
+  def _claimed(self) -> dict[str, Any]:
+    """Locks the folder; whether it holds a run that is to be continued, and the evaluations of it."""
+    root = self._root
+    self._made = not root.exists()
+    try:
+      root.mkdir(parents=True, exist_ok=True)
+      self._lock = lock.WorkdirLock(root)
+      self._lock.__enter__()
+    except OSError as error:
+      raise OSError(f"workdir {root} cannot be written: {error.strerror or error}.") from error
+    there = sorted(path.name for path in root.iterdir() if path.name != lock.NAME)
+    run = "config.json" in there
+    if run and (self._resume or self._auto_resume):
+      self._check_config()
+      path = root / "evaluation.json"
+      return {"resumes": True, "evaluations": json.loads(path.read_text()) if path.exists() else {}}
+    if self._resume:
+      raise ValueError(f"{root} holds no run to resume (no config.json); start without --resume.")
+    if there:
+      raise ValueError(
+        f"{root} is not empty; pass --resume to continue the run in it, or another --workdir for a new one."
+      )
+    return {"resumes": False, "evaluations": {}}
+
+  def _leave(self) -> None:
+    if self._lock:
+      self._lock.__exit__()
+      self._lock = None
+      if self._made and not self._begun:  # a run that was refused leaves nothing
+        with contextlib.suppress(OSError, ValueError):
+          self._root.rmdir()
+
+  def _check_config(self) -> None:
+    before, now = _flat(json.loads((self._root / "config.json").read_text())), _flat(json.loads(self._config.to_json()))
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if not changed:
+      return
+    changes = ", ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
+    if not self._allow_change:
+      raise ValueError(
+        f"the config differs from that of the run in {self._root} ({changes}); resume with the same config, or pass "
+        f"--allow_config_change to go on with this one."
+      )
+    logging.warning("%s goes on with another config: %s.", self._root, changes)
+
+  def _written_questions(self, split: splits.Split, rule: str) -> str:
+    path, seed = self._root / "questions.json", self._config.data.split_seed
+    try:
+      return splits.write_ids(split, path, rule=rule, seed=seed)
+    except ValueError as error:
+      if not (self._allow_change and path.exists()):
+        raise
+      logging.warning("%s. Going on with the questions as they are now.", error)
+      _set_aside(path)
+      return splits.write_ids(split, path, rule=rule, seed=seed)
+
+  def _best_step(self) -> int | None:
+    """Step of the validation with the highest figure of `checkpoint.best`, the first of equals."""
+    figure = self._config.checkpoint.best
+    entries = [each for each in self.evaluations.get("validation", []) if each.get(figure)]
+    if not figure or not entries:
+      return None
+    value = lambda each: each[figure].get("accuracy", each[figure].get("mean"))  # noqa: E731
+    return int(max(entries, key=value)["step"])
+
+  def _run_record(self, positions: Mapping[str, int], validated: bool) -> dict[str, Any]:
+    """What lies beside a state: what it is compared with on resume, and what the run was made of."""
+    devices = jax.devices()
+    return {
+      "positions": dict(positions),
+      "validated": validated,
+      "random": _random_identity(self._config.seed),
+      "questions": self._questions,
+      "config": json.loads(self._config.to_json()),
+      "made_of": {
+        **{name: _version(name) for name in _PACKAGES},
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": str(jax.process_count()),
+        "mesh": json.dumps(dict(jax.sharding.get_abstract_mesh().shape)),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+      },
+    }
+
+  def _check_record(self, record: Mapping[str, Any]) -> None:
+    now = self._run_record({}, True)
+    if not self._allow_change:
+      for name, what in (("random", "random numbers"), ("questions", "questions")):
+        if record[name] != now[name]:
+          raise ValueError(
+            f"the run in {self._root} had other {what} ({record[name]}) than this process has ({now[name]}); restore "
+            f"them, or pass --allow_config_change to go on all the same."
+          )
+    before = record["made_of"]
+    changes = [f"{name} {before[name]} -> {new}" for name, new in now["made_of"].items() if before.get(name) != new]
+    if changes:
+      logging.warning(
+        "%s goes on on something else: %s. Results will equal those of one run to rounding, not to the bit.",
+        self._root,
+        ", ".join(changes),
+      )
+
+  def _warn_of_room(self, state: Any) -> None:
+    """A disk that cannot hold the checkpoints is better known before the first one."""
+    if storage.is_remote(self.workdir) or not processes.is_first():
+      return
+    need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    there = len(steps_in(self._root / "checkpoints"))
+    more = max(1, self._config.checkpoint.keep + 1 + bool(self._config.checkpoint.best) - there)
+    free = shutil.disk_usage(self._root).free
+    if free < more * need:
+      logging.warning(
+        "%s has %.1f GB free; %d more checkpoints of %.1f GB do not fit. Lower checkpoint.keep or use another disk.",
+        self._root,
+        free / 1e9,
+        more,
+        need / 1e9,
+      )
+
+
+def _set_aside(path: epath.Path) -> None:
+  """Renames a file that is about to be replaced, under a name that says so."""
+  names = (path.parent / f"{path.stem}-before-{n}{path.suffix}" for n in range(1, 1000))
+  path.rename(next(name for name in names if not name.exists()))
+
+
+def _random_identity(seed: int) -> dict[str, Any]:
+  """What the random numbers of a run derive from, besides steps and purposes."""
+  key = jax.random.key(seed)
+  return {
+    "implementation": str(jax.random.key_impl(key)),
+    "key": np.asarray(jax.random.key_data(key)).tolist(),
+    "partitionable": bool(jax.config.jax_threefry_partitionable),
+  }
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "unknown"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

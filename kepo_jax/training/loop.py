@@ -22,8 +22,10 @@ from kepo_jax.training import checks, figures, setup, step
 from kepo_jax.training import groups as grouping
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.groups import Groups
+from kepo_jax.training.interruption import Interrupted, Interruption
 from kepo_jax.training.profiling import CompileCounter, Profiler
 from kepo_jax.training.state import TrainState
+from kepo_jax.training.watchdog import Watchdog
 from kepo_jax.types import Example, Experience, Hook, Prompts, StepReport
 
 
@@ -44,48 +46,110 @@ def train(
   rewards: WeightedRewards | None = None,
   hooks: Sequence[Hook] = (),
   resume: bool = False,
+  auto_resume: bool = False,
+  allow_config_change: bool = False,
+  interruption: Interruption | None = None,
 ) -> Result:
   """Trains a student as the config says, and evaluates it before, during and after.
 
   Args:
     config: an `ml_collections.ConfigDict` with the fields of experiments/configs/grpo.py.
-    workdir: folder for the config, checkpoints, evaluations and the exported model; "" writes nothing.
+    workdir: folder for the config, checkpoints, evaluations and the exported model, local or remote; "" writes nothing.
     records: split ("train", "validation", "test") -> questions; None reads `config.data`.
     rewards: name -> (function of (completion, example), weight), added to those of `config.reward`.
     hooks: follow the run; `kepo_jax.reporting.RunReporter` writes metrics, samples and plots.
-    resume: continue from the newest checkpoint of `workdir`.
+    resume: continue from the newest intact checkpoint of `workdir`.
+    auto_resume: do so if there is a run in `workdir`, else start one.
+    allow_config_change: continue although config or questions are not those of the run.
+    interruption: asks the run to stop; None listens to nothing.
 
   Returns:
     the final state and all evaluations.
 
   Raises:
-    ValueError: config, models, data or workdir do not fit together; says which field or file, and the way out.
+    ValueError: config, models, data or workdir do not fit together; says which field or file, and the way out. Or
+      loss or gradient were not finite in `optimizer.skip_limit` updates in a row.
+    OSError: the workdir cannot be written.
+    Interrupted: the run was asked to stop, and did after a step.
   """
-  files = RunFiles(workdir, config, resume=resume)
-  hooks = [*hooks, Profiler()] if config.profile.steps else hooks
-  run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks)
-  with jax.set_mesh(run.mesh), files, contextlib.closing(CompileCounter()) as compiled:
-    files.record_questions(run.questions, rule=setup.split_rule(config, given=records is not None))
-    state = files.restore(run.state) if resume else run.state
-    start = int(state.step)
-    for hook in hooks:
-      hook.start(run.plan(files.workdir, start))
-    if config.eval.test and start == 0:
-      files.record("before", run.evaluate(state, "test", "before", 0))
-    for done in range(start, config.train.steps):
+  interruption = interruption or Interruption()
+  files = RunFiles(
+    workdir, config, resume=resume, auto_resume=auto_resume, allow_config_change=allow_config_change
+  )
+  watchdog = Watchdog(config.log.stall_seconds, files.workdir)
+  hooks = [*hooks, watchdog, *([Profiler()] if config.profile.steps else [])]
+  with files, watchdog, contextlib.closing(CompileCounter()) as compiled:
+    run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks, interruption=interruption)
+    with jax.set_mesh(run.mesh):
+      return run_steps(run, files, compiled, given=records is not None)
+
+
+def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, given: bool) -> Result:
+  """Everything after the preparations, from the first step, or the one after the checkpoint, to the export."""
+  config = run.config
+  files.begin(run.questions, rule=setup.split_rule(config, given=given))
+  files.record_summaries(run.summaries)
+  state = files.restored(run.state)
+  start, steps = int(state.step), config.train.steps
+  for hook in run.hooks:
+    hook.start(run.plan(files.workdir, start, files.positions))
+  if start == 0:
+    evaluate_test(run, files, state, "before", start)
+  if files.owes_validation:
+    files.record("validation", run.evaluate(state, "validation", "validation", start))
+  for done in range(start, steps):
+    try:
       state, report = train_step(run, state, done)
-      report = dataclasses.replace(report, timing=report.timing | compiled.figures())
-      for hook in hooks:
-        hook.step(report)
-      if config.eval.every and report.step % config.eval.every == 0:
-        files.record("validation", run.evaluate(state, "validation", "validation", report.step))
-      files.save(report.step, state, last=report.step == config.train.steps)
-    if config.eval.test:
-      files.record("after", run.evaluate(state, "test", "after", config.train.steps))
-    files.export(lambda folder: run.export(state, folder))
-    for hook in hooks:
-      hook.finish()
+    except NotFinite as error:
+      tell(run, error.report, compiled.figures())
+      folder = files.dump(f"not_finite/step-{done + 1}", error.batch, error.samples)
+      raise ValueError(f"{error}{f' The batch is in {folder}.' if folder else ''}") from None
+    tell(run, report, compiled.figures() | files.timing())
+    validate_and_save(run, files, state, report.step)
+  evaluate_test(run, files, state, "after", steps)
+  files.export(lambda folder: run.export(state, folder))
+  for hook in run.hooks:
+    hook.finish()
   return Result(state=state, evaluations=files.evaluations, workdir=files.workdir)
+
+
+def tell(run: setup.Run, report: StepReport, timing: Mapping[str, float]) -> None:
+  """Hands a step to the hooks, with what was measured around it."""
+  for hook in run.hooks:
+    hook.step(dataclasses.replace(report, timing=report.timing | timing))
+
+
+def evaluate_test(run: setup.Run, files: RunFiles, state: TrainState, name: str, step: int) -> None:
+  """The evaluation before or after training, if the config wants it.
+
+  Raises:
+    Interrupted: the run was asked to stop; it is made again on resume.
+  """
+  if run.config.eval.test:
+    try:
+      files.record(name, run.evaluate(state, "test", name, step))
+    except Interrupted:
+      raise Interrupted(step, files.saved) from None
+
+
+def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: int) -> None:
+  """What may follow a step: a validation, a checkpoint, and the end of a run that was asked to stop.
+
+  Raises:
+    Interrupted: it was, and the state is saved; a validation that was not finished is made on resume.
+  """
+  config = run.config
+  owed = bool(config.eval.every) and step % config.eval.every == 0
+  stop = run.interruption.requested()
+  if owed and not stop:
+    try:
+      files.record("validation", run.evaluate(state, "validation", "validation", step))
+      owed = False
+    except Interrupted:
+      stop = True
+  files.save(step, state, now=stop or step == config.train.steps, positions=run.positions, validated=not owed)
+  if stop:
+    raise Interrupted(step, files.saved)
 
 
 @dataclasses.dataclass
@@ -98,8 +162,31 @@ class Collected:
   records: tuple[dict[str, Any], ...] = ()  # hints and candidates of explored prompts, JSON-able
 
 
+class NotFinite(Exception):
+  """Loss or gradient were not finite in too many updates in a row."""
+
+  def __init__(self, report: StepReport, updates: int, batch: Mapping[str, np.ndarray], samples: Any):
+    """Keeps what shows it.
+
+    Args:
+      report: of the last step.
+      updates: skipped in a row.
+      batch: name -> array of its experience, on the host.
+      samples: every rollout of it, JSON-able.
+    """
+    super().__init__(
+      f"loss or gradient were not finite in {updates} updates in a row, the last one in step {report.step}; all of "
+      f"them were skipped. Lower optimizer.learning_rate and go on with --resume --allow_config_change."
+    )
+    self.report, self.batch, self.samples = report, batch, samples
+
+
 def train_step(run: setup.Run, state: TrainState, done: int) -> tuple[TrainState, StepReport]:
-  """One step of the method after `done` steps: the new state, and what happened."""
+  """One step of the method after `done` steps: the new state, and what happened.
+
+  Raises:
+    NotFinite: `optimizer.skip_limit` updates in a row were skipped.
+  """
   config, clock = run.config, PhaseClock()
   collected = collect(run, state, done, clock)
   groups, metrics = collected.groups, collected.metrics
@@ -117,7 +204,12 @@ def train_step(run: setup.Run, state: TrainState, done: int) -> tuple[TrainState
     metrics |= figures.gate_metrics(groups, gate) | {"lambda": run.distill_weight(done)}
   samples = figures.sample_records(groups, gate, step=done + 1, prompts=config.log.samples, problem=run.problem)
   timing = clock.timing(sampled=groups.mask[~groups.supervised].sum(), trained=groups.mask.sum())
-  return state, StepReport(step=done + 1, metrics=metrics, timing=timing, samples=samples + collected.records)
+  report = StepReport(step=done + 1, metrics=metrics, timing=timing, samples=samples + collected.records)
+  if (skipped := int(state.skipped)) >= config.optimizer.skip_limit:
+    batch = {jax.tree_util.keystr(path): sharding.to_host(x) for path, x in jax.tree.leaves_with_path(experience)}
+    everything = figures.sample_records(groups, gate, step=done + 1, prompts=len(gate), problem=run.problem)
+    raise NotFinite(report, skipped, batch, everything)
+  return state, report
 
 
 def collect(run: setup.Run, state: TrainState, done: int, clock: "PhaseClock") -> Collected:

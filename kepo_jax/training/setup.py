@@ -15,6 +15,7 @@ from kepo_jax.data import pipeline, prompts, splits
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.rewards import Scorer, WeightedRewards
 from kepo_jax.training import assembly, checks, programs
+from kepo_jax.training.interruption import Interruption
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
 
@@ -32,6 +33,7 @@ class Run:
   questions: Mapping[str, Sequence[Example]]  # split -> questions
   scorer: Scorer
   hooks: Sequence[Hook]
+  interruption: Interruption
   models: Mapping[str, programs.Model]  # role ("student", "teacher", "reference") -> model
   schedule: optax.Schedule
   state: TrainState  # before the first update
@@ -79,9 +81,17 @@ class Run:
     return sharding.place(self.mesh, self.processor.prompts(examples, kind, hints=hints))
 
   def evaluate(self, state: TrainState, split: str, name: str, done: int) -> dict[str, Any]:
-    """Greedy accuracy of the student on a split."""
+    """Greedy accuracy of the student on a split.
+
+    Raises:
+      Interrupted: the run was asked to stop.
+    """
     weights = self.programs.decode_weights(state.params)
     key = self.key("evaluation", done)
+
+    def progress(questions: int, total: int) -> None:
+      show_progress(self.hooks, f"evaluation {name}", questions, total)
+      self.interruption.check()
 
     def sample(host_prompts: Prompts) -> Rollouts:
       return self.programs.greedy(weights, sharding.place(self.mesh, host_prompts), key)
@@ -93,14 +103,18 @@ class Run:
       batch_size=self.config.eval.prompts,
       train_modality=self.config.data.train_modality,
       kind=self.config.eval.prompt,
-      progress=functools.partial(show_progress, self.hooks, f"evaluation {name}"),
+      progress=progress,
     )
     result = {"step": done, "split": split} | result
     for hook in self.hooks:
       hook.evaluation(done, name, result)
     return result
 
-  def plan(self, workdir: str, start: int) -> RunPlan:
+  def positions(self) -> dict[str, int]:
+    """Sizes of the files that the hooks write, which are on the disk by then."""
+    return {name: size for hook in self.hooks for name, size in hook.position().items()}
+
+  def plan(self, workdir: str, start: int, positions: Mapping[str, int]) -> RunPlan:
     """What the run is about to do."""
     names = ["evaluation", *(["rollout"] if self.own_rollouts else []), "inputs", "gradients", "update"]
     names += ["hint", "hinted rollout"] if checks.explores(self.config) else []
@@ -115,6 +129,7 @@ class Run:
       programs=tuple(names),
       start_step=start,
       images=self.image_cost(),
+      positions=dict(positions),
     )
 
   def image_cost(self) -> str:
@@ -144,11 +159,13 @@ def prepare(
   records: Mapping[str, Sequence[Example]] | None,
   rewards: WeightedRewards,
   hooks: Sequence[Hook],
+  interruption: Interruption,
 ) -> Run:
   """Loads and checks everything that a run needs.
 
   Raises:
     ValueError: a field, file or model that does not fit, and the way out.
+    Interrupted: the run was asked to stop meanwhile.
   """
   checks.check_config(config)
   checks.warn_of_prompts(config)
@@ -174,6 +191,7 @@ def prepare(
   models = load_models(config, mesh, processor, hooks)
   with jax.set_mesh(mesh):
     state, compiled = assembly.build_programs(config, processor, models)
+  interruption.check()
   return Run(
     config=config,
     mesh=mesh,
@@ -181,6 +199,7 @@ def prepare(
     questions=questions,
     scorer=scorer,
     hooks=hooks,
+    interruption=interruption,
     models=models,
     schedule=assembly.schedule(config),
     state=state,

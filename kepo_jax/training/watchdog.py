@@ -9,10 +9,11 @@ from absl import logging
 from etils import epath
 
 from kepo_jax import storage
+from kepo_jax.types import Hook, StepReport
 
 
-class Watchdog:
-  """Warns when nothing was heard of for some seconds, inside its block; again after twice the time."""
+class Watchdog(Hook):
+  """Warns when a run has completed nothing for some seconds, inside its block; again after twice the time."""
 
   def __init__(self, seconds: float, workdir: epath.PathLike = ""):
     """Sets the limit.
@@ -41,8 +42,20 @@ class Watchdog:
     if self._seconds:
       self._thread.join()
 
-  def beat(self, what: str) -> None:
-    """Something was completed."""
+  def step(self, report: StepReport) -> None:
+    """A step is a sign of life."""
+    self._beat(f"step {report.step}")
+
+  def evaluation(self, step: int, name: str, result: dict[str, Any]) -> None:
+    """So is an evaluation."""
+    del step, result
+    self._beat(f"evaluation {name}")
+
+  def progress(self, what: str, done: int, total: int) -> None:
+    """And a part of long work."""
+    self._beat(f"{what} {done} of {total}")
+
+  def _beat(self, what: str) -> None:
     with self._heard:
       self._beats += 1
       self._what = what

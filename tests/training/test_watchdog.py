@@ -6,6 +6,9 @@ import time
 from absl import logging
 
 from kepo_jax.training.watchdog import Watchdog
+from kepo_jax.types import StepReport
+
+STEP = StepReport(step=3, metrics={}, timing={}, samples=())
 
 
 def until(condition):
@@ -25,7 +28,7 @@ def test_a_stall_leaves_the_stacks_of_all_threads(tmp_path, caplog, monkeypatch)
   thread = threading.Thread(target=waiting_for_a_collective, name="stuck")
   thread.start()
   with Watchdog(0.1, tmp_path) as watchdog:
-    watchdog.beat("step 3")
+    watchdog.step(STEP)
     until(lambda: "nothing has been completed" in caplog.text)
     release.set()
   (path,) = list((tmp_path / "stalls").glob("*step-3*"))
@@ -48,7 +51,7 @@ def test_beats_keep_it_quiet_and_a_stall_is_told_less_and_less_often(caplog, mon
     monkeypatch.setattr(watchdog, "_warn", warned.append)
     for _ in range(40):
       time.sleep(0.02)
-      watchdog.beat("step")
+      watchdog.progress("loading", 1, 2)
     assert warned == []
     until(lambda: len(warned) == 2)
   assert warned == [0.2, 0.4]
@@ -56,5 +59,5 @@ def test_beats_keep_it_quiet_and_a_stall_is_told_less_and_less_often(caplog, mon
 
 def test_zero_seconds_never_warn():
   with Watchdog(0) as watchdog:
-    watchdog.beat("step 1")
+    watchdog.step(STEP)
   assert not watchdog._thread.is_alive()
