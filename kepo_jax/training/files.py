@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from kepo_jax.data import splits
+from kepo_jax.data.rules import Summary
 from kepo_jax.training.checkpoints import Checkpoints
 from kepo_jax.types import Example
 
@@ -84,19 +85,29 @@ class RunFiles:
     return state
 
   def record_questions(self, questions: Mapping[str, Sequence[Example]], *, rule: str) -> None:
-    """Writes questions.json: which questions the run has, by part, and their hash.
+    """Writes questions.json: which questions the run has, by part, and hashes of what they are.
 
     Args:
       questions: part -> questions.
       rule: in words how they were chosen.
 
     Raises:
-      ValueError: the run that is resumed had others.
+      ValueError: the run that is resumed had others, or some of them have changed; names the first.
     """
     if self.workdir:
       parts = {name: list(questions.get(name, ())) for name in splits.SPLITS}
       path = epath.Path(self.workdir) / "questions.json"
       splits.write_ids(splits.Split(**parts), path, rule=rule, seed=self._config.data.split_seed)
+
+  def record_summaries(self, summaries: Mapping[str, Sequence[Summary]]) -> None:
+    """Writes data_summary.json: by which rules the data of the run were repaired and questions dropped.
+
+    Args:
+      summaries: "reading" and "checking" -> what was found in it.
+    """
+    if self.workdir:
+      record = {name: [summary.to_dict() for summary in found] for name, found in summaries.items()}
+      (epath.Path(self.workdir) / "data_summary.json").write_text(json.dumps(record, indent=2) + "\n")
 
   def record(self, name: str, result: dict[str, Any]) -> None:
     """Adds an evaluation ("before", "validation" or "after") to evaluation.json."""

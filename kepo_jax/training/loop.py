@@ -66,6 +66,7 @@ def train(
   run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks)
   with jax.set_mesh(run.mesh), files, contextlib.closing(CompileCounter()) as compiled:
     files.record_questions(run.questions, rule=setup.split_rule(config, given=records is not None))
+    files.record_summaries(run.summaries)
     state = files.restore(run.state) if resume else run.state
     start = int(state.step)
     for hook in hooks:
