@@ -49,10 +49,19 @@ def parsed(file: pathlib.Path, root: pathlib.Path | None = None) -> Any:
   try:
     if real.stat().st_size > MAX_BYTES:
       raise Rejected("malformed_file", f"has more than {MAX_BYTES} bytes")
-    text = real.read_bytes().decode("utf-8-sig")
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    return decoded(real.read_bytes())
   except (OSError, ValueError, RecursionError, MemoryError) as error:
     raise Rejected("malformed_file", f"not readable as JSON in UTF-8 ({str(error)[:200]})") from error
+
+
+def decoded(data: bytes) -> Any:
+  """The content of JSON in UTF-8, as `parsed` gives it.
+
+  Raises:
+    ValueError: it is none.
+    RecursionError: it is nested too deeply.
+  """
+  return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant)
 
 
 def records_of(file: pathlib.Path, root: pathlib.Path | None = None) -> Sequence[Any]:

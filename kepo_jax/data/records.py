@@ -12,6 +12,16 @@ LONGEST = 10_000  # characters of a question with its options; the longest real 
 UNKNOWN = "unknown"  # modality of a record that does not tell
 
 
+def check_length(question: str, options: Sequence[str]) -> None:
+  """Refuses a text that no question has.
+
+  Raises:
+    Rejected: stem and options have more than LONGEST characters.
+  """
+  if (length := len(question) + sum(map(len, options))) > LONGEST:
+    raise Rejected("question_too_long", f"a question of {length} characters with its options, more than {LONGEST}")
+
+
 class Collector:
   """Turns fields into examples and counts in a summary what it does; one per reading."""
 
@@ -47,8 +57,9 @@ class Collector:
       dataset: source of the record.
 
     Raises:
-      Rejected: nothing to choose, or the same as an earlier record.
+      Rejected: nothing to choose, too long, or the same as an earlier record.
     """
+    check_length(question, options)
     kept, letter = self._different(options, gold, place)
     # Eight bytes instead of all texts again; two records of 100,000 collide by chance once in 10^9 readings.
     content = hash((images, question, kept, letter))

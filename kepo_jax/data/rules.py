@@ -37,9 +37,13 @@ RULES: Mapping[str, str] = {
   "too_many_options": "dropped: more than ten options; answers are the letters A to J",
   "malformed_file": "error: the file cannot be read, or is not what its format asks for",
   "malformed_record": "error: a field is missing, is no text, or stands there twice",
+  "question_too_long": "error: more than 10,000 characters with its options",
   "unsafe_path": "error: the image's path leaves the root",
   "missing_image": "error: the image does not exist",
   "unreadable_image": "error: the image is damaged, too large or of another format; only opening it tells",
+  "image_too_narrow": "error: one side is more than 200 times the other, too much for `native`; only a run tells",
+  "image_too_large": "error: its images have more patches than the largest of `data.patch_buckets`; only a run tells",
+  "prompt_too_long": "error: a prompt has more tokens than the largest of `data.prompt_buckets`; only a run tells",
 }
 ERRORS = tuple(name for name, text in RULES.items() if text.startswith("error"))
 

@@ -8,26 +8,26 @@ image stands in two parts. The split of the paper cannot be made again: its orde
 
 import collections
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
+from etils import epath
 
-from kepo_jax.data import formats, json_files
+from kepo_jax.data import formats, id_files
 from kepo_jax.data.cache import cache_directory
 from kepo_jax.data.phantom import build
 from kepo_jax.data.pipeline import shuffled
-from kepo_jax.data.rules import Rejected
+from kepo_jax.data.rules import Summary
 from kepo_jax.data.tfds import folders
 from kepo_jax.types import Example
 
 SPLITS = ("train", "validation", "test")
+_PHANTOM_RULES = ("modality_spelling",)  # the phantom is written in OmniMedVQA's spellings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +49,8 @@ class Split:
 
   @property
   def digest(self) -> str:
-    """SHA-256 over the ids of all three parts: equal digests, equal splits."""
-    return _digest(self.ids)
-
-
-def _digest(ids: dict[str, list[str]]) -> str:
-  lines = (f"{name}\t{one}\n" for name in SPLITS for one in ids[name])
-  return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+    """SHA-256 over the ids of all three parts: equal digests, the same membership."""
+    return id_files.ids_digest(self.ids)
 
 
 def phantom_roots() -> dict[str, pathlib.Path]:
@@ -81,13 +76,14 @@ def split_roots(directory: str | os.PathLike) -> dict[str, pathlib.Path]:
   return {name: top / name for name in SPLITS if (top / name / "QA_information").is_dir()}
 
 
-def load(data: Any) -> dict[str, list[Example]]:
-  """The questions of a run.
+def load(data: Any, *, report: Callable[[Summary], None] = lambda summary: None) -> dict[str, list[Example]]:
+  """The questions of a run; which rules were applied in reading them is logged, as a warning where there were any.
 
   Args:
     data: record with `directory` ("" for the phantom benchmark; else any format of `formats.read_any`),
       `split_files` ("", or the folder of a published split), `train_modality`, `train_items`, `validation_items` and
       `test_items` (both per modality), `split_seed`, and `lenient` (leave out and count what cannot be used).
+    report: called with what each reading kept, repaired and dropped.
 
   Returns:
     "train", "validation" and "test" -> questions; folders that are already split, published splits, and data sets that
@@ -97,20 +93,25 @@ def load(data: Any) -> dict[str, list[Example]]:
     ValueError: the data cannot be read, or hold too few questions; names the folder or the field.
   """
   if data.split_files:
-    return _given_split(data)
+    return _given_split(data, report)
   if data.directory and (built := folders.find(data.directory)):
     # Imported here: it is slow to import, and makes use of this module.
     from kepo_jax.data.tfds import reading
 
-    return _cut_down(reading.read_splits(built), data)
+    parts = reading.read_splits(built)
+    count = sum(map(len, parts.values()))
+    report(Summary(root=str(built), format="TFDS", records=count, kept=count))  # rules were applied in building it
+    return _cut_down(parts, data)
   roots = split_roots(data.directory) if data.directory else phantom_roots()
   if not roots:
     refuse_published(data.directory)
-    examples = _read(data.directory, lenient=data.lenient)
+    examples = _read(data.directory, report, lenient=data.lenient)
     return cut_by_rule(examples, data).as_dict()
   if missing := [name for name in SPLITS if name not in roots]:
     raise ValueError(f"{data.directory}: has {sorted(roots)} but not {missing}; add them, or point at one single root")
-  return _cut_down({name: _read(root, lenient=data.lenient) for name, root in roots.items()}, data)
+  expected = () if data.directory else _PHANTOM_RULES
+  parts = {name: _read(root, report, lenient=data.lenient, expected=expected) for name, root in roots.items()}
+  return _cut_down(parts, data)
 
 
 def cut_by_rule(examples: Sequence[Example], data: Any) -> Split:
@@ -170,13 +171,13 @@ def refuse_published(directory: str | os.PathLike) -> None:
     )
 
 
-def _given_split(data: Any) -> dict[str, list[Example]]:
+def _given_split(data: Any, report: Callable[[Summary], None]) -> dict[str, list[Example]]:
   """A published split, verbatim; validation questions come from what is left of its training part.
 
   Whether its training and test questions share images is up to its authors, and said.
   """
   parts = {
-    name: _read(path, lenient=data.lenient, image_root=data.directory or None)
+    name: _read(path, report, lenient=data.lenient, image_root=data.directory or None)
     for name, path in published_parts(data.split_files).items()
   }
   split = _cut_down(parts, data)
@@ -189,9 +190,18 @@ def _given_split(data: Any) -> dict[str, list[Example]]:
   return split
 
 
-def _read(root: str | os.PathLike, *, lenient: bool, image_root: str | None = None) -> list[Example]:
+def _read(
+  root: str | os.PathLike,
+  report: Callable[[Summary], None],
+  *,
+  lenient: bool,
+  image_root: str | None = None,
+  expected: Collection[str] = (),  # rules that are no news
+) -> list[Example]:
   examples, summary = formats.read_any(root, image_root=image_root, lenient=lenient)
-  logging.log(logging.WARNING if summary.dropped else logging.INFO, "%s", summary.text())
+  news = summary.rules.keys() - set(expected)
+  logging.log(logging.WARNING if news else logging.INFO, "%s", summary.text())
+  report(summary)
   return examples
 
 
@@ -303,8 +313,8 @@ def overlap(train: Iterable[Example], test: Iterable[Example]) -> tuple[int, flo
   return len(asked & seen), len(asked & seen) / len(asked) if asked else 0.0
 
 
-def write_ids(split: Split, path: str | os.PathLike, *, rule: str, seed: int) -> None:
-  """Writes which questions a split holds: rule, seed, counts, sorted ids of each part, and their SHA-256, as JSON.
+def write_ids(split: Split, path: epath.PathLike, *, rule: str, seed: int) -> str:
+  """Writes which questions a split holds and what they are, as JSON: rule, seed, and the fields of `id_files.identity`.
 
   Args:
     split: the split.
@@ -312,15 +322,16 @@ def write_ids(split: Split, path: str | os.PathLike, *, rule: str, seed: int) ->
     rule: in words or by name how the split was made, for example "mri600".
     seed: of the rule.
 
+  Returns:
+    the SHA-256 over everything that the questions are.
+
   Raises:
-    ValueError: the file exists and holds something else.
+    ValueError: the file exists and holds something else, such as questions that have changed since; or an image cannot
+      be read.
   """
-  counts = {name: len(part) for name, part in split.ids.items()}
-  record = {"rule": rule, "seed": seed, "counts": counts, "sha256": split.digest, "ids": split.ids}
-  text, target = json.dumps(record, indent=1) + "\n", pathlib.Path(path)
-  if target.exists() and target.read_bytes() != text.encode():
-    raise ValueError(f"{target}: exists and holds another split; choose another name, or remove it")
-  target.write_text(text)
+  identity = id_files.identity(split.as_dict())
+  id_files.write(path, {"rule": rule, "seed": seed} | identity)
+  return str(identity["content_sha256"])
 
 
 def read_ids(path: str | os.PathLike, examples: Iterable[Example]) -> Split:
@@ -328,25 +339,18 @@ def read_ids(path: str | os.PathLike, examples: Iterable[Example]) -> Split:
 
   Args:
     path: the file.
-    examples: at least the questions that it lists.
+    examples: at least the questions that it lists, as they were.
 
   Raises:
-    ValueError: the file is damaged or was changed, lists an id twice, or one that no question has.
+    ValueError: the file is damaged or was changed, lists an id twice, one that no question has, or one whose question
+      or image has changed since.
   """
-  try:
-    record = json_files.parsed(pathlib.Path(path))
-    ids = {name: record["ids"][name] for name in SPLITS}
-    said, counts = record["sha256"], {name: record["counts"][name] for name in SPLITS}
-    if not all(isinstance(part, list) and all(isinstance(one, str) for one in part) for part in ids.values()):
-      raise TypeError("ids are lists of texts")
-  except (Rejected, KeyError, TypeError) as error:
-    raise ValueError(f"{path}: no list of a split's ids ({error})") from error
-  if said != _digest(ids) or counts != {name: len(part) for name, part in ids.items()}:
-    raise ValueError(f"{path}: its ids do not have the counts {counts} and the SHA-256 {said} that it states")
-  listed = [one for part in ids.values() for one in part]
-  if len(set(listed)) < len(listed):
-    raise ValueError(f"{path}: {len(listed) - len(set(listed))} ids stand there twice")
+  record = id_files.stored(path, SPLITS)
+  listed = [one for part in record["ids"].values() for one in part]
   known = {example.id: example for example in examples}
   if missing := [one for one in listed if one not in known]:
     raise ValueError(f"{path}: the data lack {len(missing)} of its {len(listed)} questions, such as {missing[0]!r}")
-  return Split(**{name: _sorted(known[one] for one in part) for name, part in ids.items()})
+  split = Split(**{name: _sorted(known[one] for one in part) for name, part in record["ids"].items()})
+  if changed := id_files.changes(record, id_files.identity(split.as_dict())):
+    raise ValueError(f"{path}: {changed}; restore the data that it was written for, or write it again")
+  return split

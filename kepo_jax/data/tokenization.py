@@ -166,6 +166,25 @@ class Tokenizer:
     counts = iter(image_tokens)
     return [token for i in ids for token in ([i] * next(counts) if i == mark else [i])]
 
+  def overlong(self, texts: Sequence[str], image_tokens: Sequence[Sequence[int]], limit: int) -> dict[int, int]:
+    """Those of many prompts for which `encode` gives more than `limit` token ids: index -> number of ids.
+
+    Args:
+      texts: the users' texts.
+      image_tokens: number of merged tokens of each image of each text.
+      limit: in tokens.
+    """
+    rendered = [self.render(text, len(tokens)) for text, tokens in zip(texts, image_tokens, strict=True)]
+    added = [sum(tokens) - len(tokens) for tokens in image_tokens]  # one mark per image is in the text already
+    # A token stands for one character or more, unless a character has several bytes or a normaliser rewrites it: most
+    # prompts need no tokenizer, which is ten times slower than all else here.
+    unclear = [i for i, text in enumerate(rendered) if not text.isascii() or len(text) + added[i] > limit]
+    with self._lock:
+      texts = [rendered[i] for i in unclear]
+      rows = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    counts = {i: len(row) + added[i] for i, row in zip(unclear, rows, strict=True)}
+    return {i: count for i, count in counts.items() if count > limit}
+
   def completion(self, text: str) -> list[int]:
     """Token ids of a completion as a model would have sampled it, its end token included."""
     with self._lock:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from kepo_jax import evaluation, sharding
-from kepo_jax.data import pipeline, prompts, splits
+from kepo_jax.data import limits, pipeline, prompts, splits
+from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.rewards import Scorer, WeightedRewards
 from kepo_jax.training import assembly, checks, programs
@@ -31,6 +32,7 @@ class Run:
   mesh: jax.sharding.Mesh
   processor: pipeline.Processor
   questions: Mapping[str, Sequence[Example]]  # split -> questions
+  summaries: Mapping[str, Sequence[Summary]]  # "reading" and "checking" -> what was kept, repaired and dropped in it
   scorer: Scorer
   hooks: Sequence[Hook]
   interruption: Interruption
@@ -182,12 +184,7 @@ def prepare(
     patch_buckets=tuple(config.data.patch_buckets),
     held_rows=functools.partial(sharding.held_rows, mesh),
   )
-  questions = dict(records) if records is not None else splits.load(config.data)
-  checks.check_questions(questions, config)
-  if records is not None or config.data.directory or config.data.split_files:  # what was drawn here is sound
-    reading = functools.partial(show_progress, hooks, "checking images")
-    questions = checks.with_readable_images(questions, lenient=config.data.lenient, progress=reading)
-    checks.check_questions(questions, config)
+  questions, summaries = usable_questions(config, processor, records, hooks)
   models = load_models(config, mesh, processor, hooks)
   with jax.set_mesh(mesh):
     state, compiled = assembly.build_programs(config, processor, models)
@@ -197,6 +194,7 @@ def prepare(
     mesh=mesh,
     processor=processor,
     questions=questions,
+    summaries=summaries,
     scorer=scorer,
     hooks=hooks,
     interruption=interruption,
@@ -206,6 +204,41 @@ def prepare(
     programs=compiled,
     batch=batches(config, processor, questions["train"]),
   )
+
+
+def usable_questions(
+  config: Any,
+  processor: pipeline.Processor,
+  records: Mapping[str, Sequence[Example]] | None,
+  hooks: Sequence[Hook],
+) -> tuple[dict[str, list[Example]], dict[str, list[Summary]]]:
+  """The questions of a run by split, each of which it can ask; and what was repaired and dropped on the way.
+
+  Args:
+    config: of the run.
+    processor: of the student.
+    records: split -> questions; None reads `config.data`.
+    hooks: are told how far the check of the images has come.
+
+  Raises:
+    ValueError: the data cannot be read or used, or, unless `data.lenient`, a question cannot be asked.
+  """
+  summaries: dict[str, list[Summary]] = {"reading": [], "checking": []}
+
+  def refusals(split: str, examples: Sequence[Example]) -> Mapping[str, Rejected]:
+    return limits.refusals(examples, processor, checks.prompt_kinds(config, split))
+
+  found = records if records is not None else splits.load(config.data, report=summaries["reading"].append)
+  checks.check_questions(found, config)
+  questions = checks.with_readable_images(
+    found,
+    lenient=config.data.lenient,
+    progress=functools.partial(show_progress, hooks, "checking images"),
+    refusals=refusals,
+    report=summaries["checking"].append,
+  )
+  checks.check_questions(questions, config)
+  return questions, summaries
 
 
 def batches(

@@ -164,6 +164,7 @@ def bad_records(layout, tmp_path):
       record(27, question_id=...),
       record(28, question="half \ud800 a pair"),
     ],
+    "question_too_long": [record(31, question="a" * 10_000), record(32, option_A="a" * 10_000)],
   }
 
 
@@ -173,10 +174,10 @@ def test_bad_records_are_dropped_and_counted_when_lenient(layout, tmp_path):
   examples, summary = omnimedvqa.read(layout.root, lenient=True)
   assert [example.id for example in examples] == ["Set A/Set A_0000"]
   assert rules(summary) == {rule: len(entries) for rule, entries in bad.items()}
-  assert summary.dropped == 22
+  assert summary.dropped == 24
 
 
-@pytest.mark.parametrize("rule", ["unsafe_path", "missing_image", "malformed_record"])
+@pytest.mark.parametrize("rule", ["unsafe_path", "missing_image", "malformed_record", "question_too_long"])
 def test_each_bad_record_stops_a_strict_read(rule, layout, tmp_path):
   for entry in bad_records(layout, tmp_path)[rule]:
     layout.write(record(0), entry)

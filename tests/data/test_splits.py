@@ -8,7 +8,7 @@ from PIL import Image
 
 from kepo_jax.data import splits
 from kepo_jax.types import Example
-from tests.data.cases import MEDR1, write_parquet, write_records, write_saved
+from tests.data.cases import MEDR1, Layout, record, write_parquet, write_records, write_saved
 
 
 def question(modality, number, image, *more):
@@ -83,7 +83,7 @@ def test_load_from_the_mini_set(shared_directory):
   assert {example.modality for example in found["train"]} == {"MRI"}
 
 
-def test_load_the_phantom(tmp_path_factory, monkeypatch):
+def test_load_the_phantom(tmp_path_factory, monkeypatch, caplog):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp().parent / "phantom-cache"))
   found = splits.load(settings(""))
   assert {name: len(part) for name, part in found.items()} == {"train": 6, "validation": 16, "test": 24}
@@ -91,6 +91,12 @@ def test_load_the_phantom(tmp_path_factory, monkeypatch):
   assert splits.load(settings("", split_seed=1))["test"] != found["test"]
   root = next(iter(splits.phantom_roots().values())).parent
   assert splits.load(settings(root)) == found  # the same as a directory
+  caplog.clear()
+  told = []
+  with caplog.at_level("WARNING"):
+    splits.load(settings(""), report=told.append)
+  assert caplog.records == []  # its spellings are those of OmniMedVQA on purpose
+  assert [dict(each.rules) for each in told] == [{"modality_spelling": n} for n in (600, 240, 1800)]
   for example in found["test"]:
     assert Image.open(example.images[0]).size == (64, 64)
   whole = splits.load(settings("", train_items=600, validation_items=40, test_items=300))
@@ -169,59 +175,34 @@ def test_unusable_records_stop_a_run_unless_it_is_lenient(published):
   assert len(splits.load(wanted)["train"]) == 20
 
 
+def test_every_repair_is_warned_of_and_told(tmp_path, caplog):
+  """A repair alone, without a dropped record, must not go unseen."""
+  layout = Layout(tmp_path)
+  paths = [f"Images/Set A/{number}.png" for number in range(12)]
+  for path in paths:
+    layout.image(path)
+  found = []
+  for answer, rules in (("Brain", {}), ("brain.", {"answer_normalised": 12})):
+    layout.write(*(record(n, modality_type="MRI", gt_answer=answer, image_path=path) for n, path in enumerate(paths)))
+    caplog.clear()
+    with caplog.at_level("INFO"):
+      assert len(splits.load(settings(tmp_path), report=found.append)["train"]) == 6
+    assert (found[-1].records, found[-1].kept, dict(found[-1].rules)) == (12, 12, rules)
+    (said,) = [entry for entry in caplog.records if "records kept" in entry.message]
+    assert said.levelname == ("WARNING" if rules else "INFO")
+  assert "answer_normalised 12: repaired" in said.message
+
+
+def test_the_parts_of_a_split_are_told_one_by_one(published):
+  found = []
+  splits.load(settings(published / "data", split_files=str(published / "split")), report=found.append)
+  assert [(each.root.rpartition("/")[2], each.records) for each in found] == [("train", 40), ("test", 24)]
+
+
 def test_a_missing_split_is_named(tmp_path):
   (tmp_path / "train" / "QA_information").mkdir(parents=True)
   with pytest.raises(ValueError, match=r"has \['train'\] but not \['validation', 'test'\]"):
     splits.load(settings(tmp_path))
-
-
-def test_ids_go_to_a_file_and_back(tmp_path):
-  split, path = cut(pool()), tmp_path / "mri600.json"
-  splits.write_ids(split, path, rule="mri600", seed=1)
-  record = json.loads(path.read_text())
-  assert (record["rule"], record["seed"], record["sha256"]) == ("mri600", 1, split.digest)
-  assert record["counts"] == {"train": 20, "validation": 15, "test": 45}
-  assert record["ids"]["train"] == sorted(example.id for example in split.train)
-  assert splits.read_ids(path, pool()[::-1]) == split
-  splits.write_ids(split, path, rule="mri600", seed=1)  # the same again
-  with pytest.raises(ValueError, match="exists and holds another split"):
-    splits.write_ids(cut(pool(), seed=2), path, rule="mri600", seed=2)
-  lacking = [example for example in pool() if example.id not in record["ids"]["test"][:7]]
-  with pytest.raises(ValueError, match=r"the data lack 7 of its 80 questions, such as 'CT/"):
-    splits.read_ids(path, lacking)
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (lambda r: r["ids"]["train"].pop(), r"do not have the counts .* and the SHA-256"),
-    (lambda r: r["ids"]["train"].reverse(), "do not have the counts"),
-    (lambda r: r.update(sha256="0"), "the SHA-256 0 that it states"),
-    (lambda r: r["counts"].update(test=1), "do not have the counts"),
-    (lambda r: r.pop("ids"), "no list of a split's ids"),
-    (lambda r: r["ids"].update(train=[1]), "no list of a split's ids"),
-    (lambda r: r["ids"].update(train="abc"), "no list of a split's ids"),
-  ],
-)
-def test_changed_ids_are_refused(change, message, tmp_path):
-  path = tmp_path / "ids.json"
-  splits.write_ids(cut(pool()), path, rule="mri600", seed=1)
-  record = json.loads(path.read_text())
-  change(record)
-  path.write_text(json.dumps(record))
-  with pytest.raises(ValueError, match=message):
-    splits.read_ids(path, pool())
-
-
-def test_an_id_in_two_parts_is_refused(tmp_path):
-  split = cut(pool())
-  splits.write_ids(splits.Split(split.train, split.validation, split.train), tmp_path / "a.json", rule="x", seed=0)
-  with pytest.raises(ValueError, match="20 ids stand there twice"):
-    splits.read_ids(tmp_path / "a.json", pool())
-  for content in ("[]", "{", "3"):
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match=r"a\.json: no list of a split's ids"):
-      splits.read_ids(tmp_path / "a.json", pool())
 
 
 def test_overlap():

@@ -1,5 +1,6 @@
 """The working directory: claimed once, resumed only by the same config."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import ml_collections
 import pytest
 
 from kepo_jax import sharding
+from kepo_jax.data.rules import Summary
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example
@@ -17,8 +19,9 @@ def config(learning_rate=1e-3):
   return ml_collections.ConfigDict(
     {
       "optimizer": {"learning_rate": learning_rate},
-      "checkpoint": {"every": 2, "keep": 2},
+      "checkpoint": {"every": 2, "minutes": 0.0, "keep": 2, "best": "out_of_domain"},
       "data": {"split_seed": 0},
+      "seed": 0,
     }
   )
 
@@ -68,14 +71,41 @@ def question(name):
 def test_the_questions_of_a_run_are_on_record(tmp_path):
   asked = {"train": [question("b"), question("a")], "test": [question("c")]}
   with RunFiles(tmp_path / "run", config(), resume=False) as files:
-    files.record_questions(asked, rule="by hand")
+    files.begin(asked, rule="by hand")
   record = json.loads((tmp_path / "run" / "questions.json").read_text())
   assert record["ids"] == {"train": ["a", "b"], "validation": [], "test": ["c"]}
   assert record["rule"] == "by hand" and len(record["sha256"]) == 64
   with RunFiles(tmp_path / "run", config(), resume=True) as files:
-    files.record_questions(asked, rule="by hand")
+    files.begin(asked, rule="by hand")
     with pytest.raises(ValueError, match="questions.json: exists and holds another split"):
-      files.record_questions(asked | {"test": [question("d")]}, rule="by hand")
+      files.begin(asked | {"test": [question("d")]}, rule="by hand")
+
+
+def test_a_question_that_has_changed_since_is_named_on_resume(tmp_path):
+  asked = {"train": [question("b"), question("a")], "test": [question("c")]}
+  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+    files.begin(asked, rule="by hand")
+  changed = asked | {"train": [question("b"), dataclasses.replace(question("a"), answer="B")]}
+  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+    with pytest.raises(ValueError, match=r"questions.json: exists and 1 of its 3 questions have changed \('a'\)"):
+      files.begin(changed, rule="by hand")
+    files.begin(asked, rule="by hand")
+
+
+def test_what_was_repaired_and_dropped_is_on_record(tmp_path, monkeypatch):
+  summary = Summary(root="folder", records=3, kept=2)
+  summary.count("null_option", "file, record 1")
+  summary.count("answer_unmatched", "file, record 2")
+  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+    files.record_summaries({"reading": [summary], "checking": []})
+  record = json.loads((tmp_path / "run" / "data_summary.json").read_text())
+  (found,) = record["reading"]
+  assert record["checking"] == [] and found["rules"] == {"null_option": 1, "answer_unmatched": 1}
+  assert found["first"]["answer_unmatched"] == "file, record 2" and found["dropped"] == 1
+  monkeypatch.chdir(tmp_path)
+  with RunFiles("", config(), resume=False) as files:
+    files.record_summaries({"reading": [summary], "checking": []})
+  assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_checkpoints_fall_on_their_steps_and_on_the_last(tmp_path, state):

@@ -123,7 +123,10 @@ def test_the_loader_of_a_run_reads_it(built, download):
   for directory in (built.directory, built.directory.parents[2]):
     for name, part in splits.load(settings(directory)).items():
       assert_equal(part, expected[name])
-  fewer = splits.load(settings(built.directory, test_items=1, train_items=3))
+  told = []
+  fewer = splits.load(settings(built.directory, test_items=1, train_items=3), report=told.append)
+  (summary,) = told
+  assert (summary.format, summary.records) == ("TFDS", sum(map(len, expected.values()))) and not summary.rules
   assert {name: len(part) for name, part in fewer.items()} == {"train": 3, "validation": 4, "test": 2}
   assert splits.load(settings(built.directory, train_modality="CT"))["train"] == []
 

@@ -1,0 +1,154 @@
+"""Room of a run: what is too long or too large is named before the first step, by rule, file, sizes and field."""
+
+import dataclasses
+import json
+
+import pytest
+from PIL import Image
+
+from kepo_jax.data import limits, pipeline, prompts, records
+from kepo_jax.data.records import LONGEST
+from tests.conftest import ROOT
+
+KINDS = {"think": 0, "hint_request": 0, "hint_and_answer": 0}
+
+
+def made(checkpoint, **changes):
+  settings = {"templates": prompts.STANDARD, "prompt_buckets": (512,), "patch_buckets": (16, 48)}
+  return pipeline.Processor.from_directory(checkpoint, **settings | changes)
+
+
+def lengths(processor, questions, kind, hints=None):
+  """Prompt tokens of each question as a run would make them."""
+  return [int(n) for n in processor.prompts(questions, kind, hints=hints).mask.sum(axis=1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_longest_prompt_that_fits(kind, checkpoint, questions):
+  tokens = lengths(made(checkpoint), questions, kind)
+  longest = max(tokens)
+  assert tokens.count(longest) == 1
+  name = questions[tokens.index(longest)].id
+  assert limits.refusals(questions, made(checkpoint, prompt_buckets=(64, longest)), {kind: 0}) == {}
+  tight = made(checkpoint, prompt_buckets=(64, longest - 1))
+  refused = limits.refusals(questions, tight, {kind: 0})
+  assert {each: rejected.rule for each, rejected in refused.items()} == {name: "prompt_too_long"}
+  assert f"the prompt {kind} has {longest} tokens" in str(refused[name])
+  assert f"data.prompt_buckets=(64, {longest - 1}); add a larger bucket" in str(refused[name])
+  with pytest.raises(ValueError, match=f"question {name}: its prompt has {longest} tokens"):
+    tight.prompts(questions, kind)  # as the run would have found out
+
+
+def test_every_kind_counts(checkpoint, questions):
+  processor = made(checkpoint)
+  shortest, longest = (max(lengths(processor, questions, kind)) for kind in ("think", "hint_and_answer"))
+  between = made(checkpoint, prompt_buckets=((shortest + longest) // 2,))
+  assert limits.refusals(questions, between, {"think": 0}) == {}
+  refused = limits.refusals(questions, between, KINDS)
+  assert refused and all("the prompt hint" in str(rejected) for rejected in refused.values())
+
+
+def test_characters_of_several_bytes_are_tokenized(checkpoint, questions):
+  """Their tokens cannot be bounded by their number: U+5F71 has three bytes, none of them merged in this vocabulary."""
+  processor = made(checkpoint)
+  asked = [dataclasses.replace(questions[3], question="影" * 200)]
+  (tokens,) = lengths(made(checkpoint, prompt_buckets=(2048,)), asked, "no_think")
+  assert tokens > 600 and len(prompts.prompt_text(asked[0], prompts.STANDARD, "no_think")) < 400
+  (rejected,) = limits.refusals(asked, processor, {"no_think": 0}).values()
+  assert f"has {tokens} tokens" in str(rejected)
+
+
+def test_an_image_alone_may_be_too_long_for_a_prompt(make_checkpoint, questions, tmp_path):
+  settings = json.loads((make_checkpoint(tmp_path) / "preprocessor_config.json").read_text())
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"max_pixels": 384 * 384}))
+  square = {"templates": prompts.BRIEF, "resize": "squash384", "patch_buckets": (2304,)}
+  (tokens,) = lengths(made(tmp_path, prompt_buckets=(2048,), **square), questions[:1], "think")
+  processor = made(tmp_path, prompt_buckets=(tokens - 1,), **square)
+  assert tokens > 576 > len(processor.tokenizer.render(prompts.prompt_text(questions[0], prompts.BRIEF, "think"), 1))
+  (rejected,) = limits.refusals(questions[:1], processor, {"think": 0}).values()
+  assert f"has {tokens} tokens (576 of them for images)" in str(rejected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_stands_for_a_character_or_more(kind, checkpoint, questions):
+  for folder in (checkpoint, ROOT / "experiments" / "assets" / "phantom" / "confused"):
+    processor = made(folder, patch_buckets=(1024,))
+    merged = [processor.image_tokens([example]) for example in questions]
+    for example, images, count in zip(questions, merged, lengths(processor, questions, kind), strict=True):
+      text = processor.tokenizer.render(prompts.prompt_text(example, prompts.STANDARD, kind), len(images))
+      assert text.isascii() and count <= len(text) + sum(images) - len(images)
+
+
+def test_room_for_the_longest_hint(checkpoint, questions):
+  bare = max(lengths(made(checkpoint), questions, "hint_only"))
+  processor = made(checkpoint, prompt_buckets=(bare + 7,))
+  assert limits.refusals(questions, processor, {"hint_only": 7}) == {}
+  (rejected,) = limits.refusals(questions, processor, {"hint_only": 8}).values()
+  assert "and 8 for the longest hint" in str(rejected) and "or lower exploration.hint_tokens" in str(rejected)
+  # A hint of seven tokens does fit: " 1" is a token of a space and one of a digit.
+  assert max(lengths(processor, questions, "hint_only", ["1 1 1 1"] * len(questions))) <= bare + 7
+
+
+def test_prompts_are_tokenized_in_parts(checkpoint, questions, monkeypatch):
+  processor = made(checkpoint, prompt_buckets=(64,))
+  whole = limits.refusals(questions, processor, KINDS)
+  assert len(whole) == len(questions)
+  calls = []
+  overlong = processor.tokenizer.overlong
+  monkeypatch.setattr(
+    processor.tokenizer, "overlong", lambda texts, *rest: calls.append(len(texts)) or overlong(texts, *rest)
+  )
+  monkeypatch.setattr(limits, "_AT_ONCE", 2)
+  assert {each: str(why) for each, why in limits.refusals(questions, processor, KINDS).items()} == {
+    each: str(why) for each, why in whole.items()
+  }
+  assert calls == [2, 2, 1]  # nothing is left for the second kind
+
+
+def test_patches_of_all_images_of_a_question(checkpoint, questions):
+  questions = [example for example in questions if example.id != "set/1"]
+  # set/2 shows two images, set/0 and set/4 one of them each.
+  processor = made(checkpoint)
+  parts = {example.id: processor.image_tokens([example]) for example in questions}
+  rows = {name: 4 * sum(tokens) for name, tokens in parts.items()}
+  largest = max(rows.values())
+  assert rows["set/2"] == largest > max(rows["set/0"], rows["set/4"])
+  assert limits.refusals(questions, made(checkpoint, patch_buckets=(largest,)), {}) == {}
+  refused = limits.refusals(questions, made(checkpoint, patch_buckets=(16, largest - 4)), KINDS)
+  (rejected,) = refused.values()
+  assert refused.keys() == {"set/2"} and rejected.rule == "image_too_large"
+  assert "square.png of 32 x 32 pixels, " in str(rejected) and "tall.png of 20 x 60 pixels" in str(rejected)
+  assert f"{largest} patch rows, more than the largest of data.patch_buckets=(16, {largest - 4})" in str(rejected)
+  assert "add a larger bucket, scale the image down, or set data.resize=squash384" in str(rejected)
+
+
+@pytest.mark.parametrize(("size", "rule"), [((3000, 10), "image_too_narrow"), ((400, 300), "image_too_large")])
+def test_images_that_only_a_square_can_hold(size, rule, checkpoint, questions, tmp_path):
+  path = str(tmp_path / "odd.png")
+  Image.new("L", size).save(path)
+  asked = [questions[0], dataclasses.replace(questions[1], images=(path,))]
+  native = made(checkpoint)
+  if rule == "image_too_large":  # the tiny model's processor would scale everything down
+    native.image_processor = dataclasses.replace(native.image_processor, max_pixels=1 << 20)
+  (rejected,) = limits.refusals(asked, native, KINDS).values()
+  assert rejected.rule == rule
+  assert (
+    f"{size[0]} x {size[1]}" in str(rejected) and path in str(rejected) and "data.resize=squash384" in str(rejected)
+  )
+  square = made(checkpoint, resize="squash384", patch_buckets=(2304,), prompt_buckets=(4096,))
+  assert limits.refusals(asked, square, KINDS) == {}
+
+
+@pytest.mark.parametrize("field", ["question", "options"])
+def test_a_text_that_no_question_has(field, checkpoint, questions):
+  processor = made(checkpoint, prompt_buckets=(1 << 20,))
+  rest = len(questions[0].question) if field == "options" else sum(map(len, questions[0].options))
+  for length, found in ((LONGEST - rest, {}), (LONGEST - rest + 1, {"set/0": "question_too_long"})):
+    text = "a" * length
+    value = text if field == "question" else (text[:-2], "b", "c")
+    long = dataclasses.replace(questions[0], **{field: value})
+    refused = limits.refusals([long, questions[1]], processor, {"think": 0})
+    assert {name: rejected.rule for name, rejected in refused.items()} == found
+  assert f"a question of {LONGEST + 1} characters with its options, more than {LONGEST}" in str(refused["set/0"])
+  with pytest.raises(records.Rejected, match="10001 characters"):
+    records.check_length(long.question, long.options)
