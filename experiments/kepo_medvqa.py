@@ -54,7 +54,6 @@ def main(_: list[str]) -> None:
         interruption=interruption,
       )
     except training.Interrupted as error:
-      reporter.stop()
       print(f"{error} Go on with --workdir={workdir} --resume.", file=sys.stderr)
       sys.exit(training.EXIT_CODE)
 

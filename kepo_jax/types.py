@@ -136,3 +136,6 @@ class Hook:
 
   def finish(self) -> None:
     """After the last step, the last evaluation and the export."""
+
+  def stop(self) -> None:
+    """Instead of `finish`, when an error or a signal ends the run early."""

@@ -91,7 +91,7 @@ class RunReporter(Hook):
 
   def position(self) -> dict[str, int]:
     """Brings the files to the disk; how long they are."""
-    for sink in [*self._sinks, *self._timing, *self._files.values()]:
+    for sink in self._all():
       sink.flush()
     return {name: file.position for name, file in self._files.items()}
 
@@ -99,10 +99,14 @@ class RunReporter(Hook):
     """Shows how far loading or an evaluation has come."""
     self._display.progress(what, done, total)
 
+  def stop(self) -> None:
+    """Closes the files and the display."""
+    self._display.close()
+    self._close()
+
   def finish(self) -> None:
     """Closes the files, writes report/ and shows the accuracies before and after."""
-    for sink in [*self._sinks, *self._timing, *([self._samples] if self._samples else [])]:
-      sink.close()
+    self._close()
     evaluations = self._evaluations
     if self._workdir:
       evaluations = write_report(self._workdir) or evaluations
@@ -127,6 +131,13 @@ class RunReporter(Hook):
       if project:
         config = json.loads(plan.config.to_json())
         self._sinks.append(optional(project, workdir=plan.workdir, config=config, start_step=plan.start_step))
+
+  def _all(self) -> list[Sink]:
+    return [*self._files.values(), *(sink for sink in self._sinks if not isinstance(sink, JsonLines))]
+
+  def _close(self) -> None:
+    for sink in self._all():
+      sink.close()
 
   def _warn(self, messages: list[str]) -> None:
     for message in messages:

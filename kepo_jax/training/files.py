@@ -55,7 +55,7 @@ class RunFiles:
     self.owes_validation = False  # the restored step was saved before its validation
     self._resume, self._auto_resume, self._allow_change = resume, auto_resume, allow_config_change
     self._config = config
-    self._resumes = False
+    self.resumes = False
     self._begun = False
     self._made = False  # whether the folder did not exist before
     self._lock: lock.WorkdirLock | None = None
@@ -76,7 +76,7 @@ class RunFiles:
       return self
     try:
       claim = processes.on_first(self._claimed)
-      self._resumes, self.evaluations = claim["resumes"], claim["evaluations"]
+      self.resumes, self.evaluations = claim["resumes"], claim["evaluations"]
     except BaseException:
       self._leave()
       raise
@@ -141,7 +141,7 @@ class RunFiles:
     if not self._checkpoints:
       return like
     self._warn_of_room(like)
-    if not self._resumes:
+    if not self.resumes:
       return like
     found = self._checkpoints.restore(like)
     if found is None:
@@ -375,14 +375,10 @@ def _set_aside(path: epath.Path) -> None:
   path.rename(next(name for name in names if not name.exists()))
 
 
-def _random_identity(seed: int) -> dict[str, Any]:
-  """What the random numbers of a run derive from, besides steps and purposes."""
+def _random_identity(seed: int) -> dict[str, list[int]]:
+  """What the random numbers of a run derive from besides steps and purposes, and how they come out of it."""
   key = jax.random.key(seed)
-  return {
-    "implementation": str(jax.random.key_impl(key)),
-    "key": np.asarray(jax.random.key_data(key)).tolist(),
-    "partitionable": bool(jax.config.jax_threefry_partitionable),
-  }
+  return {"key": jax.random.key_data(key).tolist(), "bits": jax.random.bits(key, (4,)).tolist()}
 
 
 def _version(package: str) -> str:

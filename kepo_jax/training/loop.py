@@ -73,15 +73,25 @@ def train(
     Interrupted: the run was asked to stop, and did after a step.
   """
   interruption = interruption or Interruption()
-  files = RunFiles(
-    workdir, config, resume=resume, auto_resume=auto_resume, allow_config_change=allow_config_change
-  )
+  files = RunFiles(workdir, config, resume=resume, auto_resume=auto_resume, allow_config_change=allow_config_change)
   watchdog = Watchdog(config.log.stall_seconds, files.workdir)
   hooks = [*hooks, watchdog, *([Profiler()] if config.profile.steps else [])]
-  with files, watchdog, contextlib.closing(CompileCounter()) as compiled:
+  with files, watchdog, contextlib.closing(CompileCounter()) as compiled, stopping(hooks):
     run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks, interruption=interruption)
     with jax.set_mesh(run.mesh):
       return run_steps(run, files, compiled, given=records is not None)
+
+
+@contextlib.contextmanager
+def stopping(hooks: Sequence[Hook]) -> Iterator[None]:
+  """Tells the hooks of a run that ends early."""
+  try:
+    yield
+  except BaseException:
+    for hook in hooks:
+      with contextlib.suppress(Exception):  # the error that ends the run is the one to be seen
+        hook.stop()
+    raise
 
 
 def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, given: bool) -> Result:
@@ -113,7 +123,7 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
   return Result(state=state, evaluations=files.evaluations, workdir=files.workdir)
 
 
-def tell(run: setup.Run, report: StepReport, timing: Mapping[str, float]) -> None:
+def tell(run: setup.Run, report: StepReport, timing: dict[str, float]) -> None:
   """Hands a step to the hooks, with what was measured around it."""
   for hook in run.hooks:
     hook.step(dataclasses.replace(report, timing=report.timing | timing))

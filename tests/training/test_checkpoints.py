@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there, damaged ones set aside, the newest and the best kept, errors that say what stands."""
+"""Checkpoints: complete or not there, damaged ones set aside, the newest and the best kept, clear errors."""
 
 import os
 import subprocess

@@ -1,15 +1,20 @@
 """The working directory: claimed once, resumed only by the same config."""
 
 import dataclasses
+import importlib.metadata
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
+from absl import logging
 
 from kepo_jax import sharding
 from kepo_jax.data.rules import Summary
+from kepo_jax.training.checkpoints import steps_in
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example
@@ -26,39 +31,86 @@ def config(learning_rate=1e-3):
   )
 
 
+def begun(tmp_path):
+  """A run in tmp_path/run that has written what it is."""
+  with RunFiles(tmp_path / "run", config()) as files:
+    files.begin({}, rule="none")
+
+
 @pytest.fixture
 def state():
-  fresh = TrainState(step=jnp.int32(0), params={"w": jnp.arange(4.0)}, opt_state=())
+  fresh = TrainState(step=jnp.int32(0), params={"w": jnp.arange(4.0)}, opt_state=(), skipped=jnp.int32(0))
   return jax.device_put(fresh, sharding.replicated(sharding.make_mesh(data=8)))
 
 
 def test_a_used_folder_is_refused(tmp_path):
-  with RunFiles(tmp_path / "run", config(), resume=False):
-    pass
+  begun(tmp_path)
   assert json.loads((tmp_path / "run" / "config.json").read_text())["checkpoint"]["keep"] == 2
-  with pytest.raises(ValueError, match="not empty; pass --resume"):
-    RunFiles(tmp_path / "run", config(), resume=False)
+  with pytest.raises(ValueError, match="not empty; pass --resume"), RunFiles(tmp_path / "run", config()):
+    pass
 
 
 def test_resume_needs_a_run(tmp_path):
-  with pytest.raises(ValueError, match="no run to resume"):
-    RunFiles(tmp_path, config(), resume=True)
-  with pytest.raises(ValueError, match="needs a workdir"):
-    RunFiles("", config(), resume=True)
+  with pytest.raises(ValueError, match="no run to resume"), RunFiles(tmp_path / "run", config(), resume=True):
+    pass
+  assert not (tmp_path / "run").exists()
+  with pytest.raises(ValueError, match="needs a workdir"), RunFiles("", config(), resume=True):
+    pass
 
 
 def test_resume_refuses_another_config_by_field(tmp_path):
-  with RunFiles(tmp_path / "run", config(), resume=False):
+  begun(tmp_path)
+  message = r"optimizer.learning_rate: 0.001 -> 0.002.*--allow_config_change"
+  with pytest.raises(ValueError, match=message), RunFiles(tmp_path / "run", config(0.002), resume=True):
     pass
-  with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.001 -> 0.002"):
-    RunFiles(tmp_path / "run", config(0.002), resume=True)
+  with RunFiles(tmp_path / "run", config(0.002), resume=True, allow_config_change=True) as files:
+    files.begin({}, rule="none")
+  root = tmp_path / "run"
+  assert json.loads((root / "config.json").read_text())["optimizer"]["learning_rate"] == 0.002
+  assert json.loads((root / "config-before-1.json").read_text())["optimizer"]["learning_rate"] == 0.001
+
+
+def test_the_same_command_again_starts_or_continues(tmp_path):
+  for resumes in (False, True):
+    with RunFiles(tmp_path / "run", config(), auto_resume=True) as files:
+      assert files.resumes == resumes
+      files.begin({}, rule="none")
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other" / "thesis.tex").write_text("")
+  with pytest.raises(ValueError, match="not empty"), RunFiles(tmp_path / "other", config(), auto_resume=True):
+    pass
+
+
+def test_a_run_that_dies_before_it_begins_leaves_no_folder(tmp_path):
+  with pytest.raises(RuntimeError), RunFiles(tmp_path / "run", config()):
+    assert (tmp_path / "run" / "lock.json").exists()
+    raise RuntimeError
+  assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+  with RunFiles(tmp_path / "run", config()) as files:
+    files.begin({}, rule="none")
+    again = RunFiles(tmp_path / "run", config(), resume=True)
+    with pytest.raises(ValueError, match="is in use by process"), again:
+      pass
+    assert (tmp_path / "run" / "lock.json").exists()  # the refused one must not unlock it
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
+  (tmp_path / "file").write_text("")
+  with (
+    pytest.raises(OSError, match=r"workdir .*file/run cannot be written"),
+    RunFiles(tmp_path / "file" / "run", config()),
+  ):
+    pass
 
 
 def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with RunFiles("", config(), resume=False) as files:
+  with RunFiles("", config()) as files:
     files.record("before", {"overall": 1})
-    files.save(2, {}, last=True)
+    files.save(2, {}, now=True)
     files.export(lambda path: pytest.fail(f"exported to {path}"))
   assert not list(tmp_path.iterdir())
   assert files.evaluations == {"before": {"overall": 1}}
@@ -70,7 +122,7 @@ def question(name):
 
 def test_the_questions_of_a_run_are_on_record(tmp_path):
   asked = {"train": [question("b"), question("a")], "test": [question("c")]}
-  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+  with RunFiles(tmp_path / "run", config()) as files:
     files.begin(asked, rule="by hand")
   record = json.loads((tmp_path / "run" / "questions.json").read_text())
   assert record["ids"] == {"train": ["a", "b"], "validation": [], "test": ["c"]}
@@ -83,7 +135,7 @@ def test_the_questions_of_a_run_are_on_record(tmp_path):
 
 def test_a_question_that_has_changed_since_is_named_on_resume(tmp_path):
   asked = {"train": [question("b"), question("a")], "test": [question("c")]}
-  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+  with RunFiles(tmp_path / "run", config()) as files:
     files.begin(asked, rule="by hand")
   changed = asked | {"train": [question("b"), dataclasses.replace(question("a"), answer="B")]}
   with RunFiles(tmp_path / "run", config(), resume=True) as files:
@@ -96,45 +148,139 @@ def test_what_was_repaired_and_dropped_is_on_record(tmp_path, monkeypatch):
   summary = Summary(root="folder", records=3, kept=2)
   summary.count("null_option", "file, record 1")
   summary.count("answer_unmatched", "file, record 2")
-  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+  with RunFiles(tmp_path / "run", config()) as files:
     files.record_summaries({"reading": [summary], "checking": []})
   record = json.loads((tmp_path / "run" / "data_summary.json").read_text())
   (found,) = record["reading"]
   assert record["checking"] == [] and found["rules"] == {"null_option": 1, "answer_unmatched": 1}
   assert found["first"]["answer_unmatched"] == "file, record 2" and found["dropped"] == 1
   monkeypatch.chdir(tmp_path)
-  with RunFiles("", config(), resume=False) as files:
+  with RunFiles("", config()) as files:
     files.record_summaries({"reading": [summary], "checking": []})
   assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_checkpoints_fall_on_their_steps_and_on_the_last(tmp_path, state):
-  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+  with RunFiles(tmp_path / "run", config()) as files:
     for step in (1, 2, 3, 4, 5):
-      files.save(step, state, last=step == 5)
-  kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
-  assert kept == [4, 5]
+      files.save(step, state, now=step == 5)
+      assert (files.timing().keys() == {"seconds/checkpoint"}) == (step in (2, 4, 5))
+    assert files.saved == str(tmp_path / "run" / "checkpoints" / "5")
+  assert steps_in(tmp_path / "run" / "checkpoints") == [4, 5]
 
 
-def test_restore_brings_back_the_newest_state_and_forgets_later_evaluations(tmp_path, state):
-  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+def validation(step, accuracy):
+  return {"step": step, "out_of_domain": {"mean": accuracy}, "in_domain": {"accuracy": 1 - accuracy}}
+
+
+@pytest.mark.parametrize(("figure", "kept"), [("out_of_domain", [2, 5, 6]), ("in_domain", [3, 5, 6]), ("", [5, 6])])
+def test_the_checkpoint_of_the_best_validation_stays(tmp_path, state, figure, kept):
+  settings = config()
+  settings.checkpoint.best = figure
+  with RunFiles(tmp_path / "run", settings) as files:
+    for step, accuracy in enumerate((0.5, 0.7, 0.4, 0.7, 0.6, 0.5), 1):
+      files.record("validation", validation(step, accuracy))
+      files.save(step, state, now=step > 3)
+  assert steps_in(tmp_path / "run" / "checkpoints") == kept
+
+
+def moved(state, steps):
+  return state.replace(step=state.step + steps, params={"w": state.params["w"] + 1})
+
+
+def test_the_newest_state_comes_back_and_what_came_after_it_is_forgotten(tmp_path, state):
+  with RunFiles(tmp_path / "run", config()) as files:
+    files.begin({}, rule="none")
     files.record("before", {"step": 0})
-    files.save(2, state.replace(step=state.step + 2, params={"w": state.params["w"] + 1}), last=False)
-    files.record("validation", {"step": 2})
-    files.record("validation", {"step": 3})
+    files.record("validation", validation(2, 0.5))
+    files.save(2, moved(state, 2), now=False, positions=lambda: {"metrics.jsonl": 123})
+    files.record("validation", validation(3, 0.6))
     files.record("after", {"step": 3})
   with RunFiles(tmp_path / "run", config(), resume=True) as files:
-    restored = files.restore(state)
+    files.begin({}, rule="none")
+    restored = files.restored(state)
   assert int(restored.step) == 2
   assert restored.params["w"].tolist() == [1, 2, 3, 4]
   assert state.params["w"].is_deleted()  # a resumed run does not hold the untrained state beside its own
   assert restored.params["w"].sharding == state.params["w"].sharding
-  assert files.evaluations == {"before": {"step": 0}, "validation": [{"step": 2}]}
+  assert files.evaluations == {"before": {"step": 0}, "validation": [validation(2, 0.5)]}
+  assert files.positions == {"metrics.jsonl": 123} and not files.owes_validation
 
 
-def test_restore_without_a_checkpoint_starts_over(tmp_path, state):
-  with RunFiles(tmp_path / "run", config(), resume=False) as files:
+def test_a_validation_that_was_not_done_at_the_checkpoint_is_owed(tmp_path, state):
+  with RunFiles(tmp_path / "run", config()) as files:
+    files.begin({}, rule="none")
+    files.save(2, moved(state, 2), now=True, validated=False)
+    files.record("validation", validation(2, 0.5))  # it was made after all, and then the process was killed
+  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+    files.begin({}, rule="none")
+    files.restored(state)
+  assert files.owes_validation and files.evaluations["validation"] == []
+
+
+def test_without_a_checkpoint_a_resumed_run_starts_over(tmp_path, state):
+  with RunFiles(tmp_path / "run", config()) as files:
+    files.begin({}, rule="none")
     files.record("before", {"step": 0})
   with RunFiles(tmp_path / "run", config(), resume=True) as files:
-    assert files.restore(state) is state
+    assert files.restored(state) is state
   assert "before" not in files.evaluations
+
+
+def saved_run(tmp_path, state):
+  with RunFiles(tmp_path / "run", config()) as files:
+    files.begin({"train": [question("a")]}, rule="none")
+    files.save(2, moved(state, 2), now=True)
+
+
+def test_other_random_numbers_are_refused(tmp_path, state, monkeypatch):
+  saved_run(tmp_path, state)
+  bits = jax.random.bits
+  monkeypatch.setattr("jax.random.bits", lambda *arguments: bits(*arguments) + 1)
+  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+    files.begin({"train": [question("a")]}, rule="none")
+    with pytest.raises(ValueError, match="had other random numbers"):
+      files.restored(state)
+
+
+def test_other_versions_and_devices_are_told(tmp_path, state, monkeypatch, caplog):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  saved_run(tmp_path, state)
+  version = importlib.metadata.version
+  monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0" if name == "optax" else version(name))
+  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+    files.begin({"train": [question("a")]}, rule="none")
+    files.restored(state)
+  assert "goes on on something else: optax" in caplog.text and "-> 99.0. Results" in caplog.text
+
+
+def test_changed_questions_are_taken_only_where_that_is_allowed(tmp_path, state, caplog, monkeypatch):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  saved_run(tmp_path, state)
+  other = {"train": [dataclasses.replace(question("a"), answer="B")]}
+  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+    with pytest.raises(ValueError, match="1 of its 1 questions have changed"):
+      files.begin(other, rule="none")
+  with RunFiles(tmp_path / "run", config(), resume=True, allow_config_change=True) as files:
+    files.begin(other, rule="none")
+    assert int(files.restored(state).step) == 2
+  assert "Going on with the questions as they are now" in caplog.text
+  assert (tmp_path / "run" / "questions-before-1.json").exists()
+
+
+def test_a_disk_without_room_is_told_at_the_start(tmp_path, state, caplog, monkeypatch):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=40))
+  with RunFiles(tmp_path / "run", config()) as files:
+    files.restored(state)
+  assert "4 more checkpoints of 0.0 GB do not fit" in caplog.text
+
+
+def test_a_batch_is_dumped_for_inspection(tmp_path):
+  with RunFiles(tmp_path / "run", config()) as files:
+    folder = files.dump("not_finite/step-3", {".tokens": np.arange(6).reshape(2, 3)}, [{"id": "q"}])
+  assert folder == str(tmp_path / "run" / "not_finite" / "step-3")
+  with np.load(f"{folder}/batch.npz") as packed:
+    np.testing.assert_array_equal(packed[".tokens"], [[0, 1, 2], [3, 4, 5]])
+  assert json.loads((tmp_path / "run" / "not_finite" / "step-3" / "samples.jsonl").read_text()) == {"id": "q"}
