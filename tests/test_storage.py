@@ -13,7 +13,7 @@ from kepo_jax import storage
 
 def test_what_is_remote():
   assert storage.is_remote("gs://bucket/x") and storage.is_remote(epath.Path("s3://bucket/x"))
-  assert not storage.is_remote("/tmp/x") and not storage.is_remote(pathlib.Path("runs/x"))
+  assert not storage.is_remote("/folder/x") and not storage.is_remote(pathlib.Path("runs/x"))
 
 
 def test_a_write_that_fails_leaves_the_old_bytes(tmp_path, monkeypatch):

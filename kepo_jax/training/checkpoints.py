@@ -5,9 +5,9 @@ parameters, optimizer state and step are the whole state of a run. Beside them l
 with. A checkpoint counts once its manifest is there, which is the last thing that is written of it.
 """
 
+import concurrent.futures
 import contextlib
 import logging as stdlib_logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,9 +57,9 @@ class Checkpoints:
     self._clock = clock
     self._saved_at = clock()
     self._manager: ocp.CheckpointManager | None = None
-    self._finishing: threading.Thread | None = None
-    self._failure: Exception | None = None
-    self._saving: int | None = None  # step whose checkpoint is being written
+    self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._finishing: concurrent.futures.Future[int] | None = None  # gives its step when a checkpoint is complete
+    self._saving = 0  # its step
     self.newest: int | None = None  # step of the newest one that is complete
     self.best: int | None = None  # step of the one that is kept whatever its age
 
@@ -92,8 +92,7 @@ class Checkpoints:
     except _STORAGE_ERRORS as error:
       raise self._cannot_write(step, error) from error
     self._saving = step
-    self._finishing = threading.Thread(target=self._finish, args=(manager, step), name="checkpoint")
-    self._finishing.start()
+    self._finishing = self._background.submit(self._finish, manager, step)
     self._saved_at = self._clock()
 
   def check(self) -> None:
@@ -102,7 +101,7 @@ class Checkpoints:
     Raises:
       OSError: it has.
     """
-    if self._finishing and not self._finishing.is_alive():
+    if self._finishing and self._finishing.done():
       self.wait()
 
   def wait(self) -> None:
@@ -113,14 +112,11 @@ class Checkpoints:
     """
     if not self._finishing:
       return
-    self._finishing.join()
-    step, failure = self._saving or 0, self._failure
-    self._finishing = self._failure = self._saving = None
-    if isinstance(failure, _STORAGE_ERRORS):
-      raise self._cannot_write(step, failure) from failure
-    if failure:
-      raise failure
-    self.newest = step
+    finishing, self._finishing = self._finishing, None
+    try:
+      self.newest = finishing.result()
+    except _STORAGE_ERRORS as error:
+      raise self._cannot_write(self._saving, error) from error
 
   def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest intact state, on the shardings and dtypes of `like`, and what lay beside it; None without any.
@@ -156,18 +152,18 @@ class Checkpoints:
     Raises:
       OSError: the last save has failed.
     """
-    manager, self._manager = self._manager, None
-    try:
+    with contextlib.ExitStack() as stack:
+      stack.callback(logging.get_absl_logger().removeFilter, _said_once)
+      stack.callback(self._background.shutdown)
+      if self._manager:
+        stack.push(self._close_manager)
       self.wait()
-    except Exception:
-      if manager:
-        with contextlib.suppress(Exception):  # it tells the same error again
-          manager.close()
-      raise
-    finally:
-      logging.get_absl_logger().removeFilter(_said_once)
+
+  def _close_manager(self, kind: Any, *_: Any) -> None:
+    manager, self._manager = self._manager, None
     if manager:
-      manager.close()
+      with contextlib.suppress(*(_STORAGE_ERRORS if kind else ())):  # it tells the same error again
+        manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
     # Not before damaged checkpoints are set aside: it reads the folder once.
@@ -185,15 +181,13 @@ class Checkpoints:
       )
     return self._manager
 
-  def _finish(self, manager: ocp.CheckpointManager, step: int) -> None:
+  def _finish(self, manager: ocp.CheckpointManager, step: int) -> int:
     """In the background: waits for the commit, then reads the files back for their checksums."""
-    try:
-      manager.wait_until_finished()
-      if processes.is_first():
-        manifest.write(self.directory / str(step))
-        self._delete_old()
-    except Exception as error:  # told by the next save, check or close
-      self._failure = error
+    manager.wait_until_finished()
+    if processes.is_first():
+      manifest.write(self.directory / str(step))
+      self._delete_old()
+    return step
 
   def _delete_old(self) -> None:
     for step in steps_in(self.directory)[: -self._keep]:

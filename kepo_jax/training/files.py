@@ -74,12 +74,11 @@ class RunFiles:
       if self._resume or self._auto_resume:
         raise ValueError("resume needs a workdir; pass --workdir=DIR of the run to continue.")
       return self
-    try:
+    with contextlib.ExitStack() as refused:
+      refused.callback(self._leave)
       claim = processes.on_first(self._claimed)
-      self.resumes, self.evaluations = claim["resumes"], claim["evaluations"]
-    except BaseException:
-      self._leave()
-      raise
+      refused.pop_all()
+    self.resumes, self.evaluations = claim["resumes"], claim["evaluations"]
     settings = self._config.checkpoint
     self._checkpoints = Checkpoints(
       self._root / "checkpoints", every=settings.every, minutes=settings.minutes, keep=settings.keep

@@ -85,13 +85,11 @@ def train(
 @contextlib.contextmanager
 def stopping(hooks: Sequence[Hook]) -> Iterator[None]:
   """Tells the hooks of a run that ends early."""
-  try:
-    yield
-  except BaseException:
+  with contextlib.ExitStack() as early:
     for hook in hooks:
-      with contextlib.suppress(Exception):  # the error that ends the run is the one to be seen
-        hook.stop()
-    raise
+      early.callback(hook.stop)
+    yield
+    early.pop_all()
 
 
 def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, given: bool) -> Result:

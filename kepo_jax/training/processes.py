@@ -26,11 +26,11 @@ def on_first(work: Callable[[], Any]) -> Any:
   if jax.process_count() == 1:
     return work()
   outcome: dict[str, Any] = {}
-  failure: Exception | None = None
+  failure: ValueError | OSError | None = None
   if is_first():
     try:
       outcome = {"value": work()}
-    except Exception as error:
+    except (ValueError, OSError) as error:
       outcome, failure = {"error": str(error)}, error
   outcome = json.loads(_broadcast(json.dumps(outcome)))
   if failure:

@@ -26,7 +26,7 @@ def evaluation(value):
   }
 
 
-def make_plan(workdir, start_step=0):
+def make_plan(workdir, start_step=0, positions=None):
   config = kepo.get_config()
   config.train.steps = 4
   return types.RunPlan(
@@ -37,6 +37,7 @@ def make_plan(workdir, start_step=0):
     questions={"train": 600, "test": 2400},
     programs=("rollout", "update"),
     start_step=start_step,
+    positions=positions or {},
   )
 
 
@@ -51,16 +52,18 @@ def report(step):
   )
 
 
-def follow(workdir, steps, start=0, finish=True, memory=None):
-  """Plays a run to a reporter; returns what was shown."""
+def follow(workdir, steps, start=0, finish=True, memory=None, positions=None, saved=None):
+  """Plays a run to a reporter; returns what was shown. `saved` receives the positions after step 2."""
   output = io.StringIO()
   reporter = reporting.RunReporter(memory=memory, console=Console(file=output, width=110))
   reporter.progress("loading", 1, 1)
-  reporter.start(make_plan(workdir, start))
+  reporter.start(make_plan(workdir, start, positions))
   for step in steps:
     reporter.step(report(step))
     if step % 2 == 0:
       reporter.evaluation(step, "validation", evaluation(0.25 + step / 8))
+    if step == 2 and saved is not None:
+      saved.update(reporter.position())
   if finish:
     reporter.evaluation(4, "after", evaluation(0.7))
     reporter.finish()
@@ -92,10 +95,22 @@ def test_a_run_leaves_its_figures_samples_and_report(tmp_path):
 
 def test_a_resumed_run_leaves_the_same_bytes(tmp_path):
   follow(tmp_path / "whole", range(1, 5))
-  follow(tmp_path / "cut", range(1, 4), finish=False)  # dies after step 3, with its checkpoint of step 2
-  follow(tmp_path / "cut", range(3, 5), start=2)
+  saved = {}
+  follow(tmp_path / "cut", range(1, 4), finish=False, saved=saved)  # dies after step 3, with its checkpoint of step 2
+  assert saved.keys() == {"metrics.jsonl", "timing.jsonl", "samples.jsonl"}
+  follow(tmp_path / "cut", range(3, 5), start=2, positions=saved)
   for name in ("metrics.jsonl", "samples.jsonl"):
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_that_ends_early_closes_its_files(tmp_path):
+  reporter = reporting.RunReporter(console=Console(file=io.StringIO()))
+  reporter.start(make_plan(tmp_path))
+  reporter.step(report(1))
+  reporter.stop()
+  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+  with pytest.raises(ValueError, match="closed file"):
+    reporter.step(report(2))
 
 
 def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import types
 
 import numpy as np
 import pytest
+from absl import logging
 from tensorboardX.proto import event_pb2
 
 from kepo_jax.reporting import sinks
@@ -18,23 +19,44 @@ def test_json_lines_hold_plain_values_in_order(tmp_path):
   file.close()
 
 
-def test_truncation_continues_as_if_nothing_had_been_interrupted(tmp_path):
+def test_a_file_that_is_cut_back_continues_as_if_nothing_had_been_interrupted(tmp_path):
   path = tmp_path / "metrics.jsonl"
   whole, cut = sinks.JsonLines(tmp_path / "whole.jsonl"), sinks.JsonLines(path)
   for step in range(1, 7):
     whole.write(step, {"x": step / 7, "name": "ü"})
   for step in range(1, 5):
     cut.write(step, {"x": step / 7, "name": "ü"})
+    if step == 2:
+      cut.flush()
+      position = cut.position
   cut.close()
   with path.open("a") as file:
     file.write('{"step": 5, "x": 0.')  # a crash in the middle of a line
-  resumed = sinks.JsonLines(path)
-  resumed.truncate_after(2)
+  resumed = sinks.JsonLines(path, position=position)
+  assert [record["step"] for record in resumed.records()] == [1, 2]
   for step in range(3, 7):
     resumed.write(step, {"x": step / 7, "name": "ü"})
   resumed.close()
+  resumed.close()
   assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-  assert [file.name for file in tmp_path.iterdir() if file.suffix == ".new"] == []
+
+
+def test_a_file_that_lost_its_end_is_told(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+  sinks.JsonLines(tmp_path / "metrics.jsonl", position=50).close()
+  assert "has 12 of the 50 bytes that it had: its history has a gap" in caplog.text
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+  file = sinks.JsonLines(tmp_path / "metrics.jsonl")
+
+  def full(descriptor):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("os.fsync", full)
+  with pytest.raises(OSError, match=r"metrics.jsonl could not be written: No space left on device; make room"):
+    file.flush()
 
 
 def test_a_broken_line_is_named(tmp_path):
@@ -50,10 +72,8 @@ def test_line_breaks_of_unicode_inside_a_text_are_no_ends_of_lines(tmp_path):
   file = sinks.JsonLines(path)
   for step, text in enumerate(texts, 1):
     file.write(step, {"completion": text})
-  before = path.read_bytes()
-  file.truncate_after(len(texts))
   file.close()
-  assert path.read_bytes() == before and before.count(b"\n") == len(texts)
+  assert path.read_bytes().count(b"\n") == len(texts)
   assert [record["completion"] for record in sinks.read_records(path)] == texts
 
 
@@ -69,17 +89,18 @@ def events(directory):
   return found
 
 
-def test_tensorboard_gets_every_figure_and_voids_what_a_resumed_run_repeats(tmp_path):
-  first = sinks.TensorBoardSink(tmp_path)
-  first.write(3, {"reward/mean": 0.25, "hint/accept_rate@5": 0.5})
+def test_tensorboard_gets_every_figure_and_a_resumed_run_none_twice(tmp_path):
+  first = sinks.TensorBoardSink(tmp_path / "events")
+  first.write(2, {"reward/mean": 0.25, "hint/accept_rate@5": 0.5})
+  first.write(3, {"reward/mean": 0.5})
   first.close()
-  resumed = sinks.TensorBoardSink(tmp_path, start_step=2)
+  history = [{"step": 2, "reward/mean": 0.25, "hint/accept_rate@5": 0.5, "loss": None}]
+  resumed = sinks.TensorBoardSink(tmp_path / "events", history=history)
   resumed.write(3, {"reward/mean": 0.75})
   resumed.close()
   resumed.close()  # two lists of sinks may share it
-  points = [(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
-  assert points == [(3, "reward/mean", 0.25), (3, "hint/accept_rate_at_5", 0.5), (3, "reward/mean", 0.75)]
-  assert [e.step for e in events(tmp_path) if e.HasField("session_log")][-1] == 3
+  points = [(e.step, v.tag, v.simple_value) for e in events(tmp_path / "events") for v in e.summary.value]
+  assert points == [(2, "reward/mean", 0.25), (2, "hint/accept_rate_at_5", 0.5), (3, "reward/mean", 0.75)]
 
 
 @pytest.mark.parametrize(("name", "sink"), [("wandb", sinks.WandbSink), ("trackio", sinks.TrackioSink)])

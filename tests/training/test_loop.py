@@ -173,11 +173,6 @@ def test_an_id_that_names_two_questions_is_refused(questions):
     training.train(small(kepo), records=questions | {"test": twice})
 
 
-def test_a_remote_workdir_is_refused(questions):
-  with pytest.raises(ValueError, match="gs://bucket/run is remote"):
-    training.train(small(kepo), workdir="gs://bucket/run", records=questions)
-
-
 def test_models_of_two_vocabularies_are_refused(questions, tmp_path):
   stranger = tmp_path / "stranger"
   stranger.mkdir()
