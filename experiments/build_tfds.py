@@ -4,8 +4,9 @@
   python -m experiments.build_tfds --data_dir=DIR --config_name=phantom
 
 The printed folder can be trained on: --config.data.directory=FOLDER. What is there already is not built again; delete
-the folder to do so. Numbers other than the defaults make a config of their own, named after them; the phantom is
-already split and has no use for them.
+the folder to do so. Numbers other than the defaults, --access and --lenient make a config of their own, named after
+them; the phantom is already split and has no use for them. --images_root, --access and --lenient are those of
+`experiments.inspect_medvqa`; with --lenient other questions take the place of those whose images cannot be read.
 """
 
 import contextlib
@@ -31,6 +32,9 @@ _VALIDATION_ITEMS = flags.DEFINE_integer(
 )
 _TEST_ITEMS = flags.DEFINE_integer("test_items", DATA.test_items, "Test questions of each modality.", lower_bound=0)
 _SPLIT_SEED = flags.DEFINE_integer("split_seed", DATA.split_seed, "Another seed, another split.")
+_IMAGES_ROOT = flags.DEFINE_string("images_root", None, "Folder that image paths start from; by default the download.")
+_ACCESS = flags.DEFINE_string("access", "Open-access", "Folder below QA_information.")
+_LENIENT = flags.DEFINE_bool("lenient", False, "Drop and count unusable records instead of stopping at them.")
 
 
 def main(argv: list[str]) -> None:
@@ -45,6 +49,8 @@ def main(argv: list[str]) -> None:
       validation_items=_VALIDATION_ITEMS.value,
       test_items=_TEST_ITEMS.value,
       split_seed=_SPLIT_SEED.value,
+      access=_ACCESS.value,
+      lenient=_LENIENT.value,
     )
   # TFDS prints what it does; standard output is for the result.
   with contextlib.closing(progress.Display()) as display, contextlib.redirect_stdout(sys.stderr):
@@ -52,6 +58,7 @@ def main(argv: list[str]) -> None:
       _DATA_DIR.value,
       manual_dir=_MANUAL_DIR.value,
       config=config,
+      images_root=_IMAGES_ROOT.value,
       progress=lambda done, total: display.progress("writing questions", done, total),
     )
   print(built.text())

@@ -132,7 +132,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.checkpoint.every = 20  # steps; 0: only by the clock, and the last step
   config.checkpoint.minutes = 10.0  # besides, so long after the last one; 0: never by the clock
   config.checkpoint.keep = 2  # newest checkpoints kept
-  config.checkpoint.best = "out_of_domain"  # the best validation's is kept too: or in_domain, overall; empty: not
+  config.checkpoint.best = "out_of_domain"  # the best validation's is kept too: or in_domain, overall, none
 
   config.log = ml_collections.ConfigDict()
   config.log.samples = 1  # prompts per step whose rollouts go to samples.jsonl

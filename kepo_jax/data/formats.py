@@ -19,12 +19,13 @@ def read_any(
   """Every usable record of a download, whichever of the known formats it has.
 
   A folder is OmniMedVQA's layout (it or a folder up to two levels below holds QA_information), saved to disk by
-  Hugging Face's library (dataset_dict.json or state.json), a folder of parquet files, or a folder of JSON files in
-  Med-R1's or MedVLM-R1's form; the first of these that fits is taken. A file is parquet, Arrow, or a JSON list, of
-  OmniMedVQA's records where the first one has `gt_answer`, else of the others' form.
+  Hugging Face's library (it or the only such folder in it holds dataset_dict.json or state.json), a folder of parquet
+  files, or a folder of JSON files in Med-R1's or MedVLM-R1's form; the first of these that fits is taken. A file is
+  parquet, Arrow, or JSON, a list or one record per line (.jsonl), of OmniMedVQA's records where one has `gt_answer`,
+  else of the others' form. Endings may be in capitals. Files of other kinds are counted, and named in the summary.
 
   Args:
-    path: folder or file.
+    path: folder or file, or FOLDER/train-*.parquet for the parquet files of one part, see `hf_folders.part_files`.
     image_root: folder that image paths start from; None: the format's own rule.
     access: folder below QA_information, for that layout alone.
     lenient: drop and count records that stop a strict read.
@@ -39,7 +40,7 @@ def read_any(
     OSError: images that come as bytes cannot be written into the cache folder.
   """
   top = pathlib.Path(path)
-  if not os.path.lexists(top):
+  if not os.path.lexists(top) and not hf_folders.part_files(top):
     raise ValueError(f"{top}: no such file or directory")
   settings = {"image_root": image_root, "lenient": lenient, "check_images": check_images}
   reader = _reader_of_folder(top) if top.is_dir() else _reader_of_file(top)
@@ -51,9 +52,9 @@ def read_any(
 def _reader_of_folder(top: pathlib.Path):
   if omnimedvqa.roots(top):
     return omnimedvqa.read
-  if hf_folders.is_saved(top) or next(top.rglob("*.parquet"), None):
+  if hf_folders.saved_folder(top) or json_files.below(top, (".parquet",)):
     return hf_folders.read
-  if next(top.rglob("*.json"), None):
+  if json_files.below(top, json_files.ENDINGS):
     return split_files.read
   raise ValueError(
     f"{top}: of no known format: no QA_information folder up to two levels below, no dataset_dict.json, and no parquet "
@@ -62,12 +63,13 @@ def _reader_of_folder(top: pathlib.Path):
 
 
 def _reader_of_file(file: pathlib.Path):
-  if file.suffix in (".parquet", ".arrow"):
+  if json_files.has_ending(file, (".parquet", ".arrow")):
     return hf_folders.read
-  if file.suffix != ".json":
-    raise ValueError(f"{file}: of no known format; .json, .parquet and .arrow files are read")
+  if not json_files.has_ending(file, json_files.ENDINGS):
+    raise ValueError(f"{file}: of no known format; .json, .jsonl, .parquet and .arrow files are read")
   try:
-    first = next(iter(json_files.records_of(file)), None)
+    records = json_files.records_of(file)
   except Rejected as rejected:
     raise ValueError(f"{file}: {rejected}") from rejected
-  return omnimedvqa.read_file if isinstance(first, dict) and "gt_answer" in first else split_files.read
+  layout = any(isinstance(record, dict) and "gt_answer" in record for record in records)
+  return omnimedvqa.read_file if layout else split_files.read

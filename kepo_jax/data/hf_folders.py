@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from kepo_jax.data import image_files, json_files
 from kepo_jax.data.rules import Rejected, Summary
-from kepo_jax.data.split_files import RecordReader, nearest_image_root
+from kepo_jax.data.split_files import RecordReader, nearest_image_root, title
 from kepo_jax.types import Example
 
 NEEDED = ("problem", "solution")
@@ -28,6 +28,9 @@ COLUMNS = (
 )  # fmt: skip
 MAX_GROUP_BYTES = 1 << 33  # of one row group, unpacked
 _ROWS = 64  # that are in memory at a time
+_ARROW, _PARQUET = (".arrow",), (".parquet",)
+_SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # what the library writes beside Arrow files
+_PART = re.compile(r"([a-z]+)-\*\.parquet")  # the parquet files of one part
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
 # What pyarrow raises on damaged files.
 _ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError, NotImplementedError)
@@ -40,6 +43,36 @@ def is_saved(folder: pathlib.Path) -> bool:
   return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
+def saved_folder(top: pathlib.Path) -> pathlib.Path | None:
+  """A folder that was saved to disk: the folder itself, or the only such one in it; None for neither.
+
+  Raises:
+    ValueError: there are several.
+  """
+  found = [top] if is_saved(top) else sorted(folder for folder in top.iterdir() if folder.is_dir() and is_saved(folder))
+  if len(found) > 1:
+    raise ValueError(f"{top} holds several data sets saved to disk ({', '.join(map(str, found))}); name one of them")
+  return found[0] if found else None
+
+
+def part_of(file: pathlib.Path) -> str:
+  """First word of a file's name, in small letters: `train` of `train-00000-of-00002.parquet`."""
+  return re.split(r"[^a-z]", file.stem.lower())[0]
+
+
+def part_files(pattern: pathlib.Path) -> list[pathlib.Path]:
+  """The parquet files of one part, FOLDER/train-*.parquet, which lie in one folder with those of other parts.
+
+  The name is a way to write what `read` takes: files belong to it whose first word is that of the pattern. Empty if the
+  path is no such pattern, or there are none.
+  """
+  named = _PART.fullmatch(pattern.name)
+  if not named or not pattern.parent.is_dir():
+    return []
+  files = sorted(file for file in pattern.parent.iterdir() if json_files.has_ending(file, _PARQUET))
+  return [file for file in files if part_of(file) == named[1]]
+
+
 def read(
   path: str | os.PathLike,
   *,
@@ -50,10 +83,10 @@ def read(
   """Every usable record of a parquet or Arrow file, a folder saved to disk, or a folder of parquet files.
 
   Ids are the names of the folder and of the split (or of the file, without its number of shards), and the number of
-  the row in the split.
+  the row in the split: the same for a split that is read alone.
 
   Args:
-    path: file or folder.
+    path: file or folder, the only folder in it that was saved to disk, or a pattern of `part_files`.
     image_root: folder that image paths start from, where images are paths; by default the nearest one above a file
       that holds the folder `Images` or `images`, else the file's own.
     lenient: drop and count records that stop a strict read.
@@ -65,21 +98,29 @@ def read(
     OSError: the cache folder cannot be written.
   """
   top = pathlib.Path(path)
-  summary = Summary(root=str(top), format="Hugging Face, " + ("saved to disk" if _arrow(top) else "parquet"))
+  saved = saved_folder(top) if top.is_dir() else None
+  arrow = saved or json_files.has_ending(top, _ARROW)
+  summary = Summary(root=str(top), format="Hugging Face, " + ("saved to disk" if arrow else "parquet"))
+  folder = saved or (top.parent if part_files(top) else top)
   reader = RecordReader(summary)
-  name = _name(top)
+  name = title(folder) if folder.is_dir() else _SHARD.sub("", top.stem)
   examples: list[Example] = []
   rows: dict[str, int] = {}  # read so far, by split
-  for split, file in _files(top, summary):
+  listed = list(_saved_files(folder, summary) if saved else _parquet_files(top))
+  if folder.is_dir():
+    own = [folder / kept for kept in _SAVED] + [folder / split / kept for split, _ in listed for kept in _SAVED]
+    beside = own if saved else json_files.below(folder, _PARQUET)
+    json_files.count_skipped(folder, [*beside, *(file for _, file in listed)], summary)
+  for split, file in listed:
     summary.files += 1
     files = image_files.ImageFiles(image_root or nearest_image_root(file), check_images)
-    stem = split if split == name or not top.is_dir() else f"{name}/{split}"
+    stem = split if split == name or not folder.is_dir() else f"{name}/{split}"
     locate = functools.partial(_located, files=files, check=check_images)
     try:
-      for batch in _batches(json_files.checked_file(file, top if top.is_dir() else None)):
+      for batch in _batches(json_files.checked_file(file, folder if folder.is_dir() else None)):
         start = rows.get(split, 0)
         rows[split] = start + len(batch)
-        examples += reader.examples(batch, file, locate, first=start, stem=stem, dataset=name)
+        examples += reader.examples(batch, file, locate, first=start, stem=stem, dataset=name.split("/")[0])
     except Rejected as rejected:
       summary.count(rejected.rule, f"{file}: {rejected}")
   if not summary.files and not summary.rules:
@@ -89,26 +130,16 @@ def read(
   return examples, summary
 
 
-def _name(top: pathlib.Path) -> str:
-  """Name of a folder, or of a file without its ending and number."""
-  top = pathlib.Path(os.path.abspath(top))
-  return top.name if top.is_dir() else _SHARD.sub("", top.stem)
+def _parquet_files(top: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
+  """(split, file) of a folder of parquet files, of one part of it, or of a file."""
+  files = json_files.below(top, _PARQUET) if top.is_dir() else part_files(top) or [top]
+  for file in files:
+    yield _SHARD.sub("", file.stem), file
 
 
-def _arrow(top: pathlib.Path) -> bool:
-  return is_saved(top) if top.is_dir() else top.suffix == ".arrow"
-
-
-def _files(top: pathlib.Path, summary: Summary) -> Iterator[tuple[str, pathlib.Path]]:
+def _saved_files(top: pathlib.Path, summary: Summary) -> Iterator[tuple[str, pathlib.Path]]:
   """(split, file) in the order of reading; what is wrong with the files that list them is counted."""
-  if not top.is_dir():
-    yield _SHARD.sub("", top.stem), top
-    return
-  if not is_saved(top):
-    for file in sorted(top.rglob("*.parquet")):
-      yield _SHARD.sub("", file.stem), file
-    return
-  folders = {_name(top): top}
+  folders = {title(top): top}
   place = top / "dataset_dict.json"
   try:
     if place.is_file():
@@ -147,7 +178,7 @@ def _batches(file: pathlib.Path) -> Iterator[list[dict[str, Any]]]:
     Rejected: malformed_file: damaged, or without the columns.
   """
   try:
-    for batch in _arrow_batches(file) if file.suffix == ".arrow" else _parquet_batches(file):
+    for batch in _arrow_batches(file) if json_files.has_ending(file, _ARROW) else _parquet_batches(file):
       for start in range(0, batch.num_rows, _ROWS):
         part = batch.slice(start, _ROWS)
         part.validate(full=True)  # offsets of a damaged file may point anywhere

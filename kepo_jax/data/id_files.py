@@ -105,7 +105,7 @@ def stored(path: epath.PathLike, names: Sequence[str]) -> dict[str, Any]:
   """
   try:
     remote = storage.is_remote(path)
-    record = json_files.decoded(epath.Path(path).read_bytes()) if remote else json_files.parsed(pathlib.Path(path))
+    record = json_files.decoded(epath.Path(path).read_text()) if remote else json_files.parsed(pathlib.Path(path))
     lists = {field: {name: record[field][name] for name in names} for field in ("ids", "contents")}
     parts = [part for each in lists.values() for part in each.values()]
     if not all(isinstance(part, list) and all(isinstance(one, str) for one in part) for part in parts):

@@ -72,10 +72,12 @@ def read(
   """
   root = find_root(directory)
   folder = root / "QA_information" / access
-  files = sorted(folder.glob("*.json"))
+  files = [file for file in json_files.below(folder, json_files.ENDINGS) if file.parent == folder]
   if not files:
     raise ValueError(f"{folder}: no JSON files; QA_information has {sorted(os.listdir(folder.parent))}")
-  reader = _Reader(Summary(root=str(root), files=len(files)), ImageFiles(image_root or root, check_images), root)
+  summary = Summary(root=str(root), files=len(files))
+  json_files.count_skipped(folder, files, summary)
+  reader = _Reader(summary, ImageFiles(image_root or root, check_images), root)
   return reader.read(files, lenient)
 
 

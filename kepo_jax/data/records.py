@@ -1,7 +1,9 @@
 """From the fields of a record to an `Example`: options, answer, duplicates and ids, alike for every format."""
 
+import math
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from kepo_jax.data import rules
 from kepo_jax.data.rules import Rejected, Summary
@@ -130,13 +132,26 @@ class Collector:
     return unique
 
 
-# How the three families write options. `first` begins the row, `next` each further one; {} is the expected letter.
-# On one line a letter in brackets may also be part of the text, `type (A), `: see `_is_marker`.
+# How the three families write options. `first` begins the row, `further` marks each next one by its letter.
+# On one line a letter in brackets may also be part of the text, `type (A), `: see `_markers`.
 _SYNTAXES = (
-  (re.compile(r"\r?\n[ \t]*A\)"), r"\r?\n[ \t]*{}\)", False),
-  (re.compile(r"\r?\n[ \t]*A:"), r"\r?\n[ \t]*{}:", False),
-  (re.compile(r"(?:^|(?<=[\s?:.]))A\)"), r",\s*{}\)", True),
+  (re.compile(r"\r?\n[ \t]*(A)\)"), re.compile(r"\r?\n[ \t]*([B-Z])\)"), False),
+  (re.compile(r"\r?\n[ \t]*(A):"), re.compile(r"\r?\n[ \t]*([B-Z]):"), False),
+  (re.compile(r"(?:^|(?<=[\s?:.]))(A)\)"), re.compile(r",\s*([B-Z])\)"), True),
 )
+
+
+class _Marker(NamedTuple):
+  """What may begin an option."""
+
+  letter: str
+  start: int  # of the separator
+  end: int  # where the option's text begins
+  opened: int  # place of the innermost bracket that is open here, -1 for none
+
+  def fits(self, begin: int) -> bool:
+    """Whether it stands in no bracket that was opened from a place on."""
+    return self.opened < begin
 
 
 def cut(problem: str) -> tuple[str, list[str], bool]:
@@ -146,45 +161,68 @@ def cut(problem: str) -> tuple[str, list[str], bool]:
   where the next expected letter stands behind the syntax's separator; options may contain commas, brackets and other
   letters, stems anything that looks like an option. The row that begins last is used.
 
+  The time is proportional to the length of the text, whatever it holds.
+
   Raises:
     Rejected: no two options.
   """
   if len(problem) > LONGEST:
     raise Rejected("malformed_record", f"a question of {len(problem)} characters, more than {LONGEST}")
-  rows = [
-    (first.end(), -rank, row)
-    for rank, (begin, further, inline) in enumerate(_SYNTAXES)
-    for first in begin.finditer(problem)
-    if (row := _row(problem, first, further, inline))
-  ]
+  rows: list[tuple[int, int, _Marker, list[_Marker]]] = []  # of each place where one begins
+  for rank, (first, further, inline) in enumerate(_SYNTAXES):
+    beginnings = _markers(problem, first, inline)
+    markers = _markers(problem, further, inline) if beginnings else []
+    rows += [(begin.end, -rank, begin, markers) for begin in _beginnings(beginnings, markers)]
   if not rows:
     raise Rejected("options_not_found", f"no options in {problem[-200:]!r}")
-  *_, row = max(rows, key=lambda found: found[:2])
-  ends = [start for start, _ in row[1:]] + [len(problem)]
-  options = [problem[begin:end].strip() for (_, begin), end in zip(row, ends, strict=True)]
+  *_, begin, markers = max(rows, key=lambda found: found[:2])
+  row = _row(begin, markers)
+  ends = [marker.start for marker in row[1:]] + [len(problem)]
+  options = [problem[marker.end : end].strip() for marker, end in zip(row, ends, strict=True)]
   # One letter may begin a row in two syntaxes; two letters are two readings.
-  return problem[: row[0][0]].strip(), options, len({letter for letter, *_ in rows}) > 1
+  return problem[: begin.start].strip(), options, len({place for place, *_ in rows}) > 1
 
 
-def _row(problem: str, first: re.Match, further: str, inline: bool) -> list[tuple[int, int]]:
-  """(start of the separator, start of the text) of each option of one row; empty if there are not two."""
-  if inline and not _is_marker(problem, 0, first):
-    return []
-  row = [(first.start(), first.end())]
-  for letter in "BCDEFGHIJKLMNOPQRSTUVWXYZ":
-    matches = re.compile(further.format(letter)).finditer(problem, row[-1][1])
-    found = next((match for match in matches if not inline or _is_marker(problem, row[-1][1], match)), None)
-    if found is None:
-      break
-    row.append((found.start(), found.end()))
-  return row if len(row) > 1 else []
+def _markers(problem: str, pattern: re.Pattern[str], inline: bool) -> list[_Marker]:
+  """What a pattern finds, in the order of the text.
+
+  On one line a letter with a bracket may also end something like `type (A)` or `(A, B)`: there it is a marker only
+  outside the brackets, unless the option's text follows at once.
+  """
+  brackets = re.finditer(r"[()]", problem) if inline else iter(())
+  bracket = next(brackets, None)
+  opened: list[int] = []
+  found = []
+  for match in pattern.finditer(problem):
+    while bracket and bracket.start() < match.start():
+      if bracket[0] == "(":
+        opened.append(bracket.start())
+      elif opened:  # the bracket of `A)` closes nothing
+        opened.pop()
+      bracket = next(brackets, None)
+    free = re.match(r"[^\W_]", problem[match.end() : match.end() + 1])
+    found.append(_Marker(match[1], match.start(), match.end(), -1 if free or not opened else opened[-1]))
+  return found
 
 
-def _is_marker(problem: str, begin: int, match: re.Match) -> bool:
-  """Whether a letter with a bracket begins an option, and does not end something like `type (A)` or `(A, B)`."""
-  if re.match(r"[^\W_]", problem[match.end() : match.end() + 1]):
-    return True  # the text follows at once
-  depth = 0
-  for bracket in re.findall(r"[()]", problem[begin : match.start()]):
-    depth = depth + 1 if bracket == "(" else max(0, depth - 1)  # `A)` closes nothing
-  return depth == 0
+def _beginnings(candidates: list[_Marker], markers: list[_Marker]) -> list[_Marker]:
+  """The markers of an A behind which a B can be found."""
+  found = []
+  seconds = [marker for marker in markers if marker.letter == "B"]
+  earliest: float = math.inf
+  for begin in reversed(candidates):
+    while seconds and seconds[-1].start >= begin.end:
+      earliest = min(earliest, seconds.pop().opened)  # if any fits, then the one whose bracket was opened first
+    if begin.fits(0) and earliest < begin.end:
+      found.append(begin)
+  return found
+
+
+def _row(begin: _Marker, markers: list[_Marker]) -> list[_Marker]:
+  """The marker that begins a row, and for each next letter the first that fits behind the one before it."""
+  row = [begin]
+  for marker in markers:
+    expected = chr(ord(row[-1].letter) + 1)
+    if marker.letter == expected and marker.start >= row[-1].end and marker.fits(row[-1].end):
+      row.append(marker)
+  return row

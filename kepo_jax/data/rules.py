@@ -35,6 +35,7 @@ RULES: Mapping[str, str] = {
   "options_not_found": "dropped: no two options can be cut from the text",
   "too_few_options": "dropped: fewer than two different options",
   "too_many_options": "dropped: more than ten options; answers are the letters A to J",
+  "file_skipped": "dropped: a file of another kind lies beside those of the format; nothing of it is read",
   "malformed_file": "error: the file cannot be read, or is not what its format asks for",
   "malformed_record": "error: a field is missing, is no text, or stands there twice",
   "question_too_long": "error: more than 10,000 characters with its options",

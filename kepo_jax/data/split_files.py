@@ -23,6 +23,11 @@ QUESTION_TYPES = (
   "Modality Recognition",
   "Other Biological Attributes",
 )
+# Words that name a part of a split, in the names of files and folders.
+PARTS = {
+  "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+  "dev": "validation", "test": "test",
+}  # fmt: skip
 _ENDING = re.compile(r"(?:_filtered)?_(?:train|test|val|validation|eval)(?:_\d+)?$", re.IGNORECASE)
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _CLIMB = 5  # folders above a file that are searched for its images
@@ -35,10 +40,11 @@ def read(
   lenient: bool = False,
   check_images: bool = True,
 ) -> tuple[list[Example], Summary]:
-  """Every usable record of a split file, or of all JSON files in a folder and below.
+  """Every usable record of a split file, or of all JSON files (.json, .jsonl) in a folder and below.
 
-  Ids are the file's name without ending, and the number of the record in it. The modality comes from the record, or
-  from the file's name as Med-R1 gives it (`CT(Computed Tomography)_train.json`, `MRI_test.json`).
+  Ids are the file's name without ending, and the number of the record in it. The modality comes from the record, else
+  from the file's name as Med-R1 gives it (`CT(Computed Tomography)_train.json`, `MRI_test.json`), else from the name
+  of the folder, as of `..._modality_MRI_train_600`.
 
   Args:
     path: file or folder.
@@ -52,10 +58,12 @@ def read(
       first file and record.
   """
   top = pathlib.Path(path)
-  files = sorted(top.rglob("*.json")) if top.is_dir() else [top]
+  files = json_files.below(top, json_files.ENDINGS) if top.is_dir() else [top]
   if not files:
     raise ValueError(f"{top}: no JSON files here or below")
   summary = Summary(root=str(top), format="split files", files=len(files))
+  if top.is_dir():
+    json_files.count_skipped(top, files, summary)
   reader = RecordReader(summary)
   examples: list[Example] = []
   for file in files:
@@ -88,6 +96,21 @@ def described(stem: str) -> tuple[str, str]:
   return name, kind
 
 
+def title(place: pathlib.Path) -> str:
+  """Name of a folder or file; one that only names a part, or `data`, comes with the name of the folder around it."""
+  path = pathlib.Path(os.path.abspath(place))
+  own = [] if path.name.lower() == "data" else [path.name]
+  if path.name.lower() in (*PARTS, "data") and path.parent.name:
+    return "/".join([title(path.parent), *own])
+  return path.name
+
+
+def _told(stem: str, folder: pathlib.Path) -> tuple[str, str]:
+  """`described` by the beginning of the ids, and what that does not tell by the folder's name."""
+  (modality, kind), (above, kind_above) = described(stem), described(title(folder).partition("/")[0])
+  return modality or above, kind or kind_above
+
+
 class RecordReader:
   """Turns records of image, problem and solution into examples and counts what it does."""
 
@@ -112,20 +135,28 @@ class RecordReader:
       file: where they come from.
       locate: from what a record has for an image to the absolute path; raises Rejected.
       first: number of the first record.
-      stem: begins the ids and may tell the modality; by default the file's name without ending.
+      stem: begins the ids and may tell the modality, as the folder's name may where it does not; by default the
+        file's name without ending.
       dataset: source of records that do not tell theirs; by default the stem.
     """
     stem = stem or file.stem
+    told = _told(stem, file.parent)
     for number, record in enumerate(found, start=first):
       self._summary.records += 1
       place = f"{file}, record {number}"
       try:
-        yield self._example(json_files.checked_record(record), stem, number, locate, place, dataset or stem)
+        yield self._example(json_files.checked_record(record), f"{stem}/{number}", told, locate, place, dataset or stem)
       except Rejected as rejected:
         self._summary.count(rejected.rule, f"{place}: {rejected}")
 
   def _example(
-    self, record: Mapping[str, Any], stem: str, number: int, locate: Callable[[Any], str], place: str, dataset: str
+    self,
+    record: Mapping[str, Any],
+    name: str,
+    told: tuple[str, str],
+    locate: Callable[[Any], str],
+    place: str,
+    dataset: str,
   ) -> Example:
     problem, solution = rules.text_field(record, "problem"), rules.text_field(record, "solution")
     question, options = self._question(record, problem, place)
@@ -137,12 +168,12 @@ class RecordReader:
       self._summary.count("null_option", place)
       if present != list(range(len(present))):
         self._summary.count("option_gap", place)
-    spelling, kind = described(stem)
+    spelling, kind = told
     for field in ("modality_type", "subset", "modality"):
       spelling = rules.text_field(record, field, required=False) or spelling
     return self._collector.example(
       place,
-      name=f"{stem}/{number}",
+      name=name,
       question=question,
       options=[options[i] for i in present],
       gold=present.index(gold),

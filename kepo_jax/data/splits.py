@@ -2,12 +2,14 @@
 
 The rule with its defaults, 600 training, 40 validation and 300 test questions and seed 0, is this project's published
 split of OmniMedVQA, `mri600`: the questions are sorted by data set and question id, grouped by image, and the groups
-of a modality ordered by the SHA-256 of seed and id, so that membership depends on the ids and the seed alone and no
-image stands in two parts. The split of the paper cannot be made again: its order came from a directory listing.
+of a modality ordered by the SHA-256 of seed and id, so that no image stands in two parts, and membership depends on the
+ids, the seed and which images are the same, alone. The split of the paper cannot be made again: its order came from a
+directory listing.
 """
 
 import collections
 import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
@@ -18,7 +20,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from kepo_jax.data import formats, id_files
+from kepo_jax.data import formats, id_files, images, published, same_images
 from kepo_jax.data.cache import cache_directory
 from kepo_jax.data.phantom import build
 from kepo_jax.data.pipeline import shuffled
@@ -28,6 +30,7 @@ from kepo_jax.types import Example
 
 SPLITS = ("train", "validation", "test")
 _PHANTOM_RULES = ("modality_spelling",)  # the phantom is written in OmniMedVQA's spellings
+published_parts, refuse_published = published.parts, published.refuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +85,13 @@ def load(data: Any, *, report: Callable[[Summary], None] = lambda summary: None)
   Args:
     data: record with `directory` ("" for the phantom benchmark; else any format of `formats.read_any`),
       `split_files` ("", or the folder of a published split), `train_modality`, `train_items`, `validation_items` and
-      `test_items` (both per modality), `split_seed`, and `lenient` (leave out and count what cannot be used).
+      `test_items` (both per modality), `split_seed`, and `lenient` (leave out and count what cannot be used, and let
+      other questions take the place of those whose images cannot be decoded).
     report: called with what each reading kept, repaired and dropped.
 
   Returns:
     "train", "validation" and "test" -> questions; folders that are already split, published splits, and data sets that
-    TFDS has built, are read as they are, and cut down to the numbers asked for.
+    TFDS has built, are read as they are, and cut down to the numbers asked for, where 0 training or test items are all.
 
   Raises:
     ValueError: the data cannot be read, or hold too few questions; names the folder or the field.
@@ -115,7 +119,7 @@ def load(data: Any, *, report: Callable[[Summary], None] = lambda summary: None)
 
 
 def cut_by_rule(examples: Sequence[Example], data: Any) -> Split:
-  """`split_by_modality` with the numbers of a record: `train_modality`, `train_items` and the like, as in `load`.
+  """`split_by_modality` with the fields of a record: `train_modality`, `train_items`, `lenient` and the like of `load`.
 
   Raises:
     ValueError: the training modality has too few questions.
@@ -127,48 +131,21 @@ def cut_by_rule(examples: Sequence[Example], data: Any) -> Split:
     validation_per_modality=data.validation_items,
     test_per_modality=data.test_items,
     seed=data.split_seed,
+    lenient=data.lenient,
   )
 
 
 def _cut_down(parts: Mapping[str, Sequence[Example]], data: Any) -> dict[str, list[Example]]:
-  limits = {"train": data.train_items, "validation": data.validation_items, "test": data.test_items}
+  # Of parts that others made, 0 asks for all that there are; of a pool that we cut, for none.
+  limits = {
+    "train": data.train_items or None, "validation": data.validation_items, "test": data.test_items or None
+  }  # fmt: skip
   questions = {}
   for name, examples in parts.items():
-    if name == "train":
-      examples = [example for example in examples if example.modality == data.train_modality]
-    questions[name] = limited(examples, limits[name], data.split_seed)
+    wanted = [example for example in examples if name != "train" or example.modality == data.train_modality]
+    questions[name] = limited(wanted, limits[name], data.split_seed, lenient=data.lenient)
+    logging.info("%s: %d of %d questions used", name, len(questions[name]), len(examples))
   return questions
-
-
-def published_parts(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
-  """Where the parts of a published split lie: `train` and `test`, and `validation` if there is one, below a folder.
-
-  Raises:
-    ValueError: there is no train or no test part.
-  """
-  found = {name: pathlib.Path(folder) / name for name in SPLITS if (pathlib.Path(folder) / name).exists()}
-  if missing := {"train", "test"} - found.keys():
-    raise ValueError(
-      f"{folder}: has no {' and no '.join(sorted(missing))} part; split_files is a folder with train/ and test/, such "
-      "as Splits/modality of Med-R1, or a data set that Hugging Face's library saved to disk"
-    )
-  return found
-
-
-def refuse_published(directory: str | os.PathLike) -> None:
-  """Refuses a folder that holds a published split where a pool of questions is wanted: its parts would be mixed.
-
-  Raises:
-    ValueError: there are files or folders called train and test, or Hugging Face's list of splits.
-  """
-  top = pathlib.Path(directory)
-  names = [path.name.lower() for path in top.iterdir()] if top.is_dir() else []
-  parts = all(any(name.split("-")[0].split(".")[0] == part for name in names) for part in ("train", "test"))
-  if parts or "dataset_dict.json" in names:
-    raise ValueError(
-      f"{top} holds a published split, whose training and test questions would be mixed; name it as split_files, with "
-      "train/ and test/ as folders, or name one of its parts."
-    )
 
 
 def _given_split(data: Any, report: Callable[[Summary], None]) -> dict[str, list[Example]]:
@@ -184,9 +161,14 @@ def _given_split(data: Any, report: Callable[[Summary], None]) -> dict[str, list
   if "validation" not in parts:
     taken = {image for part in split.values() for example in part for image in example.images}
     rest = [example for example in parts["train"] if not taken.intersection(example.images)]
-    split["validation"] = limited(rest, data.validation_items, data.split_seed)
-  shared, share = overlap(split["train"], split["test"])
-  logging.warning("%s: %d test images (%.1f %%) are training images too", data.split_files, shared, 100 * share)
+    split["validation"] = limited(rest, data.validation_items, data.split_seed, lenient=data.lenient)
+  for what, each in (("as published", parts), ("as used", split)):
+    shared, share = overlap(each["train"], each["test"])
+    numbers = (len(each["train"]), len(parts["train"]), len(each["test"]), len(parts["test"]))
+    logging.warning(
+      "%s %s: %d test images (%.1f %%) are training images too; %d of %d training and %d of %d test questions",
+      *(data.split_files, what, shared, 100 * share, *numbers),
+    )
   return split
 
 
@@ -205,10 +187,27 @@ def _read(
   return examples
 
 
-def limited(examples: Sequence[Example], per_modality: int, seed: int) -> list[Example]:
-  """At most a number of questions of each modality, chosen by the seed, sorted by (data set, id)."""
-  groups = _by_modality(examples).values()
-  return _sorted(example for group in groups for example in shuffled(group, seed)[:per_modality])
+def limited(
+  examples: Sequence[Example], per_modality: int | None, seed: int, *, lenient: bool = False
+) -> list[Example]:
+  """At most a number of questions of each modality, chosen by the seed, sorted by (data set, id).
+
+  Args:
+    examples: the questions.
+    per_modality: how many; None: all.
+    seed: another seed, another choice.
+    lenient: pass over questions with an image that cannot be read, so that others take their place; only as many
+      images are decoded as that needs, and none if all questions are wanted.
+  """
+  if per_modality is None:
+    return _sorted(examples)
+  chosen: list[Example] = []
+  for group in _by_modality(examples).values():
+    order, found = iter(shuffled(group, seed)), list[Example]()
+    while batch := list(itertools.islice(order, per_modality - len(found))):
+      found += _readable(batch) if lenient else batch
+    chosen += found
+  return _sorted(chosen)
 
 
 def split_by_modality(
@@ -219,12 +218,19 @@ def split_by_modality(
   validation_per_modality: int = 40,
   test_per_modality: int = 300,
   seed: int = 0,
+  lenient: bool = False,
 ) -> Split:
   """Cuts one pool of questions; no image is shared between two parts.
 
-  Questions that share an image form a group. Within each modality groups are ordered by a hash of the seed and
-  their first id, and dealt to test, then validation, then (training modality only) train, until each has its number;
-  what a group holds beyond that number is left out. Other modalities give what they have.
+  Questions that share an image form a group. A group belongs to one modality, of several to the first by name, and its
+  questions of the others are left out. Within each modality groups are ordered by a hash of the seed and their first
+  id, and dealt to test, then validation, then (training modality only) train, until each has its number; what a group
+  holds beyond that number is left out. Other modalities give what they have.
+
+  Images are the same if their paths or their bytes are. Bytes are compared among the images of the questions that were
+  dealt, not of the whole pool, since the files of OmniMedVQA have 30 to 70 thousand bytes and most have the size of
+  another: where two are the same, their groups are joined and dealing begins again, until there are none. The same
+  holds for images that cannot be read, if `lenient`: their questions are taken away.
 
   Args:
     examples: all questions.
@@ -233,31 +239,62 @@ def split_by_modality(
     validation_per_modality: questions of each modality for evaluation during training.
     test_per_modality: questions of each modality for the final figures.
     seed: another seed, another membership.
+    lenient: let other questions take the place of those whose images cannot be decoded.
 
   Raises:
     ValueError: the training modality has too few questions.
   """
+  wanted = {"test": test_per_modality, "validation": validation_per_modality, "train": train}
+  pool, seen, same = list(examples), set[str](), dict[str, str]()
+  while True:
+    split = _dealt(pool, train_modality, wanted, seed, same)
+    chosen = {image for part in split.as_dict().values() for example in part for image in example.images}
+    unreadable = _unreadable(chosen - seen) if lenient else set()
+    seen |= chosen
+    repeated = same_images.repeats(seen)
+    if not unreadable and repeated == same:
+      break
+    same = dict(repeated)
+    pool = [example for example in pool if not unreadable.intersection(example.images)]
+  for name in ("test", "validation"):
+    dealt = collections.Counter(example.modality for example in split.as_dict()[name])
+    for modality in sorted({example.modality for example in examples}):
+      if dealt[modality] < wanted[name]:
+        logging.warning("%s: %d %s questions instead of %d", modality, dealt[modality], name, wanted[name])
+  if same:
+    logging.warning(
+      "%d images have the content of others that were dealt; each counts as one image with those", len(same)
+    )
+  if left_out := len(examples) - len(pool):
+    logging.warning("%d questions with unreadable images were replaced by others", left_out)
+  return split
+
+
+def _dealt(
+  examples: Sequence[Example], train_modality: str, wanted: dict[str, int], seed: int, same: Mapping[str, str]
+) -> Split:
+  """One dealing of `split_by_modality`; `same` gives for an image another name of it."""
   parts: dict[str, list[Example]] = {name: [] for name in SPLITS}
   pools = _by_modality(examples)
   if train_modality not in pools:
     raise ValueError(f"no question of modality {train_modality!r}; the data have {sorted(pools)}")
   groups = collections.defaultdict(list)
-  for group in _image_groups(examples):
-    # A group with two modalities belongs to the first: its image must not stand on two sides.
-    groups[min(example.modality for example in group)].append(group)
-  for modality in sorted(groups):
+  for group in _image_groups(examples, same):
+    # Its image must not stand on two sides, and what counts for a modality must be of it.
+    modality = min(example.modality for example in group)
+    groups[modality].append([example for example in group if example.modality == modality])
+  for modality in sorted(pools):
     training = modality == train_modality
-    wanted = {"test": test_per_modality, "validation": validation_per_modality, "train": train if training else 0}
-    found = _deal(groups[modality], wanted, seed)
+    found = _deal(groups[modality], wanted if training else wanted | {"train": 0}, seed)
     for name, dealt in found.items():
       parts[name] += dealt
       if len(dealt) < wanted[name] and training:
+        lost = len(pools[modality]) - sum(map(len, groups[modality]))
+        shared = f" ({lost} are about images that a modality before it has)" if lost else ""
         raise ValueError(
-          f"{modality} has {len(pools[modality])} questions, too few for {wanted}: {name} would get {len(dealt)}; "
-          "lower data.train_items, data.validation_items or data.test_items."
+          f"{modality} has {len(pools[modality])} questions, too few for {wanted}{shared}: {name} would get "
+          f"{len(dealt)}; lower data.train_items, data.validation_items or data.test_items."
         )
-      if len(dealt) < wanted[name]:
-        logging.warning("%s: %d %s questions instead of %d", modality, len(dealt), name, wanted[name])
   return Split(**{name: _sorted(part) for name, part in parts.items()})
 
 
@@ -273,7 +310,24 @@ def _deal(groups: list[list[Example]], wanted: dict[str, int], seed: int) -> dic
   return dealt
 
 
-def _image_groups(examples: Sequence[Example]) -> list[list[Example]]:
+def _unreadable(paths: Iterable[str]) -> set[str]:
+  """Images that cannot be decoded; the first is named in the log."""
+  found: set[str] = set()
+  for path in sorted(paths):
+    try:
+      images.load_image(path)
+    except ValueError as error:
+      logging.log(logging.INFO if found else logging.WARNING, "left out: %s", error)
+      found.add(path)
+  return found
+
+
+def _readable(examples: Sequence[Example]) -> list[Example]:
+  bad = _unreadable({image for example in examples for image in example.images})
+  return [example for example in examples if not bad.intersection(example.images)]
+
+
+def _image_groups(examples: Sequence[Example], same: Mapping[str, str]) -> list[list[Example]]:
   """Questions connected by a common image, each group and the list sorted by (data set, id)."""
   parent: dict[str, str] = {}
 
@@ -285,7 +339,7 @@ def _image_groups(examples: Sequence[Example]) -> list[list[Example]]:
 
   for example in examples:
     for image in example.images:
-      parent[leader(f"image {image}")] = leader(f"question {example.id}")
+      parent[leader(f"image {same.get(image, image)}")] = leader(f"question {example.id}")
   groups = collections.defaultdict(list)
   for example in _sorted(examples):
     groups[leader(f"question {example.id}")].append(example)

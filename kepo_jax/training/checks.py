@@ -44,7 +44,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
   "exploration.hint_prompt": ("hint_only", "hint_and_answer"),
   "exploration.acceptance": exploration.RULES,
   "eval.prompt": ("evaluation", "no_think"),
-  "checkpoint.best": ("", "in_domain", "out_of_domain", "overall"),
+  "checkpoint.best": ("none", "in_domain", "out_of_domain", "overall"),
 }
 # What users of TRL may write instead, and what does the same here.
 ELSEWHERE: Mapping[str, str] = {

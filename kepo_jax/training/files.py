@@ -309,7 +309,7 @@ class RunFiles:
     """Step of the validation with the highest figure of `checkpoint.best`, the first of equals."""
     figure = self._config.checkpoint.best
     entries = [each for each in self.evaluations.get("validation", []) if each.get(figure)]
-    if not figure or not entries:
+    if not entries:
       return None
     value = lambda each: each[figure].get("accuracy", each[figure].get("mean"))  # noqa: E731
     return int(max(entries, key=value)["step"])
@@ -356,7 +356,7 @@ class RunFiles:
       return
     need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     there = len(steps_in(self._root / "checkpoints"))
-    more = max(1, self._config.checkpoint.keep + 1 + bool(self._config.checkpoint.best) - there)
+    more = max(1, self._config.checkpoint.keep + 1 + (self._config.checkpoint.best != "none") - there)
     free = shutil.disk_usage(self._root).free
     if free < more * need:
       logging.warning(

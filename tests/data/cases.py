@@ -35,11 +35,11 @@ class Layout:
     (root / "QA_information" / "Open-access").mkdir(parents=True)
     self.image(RECORD["image_path"])
 
-  def image(self, relative):
-    """Draws an image."""
+  def image(self, relative, grey=0):
+    """Draws an image of one grey, from 0 to 255."""
     path = self.root / relative
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (40, 40)).save(path, format="PNG")
+    Image.new("L", (40, 40), grey).save(path, format="PNG")
 
   def write(self, *records, name="Set A"):
     """Writes a JSON file."""

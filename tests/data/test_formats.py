@@ -59,6 +59,34 @@ def test_files(tmp_path):
   assert formats.read_any(arrow)[0][1].id == "data/1"
 
 
+def test_endings_in_capitals_and_lines(tmp_path):
+  root = tmp_path / "OmniMedVQA"
+  file = cases.Layout(root).write(cases.RECORD)
+  (file.parent / "more.JSONL").write_text(json.dumps(cases.record(1)) + "\n" + json.dumps(cases.record(2)) + "\n")
+  os.rename(file, file.with_suffix(".JSON"))
+  (file.parent / "deep").mkdir()
+  (file.parent / "deep" / "b.json").write_text("[]")
+  for place, number in ((root, 3), (file.with_suffix(".JSON"), 1), (file.parent / "more.JSONL", 2)):
+    examples, summary = formats.read_any(place)
+    assert len(examples) == number and summary.format == "OmniMedVQA layout"
+    assert summary.rules["file_skipped"] == (place == root) and summary.first.get("file_skipped", "").endswith(
+      "deep/b.json" * (place == root)
+    )
+  os.rename(cases.write_parquet(tmp_path / "a.parquet"), tmp_path / "A.PARQUET")
+  assert formats.read_any(tmp_path / "A.PARQUET")[1].format == "Hugging Face, parquet"
+  arrow = next(cases.write_saved(tmp_path / "saved").glob("*.arrow"))
+  assert formats.read_any(arrow.rename(tmp_path / "A.ARROW"))[1].format == "Hugging Face, saved to disk"
+
+
+def test_a_saved_folder_one_level_down(tmp_path):
+  dict_folder(tmp_path / "download" / "MRI_train_600")
+  examples, summary = formats.read_any(tmp_path / "download")
+  assert examples[0].id == "MRI_train_600/train/0" and summary.format == "Hugging Face, saved to disk"
+  cases.write_saved(tmp_path / "download" / "other")
+  with pytest.raises(ValueError, match="download holds several data sets saved to disk .*MRI_train_600, .*other"):
+    formats.read_any(tmp_path / "download")
+
+
 def test_arguments_reach_the_reader(tmp_path):
   layout(tmp_path)
   with pytest.raises(ValueError, match="Restricted-access: no JSON files"):

@@ -37,7 +37,8 @@ def test_parquet(tmp_path, cache):
   examples, summary = hf_folders.read(file)
   checked(examples, summary)
   assert [example.id for example in examples] == ["train/0", "train/1", "train/2"]
-  assert dict(summary.rules) == {"modality_unknown": 3} and summary.format == "Hugging Face, parquet"
+  assert {example.modality for example in examples} == {"MRI"}  # told by the folder
+  assert not summary.rules and summary.format == "Hugging Face, parquet"
   examples, summary = hf_folders.read(file.parent)
   checked(examples, summary)
   assert examples[2].id == "MRI_train_600/train/2" and examples[0].modality == "MRI"
@@ -90,6 +91,44 @@ def test_saved_to_disk(tmp_path):
   (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
   examples, summary = hf_folders.read(tmp_path / "both")
   assert [example.id for example in examples] == [f"both/{split}/{i}" for split in ("train", "test") for i in range(3)]
+
+
+def test_a_part_alone_has_the_ids_of_the_whole(tmp_path):
+  top = tmp_path / "modality_MRI_train_600"
+  for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
+    write_parquet(top / "data" / f"{name}.PARQUET", problem=[f"{number}/{i}?\nA: x\nB: y" for i in range(3)])
+  write_saved(tmp_path / "CT_600" / "train")
+  write_saved(tmp_path / "CT_600" / "test", problem=[f"{i}?\nA: x\nB: y" for i in range(3)])
+  (tmp_path / "CT_600" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+  for modality, whole, train, test in (
+    ("MRI", top, top / "data" / "train-*.parquet", top / "data" / "test-*.parquet"),
+    ("CT", tmp_path / "CT_600", tmp_path / "CT_600" / "train", tmp_path / "CT_600" / "test"),
+  ):
+    parts = {name: hf_folders.read(place) for name, place in (("train", train), ("test", test))}
+    together = [example for examples, _ in parts.values() for example in examples]
+    assert sorted(together, key=lambda each: each.id) == sorted(hf_folders.read(whole)[0], key=lambda each: each.id)
+    for name, (examples, summary) in parts.items():
+      assert [each.id for each in examples] == [f"{whole.name}/{name}/{i}" for i in range(len(examples))]
+      assert {(each.modality, each.dataset) for each in examples} == {(modality, whole.name)} and not summary.rules
+
+
+def test_what_is_no_pattern(tmp_path):
+  file = write_parquet(tmp_path / "x" / "train-0.parquet")
+  assert hf_folders.part_files(file) == hf_folders.part_files(tmp_path / "x" / "test-*.parquet") == []
+  assert hf_folders.part_files(tmp_path / "x" / "train-*.parquet") == [file]
+  assert hf_folders.part_files(tmp_path / "absent" / "train-*.parquet") == []
+
+
+def test_what_lies_beside(tmp_path):
+  write_parquet(tmp_path / "x" / "a.parquet")
+  for name in ("a.json", "b.csv", "c.png", ".gitattributes"):
+    (tmp_path / "x" / name).write_text("[]")
+  _, summary = hf_folders.read(tmp_path / "x")
+  assert summary.rules["file_skipped"] == 2 and summary.first["file_skipped"] == f"{tmp_path / 'x'}: a.json, b.csv"
+  folder = write_saved(tmp_path / "MRI_saved")
+  (folder / "cache-1.arrow").write_bytes(b"")
+  _, summary = hf_folders.read(folder)
+  assert dict(summary.rules) == {"file_skipped": 1} and summary.first["file_skipped"].endswith(": cache-1.arrow")
 
 
 def test_paths_instead_of_bytes(tmp_path):

@@ -1,8 +1,11 @@
 """Options cut out of a question: three syntaxes, with everything in them that looks like another option."""
 
-import time
+import re
+import sys
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from kepo_jax.data import records
 from kepo_jax.data.rules import Rejected
@@ -49,10 +52,125 @@ def test_no_options(text):
   assert caught.value.rule == "options_not_found"
 
 
-def test_long_texts_are_refused_before_they_take_long():
-  start = time.perf_counter()
+def slow_cut(problem):
+  """`records.cut` as its docstring says it, each row from each place where one may begin; None for no options."""
+
+  def is_marker(begin, match):
+    if re.match(r"[^\W_]", problem[match.end() : match.end() + 1]):
+      return True
+    depth = 0
+    for bracket in re.findall(r"[()]", problem[begin : match.start()]):
+      depth = depth + 1 if bracket == "(" else max(0, depth - 1)
+    return depth == 0
+
+  def row_from(first, further, inline):
+    row = [(first.start(), first.end())] if not inline or is_marker(0, first) else []
+    for letter in "BCDEFGHIJKLMNOPQRSTUVWXYZ" if row else "":
+      matches = re.compile(further.format(letter)).finditer(problem, row[-1][1])
+      found = next((match for match in matches if not inline or is_marker(row[-1][1], match)), None)
+      if found is None:
+        break
+      row.append((found.start(), found.end()))
+    return row
+
+  syntaxes = [(r"\r?\n[ \t]*A\)", r"\r?\n[ \t]*{}\)"), (r"\r?\n[ \t]*A:", r"\r?\n[ \t]*{}:")]
+  syntaxes.append((r"(?:^|(?<=[\s?:.]))A\)", r",\s*{}\)"))
+  rows = [
+    (first.end(), -rank, row)
+    for rank, (begin, further) in enumerate(syntaxes)
+    for first in re.finditer(begin, problem)
+    if len(row := row_from(first, further, rank == 2)) > 1
+  ]
+  if not rows:
+    return None
+  row = max(rows)[2]
+  ends = [start for start, _ in row[1:]] + [len(problem)]
+  options = [problem[begin:end].strip() for (_, begin), end in zip(row, ends, strict=True)]
+  return problem[: row[0][0]].strip(), options, len({end for end, *_ in rows}) > 1
+
+
+def cut_or_none(problem):
+  try:
+    return records.cut(problem)
+  except Rejected:
+    return None
+
+
+PIECES = [
+  "A)",
+  "B)",
+  "C)",
+  "D)",
+  "A: ",
+  "B: ",
+  ", ",
+  "\n",
+  "\r\n",
+  " ",
+  "(",
+  ")",
+  "x",
+  "Z)",
+  ", B)",
+  ", C)",
+  "? A)",
+  "_",
+]
+PIECES += ["\nA) ", "\nB) ", "\nA: ", "\nB: ", "(type A)", "\t", "É"]
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=1000)
+@given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
+@example("Of A) (x, B) y), B) z or A)(x, B) y")
+def test_the_same_as_row_by_row(problem):
+  assert cut_or_none(problem) == slow_cut(problem)
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=300)
+@given(
+  st.sampled_from(sorted(STEMS)), st.lists(st.text("ab ,()AB:.", max_size=12), min_size=2, max_size=10),
+  st.sampled_from(sorted(SYNTAXES)),
+)  # fmt: skip
+def test_the_same_on_ordinary_questions(stem, options, syntax):
+  problem = SYNTAXES[syntax](STEMS[stem][0], options)
+  assert cut_or_none(problem) == slow_cut(problem)
+
+
+def lines_run(problem):
+  """Lines of Python that a cut runs; regular expressions count as one, and each looks at the whole text once."""
+  count = 0
+
+  def trace(frame, event, _):
+    nonlocal count
+    count += event == "line"
+    return trace
+
+  before = sys.gettrace()
+  sys.settrace(trace)
+  try:
+    cut_or_none(problem)
+  finally:
+    sys.settrace(before)
+  return count
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    lambda n: "A) " * (n // 6) + "(, B) " * (n // 12),  # every B in a bracket, for every A
+    lambda n: " A)x, B)" * (n // 8),
+    lambda n: "A) (" * (n // 8) + ", B)" * (n // 8),
+    lambda n: "\nA) " * (n // 5),
+    lambda n: "(" * (n // 2) + " A)" * (n // 6),
+  ],
+)
+def test_the_work_grows_as_the_text_does(text):
+  half, whole = lines_run(text(records.LONGEST // 2)), lines_run(text(records.LONGEST))
+  assert whole < 2.2 * half and whole < 20 * records.LONGEST
+
+
+def test_long_texts_are_refused():
   with pytest.raises(Rejected, match="a question of 60000 characters"):
     records.cut(" A)x, B)" * 7500)
   stem, options, ambiguous = records.cut(" A)x, B)" * (records.LONGEST // 8))
   assert ambiguous and options == ["x", ""] and stem.endswith("B)")
-  assert time.perf_counter() - start < 5

@@ -149,6 +149,38 @@ def test_odd_values_and_repeated_keys(root):
   assert dict(summary.rules) == {"duplicate_record": 1, "malformed_record": 4}
 
 
+def test_endings_and_lines(root):
+  """Endings in capitals, one record per line, and what else lies there."""
+  write_records(root / "A.JSON", MEDVLM)
+  lines = [json.dumps(MEDVLM | {"question": f"Q{i}", "problem": f"Q{i}\nA) Chest\nB) Brain"}) for i in range(3)]
+  (root / "b" / "c.JsonL").parent.mkdir()
+  (root / "b" / "c.JsonL").write_text(f"\ufeff{lines[0]}\n\n \r\n{lines[1]}\r\n[\n3\n{lines[2]}", encoding="utf-8")
+  (root / "b" / "notes.csv").write_text("")
+  (root / ".hidden").write_text("")
+  with pytest.raises(ValueError, match=r"c\.JsonL, record 2: line 5 is not readable as JSON"):
+    split_files.read(root)
+  examples, summary = split_files.read(root, lenient=True)
+  assert [example.id for example in examples] == ["A/0", "c/0", "c/1", "c/4"]
+  assert dict(summary.rules) == {"malformed_record": 2, "file_skipped": 1} and summary.files == 2
+  assert summary.first["file_skipped"] == f"{root}: b/notes.csv" and "b/notes.csv" in summary.text()
+  for number in range(12):
+    (root / f"{number:02}.txt").write_text("")
+  summary = split_files.read(root, lenient=True)[1]
+  assert summary.rules["file_skipped"] == 13 and summary.first["file_skipped"].endswith("07.txt and 5 more")
+
+
+@pytest.mark.parametrize(
+  "name", ["modality_MRI_train_600/records.json", "set_MRI_600/train/a.json", "set_MRI_600/data/a.json"]
+)
+def test_the_folder_tells_the_modality(name, root):
+  (example,), summary = split_files.read(write_records(root / name, MEDVLM | {"subset": ""}), image_root=root)
+  assert example.modality == "MRI" and not summary.rules
+  (example,), _ = split_files.read(write_records(root / name, MEDVLM), image_root=root)
+  assert example.modality == "X-Ray"  # as the record says
+  other = write_records(root / "MRI_600" / "CT_test.json", MEDVLM | {"subset": ""})
+  assert split_files.read(other, image_root=root)[0][0].modality == "CT"
+
+
 def test_files_that_are_links_or_no_files(root, tmp_path_factory):
   outside = write_records(tmp_path_factory.mktemp("outside") / "secret.json", MEDVLM)
   folder = root / "splits"

@@ -1,12 +1,14 @@
 """The published rule: exact numbers, no shared image, membership from seed and ids alone."""
 
+import dataclasses
 import json
+import pathlib
 
 import ml_collections
 import pytest
 from PIL import Image
 
-from kepo_jax.data import splits
+from kepo_jax.data import images, same_images, splits
 from kepo_jax.types import Example
 from tests.data.cases import MEDR1, Layout, record, write_parquet, write_records, write_saved
 
@@ -53,6 +55,106 @@ def test_no_image_is_shared():
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["validation"]
     assert not seen["validation"] & seen["test"]
+
+
+def drawn(folder, examples, twins=(), broken=()):
+  """The questions with their images as files in a folder: each its own picture, those of `twins` all the same one."""
+  found = []
+  for number, example in enumerate(examples):
+    paths = []
+    for image in example.images:
+      path = folder / image.lstrip("/")
+      if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colour = (7, 7, 7) if image in twins else (number % 256, number // 256, 99)
+        Image.new("RGB", (8, 8), colour).save(path)
+        if image in broken:
+          path.write_bytes(path.read_bytes()[:40])
+      paths.append(str(path))
+    found.append(dataclasses.replace(example, images=tuple(paths)))
+  return found
+
+
+def contents(part):
+  return {pathlib.Path(image).read_bytes() for example in part for image in example.images}
+
+
+def test_the_same_image_under_two_names(tmp_path, caplog):
+  """Images of all modalities and parts are one and the same file; none of it is then in two parts."""
+  examples = [question(modality, n, n) for modality in ("MRI", "CT") for n in range(60)]
+  numbers = {"train": 20, "seed": 3}
+  plain = cut(drawn(tmp_path / "plain", examples), **numbers)
+  one = {name: part[0].images[0] for name, part in plain.as_dict().items()}
+  twins = [image.removeprefix(str(tmp_path / "plain")) for image in one.values()]
+  assert contents(plain.train).isdisjoint(contents(plain.test))  # as drawn, no two are the same
+  with caplog.at_level("WARNING"):
+    split = cut(drawn(tmp_path / "twins", examples, twins), **numbers)
+  parts = list(split.as_dict().values())
+  assert "2 images have the content of others" in caplog.text
+  assert not any(contents(a) & contents(b) for a in parts for b in parts if a is not b)
+  assert [len(part) for part in parts] == [20, 10, 30]
+  assert cut(drawn(tmp_path / "twins", examples[::-1]), **numbers) == split
+  # What has the same size is compared, and what only has that is left alone.
+  assert len(set(map(len, contents(split.train)))) < len(contents(split.train))
+
+
+def test_only_the_bytes_of_equal_sizes_are_read(tmp_path, monkeypatch):
+  names = [tmp_path / f"{n}.png" for n in range(6)]
+  for path, data in zip(names, (b"a", b"bb", b"bb", b"cc", b"ddd", b"bb"), strict=True):
+    path.write_bytes(data)
+  read = []
+  whole = same_images.digest
+  monkeypatch.setattr(same_images, "digest", lambda path: read.append(path) or whole(path))
+  paths = [str(path) for path in names]
+  assert same_images.repeats([*paths, "/absent.png"]) == {paths[2]: paths[1], paths[5]: paths[1]}
+  assert read == [paths[1], paths[2], paths[3], paths[5]]
+
+
+def test_a_question_of_another_modality_about_a_training_image(tmp_path):
+  """Every third MRI image is asked about as CT and as X-Ray too, under the same path."""
+  examples = [question("MRI", n, n) for n in range(90)] + [question("CT", n, n) for n in range(40)]
+  examples += [question("X-Ray", n, n) for n in range(40)]
+  for n in range(0, 90, 3):
+    examples += [dataclasses.replace(question(m, 500 + n, n), images=(f"/MRI/{n}.png",)) for m in ("CT", "X-Ray")]
+  for modality in ("MRI", "X-Ray"):
+    split = cut(examples, train_modality=modality)
+    assert len(split.train) == 20 and {example.modality for example in split.train} == {modality}
+    seen = [{image for example in part for image in example.images} for part in split.as_dict().values()]
+    assert not seen[0] & (seen[1] | seen[2]) and not seen[1] & seen[2]
+    for found in (split.test, split.validation):
+      assert len({sum(example.modality == m for example in found) for m in ("MRI", "CT", "X-Ray")}) == 1
+  # If other modalities have all its images, a modality is too small, not silently empty.
+  shared = [dataclasses.replace(example, modality=m) for example in examples[:90] for m in ("CT", "MRI")]
+  named = [dataclasses.replace(example, id=f"{example.modality} {example.id}") for example in shared]
+  with pytest.raises(
+    ValueError, match="MRI has 90 questions, too few .* .90 are about images that a modality before it has"
+  ):
+    cut(named)
+
+
+def test_unreadable_images_are_replaced(tmp_path, caplog, monkeypatch):
+  examples = [question(modality, n, n) for modality in ("MRI", "CT") for n in range(60)]
+  broken = [f"/{modality}/{n}.png" for modality in ("MRI", "CT") for n in range(0, 60, 4)]
+  found = drawn(tmp_path, examples, broken=broken)
+  opened = []
+  load = images.load_image
+  monkeypatch.setattr(images, "load_image", lambda path: opened.append(path) or load(path))
+  plain = cut(found, train=20)
+  assert not opened
+  with caplog.at_level("WARNING"):
+    split = cut(found, train=20, lenient=True)
+  bad = {str(tmp_path / image.lstrip("/")) for image in broken}
+  assert [len(part) for part in split.as_dict().values()] == [20, 10, 30]
+  chosen = {image for part in split.as_dict().values() for example in part for image in example.images}
+  lost = [e for part in plain.as_dict().values() for e in part if bad & set(e.images)]
+  assert lost and not chosen & bad and "left out: image " in caplog.text and "questions with unreadable" in caplog.text
+  # No image is decoded twice, and the whole pool is not.
+  assert len(opened) == len(set(opened)) < len(examples) and chosen <= set(opened)
+  assert cut([each for each in found if not bad & set(each.images)], train=20) == split
+  given = splits.limited(found, 30, 5, lenient=True)
+  assert len(given) == 60 and not any(bad & set(each.images) for each in given)
+  assert given == splits.limited([each for each in found if not bad & set(each.images)], 30, 5)
+  assert len(splits.limited(found, 60, 5, lenient=True)) == 90  # all that there are
 
 
 def test_membership_depends_on_seed_and_ids_alone():
@@ -130,7 +232,10 @@ def test_a_published_split_is_taken_verbatim(published, caplog):
   with caplog.at_level("WARNING"):
     found = splits.load(wanted)
   # 20 MRI questions for training; its images 18 and 19 are among the 12 of the MRI test, of 24 test images in all.
-  assert "2 test images (8.3 %) are training images too" in caplog.text
+  used = "20 of 40 training and 24 of 24 test questions"
+  assert f"as used: 2 test images (8.3 %) are training images too; {used}" in caplog.text
+  # The CT questions that are not trained on share two images with the test as well.
+  assert "as published: 4 test images (16.7 %) are training images too; 40 of 40 training and" in caplog.text
   assert [example.id for example in found["train"]] == sorted(f"MRI_train/{n}" for n in range(20))
   assert {example.id for example in found["test"]} == {f"{m}_test/{n}" for m in ("MRI", "CT") for n in range(12)}
   # Validation questions come from what is left of the training part: no MRI, and no image of train or test.
@@ -158,6 +263,40 @@ def test_a_published_split_is_not_mixed(published, tmp_path):
     splits.load(settings(tmp_path / "saved"))
 
 
+def hub(top):
+  """Six training and four test questions in parquet files of one folder; records do not tell their modality."""
+  for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 3), ("test-00000-of-00001", 4)):
+    write_parquet(top / f"{name}.parquet", count=count, problem=[f"{name}, {i}?\nA: a\nB: b" for i in range(count)])
+  return top
+
+
+@pytest.mark.parametrize("all_items", [0, None])
+def test_published_tables_are_read_part_by_part(all_items, tmp_path, monkeypatch, caplog):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  hub(tmp_path / "hub" / "KEPO_modality_MRI_train_600" / "data")
+  saved = tmp_path / "saved" / "modality_MRI_train_600"
+  write_saved(saved / "train", count=6, problem=[f"train {i}?\nA: a\nB: b" for i in range(6)])
+  write_saved(saved / "test", count=4, problem=[f"test {i}?\nA: a\nB: b" for i in range(4)])
+  (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+  for folder in (tmp_path / "hub" / "KEPO_modality_MRI_train_600", saved.parent):
+    with pytest.raises(ValueError, match="holds a published split"):
+      splits.load(settings(folder))
+    wanted = settings("", split_files=str(folder), validation_items=0)
+    wanted.train_items = wanted.test_items = all_items
+    with caplog.at_level("WARNING"):
+      found = splits.load(wanted)
+    assert {name: len(part) for name, part in found.items()} == {"train": 6, "test": 4, "validation": 0}
+    for name in ("train", "test"):
+      assert all(each.question.startswith(name) and f"/{name}/" in each.id for each in found[name])
+      assert {each.modality for each in found[name]} == {"MRI"}
+    caplog.clear()
+    wanted = settings("", split_files=str(folder), train_items=3, test_items=2)
+    with caplog.at_level("WARNING"):
+      found = splits.load(wanted)
+    assert (len(found["train"]), len(found["test"])) == (3, 2)
+    assert "3 of 6 training and 2 of 4 test questions" in caplog.text
+
+
 def test_any_format_is_cut_by_the_rule(tmp_path):
   write_parquet(tmp_path / "modality_MRI_train.parquet", count=12)
   found = splits.load(settings(tmp_path, train_items=5))
@@ -173,14 +312,20 @@ def test_unusable_records_stop_a_run_unless_it_is_lenient(published):
     splits.load(wanted)
   wanted.lenient = True
   assert len(splits.load(wanted)["train"]) == 20
+  # A damaged image is found by decoding alone, and another question takes its place.
+  bad = published / "data" / "Images" / "CT" / "20.png"
+  bad.write_bytes(bad.read_bytes()[:40])
+  wanted.test_items = 11
+  found = splits.load(wanted)
+  assert len(found["test"]) == 22 and not any(str(bad) in example.images for example in found["test"])
 
 
 def test_every_repair_is_warned_of_and_told(tmp_path, caplog):
   """A repair alone, without a dropped record, must not go unseen."""
   layout = Layout(tmp_path)
   paths = [f"Images/Set A/{number}.png" for number in range(12)]
-  for path in paths:
-    layout.image(path)
+  for grey, path in enumerate(paths):
+    layout.image(path, grey)  # the same picture under two names would be one
   found = []
   for answer, rules in (("Brain", {}), ("brain.", {"answer_normalised": 12})):
     layout.write(*(record(n, modality_type="MRI", gt_answer=answer, image_path=path) for n, path in enumerate(paths)))

@@ -173,7 +173,7 @@ def validation(step, accuracy):
   return {"step": step, "out_of_domain": {"mean": accuracy}, "in_domain": {"accuracy": 1 - accuracy}}
 
 
-@pytest.mark.parametrize(("figure", "kept"), [("out_of_domain", [2, 5, 6]), ("in_domain", [3, 5, 6]), ("", [5, 6])])
+@pytest.mark.parametrize(("figure", "kept"), [("out_of_domain", [2, 5, 6]), ("in_domain", [3, 5, 6]), ("none", [5, 6])])
 def test_the_checkpoint_of_the_best_validation_stays(tmp_path, state, figure, kept):
   settings = config()
   settings.checkpoint.best = figure

@@ -31,6 +31,7 @@ def build(
   *,
   manual_dir: str | os.PathLike | None = None,
   config: str | Config = builder_module.NAME,
+  images_root: str | os.PathLike | None = None,
   progress: Callable[[int, int], None] | None = None,
 ) -> Built:
   """Writes a config of the data set below `data_dir` unless it is there already.
@@ -38,7 +39,9 @@ def build(
   Args:
     data_dir: TFDS data directory; the data set becomes data_dir/omnimedvqa/<config>/<version>.
     manual_dir: folder with the unpacked OmniMedVQA download; the phantom needs none.
-    config: "omnimedvqa", "phantom", or what `omnimedvqa_dataset_builder.split_config` gives for other numbers.
+    config: "omnimedvqa", "phantom", or what `omnimedvqa_dataset_builder.split_config` gives for other numbers,
+      another folder of questions, or what is to be left out.
+    images_root: folder that image paths start from, where that is not the root of the download.
     progress: receives (questions written, questions in all) after each question.
 
   Raises:
@@ -52,7 +55,7 @@ def build(
   reused = directory.is_dir()
   if not reused and builder.builder_config.name != builder_module.PHANTOM:
     _require(manual_dir)
-  builder.progress = progress
+  builder.progress, builder.images_root = progress, images_root
   settings = tfds.download.DownloadConfig(manual_dir=os.path.abspath(manual_dir) if manual_dir else None)
   builder.download_and_prepare(download_config=settings, file_format=builder_module.FILE_FORMAT)
   splits = builder.info.splits

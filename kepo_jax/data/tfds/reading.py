@@ -3,15 +3,19 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
 
 from kepo_jax.data import image_files, splits
 from kepo_jax.data.rules import Rejected
 from kepo_jax.data.tfds import folders, records
 from kepo_jax.types import Example
+
+# What comes of a file that is cut off, overwritten or exchanged: array_record's own, and what TFDS makes of no record.
+_READ_ERRORS = (RuntimeError, DecodeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
 
 
 class EncodedImages(tfds.decode.Decoder):
@@ -61,10 +65,25 @@ def examples_from(source: Iterable[Mapping[str, Any]]) -> list[Example]:
       `decoders={"images": EncodedImages()}`.
 
   Raises:
-    ValueError: an image was decoded on the way, by which its file is lost, or is none; names the question.
+    ValueError: a record cannot be read, which names the folder; an image was decoded on the way, by which its file is
+      lost, or is none, which names the question.
     OSError: the cache folder cannot be written.
   """
-  return [records.example(each, [_stored(image, each["id"]) for image in each["images"]]) for each in source]
+  return [records.example(each, [_stored(image, each["id"]) for image in each["images"]]) for each in _records(source)]
+
+
+def _records(source: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+  number = 0
+  try:
+    for number, each in enumerate(source):
+      yield each
+  except _READ_ERRORS as error:
+    info = getattr(source, "dataset_info", None)
+    where = f"{info.data_dir}, {getattr(source, 'split', '')}" if info else "the data source"
+    raise ValueError(
+      f"{where}: record {number} or the next cannot be read ({str(error)[:200]}); delete the folder and build the data "
+      "set again"
+    ) from error
 
 
 def _stored(image: Any, name: bytes) -> str:
@@ -96,7 +115,9 @@ def _source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[Mapping[s
   try:
     return builder.as_data_source(split, decoders={"images": EncodedImages()})
   except RuntimeError as error:  # what array_record raises on a file that is cut off
-    raise ValueError(f"{builder.data_dir}: {split} cannot be read ({error}); build the data set again") from error
+    raise ValueError(
+      f"{builder.data_dir}: {split} cannot be read ({error}); delete the folder and build the data set again"
+    ) from error
 
 
 def _check_features(folder: pathlib.Path) -> None:

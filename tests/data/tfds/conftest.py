@@ -11,9 +11,9 @@ from kepo_jax.data.tfds import building
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
 
 
-def write_images(folder: pathlib.Path) -> list[str]:
+def write_images(folder: pathlib.Path, seed: int) -> list[str]:
   """Images of different files and modes; returns their names."""
-  rng = np.random.default_rng(11)
+  rng = np.random.default_rng(seed)
   colour = Image.fromarray(rng.integers(0, 256, (24, 40, 3), dtype=np.uint8))
   deep = Image.fromarray(rng.integers(500, 3000, (30, 20)).astype(np.uint16))
   kinds = {
@@ -52,7 +52,7 @@ def write_download(root: pathlib.Path) -> pathlib.Path:
         **{f"option_{letter}": text for letter, text in zip("ABCD", ("Knee", "Brain", "Hand, left")[: 2 + number % 2])},
         "modality_type": modality,
       }
-      for number, name in enumerate(write_images(root / "Images" / dataset))
+      for number, name in enumerate(write_images(root / "Images" / dataset, seed=ord(dataset[-1])))
     ]
     (listing / f"{dataset}.json").write_text(json.dumps(records))
   return root

@@ -96,6 +96,10 @@ def test_configs():
   other = builder.split_config(train_modality="Infrared Imaging", split_seed=3)
   assert other.name == "omnimedvqa-Infrared_Imaging-600-40-300-3"
   assert "600 Infrared Imaging questions to train" in other.description and other.description.endswith("seed 3.")
+  assert builder.split_config(access="Open-access", lenient=False) is default
+  lenient = builder.split_config(access="My part", lenient=True)
+  assert lenient.name == "omnimedvqa-MRI-600-40-300-0-My_part-lenient"
+  assert lenient.description.startswith("My part part") and lenient.description.endswith("was left out.")
   assert Builder.MANUAL_DOWNLOAD_INSTRUCTIONS and Builder.RELEASE_NOTES.keys() == {str(Builder.VERSION)}
 
 

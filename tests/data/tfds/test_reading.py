@@ -52,7 +52,7 @@ def test_any_number_of_images(download, tmp_path, monkeypatch):
   expected = [
     Example(f"set/{i}", "?", ("a", "b"), "AB"[i % 2], tuple(paths[:i]), "MRI", dataset="set") for i in range(4)
   ]
-  monkeypatch.setattr(builder, "_read", lambda root: expected)
+  monkeypatch.setattr(builder, "_read", lambda root, **settings: expected)
   config = builder.split_config(train_items=4, validation_items=0, test_items=0)
   building.build(tmp_path, manual_dir=download, config=config)
   assert_equal(reading.read(tmp_path, config.name), expected)
@@ -72,6 +72,24 @@ def test_records_one_by_one(built):
   broken = dict(source[3]) | {"images": [b"text"]}
   with pytest.raises(ValueError, match=r"question Set M/Set M_\d+: .*build the data set again"):
     reading.examples_from([source[7], broken | {"id": source[7]["id"]}])
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "half zeroed", "cut off", "empty", "one byte"])
+def test_a_damaged_file_is_named(damage, built, tmp_path):
+  copy = shutil.copytree(built.directory, tmp_path / "copy")
+  file = next(copy.glob("*-test.array_record-*"))
+  data = file.read_bytes()
+  damaged = {
+    "zeroed": bytes(len(data)),
+    "half zeroed": bytes(len(data) // 2) + data[len(data) // 2 :],
+    "cut off": data[: len(data) // 2],
+    "empty": b"",
+    "one byte": data[:300] + bytes([data[300] ^ 255]) + data[301:],
+  }
+  file.write_bytes(damaged[damage])
+  with pytest.raises(ValueError, match="copy.*, test: .*delete the folder and build the data set again"):
+    reading.examples_from(reading.source(copy, split="test"))
+  assert len(reading.read(copy, split="train")) == 6
 
 
 def test_decoded_images_are_refused(built):

@@ -19,27 +19,32 @@ from kepo_jax.types import Example
 NAME, PHANTOM = folders.NAME, "phantom"  # the configs
 FILE_FORMAT = "array_record"  # the one that is written and read without TensorFlow
 NUMBERS = ("train_modality", "train_items", "validation_items", "test_items", "split_seed")
+WORDS = ("access", "lenient")  # fields whose default the name of a config leaves out
 SHARD_BYTES = 256 << 20  # of image files per shard; the writer holds one shard in memory
 
 
 @dataclasses.dataclass(eq=False)
 class Config(tfds.core.BuilderConfig):
-  """A config with the numbers of `splits.split_by_modality`; the phantom, already split, has no use for them."""
+  """A config with what the reader and `splits.split_by_modality` take; the phantom, already split,
+  has no use for it."""
 
   train_modality: str = "MRI"
   train_items: int = 600
   validation_items: int = 40  # of each modality
   test_items: int = 300  # of each modality
   split_seed: int = 0
+  access: str = "Open-access"  # folder below QA_information
+  lenient: bool = False  # leave out and count what cannot be used, with other questions in its place
 
 
-def split_config(**numbers: Any) -> Config:
-  """A config of the manual download with other numbers, which its name tells; the default one if none differs."""
+def split_config(**fields: Any) -> Config:
+  """A config of the manual download with other fields, which its name tells; the default one if none differs."""
   default = Builder.BUILDER_CONFIGS[0]
-  config = dataclasses.replace(default, **numbers)
-  values = [getattr(config, name) for name in NUMBERS]
-  if values == [getattr(default, name) for name in NUMBERS]:
+  config = dataclasses.replace(default, **fields)
+  if all(getattr(config, name) == getattr(default, name) for name in (*NUMBERS, *WORDS)):
     return default
+  values = [getattr(config, name) for name in NUMBERS]
+  values += [config.access] * (config.access != default.access) + ["lenient"] * config.lenient
   # The name becomes a folder, and the same numbers must find it again.
   name = "-".join(re.sub(r"[^\w.]+", "_", str(value)) for value in (NAME, *values))
   return dataclasses.replace(config, name=name, description=_description(config))
@@ -47,8 +52,10 @@ def split_config(**numbers: Any) -> Config:
 
 def _description(config: Config) -> str:
   return (
-    f"Open-access part of OmniMedVQA: {config.train_items} {config.train_modality} questions to train, "
+    f"{config.access} part of OmniMedVQA: {config.train_items} {config.train_modality} questions to train, "
     f"{config.validation_items} of each modality to validate and {config.test_items} to test; seed {config.split_seed}."
+    + " What could not be used was left out."
+    * config.lenient
   )
 
 
@@ -76,6 +83,7 @@ class Builder(tfds.core.ShardBasedBuilder):
   ]
   DEFAULT_BUILDER_CONFIG_NAME = NAME
 
+  images_root: str | os.PathLike | None = None  # that image paths start from, where it is not the root
   progress: Callable[[int, int], None] | None = None  # receives (questions written, questions in all)
 
   def __init__(self, *, file_format: Any = FILE_FORMAT, **arguments: Any):
@@ -109,7 +117,9 @@ class Builder(tfds.core.ShardBasedBuilder):
     }
 
   def _manual(self, directory: os.PathLike) -> dict[str, list[Example]]:
-    return splits.cut_by_rule(_read(directory), self.builder_config).as_dict()
+    config = self.builder_config
+    examples = _read(directory, access=config.access, image_root=self.images_root, lenient=config.lenient)
+    return splits.cut_by_rule(examples, config).as_dict()
 
   def _phantom(self) -> dict[str, list[Example]]:
     return {name: _read(root) for name, root in splits.phantom_roots().items()}
@@ -128,7 +138,7 @@ def shards(examples: Sequence[Example], limit: int = SHARD_BYTES) -> list[list[E
   return runs
 
 
-def _read(root: str | os.PathLike) -> list[Example]:
-  examples, summary = omnimedvqa.read(root)
+def _read(root: str | os.PathLike, **settings: Any) -> list[Example]:
+  examples, summary = omnimedvqa.read(root, **settings)
   logging.log(logging.WARNING if summary.dropped else logging.INFO, "%s", summary.text())
   return examples

@@ -1,0 +1,81 @@
+"""Where the parts of a published split are found, and where a folder is refused as a pool."""
+
+import pytest
+
+from kepo_jax.data import published
+from tests.data import cases
+
+
+def touch(top, *names):
+  for name in names:
+    (top / name).parent.mkdir(parents=True, exist_ok=True)
+    (top / name).touch()
+  return top
+
+
+FOUND = {
+  "Med-R1": (("train/MRI_train.json", "test/MRI_test.json"), "train test"),
+  "saved": (("train/state.json", "test/state.json", "val/state.json", "dataset_dict.json"), "train test val"),
+  "parquet": (
+    ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-0.parquet", "README.md"),
+    "train-*.parquet test-*.parquet",
+  ),
+  "three parts": (
+    ("Train.PARQUET", "test.parquet", "validation-0.parquet"), "train-*.parquet test-*.parquet validation-*.parquet",
+  ),
+  "one level down": (("data/train-0.parquet", "data/test-0.parquet", "README.md", "other/a.txt"),
+                     "data/train-*.parquet data/test-*.parquet"),
+  "saved, one level down": (("MRI_600/train/state.json", "MRI_600/test/state.json"), "MRI_600/train MRI_600/test"),
+  "JSON": (("train.json", "test.JSONL"), "train.json test.JSONL"),
+  "folders before files": (("train/a.json", "test/a.json", "train-0.parquet", "test-0.parquet"), "train test"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_parts(case, tmp_path):
+  names, expected = FOUND[case]
+  top = touch(tmp_path, *names)
+  found = published.parts(top)
+  assert found == dict(zip(("train", "test", "validation"), (top / name for name in expected.split()), strict=False))
+  with pytest.raises(ValueError, match="holds a published split"):
+    published.refuse(top)
+
+
+LACKING = {
+  "has no test and no train part": (),
+  "has no test part; split_files is a folder with train/ and test/": ("train/a.json", "below/test/a.json"),
+  "has no train part": ("test-0.parquet",),
+  "holds several published splits": ("a/train/x", "a/test/x", "b/train/x", "b/test/x"),
+  "any of .*val.*, .*validation could be the validation part": ("train/x", "test/x", "val/x", "validation/x"),
+}
+
+
+@pytest.mark.parametrize("message", LACKING)
+def test_parts_that_are_not_clear(message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    published.parts(touch(tmp_path, *LACKING[message]))
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    ("MRI_train.json", "MRI_test.json"),
+    ("Splits/modality/train/CT.json", "Splits/modality/test/CT.json"),
+    ("modality_MRI_train_600.parquet", "x/test-0.parquet"),
+    ("below/dataset_dict.json", "below/train/state.json"),
+  ],
+)
+def test_a_pool_that_holds_both(names, tmp_path):
+  with pytest.raises(ValueError, match="holds a published split, whose training and test questions would be mixed"):
+    published.refuse(touch(tmp_path, *names))
+
+
+@pytest.mark.parametrize("names", [("MRI_train.json", "CT_train.json"), ("latest.json", "trainer.json"), ()])
+def test_a_pool(names, tmp_path):
+  published.refuse(touch(tmp_path, *names))
+
+
+def test_names_of_data_sets_are_no_parts(tmp_path):
+  cases.Layout(tmp_path / "OmniMedVQA").write(cases.RECORD, name="Set train")
+  cases.Layout.write(cases.Layout(tmp_path / "b" / "c"), cases.RECORD, name="Set test")
+  published.refuse(tmp_path)
