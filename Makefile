@@ -9,12 +9,13 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 VENV ?= .venv
 RUN := $(VENV)/bin
 TESTS ?= tests
+KILLS ?= 30
 # Compilation is one core's work: two processes use two cores.
 WORKERS ?= 2
 PYTEST := $(RUN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format parity test-slow mutants install clean
+.PHONY: help demo test lint format parity test-slow mutants kill-test install clean
 
 help: ## this text
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +43,9 @@ test-slow: $(VENV)/.runtime ## the long tests: whole trainings, resumption, expo
 
 mutants: $(VENV)/.runtime ## break the model in known ways and see a test fail each time
 	$(RUN)/python -m tests.mutants
+
+kill-test: $(VENV)/.runtime ## kill -9 a run KILLS times in all its phases, and compare what it becomes
+	$(RUN)/python -m tests.training.kill --kills=$(KILLS)
 
 install: $(VENV)/.runtime ## only create the virtual environment
 

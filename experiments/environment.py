@@ -21,6 +21,28 @@ def prepare() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def define_process_flags() -> None:
+  """Flags of a run over several processes, where nothing finds them on its own."""
+  flags.DEFINE_string("coordinator", "", "HOST:PORT of the first of several processes; all need access to --workdir.")
+  flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator.", lower_bound=1)
+  flags.DEFINE_integer("process_id", 0, "Which of them this is, from 0, with --coordinator.", lower_bound=0)
+
+
+def join_processes() -> None:
+  """Joins the processes of --coordinator, if it is given; before anything else asks jax for its devices.
+
+  Raises:
+    ValueError: the flags do not fit together.
+  """
+  coordinator, count, own = (flags.FLAGS[name].value for name in ("coordinator", "processes", "process_id"))
+  if not coordinator and (count, own) != (1, 0):
+    raise ValueError("--processes and --process_id need --coordinator=HOST:PORT of the first process.")
+  if own >= count:
+    raise ValueError(f"--process_id={own} is none of the {count} of --processes; they count from 0.")
+  if coordinator:
+    jax.distributed.initialize(coordinator, count, own)
+
+
 @contextlib.contextmanager
 def config_errors() -> Iterator[None]:
   """An unknown field of --config, or a value of another type, as one line; fields are looked up as flags are made."""

@@ -31,11 +31,13 @@ _AUTO_RESUME = flags.DEFINE_bool("auto_resume", False, "Continue the run in --wo
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Continue although config or questions are not those of the run."
 )
+environment.define_process_flags()
 
 
 def main(_: list[str]) -> None:
   """Runs the experiment that the flags describe."""
   environment.prepare()
+  environment.join_processes()
   workdir = _WORKDIR.value
   if not workdir and not (_RESUME.value or _AUTO_RESUME.value):
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem

@@ -9,8 +9,8 @@ import sys
 # run once on tiny shapes, so half of the compile time is worth more than optimised code.
 os.environ["XLA_FLAGS"] = " ".join(
   [
-    os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
+    os.environ.get("XLA_FLAGS", ""),  # the last of two counts holds: programs that tests start may ask for another
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     "--xla_backend_optimization_level=0",
   ]

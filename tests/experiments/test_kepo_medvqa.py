@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -35,6 +37,41 @@ def test_a_missing_student_is_one_line(tmp_path):
   assert str(tmp_path / "nothing") in result.stderr
   assert "Traceback" not in result.stderr
   assert not (tmp_path / "run").exists()
+
+
+SMALL = [
+  "--config.batch.prompts=4",
+  "--config.batch.rollouts=2",
+  "--config.exploration.replacements=1",
+  "--config.data.train_items=16",
+  "--config.data.validation_items=1",
+  "--config.train.steps=4",
+  "--config.eval.every=0",
+  "--config.eval.test=False",
+  "--config.checkpoint.every=0",
+]
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
+  workdir = tmp_path / "run"
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  command = [*MODULE, *SMALL, f"--workdir={workdir}", "--auto_resume"]
+  process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+  deadline = time.monotonic() + 300
+  metrics = workdir / "metrics.jsonl"
+  while process.poll() is None and not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  _, said = process.communicate(timeout=300)
+  assert process.returncode == 75, said
+  (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+  assert step < 4
+  assert f"interrupted after step {step}; its state is in {workdir / 'checkpoints' / str(step)}." in said
+  assert f"Go on with --workdir={workdir} --resume." in said and "Traceback" not in said
+  assert run(*command[3:]).returncode == 0
+  steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+  assert steps == [1, 2, 3, 4]
+  assert (workdir / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

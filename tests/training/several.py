@@ -1,0 +1,34 @@
+"""One process of a run over several, for tests: python -m tests.training.several WORKDIR COORDINATOR COUNT NUMBER."""
+
+import hashlib
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from experiments.configs import kepo
+from kepo_jax import sharding, training
+from kepo_jax.reporting import RunReporter
+from tests.training.runs import shrunk
+
+
+def config(devices):
+  """Six steps over all devices, with a checkpoint after every second."""
+  sizes = {"train__steps": 6, "eval__every": 3, "eval__prompts": 8, "checkpoint__every": 2, "mesh__data": devices}
+  return shrunk(kepo.get_config(), **sizes)
+
+
+def main(workdir, coordinator, count, number):
+  """Joins, trains, and tells the hash of the state and what it evaluated to."""
+  jax.distributed.initialize(coordinator, int(count), int(number))
+  hooks = [RunReporter()]
+  result = training.train(config(jax.device_count()), workdir=pathlib.Path(workdir), hooks=hooks, auto_resume=True)
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(result.state):
+    digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
+  print(f"state {digest.hexdigest()}", flush=True)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
