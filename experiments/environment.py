@@ -34,7 +34,7 @@ def join_processes() -> None:
   Raises:
     ValueError: the flags do not fit together.
   """
-  coordinator, count, own = (flags.FLAGS[name].value for name in ("coordinator", "processes", "process_id"))
+  coordinator, count, own = flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process_id
   if not coordinator and (count, own) != (1, 0):
     raise ValueError("--processes and --process_id need --coordinator=HOST:PORT of the first process.")
   if own >= count:

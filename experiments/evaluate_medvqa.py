@@ -31,12 +31,12 @@ from rich.console import Console
 from experiments import environment
 from experiments.configs import grpo, grpo_medvqa
 from kepo_jax import evaluation, sharding
-from kepo_jax.data import formats, images, pipeline, prompts, rules, splits, tokenization
+from kepo_jax.data import dealing, formats, images, pipeline, prompts, rules, splits, tokenization
 from kepo_jax.data.tfds import folders
 from kepo_jax.evaluation import journal
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting import progress, tables
-from kepo_jax.training import checks, programs
+from kepo_jax.training import programs, question_checks
 from kepo_jax.types import Example, Prompts, Rollouts
 
 DATA = grpo.get_config().data  # how training cuts its data, unless flags say otherwise
@@ -159,7 +159,7 @@ def limited(examples: list[Example], summary: rules.Summary, how: str) -> tuple[
   """At most --limit questions of each modality, and their number in words."""
   kept = examples
   if _LIMIT.value:
-    kept = splits.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
+    kept = dealing.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
     how += f", at most {_LIMIT.value} per modality"
   return kept, summary, f"{len(kept)} of {summary.kept} questions: {how}"
 
@@ -188,7 +188,8 @@ def readable(examples: list[Example], display: progress.Display) -> list[Example
   if not (_DATA.value or _SPLIT_FILES.value):
     return examples  # the phantom's pictures were drawn here
   show = functools.partial(display.progress, "checking images")
-  return checks.with_readable_images({_SPLIT.value: examples}, lenient=_LENIENT.value, progress=show)[_SPLIT.value]
+  split = _SPLIT.value
+  return question_checks.with_readable_images({split: examples}, lenient=_LENIENT.value, progress=show)[split]
 
 
 def device_mesh() -> jax.sharding.Mesh:

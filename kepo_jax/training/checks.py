@@ -1,20 +1,17 @@
 """What is refused, or warned of, before anything large is loaded."""
 
-import collections
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
 from kepo_jax import exploration, rewards
-from kepo_jax.data import images, inspection, pipeline, prompts, tokenization
-from kepo_jax.data.rules import Rejected, Summary
+from kepo_jax.data import images, pipeline, prompts, tokenization
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
 from kepo_jax.training import groups, inputs
-from kepo_jax.types import Example
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Largest value of each signal of the gate; accuracy and format are at most 1.
@@ -283,89 +280,6 @@ def warn_of_templates(config: Any, student: pathlib.Path) -> None:
     logging.warning(
       "data.templates=%s, but %s knows the wordings %s.", config.data.templates, config.model.student, expected
     )
-
-
-def check_questions(questions: Mapping[str, Sequence[Example]], config: Any) -> None:
-  """Refuses splits that the config cannot use, and records that no reward could judge.
-
-  Raises:
-    ValueError: which split is missing or too small, or which record is wrong and how.
-  """
-  needed = {"train": config.batch.prompts, "validation": config.eval.every > 0, "test": config.eval.test}
-  for split, least in needed.items():
-    found = len(questions.get(split, ()))
-    if found < least:
-      raise ValueError(
-        f"the {split} split has {found} questions and needs {int(least)} or more; see data.* and eval.*."
-      )
-  for split, examples in questions.items():
-    for example in examples:
-      letters = [chr(ord("A") + i) for i in range(len(example.options))]
-      if example.answer not in letters:
-        raise ValueError(
-          f"{split} question {example.id}: answer {example.answer!r} is not the letter of one of its "
-          f"{len(letters)} options ({', '.join(letters)})."
-        )
-    repeated = [each for each, count in collections.Counter(example.id for example in examples).items() if count > 1]
-    if repeated:
-      raise ValueError(
-        f"{split} has {len(repeated)} ids more than once, {repeated[0]!r} among them; an id names one question."
-      )
-
-
-def with_readable_images(
-  questions: Mapping[str, Sequence[Example]],
-  *,
-  lenient: bool,
-  progress: Callable[[int, int], None],
-  refusals: Callable[[str, Sequence[Example]], Mapping[str, Rejected]] = lambda split, examples: {},
-  report: Callable[[Summary], None] = lambda summary: None,
-) -> dict[str, list[Example]]:
-  """Decodes every image once and measures every question, so that none stops a run in its middle.
-
-  Args:
-    questions: split -> questions.
-    lenient: leave out, and count, questions whose image cannot be read or for which there is no room.
-    progress: called with the number of images done and of all, for each split.
-    refusals: (split, questions with readable images) -> id -> why there is no room for it, as `limits.refusals` tells.
-    report: called with what was left out of each split.
-
-  Returns:
-    split -> questions that can be asked.
-
-  Raises:
-    ValueError: a question cannot be asked, unless lenient; names it, the file, sizes, and the way out.
-  """
-  kept = {}
-  for split, examples in questions.items():
-    summary = Summary(root=f"{split} questions of the run", format="checked", records=len(examples))
-    readable, _ = inspection.open_images(examples, summary, decode=True, progress=progress)
-    refused = refusals(split, readable)
-    for example_id, rejected in refused.items():
-      summary.count(rejected.rule, f"question {example_id}: {rejected}")
-    kept[split] = [example for example in readable if example.id not in refused]
-    summary.kept = len(kept[split])
-    report(summary)
-    if summary.rules and not lenient:
-      raise ValueError(
-        f"{split} {next(iter(summary.first.values()))} ({summary.dropped} such questions: {dict(summary.rules)}); "
-        "mend the data, or set data.lenient to leave them out."
-      )
-    if summary.rules:
-      logging.warning("%d questions left out: %s", summary.dropped, summary.text())
-  return kept
-
-
-def prompt_kinds(config: Any, split: str) -> dict[str, int]:
-  """Wordings in which a run asks the questions of a split, each with the most tokens that a hint adds to it.
-
-  A hint is at most `exploration.hint_tokens` tokens long, and its tags, which the student is not shown, are among them:
-  they leave some room for a text that is cut into other tokens when it is read than when it was written.
-  """
-  if split != "train":
-    return {config.eval.prompt: 0}
-  hinted = {"hint_request": 0, config.exploration.hint_prompt: config.exploration.hint_tokens}
-  return {config.data.prompt: 0} | (hinted if explores(config) else {})
 
 
 def check_teacher(config: Any, processor: pipeline.Processor, folder: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ from kepo_jax.data import limits, pipeline, prompts, splits
 from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.rewards import Scorer, WeightedRewards
-from kepo_jax.training import assembly, checks, programs
+from kepo_jax.training import assembly, checks, programs, question_checks
 from kepo_jax.training.interruption import Interruption
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
@@ -26,7 +26,7 @@ STREAMS = ("rollout", "hint", "candidate", "evaluation", "answer")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Everything that `loop.train` needs, fixed for the whole run."""
+  """Everything that `job.train` needs, fixed for the whole run."""
 
   config: Any
   mesh: jax.sharding.Mesh
@@ -226,18 +226,18 @@ def usable_questions(
   summaries: dict[str, list[Summary]] = {"reading": [], "checking": []}
 
   def refusals(split: str, examples: Sequence[Example]) -> Mapping[str, Rejected]:
-    return limits.refusals(examples, processor, checks.prompt_kinds(config, split))
+    return limits.refusals(examples, processor, question_checks.prompt_kinds(config, split))
 
   found = records if records is not None else splits.load(config.data, report=summaries["reading"].append)
-  checks.check_questions(found, config)
-  questions = checks.with_readable_images(
+  question_checks.check_questions(found, config)
+  questions = question_checks.with_readable_images(
     found,
     lenient=config.data.lenient,
     progress=functools.partial(show_progress, hooks, "checking images"),
     refusals=refusals,
     report=summaries["checking"].append,
   )
-  checks.check_questions(questions, config)
+  question_checks.check_questions(questions, config)
   return questions, summaries
 
 

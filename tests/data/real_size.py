@@ -46,12 +46,12 @@ def write(root: pathlib.Path, seed: int = 0) -> int:
 
 def main(folder: str) -> None:
   """Reads and cuts; prints seconds, peak memory in bytes and numbers as JSON."""
-  from kepo_jax.data import omnimedvqa, splits
+  from kepo_jax.data import dealing, omnimedvqa
 
   before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
   examples, summary = omnimedvqa.read(folder, check_images=False)
   read, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  split = splits.split_by_modality(examples)
+  split = dealing.split_by_modality(examples)
   figures = {"kept": len(examples), "records": summary.records, "files": summary.files, "read_s": read}
   figures |= {"cut_s": time.perf_counter() - start - read, "peak_bytes": peak * 1024, "before_bytes": before * 1024}
   json.dump(figures | {"parts": {name: len(ids) for name, ids in split.ids.items()}}, sys.stdout)

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from kepo_jax.data import id_files, splits
-from tests.data.test_splits import cut, pool
+from tests.data.test_dealing import cut, pool
 
 
 def drawn_pool(folder):

@@ -1,14 +1,12 @@
 """The published rule: exact numbers, no shared image, membership from seed and ids alone."""
 
-import dataclasses
 import json
-import pathlib
 
 import ml_collections
 import pytest
 from PIL import Image
 
-from kepo_jax.data import images, same_images, splits
+from kepo_jax.data import same_images, splits
 from kepo_jax.types import Example
 from tests.data.cases import MEDR1, Layout, record, write_parquet, write_records, write_saved
 
@@ -25,79 +23,6 @@ def question(modality, number, image, *more):
   )
 
 
-def pool():
-  """Three modalities of 60 questions; every third image carries two questions."""
-  return [question(modality, n, n - 1 if n % 3 == 2 else n) for modality in ("MRI", "CT", "OCT") for n in range(60)]
-
-
-def cut(examples, **changes):
-  numbers = {"train": 20, "validation_per_modality": 5, "test_per_modality": 15, "seed": 1} | changes
-  return splits.split_by_modality(examples, **numbers)
-
-
-def test_numbers_and_modalities():
-  split = cut(pool())
-  count = lambda part, modality: sum(example.modality == modality for example in part)  # noqa: E731
-  assert [count(split.train, m) for m in ("MRI", "CT", "OCT")] == [20, 0, 0]
-  assert [count(split.validation, m) for m in ("MRI", "CT", "OCT")] == [5, 5, 5]
-  assert [count(split.test, m) for m in ("MRI", "CT", "OCT")] == [15, 15, 15]
-  for part in split.as_dict().values():
-    assert part == sorted(part, key=lambda example: (example.dataset, example.id))
-
-
-def test_no_image_is_shared():
-  examples = pool()
-  # A chain: the last question shows the images of two others.
-  examples.append(question("MRI", 99, 0, "/MRI/3.png", "/CT/6.png"))
-  for seed in range(20):
-    split = cut(examples, seed=seed)
-    seen = {name: {image for example in part for image in example.images} for name, part in split.as_dict().items()}
-    assert not seen["train"] & seen["test"]
-    assert not seen["train"] & seen["validation"]
-    assert not seen["validation"] & seen["test"]
-
-
-def drawn(folder, examples, twins=(), broken=()):
-  """The questions with their images as files in a folder: each its own picture, those of `twins` all the same one."""
-  found = []
-  for number, example in enumerate(examples):
-    paths = []
-    for image in example.images:
-      path = folder / image.lstrip("/")
-      if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        colour = (7, 7, 7) if image in twins else (number % 256, number // 256, 99)
-        Image.new("RGB", (8, 8), colour).save(path)
-        if image in broken:
-          path.write_bytes(path.read_bytes()[:40])
-      paths.append(str(path))
-    found.append(dataclasses.replace(example, images=tuple(paths)))
-  return found
-
-
-def contents(part):
-  return {pathlib.Path(image).read_bytes() for example in part for image in example.images}
-
-
-def test_the_same_image_under_two_names(tmp_path, caplog):
-  """Images of all modalities and parts are one and the same file; none of it is then in two parts."""
-  examples = [question(modality, n, n) for modality in ("MRI", "CT") for n in range(60)]
-  numbers = {"train": 20, "seed": 3}
-  plain = cut(drawn(tmp_path / "plain", examples), **numbers)
-  one = {name: part[0].images[0] for name, part in plain.as_dict().items()}
-  twins = [image.removeprefix(str(tmp_path / "plain")) for image in one.values()]
-  assert contents(plain.train).isdisjoint(contents(plain.test))  # as drawn, no two are the same
-  with caplog.at_level("WARNING"):
-    split = cut(drawn(tmp_path / "twins", examples, twins), **numbers)
-  parts = list(split.as_dict().values())
-  assert "2 images have the content of others" in caplog.text
-  assert not any(contents(a) & contents(b) for a in parts for b in parts if a is not b)
-  assert [len(part) for part in parts] == [20, 10, 30]
-  assert cut(drawn(tmp_path / "twins", examples[::-1]), **numbers) == split
-  # What has the same size is compared, and what only has that is left alone.
-  assert len(set(map(len, contents(split.train)))) < len(contents(split.train))
-
-
 def test_only_the_bytes_of_equal_sizes_are_read(tmp_path, monkeypatch):
   names = [tmp_path / f"{n}.png" for n in range(6)]
   for path, data in zip(names, (b"a", b"bb", b"bb", b"cc", b"ddd", b"bb"), strict=True):
@@ -108,70 +33,6 @@ def test_only_the_bytes_of_equal_sizes_are_read(tmp_path, monkeypatch):
   paths = [str(path) for path in names]
   assert same_images.repeats([*paths, "/absent.png"]) == {paths[2]: paths[1], paths[5]: paths[1]}
   assert read == [paths[1], paths[2], paths[3], paths[5]]
-
-
-def test_a_question_of_another_modality_about_a_training_image(tmp_path):
-  """Every third MRI image is asked about as CT and as X-Ray too, under the same path."""
-  examples = [question("MRI", n, n) for n in range(90)] + [question("CT", n, n) for n in range(40)]
-  examples += [question("X-Ray", n, n) for n in range(40)]
-  for n in range(0, 90, 3):
-    examples += [dataclasses.replace(question(m, 500 + n, n), images=(f"/MRI/{n}.png",)) for m in ("CT", "X-Ray")]
-  for modality in ("MRI", "X-Ray"):
-    split = cut(examples, train_modality=modality)
-    assert len(split.train) == 20 and {example.modality for example in split.train} == {modality}
-    seen = [{image for example in part for image in example.images} for part in split.as_dict().values()]
-    assert not seen[0] & (seen[1] | seen[2]) and not seen[1] & seen[2]
-    for found in (split.test, split.validation):
-      assert len({sum(example.modality == m for example in found) for m in ("MRI", "CT", "X-Ray")}) == 1
-  # If other modalities have all its images, a modality is too small, not silently empty.
-  shared = [dataclasses.replace(example, modality=m) for example in examples[:90] for m in ("CT", "MRI")]
-  named = [dataclasses.replace(example, id=f"{example.modality} {example.id}") for example in shared]
-  with pytest.raises(
-    ValueError, match="MRI has 90 questions, too few .* .90 are about images that a modality before it has"
-  ):
-    cut(named)
-
-
-def test_unreadable_images_are_replaced(tmp_path, caplog, monkeypatch):
-  examples = [question(modality, n, n) for modality in ("MRI", "CT") for n in range(60)]
-  broken = [f"/{modality}/{n}.png" for modality in ("MRI", "CT") for n in range(0, 60, 4)]
-  found = drawn(tmp_path, examples, broken=broken)
-  opened = []
-  load = images.load_image
-  monkeypatch.setattr(images, "load_image", lambda path: opened.append(path) or load(path))
-  plain = cut(found, train=20)
-  assert not opened
-  with caplog.at_level("WARNING"):
-    split = cut(found, train=20, lenient=True)
-  bad = {str(tmp_path / image.lstrip("/")) for image in broken}
-  assert [len(part) for part in split.as_dict().values()] == [20, 10, 30]
-  chosen = {image for part in split.as_dict().values() for example in part for image in example.images}
-  lost = [e for part in plain.as_dict().values() for e in part if bad & set(e.images)]
-  assert lost and not chosen & bad and "left out: image " in caplog.text and "questions with unreadable" in caplog.text
-  # No image is decoded twice, and the whole pool is not.
-  assert len(opened) == len(set(opened)) < len(examples) and chosen <= set(opened)
-  assert cut([each for each in found if not bad & set(each.images)], train=20) == split
-  given = splits.limited(found, 30, 5, lenient=True)
-  assert len(given) == 60 and not any(bad & set(each.images) for each in given)
-  assert given == splits.limited([each for each in found if not bad & set(each.images)], 30, 5)
-  assert len(splits.limited(found, 60, 5, lenient=True)) == 90  # all that there are
-
-
-def test_membership_depends_on_seed_and_ids_alone():
-  split = cut(pool())
-  assert cut(pool()[::-1]) == split and cut(pool()[::-1]).digest == split.digest
-  other = cut(pool(), seed=2)
-  assert other.digest != split.digest and other.test != split.test
-
-
-def test_too_few_questions():
-  with pytest.raises(ValueError, match=r"MRI has 60 questions, too few .*train would get \d+; lower data.train_items"):
-    cut(pool(), train=50)
-  with pytest.raises(ValueError, match=r"no question of modality 'PET'; the data have \['CT', 'MRI', 'OCT'\]"):
-    cut(pool(), train_modality="PET")
-  short = [example for example in pool() if example.modality == "MRI" or example.id < "CT/0010"]
-  split = cut(short)
-  assert sum(example.modality == "CT" for example in split.test) == 10  # all that there are
 
 
 def settings(directory, **changes):

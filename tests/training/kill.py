@@ -25,7 +25,7 @@ import numpy as np
 from experiments.configs import kepo
 from kepo_jax import training
 from kepo_jax.reporting import RunReporter
-from kepo_jax.training import checkpoints, loop, manifest
+from kepo_jax.training import checkpoints, files, loop, manifest
 from kepo_jax.types import Hook
 from tests.conftest import ROOT
 from tests.training.runs import shrunk
@@ -73,7 +73,7 @@ def run(workdir):
   loop.PhaseClock.__call__ = lambda self, phase: (say(phase), clock(self, phase))[1]
   checkpoints.Checkpoints.save = announced(checkpoints.Checkpoints.save, "saving")
   manifest.write = announced(manifest.write, "checksums")
-  loop.RunFiles.export = announced(loop.RunFiles.export, "export")
+  files.RunFiles.export = announced(files.RunFiles.export, "export")
   result = training.train(config(), workdir=workdir, hooks=[RunReporter(), Phases()], auto_resume=True)
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(result.state):

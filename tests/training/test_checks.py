@@ -4,15 +4,12 @@ import re
 
 import pytest
 from absl import logging
-from PIL import Image
 
 from experiments.configs import gkd, grpo, kepo, kepo_ke, sft, sft_teacher
 from kepo_jax import exploration, rewards
 from kepo_jax.data import prompts
-from kepo_jax.data.rules import Rejected
 from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
 from kepo_jax.training import checks
-from kepo_jax.types import Example
 from tests.conftest import ROOT
 
 
@@ -144,6 +141,7 @@ def test_every_field_with_rules_exists():
 
 
 # ---- what does not fit together ----
+
 
 REFUSED = [
   (kepo, {"mesh__data": 0}, "mesh.data=0 .* use -1"),
@@ -310,77 +308,6 @@ def test_other_wordings_than_those_of_the_student_are_warned_of(warned, tmp_path
   checks.warn_of_templates(changed(grpo, data__templates="brief", model__student="other"), tmp_path)
   assert [message.split(", but ")[0] for message in warned] == ["data.templates=standard", "data.templates=brief"]
   assert warned[0].endswith("knows the wordings brief.") and warned[1].endswith("other knows the wordings standard.")
-
-
-def test_every_image_is_decoded_before_the_first_step(tmp_path, caplog):
-  for name in ("good", "cut"):
-    Image.effect_noise((64, 64), 50).save(tmp_path / f"{name}.png")
-  whole = (tmp_path / "cut.png").read_bytes()
-  (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header can still be read
-  asked = [
-    Example(
-      id=name, question="?", options=("a", "b"), answer="A", images=(str(tmp_path / f"{name}.png"),), modality="CT"
-    )
-    for name in ("good", "cut")
-  ]
-  calls = []
-  progress = lambda done, total: calls.append((done, total))  # noqa: E731
-  with pytest.raises(ValueError, match=r"train question cut: image .*cut.png.* set data.lenient to leave them out"):
-    checks.with_readable_images({"train": asked}, lenient=False, progress=progress)
-  assert calls == [(1, 2), (2, 2)]
-  with caplog.at_level("WARNING"):
-    kept = checks.with_readable_images({"train": asked, "test": asked[:1]}, lenient=True, progress=progress)
-  assert {name: [example.id for example in part] for name, part in kept.items()} == {
-    "train": ["good"],
-    "test": ["good"],
-  }
-  assert "1 questions left out: train questions of the run: 1 of 2 records kept" in caplog.text
-  assert "unreadable_image 1: error: " in caplog.text and "(first: question cut: image" in caplog.text
-
-
-def plain(name, split="train"):
-  return Example(id=f"{split}/{name}", question="?", options=("a", "b"), answer="A", images=(), modality="CT")
-
-
-def test_questions_without_room_stop_a_run_or_are_counted(caplog):
-  asked = {split: [plain(name, split) for name in "abcd"] for split in ("train", "test")}
-  seen, summaries = [], []
-
-  def refusals(split, examples):
-    seen.append((split, len(examples)))
-    large = {f"{split}/b": Rejected("image_too_large", "image b.png: 9 patch rows, more than 4")}
-    return {} if split == "train" else large | {f"{split}/{n}": Rejected("prompt_too_long", "9 tokens") for n in "cd"}
-
-  settings = {"progress": lambda done, total: None, "refusals": refusals, "report": summaries.append}
-  with pytest.raises(
-    ValueError,
-    match=r"test question test/b: image b.png: 9 patch rows, more than 4 \(3 such questions: .*'image_too_large': 1, "
-    r"'prompt_too_long': 2.* data.lenient to leave them out",
-  ):
-    checks.with_readable_images(asked, lenient=False, **settings)
-  summaries.clear()
-  with caplog.at_level("WARNING"):
-    kept = checks.with_readable_images(asked, lenient=True, **settings)
-  assert kept == {"train": asked["train"], "test": asked["test"][:1]}
-  assert seen == [("train", 4), ("test", 4)] * 2
-  assert [(each.records, each.kept, dict(each.rules)) for each in summaries] == [
-    (4, 4, {}),
-    (4, 1, {"image_too_large": 1, "prompt_too_long": 2}),
-  ]
-  assert "3 questions left out: test questions of the run: 1 of 4 records kept" in caplog.text
-  assert "prompt_too_long 2: error: " in caplog.text and "first: question test/c: 9 tokens" in caplog.text
-
-
-def test_the_wordings_that_a_run_uses():
-  config = changed(kepo, data__prompt="no_think", eval__prompt="evaluation", exploration__hint_tokens=17)
-  hinted = {"hint_request": 0, config.exploration.hint_prompt: 17}
-  assert config.exploration.hint_prompt == "hint_and_answer"
-  assert checks.prompt_kinds(config, "train") == {"no_think": 0} | hinted
-  assert checks.prompt_kinds(config, "validation") == checks.prompt_kinds(config, "test") == {"evaluation": 0}
-  config.exploration.hint_prompt = "hint_only"
-  assert checks.prompt_kinds(config, "train").keys() == {"no_think", "hint_request", "hint_only"}
-  config.exploration.trigger = "never"
-  assert checks.prompt_kinds(config, "train") == {"no_think": 0}
 
 
 def test_a_negative_seed_is_refused():

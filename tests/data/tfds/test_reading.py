@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from kepo_jax.data import images, omnimedvqa, splits
+from kepo_jax.data import dealing, images, omnimedvqa, splits
 from kepo_jax.data.tfds import building, reading
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
 from kepo_jax.types import Example
@@ -32,7 +32,7 @@ def assert_equal(found: list[Example], expected: list[Example]):
 
 def expected_split(root, train, validation, test, seed=0):
   examples, _ = omnimedvqa.read(root)
-  return splits.split_by_modality(
+  return dealing.split_by_modality(
     examples, train=train, validation_per_modality=validation, test_per_modality=test, seed=seed
   ).as_dict()
 

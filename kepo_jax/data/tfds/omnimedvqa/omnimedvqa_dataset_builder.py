@@ -25,7 +25,7 @@ SHARD_BYTES = 256 << 20  # of image files per shard; the writer holds one shard 
 
 @dataclasses.dataclass(eq=False)
 class Config(tfds.core.BuilderConfig):
-  """A config with what the reader and `splits.split_by_modality` take; the phantom, already split,
+  """A config with what the reader and `dealing.split_by_modality` take; the phantom, already split,
   has no use for it."""
 
   train_modality: str = "MRI"

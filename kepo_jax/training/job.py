@@ -1,0 +1,153 @@
+"""The whole job as a function: preparations, steps, evaluations, checkpoints and the export.
+
+How a run is shown and logged is up to the hooks.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from kepo_jax.rewards import WeightedRewards
+from kepo_jax.training import setup
+from kepo_jax.training.files import RunFiles
+from kepo_jax.training.interruption import Interrupted, Interruption
+from kepo_jax.training.loop import NotFinite, train_step
+from kepo_jax.training.profiling import CompileCounter, Profiler
+from kepo_jax.training.state import TrainState
+from kepo_jax.training.watchdog import Watchdog
+from kepo_jax.types import Example, Hook, StepReport
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What `train` returns."""
+
+  state: TrainState
+  evaluations: dict[str, Any]  # "before", "after", and "validation": a list with one entry per evaluated step
+  workdir: str  # "" when nothing was written
+
+
+def train(
+  config: Any,
+  *,
+  workdir: epath.PathLike = "",
+  records: Mapping[str, Sequence[Example]] | None = None,
+  rewards: WeightedRewards | None = None,
+  hooks: Sequence[Hook] = (),
+  resume: bool = False,
+  auto_resume: bool = False,
+  allow_config_change: bool = False,
+  interruption: Interruption | None = None,
+) -> Result:
+  """Trains a student as the config says, and evaluates it before, during and after.
+
+  Args:
+    config: an `ml_collections.ConfigDict` with the fields of experiments/configs/grpo.py.
+    workdir: folder for the config, checkpoints, evaluations and the exported model, local or remote; "" writes nothing.
+    records: split ("train", "validation", "test") -> questions; None reads `config.data`.
+    rewards: name -> (function of (completion, example), weight), added to those of `config.reward`.
+    hooks: follow the run; `kepo_jax.reporting.RunReporter` writes metrics, samples and plots.
+    resume: continue from the newest intact checkpoint of `workdir`.
+    auto_resume: do so if there is a run in `workdir`, else start one.
+    allow_config_change: continue although config or questions are not those of the run.
+    interruption: asks the run to stop; None listens to nothing.
+
+  Returns:
+    the final state and all evaluations.
+
+  Raises:
+    ValueError: config, models, data or workdir do not fit together; says which field or file, and the way out. Or
+      loss or gradient were not finite in `optimizer.skip_limit` updates in a row.
+    OSError: the workdir cannot be written.
+    Interrupted: the run was asked to stop, and did after a step.
+  """
+  interruption = interruption or Interruption()
+  files = RunFiles(workdir, config, resume=resume, auto_resume=auto_resume, allow_config_change=allow_config_change)
+  watchdog = Watchdog(config.log.stall_seconds, files.workdir)
+  hooks = [*hooks, watchdog, *([Profiler()] if config.profile.steps else [])]
+  with files, watchdog, contextlib.closing(CompileCounter()) as compiled, stopping(hooks):
+    run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks, interruption=interruption)
+    with jax.set_mesh(run.mesh):
+      return run_steps(run, files, compiled, given=records is not None)
+
+
+@contextlib.contextmanager
+def stopping(hooks: Sequence[Hook]) -> Iterator[None]:
+  """Tells the hooks of a run that ends early."""
+  with contextlib.ExitStack() as early:
+    for hook in hooks:
+      early.callback(hook.stop)
+    yield
+    early.pop_all()
+
+
+def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, given: bool) -> Result:
+  """Everything after the preparations, from the first step, or the one after the checkpoint, to the export."""
+  config = run.config
+  files.begin(run.questions, rule=setup.split_rule(config, given=given))
+  files.record_summaries(run.summaries)
+  state = files.restored(run.state)
+  start, steps = int(state.step), config.train.steps
+  for hook in run.hooks:
+    hook.start(run.plan(files.workdir, start, files.positions))
+  if start == 0:
+    evaluate_test(run, files, state, "before", start)
+  if files.owes_validation:
+    files.record("validation", run.evaluate(state, "validation", "validation", start))
+  for done in range(start, steps):
+    try:
+      state, report = train_step(run, state, done)
+    except NotFinite as error:
+      tell(run, error.report, compiled.figures())
+      folder = files.dump(f"not_finite/step-{done + 1}", error.batch, error.samples)
+      raise ValueError(f"{error}{f' The batch is in {folder}.' if folder else ''}") from None
+    tell(run, report, compiled.figures() | files.timing())
+    validate_and_save(run, files, state, report.step)
+  evaluate_test(run, files, state, "after", steps)
+  files.export(lambda folder: run.export(state, folder))
+  for hook in run.hooks:
+    hook.finish()
+  return Result(state=state, evaluations=files.evaluations, workdir=files.workdir)
+
+
+def tell(run: setup.Run, report: StepReport, timing: dict[str, float]) -> None:
+  """Hands a step to the hooks, with what was measured around it."""
+  for hook in run.hooks:
+    hook.step(dataclasses.replace(report, timing=report.timing | timing))
+
+
+def evaluate_test(run: setup.Run, files: RunFiles, state: TrainState, name: str, step: int) -> None:
+  """The evaluation before or after training, if the config wants it.
+
+  Raises:
+    Interrupted: the run was asked to stop; it is made again on resume.
+  """
+  if run.config.eval.test:
+    try:
+      files.record(name, run.evaluate(state, "test", name, step))
+    except Interrupted:
+      raise Interrupted(step, files.saved) from None
+
+
+def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: int) -> None:
+  """What may follow a step: a validation, a checkpoint, and the end of a run that was asked to stop.
+
+  Raises:
+    Interrupted: it was, and the state is saved; a validation that was not finished is made on resume.
+  """
+  config = run.config
+  owed = bool(config.eval.every) and step % config.eval.every == 0
+  stop = run.interruption.requested()
+  if owed and not stop:
+    try:
+      files.record("validation", run.evaluate(state, "validation", "validation", step))
+      owed = False
+    except Interrupted:
+      stop = True
+  files.save(step, state, now=stop or step == config.train.steps, positions=run.positions, validated=not owed)
+  if stop:
+    raise Interrupted(step, files.saved)
