@@ -22,8 +22,13 @@ def config(devices):
 def main(workdir, coordinator, count, number):
   """Joins, trains, and tells the hash of the state and what it evaluated to."""
   jax.distributed.initialize(coordinator, int(count), int(number))
-  hooks = [RunReporter()]
-  result = training.train(config(jax.device_count()), workdir=pathlib.Path(workdir), hooks=hooks, auto_resume=True)
+  settings = {"workdir": pathlib.Path(workdir), "hooks": [RunReporter()], "auto_resume": True}
+  with training.Interruption() as interruption:
+    try:
+      result = training.train(config(jax.device_count()), interruption=interruption, **settings)
+    except training.Interrupted as error:
+      print(f"saved {error.step}", flush=True)
+      sys.exit(training.EXIT_CODE)
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(result.state):
     digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())

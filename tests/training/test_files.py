@@ -97,6 +97,16 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     assert (tmp_path / "run" / "lock.json").exists()  # the refused one must not unlock it
 
 
+def test_a_run_whose_lock_was_taken_saves_nothing_more(tmp_path, state, monkeypatch):
+  with RunFiles(tmp_path / "run", config()) as files:
+    files.save(2, state, now=False)
+    files.save(4, state, now=False)
+    monkeypatch.setattr(files._lock, "_lost", "lock.json was taken by process 7")
+    with pytest.raises(ValueError, match="taken by process 7"):
+      files.save(6, state, now=False)
+  assert steps_in(tmp_path / "run" / "checkpoints") == [2, 4]
+
+
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
   (tmp_path / "file").write_text("")
   with (

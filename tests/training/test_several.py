@@ -1,4 +1,4 @@
-"""Two processes: one is killed, both are started again, and the run is as if nothing had happened."""
+"""Two processes: one is killed, or told to stop; both are started again, and the run is as if nothing had happened."""
 
 import contextlib
 import os
@@ -33,27 +33,55 @@ def two(workdir):
     yield processes
 
 
-def states(processes):
-  """The last word of each process."""
+def last_words(processes, code=0):
+  """What each process says last; all end with this exit code."""
   said = [process.communicate(timeout=500)[0] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0]
+  assert [process.returncode for process in processes] == [code, code]
   return [text.strip().splitlines()[-1] for text in said]
 
 
+def wait_for_steps(workdir, steps):
+  """Until so many lines of metrics are there."""
+  metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 500
+  while not (metrics.exists() and metrics.read_text().count("\n") >= steps) and time.monotonic() < deadline:
+    time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """(workdir, last words) of a run that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp("several") / "whole"
+  with two(workdir) as processes:
+    said = last_words(processes)
+  assert said[0] == said[1] and said[0].startswith("state ")
+  return workdir, said
+
+
+def assert_the_same(workdir, whole):
+  """Continues a run, and compares it."""
+  with two(workdir) as processes:
+    assert last_words(processes) == whole[1]
+  for name in FILES:
+    assert (workdir / name).read_bytes() == (whole[0] / name).read_bytes(), name
+
+
 @pytest.mark.slow
-def test_one_of_two_processes_is_killed_and_both_go_on_to_the_bit(tmp_path):
-  with two(tmp_path / "whole") as processes:
-    whole = states(processes)
-  assert whole[0] == whole[1]
-  metrics = tmp_path / "run" / "metrics.jsonl"
+def test_one_of_two_processes_is_killed_and_both_go_on_to_the_bit(whole, tmp_path):
   with two(tmp_path / "run") as processes:
-    deadline = time.monotonic() + 500
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
-      time.sleep(0.01)
+    wait_for_steps(tmp_path / "run", 4)
     processes[1].kill()
     # The other one cannot go on alone; whether it has noticed by now or not, it is ended as a scheduler would.
     time.sleep(1)
+  assert_the_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_stops_both_after_the_same_step(whole, tmp_path):
   with two(tmp_path / "run") as processes:
-    assert states(processes) == whole
-  for name in FILES:
-    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    wait_for_steps(tmp_path / "run", 1)
+    processes[1].terminate()
+    said = last_words(processes, code=75)
+  assert said[0] == said[1]
+  (newest,) = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())[-1:]
+  assert said[0] == f"saved {newest}" and newest < 6
+  assert_the_same(tmp_path / "run", whole)
