@@ -2,10 +2,11 @@
 
   python -m experiments.compare_medvqa A B [--field=lenient_correct] [--json=FILE] [--markdown=FILE]
 
-A and B are --output folders of experiments.evaluate_medvqa, or their outputs.jsonl: two models, a model and itself
-under a control, greedy against sampled. Differences are B less A with a paired bootstrap 95 % interval over questions;
-p-values are of the exact McNemar's test, those of the modalities also corrected after Holm for their number. Where an
-evaluation has several completions per question, means per question are compared, and there are no p-values.
+A and B are --output folders of experiments.evaluate_medvqa, or their outputs.jsonl, finished ones: two models, a model
+and itself under a control, greedy against sampled. Differences are B less A with a paired bootstrap 95 % interval that
+draws the questions about one image together; p-values are of the exact McNemar's test, which takes questions as
+independent, those of the modalities also corrected after Holm for their number. Where an evaluation has several
+completions per question, means per question are compared, and there are no p-values.
 """
 
 import json
@@ -31,14 +32,34 @@ _MARKDOWN = flags.DEFINE_string("markdown", "", "File for the table.")
 # What may explain a difference besides the model, and is worth a line where it differs.
 SETTINGS = (
   "templates", "kind", "control", "resize", "samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype",
-  "prompts_hash",
 )  # fmt: skip
 METHOD = (
-  "Difference: B less A, percentage points, paired bootstrap over questions, 95 %. Out of domain: each modality counts "
-  "the same."
+  "Difference: B less A, percentage points, paired bootstrap, 95 %; questions about one image are drawn together. "
+  "Out of domain: each modality counts the same."
 )
-TESTS = "p: exact McNemar's test, two-sided; p (Holm) is corrected for the {count} modalities."
+TESTS = "p: exact McNemar's test, two-sided; Holm: the same corrected for the {count} modalities."
+SHARED = (
+  "There are fewer images than questions: McNemar's test takes questions as independent, and p is too small where "
+  "answers about one image agree."
+)
 NO_TESTS = "Means of several completions per question are compared; McNemar's test needs one."
+
+
+def reservations(found: dict[str, Any], paths: list[str], settings: list[dict[str, Any]]) -> list[str]:
+  """What else the two may differ in, and what could not be checked, in sentences.
+
+  Args:
+    found: of `evaluation.compared`.
+    paths: of the two evaluations.
+    settings: of the two, as `journal.read_settings` gives them.
+  """
+  notes = [f"The two differ in {text}." for text in [", ".join(differing(*settings))] if text]
+  if all("prompts_hash" in each for each in settings) and len({each["prompts_hash"] for each in settings}) > 1:
+    notes.append("The two were asked in different words.")
+  if found["other_images"]:
+    notes.append(f"{found['other_images']} questions have other image files in B.")
+  lacking = [path for path, each in zip(paths, settings, strict=True) if "count" not in each]
+  return notes + [f"{path} has no about.json beside it: whether it is whole is not known." for path in lacking]
 
 
 def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
@@ -54,7 +75,7 @@ def main(argv: list[str]) -> None:
   """Reads, compares, prints and writes.
 
   Raises:
-    ValueError: not two evaluations, or of different questions.
+    ValueError: not two finished evaluations, or of different questions.
   """
   if len(argv) != 3:
     raise ValueError("give two evaluations: python -m experiments.compare_medvqa A B")
@@ -68,7 +89,9 @@ def main(argv: list[str]) -> None:
     raise ValueError(f"{paths[0]} (first) and {paths[1]} (second): {error}") from error
   tested = found["overall"]["p_value"] is not None
   notes = [METHOD, TESTS.format(count=len(found["modalities"])) if tested else NO_TESTS]
-  notes += [f"The two differ in {text}." for text in [", ".join(differing(*settings))] if text]
+  if tested and 0 < found["overall"]["images"] < found["overall"]["count"]:
+    notes.append(SHARED)
+  notes += reservations(found, paths, settings)
   rows = tables.comparison_rows(found)
   console = Console()
   if not console.is_terminal:

@@ -10,11 +10,15 @@ docs/data.md, a folder that holds such data as train, validation and test, or a 
 question that a run with the same modality, items and seed has trained on; --split=all asks every question. What is
 already split is read whole, a published split (--split_files, with --data for its images) included.
 
-Answers are read as Med-R1 and KEPO read them: the word inside the first answer block that holds one word, compared with
-the gold letter; what does not parse counts as wrong. A forgiving parser is reported beside it, as are chance and the
-shares of unparsed and truncated completions. With --output, about.json says what is asked of whom, outputs.jsonl gets
-every completion as it comes, and evaluation.json the figures; --resume continues where an interrupted evaluation
-stopped, to the same bytes. `python -m experiments.compare_medvqa A B` compares two such folders.
+Answers are read as Med-R1 reads them: the word inside the first answer block that holds one word, compared with the
+gold letter; what does not parse counts as wrong. A forgiving parser is reported beside it, as are chance and the shares
+of unparsed and truncated completions (docs/method.md, Evaluation). Images are brought to the size that the model's
+folder names (kepo_resize in tokenizer_config.json, which a run writes with its export); --resize asks for another.
+
+With --output, about.json says what is asked of whom, outputs.jsonl gets every completion as it comes, and
+evaluation.json the figures; --resume continues where an interrupted evaluation stopped, to the same bytes: model,
+questions, images, settings, --batch and devices must be the same. `python -m experiments.compare_medvqa A B` compares
+two such folders.
 """
 
 import functools
@@ -40,7 +44,8 @@ from kepo_jax.training import programs, question_checks
 from kepo_jax.types import Example, Prompts, Rollouts
 
 DATA = grpo.get_config().data  # how training cuts its data, unless flags say otherwise
-# Tokens of an answer and size of images when training evaluates, by the family of wordings that a model was trained on.
+# How training evaluates, by the family of wordings that a model was trained on: the longest answer, and the size of
+# images where the model's folder does not tell.
 TRAINED = {config.data.templates: config for config in (grpo.get_config(), grpo_medvqa.get_config())}
 BUDGETS = {family: config.eval.max_new_tokens for family, config in TRAINED.items()}
 
@@ -69,7 +74,11 @@ _TEMPLATES = flags.DEFINE_string(
 )
 _KIND = flags.DEFINE_enum("kind", "evaluation", ["evaluation", "no_think", "think"], "Which wording of the family.")
 _RESIZE = flags.DEFINE_enum(
-  "resize", "", ["", *sorted(images.RESIZES)], "How images are brought to size; empty: as in training, like the tokens."
+  "resize",
+  "",
+  ["", *sorted(images.RESIZES)],
+  "How images are brought to size; empty: as the model's folder says, else "
+  f"{TRAINED['brief'].data.resize} for a phantom model and {TRAINED['standard'].data.resize} for others.",
 )
 _TRAIN_MODALITY = flags.DEFINE_string("train_modality", DATA.train_modality, "The in-domain modality.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "At most this many questions per modality; 0: all.", lower_bound=0)
@@ -192,6 +201,25 @@ def readable(examples: list[Example], display: progress.Display) -> list[Example
   return question_checks.with_readable_images({split: examples}, lenient=_LENIENT.value, progress=show)[split]
 
 
+def image_size(model: pathlib.Path) -> tuple[str, str]:
+  """How images are brought to size, and in words why so.
+
+  Args:
+    model: its folder.
+
+  Raises:
+    ValueError: the folder names a size that does not exist.
+  """
+  declared, family = tokenization.declared_resize(model), tokenization.declared_templates(model)
+  if _RESIZE.value:
+    return _RESIZE.value, f"as --resize asks; the model's folder says {declared or 'nothing'}"
+  if declared:
+    return declared, "as the model's folder says, kepo_resize in tokenizer_config.json"
+  config = TRAINED.get(family or "", TRAINED["standard"])
+  known = f"for wordings {family}" if family in TRAINED else "for published checkpoints"
+  return config.data.resize, f"the default {known}; the model's folder has no kepo_resize"
+
+
 def device_mesh() -> jax.sharding.Mesh:
   """All devices: --fsdp and --tensor as asked for, data with the rest.
 
@@ -257,7 +285,8 @@ def main(_: list[str]) -> None:
   family = _TEMPLATES.value or declared
   if family not in prompts.TEMPLATES:
     raise ValueError(f"--templates={family} is unknown; use one of {sorted(prompts.TEMPLATES)}.")
-  resize = _RESIZE.value or TRAINED.get(declared, TRAINED["standard"]).data.resize
+  resize, why = image_size(model)
+  console.print(f"images: {resize}, {why}", markup=False, highlight=False, soft_wrap=True)
   mesh = device_mesh()
   processor = pipeline.Processor.from_directory(
     model,
@@ -278,19 +307,26 @@ def main(_: list[str]) -> None:
     "seed": _SEED.value,
     "max_new_tokens": settings.max_new_tokens,
     "dtype": dtype,
+    # Neighbours and devices change no random number, and still the last bits of a logit, which may decide a token.
+    "batch": _BATCH.value,
+    "mesh": dict(mesh.shape),
+    "device": jax.devices()[0].device_kind,
   }
-  notes = {"model": str(_MODEL.value), "data": summary.root, "mesh": dict(mesh.shape), "batch": _BATCH.value}
+  notes = {"model": str(_MODEL.value), "data": summary.root}
   console.print(", ".join(f"{k} {v}" for k, v in (notes | asked).items()), markup=False, highlight=False)
+  if _OUTPUT.value:  # who writes nothing does not wait for the hashes
+    asked |= {"model_hash": journal.model_hash(model)}
+    asked |= journal.questions_identity(examples, processor.templates, _KIND.value)
   record = journal.Journal(
     _OUTPUT.value,
-    asked
-    | {"model_hash": journal.model_hash(model)}
-    | journal.questions_identity(examples, processor.templates, _KIND.value),
+    asked,
     notes | {"questions": how, "summary": summary.to_dict()},
     order=[(example.id, number) for example in examples for number in range(settings.samples)],
     batch=_BATCH.value * settings.samples,
     resume=_RESUME.value,
   )
+  if record.resumed:
+    console.print(record.resumed, highlight=False)
   start = time.perf_counter()
   with record, jax.set_mesh(mesh):
     if record.complete:

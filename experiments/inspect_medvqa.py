@@ -6,7 +6,12 @@ A PATH is a folder in OmniMedVQA's layout, Med-R1's or MedVLM-R1's split files, 
 or saved to disk, or one file of these; docs/data.md describes them. Prints what was kept, repaired and dropped by
 which rule, what the questions are, and what their images are: every file's header is opened, and with --decode every
 pixel. With several PATHs, how many images each has in common with those before it. --json writes the same to standard
-output for machines. The exit status is 0 if training could use the data, and 1 with one line that says why not.
+output for machines.
+
+The exit status is 0 if nothing was found that stops a run: what rules repair, note or drop does not, and with --lenient
+neither does what they call an error, as long as a question is left. It is 1 at the first PATH that a run would stop at,
+with one line on standard error that names the file and the record. Pixels are looked at with --decode alone, images not
+at all with --noimages; whether the questions are enough for a split, training says.
 """
 
 import itertools
@@ -57,42 +62,53 @@ def inspected(path: str, display: progress.Display) -> tuple[list[Example], dict
   return examples, {"summary": summary.to_dict(), "figures": inspection.figures(examples)} | report
 
 
-def rule_table(summary: Mapping[str, Any]) -> Table:
-  """Every rule that applied."""
-  table = Table("rule", "records", "what it means", title="rules")
-  table.add_column("first", overflow="fold")
-  for rule, text in rules.RULES.items():
-    if rule in summary["rules"]:
-      table.add_row(rule, f"{summary['rules'][rule]:,}", text, summary["first"][rule])
+def table_of(title: str, *columns: str) -> Table:
+  """An empty table in which nothing is cut; figures are folded where the terminal is too narrow."""
+  table = Table(title=title)
+  for column in columns:
+    table.add_column(column, overflow="fold")
   return table
 
 
+def rule_table(summary: Mapping[str, Any]) -> Table:
+  """Every rule that applied."""
+  table = table_of("rules", "rule", "records", "what it means")
+  for rule, text in rules.RULES.items():
+    if rule in summary["rules"]:
+      table.add_row(rule, f"{summary['rules'][rule]:,}", text)
+  return table
+
+
+def first_lines(summary: Mapping[str, Any]) -> str:
+  """Where each rule applied first; a path in a table could not be copied."""
+  return "\n".join(f"first {rule}: {summary['first'][rule]}" for rule in rules.RULES if rule in summary["rules"])
+
+
 def group_table(title: str, kind: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
-  """One row per group: questions, chance, number of options, gold letters."""
-  counts = sorted({count for group in groups.values() for count in group["options"]}, key=int)
-  letters = sorted({letter for group in groups.values() for letter in group["letters"]})
-  table = Table(kind, "questions", "chance", *(f"{count} options" for count in counts), *letters, title=title)
+  """One row per group: questions, chance, how many have so many options, and how many each gold letter."""
+  table = table_of(title, kind, "questions", "chance", "options", "gold letters")
   for name, group in groups.items():
     table.add_row(
       rules.printable(name),
       f"{group['questions']:,}",
       f"{100 * group['chance']:.1f} %",
-      *(f"{group['options'].get(count, 0):,}" for count in counts),
-      *(f"{group['letters'].get(letter, 0):,}" for letter in letters),
+      "  ".join(f"{options}:{count:,}" for options, count in group["options"].items()),
+      "  ".join(f"{letter}:{count:,}" for letter, count in group["letters"].items()),
     )
   return table
 
 
 def image_lines(found: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
   """What the images are, in words."""
+  if report is None:
+    return "images: not opened (--noimages)"
   several = found["images_with_several_questions"]
   lines = [f"{found['images']:,} images, {several:,} of them with several questions"]
-  if report:
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in report["formats"].items())
-    common = ", ".join(f"{size} {count:,}" for size, count in itertools.islice(report["sizes"].items(), 6))
-    (left, top), (right, bottom) = report["smallest"], report["largest"]
-    lines.append(f"formats: {kinds}; {report['bytes'] / 1e6:,.1f} MB")
-    lines.append(f"sizes: {report['different_sizes']:,}, {left} to {right} wide, {top} to {bottom} high; {common}")
+  kinds = ", ".join(f"{kind} {count:,}" for kind, count in report["formats"].items())
+  common = ", ".join(f"{size} {count:,}" for size, count in itertools.islice(report["sizes"].items(), 6))
+  (left, top), (right, bottom) = report["smallest"], report["largest"]
+  lines.append(f"formats: {kinds}; {report['bytes'] / 1e6:,.1f} MB")
+  lines.append(f"sizes: {report['different_sizes']:,}, {left} to {right} wide, {top} to {bottom} high; {common}")
   return "\n".join(lines)
 
 
@@ -103,7 +119,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
   head += f"records, {summary['kept']:,} kept, {summary['dropped']:,} dropped"
   shown: list[RenderableType] = [head]
   if summary["rules"]:
-    shown.append(rule_table(summary))
+    shown += [rule_table(summary), first_lines(summary)]
   shown.append(group_table("modalities", "modality", found["modalities"] | {"all": found["overall"]}))
   shown.append(group_table("question types", "question type", found["question_types"]))
   for part in [*shown, image_lines(found, report.get("images"))]:

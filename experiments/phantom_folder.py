@@ -152,6 +152,7 @@ def write_folder(directory: pathlib.Path, config: dict) -> None:
       "pad_token": "<|endoftext|>",
       "additional_special_tokens": list(SPECIAL),
       "kepo_templates": "brief",  # the wordings of kepo_jax/data/prompts.py that the model knows
+      "kepo_resize": "native",  # and how its images were brought to size
     },
   }
   directory.mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,22 @@ _STRICT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 _ANSWER_ALONE = re.compile(r"<answer>[^<]*</answer>")
 _EVALUATED = re.compile(r"<answer>\s*(\w+)\s*</answer>")
 _ISOLATED_LETTER = re.compile(r"(?<![A-Za-z])[A-J](?![A-Za-z])")
-# "B", "(b)", "B.", "B) Brain", "Option B: Brain", "**B**"
-_LENIENT_LETTER = re.compile(
-  r"\W*(?:the\s+)?(?:(?:correct\s+)?(?:answer|option)\s*(?:is|:)?\s*)?[\(\[*]*([A-J])(?:\W.*)?",
-  re.DOTALL | re.IGNORECASE,
+# What may stand around a letter, as in "(B)", "**B**" and "'B'"; and "option B".
+_OPENING = " \t\n\"'“‘`*_$([{<"
+_LEAD_IN = re.compile(r"(?:the\s+)?(?:answer|option|choice|letter)\b[" + re.escape(_OPENING) + "]*", re.IGNORECASE)
+# A letter that begins no word: neither "Abdomen" nor "A-lines" nor "B's".
+_FIRST_LETTER = re.compile(r"([A-J])(?!['’-]?\w)", re.IGNORECASE)
+# The same anywhere, in capitals; an "A" or "I" before a word is an article or a pronoun.
+_OTHER_LETTER = re.compile(r"(?<!\w)(?<!\w['’-])(?:[B-HJ](?!['’-]?\w)|[AI](?!['’-]?\w|\s+\w))")
+# What ends an answer behind its letter: no word, a bracket or another mark, a line, "because", "is correct".
+_ENDING = re.compile(
+  r"\W*$|\s*[)\]}>:;,—–]|[\"'”’`*_$]*\.(?!\w)|[\"'”’`*_$]*[ \t]*\n|\s+-\s"
+  r"|\s+(?:because|since|as|based|given)\b|\s+is\s+(?:the\s+)?(?:correct|right|best)\b",
+  re.IGNORECASE,
+)
+_STATEMENT = re.compile(
+  r"(?<!wrong )(?<!incorrect )\b(?:answer|(?:correct|right|best)\s+(?:option|choice))[*_]*\s*(?:is\b\s*:?|:)[*_]*\s*",
+  re.IGNORECASE,
 )
 
 
@@ -67,7 +79,8 @@ def medvlm_accuracy(completion: str, example: Example) -> float:
 def answer_letter(completion: str) -> str | None:
   """What evaluation reads as the answer: the word in the first answer block that holds nothing else.
 
-  Compared with the gold letter exactly; None, unparsed, counts as wrong (Med-R1, KEPO).
+  Compared with the gold letter exactly; None, unparsed, counts as wrong (Med-R1). KEPO's released evaluation compares a
+  completion without the word "answer" as a whole instead: a bare "B" is right there, and unparsed here.
   """
   found = _EVALUATED.search(completion)
   return found.group(1) if found else None
@@ -76,25 +89,107 @@ def answer_letter(completion: str) -> str | None:
 def lenient_letter(completion: str, example: Example) -> str | None:
   """The option that a forgiving reader would see in a completion, None where there is none.
 
-  Looks at the first answer block, else at what follows the think block. Accepts an option's text, and a letter in
-  any case, with brackets, punctuation or the option's text behind it.
+  What the strict parser (`answer_letter`) reads as one of the letters is kept. Otherwise the first answer block is
+  read, or, where there is none, what stands outside of think blocks, in this order:
+
+  1. it is the text of one option, but for case and punctuation;
+  2. it states an answer, "the answer is ..", "correct option: ..", anywhere: letters or texts of options, all the same,
+     none of them in a sentence that names other letters;
+  3. it begins with a letter, or "option B", and names no other.
+
+  A letter, in either case, must be followed by nothing, by punctuation, by its option's own text or by words such as
+  "is correct", and not by the text of another option: "A mass is visible" has an article. At the beginning a lower-case
+  letter counts only if nothing but its option's text follows.
+
+  Args:
+    completion: of a model.
+    example: the question; its gold answer is not looked at.
   """
-  found = _ANSWER_ANY_CASE.search(completion)
-  content = found.group(1) if found else completion.rpartition("</think>")[2]
-  content = re.sub(r"</?answer>", "", content, flags=re.IGNORECASE).strip()
   letters = [chr(ord("A") + i) for i in range(len(example.options))]
-  for letter, option in zip(letters, example.options, strict=True):
-    if _plain(content) == _plain(option):
-      return letter
-  # A lone article is no answer: a lower-case letter counts only where little follows it.
-  matched = _LENIENT_LETTER.fullmatch(content)
-  if matched is None or (matched.group(1).islower() and len(content.split()) > 3):
-    return None
-  return matched.group(1).upper() if matched.group(1).upper() in letters else None
+  strict = answer_letter(completion)
+  if strict in letters:
+    return strict
+  found = _ANSWER_ANY_CASE.search(completion)
+  content = found.group(1) if found else _outside_thought(completion)
+  content = re.sub(r"</?answer>", " ", content, flags=re.IGNORECASE).strip()
+  texts = {letter: _plain(option) for letter, option in zip(letters, example.options, strict=True)}
+  if option := _option_of(content, texts, example):
+    return option
+  stated = {_stated(told, texts, example) for told in _STATEMENT.split(content)[1:]} - {None}
+  if stated:
+    return stated.pop() if len(stated) == 1 else None
+  return _leading(content, texts)
+
+
+def _outside_thought(completion: str) -> str:
+  """What follows the last think block; of a block that does not end nothing is an answer."""
+  content = re.split("</think>", completion, flags=re.IGNORECASE)[-1]
+  return re.split("<think>", content, flags=re.IGNORECASE)[0]
 
 
 def _plain(text: str) -> str:
   return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _option_of(text: str, texts: Mapping[str, str], example: Example) -> str | None:
+  """The letter of the option that a text is. Where signs alone tell options apart, "< 5" and "> 5", they count."""
+  plain = _plain(text)
+  same = [letter for letter in texts if plain and texts[letter] == plain]
+  if len(same) > 1:
+    options = dict(zip(texts, example.options, strict=True))
+    same = [letter for letter in same if options[letter].strip().casefold() == text.strip().casefold()]
+  return same[0] if len(same) == 1 else None
+
+
+def _stated(told: str, texts: Mapping[str, str], example: Example) -> str | None:
+  """The option that follows "the answer is", None where what follows is none or more than one."""
+  letter, rest = _first_letter(told, texts)
+  if letter and _ends(rest, letter, texts):
+    return None if _others(letter, _sentence(rest), texts) else letter
+  return _option_of(told, texts, example) or _option_of(_sentence(told), texts, example)
+
+
+def _sentence(text: str) -> str:
+  """A text up to its first period or line break."""
+  return re.split(r"[.\n]", text, maxsplit=1)[0]
+
+
+def _leading(content: str, texts: Mapping[str, str]) -> str | None:
+  """The letter that a text begins with, None where it may be a word or is one of several."""
+  letter, rest = _first_letter(content, texts)
+  if letter is None or not _ends(rest, letter, texts) or _others(letter, rest, texts):
+    return None
+  capital = content[len(content) - len(rest) - 1].isupper()
+  return letter if capital or _plain(rest) in ("", texts[letter]) else None
+
+
+def _first_letter(text: str, texts: Mapping[str, str]) -> tuple[str | None, str]:
+  """The letter of an option with which a text begins, behind marks and "option", and what follows it."""
+  text = text.lstrip(_OPENING)
+  text = text[lead.end() :] if (lead := _LEAD_IN.match(text)) else text
+  match = _FIRST_LETTER.match(text)
+  if match is None or match.group(1).upper() not in texts:
+    return None, ""
+  return match.group(1).upper(), text[match.end() :]
+
+
+def _ends(rest: str, letter: str, texts: Mapping[str, str]) -> bool:
+  """Whether what follows a letter lets it be an answer."""
+  if _begins_with(rest, texts[letter]):
+    return True
+  contradicted = any(_begins_with(rest, text) for other, text in texts.items() if other != letter)
+  return not contradicted and _ENDING.match(rest) is not None
+
+
+def _begins_with(text: str, option: str) -> bool:
+  """Whether the words of an option begin a text and a mark or nothing follows them."""
+  words = r"\W+".join(map(re.escape, option.split()))
+  return bool(words) and re.match(rf"\W*{words}\s*(?:[^\w\s]|$)", text, re.IGNORECASE) is not None
+
+
+def _others(letter: str, text: str, texts: Mapping[str, str]) -> set[str]:
+  """Letters of other options that a text names."""
+  return ({*_OTHER_LETTER.findall(text)} & texts.keys()) - {letter}
 
 
 def lenient_accuracy(completion: str, example: Example) -> float:

@@ -1,6 +1,7 @@
 """Intervals against closed forms, counting against hand-made completions, paired comparison against a slow one."""
 
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from kepo_jax import evaluation
+from kepo_jax.evaluation import figures, statistics
 from kepo_jax.types import Example, Rollouts
 
 END, PAD = 1, 0
@@ -270,6 +272,40 @@ def test_intervals_of_several_completions_are_over_questions():
   width = [result["overall"]["high"] - result["overall"]["low"] for result in (once, often)]
   assert width[0] == pytest.approx(width[1], rel=0.1)
   assert often["pass_at_k"]["8"]["overall"]["accuracy"] == 0.5
+
+
+def test_questions_that_share_an_image_form_a_cluster():
+  shown = [["a"], ["b"], ["a", "c"], [], ["c"], ["b"], []]
+  records = [[{"id": f"q{n}", "images": images}] for n, images in enumerate(shown)]
+  assert figures.clusters(records).tolist() == [0, 1, 0, 2, 0, 1, 3]  # the fifth by way of the third
+  assert figures.distinct_images(records) == 3
+  assert figures.clusters([[{"id": "q0"}], [{"id": "q1"}]]).tolist() == [0, 1]  # records that do not tell
+
+
+def test_images_are_recorded_and_counted(tmp_path):
+  for name in "abc":
+    (tmp_path / f"{name}.png").write_bytes(name[0].encode())
+  (tmp_path / "copy.png").write_bytes(b"a")
+  files = ["a.png", "copy.png", "b.png", "c.png"] * 3
+  asked = [
+    dataclasses.replace(example, images=(str(tmp_path / name),))
+    for example, name in zip(examples(), files, strict=True)
+  ]
+  outputs = []
+  result = evaluation.evaluate(sample, StubProcessor(), asked, batch_size=5, on_output=outputs.append)
+  digest = hashlib.sha256(b"a").hexdigest()[:16]
+  assert [output["images"] for output in outputs[:2]] == [[digest], [digest]]  # by content
+  counts = result["images"]
+  assert (counts["overall"], counts["in_domain"], counts["out_of_domain"]) == (3, 3, 3)
+  assert counts["modalities"] == {"CT": 3, "MRI": 3, "OCT": 3} and counts["datasets"] == {"d": 3}
+  assert counts["question_types"] == {"Lesion Grading": 2}
+  # Wilson's intervals are over questions; the out-of-domain interval draws clusters inside each modality.
+  assert result["overall"] == evaluation.share(3, 12)
+  values = {name: np.array([1.0, 0.0, 0.0, 0.0]) for name in ("CT", "OCT")}
+  clusters = {name: np.array([0, 0, 1, 2]) for name in values}
+  expected = statistics.mean_over_groups(values, clusters)
+  assert result["out_of_domain"] == expected != statistics.mean_over_groups(values)
+  assert (evaluation.summarised(outputs)["lenient"]["out_of_domain"]["high"]) < 1
 
 
 def test_the_number_of_completions_must_be_equal():

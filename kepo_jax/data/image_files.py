@@ -1,6 +1,7 @@
 """Images of records: paths below a root, bytes in a table, and what a file's header tells."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -118,6 +119,26 @@ def header(source: str | os.PathLike | bytes) -> tuple[str, int, int]:
       if image.width * image.height > images.MAX_PIXELS:
         raise Rejected("unreadable_image", f"{image.width} x {image.height} pixels, more than {images.MAX_PIXELS}")
       return image.format or "?", image.width, image.height
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+  """SHA-256 of an image file's bytes; read once in a process, unless its size or time changes.
+
+  Raises:
+    ValueError: the file cannot be read; names it.
+  """
+  try:
+    found = os.stat(path)
+    return _fingerprint(os.fspath(path), found.st_size, found.st_mtime_ns)
+  except OSError as error:
+    raise ValueError(f"image {path}: cannot be read ({error.strerror}); check the data directory") from error
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _fingerprint(path: str, size: int, time: int) -> str:
+  del size, time  # parts of the key
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 from transformers import AutoTokenizer
 
+from kepo_jax.data.images import RESIZES
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<hint>", "</hint>")  # a decoded completion must keep them
@@ -53,8 +54,33 @@ def declared_templates(directory: pathlib.Path) -> str | None:
   """The family of wordings (a key of `prompts.TEMPLATES`) that a model was trained on, if its folder names one.
 
   It stands under `kepo_templates` in tokenizer_config.json, which travels with every export.
+
+  Raises:
+    ValueError: the file is damaged, or the name is no text.
   """
-  return _read_json(directory / "tokenizer_config.json").get("kepo_templates")
+  return _declared(directory, "kepo_templates")
+
+
+def declared_resize(directory: pathlib.Path) -> str | None:
+  """How images were brought to size (a key of `images.RESIZES`) when a model was trained, if its folder says so.
+
+  It stands beside the wordings, under `kepo_resize`.
+
+  Raises:
+    ValueError: the file is damaged, or the name is none of `images.RESIZES`.
+  """
+  found = _declared(directory, "kepo_resize")
+  if found is not None and found not in RESIZES:
+    raise ValueError(f"{directory}/tokenizer_config.json: kepo_resize={found!r}; choose from {sorted(RESIZES)}.")
+  return found
+
+
+def _declared(directory: pathlib.Path, name: str) -> str | None:
+  path = directory / "tokenizer_config.json"
+  found = _read_json(path).get(name)
+  if not isinstance(found, str | None):
+    raise ValueError(f"{path}: {name}={found!r} is no text.")
+  return found
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kepo_jax import rewards, sharding
+from kepo_jax.data import image_files
 from kepo_jax.data.pipeline import Lookahead, Processor
 from kepo_jax.evaluation.figures import summarised
 from kepo_jax.types import Example, Prompts, Rollouts
@@ -68,13 +69,14 @@ def evaluate(
     control: see `shown_prompts`.
     earlier: records of the first questions, from an evaluation that was interrupted; these are not asked again.
     progress: receives (questions done, questions in all) after each batch, and before the first if some are done.
-    on_output: receives one JSON-able record per completion: identity, completion, what was read from it.
+    on_output: receives one JSON-able record per completion: identity, completion, what was read from it. `images` has
+      the first 16 hexadecimal digits of the SHA-256 of each image file, also under a control.
 
   Returns:
     the figures of `summarised`.
 
   Raises:
-    ValueError: there is nothing to evaluate, or a prompt cannot be made.
+    ValueError: there is nothing to evaluate, an image cannot be read, or a prompt cannot be made.
   """
   if not examples:
     raise ValueError("no question to evaluate; check the data directory and the split.")
@@ -120,6 +122,7 @@ def _output(
     "question": example.question,
     "options": list(example.options),
     "answer": example.answer,
+    "images": [image_files.fingerprint(path)[:16] for path in example.images],
     "completion": text,
     "parsed": parsed,
     "correct": parsed == example.answer,

@@ -22,9 +22,9 @@ def compared(
 ) -> dict[str, Any]:
   """Paired comparison of two evaluations of the same questions.
 
-  Questions are the unit: the bootstrap draws them in pairs, McNemar's test counts those that only one of the two got
-  right. With several completions of a question its mean is compared, and there is no McNemar's test, which needs a
-  right or wrong of each.
+  The bootstrap draws pairs, those about one image together; McNemar's test counts questions that only one of the two
+  got right, and takes them as independent. With several completions of a question its mean is compared, and there is
+  no McNemar's test, which needs a right or wrong of each.
 
   Args:
     first: output records of `evaluate`.
@@ -34,11 +34,11 @@ def compared(
     seed: of the bootstrap.
 
   Returns:
-    JSON-able entries under `overall`, `in_domain` and each of `modalities`: count, both accuracies, their difference
-    (second less first) with a paired bootstrap 95 % interval, how many questions gained and lost, and the exact
-    p-value of McNemar's test, None with several completions; in `modalities` also `p_holm`, corrected after Holm for
-    the number of modalities. `out_of_domain`: the unweighted mean difference over the other modalities with its
-    interval.
+    JSON-able entries under `overall`, `in_domain` and each of `modalities`: count, number of images, both accuracies,
+    their difference (second less first) with a paired bootstrap 95 % interval, how many questions gained and lost, and
+    the exact p-value of McNemar's test, None with several completions; in `modalities` also `p_holm`, corrected after
+    Holm for the number of modalities. `out_of_domain`: the unweighted mean difference over the other modalities with
+    its interval. `other_images`: how many questions have other image files in the second.
 
   Raises:
     ValueError: the two do not hold the same questions; says how many and which.
@@ -48,10 +48,20 @@ def compared(
   order = list(questions[0])
   values = [figures.per_question([each[name] for name in order], field) for each in questions]
   single = all(len(each[order[0]]) == 1 for each in questions)
-  groups = [figures.grouped(each, [questions[0][name][0]["modality"] for name in order]) for each in values]
+  names = [questions[0][name][0]["modality"] for name in order]
+  groups = [figures.grouped(each, names) for each in values]
+  asked = [[each[name] for name in order] for each in questions]
+  told = asked[0] if figures.distinct_images(asked[0]) else asked[1]  # older records do not name their images
+  images, shared = figures.image_counts(told, train_modality, brief=True), figures.clusters(told)
+  members = figures.grouped(shared, names)
   rng = np.random.default_rng(seed)
-  draws = {name: statistics.resampled_means(groups[1][name] - groups[0][name], rng) for name in groups[0]}
-  modalities = {name: _entry(groups[0][name], groups[1][name], draws[name], single) for name in draws}
+  draws = {
+    name: statistics.resampled_means(groups[1][name] - groups[0][name], rng, members[name]) for name in groups[0]
+  }
+  modalities = {
+    name: _entry(groups[0][name], groups[1][name], draws[name], images["modalities"][name], single) for name in draws
+  }
+  drawn = statistics.resampled_means(values[1] - values[0], rng, shared)
   if single:
     corrected = statistics.holm({name: entry["p_value"] for name, entry in modalities.items()})
     modalities = {name: entry | {"p_holm": corrected[name]} for name, entry in modalities.items()}
@@ -59,9 +69,12 @@ def compared(
     "train_modality": train_modality,
     "field": field,
     "samples": [len(each[order[0]]) for each in questions],
-    "overall": _entry(values[0], values[1], statistics.resampled_means(values[1] - values[0], rng), single),
+    "other_images": sum(_other_images(*pair) for pair in zip(*asked, strict=True)),
+    "overall": _entry(values[0], values[1], drawn, images["overall"], single),
     "in_domain": modalities.get(train_modality),
-    "out_of_domain": _mean(figures.without(modalities, train_modality), figures.without(draws, train_modality)),
+    "out_of_domain": _mean(
+      figures.without(modalities, train_modality), figures.without(draws, train_modality), images["out_of_domain"]
+    ),
     "modalities": modalities,
   }
 
@@ -83,11 +96,16 @@ def _named(ids: Sequence[str]) -> str:
   return ", ".join(ids[:_SHOWN]) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
 
 
-def _entry(first: np.ndarray, second: np.ndarray, draws: np.ndarray, single: bool) -> dict[str, Any]:
+def _other_images(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> bool:
+  return all("images" in records[0] for records in (first, second)) and first[0]["images"] != second[0]["images"]
+
+
+def _entry(first: np.ndarray, second: np.ndarray, draws: np.ndarray, images: int, single: bool) -> dict[str, Any]:
   gained, lost = int((second > first).sum()), int((first > second).sum())
   low, high = statistics.percentile_interval(draws)
   return {
     "count": len(first),
+    "images": images,
     "first": float(first.mean()),
     "second": float(second.mean()),
     "difference": float((second - first).mean()),
@@ -99,12 +117,15 @@ def _entry(first: np.ndarray, second: np.ndarray, draws: np.ndarray, single: boo
   }
 
 
-def _mean(modalities: Mapping[str, Mapping[str, Any]], draws: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+def _mean(
+  modalities: Mapping[str, Mapping[str, Any]], draws: Mapping[str, np.ndarray], images: int
+) -> dict[str, Any] | None:
   if not modalities:
     return None
   low, high = statistics.percentile_interval(np.mean(list(draws.values()), axis=0))
   return {
     "count": sum(entry["count"] for entry in modalities.values()),
+    "images": images,
     **{
       name: float(np.mean([entry[name] for entry in modalities.values()])) for name in ("first", "second", "difference")
     },

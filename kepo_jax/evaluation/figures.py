@@ -36,6 +36,46 @@ def per_question(questions: Sequence[Sequence[Record]], field: str) -> np.ndarra
   return np.array([np.mean([bool(record[field]) for record in records]) for records in questions])
 
 
+def clusters(questions: Sequence[Sequence[Record]]) -> np.ndarray:
+  """int64[n]: questions with the same number share an image, directly or through others; one without any is alone."""
+  parent: dict[str | int, str | int] = {}
+
+  def leader(name: str | int) -> str | int:
+    while parent.setdefault(name, name) != name:
+      parent[name] = parent[parent[name]]
+      name = parent[name]
+    return name
+
+  for number, records in enumerate(questions):
+    for image in records[0].get("images", ()):
+      parent[leader(image)] = leader(number)
+  leaders = [leader(number) for number in range(len(questions))]
+  numbers = {name: number for number, name in enumerate(dict.fromkeys(leaders))}
+  return np.array([numbers[name] for name in leaders], np.int64)
+
+
+def distinct_images(questions: Sequence[Sequence[Record]]) -> int:
+  """Images that some questions are about; 0 where their records do not tell."""
+  return len({image for records in questions for image in records[0].get("images", ())})
+
+
+def image_counts(questions: Sequence[Sequence[Record]], train_modality: str, *, brief: bool = False) -> dict[str, Any]:
+  """Numbers of different images in a block like those of `summarised`; `brief` leaves out types and data sets."""
+
+  def under(field: str) -> dict[str, int]:
+    found = {records[0][field] for records in questions} - {""}
+    return {name: distinct_images([q for q in questions if q[0][field] == name]) for name in sorted(found)}
+
+  sections = {section: under(SECTIONS[section]) for section in (["modalities"] if brief else SECTIONS)}
+  others = [q for q in questions if q[0]["modality"] not in ("", train_modality)]
+  return {
+    "overall": distinct_images(questions),
+    "in_domain": sections["modalities"].get(train_modality),
+    "out_of_domain": distinct_images(others),
+    **sections,
+  }
+
+
 def grouped(values: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
   """The values under each name, sorted by name; the empty name is left out."""
   return {name: values[[each == name for each in names]] for name in sorted({*names} - {""})}
@@ -59,8 +99,9 @@ def summarised(outputs: Sequence[Record], *, train_modality: str = "MRI") -> dic
     modality counts the same). The result is the block of the strict parser and, under `lenient`, that of the
     forgiving one; under `chance` what guessing scores on these questions, with the bounds of 95 % of guessers. With
     several completions per question, accuracy is their mean, and `pass_at_k` has, for k = 1, 2, 4, .., a block
-    without question types and data sets. Besides: `samples` per question, the shares `unparsed`, `truncated` and
-    `format` of all completions, the first two per modality in `rates`, and the mean `completion_length` in tokens.
+    without question types and data sets. Besides: `images`, a block of the numbers of different images, `samples` per
+    question, the shares `unparsed`, `truncated` and `format` of all completions, the first two per modality in `rates`,
+    and the mean `completion_length` in tokens. A bootstrap draws the questions about one image together.
 
   Raises:
     ValueError: questions with different numbers of records.
@@ -68,15 +109,21 @@ def summarised(outputs: Sequence[Record], *, train_modality: str = "MRI") -> dic
   questions = by_question(outputs)
   samples = len(questions[0])
   names = {section: [records[0][field] for records in questions] for section, field in SECTIONS.items()}
+  shared = clusters(questions)
+  members = {section: grouped(shared, each) for section, each in names.items()}
 
-  def block(values: np.ndarray, entry: Callable[[np.ndarray], dict], mean: Callable, *, brief: bool = False) -> dict:
+  def block(values: np.ndarray, entry: Callable, mean: Callable, *, brief: bool = False) -> dict:
     groups = {section: grouped(values, names[section]) for section in (["modalities"] if brief else SECTIONS)}
-    modalities = groups["modalities"]
+    sections = {
+      section: {name: entry(found, members[section][name]) for name, found in each.items()}
+      for section, each in groups.items()
+    }
+    others = [without(each["modalities"], train_modality) for each in (groups, members)]
     return {
-      "overall": entry(values),
-      "in_domain": entry(modalities[train_modality]) if train_modality in modalities else None,
-      "out_of_domain": mean(without(modalities, train_modality)),
-      **{section: {name: entry(found) for name, found in each.items()} for section, each in groups.items()},
+      "overall": entry(values, shared),
+      "in_domain": sections["modalities"].get(train_modality),
+      "out_of_domain": mean(*others),
+      **sections,
     }
 
   entry = statistics.mean_share if samples > 1 else _counted
@@ -87,6 +134,7 @@ def summarised(outputs: Sequence[Record], *, train_modality: str = "MRI") -> dic
     **block(per_question(questions, "correct"), entry, statistics.mean_over_groups),
     "lenient": block(per_question(questions, "lenient_correct"), entry, statistics.mean_over_groups),
     "chance": block(guesses, _guessed, _guessed_mean),
+    "images": image_counts(questions, train_modality),
   }
   if samples > 1:
     result["pass_at_k"] = {
@@ -110,16 +158,19 @@ def powers_of_two(samples: int) -> list[int]:
   return [1 << i for i in range(samples.bit_length())]
 
 
-def _counted(values: np.ndarray) -> dict[str, Any]:
+def _counted(values: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
+  del clusters  # Wilson's interval is that of questions
   return statistics.share(int(values.sum()), len(values))
 
 
-def _guessed(values: np.ndarray) -> dict[str, Any]:
+def _guessed(values: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
+  del clusters  # guesses at two questions are independent, whatever their images
   mean, low, high = statistics.guessing({"": values})
   return {"count": len(values), "accuracy": mean, "low": low, "high": high}
 
 
-def _guessed_mean(groups: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+def _guessed_mean(groups: Mapping[str, np.ndarray], clusters: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+  del clusters
   if not groups:
     return None
   mean, low, high = statistics.guessing(groups)

@@ -7,13 +7,32 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kepo_jax.data import prompts
+from kepo_jax.data import image_files, prompts
 from kepo_jax.types import Example
 
 ABOUT, OUTPUTS, RESULT = "about.json", "outputs.jsonl", "evaluation.json"
 # What decides about a model's answers in its folder; notes and licences may change.
 _MODEL_FILES = ("*config.json", "tokenizer*.json", "vocab.json", "merges.txt", "chat_template*", "*.safetensors")
 _BLOCKS, _BLOCK = 64, 1 << 16  # of a large file that are read, and the bytes of each
+# Fields of a record of `evaluate` and their types; what else a record holds is not looked at.
+_FIELDS: Mapping[str, tuple[type, ...]] = {
+  "id": (str,),
+  "sample": (int,),
+  "dataset": (str,),
+  "modality": (str,),
+  "question_type": (str,),
+  "question": (str,),
+  "options": (list,),
+  "answer": (str,),
+  "completion": (str,),
+  "parsed": (str, type(None)),
+  "correct": (bool,),
+  "lenient": (str, type(None)),
+  "lenient_correct": (bool,),
+  "format": (bool,),
+  "tokens": (int,),
+  "truncated": (bool,),
+}
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
@@ -47,7 +66,13 @@ def model_hash(folder: pathlib.Path) -> str:
 
 
 def questions_identity(examples: Sequence[Example], templates: prompts.Templates, kind: str) -> dict[str, Any]:
-  """Hashes of ids, questions and wordings, in order: what must be equal for an evaluation to go on."""
+  """Hashes of ids, questions, image files and wordings, in order: what must be equal for an evaluation to go on.
+
+  Images count by their content: a folder may be moved, and a picture may not change under its name.
+
+  Raises:
+    ValueError: an image cannot be read.
+  """
   return {
     "count": len(examples),
     "ids_hash": digest(example.id for example in examples),
@@ -55,6 +80,7 @@ def questions_identity(examples: Sequence[Example], templates: prompts.Templates
       json.dumps([e.question, e.options, e.answer, e.modality, e.question_type, e.dataset, len(e.images)])
       for e in examples
     ),
+    "images_hash": digest(json.dumps([image_files.fingerprint(path) for path in e.images]) for e in examples),
     "prompts_hash": digest(prompts.prompt_text(example, templates, kind) for example in examples),
   }
 
@@ -62,8 +88,10 @@ def questions_identity(examples: Sequence[Example], templates: prompts.Templates
 def read_outputs(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The records of a finished outputs.jsonl, or of that of a folder.
 
+  How many there should be stands in about.json beside it; without one, that cannot be checked.
+
   Raises:
-    ValueError: there is none, or a line is damaged; names it.
+    ValueError: there is none, it is not finished, or a line is no record of an evaluation; names it.
   """
   file = pathlib.Path(path)
   file = file / OUTPUTS if file.is_dir() else file
@@ -72,15 +100,52 @@ def read_outputs(path: str | os.PathLike) -> list[dict[str, Any]]:
   records, kept = _whole_lines(file)
   if kept != file.stat().st_size:
     raise ValueError(f"the last line of {file} is cut short; --resume finishes the evaluation.")
+  if not records:
+    raise ValueError(f"{file} holds no record; --resume finishes the evaluation.")
+  if len({(record["id"], record["sample"]) for record in records}) < len(records):
+    raise ValueError(f"{file} holds a completion twice; an evaluation has each once.")
+  about = file.parent / ABOUT
+  if about.is_file():
+    _check_whole(file, len(records), about)
   return records
 
 
+def _check_whole(file: pathlib.Path, found: int, about: pathlib.Path) -> None:
+  """Refuses outputs that are not as many as were asked for."""
+  settings = _read_object(about)
+  count, samples = settings.get("count"), settings.get("samples")
+  if not (isinstance(count, int) and isinstance(samples, int) and count > 0 and samples > 0):
+    raise ValueError(f"{about} is not that of an evaluation: count and samples are {count!r} and {samples!r}.")
+  wanted = count * samples
+  if found < wanted:
+    raise ValueError(f"{file} holds {found} of {wanted} completions; --resume finishes the evaluation.")
+  if found > wanted:
+    raise ValueError(f"{file} holds {found} completions and {about} asked for {wanted}; they do not belong together.")
+
+
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
-  """What about.json or evaluation.json beside the outputs say; empty where neither exists."""
+  """What about.json or evaluation.json beside the outputs say; empty where neither exists.
+
+  Raises:
+    ValueError: one of them is damaged, or of something else.
+  """
   given = pathlib.Path(path)
   folder = given if given.is_dir() else given.parent
-  found = [json.loads((folder / name).read_text()) for name in (ABOUT, RESULT) if (folder / name).is_file()]
-  return {key: value for each in found for key, value in each.items()}
+  found = [_read_object(folder / name) for name in (ABOUT, RESULT) if (folder / name).is_file()]
+  settings = {key: value for each in found for key, value in each.items()}
+  if not isinstance(settings.get("train_modality", ""), str):
+    raise ValueError(f"{folder / RESULT} is not that of an evaluation: train_modality is no text.")
+  return settings
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    content = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is not JSON ({error}); the file was changed by something else.") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} is no file of an evaluation: it holds no JSON object.")
+  return content
 
 
 def _whole_lines(file: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
@@ -89,10 +154,27 @@ def _whole_lines(file: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
   records = []
   for number, line in enumerate(lines, 1):
     try:
-      records.append(json.loads(line))
-    except ValueError as error:
-      raise ValueError(f"{file}:{number} is not JSON ({error}); the file was changed by something else.") from error
+      record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"{file}:{number} is not JSON ({error}); no evaluation wrote it so.") from error
+    if fault := _fault(record):
+      raise ValueError(f"{file}:{number} is no record of an evaluation: {fault}.")
+    records.append(record)
   return records, sum(len(line) + 1 for line in lines)
+
+
+def _fault(record: Any) -> str:
+  """What keeps a value from being a record of `evaluate`; empty for nothing."""
+  if not isinstance(record, dict):
+    return "it is no JSON object"
+  if missing := [name for name in _FIELDS if name not in record]:
+    return f"it has no {', '.join(missing)}"
+  if wrong := [name for name, types in _FIELDS.items() if type(record[name]) not in types]:
+    return f"{wrong[0]} is {str(record[wrong[0]])[:40]!r}"
+  images = record.get("images", [])
+  if not record["options"] or not isinstance(images, list) or {type(x) for x in (*record["options"], *images)} != {str}:
+    return "options and images are no lists of texts"
+  return ""
 
 
 class Journal:
@@ -116,7 +198,7 @@ class Journal:
     Args:
       folder: where the files are, or "".
       identity: JSON-able; what must be equal for an evaluation to go on.
-      notes: JSON-able; what else about.json says, for example the batch: it changes nothing but the time.
+      notes: JSON-able; what else about.json says, for example where the data lie: it changes no answer.
       order: (id, number of the completion) of each record that there will be.
       batch: records of one batch; what is left of the last one is asked again, so that batches are composed as in an
         unbroken evaluation, and equal to the last bit.
@@ -132,6 +214,7 @@ class Journal:
     self._folder = pathlib.Path(folder) if str(folder) else None
     self._total = len(order)
     self._kept = 0  # bytes
+    self._torn = 0  # bytes of a last line that does not end
     self._file: Any = None
     if resume:
       self._look_back(json.loads(json.dumps(dict(identity))), order, batch)
@@ -154,6 +237,14 @@ class Journal:
   def complete(self) -> bool:
     """Whether every answer was there from the start."""
     return len(self.earlier) == self._total
+
+  @property
+  def resumed(self) -> str:
+    """In words what was there already, and what a kill had cut off; empty where nothing was."""
+    if not self.earlier and not self._torn:
+      return ""
+    text = f"resumed: {len(self.earlier)} of {self._total} completions are there"
+    return text + (f"; the last line was cut short ({self._torn} bytes) and is asked again" if self._torn else "")
 
   def __enter__(self) -> "Journal":
     if self._folder:
@@ -186,7 +277,7 @@ class Journal:
       raise ValueError("--resume needs the --output of the evaluation to continue.")
     if not (self._folder / ABOUT).is_file():
       raise ValueError(f"{self._folder} holds no evaluation to resume (no {ABOUT}); start without --resume.")
-    self.about = json.loads((self._folder / ABOUT).read_text())
+    self.about = _read_object(self._folder / ABOUT)
     changed = [name for name in identity if self.about.get(name) != identity[name]]
     if changed:
       changes = ", ".join(f"{name}: {self.about.get(name)!r} -> {identity[name]!r}" for name in changed)
@@ -194,7 +285,8 @@ class Journal:
         f"{self._folder} holds an evaluation of something else ({changes}); ask as it did, or choose another --output."
       )
     path = self._folder / OUTPUTS
-    records, _ = _whole_lines(path) if path.is_file() else ([], 0)
+    records, whole_bytes = _whole_lines(path) if path.is_file() else ([], 0)
+    self._torn = path.stat().st_size - whole_bytes if path.is_file() else 0
     found = [(record["id"], record["sample"]) for record in records]
     if found != list(order[: len(found)]):
       place = next((i for i, (a, b) in enumerate(zip(found, order, strict=False)) if a != b), len(order))

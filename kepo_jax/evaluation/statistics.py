@@ -1,4 +1,8 @@
-"""Intervals, tests and estimators of an evaluation; a question is the unit that is drawn and paired everywhere."""
+"""Intervals, tests and estimators of an evaluation.
+
+Wilson's intervals and McNemar's test count questions. A bootstrap draws clusters: questions about one image are drawn
+together, since what a model sees in a picture it sees for all of them.
+"""
 
 import math
 from collections.abc import Mapping
@@ -27,12 +31,24 @@ def share(correct: int, count: int) -> dict[str, Any]:
   return {"count": count, "correct": correct, "accuracy": correct / count if count else 0.0, "low": low, "high": high}
 
 
-def resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Bootstrap of a mean: float64[RESAMPLES], each the mean of n values drawn with replacement from float[n]."""
-  # How often each distinct value is drawn is multinomial; few values are distinct, so no index is ever drawn.
-  levels, counts = np.unique(values, return_counts=True)
-  drawn = rng.multinomial(len(values), counts[::-1] / len(values), RESAMPLES)
-  return drawn @ levels[::-1] / len(values)
+def resampled_means(values: np.ndarray, rng: np.random.Generator, clusters: np.ndarray | None = None) -> np.ndarray:
+  """Bootstrap of a mean: as many clusters as there are, drawn with replacement, and the mean of all their values.
+
+  Args:
+    values: float[n], one figure per question.
+    rng: draws.
+    clusters: int[n], the cluster of each question; None: each question is its own.
+
+  Returns:
+    float64[RESAMPLES].
+  """
+  _, members = np.unique(np.arange(len(values)) if clusters is None else clusters, return_inverse=True)
+  table = np.stack([np.bincount(members, weights=values), np.bincount(members)], axis=1)  # sum and size of each cluster
+  # How often each distinct row is drawn is multinomial; few rows are distinct, so no index is ever drawn.
+  rows, counts = np.unique(table, axis=0, return_counts=True)
+  drawn = rng.multinomial(len(table), counts[::-1] / len(table), RESAMPLES)
+  sums, sizes = (drawn @ rows[::-1]).T
+  return sums / sizes
 
 
 def percentile_interval(draws: np.ndarray) -> tuple[float, float]:
@@ -41,17 +57,20 @@ def percentile_interval(draws: np.ndarray) -> tuple[float, float]:
   return float(low), float(high)
 
 
-def mean_share(values: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+def mean_share(values: np.ndarray, clusters: np.ndarray | None = None, *, seed: int = 0) -> dict[str, Any]:
   """Mean of one figure per question, float[n] in [0, 1], with a bootstrap 95 % interval: count, accuracy, low, high."""
-  low, high = percentile_interval(resampled_means(values, np.random.default_rng(seed)))
+  low, high = percentile_interval(resampled_means(values, np.random.default_rng(seed), clusters))
   return {"count": len(values), "accuracy": float(np.mean(values)), "low": low, "high": high}
 
 
-def mean_over_groups(groups: Mapping[str, np.ndarray], *, seed: int = 0) -> dict[str, Any] | None:
-  """Unweighted mean of the means of groups with a bootstrap 95 % interval; questions are drawn inside each group.
+def mean_over_groups(
+  groups: Mapping[str, np.ndarray], clusters: Mapping[str, np.ndarray] | None = None, *, seed: int = 0
+) -> dict[str, Any] | None:
+  """Unweighted mean of the means of groups with a bootstrap 95 % interval; clusters are drawn inside each group.
 
   Args:
     groups: name of a modality -> one figure per question, float[n].
+    clusters: name -> the cluster of each question, int[n]; None: each question is its own.
     seed: of the resampling.
 
   Returns:
@@ -60,7 +79,8 @@ def mean_over_groups(groups: Mapping[str, np.ndarray], *, seed: int = 0) -> dict
   if not groups:
     return None
   rng = np.random.default_rng(seed)
-  low, high = percentile_interval(np.mean([resampled_means(values, rng) for values in groups.values()], axis=0))
+  draws = [resampled_means(values, rng, clusters[name] if clusters else None) for name, values in groups.items()]
+  low, high = percentile_interval(np.mean(draws, axis=0))
   return {
     "mean": float(np.mean([np.mean(values) for values in groups.values()])),
     "low": low,

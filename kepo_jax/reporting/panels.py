@@ -61,6 +61,7 @@ def start_panel(
   if plan.images:
     rows.append(("images", plan.images))
   rows.append(("batch", _batch_line(config)))
+  rows.append(("reward", _reward_line(config)))
   rows.append(("objective", _objective_line(config)))
   rows.append(("exploration", _exploration_line(config)))
   first = f", from step {plan.start_step}" if plan.start_step else ""
@@ -111,6 +112,18 @@ def _model_line(model: Any, parameters: int) -> str:
   return (
     f"{human_count(parameters)} parameters: text {text.num_hidden_layers} layers x {text.hidden_size}, "
     f"vision {vision.depth} x {vision.hidden_size}, vocabulary {text.vocab_size:,}"
+  )
+
+
+def _reward_line(config: Any) -> str:
+  """Convention, weights, and further functions as the config names them; what a caller passes is not known here."""
+  reward = config.reward
+  parts = f"accuracy x {reward.accuracy:g}, format x {reward.format:g}"
+  if reward.combination == "product":
+    parts = f"accuracy and format together x {reward.accuracy:g}"
+  more = [part.strip().rpartition(":") for part in reward.more.split(",") if part.strip()]
+  return ", ".join(
+    [f"{reward.convention}: {parts}", *(f"{name.strip()} x {weight.strip()}" for name, _, weight in more)]
   )
 
 

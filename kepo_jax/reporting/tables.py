@@ -9,6 +9,7 @@ from rich.table import Table
 Row = tuple[str, ...]
 
 _SUMMARIES = (("in domain", "in_domain"), ("out of domain, mean", "out_of_domain"), ("all", "overall"))
+_TERMINAL, _NAMES = 80, 10  # columns of a terminal, and the fewest for the first of a table
 _FEW = range(2, 9)  # source data sets that are shown without being asked for
 
 
@@ -49,7 +50,7 @@ def accuracy_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 
 
 def evaluation_rows(result: Mapping[str, Any], *, datasets: bool | None = None) -> list[Row]:
-  """One evaluation: name, n questions, chance, strict and forgiving parser side by side.
+  """One evaluation: name, n questions, images they are about, chance, strict and forgiving parser side by side.
 
   Args:
     result: of kepo_jax.evaluation.
@@ -62,15 +63,15 @@ def evaluation_rows(result: Mapping[str, Any], *, datasets: bool | None = None) 
     modalities = list(result["modalities"].values())
     datasets = len(result["datasets"]) in _FEW and any(e not in modalities for e in result["datasets"].values())
   sections = ["modalities", "question_types", *(["datasets"] if datasets else [])]
-  blocks = (result["chance"], result, result["lenient"])
-  rows: list[Row] = [("", "n", "chance", "strict", "forgiving")]
+  blocks = (result["images"], result["chance"], result, result["lenient"])
+  rows: list[Row] = [("", "n (images)", "chance", "strict", "forgiving")]
 
-  def row(label: str, entries: Sequence[Mapping]) -> Row:
-    return (label, f"{entries[1]['count']:,}", _percent(entries[0]), *map(_cell, entries[1:]))
+  def row(label: str, images: int, guessed: Mapping, strict: Mapping, forgiving: Mapping) -> Row:
+    return (label, _counts(strict["count"], images), _percent(guessed), _cell(strict), _cell(forgiving))
 
   for section in sections:
-    rows += [row(name, [block[section][name] for block in blocks]) for name in result[section]]
-  return rows + [row(label, [block[key] for block in blocks]) for label, key in _SUMMARIES if result[key]]
+    rows += [row(name, *(block[section][name] for block in blocks)) for name in result[section]]
+  return rows + [row(label, *(block[key] for block in blocks)) for label, key in _SUMMARIES if result[key]]
 
 
 def rate_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -93,7 +94,7 @@ def pass_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def comparison_rows(comparison: Mapping[str, Any], names: tuple[str, str] = ("A", "B")) -> list[Row]:
-  """A paired comparison: both accuracies, their difference with its interval, questions gained and lost, p-values.
+  """A paired comparison: n, images, both accuracies, the difference with its interval, gained and lost, p-values.
 
   Args:
     comparison: of kepo_jax.evaluation.compared.
@@ -103,16 +104,14 @@ def comparison_rows(comparison: Mapping[str, Any], names: tuple[str, str] = ("A"
     the header and the rows; percent, and percentage points for the difference.
   """
   tested = comparison["overall"]["p_value"] is not None
-  rows: list[Row] = [
-    ("", "n", *names, "difference", "gained", "lost", *(["p (McNemar)", "p (Holm)"] if tested else []))
-  ]
+  rows: list[Row] = [("", "n (images)", *names, "difference", "gained", "lost", *(["p", "Holm"] if tested else []))]
 
   def row(label: str, entry: Mapping[str, Any]) -> Row:
     change = f"{100 * entry['difference']:+.1f} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
     accuracies = [f"{100 * entry[which]:.1f}" for which in ("first", "second")]
     moved = [f"{entry[which]:,}" if which in entry else "" for which in ("gained", "lost")]
     p_values = [_p_value(entry.get(which)) for which in ("p_value", "p_holm")] if tested else []
-    return (label, f"{entry['count']:,}", *accuracies, change, *moved, *p_values)
+    return (label, _counts(entry["count"], entry["images"]), *accuracies, change, *moved, *p_values)
 
   rows += [row(name, entry) for name, entry in comparison["modalities"].items()]
   # The in-domain row repeats a modality's, whose correction belongs to that row.
@@ -121,10 +120,18 @@ def comparison_rows(comparison: Mapping[str, Any], names: tuple[str, str] = ("A"
 
 
 def rich_table(rows: Sequence[Row], *, title: str = "") -> Table:
-  """Rows, header first, for the terminal; what is too wide for it wraps, nothing is cut."""
-  table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-  for i, name in enumerate(rows[0]):
-    table.add_column(name, justify="left" if i == 0 else "right", overflow="fold", min_width=12 if i == 0 else None)
+  """Rows, header first, for the terminal; what is too wide for it wraps, nothing is cut.
+
+  Where that is enough for a terminal of 80 columns, names wrap and figures do not.
+  """
+  table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+  lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  left = _TERMINAL - sum(length + 2 for length in lengths[1:]) - 3  # for names, beside columns with their gaps
+  table.add_column(
+    rows[0][0], overflow="fold", min_width=_NAMES, max_width=left if _NAMES <= left < lengths[0] else None
+  )
+  for name in rows[0][1:]:
+    table.add_column(name, justify="right", overflow="fold")
   for row in rows[1:]:
     table.add_row(*row)
   return table
@@ -147,6 +154,11 @@ def _cell(entry: Mapping[str, float] | None) -> str:
   if not entry:
     return "-"
   return f"{100 * center(entry):.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+
+
+def _counts(questions: int, images: int) -> str:
+  """Questions, and in brackets the images they are about: "300 (210)"; these are left out where there are none."""
+  return f"{questions:,} ({images:,})" if images else f"{questions:,}"
 
 
 def _percent(entry: Mapping[str, float] | None) -> str:

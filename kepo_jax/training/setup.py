@@ -144,9 +144,15 @@ class Run:
     return f"{self.config.data.resize}: {cost} tokens each"
 
   def export(self, state: TrainState, directory: Any) -> None:
-    """Writes the student as a Hugging Face folder."""
-    student = self.models["student"]
-    conversion.save_pretrained(directory, student.config, state.params, source=self.config.model.student)
+    """Writes the student as a Hugging Face folder, which names the wordings and the image size it was trained with."""
+    student, data = self.models["student"], self.config.data
+    conversion.save_pretrained(
+      directory,
+      student.config,
+      state.params,
+      source=self.config.model.student,
+      declared={"kepo_templates": data.templates, "kepo_resize": data.resize},
+    )
 
 
 def show_progress(hooks: Sequence[Hook], what: str, done: int, total: int) -> None:

@@ -59,6 +59,43 @@ def test_the_mean_out_of_domain_draws_inside_each_modality(rng):
   assert comparison.compared(outputs_of([1]), outputs_of([0]))["out_of_domain"] is None
 
 
+def test_pairs_about_one_image_are_drawn_together(rng):
+  first, second = rng.random(240) < 0.5, rng.random(240) < 0.6
+  images = [f"{n % 3}-{n // 12}" for n in range(240)]  # four questions about each of 20 images of a modality
+  records = [
+    [record | {"images": [image]} for record, image in zip(outputs_of(answers), images, strict=True)]
+    for answers in (first, second)
+  ]
+  found = comparison.compared(*records)
+  assert found["other_images"] == 0
+  assert (found["overall"]["images"], found["modalities"]["CT"]["images"], found["out_of_domain"]["images"]) == (
+    60,
+    20,
+    40,
+  )
+  d = second.astype(float) - first
+  groups = [d[1::3].reshape(20, 4), d[2::3].reshape(20, 4)]
+  slow = [np.mean([group[rng.integers(0, 20, 20)].mean() for group in groups]) for _ in range(5000)]
+  entry = found["out_of_domain"]
+  np.testing.assert_allclose([entry["low"], entry["high"]], np.percentile(slow, [2.5, 97.5]), atol=0.01)
+  slow = [groups[0][rng.integers(0, 20, 20)].mean() for _ in range(5000)]
+  entry = found["modalities"]["CT"]
+  np.testing.assert_allclose([entry["low"], entry["high"]], np.percentile(slow, [2.5, 97.5]), atol=0.012)
+  slow = [d.reshape(20, 4, 3).transpose(0, 2, 1).reshape(60, 4)[rng.integers(0, 60, 60)].mean() for _ in range(5000)]
+  entry = found["overall"]
+  np.testing.assert_allclose([entry["low"], entry["high"]], np.percentile(slow, [2.5, 97.5]), atol=0.01)
+  # The images of one of the two are enough.
+  assert comparison.compared(outputs_of(first), records[1])["overall"]["images"] == 60
+
+
+def test_other_image_files_are_counted():
+  first, second = (outputs_of([1, 0, 1], images=["a"]) for _ in range(2))
+  second[2]["images"] = ["b"]
+  assert comparison.compared(first, second)["other_images"] == 1
+  del second[2]["images"]  # an older record
+  assert comparison.compared(first, second)["other_images"] == 0
+
+
 def test_the_forgiving_parser_can_be_compared():
   first, second = outputs_of([0], lenient_correct=True), outputs_of([1], lenient_correct=False)
   assert comparison.compared(first, second)["overall"]["difference"] == 1

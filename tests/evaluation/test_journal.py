@@ -1,9 +1,12 @@
 """An interrupted evaluation continued from its folder equals an unbroken one; what does not fit is refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kepo_jax import evaluation
 from kepo_jax.data import prompts
@@ -11,7 +14,7 @@ from kepo_jax.evaluation import journal
 from kepo_jax.types import Example, Rollouts
 
 END, SAMPLES, BATCH = 1, 2, 3
-IDENTITY = {"model_hash": "m", "samples": SAMPLES, "control": "none"}
+IDENTITY = {"model_hash": "m", "count": 8, "samples": SAMPLES, "control": "none", "batch": BATCH}
 
 
 def examples(count=8, **changes):
@@ -45,18 +48,18 @@ class Asked:
     return Rollouts(tokens=tokens, logps=np.zeros(tokens.shape, np.float32), mask=tokens > 0)
 
 
-def opened(folder, *, asked=None, resume=False, batch=BATCH, identity=IDENTITY, **notes):
+def opened(folder, *, asked=None, resume=False, identity=IDENTITY, **notes):
   asked = asked or examples()
   order = [(example.id, number) for example in asked for number in range(SAMPLES)]
-  return journal.Journal(folder, identity, notes, order=order, batch=batch * SAMPLES, resume=resume)
+  return journal.Journal(folder, identity, notes, order=order, batch=BATCH * SAMPLES, resume=resume)
 
 
-def run(folder, *, model=None, resume=False, batch=BATCH, progress=None):
+def run(folder, *, model=None, resume=False, progress=None):
   """One evaluation into a folder; returns the model, which knows what it was asked."""
   model = model or Asked()
-  with opened(folder, resume=resume, batch=batch) as record:
+  with opened(folder, resume=resume) as record:
     result = evaluation.evaluate(
-      model, model, examples(), batch_size=batch, earlier=record.earlier, on_output=record.write, progress=progress
+      model, model, examples(), batch_size=BATCH, earlier=record.earlier, on_output=record.write, progress=progress
     )
   record.finish(result)
   return model
@@ -117,11 +120,24 @@ def test_a_crash_in_the_middle_leaves_whole_batches(unbroken, tmp_path):
   assert contents(tmp_path) == contents(unbroken)
 
 
-def test_another_batch_may_finish_it(unbroken, tmp_path):
-  with pytest.raises(KeyboardInterrupt):
-    run(tmp_path, model=Asked(dies_after=3))
-  assert run(tmp_path, resume=True, batch=2).questions == [2, 3, 4, 5, 6, 7]
-  assert contents(tmp_path) == contents(unbroken)
+def test_what_a_kill_left_is_said(unbroken, tmp_path):
+  found = contents(unbroken)
+  ends = [i + 1 for i, byte in enumerate(found["outputs.jsonl"]) if byte == ord("\n")]
+  (tmp_path / "about.json").write_bytes(found["about.json"])
+  assert opened(tmp_path, resume=True).resumed == ""  # killed before the first answer
+  for cut, text in (
+    (ends[6], "resumed: 6 of 16 completions are there"),
+    (ends[6] + 9, "resumed: 6 of 16 completions are there; the last line was cut short (9 bytes) and is asked again"),
+    (4, "resumed: 0 of 16 completions are there; the last line was cut short (4 bytes) and is asked again"),
+    (ends[-1], "resumed: 16 of 16 completions are there"),
+  ):
+    (tmp_path / "outputs.jsonl").write_bytes(found["outputs.jsonl"][:cut])
+    assert opened(tmp_path, resume=True).resumed == text
+  # What a power cut may leave where a line was to stand.
+  (tmp_path / "outputs.jsonl").write_bytes(found["outputs.jsonl"][: ends[6]] + bytes(512))
+  assert "(512 bytes)" in opened(tmp_path, resume=True).resumed
+  run(tmp_path, resume=True)
+  assert contents(tmp_path) == found
 
 
 def test_a_finished_folder_is_refused_and_may_be_counted_again(unbroken, tmp_path):
@@ -148,7 +164,7 @@ def test_what_cannot_be_resumed(unbroken, tmp_path):
 
 
 def test_notes_may_differ(unbroken):
-  assert opened(unbroken, resume=True, batch=7, mesh={"data": 8}).about == IDENTITY
+  assert opened(unbroken, resume=True, data="elsewhere").about == IDENTITY
 
 
 @pytest.mark.parametrize(
@@ -157,6 +173,14 @@ def test_notes_may_differ(unbroken):
     (lambda lines: [lines[1], lines[0], *lines[2:]], r"outputs.jsonl:1 answers another question"),
     (lambda lines: [*lines, lines[-1]], r"outputs.jsonl:17 answers another question"),
     (lambda lines: [lines[0], lines[1][:20], *lines[2:]], r"outputs.jsonl:2 is not JSON"),
+    (lambda lines: [lines[0], b"[1, 2]"], r"outputs.jsonl:2 is no record of an evaluation: it is no JSON object"),
+    (lambda lines: [b"null"], r"outputs.jsonl:1 is no record"),
+    (lambda lines: [b"3", *lines[1:]], r"outputs.jsonl:1 is no record"),
+    (lambda lines: [b'{"id": "q0", "sample": 0}'], r"outputs.jsonl:1 is no record of an evaluation: it has no dataset"),
+    (lambda lines: [lines[0].replace(b'"sample": 0', b'"sample": "0"')], r"outputs.jsonl:1 .*: sample is '0'"),
+    (lambda lines: [bytes(range(9)), *lines[1:]], r"outputs.jsonl:1 is not JSON"),
+    (lambda lines: [b"\xff\xfe", *lines[1:]], r"outputs.jsonl:1 is not JSON"),
+    (lambda lines: [b"", *lines], r"outputs.jsonl:1 is not JSON"),
   ],
 )
 def test_damaged_outputs_are_refused(unbroken, tmp_path, damage, message):
@@ -167,6 +191,43 @@ def test_damaged_outputs_are_refused(unbroken, tmp_path, damage, message):
   )
   with pytest.raises(ValueError, match=message):
     opened(tmp_path, resume=True)
+
+
+@given(garbage=st.binary(max_size=60), line=st.integers(0, 16))
+@settings(max_examples=300, deadline=None)
+def test_no_garbage_ends_otherwise_than_in_words(unbroken, tmp_path_factory, garbage, line):
+  folder = tmp_path_factory.mktemp("garbage")
+  found = contents(unbroken)
+  (folder / "about.json").write_bytes(found["about.json"])
+  lines = found["outputs.jsonl"].splitlines(keepends=True)
+  (folder / "outputs.jsonl").write_bytes(b"".join([*lines[:line], garbage, *lines[line:]]))
+  try:
+    kept = opened(folder, resume=True).earlier
+    assert kept == journal.read_outputs(unbroken)[: len(kept)]  # what is kept is what was written
+  except ValueError as error:
+    assert "outputs.jsonl" in str(error)
+  try:
+    assert journal.read_outputs(folder) == journal.read_outputs(unbroken)
+  except ValueError as error:
+    assert "outputs.jsonl" in str(error)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_about_is_named(unbroken, tmp_path, content):
+  (tmp_path / "about.json").write_bytes(content)
+  with pytest.raises(ValueError, match="about.json is no"):
+    opened(tmp_path, resume=True)
+
+
+def test_every_field_of_a_record_is_checked(unbroken, tmp_path):
+  record = journal.read_outputs(unbroken)[0]
+  for name in record.keys() - {"images"}:
+    for other in ({key: value for key, value in record.items() if key != name}, record | {name: {}}):
+      (tmp_path / "outputs.jsonl").write_text(json.dumps(other) + "\n")
+      with pytest.raises(ValueError, match=rf"outputs.jsonl:1 is no record of an evaluation: .*{name}"):
+        journal.read_outputs(tmp_path)
+  (tmp_path / "outputs.jsonl").write_text(json.dumps(record | {"more": 1}) + "\n")
+  assert journal.read_outputs(tmp_path) == [record | {"more": 1}]
 
 
 def test_a_torn_line_cannot_be_compared(unbroken, tmp_path):
@@ -184,7 +245,7 @@ def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_questions_are_told_apart():
+def test_questions_are_told_apart(tmp_path):
   first = journal.questions_identity(examples(), prompts.STANDARD, "evaluation")
   assert first == journal.questions_identity(examples(), prompts.STANDARD, "evaluation")
 
@@ -193,11 +254,33 @@ def test_questions_are_told_apart():
     return {name.removesuffix("_hash") for name in first if first[name] != other[name]}
 
   assert changed(examples()[::-1]) == {"ids", "questions"}  # in another order; all read the same
-  assert changed(examples(7)) == {"count", "ids", "questions", "prompts"}
+  assert changed(examples(7)) == {"count", "ids", "questions", "images", "prompts"}
   assert changed(examples(options=("x", "z"))) == {"questions", "prompts"}
   assert changed(examples(answer="B")) == {"questions"}
-  assert changed(examples(images=("a.png",))) == {"questions"}
+  (tmp_path / "a.png").write_bytes(b"a")
+  assert changed(examples(images=(str(tmp_path / "a.png"),))) == {"questions", "images"}
   assert changed(examples(), kind="no_think") == changed(examples(), prompts.BRIEF) == {"prompts"}
+
+
+def test_images_are_told_apart_by_content(tmp_path):
+  def identity(*contents):
+    paths = []
+    for number, content in enumerate(contents):
+      paths.append(tmp_path / f"{number}.png")
+      paths[-1].write_bytes(content)
+      os.utime(paths[-1], ns=(0, int.from_bytes(content)))  # a change of content leaves size and name alone
+    return journal.questions_identity(examples(1, images=tuple(map(str, paths))), prompts.STANDARD, "evaluation")
+
+  first = identity(b"abc", b"def")
+  assert first == identity(b"abc", b"def")
+  for other in (identity(b"abc", b"deg"), identity(b"def", b"abc")):
+    assert {name for name in first if first[name] != other[name]} == {"images_hash"}
+  identity(b"abc", b"def")
+  (tmp_path / "moved").mkdir()
+  moved = [str((tmp_path / f"{n}.png").rename(tmp_path / "moved" / f"{n + 5}.png")) for n in range(2)]
+  assert first == journal.questions_identity(examples(1, images=tuple(moved)), prompts.STANDARD, "evaluation")
+  with pytest.raises(ValueError, match=r"image .*0.png: cannot be read \(No such file"):
+    journal.questions_identity(examples(1, images=(str(tmp_path / "0.png"),)), prompts.STANDARD, "evaluation")
 
 
 def test_models_are_told_apart(tmp_path):

@@ -62,6 +62,65 @@ def test_resampled_means_of_equal_values():
   np.testing.assert_array_equal(statistics.resampled_means(np.full(7, 0.25), np.random.default_rng(0)), 0.25)
 
 
+def all_draws(values, clusters):
+  """Every equally likely draw of whole clusters, with the mean of all values in it: slow, and exact."""
+  members = [values[clusters == name] for name in sorted({*clusters.tolist()})]
+  drawn = itertools.product(members, repeat=len(members))
+  return np.array([np.concatenate(each).mean() for each in drawn])
+
+
+@pytest.mark.parametrize(
+  ("values", "clusters"),
+  [
+    ([1, 0, 0, 1, 1, 1], [0, 1, 1, 2, 2, 2]),  # of sizes 1, 2, 3: the mean of a draw is a ratio of two sums
+    ([1, 1, 0, 0], [7, 7, 3, 3]),
+    ([0.5, 1, 0, 0.25, 1], [0, 0, 1, 2, 3]),
+    ([1, 0, 1, 0], [0, 1, 2, 3]),  # every question alone
+    ([1, 0, 1], [4, 4, 4]),
+  ],
+)
+def test_clusters_against_every_possible_draw(rng, values, clusters):
+  values, clusters = np.array(values, float), np.array(clusters)
+  drawn, exact = statistics.resampled_means(values, rng, clusters), all_draws(values, clusters)
+  assert drawn.mean() == pytest.approx(exact.mean(), abs=0.012) and drawn.std() == pytest.approx(exact.std(), abs=0.01)
+  for level in np.unique(exact.round(9)):
+    assert (abs(drawn - level) < 1e-8).mean() == pytest.approx((abs(exact - level) < 1e-8).mean(), abs=0.02)
+  assert {*drawn.round(9)} <= {*exact.round(9)}
+
+
+def test_a_question_asked_twice_about_a_picture_counts_once(rng):
+  values = rng.integers(0, 2, 60).astype(float)
+  once = statistics.mean_share(values)
+  twice = statistics.mean_share(np.repeat(values, 2), np.repeat(np.arange(60), 2))
+  # m equal clusters: the variance of the mean is that of m figures, here p (1 - p) / 60, whatever their size.
+  assert (twice["low"], twice["high"]) == (once["low"], once["high"]) and twice["count"] == 120
+  half = 1.96 * math.sqrt(values.var() / 60)
+  assert twice["high"] - twice["accuracy"] == pytest.approx(half, abs=0.02)
+  blind = statistics.mean_share(np.repeat(values, 2))
+  width = [found["high"] - found["low"] for found in (blind, twice)]
+  assert width[1] / width[0] == pytest.approx(math.sqrt(2), abs=0.1)
+
+
+def test_clusters_of_one_change_nothing():
+  values = np.random.default_rng(1).integers(0, 5, 40) / 4
+  names = np.random.default_rng(2).permutation(40)
+  assert statistics.mean_share(values) == statistics.mean_share(values, names)
+  assert statistics.mean_over_groups({"CT": values}) == statistics.mean_over_groups({"CT": values}, {"CT": names})
+
+
+def test_a_mean_over_groups_draws_clusters_inside_each(rng):
+  groups = {name: rng.integers(0, 2, 200).astype(float) for name in ("CT", "OCT")}
+  groups["CT"] = np.repeat(groups["CT"][:20], 10)  # ten questions about each picture, answered alike
+  clusters = {"CT": np.arange(200) // 10, "OCT": np.arange(200)}
+  found = statistics.mean_over_groups(groups, clusters)
+  slow = []
+  for _ in range(4000):
+    picked = rng.integers(0, 20, 20)
+    ct = np.concatenate([groups["CT"][clusters["CT"] == name] for name in picked]).mean()
+    slow.append((ct + groups["OCT"][rng.integers(0, 200, 200)].mean()) / 2)
+  np.testing.assert_allclose([found["low"], found["high"]], np.percentile(slow, [2.5, 97.5]), atol=0.01)
+
+
 def test_a_mean_over_groups_draws_inside_each(rng):
   groups = {"CT": rng.integers(0, 3, 40) / 2, "OCT": rng.integers(0, 3, 400) / 2}
   found = statistics.mean_over_groups(groups)

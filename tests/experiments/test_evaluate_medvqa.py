@@ -1,7 +1,10 @@
 """The entry point: an untrained phantom-sized model on a drawn data set, from flags to files."""
 
+import contextlib
 import json
+import os
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -17,6 +20,7 @@ from kepo_jax import evaluation
 from kepo_jax.data import pipeline, prompts, splits, tokenization
 from kepo_jax.data.tfds import building, reading
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder
+from kepo_jax.evaluation import journal
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.training import programs
@@ -83,11 +87,13 @@ def test_from_flags_to_files(evaluate_medvqa, checkpoint, data, tmp_path, capsys
     evaluate_medvqa.main([])
     printed = capsys.readouterr().out
     assert "5 of 5 records kept" in printed and "templates brief" in printed and "X-Ray" in printed
-    assert "5 of 5 questions: the part test" in printed
+    assert "5 of 5 questions: the part test" in printed and "resumed" not in printed
+    assert "images: native, as the model's folder says, kepo_resize in tokenizer_config.json\n" in printed
     with pytest.raises(ValueError, match="holds an evaluation already; choose another --output"):
       evaluate_medvqa.main([])
   outputs = [json.loads(line) for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()]
   assert sorted(output["id"] for output in outputs) == [f"Drawn/Drawn_{n}" for n in range(5)]
+  assert len({image for output in outputs for image in output["images"]}) == 5
   assert all(output["tokens"] <= 3 for output in outputs)
   result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
   assert result["overall"]["count"] == 5 and result["modalities"]["MRI"]["count"] == 2
@@ -99,6 +105,18 @@ def test_from_flags_to_files(evaluate_medvqa, checkpoint, data, tmp_path, capsys
     {"data": 8, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2},
   )  # fmt: skip
   assert (tmp_path / "cut" / "outputs.jsonl").read_text() == (tmp_path / "out" / "outputs.jsonl").read_text()
+
+
+@contextlib.contextmanager
+def changed(path):
+  """One pixel of an image is another for a while."""
+  before, times = path.read_bytes(), path.stat()
+  image = Image.open(path)
+  image.putpixel((0, 0), tuple(255 - value for value in image.getpixel((0, 0))))
+  image.save(path)
+  yield
+  path.write_bytes(before)
+  os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, data, tmp_path, capsys, monkeypatch):
@@ -124,6 +142,8 @@ def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, dat
   content = (whole / "outputs.jsonl").read_bytes()
   (cut / "about.json").write_bytes((whole / "about.json").read_bytes())
   (cut / "outputs.jsonl").write_bytes(b"".join(content.splitlines(keepends=True)[:5])[:-9])
+  with pytest.raises(ValueError, match="last line of .*cut/outputs.jsonl is cut short; --resume finishes"):
+    journal.read_outputs(cut)
   with flagsaver.flagsaver(**asked, output=str(cut)):
     with pytest.raises(ValueError, match="unfinished evaluation; --resume continues it"):
       evaluate_medvqa.main([])
@@ -134,8 +154,20 @@ def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, dat
       with flagsaver.flagsaver(limit=1):
         with pytest.raises(ValueError, match=r"\(count: 5 -> 2, ids_hash: "):
           evaluate_medvqa.main([])
+      # Nor with other neighbours, on other devices, or about other pictures under the same names.
+      with flagsaver.flagsaver(batch=4):
+        with pytest.raises(ValueError, match=r"\(batch: 2 -> 4\); ask as it did"):
+          evaluate_medvqa.main([])
+      with flagsaver.flagsaver(tensor=2):
+        with pytest.raises(ValueError, match=r"\(mesh: {'data': 8, 'fsdp': 1, 'tensor': 1} -> {'data': 4, "):
+          evaluate_medvqa.main([])
+      with changed(data / "test" / "Images" / "Drawn" / "3.png"):
+        with pytest.raises(ValueError, match=r"\(images_hash: '\w+' -> '\w+'\)"):
+          evaluate_medvqa.main([])
       evaluate_medvqa.main([])
-      assert "evaluation: 5/5" in capsys.readouterr().err
+      captured = capsys.readouterr()
+      assert "evaluation: 5/5" in captured.err
+      assert "resumed: 4 of 10 completions are there; the last line was cut short" in captured.out
       # What is complete is counted again; the weights are not even loaded.
       (cut / "evaluation.json").unlink()
       monkeypatch.setattr(conversion, "load_pretrained", None)
@@ -144,6 +176,55 @@ def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, dat
   assert names == {"about.json", "outputs.jsonl", "evaluation.json"} == {path.name for path in cut.iterdir()}
   for name in names:
     assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def folder_that_says(folder, **settings):
+  folder.mkdir(exist_ok=True)
+  (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+  return folder
+
+
+@pytest.mark.parametrize(
+  ("settings", "flag", "size", "why"),
+  [
+    ({"kepo_templates": "standard", "kepo_resize": "native"}, "", "native", "as the model's folder says"),
+    ({"kepo_templates": "brief", "kepo_resize": "squash384"}, "", "squash384", "as the model's folder says"),
+    ({"kepo_resize": "native"}, "squash384", "squash384", "as --resize asks; the model's folder says native"),
+    ({}, "native", "native", "as --resize asks; the model's folder says nothing"),
+    ({}, "", "squash384", "the default for published checkpoints; the model's folder has no kepo_resize"),
+    ({"kepo_templates": "brief"}, "", "native", "the default for wordings brief; "),  # an export of earlier days
+    ({"kepo_templates": "mine"}, "", "squash384", "the default for published checkpoints; "),
+  ],
+)
+def test_the_image_size_and_why(evaluate_medvqa, tmp_path, settings, flag, size, why):
+  with flagsaver.flagsaver(resize=flag):
+    found, said = evaluate_medvqa.image_size(folder_that_says(tmp_path, **settings))
+  assert found == size and said.startswith(why)
+
+
+def test_a_published_folder_has_the_default_and_says_so(evaluate_medvqa, checkpoint, data, tmp_path, capsys):
+  shutil.copytree(checkpoint, tmp_path / "base")
+  record = json.loads((checkpoint / "tokenizer_config.json").read_text())
+  bare = {name: value for name, value in record.items() if not name.startswith("kepo_")}
+  folder_that_says(tmp_path / "base", **bare)
+  with flagsaver.flagsaver(model=str(tmp_path / "base"), data=str(data), control="text", max_new_tokens=2):
+    evaluate_medvqa.main([])
+  printed = " ".join(capsys.readouterr().out.split())  # where lines break depends on the length of the path
+  assert "images: squash384, the default for published checkpoints; the model's folder has no kepo_resize" in printed
+  assert "templates standard" in printed and "resize squash384" in printed
+
+
+@pytest.mark.parametrize("value", ["squash", ["native"], 384])
+def test_an_image_size_that_does_not_exist_is_named(evaluate_medvqa, tmp_path, value):
+  with pytest.raises(ValueError, match="tokenizer_config.json: kepo_resize="):
+    evaluate_medvqa.image_size(folder_that_says(tmp_path, kepo_resize=value))
+  with pytest.raises(ValueError, match="kepo_templates=7 is no text"):
+    tokenization.declared_templates(folder_that_says(tmp_path, kepo_templates=7))
+
+
+def test_the_phantom_models_name_their_image_size():
+  names = [path for path in PHANTOM.iterdir() if path.is_dir()]
+  assert len(names) == 4 and {tokenization.declared_resize(path) for path in names} == {grpo.get_config().data.resize}
 
 
 def test_samples_depend_on_question_and_seed_alone(evaluate_medvqa, checkpoint, data):

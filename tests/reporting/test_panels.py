@@ -38,6 +38,7 @@ def test_the_start_panel():
   assert lines == {
     "questions": "train 600, test 2,400",
     "batch": "8 prompts x 8 rollouts of up to 24 tokens, 1 micro-batch",
+    "reward": "med_r1: accuracy x 1, format x 1",
     "objective": "policy gradient (group_std, sequence_mean, token ratio)",
     "exploration": "none",
     "steps": "80; learning rate 0.0003",
@@ -48,6 +49,19 @@ def test_the_start_panel():
   lines = start_lines(grpo, start_step=20, memory={"student": 3e9, "teacher": 0, "peak": 4.26e9})
   assert lines["steps"] == "80, from step 20; learning rate 0.0003"
   assert lines["memory"] == "about 4.26 GB per device at most (estimate: student 3 GB)"
+
+
+@pytest.mark.parametrize(
+  ("parent", "changes", "expected"),
+  [
+    (grpo, {"reward__convention": "lenient", "reward__format": 0.5}, "lenient: accuracy x 1, format x 0.5"),
+    (kepo_eq7, {}, "med_r1: accuracy and format together x 1"),
+    (grpo, {"reward__more": " lenient_accuracy:0.5, mine.rewards.brevity : 0.2,"},
+     "med_r1: accuracy x 1, format x 1, lenient_accuracy x 0.5, mine.rewards.brevity x 0.2"),
+  ],
+)  # fmt: skip
+def test_the_reward_line(parent, changes, expected):
+  assert start_lines(parent, **changes)["reward"] == expected
 
 
 @pytest.mark.parametrize(

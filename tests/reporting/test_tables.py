@@ -22,7 +22,7 @@ def records(samples=1, sets=3):
 
 def test_an_evaluation_in_full():
   rows = {row[0]: row for row in tables.evaluation_rows(evaluation.summarised(records()))}
-  assert rows[""] == ("", "n", "chance", "strict", "forgiving")
+  assert rows[""] == ("", "n (images)", "chance", "strict", "forgiving")
   # Of MRI's questions 0, 2, .. 10 right are 0 and 6.
   assert rows["MRI"] == ("MRI", "6", "50.0", "33.3 [9.7, 70.0]", "100.0 [61.0, 100.0]")
   assert rows["CT"][2] == "25.0" and rows["Lesion Grading"][1:3] == ("12", "37.5")
@@ -30,6 +30,19 @@ def test_an_evaluation_in_full():
   assert rows["in domain"][:4] == ("in domain", "6", "50.0", "33.3 [9.7, 70.0]")
   assert rows["out of domain, mean"][1:3] == ("6", "25.0")
   assert rows["all"][1:3] == ("12", "37.5")
+
+
+def test_images_stand_beside_questions():
+  # Twelve questions about three images, of which MRI's are 0 and 2, CT's 1.
+  shown = [record | {"images": [str((0, 1, 2, 1)[n % 4])]} for n, record in enumerate(records())]
+  rows = {row[0]: row for row in tables.evaluation_rows(evaluation.summarised(shown))}
+  assert [rows[name][1] for name in ("MRI", "CT", "in domain", "out of domain, mean", "all")] == [
+    "6 (2)", "6 (1)", "6 (2)", "6 (1)", "12 (3)",
+  ]  # fmt: skip
+  compared = {row[0]: row for row in tables.comparison_rows(evaluation.compared(shown, shown))}
+  assert [compared[name][1] for name in ("MRI", "CT", "out of domain, mean", "all")] == [
+    "6 (2)", "6 (1)", "6 (1)", "12 (3)",
+  ]  # fmt: skip
 
 
 def test_rates_per_modality():
@@ -71,7 +84,7 @@ def test_a_comparison(rng):
   first = records()
   second = [record | {"correct": True} for record in first]
   rows = {row[0]: row for row in tables.comparison_rows(evaluation.compared(first, second), ("old", "new"))}
-  assert rows[""] == ("", "n", "old", "new", "difference", "gained", "lost", "p (McNemar)", "p (Holm)")
+  assert rows[""] == ("", "n (images)", "old", "new", "difference", "gained", "lost", "p", "Holm")
   # Four gained: p = 2 / 2^4 = 0.125, twice that for two modalities; both alike.
   assert rows["MRI"][2:4] == ("33.3", "100.0") and rows["MRI"][5:] == ("4", "0", "0.125", "0.250")
   assert rows["MRI"][4].startswith("+66.7 [+")
@@ -96,6 +109,8 @@ def test_nothing_is_cut_in_a_narrow_terminal():
   assert "…" not in text and "33.3 [9.7, 70.0]" in text and "100.0 [61.0, 100.0]" in text
   second = [record | {"correct": True} for record in records()]
   rows = tables.comparison_rows(evaluation.compared(records(), second))
+  interval = "+66.7 [+33.3, +100.0]"
+  rows.append(("Dermoscopy", "2,400 (2,100)", "33.3", "100.0", interval, "1,234", "1,000", "< 0.001", "< 0.001"))
   text = printed(rows)
   assert "…" not in text
   assert all(word in text for row in rows for cell in row for word in cell.split())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from kepo_jax import training
 from kepo_jax.data import splits
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting import RunReporter
+from kepo_jax.training import programs, setup
 from tests.training.runs import ASSETS, Recorder, shrunk
 
 
@@ -87,6 +89,19 @@ def test_the_export_is_the_trained_student(finished):
   assert config == conversion.load_pretrained(ASSETS / "confused", np.float32)[0]
   rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), result.state.params)
   assert equal(params, rounded)
+  before, after = (
+    json.loads((folder / "tokenizer_config.json").read_text()) for folder in (ASSETS / "confused", workdir / "model")
+  )
+  assert after == before | {"kepo_templates": "brief", "kepo_resize": small(kepo).data.resize}
+
+
+def test_an_export_names_the_image_size_of_the_run(tmp_path):
+  config = small(kepo, data__resize="squash384", data__templates="standard")
+  model = conversion.load_pretrained(ASSETS / "confused", np.float32)
+  run = types.SimpleNamespace(config=config, models={"student": programs.Model(*model)})
+  setup.Run.export(run, types.SimpleNamespace(params=model[1]), tmp_path / "model")
+  found = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+  assert (found["kepo_templates"], found["kepo_resize"]) == ("standard", "squash384")
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(finished, questions):

@@ -253,6 +253,7 @@ def save_pretrained(
   source: str | pathlib.Path | None = None,
   dtype: Any = jnp.bfloat16,
   max_shard_bytes: int = 5 * 10**9,
+  declared: Mapping[str, str] | None = None,
 ) -> None:
   """Writes a folder that `Qwen3VLForConditionalGeneration.from_pretrained` and `AutoTokenizer` load.
 
@@ -263,9 +264,10 @@ def save_pretrained(
     config: sizes.
     params: the tree of `load_pretrained`, sharded or not.
     source: the folder the model came from: tokenizer, chat template, processor and generation config are copied
-      verbatim, config.json but for the dtype.
+      verbatim, config.json but for the dtype, tokenizer_config.json but for `declared`.
     dtype: of the weights in the file.
     max_shard_bytes: largest size of a file.
+    declared: fields that are added to tokenizer_config.json: what the model was trained with.
 
   Raises:
     ValueError: parameters or source do not fit the config, or `directory` holds something other than an export.
@@ -283,7 +285,7 @@ def save_pretrained(
     return
   partial = _partial(directory)
   safetensors_files.write(partial, shapes, tensor, dtype=dtype, max_shard_bytes=max_shard_bytes)
-  _finish(partial, directory, config, source, origin, dtype)
+  _finish(partial, directory, config, source, origin, dtype, declared)
 
 
 def save_orbax(
@@ -318,10 +320,18 @@ def _partial(directory: pathlib.Path) -> pathlib.Path:
 
 
 def _finish(
-  partial: pathlib.Path, directory: pathlib.Path, config: Qwen3VLConfig, source, origin: str, dtype: np.dtype
+  partial: pathlib.Path,
+  directory: pathlib.Path,
+  config: Qwen3VLConfig,
+  source,
+  origin: str,
+  dtype: np.dtype,
+  declared: Mapping[str, str] | None = None,
 ) -> None:
   count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.abstract_params(config)))
-  side_files.write(partial, config, source, name=directory.name, origin=origin, dtype=dtype.name, count=count)
+  side_files.write(
+    partial, config, source, name=directory.name, origin=origin, dtype=dtype.name, count=count, declared=declared
+  )
   side_files.replace(partial, directory)
 
 

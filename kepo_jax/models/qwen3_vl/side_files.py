@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -82,8 +83,9 @@ def write(
   origin: str,
   dtype: str,
   count: int,
+  declared: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes config.json and the model card, and copies the side files of `source` verbatim.
+  """Writes config.json and the model card, and copies the side files of `source` verbatim but for `declared`.
 
   Args:
     directory: an existing folder.
@@ -93,6 +95,10 @@ def write(
     origin: name of the source as it was asked for; a download lies in a folder named after a commit.
     dtype: of the stored weights, for example "bfloat16".
     count: parameters.
+    declared: what tokenizer_config.json says besides, for example {"kepo_resize": "native"}; its own fields stay.
+
+  Raises:
+    ValueError: tokenizer_config.json is no JSON object.
   """
   record = config_record(config) if source is None else json.loads((source / "config.json").read_text())
   (directory / "config.json").write_text(json.dumps(_with_dtype(record, dtype), indent=2) + "\n")
@@ -107,6 +113,19 @@ def write(
   for file in sorted(source.iterdir()) if source else ():
     if is_side_file(file):
       shutil.copyfile(file, directory / file.name)
+  if declared:
+    _declare(directory / "tokenizer_config.json", declared)
+
+
+def _declare(path: pathlib.Path, declared: Mapping[str, str]) -> None:
+  """Adds fields to a JSON file, which is made if there is none."""
+  try:
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  except ValueError as error:
+    raise ValueError(f"{path.name} of the source is not valid JSON ({error})") from error
+  if not isinstance(record, dict):
+    raise ValueError(f"{path.name} of the source is no JSON object")
+  path.write_text(json.dumps(record | dict(declared), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def replace(partial: pathlib.Path, directory: pathlib.Path) -> None:

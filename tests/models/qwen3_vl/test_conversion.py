@@ -88,6 +88,24 @@ def test_export_keeps_the_source_but_for_the_dtype(source, tmp_path):
   assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b'{"a":\r\n 1}'
 
 
+def test_an_export_says_how_the_model_was_trained(source, tmp_path):
+  declared = {"kepo_templates": "standard", "kepo_resize": "native"}
+  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source, declared=declared)
+  path = tmp_path / "out" / "tokenizer_config.json"
+  assert json.loads(path.read_text()) == declared  # the source has no such file
+  path.write_text('{"eos_token": "é", "kepo_resize": "squash384"}', encoding="utf-8")
+  conversion.save_pretrained(tmp_path / "again", CONFIG, PARAMS, source=tmp_path / "out", declared=declared)
+  found = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text(encoding="utf-8"))
+  assert found == {"eos_token": "é"} | declared
+  conversion.save_pretrained(tmp_path / "copy", CONFIG, PARAMS, source=tmp_path / "out")
+  assert (tmp_path / "copy" / "tokenizer_config.json").read_bytes() == path.read_bytes()  # verbatim
+  for content in ("[]", "{"):
+    path.write_text(content)
+    with pytest.raises(ValueError, match="tokenizer_config.json of the source is no"):
+      conversion.save_pretrained(tmp_path / "bad", CONFIG, PARAMS, source=tmp_path / "out", declared=declared)
+  assert not (tmp_path / "bad").exists()
+
+
 def test_an_export_does_not_replace_other_things(source, tmp_path):
   (tmp_path / "thesis.tex").write_text("years of work")
   with pytest.raises(ValueError, match="no earlier export"):
