@@ -10,6 +10,7 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
+from tests import fake_bucket
 from tests.data import cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -40,6 +41,17 @@ def test_what_is_printed(inspect_medvqa, download, capsys):
     assert text in printed, text
   assert "2 images, 1 of them with several questions\nformats: JPEG 1, PNG 1; 0.0 MB" in printed
   assert "sizes: 2, 40 to 60 wide, 30 to 40 high; " in printed
+
+
+def test_a_bucket(inspect_medvqa, download, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  (tmp_path / "cloud" / "bucket").mkdir(parents=True)
+  download.rename(tmp_path / "cloud" / "bucket" / "download")
+  with fake_bucket.served(tmp_path / "cloud"):
+    inspect_medvqa.main(["", "gs://bucket/download"])
+  captured = capsys.readouterr()
+  assert "gs://bucket/download: OmniMedVQA layout, 1 files, 3 records, 3 kept" in captured.out
+  assert "copying, bytes: " in captured.err
 
 
 def test_json(inspect_medvqa, download, capsys):
