@@ -61,7 +61,9 @@ def put(store, **files):
     store.write("bucket", name.replace("__", "/"), data)
 
 
-def test_a_remote_folder_is_staged_once(bucket, tmp_path):
+@pytest.mark.parametrize("block", [1 << 24, 100])
+def test_a_remote_folder_is_staged_once(bucket, tmp_path, monkeypatch, block):
+  monkeypatch.setattr(storage, "_BLOCK", block)
   put(bucket, model__config=b"{}", model__sub__weights=bytes(1000), model2__config=b"another")
   told = []
   local = storage.staged("gs://bucket/model", tmp_path / "cache", progress=lambda *of: told.append(of))
@@ -178,12 +180,12 @@ def test_what_another_process_writes_is_seen_at_once(bucket):
 
 @pytest.fixture
 def delivers(bucket, monkeypatch):
-  """`delivers(copy)`: the storage copies files down by `copy(path, place, plain)`."""
+  """`delivers(read)`: the storage gives the bytes of a file by `read(path, plain)`."""
   system, _ = fsspec.url_to_fs("gs://bucket/model")
 
-  def install(copy):
-    plain = system.get_file
-    monkeypatch.setattr(system, "get_file", lambda path, place, **_: copy(path, place, plain))
+  def install(read):
+    plain = system.cat_file
+    monkeypatch.setattr(system, "cat_file", lambda path: read(path, plain))
     monkeypatch.setattr(fsspec, "url_to_fs", lambda path: (system, system._strip_protocol(path)))
 
   return install
@@ -192,10 +194,10 @@ def delivers(bucket, monkeypatch):
 def test_a_copy_that_breaks_off_is_not_used(bucket, tmp_path, delivers):
   put(bucket, model__a=bytes(10), model__b=bytes(10))
 
-  def breaks_off(path, place, plain):
+  def breaks_off(path, plain):
     if path.endswith("b"):
       raise OSError("the connection was reset")
-    plain(path, place)
+    return plain(path)
 
   delivers(breaks_off)
   with pytest.raises(OSError, match="reset"):
@@ -205,7 +207,7 @@ def test_a_copy_that_breaks_off_is_not_used(bucket, tmp_path, delivers):
 
 def test_bytes_that_do_not_arrive_are_seen(bucket, tmp_path, delivers):
   put(bucket, model__a=bytes(10))
-  delivers(lambda path, place, plain: pathlib.Path(place).write_bytes(bytes(7)))
+  delivers(lambda path, plain: plain(path)[:7])
   with pytest.raises(OSError, match="gs://bucket/model/a has 10 bytes, 7 of them arrived"):
     storage.staged("gs://bucket/model", tmp_path / "cache")
 

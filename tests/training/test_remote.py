@@ -12,7 +12,7 @@ import pytest
 
 from experiments.configs import kepo
 from kepo_jax import training
-from kepo_jax.data import splits
+from kepo_jax.data.phantom import build as phantom
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting import RunReporter
 from kepo_jax.training import lock
@@ -30,15 +30,14 @@ def bucket(tmp_path, request, monkeypatch):
   """gs://bucket with models and data in it, and the cache of this test alone."""
   if request.param == "gcsfs":
     pytest.importorskip("gcsfs", exc_type=ImportError)
-  roots = splits.phantom_roots()
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   monkeypatch.setitem(lock._SETTLE, True, 0.1)
   top = tmp_path / "cloud" / "bucket"
   config = shrunk(kepo.get_config())
   for role in ("student", "teacher"):
     shutil.copytree(config.model[role], top / "models" / role)
-  for name, root in roots.items():
-    shutil.copytree(root, top / "data" / name)
+  for name, every in (("train", 12), ("validation", 10), ("test", 50)):
+    phantom.write_split(top / "data" / name, phantom.make_items(name)[::every])
   with fake_bucket.served(tmp_path / "cloud", gcsfs=request.param == "gcsfs") as store:
     yield store
 
