@@ -10,12 +10,14 @@ them; the phantom is already split and has no use for them. --images_root, --acc
 """
 
 import contextlib
+import functools
 import sys
 
 from absl import app, flags
 
 from experiments import environment
 from experiments.configs import grpo
+from kepo_jax import storage
 from kepo_jax.data.tfds import building
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
 from kepo_jax.reporting import progress
@@ -54,11 +56,15 @@ def main(argv: list[str]) -> None:
     )
   # TFDS prints what it does; standard output is for the result.
   with contextlib.closing(progress.Display()) as display, contextlib.redirect_stdout(sys.stderr):
+    copying = functools.partial(display.progress, "copying the download, bytes")
+    manual, images = (
+      path and storage.staged(path, progress=copying) for path in (_MANUAL_DIR.value, _IMAGES_ROOT.value)
+    )
     built = building.build(
       _DATA_DIR.value,
-      manual_dir=_MANUAL_DIR.value,
+      manual_dir=manual,
       config=config,
-      images_root=_IMAGES_ROOT.value,
+      images_root=images,
       progress=lambda done, total: display.progress("writing questions", done, total),
     )
   print(built.text())

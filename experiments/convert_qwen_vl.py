@@ -4,15 +4,21 @@
   python -m experiments.convert_qwen_vl SRC DST --to=hf --dtype=float32
 
 SRC is a Hugging Face folder, a Hub id or a folder with an Orbax copy; DST must be new, empty or an earlier export.
+Both may be remote, such as gs://bucket/model.
 Either folder holds the tokenizer, chat template and processor files of SRC, and both are read by `load_pretrained`.
 """
+
+import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from etils import epath
 
-from kepo_jax import sharding
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax import sharding, storage
+from kepo_jax.models.qwen3_vl import conversion, side_files
+from kepo_jax.reporting import progress
 
 _TO = flags.DEFINE_enum("to", "orbax", ["orbax", "hf"], "What to write: orbax or hf.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of the written weights.")
@@ -25,13 +31,19 @@ def main(argv: list[str]) -> None:
   dtype = jnp.dtype(_DTYPE.value)
   mesh = sharding.make_mesh(fsdp=jax.device_count())
   try:
-    folder = conversion.resolved_folder(source)
+    storage.check_bucket(destination)
+    side_files.check_replaceable(epath.Path(destination))
+    with contextlib.closing(progress.Display()) as display:
+      copying = functools.partial(display.progress, "copying the source, bytes")
+      folder = conversion.resolved_folder(source, progress=copying)
     config, params = conversion.load_pretrained(folder, dtype, mesh)
-    if _TO.value == "orbax":
-      conversion.save_orbax(destination, config, params, source=folder)
-    else:
-      conversion.save_pretrained(destination, config, params, source=folder, dtype=dtype)
-  except ValueError as error:
+    # A folder without config.json is no model.
+    with storage.written_locally(destination, last="config.json") as local:
+      if _TO.value == "orbax":
+        conversion.save_orbax(local, config, params, source=folder)
+      else:
+        conversion.save_pretrained(local, config, params, source=folder, dtype=dtype)
+  except (ValueError, OSError) as error:
     raise SystemExit(f"convert_qwen_vl: {error}") from error
   print(f"wrote {destination}")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 from absl import flags, logging
 
-from kepo_jax.data import splits
+from kepo_jax import storage
 
 
 def prepare() -> None:
@@ -17,7 +17,7 @@ def prepare() -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(splits.cache_directory() / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(storage.cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

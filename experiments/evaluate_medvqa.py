@@ -34,7 +34,7 @@ from rich.console import Console
 
 from experiments import environment
 from experiments.configs import grpo, grpo_medvqa
-from kepo_jax import evaluation, sharding
+from kepo_jax import evaluation, sharding, storage
 from kepo_jax.data import dealing, formats, images, pipeline, prompts, rules, splits, tokenization
 from kepo_jax.data.tfds import folders
 from kepo_jax.evaluation import journal
@@ -115,25 +115,31 @@ _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the wei
 _LENIENT = flags.DEFINE_bool("lenient", False, "Drop and count unusable records instead of stopping at them.")
 
 
-def questions() -> tuple[list[Example], rules.Summary, str]:
+def questions(display: progress.Display) -> tuple[list[Example], rules.Summary, str]:
   """The questions that the flags ask for, what the reader found, and in words how they were chosen.
 
   Raises:
     ValueError: the data cannot be read, have no such split, or are too few for the cut.
+    OSError: a remote folder cannot be read.
   """
   split, where = _SPLIT.value, _DATA.value or "the phantom benchmark"
-  if built := _DATA.value and folders.find(_DATA.value):
+  copying = functools.partial(display.progress, "copying data, bytes")
+  data, split_files = (
+    str(storage.staged(path, progress=copying)) if path else "" for path in (_DATA.value, _SPLIT_FILES.value)
+  )
+  if built := data and folders.find(data):
     return limited(*built_questions(built))
   image_root = None
-  if _SPLIT_FILES.value:
-    roots, where, image_root = splits.published_parts(_SPLIT_FILES.value), _SPLIT_FILES.value, _DATA.value or None
+  if split_files:
+    roots, where, image_root = splits.published_parts(split_files), _SPLIT_FILES.value, data or None
   else:
-    roots = splits.split_roots(_DATA.value) if _DATA.value else splits.phantom_roots()
+    roots = splits.split_roots(data) if data else splits.phantom_roots()
   if roots and split not in roots:
     raise ValueError(f"--split={split}: {where} has {sorted(roots)}; choose one.")
   if not roots and split != "all":
-    splits.refuse_published(_DATA.value)
-  found, summary = formats.read_any(roots.get(split, _DATA.value), image_root=image_root, lenient=_LENIENT.value)
+    splits.refuse_published(data)
+  found, summary = formats.read_any(roots.get(split, data), image_root=image_root, lenient=_LENIENT.value)
+  summary.root = storage.origin(summary.root)
   if roots:
     examples, how = found, f"the part {split}"
   elif split == "all":
@@ -160,7 +166,7 @@ def built_questions(folder: pathlib.Path) -> tuple[list[Example], rules.Summary,
     raise ValueError(
       f"--split={_SPLIT.value}: {folder} has {sorted(name for name in parts if parts[name])}; choose one."
     )
-  summary = rules.Summary(root=str(folder), format="TFDS", records=len(found), kept=len(found))
+  summary = rules.Summary(root=storage.origin(folder), format="TFDS", records=len(found), kept=len(found))
   return found, summary, f"the part {_SPLIT.value}"
 
 
@@ -276,11 +282,12 @@ def main(_: list[str]) -> None:
     console = Console(width=max(console.width, 120))  # a file or pipe has no width that a table should be cut to
   if not _RESUME.value:
     journal.Journal.check_fresh(_OUTPUT.value)
-  examples, summary, how = questions()
-  console.print(f"{summary.text()}\n{how}", markup=False, highlight=False, soft_wrap=True)
   display = progress.Display()
+  examples, summary, how = questions(display)
+  console.print(f"{summary.text()}\n{how}", markup=False, highlight=False, soft_wrap=True)
   examples = readable(examples, display)
-  model = conversion.resolved_folder(_MODEL.value)
+  copying = functools.partial(display.progress, "copying the model, bytes")
+  model = conversion.resolved_folder(_MODEL.value, progress=copying)
   declared = tokenization.declared_templates(model) or "standard"
   family = _TEMPLATES.value or declared
   if family not in prompts.TEMPLATES:

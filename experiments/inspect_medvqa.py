@@ -14,6 +14,7 @@ with one line on standard error that names the file and the record. Pixels are l
 at all with --noimages; whether the questions are enough for a split, training says.
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -25,6 +26,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from experiments import environment
+from kepo_jax import storage
 from kepo_jax.data import formats, inspection, rules, splits
 from kepo_jax.reporting import progress
 from kepo_jax.types import Example
@@ -42,14 +44,18 @@ def inspected(path: str, display: progress.Display) -> tuple[list[Example], dict
 
   Raises:
     ValueError: the data cannot be used.
+    OSError: a remote path cannot be read.
   """
+  copying = functools.partial(display.progress, "copying, bytes")
+  image_root = _IMAGES_ROOT.value and storage.staged(_IMAGES_ROOT.value, progress=copying)
   examples, summary = formats.read_any(
-    path,
-    image_root=_IMAGES_ROOT.value,
+    storage.staged(path, progress=copying),
+    image_root=image_root,
     access=_ACCESS.value,
     lenient=_LENIENT.value,
     check_images=_IMAGES.value,
   )
+  summary.root = storage.origin(summary.root)
   report: dict[str, Any] = {}
   if _IMAGES.value:
     examples, report["images"] = inspection.open_images(

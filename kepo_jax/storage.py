@@ -1,21 +1,109 @@
 """Paths that may lie on a disk or in a bucket: whole-or-not-at-all writes, staging, publishing."""
 
+import collections
+import concurrent.futures
 import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import fsspec
 from etils import epath
 
 Progress = Callable[[int, int], None]
+
+_BLOCK = 1 << 24  # bytes that are read at a time
+_ORIGINS: dict[str, str] = {}  # what this process staged: local path -> remote path
+_COPIES = 16  # files that are staged at a time
+_TELL = 0.5  # seconds between reports of progress
+# What makes a scheme readable, beside what is installed anyway.
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
+# Errors of those packages that are no OSError, by module; looked up only once the module is there.
+_FOREIGN = {
+  "gcsfs.retry": "HttpError",
+  "google.auth.exceptions": "GoogleAuthError",
+  "google.api_core.exceptions": "GoogleAPIError",
+  "aiohttp": "ClientError",
+  "botocore.exceptions": "BotoCoreError",
+  "azure.core.exceptions": "AzureError",
+}
+# It logs with a traceback what it then raises, and what `reaching` tells in one line.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+# Listings that a file system remembers would hide what another process has written: a lock, a newer checkpoint.
+for _protocol in ("gcs", *_PACKAGES):
+  fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+
+
+def cache_directory() -> pathlib.Path:
+  """Where the project keeps what can be made again: $XDG_CACHE_HOME/kepo_jax or ~/.cache/kepo_jax."""
+  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kepo_jax"
 
 
 def is_remote(path: epath.PathLike) -> bool:
   """Whether a path has a scheme, such as gs://: no rename, no append, no memory map."""
   return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def reaching(path: epath.PathLike) -> Iterator[None]:
+  """Turns what the libraries behind a scheme raise into errors that name the path and the way out.
+
+  Raises:
+    ValueError: a package is missing, or credentials are.
+    OSError: the storage did not answer, or refused.
+  """
+  try:
+    yield
+  except ImportError as error:
+    scheme = os.fspath(path).partition("://")[0]
+    if not is_remote(path) or scheme not in _PACKAGES:
+      raise
+    raise ValueError(
+      f"{path} needs a package that is not installed ({error}); run `pip install {_PACKAGES[scheme]}`."
+    ) from error
+  except _foreign_errors() as error:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if "redentials" in reason or getattr(error, "code", None) in (401, "401"):
+      raise ValueError(
+        f"{path} cannot be reached without credentials ({reason}); for gs:// run `gcloud auth application-default "
+        f"login`, or set GOOGLE_APPLICATION_CREDENTIALS."
+      ) from error
+    raise OSError(f"{path} cannot be reached: {reason}") from error
+  except OSError as error:
+    if not (is_remote(path) and str(error).startswith("Forbidden")):
+      raise
+    reason = " ".join(str(error).split())[:300]
+    raise PermissionError(f"{path} may not be used with these credentials, or with none ({reason}).") from error
+
+
+def _foreign_errors() -> tuple[type[Exception], ...]:
+  return tuple(getattr(sys.modules[module], name) for module, name in _FOREIGN.items() if module in sys.modules)
+
+
+def check_bucket(path: epath.PathLike) -> None:
+  """Refuses a remote path whose bucket is not there; libraries would try to make it.
+
+  Raises:
+    ValueError: there is none of that name, or no package or credentials to reach it.
+    OSError: the storage did not answer, or refused.
+  """
+  if not is_remote(path):
+    return
+  scheme, _, rest = os.fspath(path).partition("://")
+  bucket = epath.Path(f"{scheme}://{rest.partition('/')[0]}")
+  with reaching(path):
+    try:
+      # Who may use the objects of a bucket need not be allowed to look at the bucket itself.
+      bucket.exists() or next(bucket.iterdir(), None)
+    except FileNotFoundError as error:
+      raise ValueError(f"{path}: there is no bucket {bucket}; check the name, or make it.") from error
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
@@ -27,7 +115,8 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   path = epath.Path(path)
   try:
     if is_remote(path):
-      path.write_bytes(data)  # an object appears when its upload is complete
+      with reaching(path):
+        path.write_bytes(data)  # an object appears when its upload is complete
       return
     partial = path.parent / f".{path.name}.partial"
     with partial.open("wb") as file:
@@ -36,7 +125,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
       os.fsync(file.fileno())
     partial.replace(path)
   except OSError as error:
-    raise OSError(f"{path} could not be written: {error.strerror or error}.") from error
+    raise OSError(f"{path} could not be written: {str(error.strerror or error).rstrip('.')}.") from error
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
@@ -45,11 +134,42 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 
 def files_under(folder: epath.PathLike) -> list[epath.Path]:
-  """Every file below a folder, sorted."""
-  found: list[epath.Path] = []
-  for path in epath.Path(folder).iterdir():  # not walk: it loses the scheme
-    found += files_under(path) if path.is_dir() else [path]
-  return sorted(found, key=os.fspath)
+  """Every file below a folder, sorted; none where a remote folder does not exist."""
+  if is_remote(folder):
+    return [epath.Path(path) for path in _listed(folder)]
+  return sorted((epath.Path(path) for path in pathlib.Path(folder).rglob("*") if path.is_file()), key=os.fspath)
+
+
+def _listed(path: epath.PathLike) -> dict[str, dict[str, Any]]:
+  """Every file below a remote folder, or the one file -> what its storage says of it, sorted; asked for in bulk."""
+  system, root = fsspec.url_to_fs(os.fspath(path))
+  try:
+    found = system.find(root, detail=True)
+  except FileNotFoundError:
+    return {}
+  scheme = os.fspath(path).partition("://")[0]
+  # An object whose name ends with a slash stands for a folder in some tools.
+  return {f"{scheme}://{name}": info for name, info in sorted(found.items()) if not name.endswith("/")}
+
+
+def move(source: epath.PathLike, target: epath.PathLike) -> None:
+  """Gives a file or folder another name; in a bucket by copies, which may take a while.
+
+  Raises:
+    OSError: it cannot be moved; then it is still there, whole or, in a bucket, in part.
+  """
+  source, target = epath.Path(source), epath.Path(target)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  if not is_remote(source):
+    source.rename(target)
+    return
+  # Not rename: it wants a parent folder, and a bucket has none without objects in it.
+  files = files_under(source) if source.is_dir() else [source]
+  for path in files:
+    place = epath.Path(f"{target}{os.fspath(path).removeprefix(os.fspath(source))}")
+    path.copy(place)
+  for path in files:
+    path.unlink()
 
 
 def below(path: epath.Path, folder: epath.PathLike) -> str:
@@ -57,50 +177,94 @@ def below(path: epath.Path, folder: epath.PathLike) -> str:
   return os.fspath(path).removeprefix(os.fspath(epath.Path(folder))).lstrip("/")
 
 
-def staged(folder: epath.PathLike, cache: pathlib.Path, *, progress: Progress | None = None) -> pathlib.Path:
-  """The local folder with the content of `folder`: itself where it is local, else a copy under `cache`.
+def staged(
+  source: epath.PathLike, cache: pathlib.Path | None = None, *, progress: Progress | None = None
+) -> pathlib.Path:
+  """A local path with the content of `source`: itself where it is local, else a copy in the cache.
 
-  A copy that is complete is used again as long as names and sizes of the files are those of the source.
+  A copy that is complete is used again as long as names, sizes and times of the files are those of the source. On
+  several hosts each calls it for itself.
 
   Args:
-    folder: local or remote.
-    cache: where copies are kept.
+    source: folder or file, local or remote.
+    cache: where copies are kept; None: below `cache_directory()`.
     progress: receives (bytes copied, bytes in all).
 
   Raises:
-    ValueError: a remote folder that is not there or has no files.
+    ValueError: a remote path that is not there or has no files, or no package or credentials to read it.
     OSError: it cannot be read, or the copy not be written.
   """
-  if not is_remote(folder):
-    return pathlib.Path(folder)
-  source = epath.Path(folder)
-  sizes = {below(path, source): path.stat().length for path in files_under(source)} if source.is_dir() else {}
-  if not sizes:
-    raise ValueError(f"{source} is no folder or has no files; check the name, and the credentials of its storage.")
-  listing = "\n".join(f"{name} {size}" for name, size in sorted(sizes.items()))
-  name = hashlib.sha256(f"{source}\n{listing}".encode()).hexdigest()[:16]
-  target = cache / "staged" / f"{source.name}-{name}"
-  if target.is_dir():
-    return target
+  if not is_remote(source):
+    return pathlib.Path(source)
+  check_bucket(source)
+  source = os.fspath(epath.Path(source))
+  with reaching(source):
+    found = _listed(source)
+    if not found:
+      raise ValueError(f"{source}: no such folder or file, or a folder without files; check the name.")
+    if unsafe := [path for path in found if ".." in path.split("/")]:
+      raise ValueError(f"{unsafe[0]} would lead out of the folder that {source} is copied to; rename the object.")
+    stamps = [f"{path} {info['size']} {_stamp(info)}" for path, info in found.items()]
+    digest = hashlib.sha256("\n".join([source, *stamps]).encode()).hexdigest()[:16]
+    target = (cache or cache_directory()).resolve() / "staged" / digest
+    if not target.is_dir():
+      _copy_down(source, {path: info["size"] for path, info in found.items()}, target, progress)
+  # Under its whole path: names of folders become parts of ids, and tell the modality, in some formats.
+  local = target / source.partition("://")[2]
+  _ORIGINS[os.fspath(local)] = source
+  return local
+
+
+def origin(path: str | os.PathLike[str]) -> str:
+  """The remote path of which a local one is the copy that `staged` gave; other paths stay as they are."""
+  path = os.fspath(path)
+  for local, source in _ORIGINS.items():
+    if path == local or path.startswith(local + os.sep):
+      return source + path.removeprefix(local)
+  return path
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+  """What changes when an object is written again; a model trained further has the sizes that it had."""
+  return str(next((info[name] for name in ("generation", "ETag", "etag", "mtime") if info.get(name)), ""))
+
+
+def _copy_down(source: str, sizes: Mapping[str, int], target: pathlib.Path, progress: Progress | None) -> None:
+  """Copies a remote folder or file under its path into a local folder, which appears once it is complete."""
   target.parent.mkdir(parents=True, exist_ok=True)
   partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+  system, _ = fsspec.url_to_fs(source)
+  counts = {path: fsspec.Callback() for path in sizes}
+
+  def copy(path: str) -> None:
+    place = partial / path.partition("://")[2]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if sizes[path] <= _BLOCK:
+      place.write_bytes(system.cat_file(path))  # one request, where the other way asks for the size again
+    else:
+      system.get_file(path, os.fspath(place), callback=counts[path])
+    if place.stat().st_size != sizes[path]:
+      raise OSError(f"{path} has {sizes[path]} bytes, {place.stat().st_size} of them arrived; try again.")
+    counts[path].absolute_update(sizes[path])
+
   try:
-    done = 0
-    for relative, size in sizes.items():
-      place = partial / relative
-      place.parent.mkdir(parents=True, exist_ok=True)
-      with (source / relative).open("rb") as remote, place.open("wb") as local:
-        shutil.copyfileobj(remote, local, 1 << 24)
-      if place.stat().st_size != size:
-        raise OSError(f"{source / relative} has {size} bytes, {place.stat().st_size} of them arrived; try again.")
-      done += size
-      if progress:
-        progress(done, sum(sizes.values()))
+    # Many at a time: a data set is a hundred thousand images, and each costs the way to the storage and back.
+    with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
+      waiting = collections.deque(pool.submit(copy, path) for path in sizes)
+      told = time.monotonic()
+      try:
+        while waiting:
+          if concurrent.futures.wait([waiting[0]], _TELL).done:
+            waiting.popleft().result()
+          if progress and (not waiting or time.monotonic() - told >= _TELL):
+            progress(sum(count.value for count in counts.values()), sum(sizes.values()))
+            told = time.monotonic()
+      finally:
+        pool.shutdown(cancel_futures=True)
     with contextlib.suppress(OSError):  # another process staged the same in the meantime
       partial.rename(target)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-  return target
 
 
 def publish(local: pathlib.Path, folder: epath.PathLike, *, last: str = "") -> None:
@@ -108,21 +272,24 @@ def publish(local: pathlib.Path, folder: epath.PathLike, *, last: str = "") -> N
 
   Args:
     local: the folder.
-    folder: remote; what it holds under other names stays.
+    folder: remote; without `last`, what it holds under other names stays.
     last: name of the file that makes the folder usable. It is removed first and copied last, so that a copy that was
-      interrupted does not look complete.
+      interrupted does not look complete; and the folder then holds nothing but the copy.
 
   Raises:
     OSError: a file cannot be copied.
   """
   target = epath.Path(folder)
-  (target / last).unlink(missing_ok=True) if last else None
-  files = [path for path in files_under(local) if below(path, local) != last]
-  for path in [*files, *([epath.Path(local) / last] if last else [])]:
-    place = target / below(path, local)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("rb") as source, place.open("wb") as remote:
-      shutil.copyfileobj(source, remote, 1 << 24)
+  with reaching(target):
+    files = {below(path, local): path for path in files_under(local)}
+    if last:
+      (target / last).unlink(missing_ok=True)
+      for path in files_under(target):
+        if below(path, target) not in files:
+          path.unlink()
+    for name in sorted(files, key=lambda name: (name == last, name)):
+      with files[name].open("rb") as source, (target / name).open("wb") as remote:
+        shutil.copyfileobj(source, remote, _BLOCK)
 
 
 @contextlib.contextmanager

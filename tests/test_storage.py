@@ -1,14 +1,17 @@
 """Files appear as wholes, remote folders are copied once, and half a copy is never taken for a whole."""
 
 import pathlib
+import sys
+import types
 
 import fsspec
 import pytest
 from etils import epath
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
+from etils.epath import backend
+from fsspec.registry import _registry
 
 from kepo_jax import storage
+from tests import fake_bucket
 
 
 def test_what_is_remote():
@@ -41,44 +44,74 @@ def test_a_write_replaces_as_a_whole(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-  """gs://bucket as a local folder, through the same library as the real one."""
+@pytest.fixture(params=["fake", "gcsfs"])
+def bucket(tmp_path, request):
+  """gs://bucket as a local folder; through the library that reads the real one where it is installed."""
+  if request.param == "gcsfs":
+    pytest.importorskip("gcsfs", exc_type=ImportError)
   root = tmp_path / "cloud"
   (root / "bucket").mkdir(parents=True)
-
-  class Bucket(DirFileSystem):
-    protocol = ("gcs", "gs")
-    cachable = False
-
-    def __init__(self, **_):
-      super().__init__(str(root), LocalFileSystem(auto_mkdir=True))
-
-    def _join(self, path):
-      return super()._join(self._strip_protocol(path).removeprefix("gs://").removeprefix("gcs://"))
-
-  fsspec.register_implementation("gcs", Bucket, clobber=True)
-  from etils.epath import backend
-
-  backend.fsspec_backend._get_filesystem.cache_clear()
-  yield root / "bucket"
-  backend.fsspec_backend._get_filesystem.cache_clear()
-  fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
+  with fake_bucket.served(root, gcsfs=request.param == "gcsfs") as store:
+    store.folder = root / "bucket"
+    yield store
 
 
-def test_a_remote_folder_is_staged_once(bucket, tmp_path):
-  (bucket / "model" / "sub").mkdir(parents=True)
-  (bucket / "model" / "config.json").write_text("{}")
-  (bucket / "model" / "sub" / "weights").write_bytes(bytes(1000))
+def put(store, **files):
+  for name, data in files.items():
+    store.write("bucket", name.replace("__", "/"), data)
+
+
+@pytest.mark.parametrize("block", [1 << 24, 100])
+def test_a_remote_folder_is_staged_once(bucket, tmp_path, monkeypatch, block):
+  monkeypatch.setattr(storage, "_BLOCK", block)
+  put(bucket, model__config=b"{}", model__sub__weights=bytes(1000), model2__config=b"another")
   told = []
   local = storage.staged("gs://bucket/model", tmp_path / "cache", progress=lambda *of: told.append(of))
-  assert (local / "sub" / "weights").read_bytes() == bytes(1000) and (local / "config.json").read_text() == "{}"
-  assert told[-1] == (1002, 1002)
+  assert sorted(path.name for path in local.rglob("*")) == ["config", "sub", "weights"]
+  assert (local / "sub" / "weights").read_bytes() == bytes(1000) and (local / "config").read_text() == "{}"
+  assert told[-1] == (1002, 1002) and told == sorted(told)
   told.clear()
-  assert storage.staged("gs://bucket/model", tmp_path / "cache", progress=lambda *of: told.append(of)) == local
+  assert storage.staged("gs://bucket/model/", tmp_path / "cache", progress=lambda *of: told.append(of)) == local
   assert told == []
-  (bucket / "model" / "config.json").write_text("{ }")
-  assert storage.staged("gs://bucket/model", tmp_path / "cache") != local
+
+
+def test_what_was_written_again_is_staged_again_whatever_its_size(bucket, tmp_path):
+  put(bucket, model__weights=b"before")
+  first = storage.staged("gs://bucket/model", tmp_path / "cache")
+  put(bucket, model__weights=b"after!")
+  assert (storage.staged("gs://bucket/model", tmp_path / "cache") / "weights").read_bytes() == b"after!"
+  assert (first / "weights").read_bytes() == b"before"  # a process that reads it is not disturbed
+
+
+def test_more_files_than_a_list_has_on_one_page_are_staged(bucket, tmp_path):
+  put(bucket, **{f"data__part{i // 10}__{i}": str(i).encode() for i in range(40)})
+  local = storage.staged("gs://bucket/data", tmp_path / "cache")
+  assert {path.name: path.read_text() for path in local.rglob("*") if path.is_file()} == {
+    str(i): str(i) for i in range(40)
+  }
+
+
+def test_an_object_whose_name_leads_out_of_the_copy_is_refused(bucket, tmp_path, monkeypatch):
+  system, _ = fsspec.url_to_fs("gs://bucket/model")
+  monkeypatch.setattr(system, "find", lambda *_, **__: {"bucket/model/../../../x": {"size": 1}})
+  monkeypatch.setattr(fsspec, "url_to_fs", lambda path: (system, path))
+  with pytest.raises(ValueError, match=r"model/../../../x would lead out of the folder that gs://bucket/model is"):
+    storage.staged("gs://bucket/model", tmp_path / "cache")
+  assert not (tmp_path / "cache").exists()
+
+
+def test_a_single_file_is_staged_under_its_name(bucket, tmp_path):
+  put(bucket, data__questions=b"[]", data__questions2=b"[1]")
+  local = storage.staged("gs://bucket/data/questions", tmp_path / "cache")
+  assert local.name == "questions" and local.read_text() == "[]" and len(list(local.parent.iterdir())) == 1
+
+
+def test_by_default_copies_lie_in_the_cache_of_the_project(bucket, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  put(bucket, model__config=b"{}")
+  local = storage.staged("gs://bucket/model")
+  assert local.parts[-2:] == ("bucket", "model") and local.parents[2] == tmp_path / "xdg" / "kepo_jax" / "staged"
+  assert storage.origin(local / "config") == "gs://bucket/model/config" and storage.origin(f"{local}2") == f"{local}2"
 
 
 def test_a_local_folder_is_not_copied(tmp_path):
@@ -87,45 +120,139 @@ def test_a_local_folder_is_not_copied(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_named(bucket, tmp_path):
-  with pytest.raises(ValueError, match="gs://bucket/nothing is no folder or has no files"):
-    storage.staged("gs://bucket/nothing", tmp_path / "cache")
+  put(bucket, model2__config=b"{}")
+  with pytest.raises(ValueError, match="gs://bucket/model: no such folder or file"):
+    storage.staged("gs://bucket/model", tmp_path / "cache")
 
 
-def test_a_copy_that_breaks_off_is_not_used(bucket, tmp_path, monkeypatch):
-  (bucket / "model").mkdir()
-  for name in ("a", "b"):
-    (bucket / "model" / name).write_bytes(bytes(10))
-  copy, calls = storage.shutil.copyfileobj, []
+def test_a_bucket_that_is_not_there_is_named(bucket, tmp_path):
+  with pytest.raises(ValueError, match="gs://buckets/model: there is no bucket gs://buckets; check the name"):
+    storage.staged("gs://buckets/model", tmp_path / "cache")
+  with pytest.raises(ValueError, match="there is no bucket gs://buckets"):
+    storage.check_bucket("gs://buckets/run")
+  assert not (bucket.root / "buckets").exists()
+  storage.check_bucket("gs://bucket/run")  # empty, and there
+  storage.check_bucket("/nowhere")
 
-  def breaks_off(*arguments):
-    calls.append(1)
-    if len(calls) == 2:
+
+def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, "gcsfs", None)
+  for protocol in ("gs", "gcs"):
+    monkeypatch.delitem(_registry, protocol, raising=False)
+  backend.fsspec_backend._get_filesystem.cache_clear()
+  with pytest.raises(ValueError, match=r"gs://bucket/model needs a package .*; run `pip install gcsfs`"):
+    storage.staged("gs://bucket/model", tmp_path / "cache")
+
+
+class ForeignError(Exception):
+  """As libraries of a cloud raise them, neither OSError nor ValueError."""
+
+
+@pytest.mark.parametrize(
+  ("said", "error", "match"),
+  [
+    ("Your default credentials were not found", ValueError, "without credentials .*gcloud auth application-default"),
+    ("backend error,\n 503", OSError, "gs://bucket/x cannot be reached: backend error, 503"),
+  ],
+)
+def test_errors_of_other_libraries_become_ours(monkeypatch, said, error, match):
+  monkeypatch.setitem(sys.modules, "gcsfs.retry", types.SimpleNamespace(HttpError=ForeignError))
+  with pytest.raises(error, match=match), storage.reaching("gs://bucket/x"):
+    raise ForeignError(said)
+
+
+def test_what_is_forbidden_is_told_in_one_line():
+  with pytest.raises(PermissionError, match=r"gs://bucket/x may not be used .*Forbidden: address no access"):
+    with storage.reaching("gs://bucket/x"):
+      raise OSError("Forbidden: address\nno access")
+  with pytest.raises(FileNotFoundError), storage.reaching("gs://bucket/x"):
+    raise FileNotFoundError("x")
+
+
+def test_what_another_process_writes_is_seen_at_once(bucket):
+  put(bucket, run__a=b"1")
+  folder = epath.Path("gs://bucket/run")
+  assert [path.name for path in folder.iterdir()] == ["a"] and not (folder / "lock").exists()
+  put(bucket, run__lock=b"long", run__a=b"another length")
+  assert (folder / "lock").exists() and (folder / "a").read_text() == "another length"
+  assert storage.files_under(folder) == [folder / "a", folder / "lock"]
+
+
+@pytest.fixture
+def delivers(bucket, monkeypatch):
+  """`delivers(read)`: the storage gives the bytes of a file by `read(path, plain)`."""
+  system, _ = fsspec.url_to_fs("gs://bucket/model")
+
+  def install(read):
+    plain = system.cat_file
+    monkeypatch.setattr(system, "cat_file", lambda path: read(path, plain))
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda path: (system, system._strip_protocol(path)))
+
+  return install
+
+
+def test_a_copy_that_breaks_off_is_not_used(bucket, tmp_path, delivers):
+  put(bucket, model__a=bytes(10), model__b=bytes(10))
+
+  def breaks_off(path, plain):
+    if path.endswith("b"):
       raise OSError("the connection was reset")
-    return copy(*arguments)
+    return plain(path)
 
-  monkeypatch.setattr(storage.shutil, "copyfileobj", breaks_off)
+  delivers(breaks_off)
   with pytest.raises(OSError, match="reset"):
     storage.staged("gs://bucket/model", tmp_path / "cache")
   assert list((tmp_path / "cache" / "staged").iterdir()) == []
 
 
-def test_what_makes_a_folder_usable_is_published_last(bucket, tmp_path, monkeypatch):
-  (bucket / "model").mkdir()
-  (bucket / "model" / "config.json").write_text("old")
-  with storage.written_locally("gs://bucket/model", last="config.json") as local:
+def test_bytes_that_do_not_arrive_are_seen(bucket, tmp_path, delivers):
+  put(bucket, model__a=bytes(10))
+  delivers(lambda path, plain: plain(path)[:7])
+  with pytest.raises(OSError, match="gs://bucket/model/a has 10 bytes, 7 of them arrived"):
+    storage.staged("gs://bucket/model", tmp_path / "cache")
+
+
+def test_what_makes_a_folder_usable_is_published_last(bucket):
+  put(bucket, model__config=b"old", model__stale=b"of an earlier export", model2__config=b"another")
+  with storage.written_locally("gs://bucket/model", last="config") as local:
     local.mkdir()
-    (local / "config.json").write_text("new")
+    (local / "config").write_text("new")
     (local / "z").write_bytes(bytes(10))
-    copied, copy = [], storage.shutil.copyfileobj
+    assert bucket.read("bucket", "model/config") == b"old"
+    bucket.uploads.clear()
+  assert bucket.uploads == ["bucket/model/z", "bucket/model/config"]
+  assert bucket.names("bucket") == ["model/config", "model/z", "model2/config"]
+  assert bucket.read("bucket", "model/config") == b"new"
 
-    def watched(source, target, *rest):
-      copied.append(pathlib.Path(source.name).name)
-      assert (bucket / "model" / "config.json").exists() == (copied[-1] == "config.json")
-      return copy(source, target, *rest)
 
-    monkeypatch.setattr(storage.shutil, "copyfileobj", watched)
-  assert copied == ["z", "config.json"]
-  assert (bucket / "model" / "config.json").read_text() == "new"
+def test_a_publication_that_breaks_off_does_not_look_complete(bucket, monkeypatch):
+  put(bucket, model__config=b"old")
+  plain = storage.shutil.copyfileobj
+
+  def full(source, target, length):
+    if pathlib.Path(source.name).name == "weights":
+      raise OSError("out of room")
+    return plain(source, target, length)
+
+  with (
+    pytest.raises(OSError, match="out of room"),
+    storage.written_locally("gs://bucket/model", last="config") as local,
+  ):
+    local.mkdir()
+    for name in ("config", "weights"):
+      (local / name).write_text("new")
+    monkeypatch.setattr(storage.shutil, "copyfileobj", full)
+  assert "model/config" not in bucket.names("bucket")
+
+
+def test_a_folder_moves_with_all_that_is_below_it(bucket, tmp_path):
+  put(bucket, run__5__state__a=b"a", run__5__b=b"b", run__50__b=b"stays")
+  storage.move("gs://bucket/run/5", "gs://bucket/broken/5")
+  storage.move("gs://bucket/run/50/b", "gs://bucket/run/50/c")
+  assert bucket.names("bucket") == ["broken/5/b", "broken/5/state/a", "run/50/c"]
+  (tmp_path / "x" / "y").mkdir(parents=True)
+  storage.move(tmp_path / "x", tmp_path / "new" / "x")
+  assert (tmp_path / "new" / "x" / "y").is_dir() and not (tmp_path / "x").exists()
 
 
 def test_a_block_that_fails_publishes_nothing(bucket):
@@ -133,4 +260,4 @@ def test_a_block_that_fails_publishes_nothing(bucket):
     local.mkdir()
     (local / "a").write_text("half")
     raise RuntimeError
-  assert not (bucket / "model").exists()
+  assert bucket.names("bucket") == []

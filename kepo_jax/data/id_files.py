@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from kepo_jax import storage
-from kepo_jax.data import json_files
+from kepo_jax.data import image_files, json_files
 from kepo_jax.data.rules import Rejected
 from kepo_jax.types import Example
 
@@ -35,20 +35,13 @@ def contents(examples: Iterable[Example]) -> dict[str, str]:
   for example in examples:
     for path in example.images:
       if path not in images:
-        images[path] = _file_digest(path, example)
+        try:
+          images[path] = image_files.fingerprint(path)
+        except ValueError as error:
+          raise ValueError(f"question {example.id}: {error}") from error
     content = dataclasses.asdict(example) | {"images": [images[path] for path in example.images]}
     found[example.id] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
   return found
-
-
-def _file_digest(path: str, example: Example) -> str:
-  try:
-    with open(path, "rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f"question {example.id}: image {path} cannot be read ({error}); check the data directory"
-    ) from error
 
 
 def ids_digest(ids: Mapping[str, Sequence[str]]) -> str:

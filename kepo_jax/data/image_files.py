@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
+from kepo_jax import storage
 from kepo_jax.data import images
-from kepo_jax.data.cache import cache_directory
 from kepo_jax.data.rules import Rejected
 
 MAX_BYTES = 1 << 28  # of one encoded image inside a table
@@ -89,7 +89,7 @@ def store(data: bytes, *, check: bool) -> str:
   """
   if len(data) > MAX_BYTES:
     raise Rejected("unreadable_image", f"an image of {len(data)} bytes, more than {MAX_BYTES}")
-  folder = cache_directory() / "images"
+  folder = storage.cache_directory() / "images"
   target = folder / f"{hashlib.sha256(data).hexdigest()}{_suffix(data)}"
   if not check:
     return str(target)

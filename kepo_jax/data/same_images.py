@@ -1,18 +1,10 @@
 """Images that are the same file under several names."""
 
 import collections
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 
-
-def digest(path: str) -> str:
-  """SHA-256 of a file's bytes; "" if it cannot be read."""
-  try:
-    with open(path, "rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
-  except OSError:
-    return ""
+from kepo_jax.data import image_files
 
 
 def repeats(paths: Iterable[str]) -> Mapping[str, str]:
@@ -34,7 +26,10 @@ def repeats(paths: Iterable[str]) -> Mapping[str, str]:
   for equal in by_size.values():
     first: dict[str, str] = {}
     for path in equal if len(equal) > 1 else ():
-      if content := digest(path):
-        if path != first.setdefault(content, path):
-          found[path] = first[content]
+      try:
+        content = image_files.fingerprint(path)
+      except ValueError:
+        continue
+      if path != first.setdefault(content, path):
+        found[path] = first[content]
   return found

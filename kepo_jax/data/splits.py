@@ -10,8 +10,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from kepo_jax import storage
 from kepo_jax.data import formats, id_files, published
-from kepo_jax.data.cache import cache_directory
 from kepo_jax.data.dealing import SPLITS, Split, in_order, limited, split_by_modality
 from kepo_jax.data.phantom import build
 from kepo_jax.data.rules import Summary
@@ -24,7 +24,7 @@ published_parts, refuse_published = published.parts, published.refuse
 
 def phantom_roots() -> dict[str, pathlib.Path]:
   """Root of each split of the phantom benchmark, drawn into the cache folder on first use."""
-  cache = cache_directory()
+  cache = storage.cache_directory()
   target = cache / f"phantom-{build.VERSION}-{build.PIXELS_SHA256[:8]}"
   if not target.is_dir():
     cache.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,12 @@ def split_roots(directory: str | os.PathLike) -> dict[str, pathlib.Path]:
   return {name: top / name for name in SPLITS if (top / name / "QA_information").is_dir()}
 
 
-def load(data: Any, *, report: Callable[[Summary], None] = lambda summary: None) -> dict[str, list[Example]]:
+def load(
+  data: Any,
+  *,
+  report: Callable[[Summary], None] = lambda summary: None,
+  progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[Example]]:
   """The questions of a run; which rules were applied in reading them is logged, as a warning where there were any.
 
   Args:
@@ -54,6 +59,7 @@ def load(data: Any, *, report: Callable[[Summary], None] = lambda summary: None)
       `test_items` (both per modality), `split_seed`, and `lenient` (leave out and count what cannot be used, and let
       other questions take the place of those whose images cannot be decoded).
     report: called with what each reading kept, repaired and dropped.
+    progress: receives (bytes copied, bytes in all) of remote folders, which are read from a copy in the cache.
 
   Returns:
     "train", "validation" and "test" -> questions; folders that are already split, published splits, and data sets that
@@ -61,21 +67,25 @@ def load(data: Any, *, report: Callable[[Summary], None] = lambda summary: None)
 
   Raises:
     ValueError: the data cannot be read, or hold too few questions; names the folder or the field.
+    OSError: a remote folder cannot be read.
   """
+  directory = os.fspath(storage.staged(data.directory, progress=progress)) if data.directory else ""
   if data.split_files:
-    return _given_split(data, report)
-  if data.directory and (built := folders.find(data.directory)):
+    return _given_split(data, storage.staged(data.split_files, progress=progress), directory, report)
+  if directory and (built := folders.find(directory)):
     # Imported here: it is slow to import, and makes use of this module.
     from kepo_jax.data.tfds import reading
 
     parts = reading.read_splits(built)
     count = sum(map(len, parts.values()))
-    report(Summary(root=str(built), format="TFDS", records=count, kept=count))  # rules were applied in building it
+    report(
+      Summary(root=storage.origin(built), format="TFDS", records=count, kept=count)
+    )  # rules were applied in building it
     return _cut_down(parts, data)
-  roots = split_roots(data.directory) if data.directory else phantom_roots()
+  roots = split_roots(directory) if directory else phantom_roots()
   if not roots:
-    refuse_published(data.directory)
-    examples = _read(data.directory, report, lenient=data.lenient)
+    refuse_published(directory)
+    examples = _read(directory, report, lenient=data.lenient)
     return cut_by_rule(examples, data).as_dict()
   if missing := [name for name in SPLITS if name not in roots]:
     raise ValueError(f"{data.directory}: has {sorted(roots)} but not {missing}; add them, or point at one single root")
@@ -114,14 +124,16 @@ def _cut_down(parts: Mapping[str, Sequence[Example]], data: Any) -> dict[str, li
   return questions
 
 
-def _given_split(data: Any, report: Callable[[Summary], None]) -> dict[str, list[Example]]:
+def _given_split(
+  data: Any, files: pathlib.Path, images_root: str, report: Callable[[Summary], None]
+) -> dict[str, list[Example]]:
   """A published split, verbatim; validation questions come from what is left of its training part.
 
   Whether its training and test questions share images is up to its authors, and said.
   """
   parts = {
-    name: _read(path, report, lenient=data.lenient, image_root=data.directory or None)
-    for name, path in published_parts(data.split_files).items()
+    name: _read(path, report, lenient=data.lenient, image_root=images_root or None)
+    for name, path in published_parts(files).items()
   }
   split = _cut_down(parts, data)
   if "validation" not in parts:
@@ -147,6 +159,7 @@ def _read(
   expected: Collection[str] = (),  # rules that are no news
 ) -> list[Example]:
   examples, summary = formats.read_any(root, image_root=image_root, lenient=lenient)
+  summary.root = storage.origin(summary.root)
   news = summary.rules.keys() - set(expected)
   logging.log(logging.WARNING if news else logging.INFO, "%s", summary.text())
   report(summary)

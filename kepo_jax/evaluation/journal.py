@@ -4,15 +4,21 @@ import hashlib
 import json
 import os
 import pathlib
+import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
+from kepo_jax import storage
 from kepo_jax.data import image_files, prompts
 from kepo_jax.types import Example
 
 ABOUT, OUTPUTS, RESULT = "about.json", "outputs.jsonl", "evaluation.json"
 # What decides about a model's answers in its folder; notes and licences may change.
 _MODEL_FILES = ("*config.json", "tokenizer*.json", "vocab.json", "merges.txt", "chat_template*", "*.safetensors")
+_COPY_SECONDS = 60  # between copies of the answers to a remote folder
 _BLOCKS, _BLOCK = 64, 1 << 16  # of a large file that are read, and the bytes of each
 # Fields of a record of `evaluate` and their types; what else a record holds is not looked at.
 _FIELDS: Mapping[str, tuple[type, ...]] = {
@@ -85,32 +91,33 @@ def questions_identity(examples: Sequence[Example], templates: prompts.Templates
   }
 
 
-def read_outputs(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The records of a finished outputs.jsonl, or of that of a folder.
+def read_outputs(path: epath.PathLike) -> list[dict[str, Any]]:
+  """The records of a finished outputs.jsonl, or of that of a folder, local or remote.
 
   How many there should be stands in about.json beside it; without one, that cannot be checked.
 
   Raises:
     ValueError: there is none, it is not finished, or a line is no record of an evaluation; names it.
   """
-  file = pathlib.Path(path)
-  file = file / OUTPUTS if file.is_dir() else file
-  if not file.is_file():
-    raise ValueError(f"{file} does not exist; give the --output of an evaluation, or its {OUTPUTS}.")
-  records, kept = _whole_lines(file)
-  if kept != file.stat().st_size:
-    raise ValueError(f"the last line of {file} is cut short; --resume finishes the evaluation.")
-  if not records:
-    raise ValueError(f"{file} holds no record; --resume finishes the evaluation.")
-  if len({(record["id"], record["sample"]) for record in records}) < len(records):
-    raise ValueError(f"{file} holds a completion twice; an evaluation has each once.")
-  about = file.parent / ABOUT
-  if about.is_file():
-    _check_whole(file, len(records), about)
+  file = epath.Path(path)
+  with storage.reaching(file):
+    file = file / OUTPUTS if file.is_dir() else file
+    if not file.is_file():
+      raise ValueError(f"{file} does not exist; give the --output of an evaluation, or its {OUTPUTS}.")
+    records, kept = _whole_lines(file)
+    if kept != file.stat().length:
+      raise ValueError(f"the last line of {file} is cut short; --resume finishes the evaluation.")
+    if not records:
+      raise ValueError(f"{file} holds no record; --resume finishes the evaluation.")
+    if len({(record["id"], record["sample"]) for record in records}) < len(records):
+      raise ValueError(f"{file} holds a completion twice; an evaluation has each once.")
+    about = file.parent / ABOUT
+    if about.is_file():
+      _check_whole(file, len(records), about)
   return records
 
 
-def _check_whole(file: pathlib.Path, found: int, about: pathlib.Path) -> None:
+def _check_whole(file: epath.Path, found: int, about: epath.Path) -> None:
   """Refuses outputs that are not as many as were asked for."""
   settings = _read_object(about)
   count, samples = settings.get("count"), settings.get("samples")
@@ -123,13 +130,13 @@ def _check_whole(file: pathlib.Path, found: int, about: pathlib.Path) -> None:
     raise ValueError(f"{file} holds {found} completions and {about} asked for {wanted}; they do not belong together.")
 
 
-def read_settings(path: str | os.PathLike) -> dict[str, Any]:
+def read_settings(path: epath.PathLike) -> dict[str, Any]:
   """What about.json or evaluation.json beside the outputs say; empty where neither exists.
 
   Raises:
     ValueError: one of them is damaged, or of something else.
   """
-  given = pathlib.Path(path)
+  given = epath.Path(path)
   folder = given if given.is_dir() else given.parent
   found = [_read_object(folder / name) for name in (ABOUT, RESULT) if (folder / name).is_file()]
   settings = {key: value for each in found for key, value in each.items()}
@@ -148,7 +155,7 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _whole_lines(file: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+def _whole_lines(file: pathlib.Path | epath.Path) -> tuple[list[dict[str, Any]], int]:
   """The records of the lines that end, and their bytes; what a crash left of a line after them is left out."""
   *lines, _ = file.read_bytes().split(b"\n")
   records = []
@@ -180,12 +187,13 @@ def _fault(record: Any) -> str:
 class Journal:
   """about.json, outputs.jsonl and evaluation.json of one evaluation; writes nothing when the folder is "".
 
-  Every record is written as one line and flushed, so that a crash costs at most the batch that was running.
+  Every record is written as one line and flushed, so that a crash costs at most the batch that was running. A bucket
+  takes whole objects only: there the answers grow on the local disk, and are copied once a minute and at the end.
   """
 
   def __init__(
     self,
-    folder: str | os.PathLike,
+    folder: epath.PathLike,
     identity: Mapping[str, Any],
     notes: Mapping[str, Any],
     *,
@@ -196,7 +204,7 @@ class Journal:
     """Checks the folder; nothing is written before the block is entered.
 
     Args:
-      folder: where the files are, or "".
+      folder: where the files are, local or remote, or "".
       identity: JSON-able; what must be equal for an evaluation to go on.
       notes: JSON-able; what else about.json says, for example where the data lie: it changes no answer.
       order: (id, number of the completion) of each record that there will be.
@@ -206,31 +214,42 @@ class Journal:
 
     Raises:
       ValueError: the folder holds an evaluation; or on resuming: none, one of something else, or a damaged one.
+      OSError: a remote folder cannot be reached.
     """
-    if "://" in str(folder):
-      raise ValueError(f"--output={folder} is remote, which is not supported; use a local or mounted folder.")
     self.about: dict[str, Any] = {**identity, **notes}
     self.earlier: list[dict[str, Any]] = []
-    self._folder = pathlib.Path(folder) if str(folder) else None
+    self._place = epath.Path(folder) if str(folder) else None
+    self._folder = pathlib.Path(folder) if str(folder) else None  # where lines are appended
+    self._spool: tempfile.TemporaryDirectory[str] | None = None
+    self._copied = time.monotonic()
     self._total = len(order)
     self._kept = 0  # bytes
     self._torn = 0  # bytes of a last line that does not end
     self._file: Any = None
+    if self._place and storage.is_remote(self._place):
+      storage.check_bucket(self._place)
+      self._spool = tempfile.TemporaryDirectory(prefix="kepo_jax-")
+      self._folder = pathlib.Path(self._spool.name)
     if resume:
       self._look_back(json.loads(json.dumps(dict(identity))), order, batch)
     else:
       self.check_fresh(folder)
 
   @staticmethod
-  def check_fresh(folder: str | os.PathLike) -> None:
+  def check_fresh(folder: epath.PathLike) -> None:
     """Refuses a folder with files of an evaluation.
 
     Raises:
       ValueError: there are some, and what to do.
     """
-    if str(folder) and (pathlib.Path(folder) / RESULT).exists():
+    if not str(folder):
+      return
+    storage.check_bucket(folder)
+    with storage.reaching(folder):
+      there = [name for name in (ABOUT, OUTPUTS, RESULT) if (epath.Path(folder) / name).exists()]
+    if RESULT in there:
       raise ValueError(f"{folder} holds an evaluation already; choose another --output.")
-    if str(folder) and any((pathlib.Path(folder) / name).exists() for name in (ABOUT, OUTPUTS)):
+    if there:
       raise ValueError(f"{folder} holds an unfinished evaluation; --resume continues it, or choose another --output.")
 
   @property
@@ -247,10 +266,10 @@ class Journal:
     return text + (f"; the last line was cut short ({self._torn} bytes) and is asked again" if self._torn else "")
 
   def __enter__(self) -> "Journal":
-    if self._folder:
+    if self._folder and self._place:
       self._folder.mkdir(parents=True, exist_ok=True)
-      if not (self._folder / ABOUT).exists():
-        _write(self._folder / ABOUT, self.about)
+      if not (self._place / ABOUT).exists():
+        _write(self._place / ABOUT, self.about)
       path = self._folder / OUTPUTS
       path.touch()
       os.truncate(path, self._kept)
@@ -260,29 +279,43 @@ class Journal:
   def __exit__(self, *_: Any) -> None:
     if self._file:
       self._file.close()
+      self._copy()
+    if self._spool:
+      self._spool.cleanup()
 
   def write(self, record: Mapping[str, Any]) -> None:
     """Appends one answer."""
     if self._file:
       self._file.write(json.dumps(record) + "\n")
       self._file.flush()
+      if time.monotonic() - self._copied > _COPY_SECONDS:
+        self._copy()
+
+  def _copy(self) -> None:
+    """Brings the answers to a remote folder."""
+    if self._spool and self._place and self._folder:
+      storage.write_bytes(self._place / OUTPUTS, (self._folder / OUTPUTS).read_bytes())
+      self._copied = time.monotonic()
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Writes evaluation.json: what about.json says, and the figures."""
-    if self._folder:
-      _write(self._folder / RESULT, {**self.about, **result})
+    if self._place:
+      _write(self._place / RESULT, {**self.about, **result})
 
   def _look_back(self, identity: dict[str, Any], order: Sequence[tuple[str, int]], batch: int) -> None:
-    if not self._folder:
+    if not (self._folder and self._place):
       raise ValueError("--resume needs the --output of the evaluation to continue.")
-    if not (self._folder / ABOUT).is_file():
-      raise ValueError(f"{self._folder} holds no evaluation to resume (no {ABOUT}); start without --resume.")
-    self.about = _read_object(self._folder / ABOUT)
+    with storage.reaching(self._place):
+      if not (self._place / ABOUT).is_file():
+        raise ValueError(f"{self._place} holds no evaluation to resume (no {ABOUT}); start without --resume.")
+      self.about = _read_object(self._place / ABOUT)
+      if self._spool and (self._place / OUTPUTS).is_file():
+        (self._folder / OUTPUTS).write_bytes((self._place / OUTPUTS).read_bytes())
     changed = [name for name in identity if self.about.get(name) != identity[name]]
     if changed:
       changes = ", ".join(f"{name}: {self.about.get(name)!r} -> {identity[name]!r}" for name in changed)
       raise ValueError(
-        f"{self._folder} holds an evaluation of something else ({changes}); ask as it did, or choose another --output."
+        f"{self._place} holds an evaluation of something else ({changes}); ask as it did, or choose another --output."
       )
     path = self._folder / OUTPUTS
     records, whole_bytes = _whole_lines(path) if path.is_file() else ([], 0)
@@ -290,7 +323,9 @@ class Journal:
     found = [(record["id"], record["sample"]) for record in records]
     if found != list(order[: len(found)]):
       place = next((i for i, (a, b) in enumerate(zip(found, order, strict=False)) if a != b), len(order))
-      raise ValueError(f"{path}:{place + 1} answers another question than the one that was asked; start anew.")
+      raise ValueError(
+        f"{self._place / OUTPUTS}:{place + 1} answers another question than the one that was asked; start anew."
+      )
     whole = len(records) if len(records) == self._total else len(records) // batch * batch
     self.earlier = records[:whole]
     if whole:
@@ -298,8 +333,6 @@ class Journal:
       self._kept = sum(len(line) + 1 for line in lines)
 
 
-def _write(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+def _write(path: epath.Path, content: Mapping[str, Any]) -> None:
   """JSON in one move: a crash leaves the old file or the new one."""
-  fresh = path.with_name(path.name + ".new")
-  fresh.write_text(json.dumps(content, indent=2) + "\n")
-  os.replace(fresh, path)
+  storage.write_text(path, json.dumps(content, indent=2) + "\n")

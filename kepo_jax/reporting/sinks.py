@@ -133,7 +133,8 @@ class JsonLines:
   @contextlib.contextmanager
   def _named_errors(self) -> Iterator[None]:
     try:
-      yield
+      with storage.reaching(self._path):
+        yield
     except OSError as error:
       raise OSError(f"{self._path} could not be written: {error.strerror or error}; make room and resume.") from error
 
@@ -151,7 +152,8 @@ class TensorBoardSink:
     self._directory = epath.Path(directory)
     self._spool = tempfile.TemporaryDirectory(prefix="kepo_jax-") if storage.is_remote(directory) else None
     if self._directory.exists():
-      self._directory.rmtree()
+      with storage.reaching(directory):
+        self._directory.rmtree()
     self._writer = tensorboardX.SummaryWriter(self._spool.name if self._spool else str(directory))
     for record in history:
       self.write(record["step"], {name: value for name, value in record.items() if name != "step"})
@@ -192,7 +194,7 @@ class WandbSink:
       project=project,
       name=_run_name(workdir),
       id=_run_id(workdir),
-      dir=workdir,
+      dir=None if storage.is_remote(workdir) else workdir,
       config=dict(config),
       resume="allow" if start_step else None,
     )
@@ -266,4 +268,6 @@ def _run_name(workdir: str) -> str:
 
 def _run_id(workdir: str) -> str:
   """An identity that a resumed run finds again."""
-  return hashlib.sha256(str(epath.Path(workdir).resolve()).encode()).hexdigest()[:16]
+  path = epath.Path(workdir)
+  # resolve() takes a scheme for a folder of the current one.
+  return hashlib.sha256(str(path if storage.is_remote(path) else path.resolve()).encode()).hexdigest()[:16]

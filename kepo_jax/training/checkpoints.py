@@ -127,7 +127,8 @@ class Checkpoints:
     Raises:
       ValueError: the checkpoint holds the state of other models or another optimizer.
     """
-    step = processes.on_first(self._newest_intact)
+    with storage.reaching(self.directory):
+      step = processes.on_first(self._newest_intact)
     if step is None:
       return None
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -169,24 +170,24 @@ class Checkpoints:
     # Not before damaged checkpoints are set aside: it reads the folder once.
     if self._manager is None:
       logging.get_absl_logger().addFilter(_said_once)
-      self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-          # Orbax would delete the old ones at the commit; here a new one does not count before its manifest.
-          preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
-          enable_async_checkpointing=True,
-          cleanup_tmp_directories=True,
-          create=True,
-        ),
+      options = ocp.CheckpointManagerOptions(
+        # Orbax would delete the old ones at the commit; here a new one does not count before its manifest.
+        preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
+        enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,
+        create=True,
       )
+      with storage.reaching(self.directory):
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
     return self._manager
 
   def _finish(self, manager: ocp.CheckpointManager, step: int) -> int:
     """In the background: waits for the commit, then reads the files back for their checksums."""
-    manager.wait_until_finished()
-    if processes.is_first():
-      manifest.write(self.directory / str(step))
-      self._delete_old()
+    with storage.reaching(self.directory):
+      manager.wait_until_finished()
+      if processes.is_first():
+        manifest.write(self.directory / str(step))
+        self._delete_old()
     return step
 
   def _delete_old(self) -> None:
@@ -203,8 +204,7 @@ class Checkpoints:
       if not faults:
         return step
       aside = self._free_name(step)
-      aside.parent.mkdir(parents=True, exist_ok=True)
-      folder.rename(aside)
+      storage.move(folder, aside)
       logging.warning(
         "the checkpoint of step %d is damaged: %s%s. It was moved to %s; looking at the one before it.",
         step,

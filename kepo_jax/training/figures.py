@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kepo_jax import exploration
+from kepo_jax import exploration, storage
 from kepo_jax.training.groups import Groups, has_signal, truncated
 from kepo_jax.types import Example
 
@@ -65,7 +65,7 @@ def sample_records(
       "id": example.id,
       "modality": example.modality,
       "question_type": example.question_type,
-      "images": list(example.images),
+      "images": [storage.origin(image) for image in example.images],  # the copy differs from host to host
       "prompt": problem(example),
       "question": example.question,
       "options": list(example.options),

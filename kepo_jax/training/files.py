@@ -252,13 +252,14 @@ class RunFiles:
   def _claimed(self) -> dict[str, Any]:
     """Locks the folder; whether it holds a run that is to be continued, and the evaluations of it."""
     root = self._root
+    storage.check_bucket(root)
     self._made = not root.exists()
     try:
       root.mkdir(parents=True, exist_ok=True)
       self._lock = lock.WorkdirLock(root)
       self._lock.__enter__()
     except OSError as error:
-      raise OSError(f"workdir {root} cannot be written: {error.strerror or error}.") from error
+      raise OSError(f"workdir {root} cannot be written: {str(error.strerror or error).rstrip('.')}.") from error
     there = sorted(path.name for path in root.iterdir() if path.name != lock.NAME)
     run = "config.json" in there
     if run and (self._resume or self._auto_resume):
@@ -371,7 +372,7 @@ class RunFiles:
 def _set_aside(path: epath.Path) -> None:
   """Renames a file that is about to be replaced, under a name that says so."""
   names = (path.parent / f"{path.stem}-before-{n}{path.suffix}" for n in range(1, 1000))
-  path.rename(next(name for name in names if not name.exists()))
+  storage.move(path, next(name for name in names if not name.exists()))
 
 
 def _random_identity(seed: int) -> dict[str, list[int]]:

@@ -121,12 +121,13 @@ class WorkdirLock:
           return
         self._record["beat"] += 1
         self._write()
-      except OSError as error:  # storage that comes back is no reason to stop
+      except (OSError, ValueError) as error:  # storage, or credentials, that come back are no reason to stop
         logging.warning("the lock %s could not be renewed: %s", self._path, error)
 
   def _read(self) -> str | None:
     try:
-      return self._path.read_text()
+      with storage.reaching(self._path):
+        return self._path.read_text()
     except FileNotFoundError:
       return None
     except UnicodeDecodeError:

@@ -35,8 +35,11 @@ def faults(folder: epath.PathLike) -> list[str]:
   except (OSError, ValueError, KeyError, TypeError) as error:
     return [f"{NAME} cannot be read ({error})"]
   try:
-    found = _described(folder)
+    with storage.reaching(folder):
+      found = _described(folder)
   except OSError as error:
+    if storage.is_remote(folder):
+      raise  # the way there may be at fault, and what is intact must not be set aside
     return [f"it cannot be read ({error})"]
   return [said for name, entry in sorted(written.items()) if (said := _fault(name, entry, found.get(name)))]
 

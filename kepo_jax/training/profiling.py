@@ -1,11 +1,14 @@
 """What compilation and a trace of the profiler say about a run."""
 
+import contextlib
+import os
 from typing import Any
 
 import jax
 from absl import logging
 from etils import epath
 
+from kepo_jax import storage
 from kepo_jax.types import Hook, RunPlan, StepReport
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -39,7 +42,8 @@ class Profiler(Hook):
 
   def __init__(self):
     self._first = self._last = 0  # steps between which the trace runs
-    self._directory = ""
+    self._directory = epath.Path()
+    self._trace = contextlib.ExitStack()
     self._running = False
 
   def start(self, plan: RunPlan) -> None:
@@ -50,14 +54,14 @@ class Profiler(Hook):
     """
     if not plan.workdir:
       raise ValueError("profile.steps needs a workdir to write the trace to; pass --workdir=DIR.")
-    self._directory = str(epath.Path(plan.workdir) / "profile")
+    self._directory = epath.Path(plan.workdir) / "profile"
     self._first = plan.start_step + WARM_UP
     self._last = self._first + plan.config.profile.steps
 
   def step(self, report: StepReport) -> None:
     """Starts or ends the trace when its step has come."""
     if report.step == self._first:
-      jax.profiler.start_trace(self._directory)
+      jax.profiler.start_trace(os.fspath(self._trace.enter_context(storage.written_locally(self._directory))))
       self._running = True
     if report.step == self._last:
       self.finish()
@@ -66,5 +70,6 @@ class Profiler(Hook):
     """Ends the trace if the run was shorter than planned."""
     if self._running:
       jax.profiler.stop_trace()
+      self._trace.close()
       self._running = False
       logging.info("profiler trace: %s", self._directory)

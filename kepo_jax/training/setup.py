@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -180,7 +181,7 @@ def prepare(
   scorer = assembly.scorer(config, rewards)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   checks.warn_of_replication(config, dict(mesh.shape))
-  student = conversion.resolved_folder(config.model.student)
+  student = model_folder(config, "student", hooks)
   checks.warn_of_templates(config, student)
   processor = pipeline.Processor.from_directory(
     student,
@@ -234,7 +235,13 @@ def usable_questions(
   def refusals(split: str, examples: Sequence[Example]) -> Mapping[str, Rejected]:
     return limits.refusals(examples, processor, question_checks.prompt_kinds(config, split))
 
-  found = records if records is not None else splits.load(config.data, report=summaries["reading"].append)
+  found = records
+  if found is None:
+    found = splits.load(
+      config.data,
+      report=summaries["reading"].append,
+      progress=functools.partial(show_progress, hooks, "copying data, bytes"),
+    )
   question_checks.check_questions(found, config)
   questions = question_checks.with_readable_images(
     found,
@@ -259,6 +266,19 @@ def batches(
   return pipeline.Lookahead(batch, stop=config.train.steps)
 
 
+def model_folder(config: Any, role: str, hooks: Sequence[Hook]) -> pathlib.Path:
+  """The local folder of `model.student` or `model.teacher`; a remote one is copied into the cache.
+
+  Raises:
+    ValueError: neither a folder nor a Hub id, or it cannot be copied.
+    OSError: a remote folder cannot be read.
+  """
+  progress = functools.partial(show_progress, hooks, f"copying {role}, bytes")
+  return conversion.resolved_folder(
+    config.model.student if role == "student" else config.model.teacher, progress=progress
+  )
+
+
 def load_models(
   config: Any, mesh: jax.sharding.Mesh, processor: pipeline.Processor, hooks: Sequence[Hook]
 ) -> dict[str, programs.Model]:
@@ -267,12 +287,11 @@ def load_models(
   Raises:
     ValueError: a teacher with another vocabulary, image geometry or token ids than the student.
   """
-  folders = {"student": config.model.student}
+  resolved = {"student": model_folder(config, "student", hooks)}
   if checks.needs_teacher(config):
-    folders["teacher"] = config.model.teacher
+    resolved["teacher"] = model_folder(config, "teacher", hooks)
   if config.objective.reference_weight:
-    folders["reference"] = config.model.student
-  resolved = {role: conversion.resolved_folder(folder) for role, folder in folders.items()}
+    resolved["reference"] = resolved["student"]
   if "teacher" in resolved:
     checks.check_teacher(config, processor, resolved["teacher"])
   models = {}

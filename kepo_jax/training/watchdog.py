@@ -81,7 +81,7 @@ class Watchdog(Hook):
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_text(path, stacks)
         where = f"in {path}"
-      except OSError as error:
+      except (OSError, ValueError) as error:  # the latter where credentials have expired
         logging.warning("%s", error)
     logging.warning(
       "nothing has been completed for %.0f s since %s: a collective that waits for another host, storage that does "

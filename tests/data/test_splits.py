@@ -1,13 +1,17 @@
-"""The published rule: exact numbers, no shared image, membership from seed and ids alone."""
+"""The questions of a run, from every kind of folder that may hold them."""
 
+import dataclasses
 import json
+import shutil
 
 import ml_collections
 import pytest
 from PIL import Image
 
-from kepo_jax.data import same_images, splits
+from kepo_jax import storage
+from kepo_jax.data import splits
 from kepo_jax.types import Example
+from tests import fake_bucket
 from tests.data.cases import MEDR1, Layout, record, write_parquet, write_records, write_saved
 
 
@@ -21,18 +25,6 @@ def question(modality, number, image, *more):
     modality=modality,
     dataset=modality,
   )
-
-
-def test_only_the_bytes_of_equal_sizes_are_read(tmp_path, monkeypatch):
-  names = [tmp_path / f"{n}.png" for n in range(6)]
-  for path, data in zip(names, (b"a", b"bb", b"bb", b"cc", b"ddd", b"bb"), strict=True):
-    path.write_bytes(data)
-  read = []
-  whole = same_images.digest
-  monkeypatch.setattr(same_images, "digest", lambda path: read.append(path) or whole(path))
-  paths = [str(path) for path in names]
-  assert same_images.repeats([*paths, "/absent.png"]) == {paths[2]: paths[1], paths[5]: paths[1]}
-  assert read == [paths[1], paths[2], paths[3], paths[5]]
 
 
 def settings(directory, **changes):
@@ -156,6 +148,40 @@ def test_published_tables_are_read_part_by_part(all_items, tmp_path, monkeypatch
       found = splits.load(wanted)
     assert (len(found["train"]), len(found["test"])) == (3, 2)
     assert "3 of 6 training and 2 of 4 test questions" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["layout", "parts", "published", "parquet", "saved"])
+def test_a_bucket_is_read_like_a_disk(published, tmp_path, monkeypatch, kind):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  bucket = tmp_path / "cloud" / "bucket"
+  if kind == "published":
+    for name in ("data", "split"):
+      shutil.copytree(published / name, bucket / name)
+  elif kind == "parquet":
+    write_parquet(bucket / "data" / "modality_MRI_train_600.parquet", count=12)
+  elif kind == "saved":
+    write_saved(bucket / "data" / "modality_MRI_train_600", count=12)
+  else:
+    for part in splits.SPLITS if kind == "parts" else ("",):
+      layout = Layout(bucket / "data" / part)
+      layout.write(*(record(n, modality_type="MR (Mag-netic Resonance Imaging)") for n in range(12)))
+  changes = {"split_files": f"{bucket}/split"} if kind == "published" else {}
+  changes |= {"train_items": 1, "validation_items": 0, "test_items": 0}
+  here = splits.load(settings(bucket / "data", **changes))
+  assert here["train"]
+  told, summaries = [], []
+  with fake_bucket.served(tmp_path / "cloud"):
+    remote = settings("gs://bucket/data", **changes)
+    remote.split_files = remote.split_files.replace(str(bucket), "gs://bucket")
+    there = splits.load(remote, report=summaries.append, progress=lambda *of: told.append(of))
+  assert told[-1][0] == told[-1][1] > 0
+  # Images that are bytes inside other files lie in the cache in both cases.
+  origin = lambda image: storage.origin(image).replace("gs://bucket", str(bucket))  # noqa: E731
+  assert here == {
+    name: [dataclasses.replace(each, images=tuple(map(origin, each.images))) for each in part]
+    for name, part in there.items()
+  }
+  assert all(summary.root.startswith("gs://bucket/") for summary in summaries)
 
 
 def test_any_format_is_cut_by_the_rule(tmp_path):

@@ -12,6 +12,7 @@ from kepo_jax import evaluation
 from kepo_jax.data import prompts
 from kepo_jax.evaluation import journal
 from kepo_jax.types import Example, Rollouts
+from tests import fake_bucket
 
 END, SAMPLES, BATCH = 1, 2, 3
 IDENTITY = {"model_hash": "m", "count": 8, "samples": SAMPLES, "control": "none", "batch": BATCH}
@@ -159,8 +160,34 @@ def test_what_cannot_be_resumed(unbroken, tmp_path):
     opened(tmp_path, resume=True)
   with pytest.raises(ValueError, match=r"something else \(control: 'none' -> 'blank'\); ask as it did"):
     opened(unbroken, resume=True, identity=IDENTITY | {"control": "blank"})
-  with pytest.raises(ValueError, match="is remote, which is not supported"):
-    opened("gs://bucket/evaluation")
+
+
+@pytest.mark.parametrize("dies_after", [4, None])
+def test_a_folder_in_a_bucket_is_continued_like_a_local_one(unbroken, tmp_path, dies_after):
+  (tmp_path / "cloud" / "bucket").mkdir(parents=True)
+  with fake_bucket.served(tmp_path / "cloud"):
+    if dies_after:
+      with pytest.raises(KeyboardInterrupt):
+        run("gs://bucket/evaluation", model=Asked(dies_after=dies_after))
+      with pytest.raises(ValueError, match="gs://bucket/evaluation holds an unfinished evaluation"):
+        opened("gs://bucket/evaluation")
+    model = run("gs://bucket/evaluation", resume=bool(dies_after))
+    assert len(model.questions) == (3 if dies_after else 9)  # two of three batches were answered
+    for name in (journal.ABOUT, journal.OUTPUTS, journal.RESULT):
+      assert (tmp_path / "cloud" / "bucket" / "evaluation" / name).read_bytes() == (unbroken / name).read_bytes()
+    assert journal.read_outputs("gs://bucket/evaluation") == journal.read_outputs(unbroken)
+    with pytest.raises(ValueError, match="holds an evaluation already"):
+      opened("gs://bucket/evaluation")
+    with pytest.raises(ValueError, match="there is no bucket gs://other"):
+      opened("gs://other/evaluation")
+
+
+def test_answers_reach_a_bucket_before_the_end(tmp_path, monkeypatch):
+  monkeypatch.setattr(journal, "_COPY_SECONDS", -1)
+  (tmp_path / "bucket").mkdir()
+  with fake_bucket.served(tmp_path), opened("gs://bucket/evaluation") as record:
+    record.write({"id": "q0", "sample": 0})
+    assert (tmp_path / "bucket" / "evaluation" / journal.OUTPUTS).read_text() == '{"id": "q0", "sample": 0}\n'
 
 
 def test_notes_may_differ(unbroken):

@@ -24,6 +24,7 @@ from kepo_jax.evaluation import journal
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.training import programs
+from tests import fake_bucket
 from tests.data.cases import MEDR1, write_records
 
 PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
@@ -79,6 +80,22 @@ def data(tmp_path_factory):
 @pytest.fixture
 def evaluate_medvqa(program):
   return program("experiments.evaluate_medvqa")
+
+
+def test_from_a_bucket_to_a_bucket(evaluate_medvqa, checkpoint, data, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  bucket = tmp_path / "cloud" / "bucket"
+  for name, folder in (("model", checkpoint), ("data", data)):
+    shutil.copytree(folder, bucket / name)
+  places = {name: f"gs://bucket/{name}" for name in ("model", "data", "output")}
+  with fake_bucket.served(tmp_path / "cloud"), flagsaver.flagsaver(**places, batch=4, max_new_tokens=3):
+    evaluate_medvqa.main([])
+    assert "gs://bucket/data/test: 5 of 5 records kept" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="gs://bucket/output holds an evaluation already"):
+      evaluate_medvqa.main([])
+  assert len((bucket / "output" / "outputs.jsonl").read_text().splitlines()) == 5
+  about = json.loads((bucket / "output" / "evaluation.json").read_text())
+  assert (about["model"], about["data"]) == ("gs://bucket/model", "gs://bucket/data/test")
 
 
 def test_from_flags_to_files(evaluate_medvqa, checkpoint, data, tmp_path, capsys):

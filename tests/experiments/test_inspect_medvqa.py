@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from kepo_jax.data import rules
+from tests import fake_bucket
 from tests.data import cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -67,6 +68,17 @@ def test_images_that_were_not_opened_are_not_counted(inspect_medvqa, download, c
     inspect_medvqa.main(["", str(download)])
   printed = capsys.readouterr().out
   assert "images: not opened (--noimages)" in printed and "2 images" not in printed and "formats" not in printed
+
+
+def test_a_bucket(inspect_medvqa, download, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  (tmp_path / "cloud" / "bucket").mkdir(parents=True)
+  download.rename(tmp_path / "cloud" / "bucket" / "download")
+  with fake_bucket.served(tmp_path / "cloud"):
+    inspect_medvqa.main(["", "gs://bucket/download"])
+  captured = capsys.readouterr()
+  assert "gs://bucket/download: OmniMedVQA layout, 1 files, 3 records, 3 kept" in captured.out
+  assert "copying, bytes: " in captured.err
 
 
 def test_json(inspect_medvqa, download, capsys):

@@ -3,19 +3,25 @@
 import dataclasses
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow_datasets as tfds
+from etils import epath
 
+from kepo_jax import storage
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder_module
 from kepo_jax.data.tfds.omnimedvqa.omnimedvqa_dataset_builder import Builder, Config
+
+_INFO = "dataset_info.json"  # without it, a folder is no data set
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
   """A data set on disk."""
 
-  directory: pathlib.Path  # of the version; what `config.data.directory` takes
+  directory: pathlib.Path | epath.Path  # of the version; what `config.data.directory` takes
   questions: dict[str, int]  # split -> number
   bytes: int  # of the records
   reused: bool  # it was there before
@@ -37,7 +43,8 @@ def build(
   """Writes a config of the data set below `data_dir` unless it is there already.
 
   Args:
-    data_dir: TFDS data directory; the data set becomes data_dir/omnimedvqa/<config>/<version>.
+    data_dir: TFDS data directory; the data set becomes data_dir/omnimedvqa/<config>/<version>. Where it is remote, the
+      data set is written to a temporary folder and copied there.
     manual_dir: folder with the unpacked OmniMedVQA download; the phantom needs none.
     config: "omnimedvqa", "phantom", or what `omnimedvqa_dataset_builder.split_config` gives for other numbers,
       another folder of questions, or what is to be left out.
@@ -46,10 +53,47 @@ def build(
 
   Raises:
     ValueError: no manual folder, or it cannot be read or split; names it and the way out.
+    OSError: a remote data_dir cannot be read or written.
   """
+  settings: dict[str, Any] = {
+    "manual_dir": manual_dir,
+    "config": config,
+    "images_root": images_root,
+    "progress": progress,
+  }
+  if not storage.is_remote(data_dir):
+    return _build(data_dir, **settings)
+  storage.check_bucket(data_dir)
+  with tempfile.TemporaryDirectory(prefix="kepo_jax-") as local:
+    _check_config(config)
+    inside = os.path.relpath(Builder(data_dir=local, config=config).data_dir, local)
+    target, copy = epath.Path(data_dir) / inside, pathlib.Path(local) / inside
+    if (target / _INFO).exists():
+      copy.mkdir(parents=True)
+      for name in (_INFO, "features.json"):  # all that TFDS reads to know what it need not build again
+        (copy / name).write_bytes((target / name).read_bytes())
+    built = _build(local, **settings)
+    if not built.reused:
+      storage.publish(copy, target, last=_INFO)
+    return dataclasses.replace(built, directory=target)
+
+
+def _check_config(config: str | Config) -> None:
   known = [each.name for each in Builder.BUILDER_CONFIGS]
   if isinstance(config, str) and config not in known:
     raise ValueError(f"config {config!r}; choose from {known}")
+
+
+def _build(
+  data_dir: str | os.PathLike,
+  *,
+  manual_dir: str | os.PathLike | None,
+  config: str | Config,
+  images_root: str | os.PathLike | None,
+  progress: Callable[[int, int], None] | None,
+) -> Built:
+  """`build` on a local disk."""
+  _check_config(config)
   builder = Builder(data_dir=os.path.abspath(data_dir), config=config)
   directory = pathlib.Path(builder.data_dir)
   reused = directory.is_dir()

@@ -6,6 +6,7 @@ fills every device shard from the slices of the files it needs; saving streams o
 
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 import shutil
@@ -18,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 
-from kepo_jax import sharding
+from kepo_jax import sharding, storage
 from kepo_jax.models.qwen3_vl import model, safetensors_files, side_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.models.qwen3_vl.layers import Params
@@ -63,12 +64,21 @@ def _leaves(config: Qwen3VLConfig) -> dict[tuple[str, ...], _Leaf]:
   return {path: _leaf(config, path, shape) for path, shape in paths.items()}
 
 
-def resolved_folder(name: str | pathlib.Path) -> pathlib.Path:
-  """The local folder of a checkpoint: `name` itself, or a download when it is a Hub id such as "org/name".
+def resolved_folder(
+  name: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None
+) -> pathlib.Path:
+  """The local folder of a checkpoint: `name` itself, or a copy in the cache.
+
+  Args:
+    name: a folder, a remote one such as gs://bucket/model, or a Hub id such as "org/name".
+    progress: receives (bytes copied, bytes in all) of a remote folder that is not yet in the cache.
 
   Raises:
     ValueError: neither a folder nor a Hub id, or the Hub did not deliver.
+    OSError: a remote folder cannot be read.
   """
+  if storage.is_remote(name):
+    return storage.staged(name, progress=progress)
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return path

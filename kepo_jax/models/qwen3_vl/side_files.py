@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 
 _WRITTEN_HERE = ("config.json", "README.md")
@@ -136,7 +138,7 @@ def replace(partial: pathlib.Path, directory: pathlib.Path) -> None:
   partial.rename(directory)
 
 
-def check_replaceable(directory: pathlib.Path) -> None:
+def check_replaceable(directory: pathlib.Path | epath.Path) -> None:
   """Refuses to write over anything but an empty folder or an earlier export.
 
   Raises:

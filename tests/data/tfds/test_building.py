@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from kepo_jax.data.phantom import build as phantom
 from kepo_jax.data.tfds import building, reading
 from kepo_jax.data.tfds.omnimedvqa import Builder
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
+from tests import fake_bucket
 from tests.conftest import ROOT
 
 
@@ -37,6 +39,27 @@ def test_a_second_build_reuses_the_first(built, small):
   assert again.reused and again.questions == built.questions and again.directory == built.directory
   assert again.text().startswith("reused ")
   assert {path: path.stat().st_mtime_ns for path in built.directory.iterdir()} == before
+
+
+def test_a_data_set_in_a_bucket_is_built_once_and_read(built, download, small, tmp_path):
+  (tmp_path / "cloud" / "bucket").mkdir(parents=True)
+  with fake_bucket.served(tmp_path / "cloud") as store:
+    there = building.build("gs://bucket/tfds", manual_dir=download, config=small)
+    folder = "tfds/omnimedvqa/omnimedvqa-MRI-6-2-4-3/1.0.0"
+    assert str(there.directory) == f"gs://bucket/{folder}" and not there.reused and there.questions == built.questions
+    assert store.uploads[-1] == f"bucket/{folder}/dataset_info.json"  # without it, the folder is no data set
+    assert {name.rpartition("/")[2] for name in store.names("bucket")} == {
+      each.name for each in built.directory.iterdir()
+    }
+    written_once = list(store.uploads)
+    again = building.build("gs://bucket/tfds", config=small)  # the download may be gone
+    assert again.reused and again.questions == built.questions and store.uploads == written_once
+    values = {"split_files": "", "lenient": False, "train_modality": "MRI", "split_seed": 0}
+    values |= {"train_items": 0, "validation_items": 2, "test_items": 0}
+    found = splits.load(types.SimpleNamespace(directory=str(there.directory), **values))
+    assert found == splits.load(types.SimpleNamespace(directory=str(built.directory), **values))
+    with pytest.raises(ValueError, match="there is no bucket gs://other"):
+      building.build("gs://other/tfds", manual_dir=download, config=small)
 
 
 def test_the_builder_alone_writes_what_needs_no_tensorflow(download, small, tmp_path):

@@ -1,6 +1,7 @@
 """Checkpoints in and out: what is read is what is stored, and everything that does not fit is said."""
 
 import json
+import shutil
 import tracemalloc
 
 import jax
@@ -13,6 +14,7 @@ from absl.testing import flagsaver
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from tests import fake_bucket
 from tests.models.qwen3_vl import cases
 
 RECORD = cases.config_record(dtype="float32")
@@ -226,6 +228,27 @@ def test_orbax_copy_and_back(convert_qwen_vl, source, tmp_path, capsys):
   mesh = sharding.make_mesh(data=2, fsdp=4)
   _, params = conversion.load_pretrained(tmp_path / "orbax", mesh=mesh)
   assert_same(params, PARAMS)
+
+
+def test_a_bucket_is_converted_like_a_disk(convert_qwen_vl, source, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  bucket = tmp_path / "cloud" / "bucket"
+  shutil.copytree(source, bucket / "source")
+  (bucket / "mine").mkdir()
+  (bucket / "mine" / "thesis.txt").write_text("of somebody")
+  with fake_bucket.served(tmp_path / "cloud") as store:
+    with flagsaver.flagsaver(to="orbax", dtype="float32"):
+      convert_qwen_vl.main(["", "gs://bucket/source", "gs://bucket/orbax"])
+    assert store.uploads[-1] == "bucket/orbax/config.json"
+    with flagsaver.flagsaver(to="hf", dtype="float32"):
+      convert_qwen_vl.main(["", "gs://bucket/orbax", "gs://bucket/back"])
+      with pytest.raises(SystemExit, match="convert_qwen_vl: gs://bucket/mine exists and is no earlier export"):
+        convert_qwen_vl.main(["", "gs://bucket/source", "gs://bucket/mine"])
+      with pytest.raises(SystemExit, match="gs://bucket/sauce: no such folder"):
+        convert_qwen_vl.main(["", "gs://bucket/sauce", "gs://bucket/new"])
+    assert (bucket / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert_same(conversion.load_pretrained("gs://bucket/back")[1], PARAMS)
+  assert (bucket / "mine" / "thesis.txt").exists()
 
 
 def test_the_converter_says_what_is_wrong_in_one_line(convert_qwen_vl, source, tmp_path):

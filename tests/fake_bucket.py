@@ -1,0 +1,436 @@
+"""gs:// on this machine: a folder of objects behind Google's JSON API on loopback, and behind fsspec.
+
+TensorStore, which Orbax writes arrays with, speaks HTTP; epath goes through fsspec, by `Objects` below, or by the real
+gcsfs where a test asks for it and it is installed. Both see the same objects: one file each under `root/<bucket>/`. As
+in a bucket, and unlike in a folder, there are no empty folders, an object appears when its upload is complete, and
+nothing is appended to or renamed in place.
+"""
+
+import contextlib
+import datetime
+import email.parser
+import http.server
+import io
+import json
+import os
+import pathlib
+import re
+import tempfile
+import threading
+import types
+import urllib.parse
+from collections.abc import Iterator
+
+import fsspec
+from etils.epath import backend
+from fsspec.registry import _registry, known_implementations
+from fsspec.spec import AbstractFileSystem
+from orbax.checkpoint._src.path import gcs_utils
+
+# TensorStore reads its variables once per process: one server serves every test, each with a root of its own.
+_SERVER: "Server | None" = None
+
+
+class Missing(Exception):
+  """There is no such object or bucket."""
+
+
+class Refused(Exception):
+  """A precondition on the generation does not hold."""
+
+
+class Store:
+  """Objects as files below `root/<bucket>/`; the generation of an object is the time of its upload."""
+
+  def __init__(self):
+    self.root = pathlib.Path()
+    self.lock = threading.Lock()
+    self.uploads: list[str] = []  # "bucket/name", in order
+
+  def path(self, bucket: str, name: str) -> pathlib.Path:
+    """Where an object lies."""
+    if ".." in pathlib.PurePosixPath(name).parts:
+      raise Missing(name)
+    return self.root / bucket / name
+
+  def names(self, bucket: str, prefix: str = "") -> list[str]:
+    """Names of the objects that begin with a prefix, sorted."""
+    top = self.root / bucket
+    if not bucket or not top.is_dir():
+      raise Missing(bucket)
+    start = top / prefix.rpartition("/")[0]  # not the whole bucket: gcsfs asks for a list behind every object
+    found = (path.relative_to(top).as_posix() for path in start.rglob("*") if path.is_file())
+    return sorted(name for name in found if name.startswith(prefix))
+
+  def generation(self, bucket: str, name: str) -> int:
+    """Of an object; 0 where there is none."""
+    path = self.path(bucket, name)
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+  def read(self, bucket: str, name: str) -> bytes:
+    """The bytes of an object."""
+    if not self.generation(bucket, name):
+      raise Missing(name)
+    return self.path(bucket, name).read_bytes()
+
+  def write(self, bucket: str, name: str, data: bytes, match: str | None = None) -> None:
+    """Puts an object as a whole; with `match`, only over that generation."""
+    if not (self.root / bucket).is_dir():
+      raise Missing(bucket)
+    with self.lock:
+      self.check(bucket, name, match)
+      path = self.path(bucket, name)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      handle, partial = tempfile.mkstemp(dir=self.root)
+      with os.fdopen(handle, "wb") as file:
+        file.write(data)
+      os.replace(partial, path)
+      self.uploads.append(f"{bucket}/{name}")
+
+  def delete(self, bucket: str, name: str, match: str | None = None) -> None:
+    """Removes an object, and the folders of this machine that it leaves empty."""
+    with self.lock:
+      self.check(bucket, name, match)
+      path = self.path(bucket, name)
+      if not path.is_file():
+        raise Missing(name)
+      path.unlink()
+      with contextlib.suppress(OSError):
+        while (path := path.parent) != self.root / bucket:
+          path.rmdir()
+
+  def check(self, bucket: str, name: str, match: str | None) -> None:
+    """Whether an object has the generation that a request asks for."""
+    if match is not None and int(match) != self.generation(bucket, name):
+      raise Refused(name)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  """The part of Google's JSON API that TensorStore, gcsfs and google-cloud-storage use."""
+
+  protocol_version = "HTTP/1.1"
+  server: "Server"
+
+  def log_message(self, *_):
+    """Says nothing."""
+
+  def do_GET(self):  # noqa: N802
+    """Metadata and bytes of objects, and lists."""
+    self.answered(self.get)
+
+  def do_POST(self):  # noqa: N802
+    """Uploads, copies and batches."""
+    self.answered(self.post)
+
+  do_PUT = do_POST  # noqa: N815
+
+  def do_DELETE(self):  # noqa: N802
+    """Removes an object."""
+    self.answered(self.delete)
+
+  def answered(self, act) -> None:
+    """Calls `act` with what the address says; errors become the statuses of the API."""
+    self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    try:
+      act(*self.place(self.path))
+    except Missing as error:
+      self.reply(404, {"error": {"code": 404, "message": f"No such object: {error}"}})
+    except Refused as error:
+      self.reply(412, {"error": {"code": 412, "message": f"conditionNotMet {error}"}})
+
+  @staticmethod
+  def place(address: str) -> tuple[str, str, dict[str, str]]:
+    """(bucket, what comes behind it, query) of an address; the rest begins with o or is empty."""
+    path, _, query = address.partition("?")
+    found = re.search(r"/b/([^/]+)/?(.*)$", path)
+    parts = (urllib.parse.unquote(found[1]), found[2]) if found else ("", path)
+    return *parts, dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+
+  def get(self, bucket: str, rest: str, query: dict[str, str]) -> None:
+    """One object, or a list."""
+    store = self.server.store
+    if rest in ("", "o", "o/"):
+      names = store.names(bucket, query.get("prefix", ""))
+      return self.reply(200, self.page(bucket, names, query) if rest else {"kind": "storage#bucket", "name": bucket})
+    name = urllib.parse.unquote(rest[2:])
+    data = store.read(bucket, name)
+    store.check(bucket, name, query.get("ifGenerationMatch"))
+    if query.get("ifGenerationNotMatch") == str(store.generation(bucket, name)):
+      return self.reply(304, b"")
+    if query.get("alt") != "media":
+      return self.reply(200, self.described(bucket, name))
+    headers = {"x-goog-generation": str(store.generation(bucket, name))}
+    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+    if not asked:
+      return self.reply(200, data, headers)
+    first, last = (
+      (int(asked[1]), int(asked[2] or len(data) - 1)) if asked[1] else (len(data) - int(asked[2]), len(data))
+    )
+    if first >= len(data):
+      return self.reply(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+    part = data[first : last + 1]
+    headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
+    return self.reply(206, part, headers)
+
+  def page(self, bucket: str, names: list[str], query: dict[str, str]) -> dict:
+    """A page of a list: objects, and with a delimiter the folders among them."""
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+    folders = {}
+    if delimiter:
+      cut = {name: name[len(prefix) :].partition(delimiter) for name in names}
+      folders = {prefix + head + delimiter: None for head, found, _ in cut.values() if found}
+      names = [name for name in names if not cut[name][1]]
+    names = [name for name in names if name >= query.get("startOffset", "")]
+    start, size = int(query.get("pageToken") or 0), min(int(query.get("maxResults") or 1000), self.server.page)
+    found = {"kind": "storage#objects", "items": [self.described(bucket, name) for name in names[start : start + size]]}
+    if folders and not start:
+      found["prefixes"] = sorted(folders)
+    return found | ({"nextPageToken": str(start + size)} if start + size < len(names) else {})
+
+  def described(self, bucket: str, name: str) -> dict[str, str]:
+    """The metadata of an object."""
+    path, generation = self.server.store.path(bucket, name), self.server.store.generation(bucket, name)
+    if not generation:
+      raise Missing(name)
+    time = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat().replace("+00:00", "Z")
+    return {
+      "kind": "storage#object", "bucket": bucket, "name": name, "size": str(path.stat().st_size),
+      "generation": str(generation), "metageneration": "1", "updated": time, "timeCreated": time,
+    }  # fmt: skip
+
+  def post(self, bucket: str, rest: str, query: dict[str, str]) -> None:
+    """An upload of any of the three kinds, a copy, a move, or a batch of removals."""
+    store, match = self.server.store, query.get("ifGenerationMatch")
+    if not bucket:
+      return self.batch()
+    moved = re.fullmatch(r"o/([^/]+)/(?:rewriteTo/b/([^/]+)|moveTo)/o/([^/]+)", rest)
+    if moved:
+      source, to, target = (urllib.parse.unquote(part or bucket) for part in moved.groups())
+      store.write(to, target, store.read(bucket, source))
+      if not moved[2]:
+        store.delete(bucket, source)
+        return self.reply(200, self.described(to, target))
+      return self.reply(200, {"done": True, "resource": self.described(to, target)})
+    kind, name, data = query.get("uploadType"), query.get("name", ""), self.body
+    if kind == "multipart":
+      described, data = parts_of(self.body, self.headers["Content-Type"])
+      name = json.loads(described)["name"]
+    if kind == "resumable" and "upload_id" not in query:
+      name = name or json.loads(self.body)["name"]
+      token = urllib.parse.quote(name, safe="")
+      self.server.pending[name] = b""
+      address = f"{self.server.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&name={token}&upload_id={token}"
+      return self.reply(200, b"", {"Location": address})
+    if kind == "resumable":
+      self.server.pending[name] += data
+      data = self.server.pending[name]
+      if self.headers["Content-Range"].rpartition("/")[2] != str(len(data)):
+        return self.reply(308, b"", {"Range": f"bytes=0-{len(data) - 1}"})
+      del self.server.pending[name]
+    store.write(bucket, name, data, match)
+    return self.reply(200, self.described(bucket, name))
+
+  def batch(self) -> None:
+    """Several removals in one request."""
+    replies = []
+    for asked in re.findall(rb"DELETE (\S+) HTTP", self.body):
+      bucket, rest, query = self.place(asked.decode())
+      try:
+        self.server.store.delete(bucket, urllib.parse.unquote(rest[2:]), query.get("ifGenerationMatch"))
+        replies.append("HTTP/1.1 204 No Content\r\n\r\n")
+      except Missing:
+        replies.append('HTTP/1.1 404 Not Found\r\n\r\n{"error": {"message": "No such object"}}\r\n')
+    text = "".join(f"--batch\r\nContent-Type: application/http\r\n\r\n{each}" for each in replies) + "--batch--"
+    self.reply(200, text.encode(), {"Content-Type": "multipart/mixed; boundary=batch"})
+
+  def delete(self, bucket: str, rest: str, query: dict[str, str]) -> None:
+    """One object."""
+    self.server.store.delete(bucket, urllib.parse.unquote(rest[2:]), query.get("ifGenerationMatch"))
+    self.reply(204, b"")
+
+  def reply(self, status: int, content: bytes | dict, headers: dict[str, str] | None = None) -> None:
+    """Sends an answer."""
+    data = json.dumps(content).encode() if isinstance(content, dict) else content
+    self.send_response(status)
+    kind = "application/json" if isinstance(content, dict) else "application/octet-stream"
+    for name, value in ({"Content-Type": kind} | (headers or {})).items():
+      self.send_header(name, value)
+    if status not in (204, 304):
+      self.send_header("Content-Length", str(len(data)))
+    self.end_headers()
+    if status not in (204, 304):
+      self.wfile.write(data)
+
+
+def parts_of(body: bytes, content_type: str) -> tuple[bytes, bytes]:
+  """The metadata and the bytes of a multipart upload."""
+  boundary = email.parser.HeaderParser().parsestr(f"Content-Type: {content_type}").get_boundary().encode()
+  _, described, data, _ = re.split(rb"\r?\n?--" + re.escape(boundary), body, maxsplit=3)
+  behind_headers = re.compile(rb"\r?\n\r?\n")
+  return behind_headers.split(described, maxsplit=1)[1], behind_headers.split(data, maxsplit=1)[1]
+
+
+class Server(http.server.ThreadingHTTPServer):
+  """A store on loopback, in a thread of its own."""
+
+  daemon_threads = True
+  request_queue_size = 128
+
+  def __init__(self, store: Store):
+    super().__init__(("127.0.0.1", 0), Handler)
+    self.store = store
+    self.page = 7  # objects per page at most: whoever forgets the next page is seen
+    self.pending: dict[str, bytes] = {}  # resumable uploads
+    threading.Thread(target=self.serve_forever, daemon=True).start()
+
+  def handle_error(self, *_):
+    """Says nothing: a client that hangs up is no news."""
+
+  @property
+  def url(self) -> str:
+    """Its address."""
+    return f"http://127.0.0.1:{self.server_port}"
+
+
+class Upload(io.BytesIO):
+  """An object that appears when the file is closed."""
+
+  def __init__(self, store: Store, bucket: str, name: str):
+    super().__init__()
+    self._store, self._place = store, (bucket, name)
+
+  def close(self):
+    """Uploads."""
+    if not self.closed:
+      try:
+        self._store.write(*self._place, self.getvalue())
+      except Missing as error:
+        raise FileNotFoundError(f"no such bucket: {error}") from error
+      finally:
+        super().close()
+
+
+class Objects(AbstractFileSystem):
+  """What gcsfs does with a bucket, on a store: folders are prefixes of names, and making one does nothing."""
+
+  protocol = ("gs", "gcs")
+  cachable = False
+  store: Store
+
+  def _split(self, path) -> tuple[str, str]:
+    bucket, _, name = self._strip_protocol(path).partition("/")
+    return bucket, name
+
+  def info(self, path, **_):
+    """Of an object or of a prefix."""
+    bucket, name = self._split(path)
+    place = self._strip_protocol(path)
+    file = self.store.path(bucket, name)
+    if name and file.is_file():
+      return {
+        "name": place, "size": file.stat().st_size, "type": "file", "generation": str(file.stat().st_mtime_ns)
+      }  # fmt: skip
+    if self._names(bucket, f"{name}/" if name else "") or not name:
+      return {"name": place, "size": 0, "type": "directory"}
+    raise FileNotFoundError(path)
+
+  def ls(self, path, detail=True, **_):
+    """What lies directly below a prefix."""
+    bucket, name = self._split(path)
+    prefix = f"{name}/" if name else ""
+    below = dict.fromkeys(each[len(prefix) :].partition("/")[0] for each in self._names(bucket, prefix))
+    if not below and name:
+      return [self.info(path)] if detail else [self.info(path)["name"]]
+    found = [self.info(f"{bucket}/{prefix}{each}") for each in below]
+    return found if detail else [each["name"] for each in found]
+
+  def _names(self, bucket: str, prefix: str) -> list[str]:
+    try:
+      return self.store.names(bucket, prefix)
+    except Missing as error:
+      raise FileNotFoundError(f"no such bucket: {error}") from error
+
+  def _open(self, path, mode="rb", **_):
+    bucket, name = self._split(path)
+    if mode == "wb":
+      return Upload(self.store, bucket, name)
+    try:
+      return io.BytesIO(self.store.read(bucket, name))
+    except Missing as error:
+      raise FileNotFoundError(path) from error
+
+  def mkdir(self, path, create_parents=True, **_):
+    """Nothing; a bucket must be there."""
+    self._names(self._split(path)[0], "")
+
+  def makedirs(self, path, exist_ok=False):
+    """Nothing; a bucket must be there."""
+    self.mkdir(path)
+
+  def rmdir(self, path):
+    """Nothing."""
+
+  def cp_file(self, path1, path2, **_):
+    """Copies an object; a prefix is none."""
+    if not self.isdir(path1):
+      self.store.write(*self._split(path2), self.store.read(*self._split(path1)))
+
+  def rm_file(self, path):
+    """Removes an object; a prefix is none."""
+    self.store.delete(*self._split(path))
+
+  def rm(self, path, recursive=False, maxdepth=None):
+    """Removes an object, or all below a prefix."""
+    bucket, name = self._split(path)
+    names = [name] if self.store.path(bucket, name).is_file() else self._names(bucket, f"{name}/") if recursive else []
+    if not names:
+      raise FileNotFoundError(path)
+    for each in names:
+      self.store.delete(bucket, each)
+
+
+@contextlib.contextmanager
+def served(root: pathlib.Path, *, gcsfs: bool = False) -> Iterator[Store]:
+  """Makes gs://NAME/ the folder root/NAME inside the block, for this process.
+
+  Args:
+    root: holds one folder per bucket.
+    gcsfs: reach it through the real gcsfs, which must be installed.
+  """
+  global _SERVER
+  _SERVER = _SERVER or Server(Store())
+  store = _SERVER.store
+  store.root, store.uploads = root, []
+  variables = {
+    "TENSORSTORE_GCS_HTTP_URL": _SERVER.url,
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # else TensorStore looks for a metadata server
+    "STORAGE_EMULATOR_HOST": _SERVER.url,
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks for the kind of bucket outside of the emulator
+  }
+  kept = {name: os.environ.get(name) for name in variables}
+  settings = fsspec.config.conf.setdefault("gcs", {})
+  names = ("gs", "gcs")
+  known = {name: known_implementations[name] for name in names}
+  filesystem = type("Objects", (Objects,), {"store": store})
+  get_bucket = gcs_utils.get_bucket
+  os.environ.update(variables)
+  settings["token"] = "anon"
+  for name in names:
+    _registry.pop(name, None)
+    known_implementations[name] = known[name] | {"class": "gcsfs.core.GCSFileSystem"}
+    if not gcsfs:
+      fsspec.register_implementation(name, filesystem, clobber=True)
+  backend.fsspec_backend._get_filesystem.cache_clear()
+  if not gcsfs:  # google-cloud-storage comes with it
+    gcs_utils.get_bucket = lambda name: types.SimpleNamespace(hierarchical_namespace_enabled=False)
+  try:
+    yield store
+  finally:
+    gcs_utils.get_bucket = get_bucket
+    for name in names:
+      _registry.pop(name, None)
+    known_implementations.update(known)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    settings.pop("token")
+    for name, value in kept.items():
+      os.environ.pop(name) if value is None else os.environ.update({name: value})
