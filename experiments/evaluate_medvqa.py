@@ -35,7 +35,7 @@ from rich.console import Console
 from experiments import environment
 from experiments.configs import grpo, grpo_medvqa
 from kepo_jax import evaluation, sharding, storage
-from kepo_jax.data import dealing, formats, images, pipeline, prompts, rules, splits, tokenization
+from kepo_jax.data import dealing, formats, images, limits, pipeline, prompts, rules, splits, tokenization
 from kepo_jax.data.tfds import folders
 from kepo_jax.evaluation import journal
 from kepo_jax.models.qwen3_vl import conversion
@@ -194,17 +194,22 @@ def cut(examples: list[Example]) -> splits.Split:
     ) from error
 
 
-def readable(examples: list[Example], display: progress.Display) -> list[Example]:
-  """The questions whose images can be read: all of them, unless --lenient.
+def askable(examples: list[Example], processor: pipeline.Processor, display: progress.Display) -> list[Example]:
+  """The questions whose images can be read and whose prompts have room: all of them, unless --lenient.
 
   Raises:
-    ValueError: an image cannot be read; names the question and the file.
+    ValueError: a question cannot be asked; names it and the file.
   """
   if not (_DATA.value or _SPLIT_FILES.value):
     return examples  # the phantom's pictures were drawn here
-  show = functools.partial(display.progress, "checking images")
   split = _SPLIT.value
-  return question_checks.with_readable_images({split: examples}, lenient=_LENIENT.value, progress=show)[split]
+  found = question_checks.with_readable_images(
+    {split: examples},
+    lenient=_LENIENT.value,
+    progress=functools.partial(display.progress, "checking images"),
+    refusals=lambda _, asked: limits.refusals(asked, processor, {_KIND.value: 0}),
+  )
+  return found[split]
 
 
 def image_size(model: pathlib.Path) -> tuple[str, str]:
@@ -285,7 +290,6 @@ def main(_: list[str]) -> None:
   display = progress.Display()
   examples, summary, how = questions(display)
   console.print(f"{summary.text()}\n{how}", markup=False, highlight=False, soft_wrap=True)
-  examples = readable(examples, display)
   copying = functools.partial(display.progress, "copying the model, bytes")
   model = conversion.resolved_folder(_MODEL.value, progress=copying)
   declared = tokenization.declared_templates(model) or "standard"
@@ -301,6 +305,7 @@ def main(_: list[str]) -> None:
     resize=resize,
     held_rows=functools.partial(sharding.held_rows, mesh),
   )
+  examples = askable(examples, processor, display)
   dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   settings = sampling_settings(_TOKENS.value or BUDGETS.get(declared, BUDGETS["standard"]))
   asked = {

@@ -136,6 +136,25 @@ def changed(path):
   os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def test_a_question_without_room_is_named_before_any_is_asked_or_left_out(evaluate_medvqa, checkpoint, tmp_path):
+  write_split(tmp_path / "data" / "test", 3)
+  Image.new("RGB", (3000, 10)).save(tmp_path / "data" / "test" / "Images" / "Drawn" / "1.png")
+  chosen = {
+    "model": str(checkpoint),
+    "data": str(tmp_path / "data"),
+    "max_new_tokens": 2,
+    "output": str(tmp_path / "out"),
+  }
+  with flagsaver.flagsaver(**chosen):
+    with pytest.raises(ValueError, match=r"Drawn_1: image .*1.png: .*crop it"):
+      evaluate_medvqa.main([])
+  assert not (tmp_path / "out").exists()
+  with flagsaver.flagsaver(**chosen, lenient=True):
+    evaluate_medvqa.main([])
+  outputs = [json.loads(line) for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()]
+  assert sorted(output["id"] for output in outputs) == ["Drawn/Drawn_0", "Drawn/Drawn_2"]
+
+
 def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, data, tmp_path, capsys, monkeypatch):
   asked = {
     "model": str(checkpoint),
