@@ -1,6 +1,6 @@
 # `make demo` trains, `make test` proves; both create the virtual environment first if it is missing.
 # PYTHON=python3.13 picks the interpreter, VENV=DIR another place, ARGS="--config.field=value" goes to the demo,
-# TESTS=tests/... narrows the tests down.
+# TESTS=tests/... narrows the tests down, SERVICE=osv asks another database in `make audit`.
 
 SHELL := /bin/bash
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
   $$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 RUN := $(VENV)/bin
+AUDIT := $(VENV)-audit
+SERVICE ?= pypi
 TESTS ?= tests
 KILLS ?= 30
 # Compilation is one core's work: two processes use two cores.
@@ -15,7 +17,7 @@ WORKERS ?= 2
 PYTEST := $(RUN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format parity test-slow mutants kill-test install clean
+.PHONY: help demo test lint format parity test-slow mutants kill-test audit install clean
 
 help: ## this text
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -47,6 +49,16 @@ mutants: $(VENV)/.runtime ## break the model in known ways and see a test fail e
 kill-test: $(VENV)/.runtime ## kill -9 a run KILLS times in all its phases, and compare what it becomes
 	$(RUN)/python -m tests.training.kill --kills=$(KILLS)
 
+# --strict, because pip-audit calls an environment clean of which its service knows nothing.
+audit: $(VENV)/.runtime $(AUDIT)/.ready ## look up known vulnerabilities of what is installed; needs the network
+	@$(RUN)/python -m pip freeze --all --exclude-editable > $(AUDIT)/installed.txt
+	@said=$$($(AUDIT)/bin/pip-audit --strict --progress-spinner off --vulnerability-service $(SERVICE) \
+	  --no-deps --disable-pip --requirement $(AUDIT)/installed.txt 2>&1); failed=$$?; \
+	if [ $$failed = 0 ] || grep -q '^Found [0-9]* known' <<< "$$said"; then echo "$$said"; exit $$failed; fi; \
+	echo "$$said" | tail -n 1 >&2; \
+	echo "make audit: nothing was audited. $(SERVICE) could not be reached or does not know a package; try it from a" \
+	  "network that reaches it, or SERVICE=osv." >&2; exit 1
+
 install: $(VENV)/.runtime ## only create the virtual environment
 
 clean: ## remove caches, not runs and not the virtual environment
@@ -71,4 +83,10 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 
 $(VENV)/.oracle: requirements-oracle.txt $(VENV)/.runtime
 	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements-oracle.txt
+	@touch $@
+
+# Away from what it audits: its own dependencies are none of ours.
+$(AUDIT)/.ready: requirements-audit.txt | $(RUN)/python
+	$(RUN)/python -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install -q --disable-pip-version-check -r requirements-audit.txt
 	@touch $@

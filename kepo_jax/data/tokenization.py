@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 from absl import logging
 from transformers import AutoTokenizer
@@ -150,7 +151,11 @@ class Tokenizer:
       )
 
   def _check_template(self, name: str) -> None:
-    if self.render("?", images=0).rstrip().endswith("<think>"):
+    try:
+      rendered = self.render("?", images=0)
+    except (jinja2.TemplateError, TypeError) as error:  # a template runs in a sandbox without files
+      raise ValueError(f"{name}: the chat template cannot be used ({error}); copy the checkpoint's own.") from error
+    if rendered.rstrip().endswith("<think>"):
       logging.warning(
         "%s: the chat template opens a think block itself, so completions lack their <think> tag and no format reward "
         "is ever given. Use an Instruct checkpoint.",

@@ -86,7 +86,7 @@ class Checkpoints:
       manager = self._open()
       manager.save(
         step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record))),
+        args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(dict(record))),
         force=True,
       )
     except _STORAGE_ERRORS as error:
@@ -136,7 +136,7 @@ class Checkpoints:
     logging.info("restoring step %d from %s", step, self.directory)
     try:
       restored = self._open().restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
+        step, args=ocp.args.Composite(state=_restore_args(abstract), record=ocp.args.JsonRestore())
       )
     except (ValueError, KeyError, TypeError) as error:
       reason = str(error).strip().splitlines()[0]
@@ -177,8 +177,14 @@ class Checkpoints:
         cleanup_tmp_directories=True,
         create=True,
       )
+      handlers = {
+        # Weights and moments shrink by less than a tenth, and compressing them is most of the work of a save: on a
+        # host with few cores that work is taken from the steps beside it.
+        "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+        "record": ocp.JsonCheckpointHandler(),
+      }
       with storage.reaching(self.directory):
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
     return self._manager
 
   def _finish(self, manager: ocp.CheckpointManager, step: int) -> int:
@@ -226,6 +232,41 @@ class Checkpoints:
       f"the checkpoint of step {step} could not be written to {self.directory} ({reason}); {newest}. "
       f"Make room or mend the storage, then go on with --resume."
     )
+
+
+def restored_params(folder: epath.PathLike, like: Any) -> Any:
+  """The parameters of one checkpoint and nothing else of it.
+
+  Args:
+    folder: of the checkpoint.
+    like: their tree, as `jax.ShapeDtypeStruct` with shardings.
+
+  Raises:
+    ValueError: the checkpoint is damaged, or its parameters do not fit `like`.
+  """
+  folder = epath.Path(folder)
+  if faults := manifest.faults(folder):
+    raise ValueError(f"the checkpoint {folder} is damaged: {'; '.join(faults[:3])}")
+  place = folder / "state"
+  place = place if storage.is_remote(place) else place.resolve()
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      stored = checkpointer.metadata(place).item_metadata.tree["params"]
+      if others := _paths(stored) ^ _paths(like):  # a partial restore says nothing of them
+        raise ValueError(f"one of them has no {', '.join(sorted(others)[:3])}")
+      return checkpointer.restore(place, _restore_args({"params": like}, partial_restore=True))["params"]
+  except (ValueError, KeyError, TypeError) as error:
+    reason = str(error).strip().splitlines()[0]
+    raise ValueError(f"{folder} is intact and does not fit the student of the run's config: {reason}") from error
+
+
+def _paths(tree: Any) -> set[str]:
+  return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)}
+
+
+def _restore_args(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, **options)
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:

@@ -307,13 +307,7 @@ class RunFiles:
       return splits.write_ids(split, path, rule=rule, seed=seed)
 
   def _best_step(self) -> int | None:
-    """Step of the validation with the highest figure of `checkpoint.best`, the first of equals."""
-    figure = self._config.checkpoint.best
-    entries = [each for each in self.evaluations.get("validation", []) if each.get(figure)]
-    if not entries:
-      return None
-    value = lambda each: each[figure].get("accuracy", each[figure].get("mean"))  # noqa: E731
-    return int(max(entries, key=value)["step"])
+    return best_step(self.evaluations, self._config.checkpoint.best)
 
   def _run_record(self, positions: Mapping[str, int], validated: bool) -> dict[str, Any]:
     """What lies beside a state: what it is compared with on resume, and what the run was made of."""
@@ -367,6 +361,20 @@ class RunFiles:
         more,
         need / 1e9,
       )
+
+
+def best_step(evaluations: Mapping[str, Any], figure: str) -> int | None:
+  """Step of the validation with the highest `figure`, the first of equals; None without one.
+
+  Args:
+    evaluations: as in evaluation.json.
+    figure: `checkpoint.best` of the run.
+  """
+  entries = [each for each in evaluations.get("validation", []) if each.get(figure)]
+  if not entries:
+    return None
+  value = lambda each: each[figure].get("accuracy", each[figure].get("mean"))  # noqa: E731
+  return int(max(entries, key=value)["step"])
 
 
 def _set_aside(path: epath.Path) -> None:

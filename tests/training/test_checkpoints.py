@@ -7,12 +7,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 
 from kepo_jax import sharding
 from kepo_jax.training import manifest
-from kepo_jax.training.checkpoints import Checkpoints, steps_in
+from kepo_jax.training.checkpoints import Checkpoints, restored_params, steps_in
 
 
 def opened(tmp_path, **changes):
@@ -150,6 +151,54 @@ def test_another_state_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"checkpoints/2 is intact and does not fit the models of this config"):
     checkpoints.restore(jax.device_put({"other": np.zeros(3, np.float32)}))
   checkpoints.close()
+
+
+def test_another_shape_is_refused(tmp_path):
+  saved(tmp_path, [2])
+  mesh = sharding.make_mesh(data=8)
+  checkpoints = opened(tmp_path)
+  other = state(mesh, -1) | {"w": jax.device_put(np.zeros((16, 8), np.float32), sharding.replicated(mesh))}
+  with pytest.raises(ValueError, match=r"checkpoints/2 is intact and does not fit the models of this config"):
+    checkpoints.restore(other)
+  checkpoints.close()
+
+
+def test_parameters_alone_come_back(tmp_path):
+  mesh = sharding.make_mesh(data=8)
+  checkpoints = opened(tmp_path)
+  checkpoints.save(1, {"params": state(mesh, 1), "moments": state(mesh, 2)}, {})
+  checkpoints.close()
+  place = sharding.replicated(mesh)
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state(mesh, 0))
+  folder = tmp_path / "checkpoints" / "1"
+  found = restored_params(folder, like)
+  np.testing.assert_array_equal(found["w"], np.arange(64).reshape(8, 8) + 1)
+  assert found["w"].sharding == place
+  for other, missing in ((like | {"c": like["w"]}, "c"), ({"b": like["b"]}, "w")):
+    with pytest.raises(ValueError, match=f"1 is intact and does not fit .*: one of them has no {missing}$"):
+      restored_params(folder, other)
+  flip(folder)
+  with pytest.raises(ValueError, match="checkpoints/1 is damaged: "):
+    restored_params(folder, like)
+
+
+def test_a_compressed_checkpoint_of_an_earlier_version_comes_back(tmp_path):
+  mesh = sharding.make_mesh(data=8)
+  with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+    items = {"state": ocp.args.StandardSave(state(mesh, 6)), "record": ocp.args.JsonSave({"step": 6})}
+    manager.save(6, args=ocp.args.Composite(**items))
+    manager.wait_until_finished()
+  manifest.write(tmp_path / "checkpoints" / "6")
+  tree, record = restored(tmp_path)
+  np.testing.assert_array_equal(tree["w"], np.arange(64).reshape(8, 8) + 6)
+  assert record == {"step": 6}
+
+
+def test_nothing_is_compressed(tmp_path):
+  checkpoints = opened(tmp_path)
+  checkpoints.save(1, {"w": jnp.zeros(1_000_000)}, {})
+  checkpoints.close()
+  assert sum(path.stat().st_size for path in (tmp_path / "checkpoints" / "1").rglob("*")) > 4_000_000
 
 
 def test_when_a_checkpoint_is_due(tmp_path):

@@ -13,6 +13,7 @@ from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 
 _WRITTEN_HERE = ("config.json", "README.md")
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+_CODE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle")  # nothing here runs them, and an export hands none on
 
 _CARD = """---
 library_name: transformers
@@ -67,12 +68,12 @@ def _states_dtype(record: dict[str, Any]) -> bool:
 
 
 def is_side_file(file: pathlib.Path) -> bool:
-  """True for tokenizer, template, processor and generation files; false for weights and what an export writes."""
+  """True for tokenizer, template, processor and generation files; false for weights, code and what an export writes."""
   return (
     file.is_file()
     and not file.name.startswith(".")
     and file.name not in _WRITTEN_HERE
-    and not file.name.endswith(_WEIGHT_SUFFIXES)
+    and not file.name.endswith(_WEIGHT_SUFFIXES + _CODE_SUFFIXES)
   )
 
 
@@ -87,7 +88,7 @@ def write(
   count: int,
   declared: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes config.json and the model card, and copies the side files of `source` verbatim but for `declared`.
+  """Writes config.json and the model card, and copies the side files of `source` verbatim but for code and `declared`.
 
   Args:
     directory: an existing folder.
