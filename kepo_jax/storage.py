@@ -182,8 +182,8 @@ def staged(
 ) -> pathlib.Path:
   """A local path with the content of `source`: itself where it is local, else a copy in the cache.
 
-  A copy that is complete is used again as long as names, sizes and times of the files are those of the source. On
-  several hosts each calls it for itself.
+  A copy that is complete is used again as long as names, sizes and generations of the objects are those of the source.
+  On several hosts each calls it for itself.
 
   Args:
     source: folder or file, local or remote.

@@ -171,6 +171,7 @@ def test_what_is_forbidden_is_told_in_one_line():
 
 def test_what_another_process_writes_is_seen_at_once(bucket):
   put(bucket, run__a=b"1")
+  assert fsspec.url_to_fs("gs://bucket/run")[0].storage_options["use_listings_cache"] is False
   folder = epath.Path("gs://bucket/run")
   assert [path.name for path in folder.iterdir()] == ["a"] and not (folder / "lock").exists()
   put(bucket, run__lock=b"long", run__a=b"another length")

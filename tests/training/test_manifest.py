@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kepo_jax.training import manifest
+from tests import fake_bucket
 
 
 @pytest.fixture
@@ -63,3 +64,20 @@ def test_the_manifest_appears_as_a_whole(folder, monkeypatch):
   with pytest.raises(OSError, match=r"manifest.json could not be written: No space left on device"):
     manifest.write(folder)
   assert (folder / manifest.NAME).read_bytes() == before
+
+
+def test_a_bucket_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
+  (tmp_path / "bucket").mkdir()
+  with fake_bucket.served(tmp_path) as store:
+    store.write("bucket", "run/5/array", b"numbers")
+    manifest.write("gs://bucket/run/5")
+    assert manifest.faults("gs://bucket/run/5") == []
+
+    def silent(bucket, name, read=store.read):
+      if name.endswith("array"):
+        raise TimeoutError("no answer")
+      return read(bucket, name)
+
+    monkeypatch.setattr(store, "read", silent)
+    with pytest.raises(TimeoutError):  # what is intact must not be set aside
+      manifest.faults("gs://bucket/run/5")
