@@ -1,10 +1,8 @@
 """The working directory of a run: locked, claimed once, resumed only as the run that it holds."""
 
 import contextlib
-import importlib.metadata
 import io
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +16,9 @@ from etils import epath
 from kepo_jax import storage
 from kepo_jax.data import splits
 from kepo_jax.data.rules import Summary
-from kepo_jax.training import lock, processes
+from kepo_jax.training import lock, processes, run_record
 from kepo_jax.training.checkpoints import Checkpoints, steps_in
 from kepo_jax.types import Example
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "kepo_jax")
 
 
 class RunFiles:
@@ -148,8 +144,8 @@ class RunFiles:
       self.evaluations = {}
       return like
     state, record = found
-    self._check_record(record)
     step = int(state.step)
+    run_record.check(record, self._record_of(step, {}, True), self.workdir, allow_change=self._allow_change)
     self.positions, self.owes_validation = record["positions"], not record["validated"]
     # Its own validation is made again if the checkpoint was written before it.
     last = step - self.owes_validation
@@ -198,7 +194,7 @@ class RunFiles:
     if due or now or best == step:
       self._checkpoints.best = best
       start = time.perf_counter()
-      self._checkpoints.save(step, state, self._run_record(positions(), validated))
+      self._checkpoints.save(step, state, self._record_of(step, positions(), validated))
       self._blocked = time.perf_counter() - start
 
   @property
@@ -283,11 +279,10 @@ class RunFiles:
           self._root.rmdir()
 
   def _check_config(self) -> None:
-    before, now = _flat(json.loads((self._root / "config.json").read_text())), _flat(json.loads(self._config.to_json()))
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if not changed:
+    stored = json.loads((self._root / "config.json").read_text())
+    changes = run_record.changes(stored, json.loads(self._config.to_json()))
+    if not changes:
       return
-    changes = ", ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
     if not self._allow_change:
       raise ValueError(
         f"the config differs from that of the run in {self._root} ({changes}); resume with the same config, or pass "
@@ -306,44 +301,11 @@ class RunFiles:
       _set_aside(path)
       return splits.write_ids(split, path, rule=rule, seed=seed)
 
+  def _record_of(self, step: int, positions: Mapping[str, int], validated: bool) -> dict[str, Any]:
+    return run_record.make(self._config, step=step, questions=self._questions, positions=positions, validated=validated)
+
   def _best_step(self) -> int | None:
     return best_step(self.evaluations, self._config.checkpoint.best)
-
-  def _run_record(self, positions: Mapping[str, int], validated: bool) -> dict[str, Any]:
-    """What lies beside a state: what it is compared with on resume, and what the run was made of."""
-    devices = jax.devices()
-    return {
-      "positions": dict(positions),
-      "validated": validated,
-      "random": _random_identity(self._config.seed),
-      "questions": self._questions,
-      "config": json.loads(self._config.to_json()),
-      "made_of": {
-        **{name: _version(name) for name in _PACKAGES},
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "processes": str(jax.process_count()),
-        "mesh": json.dumps(dict(jax.sharding.get_abstract_mesh().shape)),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-      },
-    }
-
-  def _check_record(self, record: Mapping[str, Any]) -> None:
-    now = self._run_record({}, True)
-    if not self._allow_change:
-      for name, what in (("random", "random numbers"), ("questions", "questions")):
-        if record[name] != now[name]:
-          raise ValueError(
-            f"the run in {self._root} had other {what} ({record[name]}) than this process has ({now[name]}); restore "
-            f"them, or pass --allow_config_change to go on all the same."
-          )
-    before = record["made_of"]
-    changes = [f"{name} {before[name]} -> {new}" for name, new in now["made_of"].items() if before.get(name) != new]
-    if changes:
-      logging.warning(
-        "%s goes on on something else: %s. Results will equal those of one run to rounding, not to the bit.",
-        self._root,
-        ", ".join(changes),
-      )
 
   def _warn_of_room(self, state: Any) -> None:
     """A disk that cannot hold the checkpoints is better known before the first one."""
@@ -381,24 +343,3 @@ def _set_aside(path: epath.Path) -> None:
   """Renames a file that is about to be replaced, under a name that says so."""
   names = (path.parent / f"{path.stem}-before-{n}{path.suffix}" for n in range(1, 1000))
   storage.move(path, next(name for name in names if not name.exists()))
-
-
-def _random_identity(seed: int) -> dict[str, list[int]]:
-  """What the random numbers of a run derive from besides steps and purposes, and how they come out of it."""
-  key = jax.random.key(seed)
-  return {"key": jax.random.key_data(key).tolist(), "bits": jax.random.bits(key, (4,)).tolist()}
-
-
-def _version(package: str) -> str:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return "unknown"
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-  """{"a": {"b": 1}} -> {"a.b": 1}."""
-  if not isinstance(tree, dict):
-    return {prefix: tree}
-  items = [_flat(value, f"{prefix}.{name}" if prefix else name) for name, value in tree.items()]
-  return {name: value for item in items for name, value in item.items()}

@@ -129,7 +129,7 @@ def test_a_changed_image_is_noticed_and_a_moved_one_is_the_same(tmp_path):
   with pytest.raises(ValueError, match=rf"{len(asked)} of its 80 questions have changed \('{asked[0]}'"):
     splits.read_ids(path, moved)
   image.unlink()
-  with pytest.raises(ValueError, match=rf"question MRI/\d+: image {image} cannot be read"):
+  with pytest.raises(ValueError, match=rf"question MRI/\d+: image {image}: cannot be read"):
     splits.read_ids(path, moved)
 
 

@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
+from rich.console import Console
 
 from experiments import phantom_folder
 from experiments.configs import grpo
@@ -23,10 +24,12 @@ from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder
 from kepo_jax.evaluation import journal
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.reporting import progress
 from kepo_jax.training import programs
 from tests import fake_bucket
 from tests.data.cases import MEDR1, write_records
 
+DISPLAY = progress.Display(Console(quiet=True))
 PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
 
 
@@ -284,7 +287,7 @@ def test_samples_depend_on_question_and_seed_alone(evaluate_medvqa, checkpoint, 
 
 def questions_of(evaluate_medvqa, data):
   with flagsaver.flagsaver(data=str(data)):
-    return evaluate_medvqa.questions()
+    return evaluate_medvqa.questions(DISPLAY)
 
 
 def test_sampling_settings(evaluate_medvqa):
@@ -328,16 +331,16 @@ def test_a_single_folder_is_cut_as_in_training(evaluate_medvqa, data):
   config.update({"directory": root, **wanted})
   trained = splits.load(config)
   with flagsaver.flagsaver(data=root, **wanted):
-    examples, _, how = evaluate_medvqa.questions()
+    examples, _, how = evaluate_medvqa.questions(DISPLAY)
     assert examples == trained["test"] and not {e.id for e in examples} & {e.id for e in trained["train"]}
     assert how.startswith("2 of 5 questions: the test part") and "--test_items=1 --split_seed=0" in how
     with flagsaver.flagsaver(split="train"):
-      assert evaluate_medvqa.questions()[0] == trained["train"]
+      assert evaluate_medvqa.questions(DISPLAY)[0] == trained["train"]
     with flagsaver.flagsaver(split="all", limit=2):
-      examples, _, how = evaluate_medvqa.questions()
+      examples, _, how = evaluate_medvqa.questions(DISPLAY)
       assert len(examples) == 4 and "questions for training included, at most 2 per modality" in how
   with flagsaver.flagsaver(data=root, split="all"):
-    assert len(evaluate_medvqa.questions()[0]) == 5
+    assert len(evaluate_medvqa.questions(DISPLAY)[0]) == 5
 
 
 def test_a_published_split_is_asked_whole(evaluate_medvqa, tmp_path):
@@ -349,12 +352,12 @@ def test_a_published_split_is_asked_whole(evaluate_medvqa, tmp_path):
     records = [MEDR1 | {"image": f"Images/{n}.png", "problem": f"No. {n}? A)Chest, B)Brain"} for n in numbers]
     write_records(tmp_path / "split" / part / f"CT_{part}.json", *records)
   with flagsaver.flagsaver(data=str(tmp_path / "data"), split_files=str(tmp_path / "split")):
-    examples, summary, how = evaluate_medvqa.questions()
+    examples, summary, how = evaluate_medvqa.questions(DISPLAY)
     assert [example.id for example in examples] == [f"CT_test/{n}" for n in range(4)]
     assert summary.format == "split files" and how == "4 of 4 questions: the part test"
     with flagsaver.flagsaver(split="validation"):
       with pytest.raises(ValueError, match=r"--split=validation: .*split has \['test', 'train'\]"):
-        evaluate_medvqa.questions()
+        evaluate_medvqa.questions(DISPLAY)
 
 
 def test_a_data_set_that_was_built_is_asked_whole(evaluate_medvqa, data, tmp_path):
@@ -364,12 +367,12 @@ def test_a_data_set_that_was_built_is_asked_whole(evaluate_medvqa, data, tmp_pat
   built = building.build(tmp_path / "tfds", manual_dir=data / "test", config=config)
   reading.read_splits(built.directory)  # its libraries define flags when first used, which flagsaver would take away
   with flagsaver.flagsaver(data=str(built.directory), limit=1):
-    examples, summary, how = evaluate_medvqa.questions()
+    examples, summary, how = evaluate_medvqa.questions(DISPLAY)
   assert summary.format == "TFDS" and how == "2 of 2 questions: the part test, at most 1 per modality"
   assert sorted(example.modality for example in examples) == ["MRI", "X-Ray"]
   with flagsaver.flagsaver(data=str(built.directory), split="validation"):
     with pytest.raises(ValueError, match=r"--split=validation: .* has \['test', 'train'\]; choose one"):
-      evaluate_medvqa.questions()
+      evaluate_medvqa.questions(DISPLAY)
 
 
 def test_the_defaults_cut_as_the_config_does(evaluate_medvqa):
@@ -382,10 +385,10 @@ def test_the_defaults_cut_as_the_config_does(evaluate_medvqa):
 def test_a_folder_too_small_for_the_cut_names_the_way_out(evaluate_medvqa, data):
   with flagsaver.flagsaver(data=str(data / "test")):
     with pytest.raises(ValueError, match=r"--split=test: .*MRI has 2 questions, too few .*--split=all asks every"):
-      evaluate_medvqa.questions()
+      evaluate_medvqa.questions(DISPLAY)
   with flagsaver.flagsaver(data=str(data / "test"), train_modality="CT"):
     with pytest.raises(ValueError, match=r"no question of modality 'CT'.*--split=all"):
-      evaluate_medvqa.questions()
+      evaluate_medvqa.questions(DISPLAY)
 
 
 def test_wrong_flags_are_named(evaluate_medvqa, checkpoint, data):
@@ -405,5 +408,5 @@ def test_wrong_flags_are_named(evaluate_medvqa, checkpoint, data):
 
 def test_the_limit_keeps_as_many_of_each_modality(evaluate_medvqa, data):
   with flagsaver.flagsaver(data=str(data), limit=1):
-    examples, summary, _ = evaluate_medvqa.questions()
+    examples, summary, _ = evaluate_medvqa.questions(DISPLAY)
   assert sorted(example.modality for example in examples) == ["MRI", "X-Ray"] and summary.kept == 5

@@ -249,7 +249,7 @@ def test_other_random_numbers_are_refused(tmp_path, state, monkeypatch):
   monkeypatch.setattr("jax.random.bits", lambda *arguments: bits(*arguments) + 1)
   with RunFiles(tmp_path / "run", config(), resume=True) as files:
     files.begin({"train": [question("a")]}, rule="none")
-    with pytest.raises(ValueError, match="had other random numbers"):
+    with pytest.raises(ValueError, match="was made with other random numbers"):
       files.restored(state)
 
 

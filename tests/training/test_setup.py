@@ -124,7 +124,7 @@ def test_a_run_leaves_out_counts_and_writes_down(tmp_path, caplog):
   records = []
   for number in range(10):
     path = f"Images/Set A/{number}.png"
-    layout.image(path)
+    layout.image(path, number)
     options = {"option_C": ..., "option_D": ...}
     records.append(record(number, modality_type="MRI", image_path=path, question="Which organ?", **options))
   records[0]["gt_answer"] = "brain."

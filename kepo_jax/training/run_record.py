@@ -1,0 +1,97 @@
+"""What lies beside the state in a checkpoint: the run that it belongs to, and what that run was made of."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import logging
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "kepo_jax")
+
+
+def make(config: Any, *, step: int, questions: str, positions: Mapping[str, int], validated: bool) -> dict[str, Any]:
+  """The record of a checkpoint, JSON-able.
+
+  Args:
+    config: of the run.
+    step: updates done; the position in the data, which are ordered by the seed.
+    questions: SHA-256 over everything that the questions are.
+    positions: bytes of the files that the hooks write.
+    validated: whether the validation of this step, where it has one, is done.
+  """
+  devices, as_json = jax.devices(), config.to_json()
+  return {
+    "step": step,
+    "positions": dict(positions),
+    "validated": validated,
+    "random": _random_identity(config.seed),
+    "questions": questions,
+    "config": json.loads(as_json),
+    "config_sha256": hashlib.sha256(as_json.encode()).hexdigest(),
+    "made_of": {
+      **{name: _version(name) for name in _PACKAGES},
+      "devices": f"{len(devices)} x {devices[0].device_kind}",
+      "processes": str(jax.process_count()),
+      "mesh": json.dumps(dict(jax.sharding.get_abstract_mesh().shape)),
+      "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    },
+  }
+
+
+def check(before: Mapping[str, Any], now: Mapping[str, Any], run: str, *, allow_change: bool) -> None:
+  """Compares a record with that of the process that goes on; warns of what costs equality to the bit.
+
+  Args:
+    before: of the checkpoint.
+    now: of this process.
+    run: its folder, for messages.
+    allow_change: whether what differs is wanted.
+
+  Raises:
+    ValueError: random numbers or questions are not those of the run.
+  """
+  for name, what in (("random", "random numbers"), ("questions", "questions")):  # the config is that of config.json
+    if before[name] != now[name] and not allow_change:
+      raise ValueError(
+        f"the checkpoint of {run} was made with other {what} ({before[name]}) than this process has ({now[name]}); "
+        f"restore them, or pass --allow_config_change to go on all the same."
+      )
+  old, new = before["made_of"], now["made_of"]
+  if differences := [f"{name} {old.get(name)} -> {value}" for name, value in new.items() if old.get(name) != value]:
+    logging.warning(
+      "%s goes on on something else: %s. Results will equal those of one run to rounding, not to the bit.",
+      run,
+      ", ".join(differences),
+    )
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+  """In words which fields of two configs differ; "" if none does."""
+  old, new = _flat(before), _flat(now)
+  names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+  return ", ".join(f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names)
+
+
+def _random_identity(seed: int) -> dict[str, list[int]]:
+  """What the random numbers of a run derive from besides steps and purposes, and how they come out of it."""
+  key = jax.random.key(seed)
+  return {"key": jax.random.key_data(key).tolist(), "bits": jax.random.bits(key, (4,)).tolist()}
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "unknown"
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} -> {"a.b": 1}."""
+  if not isinstance(tree, Mapping):
+    return {prefix: tree}
+  items = [_flat(value, f"{prefix}.{name}" if prefix else name) for name, value in tree.items()]
+  return {name: value for item in items for name, value in item.items()}
