@@ -22,7 +22,7 @@ def prepare() -> None:
 
 
 def define_process_flags() -> None:
-  """Flags of a run over several processes, where nothing finds them on its own."""
+  """Flags of a run over several processes."""
   flags.DEFINE_string("coordinator", "", "HOST:PORT of the first of several processes; all need access to --workdir.")
   flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator.", lower_bound=1)
   flags.DEFINE_integer("process_id", 0, "Which of them this is, from 0, with --coordinator.", lower_bound=0)

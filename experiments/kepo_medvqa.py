@@ -39,6 +39,8 @@ def main(_: list[str]) -> None:
   environment.prepare()
   environment.join_processes()
   workdir = _WORKDIR.value
+  if flags.FLAGS.coordinator and not workdir:
+    raise ValueError("several processes need one --workdir=DIR that all of them see.")
   if not workdir and not (_RESUME.value or _AUTO_RESUME.value):
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = str(epath.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")

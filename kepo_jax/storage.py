@@ -118,7 +118,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
       with reaching(path):
         path.write_bytes(data)  # an object appears when its upload is complete
       return
-    partial = path.parent / f".{path.name}.partial"
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     with partial.open("wb") as file:
       file.write(data)
       file.flush()

@@ -197,6 +197,15 @@ def write_ids(split: Split, path: epath.PathLike, *, rule: str, seed: int) -> st
   return str(identity["content_sha256"])
 
 
+def content_digest(split: Split) -> str:
+  """SHA-256 over everything that the questions of a split are.
+
+  Raises:
+    ValueError: an image cannot be read.
+  """
+  return str(id_files.identity(split.as_dict())["content_sha256"])
+
+
 def read_ids(path: str | os.PathLike, examples: Iterable[Example]) -> Split:
   """The split whose ids a file of `write_ids` lists.
 

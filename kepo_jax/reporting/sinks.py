@@ -87,7 +87,8 @@ class JsonLines:
       size = self._file.seek(0, os.SEEK_END)
       if size < position:
         logging.warning("%s has %d of the %d bytes that it had: its history has a gap.", path, size, position)
-      self._file.truncate(min(size, position))
+        position = local.read_bytes().rfind(b"\n") + 1  # a record that was cut would spoil the next one
+      self._file.truncate(position)
       self._file.seek(0, os.SEEK_END)
 
   @property

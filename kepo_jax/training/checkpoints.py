@@ -61,25 +61,28 @@ class Checkpoints:
     self._finishing: concurrent.futures.Future[int] | None = None  # gives its step when a checkpoint is complete
     self._saving = 0  # its step
     self.newest: int | None = None  # step of the newest one that is complete
-    self.best: int | None = None  # step of the one that is kept whatever its age
+    self.damaged = 0  # checkpoints that were found damaged, by `restore` or before
+    self._best: int | None = None  # step of the one that is kept whatever its age
 
   def due(self, step: int) -> bool:
     """Whether a checkpoint after `step` updates has its turn; on several hosts the same on all."""
     late = bool(self._minutes) and self._clock() - self._saved_at >= 60 * self._minutes
     return bool(self._every and step % self._every == 0) or processes.any_process(late)[0]
 
-  def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
+  def save(self, step: int, state: Any, record: Mapping[str, Any], *, best: int | None = None) -> None:
     """Starts to save; returns as soon as the state may change.
 
     Args:
       step: updates done.
       state: of jax arrays.
       record: JSON-able, kept beside it.
+      best: step of the checkpoint that stays whatever its age.
 
     Raises:
       OSError: this checkpoint, or the one before it, cannot be written.
     """
-    self.wait()
+    self.wait()  # what is being finished keeps the best of its own time
+    self._best = best
     if self.newest == step:
       return
     try:
@@ -121,14 +124,15 @@ class Checkpoints:
   def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest intact state, on the shardings and dtypes of `like`, and what lay beside it; None without any.
 
-    Damaged checkpoints are set aside and named in the log. The arrays of `like` are deleted when there is a
-    checkpoint: the devices need not hold two states.
+    Damaged checkpoints are set aside and named in the log; what was never completed is removed. The arrays of `like`
+    are deleted when there is a checkpoint: the devices need not hold two states.
 
     Raises:
+      OSError: a checkpoint is there and cannot be read.
       ValueError: the checkpoint holds the state of other models or another optimizer.
     """
     with storage.reaching(self.directory):
-      step = processes.on_first(self._newest_intact)
+      step, self.damaged = processes.on_first(self._newest_intact)
     if step is None:
       return None
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -198,17 +202,24 @@ class Checkpoints:
 
   def _delete_old(self) -> None:
     for step in steps_in(self.directory)[: -self._keep]:
-      if step != self.best:
+      if step != self._best:
         folder = self.directory / str(step)
         (folder / manifest.NAME).unlink(missing_ok=True)  # what is left of it if we are stopped here does not count
         folder.rmtree()
 
-  def _newest_intact(self) -> int | None:
+  def _newest_intact(self) -> tuple[int | None, int]:
+    """Step of the newest intact checkpoint, and how many were damaged."""
+    damaged = 0
     for step in sorted(steps_in(self.directory), reverse=True):
       folder = self.directory / str(step)
+      if not manifest.is_complete(folder):
+        logging.warning("the checkpoint of step %d was never completed; looking at the one before it.", step)
+        folder.rmtree()
+        continue
       faults = manifest.faults(folder)
       if not faults:
-        return step
+        return step, damaged
+      damaged += 1
       aside = self._free_name(step)
       storage.move(folder, aside)
       logging.warning(
@@ -218,7 +229,9 @@ class Checkpoints:
         f" and {len(faults) - 3} more" if len(faults) > 3 else "",
         aside,
       )
-    return None
+    # Those of an earlier try count as well: a run that was refused once must not start over at the next.
+    broken = self.directory.parent / _BROKEN
+    return None, len(list(broken.iterdir())) if broken.exists() else 0
 
   def _free_name(self, step: int) -> epath.Path:
     names = (self.directory.parent / _BROKEN / (f"{step}-{n}" if n else str(step)) for n in range(1000))
@@ -245,6 +258,8 @@ def restored_params(folder: epath.PathLike, like: Any) -> Any:
     ValueError: the checkpoint is damaged, or its parameters do not fit `like`.
   """
   folder = epath.Path(folder)
+  if not manifest.is_complete(folder):
+    raise ValueError(f"the checkpoint {folder} is damaged: it has no {manifest.NAME}, so it was never completed")
   if faults := manifest.faults(folder):
     raise ValueError(f"the checkpoint {folder} is damaged: {'; '.join(faults[:3])}")
   place = folder / "state"

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,13 @@ from etils import epath
 from kepo_jax import storage
 from kepo_jax.data import splits
 from kepo_jax.data.rules import Summary
+from kepo_jax.evaluation import journal
 from kepo_jax.training import lock, processes, run_record
 from kepo_jax.training.checkpoints import Checkpoints, steps_in
 from kepo_jax.types import Example
+
+# Files that may be there although the run has not begun.
+_BEFORE = {lock.NAME, "stalls"}
 
 
 class RunFiles:
@@ -55,7 +60,8 @@ class RunFiles:
     self._begun = False
     self._made = False  # whether the folder did not exist before
     self._lock: lock.WorkdirLock | None = None
-    self._questions = ""  # their hash
+    self._identity: dict[str, Any] = {"questions": "", "models": {}}  # hashes of what the run is made of
+    self._replaces_questions: Callable[[], Any] | None = None  # writes questions that differ from those of the folder
     self._blocked: float | None = None
     self._checkpoints: Checkpoints | None = None
 
@@ -90,30 +96,34 @@ class RunFiles:
     finally:
       self._leave()
 
-  def begin(self, questions: Mapping[str, Sequence[Example]], *, rule: str) -> None:
-    """Writes what the run is: config.json and questions.json; on resume compares the questions with what is there.
+  def begin(
+    self, questions: Mapping[str, Sequence[Example]], *, rule: str, models: Mapping[str, pathlib.Path] | None = None
+  ) -> None:
+    """Writes what a new run is, config.json and questions.json; of one that is resumed, looks whether it still is that.
 
     Args:
       questions: part -> questions.
       rule: in words how they were chosen.
+      models: role -> folder of the checkpoint.
 
     Raises:
-      ValueError: the run that is resumed had other questions, or some of them have changed; names the first.
+      ValueError: the run that is resumed had other questions, or some of them have changed; names the first. Or another
+        process has taken the folder.
       OSError: a file cannot be written.
     """
     if not self.workdir:
       return
     split = splits.Split(**{name: list(questions.get(name, ())) for name in splits.SPLITS})
 
-    def write() -> str:
-      digest = self._written_questions(split, rule)
-      path, config = self._root / "config.json", self._config.to_json(indent=2) + "\n"
-      if path.exists() and path.read_text() != config:
-        _set_aside(path)
-      storage.write_text(path, config)
-      return digest
+    def write() -> dict[str, Any]:
+      if self._lock:
+        self._lock.check_now()
+      if not self.resumes:  # first of all: with it there is something to resume
+        storage.write_text(self._root / "config.json", self._config_text)
+      hashes = {role: journal.model_hash(folder) for role, folder in (models or {}).items()}
+      return {"questions": self._checked_questions(split, rule), "models": hashes}
 
-    self._questions = processes.on_first(write)
+    self._identity = processes.on_first(write)
     self._begun = True
 
   def record_summaries(self, summaries: Mapping[str, Sequence[Summary]]) -> None:
@@ -139,19 +149,25 @@ class RunFiles:
     if not self.resumes:
       return like
     found = self._checkpoints.restore(like)
+    if found is None and self._checkpoints.damaged and not self._auto_resume:
+      raise ValueError(
+        f"no checkpoint of {self._root} is intact; the damaged ones are in broken/. --auto_resume starts "
+        f"the run over in this folder."
+      )
     if found is None:
       logging.warning("%s holds no complete checkpoint; starting from the first step.", self._root)
       self.evaluations = {}
+      self._adopt_changes()
       return like
     state, record = found
     step = int(state.step)
     run_record.check(record, self._record_of(step, {}, True), self.workdir, allow_change=self._allow_change)
+    self._adopt_changes()
     self.positions, self.owes_validation = record["positions"], not record["validated"]
     # Its own validation is made again if the checkpoint was written before it.
     last = step - self.owes_validation
     self.evaluations.pop("after", None)
     self.evaluations["validation"] = [each for each in self.evaluations.get("validation", []) if each["step"] <= last]
-    self._checkpoints.best = self._best_step()
     return state
 
   def record(self, name: str, result: dict[str, Any]) -> None:
@@ -186,16 +202,28 @@ class RunFiles:
     """
     if not self._checkpoints:
       return
-    self._checkpoints.check()
-    if self._lock:
-      self._lock.check()
+    checkpoints, lengths = self._checkpoints, dict[str, int]()
+
+    def ready() -> None:
+      checkpoints.check()
+      if self._lock:
+        self._lock.check()
+      if wanted:
+        checkpoints.wait()
+        lengths.update(positions())
+
     best = self._best_step()
-    due = self._checkpoints.due(step)
-    if due or now or best == step:
-      self._checkpoints.best = best
+    wanted = checkpoints.due(step) or now or best == step
+    processes.together(ready)
+    if wanted:
       start = time.perf_counter()
-      self._checkpoints.save(step, state, self._record_of(step, positions(), validated))
+      checkpoints.save(step, state, self._record_of(step, lengths, validated), best=best)
       self._blocked = time.perf_counter() - start
+
+  def newest(self) -> tuple[int, str]:
+    """Step and folder of the newest checkpoint before anything is restored, (0, "") where there is none."""
+    steps = steps_in(self._checkpoints.directory) if self._checkpoints else []
+    return (steps[-1], str(self._root / "checkpoints" / str(steps[-1]))) if steps else (0, "")
 
   @property
   def saved(self) -> str:
@@ -256,12 +284,13 @@ class RunFiles:
       self._lock.__enter__()
     except OSError as error:
       raise OSError(f"workdir {root} cannot be written: {str(error.strerror or error).rstrip('.')}.") from error
-    there = sorted(path.name for path in root.iterdir() if path.name != lock.NAME)
-    run = "config.json" in there
-    if run and (self._resume or self._auto_resume):
+    names = [path.name for path in root.iterdir()]
+    if "config.json" in names and (self._resume or self._auto_resume):
       self._check_config()
       path = root / "evaluation.json"
       return {"resumes": True, "evaluations": json.loads(path.read_text()) if path.exists() else {}}
+    # What a run may leave that was killed before it began.
+    there = [name for name in names if name not in _BEFORE and not (name.startswith(".") and name.endswith(".partial"))]
     if self._resume:
       raise ValueError(f"{root} holds no run to resume (no config.json); start without --resume.")
     if there:
@@ -290,7 +319,7 @@ class RunFiles:
       )
     logging.warning("%s goes on with another config: %s.", self._root, changes)
 
-  def _written_questions(self, split: splits.Split, rule: str) -> str:
+  def _checked_questions(self, split: splits.Split, rule: str) -> str:
     path, seed = self._root / "questions.json", self._config.data.split_seed
     try:
       return splits.write_ids(split, path, rule=rule, seed=seed)
@@ -298,11 +327,29 @@ class RunFiles:
       if not (self._allow_change and path.exists()):
         raise
       logging.warning("%s. Going on with the questions as they are now.", error)
-      _set_aside(path)
-      return splits.write_ids(split, path, rule=rule, seed=seed)
+      self._replaces_questions = lambda: splits.write_ids(split, path, rule=rule, seed=seed)
+      return splits.content_digest(split)
+
+  def _adopt_changes(self) -> None:
+    """Puts another config and other questions in the place of the run's, now that it is known to go on with them."""
+
+    def write() -> None:
+      path = self._root / "config.json"
+      if path.read_text() != self._config_text:
+        _set_aside(path)
+        storage.write_text(path, self._config_text)
+      if self._replaces_questions:
+        _set_aside(self._root / "questions.json")
+        self._replaces_questions()
+
+    processes.on_first(write)
+
+  @property
+  def _config_text(self) -> str:
+    return str(self._config.to_json(indent=2)) + "\n"
 
   def _record_of(self, step: int, positions: Mapping[str, int], validated: bool) -> dict[str, Any]:
-    return run_record.make(self._config, step=step, questions=self._questions, positions=positions, validated=validated)
+    return run_record.make(self._config, self._identity, step=step, positions=positions, validated=validated)
 
   def _best_step(self) -> int | None:
     return best_step(self.evaluations, self._config.checkpoint.best)

@@ -80,7 +80,7 @@ class Interruption:
         os._exit(128 + data[0])
       self._asked = True
       name = signal.Signals(data[0]).name
-      logging.warning("%s: the run stops after this step and saves its state; again to exit at once.", name)
+      logging.warning("%s: the run stops as soon as its state can be saved; again to exit at once.", name)
     os.close(pipe)
 
 

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from kepo_jax.rewards import WeightedRewards
-from kepo_jax.training import setup
+from kepo_jax.training import processes, setup
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.interruption import Interrupted, Interruption
 from kepo_jax.training.loop import NotFinite, train_step
@@ -70,7 +70,10 @@ def train(
   watchdog = Watchdog(config.log.stall_seconds, files.workdir)
   hooks = [*hooks, watchdog, *([Profiler()] if config.profile.steps else [])]
   with files, watchdog, contextlib.closing(CompileCounter()) as compiled, stopping(hooks):
-    run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks, interruption=interruption)
+    try:
+      run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks, interruption=interruption)
+    except Interrupted:
+      raise Interrupted(*files.newest()) from None
     with jax.set_mesh(run.mesh):
       return run_steps(run, files, compiled, given=records is not None)
 
@@ -88,16 +91,16 @@ def stopping(hooks: Sequence[Hook]) -> Iterator[None]:
 def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, given: bool) -> Result:
   """Everything after the preparations, from the first step, or the one after the checkpoint, to the export."""
   config = run.config
-  files.begin(run.questions, rule=setup.split_rule(config, given=given))
+  files.begin(run.questions, rule=setup.split_rule(config, given=given), models=run.folders)
   files.record_summaries(run.summaries)
   state = files.restored(run.state)
   start, steps = int(state.step), config.train.steps
   for hook in run.hooks:
     hook.start(run.plan(files.workdir, start, files.positions))
-  if start == 0:
-    evaluate_test(run, files, state, "before", start)
+  if config.eval.test and start == 0:
+    evaluate(run, files, state, "test", "before", start)
   if files.owes_validation:
-    files.record("validation", run.evaluate(state, "validation", "validation", start))
+    evaluate(run, files, state, "validation", "validation", start)
   for done in range(start, steps):
     try:
       state, report = train_step(run, state, done)
@@ -107,7 +110,8 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
       raise ValueError(f"{error}{f' The batch is in {folder}.' if folder else ''}") from None
     tell(run, report, compiled.figures() | files.timing())
     validate_and_save(run, files, state, report.step)
-  evaluate_test(run, files, state, "after", steps)
+  if config.eval.test:
+    evaluate(run, files, state, "test", "after", steps)
   files.export(lambda folder: run.export(state, folder))
   for hook in run.hooks:
     hook.finish()
@@ -115,22 +119,29 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
 
 
 def tell(run: setup.Run, report: StepReport, timing: dict[str, float]) -> None:
-  """Hands a step to the hooks, with what was measured around it."""
-  for hook in run.hooks:
-    hook.step(dataclasses.replace(report, timing=report.timing | timing))
-
-
-def evaluate_test(run: setup.Run, files: RunFiles, state: TrainState, name: str, step: int) -> None:
-  """The evaluation before or after training, if the config wants it.
+  """Hands a step to the hooks, with what was measured around it.
 
   Raises:
-    Interrupted: the run was asked to stop; it is made again on resume.
+    OSError: a hook could not write, here or in another process.
   """
-  if run.config.eval.test:
-    try:
-      files.record(name, run.evaluate(state, "test", name, step))
-    except Interrupted:
-      raise Interrupted(step, files.saved) from None
+
+  def work() -> None:
+    for hook in run.hooks:
+      hook.step(dataclasses.replace(report, timing=report.timing | timing))
+
+  processes.together(work)
+
+
+def evaluate(run: setup.Run, files: RunFiles, state: TrainState, split: str, name: str, step: int) -> None:
+  """An evaluation before the first of the steps that are left, or after the last one.
+
+  Raises:
+    Interrupted: the run was asked to stop; it is made on resume.
+  """
+  try:
+    files.record(name, run.evaluate(state, split, name, step))
+  except Interrupted:
+    raise Interrupted(step, files.saved) from None
 
 
 def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: int) -> None:

@@ -5,6 +5,7 @@ beat changes while we watch.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
@@ -22,7 +24,7 @@ from kepo_jax import storage
 NAME = "lock.json"
 _BEAT = 10.0  # seconds
 _SILENT = 3  # beats without a sign of life after which a holder elsewhere counts as dead
-_SETTLE = {False: 0.1, True: 2.0}  # seconds until a write of a rival would be seen: local, remote
+_SETTLE = 2.0  # seconds until a write of a rival would be seen, where nobody can be kept out meanwhile
 
 
 class WorkdirLock:
@@ -49,20 +51,19 @@ class WorkdirLock:
       ValueError: another process holds it; says which.
       OSError: the workdir cannot be written.
     """
-    held = self._read()
-    if held is not None:
-      self._check_dead(held)
-      logging.warning("%s is that of a process that has ended; taking it over.", self._path)
-    remote = storage.is_remote(self._path)
-    if held is not None or remote:
+    with self._alone() as alone:
+      held = self._read()
+      if held is not None:
+        self._check_dead(held)
+        logging.warning("%s is that of a process that has ended; taking it over.", self._path)
+      if held is None and not storage.is_remote(self._path):
+        self._create()
+      else:
+        self._write()
+    if not alone:
       # Whoever wrote last has it: read after everybody who saw the same state has written.
-      self._write()
-      time.sleep(_SETTLE[remote])
-    else:
-      self._create()
-    found = self._read()
-    if _token(found) != self._record["token"]:
-      raise ValueError(f"{self._path.parent}: {_who(found)} took it at the same moment; one run per workdir.")
+      time.sleep(_SETTLE)
+    self.check_now()
     self._thread.start()
     return self
 
@@ -82,6 +83,32 @@ class WorkdirLock:
     """
     if self._lost:
       raise ValueError(self._lost)
+
+  def check_now(self) -> None:
+    """`check`, looking at the lock itself.
+
+    Raises:
+      ValueError: another process has taken it.
+    """
+    found = self._read()
+    if _token(found) != self._record["token"]:
+      raise ValueError(f"{self._path.parent}: {_who(found)} took it at the same moment; one run per workdir.")
+
+  @contextlib.contextmanager
+  def _alone(self) -> Iterator[bool]:
+    """Keeps others on this machine from looking at the lock until it is written; false where storage cannot do that.
+
+    The system lets go of it when a process dies, so that nothing is left behind.
+    """
+    with contextlib.ExitStack() as stack:
+      alone = False
+      if not storage.is_remote(self._path):
+        descriptor = os.open(self._path.parent, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        with contextlib.suppress(OSError):  # some network file systems
+          fcntl.flock(descriptor, fcntl.LOCK_EX)
+          alone = True
+      yield alone
 
   def _create(self) -> None:
     try:

@@ -6,6 +6,7 @@ A checkpoint without a manifest does not count: it was committed and the process
 import concurrent.futures
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -25,26 +26,31 @@ def write(folder: epath.PathLike) -> None:
   storage.write_text(epath.Path(folder) / NAME, json.dumps({"files": _described(epath.Path(folder))}, indent=1) + "\n")
 
 
+def is_complete(folder: epath.PathLike) -> bool:
+  """Whether a checkpoint has its manifest."""
+  return bool((epath.Path(folder) / NAME).exists())
+
+
 def faults(folder: epath.PathLike) -> list[str]:
-  """What is wrong with a checkpoint, in words, by file; empty where it is as it was written."""
+  """What is wrong with a complete checkpoint, in words, by file; empty where it is as it was written.
+
+  Raises:
+    OSError: a file is there and cannot be read: the way there may be at fault, and the checkpoint intact.
+  """
   folder = epath.Path(folder)
+  with storage.reaching(folder):
+    data = (folder / NAME).read_bytes()
+    found = _described(folder)
   try:
-    written = json.loads((folder / NAME).read_text())["files"]
-  except FileNotFoundError:
-    return [f"{NAME} is missing: it was never completed"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    written = json.loads(data)["files"]
+    if not all(entry.keys() == {"bytes", "sha256"} for entry in written.values()):
+      raise ValueError("an entry without size or checksum")
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     return [f"{NAME} cannot be read ({error})"]
-  try:
-    with storage.reaching(folder):
-      found = _described(folder)
-  except OSError as error:
-    if storage.is_remote(folder):
-      raise  # the way there may be at fault, and what is intact must not be set aside
-    return [f"it cannot be read ({error})"]
   return [said for name, entry in sorted(written.items()) if (said := _fault(name, entry, found.get(name)))]
 
 
-def _fault(name: str, written: dict[str, Any], found: dict[str, Any] | None) -> str:
+def _fault(name: str, written: Mapping[str, Any], found: Mapping[str, Any] | None) -> str:
   if found is None:
     return f"{name} is missing"
   if found["bytes"] != written["bytes"]:

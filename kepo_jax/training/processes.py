@@ -25,19 +25,35 @@ def on_first(work: Callable[[], Any]) -> Any:
   """
   if jax.process_count() == 1:
     return work()
-  outcome: dict[str, Any] = {}
-  failure: ValueError | OSError | None = None
-  if is_first():
-    try:
+  outcome: dict[str, Any] = {"error": "it failed; its log says why."}
+  try:
+    if is_first():
       outcome = {"value": work()}
-    except (ValueError, OSError) as error:
-      outcome, failure = {"error": str(error)}, error
-  outcome = json.loads(_broadcast(json.dumps(outcome)))
-  if failure:
-    raise failure
+  except (ValueError, OSError) as error:
+    outcome = {"error": str(error)}
+    raise
+  finally:  # whatever happened, none may wait for the others
+    outcome = json.loads(_broadcast(json.dumps(outcome)))
   if "error" in outcome:
     raise ValueError(f"the first process: {outcome['error']}")
   return outcome["value"]
+
+
+def together(work: Callable[[], None]) -> None:
+  """Does `work` on every process; where it fails on one, it ends on all.
+
+  Raises:
+    ValueError: `work` raised it here.
+    OSError: `work` raised it here, or it failed on another process.
+  """
+  done = False
+  try:
+    work()
+    done = True
+  finally:
+    (failed,) = any_process(not done)
+  if failed:
+    raise OSError("another process of this run has failed; its log says why.")
 
 
 def any_process(*flags: bool) -> tuple[bool, ...]:

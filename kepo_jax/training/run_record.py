@@ -13,13 +13,15 @@ from absl import logging
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "kepo_jax")
 
 
-def make(config: Any, *, step: int, questions: str, positions: Mapping[str, int], validated: bool) -> dict[str, Any]:
+def make(
+  config: Any, identity: Mapping[str, Any], *, step: int, positions: Mapping[str, int], validated: bool
+) -> dict[str, Any]:
   """The record of a checkpoint, JSON-able.
 
   Args:
     config: of the run.
+    identity: "questions": SHA-256 over everything that they are; "models": role -> hash of the checkpoint.
     step: updates done; the position in the data, which are ordered by the seed.
-    questions: SHA-256 over everything that the questions are.
     positions: bytes of the files that the hooks write.
     validated: whether the validation of this step, where it has one, is done.
   """
@@ -29,7 +31,7 @@ def make(config: Any, *, step: int, questions: str, positions: Mapping[str, int]
     "positions": dict(positions),
     "validated": validated,
     "random": _random_identity(config.seed),
-    "questions": questions,
+    **identity,
     "config": json.loads(as_json),
     "config_sha256": hashlib.sha256(as_json.encode()).hexdigest(),
     "made_of": {
@@ -52,9 +54,10 @@ def check(before: Mapping[str, Any], now: Mapping[str, Any], run: str, *, allow_
     allow_change: whether what differs is wanted.
 
   Raises:
-    ValueError: random numbers or questions are not those of the run.
+    ValueError: random numbers, questions or models are not those of the run.
   """
-  for name, what in (("random", "random numbers"), ("questions", "questions")):  # the config is that of config.json
+  # The config is compared where it is stored for people to read, in config.json.
+  for name, what in (("random", "random numbers"), ("questions", "questions"), ("models", "models")):
     if before[name] != now[name] and not allow_change:
       raise ValueError(
         f"the checkpoint of {run} was made with other {what} ({before[name]}) than this process has ({now[name]}); "

@@ -37,6 +37,7 @@ class Run:
   scorer: Scorer
   hooks: Sequence[Hook]
   interruption: Interruption
+  folders: Mapping[str, pathlib.Path]  # role -> checkpoint
   models: Mapping[str, programs.Model]  # role ("student", "teacher", "reference") -> model
   schedule: optax.Schedule
   state: TrainState  # before the first update
@@ -192,7 +193,8 @@ def prepare(
     held_rows=functools.partial(sharding.held_rows, mesh),
   )
   questions, summaries = usable_questions(config, processor, records, hooks)
-  models = load_models(config, mesh, processor, hooks)
+  folders = model_folders(config, processor, hooks)
+  models = load_models(config, mesh, folders, hooks, interruption)
   with jax.set_mesh(mesh):
     state, compiled = assembly.build_programs(config, processor, models)
   interruption.check()
@@ -205,6 +207,7 @@ def prepare(
     scorer=scorer,
     hooks=hooks,
     interruption=interruption,
+    folders=folders,
     models=models,
     schedule=assembly.schedule(config),
     state=state,
@@ -279,27 +282,40 @@ def model_folder(config: Any, role: str, hooks: Sequence[Hook]) -> pathlib.Path:
   )
 
 
-def load_models(
-  config: Any, mesh: jax.sharding.Mesh, processor: pipeline.Processor, hooks: Sequence[Hook]
-) -> dict[str, programs.Model]:
-  """The checkpoints that this config uses, by role; student in float32, the others frozen.
+def model_folders(config: Any, processor: pipeline.Processor, hooks: Sequence[Hook]) -> dict[str, pathlib.Path]:
+  """Local folders of the checkpoints that this config uses, by role.
 
   Raises:
-    ValueError: a teacher with another vocabulary, image geometry or token ids than the student.
+    ValueError: there is none, or a teacher with another vocabulary, image geometry or token ids than the student.
   """
-  resolved = {"student": model_folder(config, "student", hooks)}
+  folders = {"student": model_folder(config, "student", hooks)}
   if checks.needs_teacher(config):
-    resolved["teacher"] = model_folder(config, "teacher", hooks)
+    folders["teacher"] = model_folder(config, "teacher", hooks)
+    checks.check_teacher(config, processor, folders["teacher"])
   if config.objective.reference_weight:
-    resolved["reference"] = resolved["student"]
-  if "teacher" in resolved:
-    checks.check_teacher(config, processor, resolved["teacher"])
-  models = {}
-  for role, folder in resolved.items():
-    dtype = jnp.float32 if role == "student" else jnp.dtype(config.model.teacher_dtype)
+    folders["reference"] = folders["student"]
+  return folders
 
+
+def load_models(
+  config: Any,
+  mesh: jax.sharding.Mesh,
+  folders: Mapping[str, pathlib.Path],
+  hooks: Sequence[Hook],
+  interruption: Interruption,
+) -> dict[str, programs.Model]:
+  """The models of a run by role; the student in float32, the others frozen.
+
+  Raises:
+    ValueError: a folder does not hold the weights that its config describes.
+    Interrupted: the run was asked to stop; looked at after each model.
+  """
+  models = {}
+  for role, folder in folders.items():
+    dtype = jnp.float32 if role == "student" else jnp.dtype(config.model.teacher_dtype)
     progress = functools.partial(show_progress, hooks, f"loading {role}")
     models[role] = programs.Model(*conversion.load_pretrained(folder, dtype, mesh, progress=progress))
+    interruption.check()
   return models
 
 

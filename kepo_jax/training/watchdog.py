@@ -5,6 +5,7 @@ import threading
 import traceback
 from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
 
@@ -63,20 +64,25 @@ class Watchdog(Hook):
 
   def _watch(self) -> None:
     limit = self._seconds
-    with self._heard:
-      while not self._closed:
-        if self._heard.wait(limit):
-          limit = self._seconds
-        else:
-          self._warn(limit)
-          limit *= 2
+    while True:
+      with self._heard:
+        heard = self._closed or self._heard.wait(limit)
+        if self._closed:
+          return
+        what, number = self._what, self._beats
+      if heard:
+        limit = self._seconds
+      else:
+        self._warn(limit, what, number)  # not under the lock: storage may be what does not answer
+        limit *= 2
 
-  def _warn(self, silence: float) -> None:
+  def _warn(self, silence: float, what: str, number: int) -> None:
     stacks = stack_traces()
     where = "below"
     if self._workdir:
       folder = epath.Path(self._workdir) / "stalls"
-      path = folder / f"after-{self._what.replace(' ', '-')}-{self._beats}.txt"
+      host = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
+      path = folder / f"after-{what.replace(' ', '-')}-{number}{host}.txt"
       try:
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_text(path, stacks)
@@ -87,7 +93,7 @@ class Watchdog(Hook):
       "nothing has been completed for %.0f s since %s: a collective that waits for another host, storage that does "
       "not answer, or a compilation longer than log.stall_seconds. The stacks of all threads are %s.%s",
       silence,
-      self._what,
+      what,
       where,
       "\n" + stacks if where == "below" else "",
     )

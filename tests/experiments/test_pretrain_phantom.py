@@ -31,7 +31,8 @@ def test_progress_returns_as_it_was(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_is_trained_written_and_continued(tmp_path):
+def test_a_model_is_trained_written_and_continued(program, tmp_path):
+  pretrain_phantom = program("experiments.pretrain_phantom")  # with its flags, whatever ran in this process before
   recipe = dataclasses.replace(RECIPES["student_words"], phases=(Phase(2, 500, batch=4, group=2),), sight=4)
   config, params, seconds = pretrain_phantom.train("first", recipe, tmp_path)
   pretrain_phantom.write_model("first", recipe, config, params, seconds, tmp_path)

@@ -43,9 +43,12 @@ def test_a_file_that_is_cut_back_continues_as_if_nothing_had_been_interrupted(tm
 
 def test_a_file_that_lost_its_end_is_told(tmp_path, caplog, monkeypatch):
   monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-  sinks.JsonLines(tmp_path / "metrics.jsonl", position=50).close()
-  assert "has 12 of the 50 bytes that it had: its history has a gap" in caplog.text
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "x"')
+  file = sinks.JsonLines(tmp_path / "metrics.jsonl", position=50)
+  file.write(3, {})
+  file.close()
+  assert [record["step"] for record in sinks.read_records(tmp_path / "metrics.jsonl")] == [1, 3]
+  assert "has 27 of the 50 bytes that it had: its history has a gap" in caplog.text
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):

@@ -47,7 +47,10 @@ def say(word):
 
 
 class Phases(Hook):
-  """Says which evaluation is under way."""
+  """Says from which step the run goes on, and which evaluation is under way."""
+
+  def start(self, plan):
+    say(f"start {plan.start_step}")
 
   def step(self, report):
     say(f"step {report.step}")
@@ -103,11 +106,19 @@ def finish(workdir, log):
   return said[-1]
 
 
+def complete(workdir):
+  """Step of the newest checkpoint with a manifest, 0 without one."""
+  folder = workdir / "checkpoints"
+  return max((step for step in checkpoints.steps_in(folder) if manifest.is_complete(folder / str(step))), default=0)
+
+
 def killed(workdir, log, phase, occurrence, delay):
   """Runs until an occurrence of a phase and kills it there; (last step told, None), or (.., state) if it ended."""
-  seen, step = 0, 0
+  seen, step, newest = 0, 0, complete(workdir)
   with start(workdir, log) as process:
     for word in words_of(process):
+      if word.startswith("start ") and word != f"start {newest}":
+        raise RuntimeError(f"{workdir} went on after {word} instead of {newest}: its checkpoint was not used")
       if word.startswith("step "):
         step = int(word.split()[1])
       if word.startswith("state "):
@@ -143,11 +154,11 @@ def main(kills, seed, folder, phases=PHASES):
         phase = phases[done % len(phases)]
         delay = choose.uniform(0, 0.05 if phase in ("saving", "checksums", "export") else 0.2)
         occurrence = choose.randint(1, 2) if phase in PHASES[:6] else 1  # later ones come once in a run
-        before = checkpoints.steps_in(workdir / "checkpoints")[-1:]
+        before = complete(workdir)
         step, state = killed(workdir, log, phase, occurrence, delay)
         if state is None:
           done += 1
-          lines.append((done, runs, phase, before[0] if before else 0, step))
+          lines.append((done, runs, phase, before, step))
       if state is not None:
         different += [(runs, name) for name in differences(workdir, folder / "whole", state, whole_state)]
         runs += 1

@@ -10,6 +10,7 @@ import numpy as np
 from experiments.configs import kepo
 from kepo_jax import sharding, training
 from kepo_jax.reporting import RunReporter
+from kepo_jax.types import Hook
 from tests.training.runs import shrunk
 
 
@@ -19,10 +20,17 @@ def config(devices):
   return shrunk(kepo.get_config(), **sizes)
 
 
+class Start(Hook):
+  """Says from which step the run goes on."""
+
+  def start(self, plan):
+    print(f"start {plan.start_step}", flush=True)
+
+
 def main(workdir, coordinator, count, number):
   """Joins, trains, and tells the hash of the state and what it evaluated to."""
   jax.distributed.initialize(coordinator, int(count), int(number))
-  settings = {"workdir": pathlib.Path(workdir), "hooks": [RunReporter()], "auto_resume": True}
+  settings = {"workdir": pathlib.Path(workdir), "hooks": [RunReporter(), Start()], "auto_resume": True}
   with training.Interruption() as interruption:
     try:
       result = training.train(config(jax.device_count()), interruption=interruption, **settings)

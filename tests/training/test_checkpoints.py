@@ -80,8 +80,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
   mesh = sharding.make_mesh(data=8)
   checkpoints = opened(tmp_path, keep=2)
   for step in range(1, 7):
-    checkpoints.best = 2 if step >= 2 else None
-    checkpoints.save(step, state(mesh, step), {})
+    checkpoints.save(step, state(mesh, step), {}, best=2 if step >= 2 else None)
   checkpoints.close()
   assert steps_in(tmp_path / "checkpoints") == [2, 5, 6]
   assert not manifest.faults(tmp_path / "checkpoints" / "2")
@@ -102,7 +101,8 @@ def test_the_old_one_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
 
 
 def largest(folder):
-  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+  files = (path for path in folder.rglob("*") if path.is_file() and path.name != manifest.NAME)
+  return max(files, key=lambda path: path.stat().st_size)
 
 
 def flip(folder):
@@ -119,9 +119,9 @@ def flip(folder):
     lambda folder: os.truncate(largest(folder), 10),
     lambda folder: largest(folder).unlink(),
     lambda folder: (folder / "_CHECKPOINT_METADATA").unlink(),
-    lambda folder: (folder / manifest.NAME).unlink(),
+    lambda folder: (folder / manifest.NAME).write_text("{"),
   ],
-  ids=["flipped", "truncated", "missing", "without metadata", "without manifest"],
+  ids=["flipped", "truncated", "missing", "without metadata", "broken manifest"],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, damage, caplog, monkeypatch):
   monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
@@ -136,6 +136,26 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, 
   damage(tmp_path / "checkpoints" / "4")
   assert restored(tmp_path)[1] == {"step": 2}
   assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["4", "4-1"]
+
+
+def test_what_was_never_completed_is_removed(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  saved(tmp_path, [2, 4])
+  (tmp_path / "checkpoints" / "4" / manifest.NAME).unlink()
+  assert restored(tmp_path)[1] == {"step": 2}
+  assert "the checkpoint of step 4 was never completed" in caplog.text
+  assert steps_in(tmp_path / "checkpoints") == [2] and not (tmp_path / "broken").exists()
+
+
+def test_the_best_of_before_stays_until_that_of_now_is_complete(tmp_path, monkeypatch):
+  mesh = sharding.make_mesh(data=8)
+  checkpoints = opened(tmp_path, keep=1)
+  checkpoints.save(1, state(mesh, 1), {}, best=1)
+  checkpoints.save(2, state(mesh, 2), {}, best=1)
+  checkpoints.save(3, state(mesh, 3), {}, best=3)  # 2 may be being finished
+  checkpoints.wait()
+  assert steps_in(tmp_path / "checkpoints") == [3]
+  checkpoints.close()
 
 
 def test_all_damaged_is_none(tmp_path):

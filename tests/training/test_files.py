@@ -58,14 +58,17 @@ def test_resume_needs_a_run(tmp_path):
     pass
 
 
-def test_resume_refuses_another_config_by_field(tmp_path):
+def test_resume_refuses_another_config_by_field(tmp_path, state):
   begun(tmp_path)
   message = r"optimizer.learning_rate: 0.001 -> 0.002.*--allow_config_change"
   with pytest.raises(ValueError, match=message), RunFiles(tmp_path / "run", config(0.002), resume=True):
     pass
-  with RunFiles(tmp_path / "run", config(0.002), resume=True, allow_config_change=True) as files:
-    files.begin({}, rule="none")
   root = tmp_path / "run"
+  with RunFiles(root, config(0.002), resume=True, allow_config_change=True) as files:
+    files.begin({}, rule="none")
+    # Not before it is known that the run goes on with it.
+    assert json.loads((root / "config.json").read_text())["optimizer"]["learning_rate"] == 0.001
+    files.restored(state)
   assert json.loads((root / "config.json").read_text())["optimizer"]["learning_rate"] == 0.002
   assert json.loads((root / "config-before-1.json").read_text())["optimizer"]["learning_rate"] == 0.001
 
@@ -79,6 +82,66 @@ def test_the_same_command_again_starts_or_continues(tmp_path):
   (tmp_path / "other" / "thesis.tex").write_text("")
   with pytest.raises(ValueError, match="not empty"), RunFiles(tmp_path / "other", config(), auto_resume=True):
     pass
+
+
+@pytest.mark.parametrize("resume", [{}, {"auto_resume": True}])
+def test_what_a_run_leaves_that_was_killed_before_it_began_is_no_run(tmp_path, resume):
+  root = tmp_path / "run"
+  (root / "stalls").mkdir(parents=True)
+  (root / "stalls" / "after-the-start-0.txt").write_text("thread MainThread")
+  for name in (".lock.json.77.partial", ".config.json.77.partial"):
+    (root / name).write_text("{")
+  with RunFiles(root, config(), **resume) as files:
+    files.begin({}, rule="none")
+  assert (root / "config.json").exists()
+
+
+def test_the_config_is_there_first(tmp_path, monkeypatch):
+  """A run that is killed while it begins can be resumed."""
+
+  def killed(*_, **__):
+    raise OSError("killed")
+
+  monkeypatch.setattr("kepo_jax.data.splits.write_ids", killed)
+  with pytest.raises(OSError, match="killed"), RunFiles(tmp_path / "run", config()) as files:
+    files.begin({}, rule="none")
+  monkeypatch.undo()
+  with RunFiles(tmp_path / "run", config(), auto_resume=True) as files:
+    assert files.resumes
+    files.begin({}, rule="none")
+  assert (tmp_path / "run" / "questions.json").exists()
+
+
+def damaged_run(tmp_path, state):
+  saved_run(tmp_path, state)
+  path = tmp_path / "run" / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_run_without_an_intact_checkpoint_starts_over_only_where_that_is_asked_for(tmp_path, state):
+  damaged_run(tmp_path, state)
+  for _ in range(2):  # what was refused once is refused again
+    with RunFiles(tmp_path / "run", config(), resume=True) as files:
+      files.begin({"train": [question("a")]}, rule="none")
+      with pytest.raises(ValueError, match="no checkpoint of .* is intact; the damaged ones are in broken/"):
+        files.restored(state)
+  with RunFiles(tmp_path / "run", config(), auto_resume=True) as files:
+    files.begin({"train": [question("a")]}, rule="none")
+    assert files.restored(state) is state
+
+
+def test_another_teacher_under_the_same_name_is_refused(tmp_path, state):
+  folder = tmp_path / "teacher"
+  folder.mkdir()
+  (folder / "config.json").write_text("1")
+  with RunFiles(tmp_path / "run", config()) as files:
+    files.begin({}, rule="none", models={"teacher": folder})
+    files.save(2, moved(state, 2), now=True)
+  (folder / "config.json").write_text("2")
+  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+    files.begin({}, rule="none", models={"teacher": folder})
+    with pytest.raises(ValueError, match="was made with other models"):
+      files.restored(state)
 
 
 def test_a_run_that_dies_before_it_begins_leaves_no_folder(tmp_path):
@@ -273,6 +336,7 @@ def test_changed_questions_are_taken_only_where_that_is_allowed(tmp_path, state,
       files.begin(other, rule="none")
   with RunFiles(tmp_path / "run", config(), resume=True, allow_config_change=True) as files:
     files.begin(other, rule="none")
+    assert not (tmp_path / "run" / "questions-before-1.json").exists()
     assert int(files.restored(state).step) == 2
   assert "Going on with the questions as they are now" in caplog.text
   assert (tmp_path / "run" / "questions-before-1.json").exists()

@@ -40,7 +40,7 @@ def test_the_first_signal_asks(number):
   process.send_signal(number)
   out, said = process.communicate(timeout=60)
   assert out == "asked\nafter\n" and process.returncode == 0
-  assert f"{number.name}: the run stops after this step and saves its state" in said
+  assert f"{number.name}: the run stops as soon as its state can be saved" in said
 
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])

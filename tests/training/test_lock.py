@@ -127,7 +127,19 @@ def test_storage_that_answers_again_is_no_reason_to_stop(tmp_path, monkeypatch):
     held.check()
 
 
-def test_two_that_start_at_once_do_not_both_get_it(tmp_path):
+@pytest.mark.parametrize("left", [False, True], ids=["nothing there", "a dead holder"])
+def test_of_several_that_start_at_once_one_gets_it(tmp_path, monkeypatch, left):
+  if left:
+    with WorkdirLock(tmp_path):
+      record = json.loads((tmp_path / lock.NAME).read_text())
+    (tmp_path / lock.NAME).write_text(json.dumps(record | {"token": "other", "started": "1"}))
+  look = WorkdirLock._check_dead
+
+  def slowly(self, held):
+    look(self, held)
+    time.sleep(0.3)  # between the look and the write
+
+  monkeypatch.setattr(WorkdirLock, "_check_dead", slowly)
   got, refused = [], []
   gate, done = threading.Barrier(4), threading.Barrier(4)
 

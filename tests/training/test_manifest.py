@@ -42,15 +42,43 @@ def flip(path):
     (lambda root: flip(root / "state" / "d" / "a"), "state/d/a has other bytes"),
     (lambda root: (root / "state" / "d" / "a").write_bytes(b"x" * 10), "state/d/a has 10 of 5120 bytes"),
     (lambda root: (root / "state" / "b").unlink(), "state/b is missing"),
-    (lambda root: (root / manifest.NAME).unlink(), "never completed"),
     (lambda root: (root / manifest.NAME).write_text('{"files": '), "cannot be read"),
     (lambda root: (root / manifest.NAME).write_text("[]"), "cannot be read"),
+    (lambda root: (root / manifest.NAME).write_text('{"files": []}'), "cannot be read"),
+    (lambda root: (root / manifest.NAME).write_text('{"files": {"a": 1}}'), "cannot be read"),
   ],
 )
 def test_damage_is_named(folder, damage, said):
   damage(folder)
   (fault,) = manifest.faults(folder)
   assert said in fault
+
+
+def test_every_flipped_bit_of_the_manifest_is_damage_or_changes_nothing(folder):
+  data = (folder / manifest.NAME).read_bytes()
+  for position in range(len(data)):
+    for bit in range(8):
+      flipped = bytearray(data)
+      flipped[position] ^= 1 << bit
+      (folder / manifest.NAME).write_bytes(flipped)
+      try:
+        same = json.loads(flipped) == json.loads(data)
+      except ValueError:
+        same = False
+      assert same or manifest.faults(folder), (position, bit)
+
+
+def test_what_is_there_and_cannot_be_read_is_no_damage(folder, monkeypatch):
+  assert manifest.is_complete(folder)
+
+  def too_many(path):
+    raise OSError(24, "Too many open files")
+
+  monkeypatch.setattr(manifest, "_digest", too_many)
+  with pytest.raises(OSError, match="Too many open files"):
+    manifest.faults(folder)
+  (folder / manifest.NAME).unlink()
+  assert not manifest.is_complete(folder)
 
 
 def test_the_manifest_appears_as_a_whole(folder, monkeypatch):

@@ -21,7 +21,7 @@ def small(path, *arguments, **changes):
   config = module.get_config(*arguments)
   # What the paper's sizes would make of drawn pictures: other buckets, the phantom's wordings and its lengths.
   config.data.resize, config.data.templates = "native", "brief"
-  config.data.prompt_buckets, config.data.patch_buckets = (56,), (64,)
+  config.data.prompt_buckets, config.data.patch_buckets = (72,), (64,)  # room for the longest hint that may be
   config.sampling.max_new_tokens = config.eval.max_new_tokens = config.exploration.hint_tokens = 24
   config.train.steps, config.eval.every, config.eval.test = 2, 0, False
   config.log.gradients_every = 2

@@ -54,15 +54,15 @@ def assert_the_same(workdir, result, whole):
 class Signal(training.Interruption, Hook):
   """Asks the run to stop once something has happened; asked again, it does not."""
 
-  def __init__(self, *, step=None, evaluation=None, after=0):
+  def __init__(self, *, step=None, evaluation=None, loading=False):
     super().__init__()
-    self._step, self._evaluation, self._after = step, evaluation, after
+    self._step, self._evaluation, self._loading = step, evaluation, loading
 
   def step(self, report):
     self._asked |= report.step == self._step
 
   def progress(self, what, done, total):
-    self._asked |= what == f"evaluation {self._evaluation}" and done > self._after
+    self._asked |= what == f"evaluation {self._evaluation}" or (self._loading and what.startswith("loading"))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,18 @@ def test_before_the_first_step_there_is_nothing_to_save(whole, questions, tmp_pa
   with pytest.raises(training.Interrupted, match="after step 0; nothing was saved"):
     train(tmp_path / "run", questions, hooks=[signal], interruption=signal)
   result = train(tmp_path / "run", questions, auto_resume=True)
+  assert_the_same(tmp_path / "run", result, whole)
+
+
+def test_a_signal_before_the_run_goes_on_says_where_it_stands(whole, questions, tmp_path):
+  config = small(checkpoint__every=0)
+  signal = Signal(evaluation="validation")
+  with pytest.raises(training.Interrupted):
+    train(tmp_path / "run", questions, config, hooks=[signal], interruption=signal)
+  for again in (Signal(evaluation="validation"), Signal(loading=True)):
+    with pytest.raises(training.Interrupted, match="after step 2; its state is in .*checkpoints/2"):
+      train(tmp_path / "run", questions, config, hooks=[again], interruption=again, resume=True)
+  result = train(tmp_path / "run", questions, config, resume=True)
   assert_the_same(tmp_path / "run", result, whole)
 
 

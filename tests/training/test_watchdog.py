@@ -48,7 +48,7 @@ def test_beats_keep_it_quiet_and_a_stall_is_told_less_and_less_often(caplog, mon
   monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
   warned = []
   with Watchdog(0.2) as watchdog:
-    monkeypatch.setattr(watchdog, "_warn", warned.append)
+    monkeypatch.setattr(watchdog, "_warn", lambda silence, *_: warned.append(silence))
     for _ in range(40):
       time.sleep(0.02)
       watchdog.progress("loading", 1, 2)
