@@ -79,9 +79,7 @@ def chosen_step(workdir: epath.Path, config: dict[str, Any], wanted: str) -> int
   return int(wanted)
 
 
-def export(
-  workdir: epath.Path, step: int, source: str, output: epath.Path, declared: Mapping[str, str]
-) -> None:
+def export(workdir: epath.Path, step: int, source: str, output: epath.Path, declared: Mapping[str, str]) -> None:
   """Writes the student of a checkpoint, its weights spread over all devices meanwhile.
 
   Args:

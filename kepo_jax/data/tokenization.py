@@ -88,7 +88,7 @@ def declarations(data: Mapping[str, Any]) -> dict[str, str]:
   try:
     return {"kepo_templates": data["templates"], "kepo_resize": data["resize"]}
   except KeyError as error:
-    raise ValueError(f"the run's config has no data.{error.args[0]}; a model must say what it was trained with") from None
+    raise ValueError(f"the run's config has no data.{error.args[0]}; an export must name it") from None
 
 
 def _declared(directory: pathlib.Path, name: str) -> str | None:
