@@ -18,18 +18,20 @@ folder names (kepo_resize in tokenizer_config.json, which a run writes with its 
 With --output, about.json says what is asked of whom, outputs.jsonl gets every completion as it comes, and
 evaluation.json the figures; --resume continues where an interrupted evaluation stopped, to the same bytes: model,
 questions, images, settings, --batch and devices must be the same. `python -m experiments.compare_medvqa A B` compares
-two such folders.
+two such folders. A folder is locked by the evaluation that runs in it.
 """
 
+import contextlib
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from etils import epath
 from rich.console import Console
 
 from experiments import environment
@@ -40,7 +42,7 @@ from kepo_jax.data.tfds import folders
 from kepo_jax.evaluation import journal
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting import progress, tables
-from kepo_jax.training import programs, question_checks
+from kepo_jax.training import lock, programs, question_checks
 from kepo_jax.types import Example, Prompts, Rollouts
 
 DATA = grpo.get_config().data  # how training cuts its data, unless flags say otherwise
@@ -279,9 +281,58 @@ def show(console: Console, result: dict[str, Any]) -> None:
   console.print(f"format {100 * result['format']:.1f} %, {result['completion_length']:.1f} tokens on average")
 
 
+@contextlib.contextmanager
+def locked(output: str) -> Iterator[Callable[[], None]]:
+  """Holds --output against other evaluations meanwhile: two that append to one file would mix their lines.
+
+  Args:
+    output: the folder, which is made; or "".
+
+  Yields:
+    what makes sure that the folder is still ours, and raises ValueError if not.
+
+  Raises:
+    ValueError: another evaluation runs in it, or there is no such bucket.
+    OSError: it cannot be written.
+  """
+  if not output:
+    yield lambda: None
+    return
+  folder = epath.Path(output)
+  storage.check_bucket(folder)
+  made = not folder.exists()
+  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    held = lock.WorkdirLock(folder)
+    try:
+      held.__enter__()
+    except ValueError as error:
+      # It speaks of the workdirs of runs.
+      said = str(error).replace("--workdir", "--output").replace("run per workdir", "evaluation per folder")
+      raise ValueError(said) from None
+    try:
+      yield held.check
+    finally:
+      held.__exit__()
+  finally:
+    if made and not storage.is_remote(folder):
+      with contextlib.suppress(OSError):  # an evaluation that was refused leaves nothing
+        pathlib.Path(folder).rmdir()
+
+
 def main(_: list[str]) -> None:
-  """Loads, asks, counts, prints and writes."""
+  """Evaluates, with --output to itself."""
   environment.prepare()
+  with locked(_OUTPUT.value) as check_lock:
+    run(check_lock)
+
+
+def run(check_lock: Callable[[], None]) -> None:
+  """Loads, asks, counts, prints and writes.
+
+  Args:
+    check_lock: called before each write of an answer; raises ValueError if another process has taken the folder.
+  """
   console = Console()
   if not console.is_terminal:
     console = Console(width=max(console.width, 120))  # a file or pipe has no width that a table should be cut to
@@ -339,6 +390,11 @@ def main(_: list[str]) -> None:
   )
   if record.resumed:
     console.print(record.resumed, highlight=False)
+
+  def write(output: dict[str, Any]) -> None:
+    check_lock()
+    record.write(output)
+
   start = time.perf_counter()
   with record, jax.set_mesh(mesh):
     if record.complete:
@@ -354,7 +410,7 @@ def main(_: list[str]) -> None:
         control=_CONTROL.value,
         earlier=record.earlier,
         progress=lambda done, total: display.progress("evaluation", done, total),
-        on_output=record.write,
+        on_output=write,
       )
   display.close()
   show(console, result)

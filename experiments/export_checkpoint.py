@@ -10,7 +10,7 @@ started from, which must still be where the run's config.json says; give this co
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from etils import epath
 
 from experiments import environment
 from kepo_jax import sharding, storage
+from kepo_jax.data import tokenization
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.training import checkpoints, files, manifest
@@ -78,7 +79,7 @@ def chosen_step(workdir: epath.Path, config: dict[str, Any], wanted: str) -> int
   return int(wanted)
 
 
-def export(workdir: epath.Path, step: int, source: str, output: epath.Path) -> None:
+def export(workdir: epath.Path, step: int, source: str, output: epath.Path, declared: Mapping[str, str]) -> None:
   """Writes the student of a checkpoint, its weights spread over all devices meanwhile.
 
   Args:
@@ -86,6 +87,7 @@ def export(workdir: epath.Path, step: int, source: str, output: epath.Path) -> N
     step: of the checkpoint.
     source: student that the run started from.
     output: folder to write.
+    declared: what its tokenizer_config.json says of how the student was trained, as in the run's own export.
 
   Raises:
     ValueError: the checkpoint is damaged, or the student is not there or another one.
@@ -99,7 +101,7 @@ def export(workdir: epath.Path, step: int, source: str, output: epath.Path) -> N
   like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
   params = checkpoints.restored_params(workdir / "checkpoints" / str(step), like)
   with storage.written_locally(output, last="config.json") as folder:
-    conversion.save_pretrained(folder, config, params, source=source)
+    conversion.save_pretrained(folder, config, params, source=source, declared=declared)
 
 
 def main(_: Sequence[str]) -> None:
@@ -112,7 +114,7 @@ def main(_: Sequence[str]) -> None:
     raise ValueError(f"--workdir={workdir} holds no run (no config.json).")
   config = read_json(workdir / "config.json")
   step = chosen_step(workdir, config, _STEP.value)
-  export(workdir, step, config["model"]["student"], output)
+  export(workdir, step, config["model"]["student"], output, tokenization.declarations(config["data"]))
   print(f"wrote the student of step {step} to {output}")
 
 

@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 
 from kepo_jax import storage
-from kepo_jax.data import formats, id_files, published
+from kepo_jax.data import formats, id_files, published, same_images
 from kepo_jax.data.dealing import SPLITS, Split, in_order, limited, split_by_modality
 from kepo_jax.data.phantom import build
 from kepo_jax.data.rules import Summary
@@ -64,6 +64,7 @@ def load(
   Returns:
     "train", "validation" and "test" -> questions; folders that are already split, published splits, and data sets that
     TFDS has built, are read as they are, and cut down to the numbers asked for, where 0 training or test items are all.
+    Images of validation or test questions that are training images too, by path or content, are warned of.
 
   Raises:
     ValueError: the data cannot be read, or hold too few questions; names the folder or the field.
@@ -81,7 +82,7 @@ def load(
     report(
       Summary(root=storage.origin(built), format="TFDS", records=count, kept=count)
     )  # rules were applied in building it
-    return _cut_down(parts, data)
+    return _compared(data.directory, _cut_down(parts, data))
   roots = split_roots(directory) if directory else phantom_roots()
   if not roots:
     refuse_published(directory)
@@ -91,7 +92,8 @@ def load(
     raise ValueError(f"{data.directory}: has {sorted(roots)} but not {missing}; add them, or point at one single root")
   expected = () if data.directory else _PHANTOM_RULES
   parts = {name: _read(root, report, lenient=data.lenient, expected=expected) for name, root in roots.items()}
-  return _cut_down(parts, data)
+  used = _cut_down(parts, data)
+  return _compared(data.directory, used) if data.directory else used  # no picture of the phantom is drawn twice
 
 
 def cut_by_rule(examples: Sequence[Example], data: Any) -> Split:
@@ -140,14 +142,31 @@ def _given_split(
     taken = {image for part in split.values() for example in part for image in example.images}
     rest = [example for example in parts["train"] if not taken.intersection(example.images)]
     split["validation"] = limited(rest, data.validation_items, data.split_seed, lenient=data.lenient)
-  for what, each in (("as published", parts), ("as used", split)):
-    shared, share = overlap(each["train"], each["test"])
+  # Of all that was published paths alone are compared: its images would have to be read whole.
+  for what, each, how in (("as published", parts, "path"), ("as used", split, "path or content")):
+    shared, share = overlap(each["train"], each["test"], contents=each is split)
     numbers = (len(each["train"]), len(parts["train"]), len(each["test"]), len(parts["test"]))
     logging.warning(
-      "%s %s: %d test images (%.1f %%) are training images too; %d of %d training and %d of %d test questions",
-      *(data.split_files, what, shared, 100 * share, *numbers),
+      "%s %s: %d test images (%.1f %%) are training images too, by %s; %d of %d training and %d of %d test questions",
+      *(data.split_files, what, shared, 100 * share, how, *numbers),
     )
+  _compared(data.split_files, split, names=("validation",))
   return split
+
+
+def _compared(
+  where: str, parts: dict[str, list[Example]], names: Sequence[str] = ("validation", "test")
+) -> dict[str, list[Example]]:
+  """The same parts; warns of each that shares images with the training questions."""
+  for name in names:
+    shared, share = overlap(parts["train"], parts[name], contents=True)
+    if shared:
+      logging.warning(
+        "%s: %d %s images (%.1f %%) are training images too, by path or content; figures on them say less of images "
+        "that the model has not seen",
+        *(where, shared, name, 100 * share),
+      )
+  return parts
 
 
 def _read(
@@ -166,14 +185,21 @@ def _read(
   return examples
 
 
-def overlap(train: Iterable[Example], test: Iterable[Example]) -> tuple[int, float]:
+def overlap(train: Iterable[Example], test: Iterable[Example], *, contents: bool = False) -> tuple[int, float]:
   """How many images of the test questions are also images of training questions, and their share of the test's.
 
-  Images are compared by path: both parts must have been read with the same root.
+  Args:
+    train: training questions.
+    test: test questions.
+    contents: compare files by their bytes, too; those of equal size are read. By path alone, both parts must have been
+      read with the same root.
   """
   seen = {image for example in train for image in example.images}
   asked = {image for example in test for image in example.images}
-  return len(asked & seen), len(asked & seen) / len(asked) if asked else 0.0
+  same = same_images.repeats(seen | asked) if contents else {}
+  known = {same.get(image, image) for image in seen}
+  shared = sum(same.get(image, image) in known for image in asked)
+  return shared, shared / len(asked) if asked else 0.0
 
 
 def write_ids(split: Split, path: epath.PathLike, *, rule: str, seed: int) -> str:

@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -74,6 +74,21 @@ def declared_resize(directory: pathlib.Path) -> str | None:
   if found is not None and found not in RESIZES:
     raise ValueError(f"{directory}/tokenizer_config.json: kepo_resize={found!r}; choose from {sorted(RESIZES)}.")
   return found
+
+
+def declarations(data: Mapping[str, Any]) -> dict[str, str]:
+  """What the export of a run says of how its model was trained; `declared_templates` and `declared_resize` read it.
+
+  Args:
+    data: the section of the run's config, or of its config.json.
+
+  Raises:
+    ValueError: it does not say.
+  """
+  try:
+    return {"kepo_templates": data["templates"], "kepo_resize": data["resize"]}
+  except KeyError as error:
+    raise ValueError(f"the run's config has no data.{error.args[0]}; an export must name it") from None
 
 
 def _declared(directory: pathlib.Path, name: str) -> str | None:

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from kepo_jax import storage
-from kepo_jax.data import splits
+from kepo_jax.data import omnimedvqa, same_images, splits
+from kepo_jax.data.tfds import folders, reading
 from kepo_jax.types import Example
 from tests import fake_bucket
 from tests.data.cases import MEDR1, Layout, record, write_parquet, write_records, write_saved
@@ -68,7 +69,7 @@ def published(tmp_path):
     for number in numbers:
       path = tmp_path / "data" / "Images" / modality / f"{number}.png"
       path.parent.mkdir(parents=True, exist_ok=True)
-      Image.new("L", (8, 8), number).save(path)
+      Image.new("L", (8, 8), number + 100 * (modality == "CT")).save(path)
     return [
       MEDR1 | {"image": f"Images/{modality}/{number}.png", "problem": f"Which organ is no. {number}? A)Chest, B)Brain"}
       for number in numbers
@@ -86,15 +87,76 @@ def test_a_published_split_is_taken_verbatim(published, caplog):
     found = splits.load(wanted)
   # 20 MRI questions for training; its images 18 and 19 are among the 12 of the MRI test, of 24 test images in all.
   used = "20 of 40 training and 24 of 24 test questions"
-  assert f"as used: 2 test images (8.3 %) are training images too; {used}" in caplog.text
+  assert f"as used: 2 test images (8.3 %) are training images too, by path or content; {used}" in caplog.text
   # The CT questions that are not trained on share two images with the test as well.
-  assert "as published: 4 test images (16.7 %) are training images too; 40 of 40 training and" in caplog.text
+  assert "as published: 4 test images (16.7 %) are training images too, by path; 40 of 40 training and" in caplog.text
   assert [example.id for example in found["train"]] == sorted(f"MRI_train/{n}" for n in range(20))
   assert {example.id for example in found["test"]} == {f"{m}_test/{n}" for m in ("MRI", "CT") for n in range(12)}
   # Validation questions come from what is left of the training part: no MRI, and no image of train or test.
   assert [example.modality for example in found["validation"]] == ["CT", "CT"]
   taken = {image for name in ("train", "test") for example in found[name] for image in example.images}
   assert not taken.intersection(image for example in found["validation"] for image in example.images)
+
+
+def test_one_picture_under_two_names_of_a_published_split_is_counted(published, caplog):
+  images = published / "data" / "Images" / "MRI"
+  shutil.copy(images / "3.png", images / "25.png")
+  shutil.copy(images / "4.png", published / "data" / "Images" / "CT" / "9.png")  # CT's are not trained on
+  wanted = settings(published / "data", split_files=str(published / "split"), train_items=20, test_items=12)
+  wanted.validation_items = 20
+  with caplog.at_level("WARNING"):
+    splits.load(wanted)
+  assert "as published: 4 test images (16.7 %) are training images too, by path;" in caplog.text
+  assert "as used: 3 test images (12.5 %) are training images too, by path or content;" in caplog.text
+  assert "split: 1 validation images (5.6 %) are training images too" in caplog.text
+
+
+def write_parts(top, images):
+  """Folders that are already split; part -> names of its images, which hold what the number in the name says."""
+  for part, names in images.items():
+    layout = Layout(top / part)
+    paths = [f"Images/Set A/{name}.png" for name in names]
+    for name, path in zip(names, paths, strict=True):
+      layout.image(path, int(name.strip("ab")))
+    layout.write(*(record(n, modality_type="MRI", image_path=path) for n, path in enumerate(paths)))
+  return top
+
+
+@pytest.mark.parametrize(
+  ("validation", "test", "warned"),
+  [
+    (["7"], ["8", "9"], ()),
+    (["7", "8"], ["9", "3a", "2b"], ("2 test images (66.7 %)",)),
+    (["1b", "7"], ["8", "9"], ("1 validation images (50.0 %)",)),
+    (["7", "9b"], ["9"], ()),  # not with training images
+  ],
+)
+@pytest.mark.parametrize("kind", ["folders", "TFDS"])
+def test_images_in_two_parts_of_folders_are_warned_of(tmp_path, caplog, monkeypatch, kind, validation, test, warned):
+  top = write_parts(tmp_path, {"train": [str(n) for n in range(6)], "validation": validation, "test": test})
+  if kind == "TFDS":
+    roots = splits.split_roots(top)
+    parts = {name: omnimedvqa.read(root)[0] for name, root in roots.items()}
+    monkeypatch.setattr(folders, "find", lambda directory: top)
+    monkeypatch.setattr(reading, "read_splits", lambda folder: parts)
+  with caplog.at_level("WARNING"):
+    splits.load(settings(top))
+  said = [entry.getMessage() for entry in caplog.records if "training images too" in entry.getMessage()]
+  assert len(said) == len(warned) and all(part in line for part, line in zip(warned, said, strict=True))
+
+
+def test_only_images_of_questions_that_are_used_are_compared(tmp_path, caplog, monkeypatch):
+  top = write_parts(tmp_path, {"train": ["0", "1", "2"], "validation": ["7"], "test": ["2b", "8", "1b"]})
+  looked = set()
+  repeats = same_images.repeats
+  monkeypatch.setattr(same_images, "repeats", lambda paths: looked.update(paths) or repeats(paths))
+  with caplog.at_level("WARNING"):
+    found = splits.load(settings(top, train_items=1, validation_items=1, test_items=1))
+  assert looked == {image for part in found.values() for example in part for image in example.images}
+  assert len(looked) == 3
+  looked.clear()
+  splits.load(settings(""))
+  assert not looked  # the phantom is known
 
 
 def test_a_published_split_lacks_a_part(published):

@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -25,8 +27,9 @@ from kepo_jax.evaluation import journal
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.reporting import progress
-from kepo_jax.training import programs
+from kepo_jax.training import lock, programs
 from tests import fake_bucket
+from tests.conftest import ROOT
 from tests.data.cases import MEDR1, write_records
 
 DISPLAY = progress.Display(Console(quiet=True))
@@ -215,6 +218,85 @@ def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, dat
   assert names == {"about.json", "outputs.jsonl", "evaluation.json"} == {path.name for path in cut.iterdir()}
   for name in names:
     assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+HOLD = """
+import sys, time
+from kepo_jax.training.lock import WorkdirLock
+WorkdirLock(sys.argv[1]).__enter__()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_evaluation_at_a_time_writes_into_a_folder(evaluate_medvqa, checkpoint, data, tmp_path):
+  output = tmp_path / "out"
+  output.mkdir()
+  first = subprocess.Popen([sys.executable, "-c", HOLD, str(output)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  try:
+    assert first.stdout.readline() == "held\n"
+    asked = {"model": str(checkpoint), "data": str(data), "batch": 8, "max_new_tokens": 3}
+    with flagsaver.flagsaver(**asked, output=str(output)):
+      for resume in (False, True):
+        with flagsaver.flagsaver(resume=resume):
+          with pytest.raises(ValueError, match=f"in use by process {first.pid} .* another --output") as refused:
+            evaluate_medvqa.main([])
+        assert "\n" not in str(refused.value) and "workdir" not in str(refused.value)
+      assert [path.name for path in output.iterdir()] == ["lock.json"]
+      first.kill()
+      first.wait()
+      evaluate_medvqa.main([])  # takes the lock over, and nothing else of the folder stands in its way
+  finally:
+    first.kill()
+    first.wait()
+  assert {path.name for path in output.iterdir()} == {"about.json", "outputs.jsonl", "evaluation.json"}
+  assert len(journal.read_outputs(output)) == 5
+
+
+def test_the_folder_is_held_until_the_figures_are_written(evaluate_medvqa, checkpoint, data, tmp_path, monkeypatch):
+  asked = {
+    "model": str(checkpoint),
+    "data": str(data),
+    "batch": 8,
+    "max_new_tokens": 3,
+    "output": str(tmp_path / "out"),
+  }
+  finish, refused = journal.Journal.finish, []
+
+  def second(self, result):
+    with flagsaver.flagsaver(resume=True), pytest.raises(ValueError, match="in use by process") as error:
+      evaluate_medvqa.main([])
+    refused.append(error)
+    finish(self, result)
+
+  monkeypatch.setattr(journal.Journal, "finish", second)
+  with flagsaver.flagsaver(**asked):
+    evaluate_medvqa.main([])
+  assert len(refused) == 1 and (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_a_lock_that_another_process_took_ends_the_evaluation(evaluate_medvqa, checkpoint, data, tmp_path, monkeypatch):
+  def lost(self):
+    raise ValueError("was taken by process 7")
+
+  monkeypatch.setattr(lock.WorkdirLock, "check", lost)
+  asked = {
+    "model": str(checkpoint),
+    "data": str(data),
+    "batch": 8,
+    "max_new_tokens": 3,
+    "output": str(tmp_path / "out"),
+  }
+  with flagsaver.flagsaver(**asked), pytest.raises(ValueError, match="was taken by process 7"):
+    evaluate_medvqa.main([])
+  assert (tmp_path / "out" / "outputs.jsonl").read_text() == ""
+
+
+def test_an_evaluation_that_is_refused_leaves_no_folder(evaluate_medvqa, checkpoint, data, tmp_path):
+  with flagsaver.flagsaver(model=str(checkpoint), data=str(data), split="train", output=str(tmp_path / "a" / "out")):
+    with pytest.raises(ValueError, match="choose one"):
+      evaluate_medvqa.main([])
+  assert not (tmp_path / "a" / "out").exists()
 
 
 def folder_that_says(folder, **settings):

@@ -23,7 +23,9 @@ STEPS = 3
 def workdir(tmp_path_factory):
   """A run of three steps that keeps all of its checkpoints."""
   sizes = {"train__steps": STEPS, "eval__every": 1, "eval__prompts": 8, "eval__test": False}
-  config = shrunk(grpo.get_config(), **sizes, checkpoint__every=1, checkpoint__keep=STEPS)
+  # Not what the folder of the student says: the export must say what this run was trained with.
+  data = {"data__templates": "standard", "data__resize": "squash384"}
+  config = shrunk(grpo.get_config(), **sizes, **data, checkpoint__every=1, checkpoint__keep=STEPS)
   folder = tmp_path_factory.mktemp("export") / "run"
   training.train(config, workdir=folder, records=splits.load(config.data))
   return folder

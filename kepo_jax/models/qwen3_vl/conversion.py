@@ -9,7 +9,6 @@ import functools
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -324,7 +323,7 @@ def _partial(directory: pathlib.Path) -> pathlib.Path:
   """An empty folder beside `directory`, to be renamed once it is complete."""
   partial = directory.with_name(f".{directory.name}.partial")
   if not jax.process_index():
-    shutil.rmtree(partial, ignore_errors=True)
+    side_files.settle(partial, directory)
     partial.mkdir(parents=True)
   return partial
 

@@ -132,11 +132,37 @@ def _declare(path: pathlib.Path, declared: Mapping[str, str]) -> None:
 
 
 def replace(partial: pathlib.Path, directory: pathlib.Path) -> None:
-  """Puts a finished folder in the place of an earlier export, or of nothing."""
+  """Puts a finished folder in the place of an earlier export, or of nothing.
+
+  The earlier one is renamed, not emptied: after a kill `directory` is the old model or the new one, each whole, or
+  between two renames missing until `settle` puts the old one back.
+  """
   check_replaceable(directory)
+  aside = _aside(directory)
   if directory.exists():
-    shutil.rmtree(directory)
+    directory.rename(aside)
   partial.rename(directory)
+  if aside.exists():
+    aside.rename(partial)  # deleted under this name, so that what lies under the other one is always whole
+    shutil.rmtree(partial, ignore_errors=True)  # the new model stands; `settle` tries again
+
+
+def settle(partial: pathlib.Path, directory: pathlib.Path) -> None:
+  """Ends a `replace` that was killed: without a new folder the old one comes back; what is left over is deleted.
+
+  Raises:
+    OSError: a folder cannot be renamed.
+  """
+  shutil.rmtree(partial, ignore_errors=True)
+  aside = _aside(directory)
+  if aside.exists():
+    aside.rename(partial if directory.exists() else directory)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _aside(directory: pathlib.Path) -> pathlib.Path:
+  """Where an earlier export waits while the new one takes its place."""
+  return directory.with_name(f".{directory.name}.replaced")
 
 
 def check_replaceable(directory: pathlib.Path | epath.Path) -> None:

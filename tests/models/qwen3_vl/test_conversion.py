@@ -1,6 +1,7 @@
 """Checkpoints in and out: what is read is what is stored, and everything that does not fit is said."""
 
 import json
+import pathlib
 import shutil
 import tracemalloc
 
@@ -12,7 +13,7 @@ import safetensors.numpy
 from absl.testing import flagsaver
 
 from kepo_jax import sharding
-from kepo_jax.models.qwen3_vl import conversion, model
+from kepo_jax.models.qwen3_vl import conversion, model, safetensors_files, side_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from tests import fake_bucket
 from tests.models.qwen3_vl import cases
@@ -113,6 +114,58 @@ def test_an_export_does_not_replace_other_things(source, tmp_path):
   with pytest.raises(ValueError, match="no earlier export"):
     conversion.save_pretrained(tmp_path, CONFIG, PARAMS, source=source)
   assert (tmp_path / "thesis.tex").exists()
+
+
+class Killed(BaseException):
+  """What no handler of the code under test can catch."""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("call", range(5))
+def test_an_export_that_was_killed_is_finished_by_the_next(source, tmp_path, monkeypatch, call, after):
+  """Killed before or after each renaming and deleting; half of a folder may be gone by then."""
+  directory, later = tmp_path / "out", jax.tree.map(lambda x: x + 1, PARAMS)
+  conversion.save_pretrained(directory, CONFIG, PARAMS, source=source, dtype=np.float32)
+  old = {path.name for path in directory.iterdir()}
+  calls = iter(range(100))
+
+  def mortal(original, half):
+    def run(path, *args, **kwargs):
+      if (fatal := next(calls) == call) and not after:
+        half(path)
+        raise Killed
+      original(path, *args, **kwargs)
+      if fatal:
+        raise Killed
+
+    return run
+
+  def remove_card(path):
+    (path / "README.md").unlink(missing_ok=True)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "rmtree", mortal(shutil.rmtree, remove_card))
+    patch.setattr(pathlib.Path, "rename", mortal(pathlib.Path.rename, lambda path: None))
+    with pytest.raises(Killed):
+      conversion.save_pretrained(directory, CONFIG, later, source=source, dtype=np.float32)
+  if directory.exists():  # a whole model, old or new
+    assert {path.name for path in directory.iterdir()} == old
+    found = jax.tree.leaves(conversion.load_pretrained(directory)[1])
+    assert any(all(map(np.array_equal, found, jax.tree.leaves(each))) for each in (PARAMS, later))
+  side_files.check_replaceable(directory)
+  conversion.save_pretrained(directory, CONFIG, later, source=source, dtype=np.float32)
+  assert_same(conversion.load_pretrained(directory)[1], later)
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_model_comes_back_if_no_new_one_took_its_place(source, tmp_path, monkeypatch):
+  directory = tmp_path / "out"
+  conversion.save_pretrained(directory, CONFIG, PARAMS, source=source, dtype=np.float32)
+  directory.rename(tmp_path / ".out.replaced")  # killed between two renamings
+  monkeypatch.setattr(safetensors_files, "write", lambda *args, **kwargs: 1 / 0)  # and again, while weights are written
+  with pytest.raises(ZeroDivisionError):
+    conversion.save_pretrained(directory, CONFIG, PARAMS, source=source)
+  assert_same(conversion.load_pretrained(directory)[1], PARAMS)
 
 
 def test_parameters_of_another_model_are_not_saved(tmp_path):
