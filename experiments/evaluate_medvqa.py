@@ -303,17 +303,8 @@ def locked(output: str) -> Iterator[Callable[[], None]]:
   made = not folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
   try:
-    held = lock.WorkdirLock(folder)
-    try:
-      held.__enter__()
-    except ValueError as error:
-      # It speaks of the workdirs of runs.
-      said = str(error).replace("--workdir", "--output").replace("run per workdir", "evaluation per folder")
-      raise ValueError(said) from None
-    try:
+    with lock.WorkdirLock(folder, flag="--output") as held:
       yield held.check
-    finally:
-      held.__exit__()
   finally:
     if made and not storage.is_remote(folder):
       with contextlib.suppress(OSError):  # an evaluation that was refused leaves nothing

@@ -30,15 +30,17 @@ _SETTLE = 2.0  # seconds until a write of a rival would be seen, where nobody ca
 class WorkdirLock:
   """The lock of one workdir; held inside its block."""
 
-  def __init__(self, workdir: epath.PathLike, *, beat: float = _BEAT):
+  def __init__(self, workdir: epath.PathLike, *, beat: float = _BEAT, flag: str = "--workdir"):
     """Nothing is touched before the block is entered.
 
     Args:
       workdir: exists when the block is entered.
       beat: seconds between signs of life.
+      flag: what names another folder.
     """
     self._path = epath.Path(workdir) / NAME
     self._beat = beat
+    self._flag = flag
     self._record: dict[str, Any] = {"token": secrets.token_hex(8), **_identity(), "beat": 0}
     self._lost = ""
     self._stop = threading.Event()
@@ -92,7 +94,7 @@ class WorkdirLock:
     """
     found = self._read()
     if _token(found) != self._record["token"]:
-      raise ValueError(f"{self._path.parent}: {_who(found)} took it at the same moment; one run per workdir.")
+      raise ValueError(f"{self._path.parent}: {_who(found)} took it at the same moment; one per folder.")
 
   @contextlib.contextmanager
   def _alone(self) -> Iterator[bool]:
@@ -114,17 +116,15 @@ class WorkdirLock:
     try:
       descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
-      raise ValueError(
-        f"{self._path.parent}: another process took it at the same moment; one run per workdir."
-      ) from None
+      raise ValueError(f"{self._path.parent}: another process took it at the same moment; one per folder.") from None
     with os.fdopen(descriptor, "w") as file:
       file.write(json.dumps(self._record))
 
   def _check_dead(self, held: str) -> None:
     record = _parsed(held)
     refused = (
-      f"{self._path.parent} is in use by {_who(held)}. One run per workdir: wait for it, stop it, or pass another "
-      f"--workdir. If it is certainly gone, remove {self._path}."
+      f"{self._path.parent} is in use by {_who(held)}. Wait for it, stop it, or pass another {self._flag}. "
+      f"If it is certainly gone, remove {self._path}."
     )
     if all(record.get(name) == self._record[name] for name in ("host", "boot", "namespace")):
       if _alive(record):
@@ -144,7 +144,7 @@ class WorkdirLock:
       try:
         found = self._read()
         if found is not None and _token(found) != self._record["token"]:
-          self._lost = f"{self._path} was taken by {_who(found)}; this run stops before two write into one workdir."
+          self._lost = f"{self._path} was taken by {_who(found)}; this one stops before two write into one folder."
           return
         self._record["beat"] += 1
         self._write()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from kepo_jax import evaluation, sharding
-from kepo_jax.data import limits, pipeline, prompts, splits
+from kepo_jax.data import limits, pipeline, prompts, splits, tokenization
 from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.rewards import Scorer, WeightedRewards
@@ -147,13 +147,13 @@ class Run:
 
   def export(self, state: TrainState, directory: Any) -> None:
     """Writes the student as a Hugging Face folder, which names the wordings and the image size it was trained with."""
-    student, data = self.models["student"], self.config.data
+    student = self.models["student"]
     conversion.save_pretrained(
       directory,
       student.config,
       state.params,
       source=self.config.model.student,
-      declared={"kepo_templates": data.templates, "kepo_resize": data.resize},
+      declared=tokenization.declarations(self.config.data),
     )
 
 

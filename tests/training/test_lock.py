@@ -95,7 +95,7 @@ def test_a_lock_that_was_taken_stops_its_run(tmp_path):
   with WorkdirLock(tmp_path, beat=0.05) as held:
     elsewhere(tmp_path, 0)
     deadline = time.monotonic() + 10
-    with pytest.raises(ValueError, match="was taken by process 1 on node7; this run stops"):
+    with pytest.raises(ValueError, match="was taken by process 1 on node7; this one stops"):
       while time.monotonic() < deadline:
         held.check()
         time.sleep(0.02)

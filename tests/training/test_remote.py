@@ -31,7 +31,7 @@ def bucket(tmp_path, request, monkeypatch):
   if request.param == "gcsfs":
     pytest.importorskip("gcsfs", exc_type=ImportError)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  monkeypatch.setitem(lock._SETTLE, True, 0.1)
+  monkeypatch.setattr(lock, "_SETTLE", 0.1)
   top = tmp_path / "cloud" / "bucket"
   config = shrunk(kepo.get_config())
   for role in ("student", "teacher"):
