@@ -58,7 +58,8 @@ def main(_: list[str]) -> None:
         interruption=interruption,
       )
     except training.Interrupted as error:
-      print(f"{error} Go on with --workdir={workdir} --resume.", file=sys.stderr)
+      resume = "--resume" if error.saved else "--auto_resume"  # without a checkpoint there may be no run to resume yet
+      print(f"{error} Go on with --workdir={workdir} {resume}.", file=sys.stderr)
       sys.exit(training.EXIT_CODE)
 
 

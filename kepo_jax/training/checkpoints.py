@@ -30,7 +30,7 @@ def _said_once(record: stdlib_logging.LogRecord) -> bool:
 
 
 class Checkpoints:
-  """The `checkpoints/` folder of one run; a context manager that waits for the last save."""
+  """The `checkpoints/` folder of one run."""
 
   def __init__(
     self,

@@ -73,3 +73,7 @@ class Profiler(Hook):
       self._trace.close()
       self._running = False
       logging.info("profiler trace: %s", self._directory)
+
+  def stop(self) -> None:
+    """Ends the trace of a run that ends early: what was traced until then is written."""
+    self.finish()

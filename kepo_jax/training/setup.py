@@ -193,7 +193,7 @@ def prepare(
     held_rows=functools.partial(sharding.held_rows, mesh),
   )
   questions, summaries = usable_questions(config, processor, records, hooks)
-  folders = model_folders(config, processor, hooks)
+  folders = model_folders(config, student, processor, hooks)
   models = load_models(config, mesh, folders, hooks, interruption)
   with jax.set_mesh(mesh):
     state, compiled = assembly.build_programs(config, processor, models)
@@ -282,18 +282,20 @@ def model_folder(config: Any, role: str, hooks: Sequence[Hook]) -> pathlib.Path:
   )
 
 
-def model_folders(config: Any, processor: pipeline.Processor, hooks: Sequence[Hook]) -> dict[str, pathlib.Path]:
-  """Local folders of the checkpoints that this config uses, by role.
+def model_folders(
+  config: Any, student: pathlib.Path, processor: pipeline.Processor, hooks: Sequence[Hook]
+) -> dict[str, pathlib.Path]:
+  """Local folders of the checkpoints that this config uses, by role, with that of the student and its processor given.
 
   Raises:
     ValueError: there is none, or a teacher with another vocabulary, image geometry or token ids than the student.
   """
-  folders = {"student": model_folder(config, "student", hooks)}
+  folders = {"student": student}
   if checks.needs_teacher(config):
     folders["teacher"] = model_folder(config, "teacher", hooks)
     checks.check_teacher(config, processor, folders["teacher"])
   if config.objective.reference_weight:
-    folders["reference"] = folders["student"]
+    folders["reference"] = student
   return folders
 
 

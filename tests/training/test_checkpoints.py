@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -148,14 +149,23 @@ def test_what_was_never_completed_is_removed(tmp_path, caplog, monkeypatch):
 
 
 def test_the_best_of_before_stays_until_that_of_now_is_complete(tmp_path, monkeypatch):
-  mesh = sharding.make_mesh(data=8)
+  mesh, write = sharding.make_mesh(data=8), manifest.write
+
+  def slow_then_full(folder):
+    if folder.name == "3":
+      raise OSError(28, "No space left on device")
+    time.sleep(0.5)  # the next save begins before this one has tidied up
+    write(folder)
+
   checkpoints = opened(tmp_path, keep=1)
   checkpoints.save(1, state(mesh, 1), {}, best=1)
+  monkeypatch.setattr(manifest, "write", slow_then_full)
   checkpoints.save(2, state(mesh, 2), {}, best=1)
-  checkpoints.save(3, state(mesh, 3), {}, best=3)  # 2 may be being finished
-  checkpoints.wait()
-  assert steps_in(tmp_path / "checkpoints") == [3]
-  checkpoints.close()
+  checkpoints.save(3, state(mesh, 3), {}, best=3)
+  with pytest.raises(OSError, match="step 3 could not be written"):
+    checkpoints.close()
+  complete = [step for step in (1, 2, 3) if manifest.is_complete(tmp_path / "checkpoints" / str(step))]
+  assert complete == [1, 2]
 
 
 def test_all_damaged_is_none(tmp_path):
