@@ -4,6 +4,7 @@
 host-side NumPy; sizes go to a small set of buckets, so that a run compiles a handful of programs.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import pathlib
@@ -249,26 +250,28 @@ class Processor:
       **self._text(tokens, grids, length),
     )
 
-  def image_tokens(self, examples: Sequence[Example], *, limit: int = 256) -> list[int]:
+  def image_tokens(self, examples: Sequence[Example], *, resize: str = "", limit: int = 256) -> list[int]:
     """Prompt tokens of the first images of some questions, from the headers of their files: what an image costs.
 
     Args:
       examples: questions.
+      resize: what they would cost if they were brought to size in this way; "": in the processor's own.
       limit: most images looked at.
 
     Raises:
       ValueError: a file is no image; names it.
     """
     paths = dict.fromkeys(path for example in examples for path in example.images)
-    return [self._merged(grid) for grid in self._grids(itertools.islice(paths, limit))]
+    sizes = dataclasses.replace(self.image_processor, resize=resize or self.image_processor.resize)
+    return [self._merged(grid) for grid in self._grids(itertools.islice(paths, limit), sizes)]
 
-  def _grids(self, paths: Iterable[str]) -> list[tuple[int, int, int]]:
+  def _grids(self, paths: Iterable[str], sizes: images.ImageProcessor | None = None) -> list[tuple[int, int, int]]:
     """Grids of images from the headers of their files, without decoding them."""
     grids = []
     for path in paths:
       try:
         _, width, height = image_files.header(path)
-        grids.append(self.image_processor.grid(height, width))
+        grids.append((sizes or self.image_processor).grid(height, width))
       except (Rejected, ValueError) as error:
         raise ValueError(f"image {path}: {error}") from error
     return grids

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from kepo_jax import evaluation, sharding
-from kepo_jax.data import limits, pipeline, prompts, splits, tokenization
+from kepo_jax.data import images, limits, pipeline, prompts, splits, tokenization
 from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.rewards import Scorer, WeightedRewards
@@ -137,13 +137,13 @@ class Run:
     )
 
   def image_cost(self) -> str:
-    """In words how images are brought to size, and the prompt tokens of one of the training questions' images."""
-    tokens = self.processor.image_tokens(self.questions["train"])
-    if not tokens:
+    """In words how images are brought to size, and the prompt tokens of a training question's image in each way."""
+    asked, own = self.questions["train"], self.config.data.resize
+    tokens = {way: self.processor.image_tokens(asked, resize=way) for way in sorted(images.RESIZES, key=own.__ne__)}
+    if not tokens[own]:
       return "none"
-    spread = f"{min(tokens)} to {max(tokens)}, {round(statistics.median(tokens))} in the middle"
-    cost = f"{tokens[0]}" if len(set(tokens)) == 1 else spread
-    return f"{self.config.data.resize}: {cost} tokens each"
+    mine, *others = (f"{way}: {token_range(counts)}" for way, counts in tokens.items())
+    return f"{mine} tokens each ({', '.join(others)})"
 
   def export(self, state: TrainState, directory: Any) -> None:
     """Writes the student as a Hugging Face folder, which names the wordings and the image size it was trained with."""
@@ -155,6 +155,13 @@ class Run:
       source=self.config.model.student,
       declared=tokenization.declarations(self.config.data),
     )
+
+
+def token_range(counts: Sequence[int]) -> str:
+  """How many tokens, in words: one number, or the range and its middle."""
+  if len(set(counts)) == 1:
+    return str(counts[0])
+  return f"{min(counts)} to {max(counts)}, {round(statistics.median(counts))} in the middle"
 
 
 def show_progress(hooks: Sequence[Hook], what: str, done: int, total: int) -> None:

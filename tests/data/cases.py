@@ -11,6 +11,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 from PIL import Image
 
+from kepo_jax.types import Example
+
 RECORD = {
   "dataset": "Set A",
   "question_id": "Set A_0000",
@@ -137,4 +139,17 @@ def bomb(side):
   header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
   return (
     b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+  )
+
+
+def question(modality, number, image, *more):
+  """A question about an image of its modality, given by number, and more of them by path."""
+  return Example(
+    id=f"{modality}/{number:04d}",
+    question="?",
+    options=("a", "b"),
+    answer="A",
+    images=(f"/{modality}/{image}.png", *more),
+    modality=modality,
+    dataset=modality,
   )

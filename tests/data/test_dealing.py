@@ -7,19 +7,7 @@ import pytest
 from PIL import Image
 
 from kepo_jax.data import dealing, images
-from kepo_jax.types import Example
-
-
-def question(modality, number, image, *more):
-  return Example(
-    id=f"{modality}/{number:04d}",
-    question="?",
-    options=("a", "b"),
-    answer="A",
-    images=(f"/{modality}/{image}.png", *more),
-    modality=modality,
-    dataset=modality,
-  )
+from tests.data.cases import question
 
 
 def pool():

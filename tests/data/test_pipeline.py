@@ -95,12 +95,16 @@ def test_a_host_decodes_the_images_of_its_own_rows_alone(checkpoint, processor, 
   assert not batch.vision.patches[:-2].any() and whole.vision.patches[:-2].any()
 
 
-def test_what_an_image_costs(processor, questions):
+def test_what_an_image_costs(processor, questions, monkeypatch):
   tokens = processor.image_tokens(questions)
   paths = list(dict.fromkeys(path for example in questions for path in example.images))
   grids = [processor.image_processor.patches(images.load_image(path))[1] for path in paths]
   assert tokens == [rows * columns // 4 for _, rows, columns in grids]
   assert processor.image_tokens(questions, limit=1) == tokens[:1]
+  # The small models' own limit of the area comes after the square: without it, every image is as many tokens.
+  wide = dataclasses.replace(processor.image_processor, max_pixels=384 * 384)
+  monkeypatch.setattr(processor, "image_processor", wide)
+  assert set(processor.image_tokens(questions, resize="squash384")) == {(384 // wide.factor) ** 2}
 
 
 def test_a_batch_without_images_has_no_rows(processor, questions):

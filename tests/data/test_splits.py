@@ -11,21 +11,8 @@ from PIL import Image
 from kepo_jax import storage
 from kepo_jax.data import omnimedvqa, same_images, splits
 from kepo_jax.data.tfds import folders, reading
-from kepo_jax.types import Example
 from tests import fake_bucket
-from tests.data.cases import MEDR1, Layout, record, write_parquet, write_records, write_saved
-
-
-def question(modality, number, image, *more):
-  return Example(
-    id=f"{modality}/{number:04d}",
-    question="?",
-    options=("a", "b"),
-    answer="A",
-    images=(f"/{modality}/{image}.png", *more),
-    modality=modality,
-    dataset=modality,
-  )
+from tests.data.cases import MEDR1, Layout, question, record, write_parquet, write_records, write_saved
 
 
 def settings(directory, **changes):

@@ -21,6 +21,16 @@ def shrunk(config, **changes):
   return config
 
 
+def changed(parent, **changes):
+  """A config of `parent` with changes as `section__field=value`."""
+  config = parent.get_config()
+  for name, value in changes.items():
+    section, field = name.split("__")
+    with config.ignore_type():  # None is a wrong value as well
+      config[section][field] = value
+  return config
+
+
 class Recorder(Hook):
   """Keeps every report; stops the run after a step, if told to."""
 

@@ -11,16 +11,7 @@ from kepo_jax.data import prompts
 from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
 from kepo_jax.training import checks
 from tests.conftest import ROOT
-
-
-def changed(parent, **changes):
-  """A config of `parent` with changes as `section__field=value`."""
-  config = parent.get_config()
-  for name, value in changes.items():
-    section, field = name.split("__")
-    with config.ignore_type():  # None is a wrong value as well
-      config[section][field] = value
-  return config
+from tests.training.runs import changed
 
 
 def one(field, value):

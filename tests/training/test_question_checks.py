@@ -7,16 +7,7 @@ from experiments.configs import kepo
 from kepo_jax.data.rules import Rejected
 from kepo_jax.training import question_checks
 from kepo_jax.types import Example
-
-
-def changed(parent, **changes):
-  """A config of `parent` with changes as `section__field=value`."""
-  config = parent.get_config()
-  for name, value in changes.items():
-    section, field = name.split("__")
-    with config.ignore_type():  # None is a wrong value as well
-      config[section][field] = value
-  return config
+from tests.training.runs import changed
 
 
 def test_every_image_is_decoded_before_the_first_step(tmp_path, caplog):
