@@ -1,6 +1,7 @@
 """One jitted loop: prompts in, G completions per prompt out."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -12,6 +13,9 @@ from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import distributions
 from kepo_jax.types import Prompts, Rollouts
+
+
+SEGMENT = 256  # tokens by which the cache grows
 
 
 @chex.dataclass(frozen=True)
@@ -47,7 +51,8 @@ def sample(
 
   Args:
     config: of the model.
-    params: its parameters, best in the `decode` layout: weights that are gathered are gathered for every token.
+    params: its parameters, best in the `decode` layout and with layers `model.separated`: weights that are gathered, or
+      sliced out of a stack, are gathered or sliced for every token.
     prompts: [P, S], right-padded.
     key: of this call; derive it from step and purpose.
     samples: G, completions per prompt.
@@ -89,10 +94,28 @@ def sample(
   def advance(state: _State) -> _State:
     return chosen(state, *model.decode_step(config, params, prefix, state.cache, state.token))
 
-  cache = model.empty_cache(config, *rows, max_new_tokens, prefix.keys.dtype)
+  first, *longer = cache_lengths(max_new_tokens)
+  cache = model.empty_cache(prefix, samples, first)
   # The prompt itself predicts the first token: a group shares its logits.
-  start = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
-  return jax.lax.while_loop(lambda state: (state.step < max_new_tokens) & ~state.ended.all(), advance, start).rollouts
+  state = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
+  state = _until(first, advance, state)
+  for length in longer:
+    state = _until(length, advance, state.replace(cache=model.lengthened(state.cache, length)))
+  return state.rollouts
+
+
+def cache_lengths(max_new_tokens: int) -> tuple[int, ...]:
+  """Lengths through which the cache of completions grows; the last one is max_new_tokens.
+
+  A step reads the whole cache, written or not. Growing by SEGMENT keeps what is read in vain below SEGMENT / 2 tokens
+  a row in the mean, where one cache of full length would waste half of it; each length is one more loop to compile.
+  """
+  return (*range(SEGMENT, max_new_tokens, SEGMENT), max_new_tokens)
+
+
+def _until(length: int, advance: Callable[[_State], _State], state: _State) -> _State:
+  """The state after the steps that a cache of `length` has room for, or when every row has ended."""
+  return jax.lax.while_loop(lambda state: (state.step < length) & ~state.ended.all(), advance, state)
 
 
 def _before_the_first(cache: model.Cache, rows: tuple[int, int], length: int, pad_id: int) -> _State:

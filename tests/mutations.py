@@ -167,9 +167,9 @@ MUTATIONS = (
   ),
   Mutation(
     "an unwritten slot of the cache is read",
-    f"{_QWEN}/model.py",
-    "jnp.arange(cache.keys.shape[4]) < cache.length",
-    "jnp.arange(cache.keys.shape[4]) <= cache.length",
+    f"{_QWEN}/text.py",
+    "slots < length",
+    "slots <= length",
     f"{_TESTS}/test_model.py::test_decoding_token_by_token_equals_the_whole",
   ),
   Mutation(

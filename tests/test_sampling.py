@@ -130,6 +130,18 @@ def test_padding_and_the_rest_of_the_batch_change_nothing(params):
   assert_same_rollouts(actual, jax.tree.map(lambda x: x[np.array([1, 0]), :2], expected))
 
 
+def test_separate_layers_give_the_same_tokens(params, rollouts):
+  assert_same_rollouts(program()(model.separated(params), prompts_of(TEXTS), KEY), rollouts)
+
+
+@pytest.mark.parametrize("segment", [3, 4, 7, 8])  # T = 8: 3 + 3 + 2, two equal ones, 7 + 1, one
+def test_a_cache_that_grows_gives_the_same_tokens(segment, params, rollouts, monkeypatch):
+  monkeypatch.setattr(sampling, "SEGMENT", segment)
+  lengths = sampling.cache_lengths(T)
+  assert lengths[-1] == T and np.diff((0, *lengths)).max() <= segment
+  assert_same_rollouts(jax.jit(sampler())(params, prompts_of(TEXTS), KEY), rollouts)
+
+
 def test_keys_and_rows_change_the_tokens(params, rollouts):
   prompts = prompts_of(TEXTS)
   other = program()(params, prompts, jax.random.key(6))

@@ -54,17 +54,36 @@ def sampling_program(
   return jax.jit(program)
 
 
-def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Callable[[Any], Any]:
-  """Weights in the layout and dtype of the token loop; the weights themselves where nothing would change.
+def decode_weights_program(
+  config: Qwen3VLConfig, params: Any, dtype: Any, *, spare: bool = False
+) -> Callable[[Any], Any]:
+  """A copy of the weights in the layout and dtype of the token loop, with layers side by side.
 
-  Decoding from weights sharded over fsdp would gather every layer for every token; one reshard per step does not.
+  Decoding from weights sharded over fsdp would gather every layer for every token, and from stacked ones slice it
+  out; one program per step does both for all of them.
+
+  Args:
+    config: of the model.
+    params: its weights.
+    dtype: of the copy.
+    spare: take the weights themselves, stacked as they are, where layout and dtype are right already: a second copy
+      of a large teacher costs more memory than its few hints are worth.
   """
   mesh = jax.tree.leaves(params)[0].sharding.mesh
-  shardings = sharding.weight_shardings(mesh, params, model.logical_axes(config), layout="decode")
-  same = jax.tree.map(lambda x, s: x.dtype == dtype and s.is_equivalent_to(x.sharding, x.ndim), params, shardings)
-  if all(jax.tree.leaves(same)):
-    return lambda params: params
-  return jax.jit(lambda params: model.cast(params, dtype), out_shardings=shardings)
+  if spare:
+    wanted = sharding.weight_shardings(mesh, params, model.logical_axes(config), layout="decode")
+    same = jax.tree.map(lambda x, s: x.dtype == dtype and s.is_equivalent_to(x.sharding, x.ndim), params, wanted)
+    if all(jax.tree.leaves(same)):
+      return lambda params: params
+
+  def decode_weights(params):
+    return model.separated(model.cast(params, dtype))
+
+  shapes = jax.eval_shape(decode_weights, params)
+  return jax.jit(
+    decode_weights,
+    out_shardings=sharding.weight_shardings(mesh, shapes, model.separated_axes(config), layout="decode"),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +106,7 @@ def teacher_program(
   teacher: Model, processor: Any, settings: SamplingSettings, dtype: Any
 ) -> Callable[[Prompts, jax.Array], Rollouts]:
   """The teacher's sampler with its own decode weights, made for each call and freed after it: (prompts, key)."""
-  decode_weights = decode_weights_program(teacher.config, teacher.params, dtype)
+  decode_weights = decode_weights_program(teacher.config, teacher.params, dtype, spare=True)
   sample = sampling_program(teacher.config, processor, settings)
   return lambda prompts, key: sample(decode_weights(teacher.params), prompts, key)
 

@@ -1,7 +1,8 @@
 """Qwen3-VL as pure functions of a parameter tree: prompts once, completions and tokens on top of them.
 
 The tree mirrors the names of Hugging Face's checkpoint: `visual`, `language_model` and, when the head is not the
-embedding, `lm_head`; layers are stacked on axis 0. Activations have the dtype of the parameters; norms, softmax and
+embedding, `lm_head`; layers are stacked on axis 0, or lie side by side in a tuple where `separated` put them: then
+caches are tuples as well, written [L, ...] all the same. Activations have the dtype of the parameters; norms, softmax and
 rotary angles are float32. `Cache` and `Prefix` hold keys after the rotary embedding.
 """
 
@@ -31,8 +32,8 @@ from kepo_jax.types import Prompts, VisionInputs
 class Prefix:
   """What completions need of their prompts."""
 
-  keys: jax.Array  # [L, P, K, S, H], after the rotary embedding
-  values: jax.Array  # [L, P, K, S, H]
+  keys: Any  # [L, P, K, S, H], after the rotary embedding; stacked or separate as the layers
+  values: Any  # [L, P, K, S, H], likewise
   mask: jax.Array  # bool[P, S], true on real tokens
   next_position: jax.Array  # int32[P], position of the first completion token on all axes
   last_hidden: jax.Array  # [P, D], final-normed hidden state of the last real token: predicts completion token 0
@@ -42,8 +43,8 @@ class Prefix:
 class Cache:
   """Keys and values of the completion tokens so far."""
 
-  keys: jax.Array  # [L, P, K, G, T, H], after the rotary embedding
-  values: jax.Array  # [L, P, K, G, T, H]
+  keys: Any  # [L, P, K, G, T, H], after the rotary embedding; stacked or separate as the layers
+  values: Any  # [L, P, K, G, T, H], likewise
   length: jax.Array  # int32[], completion tokens written
 
 
@@ -93,6 +94,13 @@ def abstract_params(config: Qwen3VLConfig, dtype: Any = jnp.float32) -> dict[str
 def logical_axes(config: Qwen3VLConfig) -> dict[str, Any]:
   """The parameter tree with a tuple of logical axis names at each leaf, for `sharding.weight_shardings`."""
   return _tree(config, lambda module, layers: stacked_axes(module.axes) if layers else module.axes)
+
+
+def separated_axes(config: Qwen3VLConfig) -> dict[str, Any]:
+  """`logical_axes` of parameters that are `separated`."""
+  axes = logical_axes(config)
+  layer = definition(text.DecoderLayer, config.text).axes
+  return axes | {"language_model": axes["language_model"] | {"layers": (layer,) * config.text.num_hidden_layers}}
 
 
 def init_params(config: Qwen3VLConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -233,20 +241,33 @@ def completion_hidden(
   return constrain(jnp.concatenate([first, later], axis=2), "prompt", "rollout", None, None)
 
 
-def empty_cache(config: Qwen3VLConfig, prompts: int, rollouts: int, length: int, dtype: Any = jnp.float32) -> Cache:
-  """A cache for `length` completion tokens of `rollouts` completions of each of `prompts` prompts."""
-  shape = (
-    config.text.num_hidden_layers,
-    prompts,
-    config.text.num_key_value_heads,
-    rollouts,
-    length,
-    config.text.head_dim,
-  )
-  keys, values = (
-    constrain(jnp.zeros(shape, dtype), None, "prompt", "kv_heads", "rollout", None, None) for _ in range(2)
-  )
+def separated(params: Params) -> Any:
+  """The parameters with the decoder's layers in a tuple, for loops over tokens: see `text`."""
+  decoder = params["language_model"]
+  depth = jax.tree.leaves(decoder["layers"])[0].shape[0]
+  layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], decoder["layers"]) for i in range(depth))
+  return params | {"language_model": decoder | {"layers": layers}}
+
+
+def empty_cache(prefix: Prefix, rollouts: int, length: int) -> Cache:
+  """A cache for `length` completion tokens of `rollouts` completions of each prompt of `prefix`."""
+
+  def blank(shared):
+    *rows, _, head_dim = shared.shape
+    axes = (None,) * (len(rows) - 2) + ("prompt", "kv_heads", "rollout", None, None)
+    return constrain(jnp.zeros((*rows, rollouts, length, head_dim), shared.dtype), *axes)
+
+  keys, values = jax.tree.map(blank, (prefix.keys, prefix.values))
   return Cache(keys=keys, values=values, length=jnp.zeros((), jnp.int32))
+
+
+def lengthened(cache: Cache, length: int) -> Cache:
+  """The cache with room for `length` completion tokens."""
+
+  def pad(x):
+    return jnp.pad(x, [(0, length - n if axis == x.ndim - 2 else 0) for axis, n in enumerate(x.shape)])
+
+  return cache.replace(keys=jax.tree.map(pad, cache.keys), values=jax.tree.map(pad, cache.values))
 
 
 def decode_step(
@@ -267,19 +288,13 @@ def decode_step(
   chex.assert_rank(token, 2)
   x = constrain(_embedded(config, params, token[..., None]), "prompt", "rollout", None, None)
   angles = text.completion_angles(config.text, (prefix.next_position + cache.length)[:, None])
-  written = jnp.arange(cache.keys.shape[4]) < cache.length
   x, keys, values = text.token_layers(
     config.text,
     params["language_model"]["layers"],
     x,
     angles,
     (prefix.keys, prefix.values, prefix.mask),
-    (cache.keys, cache.values, written),
+    (cache.keys, cache.values, cache.length),
   )
-  start = (0, 0, 0, 0, cache.length, 0)
-  cache = Cache(
-    keys=jax.lax.dynamic_update_slice(cache.keys, keys, start),
-    values=jax.lax.dynamic_update_slice(cache.values, values, start),
-    length=cache.length + 1,
-  )
+  cache = Cache(keys=keys, values=values, length=cache.length + 1)
   return _normed(config, params, x)[:, :, 0], cache

@@ -5,7 +5,8 @@ Keys and values are [P, K, S, H] when all rollouts share them and [P, K, G, T, H
 every product is a batched matrix product as it stands, without a transpose of a cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from kepo_jax.sharding import constrain
 
 # Keys, values and a mask that broadcasts to the scores [P, K, G, T, J, S].
 Source = tuple[jax.Array, jax.Array, jax.Array]
+
+# From the keys and values of the tokens themselves to what they see of them; a cache is written on the way.
+Own = Callable[[jax.Array, jax.Array], Source]
 
 # Finite, or a row that may see nothing (a padded prompt) turns into NaN.
 _HIDDEN = -1e30
@@ -68,7 +72,7 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
   def __call__(
-    self, x: jax.Array, by: Turn, sources: Sequence[Source], own_mask: jax.Array
+    self, x: jax.Array, by: Turn, sources: Sequence[Source], own: Own
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows = x.shape[:3]
     query = self.q_norm(self.q_proj(x).reshape(*rows, self.kv_heads, self.shared_by, -1))
@@ -80,7 +84,8 @@ class Attention(nnx.Module):
     query = constrain(query, "prompt", "kv_heads", "rollout", None, None, None)
     key = constrain(key, "prompt", "kv_heads", "rollout", None, None)
     value = constrain(value, "prompt", "kv_heads", "rollout", None, None)
-    mixed = joint_attention(query, [*sources, (key, value, own_mask)])
+    key, value, mask = own(key, value)
+    mixed = joint_attention(query, [*sources, (key, value, mask)])
     return self.o_proj(mixed.transpose(0, 2, 3, 1, 4, 5).reshape(*rows, -1)), key, value
 
 
@@ -107,9 +112,9 @@ class DecoderLayer(nnx.Module):
     self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
   def __call__(
-    self, x: jax.Array, by: Turn, sources: Sequence[Source], own_mask: jax.Array
+    self, x: jax.Array, by: Turn, sources: Sequence[Source], own: Own
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    mixed, key, value = self.self_attn(self.input_layernorm(x), by, sources, own_mask)
+    mixed, key, value = self.self_attn(self.input_layernorm(x), by, sources, own)
     x = x + mixed
     x = constrain(x + self.mlp(self.post_attention_layernorm(x)), "prompt", "rollout", None, None)
     return x, key, value
@@ -148,13 +153,30 @@ def completion_angles(config: TextConfig, positions: jax.Array) -> jax.Array:
   return positions.astype(jnp.float32)[..., None] * _frequencies(config)[None, None]
 
 
-def _scan(step, x, layers, remat):
+def _through(step: Callable, x: jax.Array, layers: Any, *others: Any, remat: bool = False) -> tuple[jax.Array, Any]:
+  """step(x, (layer, *its share of others)) -> (x, output) over all layers, and their outputs together.
+
+  Layers that are stacked on axis 0, the others with them, are scanned: one body to compile, and memory that
+  rematerialisation keeps small. Separate ones, a tuple each, run one after the other: nothing is sliced out of a
+  stack, which in a loop over tokens would copy every weight for every token.
+  """
   step = jax.checkpoint(step, prevent_cse=False) if remat else step
-  return jax.lax.scan(step, x, layers)
+  if not isinstance(layers, tuple):
+    return jax.lax.scan(step, x, (layers, *others))
+  outputs = []
+  for each in zip(layers, *others, strict=True):
+    x, output = step(x, each)
+    outputs.append(output)
+  return x, jax.tree.map(lambda *layer: layer, *outputs)
 
 
 def _prefix_mask(mask: jax.Array) -> jax.Array:
   return mask[:, None, None, None, None, :]
+
+
+def masked(mask: jax.Array) -> Own:
+  """Tokens that see each other where the mask is true."""
+  return lambda key, value: (key, value, mask)
 
 
 def causal_mask(length: int) -> jax.Array:
@@ -176,7 +198,7 @@ def prompt_layers(
 
   Args:
     config: sizes.
-    layers: parameters stacked on axis 0.
+    layers: parameters stacked on axis 0, or a tuple with those of each layer.
     x: [P, S, D], embedded prompts.
     angles: float32[P, S, H / 2].
     mask: bool[P, S], true on real tokens.
@@ -184,7 +206,7 @@ def prompt_layers(
     remat: recompute layers in the backward pass.
 
   Returns:
-    x [P, S, D] before the final norm, keys and values [L, P, K, S, H].
+    x [P, S, D] before the final norm, keys and values [L, P, K, S, H], stacked or separate as the layers.
   """
   taps = deepstack.shape[0]
   by = turn(angles[:, None])
@@ -192,7 +214,7 @@ def prompt_layers(
 
   def step(x, layer):
     weights, number = layer
-    x, key, value = bind(weights, DecoderLayer, config)(x, by, (), visible)
+    x, key, value = bind(weights, DecoderLayer, config)(x, by, (), masked(visible))
     if taps:
       # Inside the scan rather than unrolled: slices of the stack would copy nearly all weights.
       added = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(number, taps - 1), keepdims=False)
@@ -200,7 +222,7 @@ def prompt_layers(
     return x, (key[:, :, 0], value[:, :, 0])
 
   numbers = jnp.arange(config.num_hidden_layers)
-  x, (keys, values) = _scan(step, x[:, None], (layers, numbers), remat)
+  x, (keys, values) = _through(step, x[:, None], layers, numbers, remat=remat)
   return x[:, 0], keys, values
 
 
@@ -217,10 +239,10 @@ def completion_layers(
 
   Args:
     config: sizes.
-    layers: parameters stacked on axis 0.
+    layers: parameters stacked on axis 0, or a tuple with those of each layer.
     x: [P, G, T, D], embedded completions.
     angles: float32[P, T, H / 2].
-    prefix: keys and values [L, P, K, S, H] of the prompts, and their mask bool[P, S].
+    prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask bool[P, S].
     remat: recompute layers in the backward pass.
 
   Returns:
@@ -233,9 +255,9 @@ def completion_layers(
   def step(x, layer):
     weights, key, value = layer
     sources = ((key, value, _prefix_mask(mask)),)
-    return bind(weights, DecoderLayer, config)(x, by, sources, visible)[0], None
+    return bind(weights, DecoderLayer, config)(x, by, sources, masked(visible))[0], None
 
-  return _scan(step, x, (layers, keys, values), remat)[0]
+  return _through(step, x, layers, keys, values, remat=remat)[0]
 
 
 def token_layers(
@@ -244,35 +266,42 @@ def token_layers(
   x: jax.Array,
   angles: jax.Array,
   prefix: Source,
-  cache: Source,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  cache: tuple[Any, Any, jax.Array],
+) -> tuple[jax.Array, Any, Any]:
   """All layers over one new token per rollout.
-
-  The cache is read, never written: the caller stores the new keys and values of all layers at once, so that no
-  copy of the cache is carried through the layers.
 
   Args:
     config: sizes.
-    layers: parameters stacked on axis 0.
+    layers: parameters stacked on axis 0, or a tuple with those of each layer.
     x: [P, G, 1, D], embedded tokens.
     angles: float32[P, 1, H / 2].
-    prefix: keys and values [L, P, K, S, H] of the prompts, and their mask bool[P, S].
-    cache: keys and values [L, P, K, G, T, H] of earlier completion tokens, and a mask bool[T] of those written.
+    prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask bool[P, S].
+    cache: keys and values [L, P, K, G, T, H] of earlier completion tokens, likewise, and the number int32[] of them.
 
   Returns:
-    x [P, G, 1, D] before the final norm, new keys and values [L, P, K, G, 1, H].
+    x [P, G, 1, D] before the final norm, keys and values with the token in them.
   """
   prefix_keys, prefix_values, prefix_mask = prefix
-  cache_keys, cache_values, written = cache
-  written = written[None, None, None, None, None, :]
-  own = jnp.ones((1,) * 6, bool)
+  *cached, length = cache
+  slots = jnp.arange(jax.tree.leaves(cached)[0].shape[-2])[None, None, None, None, None, :]
   by = turn(angles[:, None])
+  separate = isinstance(layers, tuple)
+
+  def put(old, new):
+    return jax.lax.dynamic_update_slice_in_dim(old, new, length, axis=old.ndim - 2)
 
   def step(x, layer):
     weights, shared_key, shared_value, key, value = layer
-    sources = ((shared_key, shared_value, _prefix_mask(prefix_mask)), (key, value, written))
+    sources = [(shared_key, shared_value, _prefix_mask(prefix_mask))]
+    if separate:
+      # Written first and then read, or XLA copies the cache to read what was in it before.
+      own = lambda new_key, new_value: (put(key, new_key), put(value, new_value), slots <= length)  # noqa: E731
+    else:
+      # Read and not written: of a stack that a scan goes through, every layer written would be copied twice.
+      sources.append((key, value, slots < length))
+      own = masked(jnp.ones((1,) * 6, bool))
     x, key, value = bind(weights, DecoderLayer, config)(x, by, sources, own)
     return x, (key, value)
 
-  x, (keys, values) = jax.lax.scan(step, x, (layers, prefix_keys, prefix_values, cache_keys, cache_values))
-  return x, keys, values
+  x, (keys, values) = _through(step, x, layers, prefix_keys, prefix_values, *cached)
+  return (x, keys, values) if separate else (x, *map(put, cached, (keys, values)))

@@ -85,7 +85,7 @@ def greedy(config: Qwen3VLConfig, params: Any, prompts: Prompts, steps: int) -> 
   """int32[P, steps]: the likeliest tokens, one after the other."""
   prefix = model.prefill(config, params, prompts)
   head = model.head_weight(config, params)
-  cache = model.empty_cache(config, prompts.tokens.shape[0], 1, steps)
+  cache = model.empty_cache(prefix, 1, steps)
 
   def step(carry, _):
     cache, hidden = carry

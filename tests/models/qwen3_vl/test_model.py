@@ -69,7 +69,7 @@ def test_decoding_token_by_token_equals_the_whole(prompts, hidden):
       hidden, cache = model.decode_step(CONFIG, params, prefix, cache, token)
       return cache, hidden
 
-    cache, hidden = jax.lax.scan(step, model.empty_cache(CONFIG, P, G, T), jnp.moveaxis(tokens, -1, 0))
+    cache, hidden = jax.lax.scan(step, model.empty_cache(prefix, G, T), jnp.moveaxis(tokens, -1, 0))
     return jnp.moveaxis(hidden, 0, 2), cache.length
 
   later, length = decoded(PARAMS, prompts, TOKENS)
@@ -162,17 +162,22 @@ def test_sharded_equals_unsharded_and_shares_the_work(shape, batches, share, mes
   assert flops(spread) < 1.35 * share * batches * flops(compiled)
 
 
-def test_a_token_copies_no_cache():
+@pytest.mark.parametrize("layers", ["stacked", "separate"])
+def test_a_token_copies_no_cache(layers):
   prompts, length = 2, 1024
   params = model.abstract_params(CONFIG)
-  cache = jax.eval_shape(lambda: model.empty_cache(CONFIG, prompts, G, length))
+  shared = jax.ShapeDtypeStruct((2, prompts, 2, 8, 16), jnp.float32)
+  if layers == "separate":
+    params = jax.eval_shape(model.separated, params)
+    shared = (jax.ShapeDtypeStruct(shared.shape[1:], jnp.float32),) * 2
   prefix = model.Prefix(
-    keys=jax.ShapeDtypeStruct((2, prompts, 2, 8, 16), jnp.float32),
-    values=jax.ShapeDtypeStruct((2, prompts, 2, 8, 16), jnp.float32),
+    keys=shared,
+    values=shared,
     mask=jax.ShapeDtypeStruct((prompts, 8), bool),
     next_position=jax.ShapeDtypeStruct((prompts,), jnp.int32),
     last_hidden=jax.ShapeDtypeStruct((prompts, 32), jnp.float32),
   )
+  cache = jax.eval_shape(lambda prefix: model.empty_cache(prefix, G, length), prefix)
 
   def tokens(params, prefix, cache):
     def step(carry):
@@ -183,7 +188,36 @@ def test_a_token_copies_no_cache():
     return jax.lax.while_loop(lambda carry: carry[1].length < length, step, start)
 
   text = jax.jit(tokens, donate_argnums=2).lower(params, prefix, cache).compile().as_text()
-  whole = ",".join(map(str, cache.keys.shape))
+  whole = ",".join(map(str, jax.tree.leaves(cache.keys)[0].shape))
   assert f"f32[{whole}]" in text
   # The update itself is a fusion in place.
   assert re.findall(rf"= f32\[{whole}\]\S* (?:copy|transpose|concatenate)\(", text) == []
+  # Out of a stack every weight is sliced for every token; of layers side by side none is.
+  sliced = re.findall(r"= f32\[(?:1,)?64,32\]\S* (?:dynamic-slice|fusion)\(", text)
+  assert bool(sliced) == (layers == "stacked")
+
+
+def test_separate_layers_equal_stacked_ones(prompts, hidden):
+  separate = model.separated(PARAMS)
+  np.testing.assert_allclose(runs.fast_jit(completion_hidden)(separate, prompts, TOKENS), hidden, atol=2e-5)
+  axes = jax.tree.map(lambda leaf, names: len(names) == leaf.ndim, separate, model.separated_axes(CONFIG))
+  assert all(jax.tree.leaves(axes))
+
+
+def test_a_longer_cache_keeps_what_is_in_it(prompts):
+  @runs.fast_jit
+  def grown(params, prompts, tokens):
+    prefix = model.prefill(CONFIG, params, prompts)
+    cache = model.empty_cache(prefix, G, 2)
+    for token in range(2):
+      _, cache = model.decode_step(CONFIG, params, prefix, cache, tokens[..., token])
+    longer = model.lengthened(cache, T)
+    return cache, longer, model.decode_step(CONFIG, params, prefix, longer, tokens[..., 2])[0]
+
+  cache, longer, hidden_after = grown(PARAMS, prompts, TOKENS)
+  for short, long in zip(jax.tree.leaves(cache.replace(length=())), jax.tree.leaves(longer.replace(length=()))):
+    assert long.shape == (*short.shape[:-2], T, short.shape[-1])
+    np.testing.assert_array_equal(long[..., :2, :], short)
+    np.testing.assert_array_equal(long[..., 2:, :], 0)
+  expected = runs.fast_jit(completion_hidden)(PARAMS, prompts, TOKENS)[:, :, 3]
+  np.testing.assert_allclose(hidden_after, expected, atol=2e-5)
