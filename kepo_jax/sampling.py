@@ -14,7 +14,6 @@ from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import distributions
 from kepo_jax.types import Prompts, Rollouts
 
-
 SEGMENT = 256  # tokens by which the cache grows
 
 

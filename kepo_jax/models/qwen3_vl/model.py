@@ -2,8 +2,8 @@
 
 The tree mirrors the names of Hugging Face's checkpoint: `visual`, `language_model` and, when the head is not the
 embedding, `lm_head`; layers are stacked on axis 0, or lie side by side in a tuple where `separated` put them: then
-caches are tuples as well, written [L, ...] all the same. Activations have the dtype of the parameters; norms, softmax and
-rotary angles are float32. `Cache` and `Prefix` hold keys after the rotary embedding.
+caches are tuples as well, written [L, ...] all the same. Activations have the dtype of the parameters; norms, softmax
+and rotary angles are float32. `Cache` and `Prefix` hold keys after the rotary embedding.
 """
 
 from typing import Any

@@ -242,7 +242,8 @@ def completion_layers(
     layers: parameters stacked on axis 0, or a tuple with those of each layer.
     x: [P, G, T, D], embedded completions.
     angles: float32[P, T, H / 2].
-    prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask bool[P, S].
+    prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask
+      bool[P, S].
     remat: recompute layers in the backward pass.
 
   Returns:
@@ -275,7 +276,8 @@ def token_layers(
     layers: parameters stacked on axis 0, or a tuple with those of each layer.
     x: [P, G, 1, D], embedded tokens.
     angles: float32[P, 1, H / 2].
-    prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask bool[P, S].
+    prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask
+      bool[P, S].
     cache: keys and values [L, P, K, G, T, H] of earlier completion tokens, likewise, and the number int32[] of them.
 
   Returns:
