@@ -1,0 +1,334 @@
+"""The phases of a training step on random weights and made-up prompts of given sizes, timed beside their floors.
+
+The programs are those of training. Weights are random, since time does not depend on them, and no completion may end,
+so that every run does the same work.
+"""
+
+import dataclasses
+import resource
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kepo_jax import sharding
+from kepo_jax.models.qwen3_vl import model, positions
+from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig, TextConfig, VisionConfig
+from kepo_jax.planning import chips, floors
+from kepo_jax.training import assembly, checks, programs
+from kepo_jax.types import Experience, Prompts, VisionInputs
+
+# Between the tiny models of the embedded default and the smallest that is published: large enough for products to
+# dominate on a CPU, small enough to run there.
+MEDIUM = Qwen3VLConfig(
+  text=TextConfig(
+    vocab_size=32000,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    rope_theta=5_000_000.0,
+    mrope_section=(12, 10, 10),
+  ),
+  vision=VisionConfig(
+    depth=6,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_heads=4,
+    out_hidden_size=512,
+    num_position_embeddings=2304,
+    deepstack_visual_indexes=(1, 3, 5),
+  ),
+  tie_word_embeddings=True,
+  image_token_id=5,
+  video_token_id=6,
+  vision_start_token_id=7,
+  vision_end_token_id=8,
+)
+MODELS: Mapping[str, Qwen3VLConfig] = SIZES | {"medium": MEDIUM}
+
+
+def model_config(name: str) -> Qwen3VLConfig:
+  """The sizes of a model of `MODELS`, of a Hub id that ends in one of them, or of a checkpoint folder.
+
+  Raises:
+    ValueError: neither.
+  """
+  known = next((config for size, config in MODELS.items() if name.split("/")[-1].startswith(size)), None)
+  return known or Qwen3VLConfig.from_directory(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Lengths of everything in a batch, without padding."""
+
+  image_tokens: int  # merged tokens of the image of each prompt; 0: no image
+  text_tokens: int  # other tokens of a prompt
+  new_tokens: int  # tokens of a completion
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+  """What programs read of a processor; the one end token is banned."""
+
+  allowed: np.ndarray  # bool[V]
+  end_ids: tuple[int, ...]
+  pad_id: int
+
+
+def special_tokens(config: Qwen3VLConfig) -> SpecialTokens:
+  """Everything may be sampled but the end token and the vision specials."""
+  end = pad = 0
+  allowed = np.ones(config.text.vocab_size, bool)
+  allowed[[end, *_specials(config)]] = False
+  return SpecialTokens(allowed=allowed, end_ids=(end,), pad_id=pad)
+
+
+def _specials(config: Qwen3VLConfig) -> list[int]:
+  names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+  return [getattr(config, name) for name in names]
+
+
+def made_up_prompts(config: Qwen3VLConfig, count: int, sizes: Sizes) -> Prompts:
+  """Host arrays of `count` prompts, each with one image of random patches, and random text.
+
+  Raises:
+    ValueError: too few text tokens to mark the image.
+  """
+  rng = np.random.default_rng(0)
+  merge, grids = config.vision.spatial_merge_size, []
+  marks = []
+  if sizes.image_tokens:
+    rows = next(side for side in range(round(sizes.image_tokens**0.5), 0, -1) if sizes.image_tokens % side == 0)
+    grids = [(1, rows * merge, sizes.image_tokens // rows * merge)]
+    marks = [config.vision_start_token_id, *[config.image_token_id] * sizes.image_tokens, config.vision_end_token_id]
+  words = sizes.text_tokens - (2 if marks else 0)
+  if words < 1:
+    raise ValueError(f"{sizes.text_tokens} text tokens do not hold the two marks of an image and a question.")
+  usable = np.flatnonzero(special_tokens(config).allowed)
+  texts = [np.array([*marks, *rng.choice(usable, words)], np.int32) for _ in range(count)]
+  places, following, slots = zip(*(positions.prompt_positions(text, grids, config) for text in texts), strict=True)
+  patches = sizes.image_tokens * config.vision.merge_area
+  names = ("segments", "coordinates", "table_index", "table_weight")
+  tables = dict(zip(names, positions.vision_tables(grids, config), strict=True)) if grids else _no_tables()
+  return Prompts(
+    tokens=np.stack(texts),
+    mask=np.ones((count, len(texts[0])), bool),
+    positions=np.stack(places),
+    next_position=np.array(following, np.int32),
+    image_slot=np.stack(slots),
+    row=np.arange(count, dtype=np.uint32),
+    vision=VisionInputs(
+      patches=rng.normal(size=(count, patches, config.vision.patch_width)).astype(np.float32),
+      **{name: np.broadcast_to(table, (count, *table.shape)).copy() for name, table in tables.items()},
+    ),
+  )
+
+
+def _no_tables() -> dict[str, np.ndarray]:
+  whole, parts = np.int32, np.float32
+  return {
+    "segments": np.zeros((0,), whole),
+    "coordinates": np.zeros((0, 2), whole),
+    "table_index": np.zeros((0, 4), whole),
+    "table_weight": np.zeros((0, 4), parts),
+  }
+
+
+def random_weights(config: Qwen3VLConfig, mesh: jax.sharding.Mesh, dtype: Any, seed: int) -> Any:
+  """Random parameters in the train layout."""
+  shardings = sharding.weight_shardings(mesh, model.abstract_params(config), model.logical_axes(config))
+  # The generator of the hardware: threefry for 32 billion numbers takes longer than all else here.
+  key = jax.random.key(seed, impl="unsafe_rbg")
+  return jax.jit(lambda key: model.init_params(config, key, dtype), out_shardings=shardings)(key)
+
+
+@dataclasses.dataclass
+class Phase:
+  """A phase of a step: what it takes, and what it has to do."""
+
+  name: str
+  tokens: int  # completion tokens that it samples, scores or learns from
+  work: floors.Work
+  seconds: list[float] = dataclasses.field(default_factory=list)  # of each repetition
+
+  @property
+  def median(self) -> float:
+    """Median seconds."""
+    return statistics.median(self.seconds)
+
+  def figures(self, chip: chips.Chip, devices: int) -> dict[str, float]:
+    """Everything that is printed of a phase, as numbers."""
+    return {
+      "seconds": self.median,
+      "fastest": min(self.seconds),
+      "slowest": max(self.seconds),
+      "tokens": float(self.tokens),
+      "tokens_per_second": self.tokens / self.median,
+      "flops": self.work.flops,
+      "flops_utilisation": self.work.flops / (self.median * chip.flops * devices),
+      "bytes": self.work.moved,
+      "bandwidth_share": self.work.moved / (self.median * chip.bandwidth * devices),
+      "floor_seconds": self.work.floor,
+      "gap": self.median / self.work.floor if self.work.floor else 0.0,
+    }
+
+
+class Benchmark:
+  """One training step of a config, phase by phase."""
+
+  def __init__(self, config: Any, student: Qwen3VLConfig, teacher: Qwen3VLConfig, sizes: Sizes):
+    """Makes weights, prompts and programs.
+
+    Args:
+      config: of a run; its models are replaced.
+      student: sizes of the student, and of the reference where there is one.
+      teacher: sizes of the teacher, of the same vocabulary.
+      sizes: of the batch; `sampling.max_new_tokens` is theirs.
+
+    Raises:
+      ValueError: the vocabularies differ, or the sizes do not fit together.
+    """
+    if student.text.vocab_size != teacher.text.vocab_size:
+      raise ValueError(
+        f"student and teacher have {student.text.vocab_size} and {teacher.text.vocab_size} tokens; "
+        "distillation needs one vocabulary."
+      )
+    checks.check_config(config)
+    self.config, self.sizes = config, sizes
+    self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    self.configs = {"student": student}
+    if checks.needs_teacher(config):
+      self.configs["teacher"] = teacher
+    if config.objective.reference_weight:
+      self.configs["reference"] = student
+    dtype = jnp.dtype(config.model.compute_dtype)
+    self.chip, self.devices = chips.chip_of(jax.local_devices()[0], dtype), self.mesh.size
+    self._special = special_tokens(student)
+    models = {role: self._model(role, seed) for seed, role in enumerate(self.configs)}
+    with jax.set_mesh(self.mesh):
+      self.state, self.programs = assembly.build_programs(config, self._special, models)
+    count = config.batch.prompts
+    self.prompts = sharding.place(self.mesh, made_up_prompts(student, count, sizes))
+    few = sharding.place(self.mesh, made_up_prompts(student, max(1, count // 4), sizes))
+    self._few = few
+    self._batch: Any = ()  # shapes of the experience and the targets of the last turn
+
+  def _model(self, role: str, seed: int) -> programs.Model:
+    dtype = jnp.float32 if role == "student" else jnp.dtype(self.config.model.teacher_dtype)
+    return programs.Model(self.configs[role], random_weights(self.configs[role], self.mesh, dtype, seed))
+
+  def phases(self, repeats: int, between: Callable[[int], None] = lambda turn: None) -> list[Phase]:
+    """Runs the step `repeats` times after one that compiles, and whatever else is measured in turns with it.
+
+    Args:
+      repeats: timed turns.
+      between: called with the number of each turn, from 0, after it; the first one compiles and is not timed.
+    """
+    phases: dict[str, Phase] = {}
+    for turn in range(repeats + 1):
+      for name, taken in self._turn(turn):
+        if turn == 0:
+          phases[name] = Phase(name, self._tokens(name), floors.Work(0.0, 0.0))
+        else:
+          phases[name].seconds.append(taken)
+      between(turn)
+    work = self.work()
+    for name, phase in phases.items():
+      phase.work = work[name]
+    return list(phases.values())
+
+  def _turn(self, turn: int) -> Iterator[tuple[str, float]]:
+    """One step; yields the name and the seconds of each of its phases."""
+    key, timed = jax.random.key(turn), _Timed()
+    with jax.set_mesh(self.mesh):
+      actor = timed(self.programs.decode_weights, self.state.params)
+      yield "decode weights", timed.seconds
+      rollouts = timed(self.programs.rollout, actor, self.prompts, key)
+      yield "sampling", timed.seconds
+      if checks.explores(self.config):
+        timed(self.programs.hint, self._few, key)
+        yield "hints", timed.seconds
+      del actor
+      experience = self._experience(rollouts)
+      targets = timed(self.programs.targets, experience.prompts, experience.tokens)
+      self._batch = jax.eval_shape(lambda *batch: batch, experience, targets)
+      if len(self.configs) > 1:
+        yield "scoring", timed.seconds
+      self.state, _ = timed(self.programs.update, self.state, experience, targets)
+      yield "update", timed.seconds
+
+  def _tokens(self, name: str) -> int:
+    config = self.config
+    if name == "hints":
+      return self._few.tokens.shape[0] * config.exploration.hint_tokens
+    return config.batch.prompts * config.batch.rollouts * self.sizes.new_tokens
+
+  def _experience(self, rollouts: Any) -> Experience:
+    """Every rollout with an advantage, all of them distilled."""
+    rows = rollouts.tokens.shape[:2]
+    rng = np.random.default_rng(0)
+    on_rows = {
+      "advantages": rng.normal(size=rows).astype(np.float32),
+      "gate": np.ones(rows, bool),
+      "injected": np.zeros(rows, bool),
+      "supervised": np.zeros(rows, bool),
+      "kept": np.ones(rows, bool),
+    }
+    placed = sharding.place(self.mesh, on_rows, ("prompt", "rollout"))
+    return Experience(prompts=self.prompts, tokens=rollouts.tokens, mask=rollouts.mask, logps=rollouts.logps, **placed)
+
+  def work(self) -> dict[str, floors.Work]:
+    """What each phase has to do at least."""
+    config, student = self.config, self.configs["student"]
+    settings = assembly.update_settings(config)
+    frozen = jnp.dtype(config.model.teacher_dtype)
+    where = {"chip": self.chip, "devices": self.devices}
+    shapes = jax.eval_shape(lambda prompts: prompts, self.prompts)
+    rows = (config.batch.prompts, config.batch.rollouts, self.sizes.new_tokens)
+    tokens = jax.ShapeDtypeStruct(rows, jnp.int32)
+    work = {
+      "decode weights": floors.copying(student, settings.compute_dtype).on(**where),
+      "sampling": floors.sampling(
+        student, settings.compute_dtype, shapes, samples=rows[1], new_tokens=rows[2], **where
+      ),
+    }
+    if "teacher" in self.configs and checks.explores(config):
+      few = jax.eval_shape(lambda prompts: prompts, self._few)
+      hints = config.exploration.hint_tokens
+      work["hints"] = floors.sampling(self.configs["teacher"], frozen, few, samples=1, new_tokens=hints, **where)
+    roles = [role for role in ("teacher", "reference") if role in self.configs]
+    if roles:
+      scored = [floors.scoring(self.configs[role], frozen, shapes, tokens).on(**where) for role in roles]
+      work["scoring"] = floors.total(scored)
+    token_loss = assembly.token_loss(config, self._special)
+    work["update"] = floors.update(student, token_loss, settings, self.state, *self._batch, **where)
+    return work
+
+
+class _Timed:
+  """Calls a program and keeps the seconds until its results were there."""
+
+  def __init__(self):
+    self.seconds = 0.0
+
+  def __call__(self, program: Callable[..., Any], *arguments: Any) -> Any:
+    kept = []
+    self.seconds = chips.seconds(lambda *given: kept.append(program(*given)) or kept[0], *arguments)
+    return kept[0]
+
+
+def peak_bytes() -> tuple[float, str]:
+  """Most memory in use until now, of the fullest device, and what it is."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+  if peaks and jax.default_backend() != "cpu":
+    return float(max(peaks)), "of the fullest device"
+  unit = 1 if sys.platform == "darwin" else 1024
+  return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit), "of the process"

@@ -1,0 +1,99 @@
+"""What accelerators can do at most: arithmetic and memory traffic per second, from data sheets or measured."""
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Peaks of one device."""
+
+  name: str
+  flops: float  # FLOP/s of dense products
+  bandwidth: float  # bytes/s of its memory
+  memory: float  # bytes; 0: unknown
+  measured: bool = False  # here and now, and not by the maker
+
+
+# Part of `device_kind` -> data sheet: dense bfloat16 FLOP/s, bytes/s, bytes. The first match counts.
+CHIPS = {
+  "B200": Chip("NVIDIA B200", 2250e12, 8000e9, 180e9),
+  "H200": Chip("NVIDIA H200", 989e12, 4800e9, 141e9),
+  "H100 PCIe": Chip("NVIDIA H100 PCIe", 756e12, 2000e9, 80e9),
+  "H100": Chip("NVIDIA H100 SXM", 989e12, 3350e9, 80e9),
+  "A100-SXM4-40GB": Chip("NVIDIA A100 40 GB", 312e12, 1555e9, 40e9),
+  "A100": Chip("NVIDIA A100 80 GB", 312e12, 2039e9, 80e9),
+  "L40S": Chip("NVIDIA L40S", 362e12, 864e9, 48e9),
+  "L4": Chip("NVIDIA L4", 121e12, 300e9, 24e9),
+  "TPU v6": Chip("TPU v6e", 918e12, 1640e9, 32e9),
+  "TPU7": Chip("TPU7x, one core", 1153e12, 3690e9, 96e9),
+  "TPU v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9),
+  "TPU v5 lite": Chip("TPU v5e", 197e12, 819e9, 16e9),
+  "TPU v5e": Chip("TPU v5e", 197e12, 819e9, 16e9),
+  "TPU v5": Chip("TPU v5p", 459e12, 2765e9, 95e9),
+  "TPU v4": Chip("TPU v4", 275e12, 1228e9, 32e9),
+}
+_REPEATS = 5
+
+
+def chip_of(device: jax.Device, dtype: Any) -> Chip:
+  """Peaks of a device: of its data sheet for bfloat16 products on a known one, else measured.
+
+  Args:
+    device: to look up.
+    dtype: of the products.
+  """
+  known = next((chip for part, chip in CHIPS.items() if part in device.device_kind), None)
+  if known and jnp.dtype(dtype) == jnp.bfloat16:
+    return known
+  return measured(device, dtype)
+
+
+def measured(device: jax.Device, dtype: Any) -> Chip:
+  """Peaks of a device as large products and large copies reach them now: the best of five."""
+  on_cpu = device.platform == "cpu"
+  side, rows = (2048, 2**24) if on_cpu else (8192, 2**28)
+  with jax.default_device(device):
+    left, right = (jnp.full((side, side), value, dtype) for value in (0.5, 0.25))
+    product = jax.jit(lambda a, b: jnp.einsum("mk,nk->mn", a, b))
+    flops = 2 * side**3 / min(seconds(product, left, right) for _ in range(_REPEATS))
+    values = jnp.ones((rows,), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    moved = 2 * values.nbytes / min(seconds(copy, values) for _ in range(_REPEATS))
+  name = f"{device.device_kind or device.platform}, {os.cpu_count()} cores" if on_cpu else device.device_kind
+  return Chip(name, flops, moved, _memory(device), measured=True)
+
+
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+  """Wall seconds of one call, its results awaited; compile it first."""
+  jax.block_until_ready(arguments)
+  start = time.perf_counter()
+  jax.block_until_ready(function(*arguments))
+  return time.perf_counter() - start
+
+
+def product_rate(rows: int, inputs: int, outputs: int, dtype: Any) -> float:
+  """FLOP/s of one product [rows, inputs] x [outputs, inputs]: the median of five, each of about 20 GFLOP."""
+  work = 2.0 * rows * inputs * outputs
+  left, right = jnp.ones((rows, inputs), dtype), jnp.ones((outputs, inputs), dtype)
+  product = jax.jit(lambda a, b: jnp.einsum("mk,nk->mn", a, b))
+  jax.block_until_ready(product(left, right))
+  repeats = max(1, round(2e10 / work))
+
+  def several(*operands):
+    for _ in range(repeats):
+      result = product(*operands)
+    return result
+
+  return work * repeats / statistics.median(seconds(several, left, right) for _ in range(_REPEATS))
+
+
+def _memory(device: jax.Device) -> float:
+  return float((device.memory_stats() or {}).get("bytes_limit", 0)) if device.platform != "cpu" else 0.0
