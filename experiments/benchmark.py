@@ -96,7 +96,9 @@ def _rival(ours: benchmark.Benchmark) -> Any:
   try:
     from experiments import benchmark_torch  # torch is no dependency
   except ImportError as error:
-    raise ValueError(f"--against={_AGAINST.value} needs torch: pip install -r requirements-oracle.txt ({error})") from None
+    raise ValueError(
+      f"--against={_AGAINST.value} needs torch: pip install -r requirements-oracle.txt ({error})"
+    ) from None
   return benchmark_torch.Rival(ours, trl=_AGAINST.value == "trl")
 
 
@@ -155,9 +157,9 @@ def phase_table(result: dict[str, Any]) -> Table:
       name,
       f"{phase['seconds']:.3f}",
       f"{phase['tokens_per_second']:,.0f}",
-      f"{phase['flops'] / 1e12:.3f}",
+      f"{phase['flops'] / 1e12:.3g}",
       f"{100 * phase['flops_utilisation']:.1f}",
-      f"{phase['bytes'] / 1e9:.2f}",
+      f"{phase['bytes'] / 1e9:.3g}",
       f"{100 * phase['bandwidth_share']:.1f}",
       f"{phase['floor_seconds']:.3f}",
       f"{phase['gap']:.1f}",
@@ -174,7 +176,9 @@ def ratio_table(against: dict[str, Any]) -> Table:
     table.add_row(name, f"{row['torch']:.3f}", f"{row['ours']:.3f}", f"{row['ratio']:.2f}")
   for shape, rates in against["products"].items():
     table.add_row(
-      f"{shape}, GFLOP/s", *(f"{rates[who] / 1e9:.0f}" for who in ("torch", "ours")), f"{rates['ours'] / rates['torch']:.2f}"
+      f"{shape}, GFLOP/s",
+      *(f"{rates[who] / 1e9:.0f}" for who in ("torch", "ours")),
+      f"{rates['ours'] / rates['torch']:.2f}",
     )
   return table
 
