@@ -21,7 +21,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.model.compute_dtype = "float32"  # student's activations; its master weights are always float32
   config.model.teacher_dtype = "float32"  # weights and activations of teacher and reference
   config.model.freeze_vision = False  # True keeps the vision tower, its mergers included, as loaded
-  config.model.remat = False  # recompute each layer in the backward pass
+  config.model.remat = "none"  # what the backward pass computes again: none, full, or dots, dots_offloaded between
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # -1: all devices that fsdp and tensor leave

@@ -149,17 +149,23 @@ def chunk_logits_bytes(config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int,
 
 
 def activation_bytes(
-  config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, *, remat: bool, fixed: tuple[str, ...] = ()
+  config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, *, remat: str, fixed: tuple[str, ...] = ()
 ) -> int:
   """What the backward pass of one micro-batch keeps.
 
-  With remat, the input of every layer and the inside of one; without, the inside of every layer. A vision tower that
-  is `fixed` is run forwards alone and keeps one layer.
+  Without remat the inside of every layer; with it the input of every layer and the inside of one, and with "dots" the
+  products with weights of every layer besides. A vision tower that is `fixed` is run forwards alone and keeps one
+  layer. What "dots_offloaded" keeps lies on the host.
   """
   text, vision = _layers(config, shape, parts=shape.micro_batches)
   depth = 1 if "visual" in fixed else config.vision.depth
   return sum(
-    tower.bytes(itemsize, layers=layers, inside=1 if remat else layers)
+    tower.bytes(
+      itemsize,
+      layers=layers,
+      inside=layers if remat == "none" else 1,
+      products=layers if remat == "dots" else 0,
+    )
     for tower, layers in ((text, config.text.num_hidden_layers), (vision, depth))
   )
 
@@ -174,12 +180,14 @@ class _Layer:
   """Numbers that a transformer layer computes on a batch."""
 
   stream: int  # residual stream
+  products: int  # of activations and weights
   inside: int  # norms, projections and the MLP
   scores: int  # attention weights, float32 before and in the compute dtype after their softmax
 
-  def bytes(self, itemsize: int, *, layers: int, inside: int) -> int:
-    """Bytes of the inputs of `layers` layers and of everything within `inside` layers."""
-    return layers * self.stream * itemsize + inside * _COPIES * (self.inside * itemsize + self.scores * (4 + itemsize))
+  def bytes(self, itemsize: int, *, layers: int, inside: int, products: int = 0) -> int:
+    """Bytes of the inputs of `layers` layers, of all within `inside` of them and of the products of `products`."""
+    within = _COPIES * (self.inside * itemsize + self.scores * (4 + itemsize))
+    return (layers * self.stream + products * self.products) * itemsize + inside * within
 
 
 def _layers(config: Qwen3VLConfig, shape: _BatchShape, *, parts: int) -> tuple[_Layer, _Layer]:
@@ -188,14 +196,21 @@ def _layers(config: Qwen3VLConfig, shape: _BatchShape, *, parts: int) -> tuple[_
   prompts, rollouts = math.ceil(shape.prompts / parts), math.ceil(shape.rollouts / parts)
   heads = _divided(text.num_attention_heads, shape.tensor)
   kv_heads = _divided(text.num_key_value_heads, shape.tensor)
-  projections = 2 * (heads + kv_heads) * text.head_dim + 3 * _divided(text.intermediate_size, shape.tensor)
+  mlp = _divided(text.intermediate_size, shape.tensor)
+  projections = 2 * (heads + kv_heads) * text.head_dim + 3 * mlp
   tokens = prompts * shape.prompt_tokens + rollouts * shape.new_tokens
   pairs = prompts * shape.prompt_tokens**2 + rollouts * shape.new_tokens * (shape.prompt_tokens + shape.new_tokens)
   patches = prompts * shape.patches
   return (
-    _Layer(tokens * text.hidden_size, tokens * (3 * text.hidden_size + projections), heads * pairs),
+    _Layer(
+      tokens * text.hidden_size,
+      tokens * ((heads + 2 * kv_heads) * text.head_dim + 2 * mlp + 2 * text.hidden_size),
+      tokens * (3 * text.hidden_size + projections),
+      heads * pairs,
+    ),
     _Layer(
       patches * vision.hidden_size,
+      patches * (5 * vision.hidden_size + vision.intermediate_size),
       patches * (7 * vision.hidden_size + 2 * vision.intermediate_size),
       vision.num_heads * patches * shape.patches,
     ),

@@ -139,7 +139,7 @@ def test_decode_copies_exist_where_the_layout_or_the_dtype_changes():
 
 def test_what_a_user_turns_down_costs_less():
   whole = memory.estimate(plan())["update"]
-  for change in ({"batch__micro_batches": 4}, {"model__remat": True}, {"objective__chunk": 8}):
+  for change in ({"batch__micro_batches": 4}, {"model__remat": "full"}, {"objective__chunk": 8}):
     assert memory.estimate(plan(**change))["update"] < whole
   assert memory.estimate(plan(mesh={"data": 8, "fsdp": 1, "tensor": 1}))["update"] < whole / 2
   assert "scoring" not in memory.estimate(plan(teacher=None))
@@ -188,7 +188,13 @@ def arguments(config, prompts, rollouts, prompt_tokens, new_tokens, patches):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("vocabulary", "layers", "remat", "parts", "freeze"),
-  [(1000, 4, False, 1, False), (1000, 4, False, 1, True), (1000, 4, True, 2, False), (20_000, 2, True, 1, False)],
+  [
+    (1000, 4, "none", 1, False),
+    (1000, 4, "none", 1, True),
+    (1000, 4, "dots", 1, False),
+    (1000, 4, "full", 2, False),
+    (20_000, 2, "full", 1, False),
+  ],
 )
 def test_the_update_needs_what_was_estimated(vocabulary, layers, remat, parts, freeze):
   text = dataclasses.replace(SMALL.text, vocab_size=vocabulary, num_hidden_layers=layers)

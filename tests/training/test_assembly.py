@@ -122,7 +122,7 @@ def test_the_learning_rate():
 
 def test_update_settings_carry_every_field():
   config = grpo.get_config()
-  config.model.compute_dtype, config.model.freeze_vision, config.model.remat = "bfloat16", True, True
+  config.model.compute_dtype, config.model.freeze_vision, config.model.remat = "bfloat16", True, "dots"
   config.batch.micro_batches, config.batch.updates = 4, 3
   config.sampling.max_new_tokens = 77
   config.train.steps = 10
@@ -143,7 +143,7 @@ def test_update_settings_carry_every_field():
     "parts": 4,
     "updates": 3,
     "frozen": ("visual",),
-    "remat": True,
+    "remat": "dots",
     "aggregation": "constant_length",
     "normaliser": "group_mean",
     "max_tokens": 77,

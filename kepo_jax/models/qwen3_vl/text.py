@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from kepo_jax.models.qwen3_vl.config import TextConfig
-from kepo_jax.models.qwen3_vl.layers import Linear, Params, RMSNorm, Turn, bind, rotated, turn
+from kepo_jax.models.qwen3_vl.layers import Linear, Params, RMSNorm, Turn, bind, rematerialised, rotated, turn
 from kepo_jax.sharding import constrain
 
 # Keys, values and a mask that broadcasts to the scores [P, K, G, T, J, S].
@@ -149,8 +149,7 @@ def completion_angles(config: TextConfig, positions: jax.Array) -> jax.Array:
 
 
 def _scan(step, x, layers, remat):
-  step = jax.checkpoint(step, prevent_cse=False) if remat else step
-  return jax.lax.scan(step, x, layers)
+  return jax.lax.scan(rematerialised(step, remat), x, layers)
 
 
 def _prefix_mask(mask: jax.Array) -> jax.Array:
@@ -170,7 +169,7 @@ def prompt_layers(
   mask: jax.Array,
   deepstack: jax.Array,
   *,
-  remat: bool = False,
+  remat: str = "none",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """All layers over prompts, with DeepStack feature i added after layer i.
 
@@ -181,7 +180,7 @@ def prompt_layers(
     angles: float32[P, S, H / 2].
     mask: bool[P, S], true on real tokens.
     deepstack: [n, P, S, D], zero away from the images; n = 0 without images.
-    remat: recompute layers in the backward pass.
+    remat: what the backward pass computes again, of `layers.REMAT`.
 
   Returns:
     x [P, S, D] before the final norm, keys and values [L, P, K, S, H].
@@ -211,7 +210,7 @@ def completion_layers(
   angles: jax.Array,
   prefix: Source,
   *,
-  remat: bool = False,
+  remat: str = "none",
 ) -> jax.Array:
   """All layers over completions [P, G, T, D] that see their prompt and themselves.
 
@@ -221,7 +220,7 @@ def completion_layers(
     x: [P, G, T, D], embedded completions.
     angles: float32[P, T, H / 2].
     prefix: keys and values [L, P, K, S, H] of the prompts, and their mask bool[P, S].
-    remat: recompute layers in the backward pass.
+    remat: what the backward pass computes again, of `layers.REMAT`.
 
   Returns:
     [P, G, T, D] before the final norm.
