@@ -115,6 +115,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.optimizer.b2 = 0.999
   config.optimizer.eps = 1e-8
   config.optimizer.weight_decay = 0.0
+  config.optimizer.moments = "float32"  # how Adam's two moments are stored; or bfloat16, float8 (docs/low_memory.md)
   config.optimizer.clip_norm = 1.0  # global gradient norm
   config.optimizer.skip_limit = 5  # updates in a row that may be skipped since loss or gradient are not finite
 

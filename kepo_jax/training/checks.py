@@ -12,7 +12,7 @@ from kepo_jax.data import images, pipeline, prompts, tokenization
 from kepo_jax.models.qwen3_vl import layers
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
-from kepo_jax.training import groups, inputs
+from kepo_jax.training import groups, inputs, moments
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Largest value of each signal of the gate; accuracy and format are at most 1.
@@ -37,6 +37,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
   "objective.gate_signal": tuple(groups.GATE_SIGNALS),
   "objective.gate_mode": gates.MODES,
   "objective.reference_estimator": tuple(ratios.KL_ESTIMATORS),
+  "optimizer.moments": moments.DTYPES,
   "supervised.source": ("none", "answer", "teacher"),
   "exploration.trigger": exploration.TRIGGERS,
   "exploration.hints": exploration.HINTS,

@@ -308,7 +308,7 @@ def test_the_optimizer_has_the_fields_of_the_config(built, monkeypatch):
   config = grpo.get_config()
   config.model.freeze_vision, config.batch.updates = True, 2
   changes = {"b1": 0.5, "b2": 0.6, "eps": 1e-3, "weight_decay": 0.25, "clip_norm": 7.0}
-  config.optimizer.update(changes)
+  config.optimizer.update(changes | {"moments": "bfloat16"})
   given, make = {}, state.make_optimizer
 
   def make_optimizer(schedule, **settings):
@@ -317,6 +317,6 @@ def test_the_optimizer_has_the_fields_of_the_config(built, monkeypatch):
 
   monkeypatch.setattr(state, "make_optimizer", make_optimizer)
   first, _, _ = built(config)
-  assert given == changes
+  assert given == changes | {"moments_dtype": "bfloat16"}
   # Two moments of the language model; the tower has none.
   assert sum(leaf.shape == (3,) for leaf in jax.tree.leaves(first.opt_state)) == 2
