@@ -20,6 +20,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.model.teacher = "experiments/assets/phantom/weak"  # Qwen3-VL folder with the same tokenizer; loaded if used
   config.model.compute_dtype = "float32"  # student's activations; its master weights are always float32
   config.model.teacher_dtype = "float32"  # weights and activations of teacher and reference
+  config.model.teacher_memory = "device"  # where both live while they are not used; or host
   config.model.freeze_vision = False  # True keeps the vision tower, its mergers included, as loaded
   config.model.remat = "none"  # what the backward pass computes again: none, full, or dots, dots_offloaded between
 

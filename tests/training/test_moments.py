@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -42,6 +42,7 @@ def every_draw(behind):
 # ---- rounding ----
 
 
+@settings(deadline=None)
 @given(st.floats(2.0**-20, 2.0**20, width=32, allow_subnormal=False), st.booleans(), st.integers(0, 2**32 - 1))
 def test_a_number_is_rounded_to_a_neighbour(value, negative, bits):
   value = np.float32(-value if negative else value)
@@ -81,7 +82,8 @@ def test_codes_of_eight_bits_are_right_on_average(value, root):
   assert root or (np.float64(negative.codes[:, 0]) == -codes).all()
 
 
-@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False), min_size=1, max_size=5))
+@settings(deadline=None)
+@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False), min_size=3, max_size=3))
 def test_a_scale_is_the_least_power_of_two_that_fits(row):
   row = np.float32(row)
   row[np.abs(row) < 1e-20] = 0
