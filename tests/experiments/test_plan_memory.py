@@ -1,10 +1,12 @@
 """The plan of a run needs no models: sizes come from their names, and every option has a row."""
 
 import pytest
+from absl import flags
 
 from experiments import plan_memory
 from experiments.configs import kepo_eq7, kepo_medvqa
 from kepo_jax.planning import memory
+from tests.conftest import ROOT
 
 
 def test_sizes_come_from_names():
@@ -47,3 +49,8 @@ def test_the_program(program, capsys):
   with pytest.raises(entry.app.UsageError, match="unexpected arguments: more"):
     entry.main(["plan_memory", "more"])
   assert capsys.readouterr().out == ""
+  flags.FLAGS(["plan_memory", f"--config={ROOT}/experiments/configs/grpo_medvqa.py", "--compare"])
+  entry.main(["plan_memory"])
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 3 + len(plan_memory.OPTIONS)
+  assert all(line.count("|") == 2 + len(plan_memory.COLUMNS) for line in lines)

@@ -103,11 +103,13 @@ def test_nothing_is_stored_as_nothing():
 
 def test_a_second_moment_too_small_for_its_row_makes_no_huge_update():
   adam = moments.scale_by_adam(**ADAM, dtype="float8")
-  # The second element is 10^-7 of the first: 448 / 2^-9 = 229,376 is the range of a row.
-  gradient = {"a": jnp.array([[1.0, 1e-7]])}
+  # The others are 10^-7 of the first: 448 / 2^-9 = 229,376 is the range of a row. In one update of a hundred the first
+  # moment of one of them is rounded up to the smallest code.
+  gradient = {"a": jnp.full((1, 65), 1e-7).at[0, 0].set(1.0)}
   moved, largest = adam.init(gradient), 0.0
-  for _ in range(200):
-    updates, moved = adam.update(gradient, moved)
+  update = jax.jit(adam.update)
+  for _ in range(100):
+    updates, moved = update(gradient, moved)
     largest = max(largest, float(jnp.abs(updates["a"]).max()))
   assert largest < 1.5
   assert (decoded(moved.nu["a"], root=True) > 0).all()
