@@ -84,6 +84,16 @@ def test_targets_outlive_the_weights_that_made_them(tiny_config, tiny_params, ti
   np.testing.assert_array_equal(found[1][1].hidden, expected.hidden)
 
 
+@pytest.mark.parametrize("place", residence.PLACES)
+def test_a_teacher_that_decodes_as_it_is_stored_is_not_copied(tiny_config, tiny_params, mesh_of, place):
+  places = sharding.weight_shardings(mesh_of(data=2), tiny_params, model.logical_axes(tiny_config))
+  params = jax.device_put(tiny_params, places)
+  resident = residence.Resident(residence.on_host(params) if place == "host" else params)
+  decode_weights = programs.decode_weights_program(tiny_config, resident.shapes, jnp.float32)
+  with resident.on_device() as found:
+    assert decode_weights(found) is found
+
+
 # ---- the backend ----
 
 
