@@ -30,7 +30,7 @@ def _medvqa(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.model.teacher = "Qwen/Qwen3-VL-32B-Instruct"
   config.model.compute_dtype = "bfloat16"
   config.model.teacher_dtype = "bfloat16"
-  config.model.remat = True
+  config.model.remat = "full"
   config.data.resize = "squash384"  # 144 visual tokens, as in the released code
   config.data.templates = "standard"
   config.data.prompt_buckets = (256, 512, 1024, 2048)

@@ -88,6 +88,13 @@ MUTATIONS = (
     ) if""",
     _DEEPSTACK,
   ),
+  Mutation(
+    "products of attention kept",
+    f"{_QWEN}/layers.py",
+    "jax.checkpoint_policies.dots_with_no_batch_dims_saveable",
+    "jax.checkpoint_policies.dots_saveable",
+    f"{_TESTS}/test_remat.py::test_products_of_attention_are_not_kept",
+  ),
   Mutation("no height section", f"{_QWEN}/text.py", "for k in (1, 2):", "for k in (2,):", _AXES),
   Mutation("no width section", f"{_QWEN}/text.py", "for k in (1, 2):", "for k in (1,):", _AXES),
   Mutation(

@@ -20,8 +20,9 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.model.teacher = "experiments/assets/phantom/weak"  # Qwen3-VL folder with the same tokenizer; loaded if used
   config.model.compute_dtype = "float32"  # student's activations; its master weights are always float32
   config.model.teacher_dtype = "float32"  # weights and activations of teacher and reference
+  config.model.teacher_memory = "device"  # where both live while they are not used; or host
   config.model.freeze_vision = False  # True keeps the vision tower, its mergers included, as loaded
-  config.model.remat = False  # recompute each layer in the backward pass
+  config.model.remat = "none"  # what the backward pass computes again: none, full, or dots, dots_offloaded between
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # -1: all devices that fsdp and tensor leave
@@ -115,6 +116,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.optimizer.b2 = 0.999
   config.optimizer.eps = 1e-8
   config.optimizer.weight_decay = 0.0
+  config.optimizer.moments = "float32"  # how Adam's two moments are stored; or bfloat16, float8 (docs/low_memory.md)
   config.optimizer.clip_norm = 1.0  # global gradient norm
   config.optimizer.skip_limit = 5  # updates in a row that may be skipped since loss or gradient are not finite
 

@@ -113,7 +113,7 @@ def update(
     chip: whose floors these are.
     devices: of it.
   """
-  plain = dataclasses.replace(settings, remat=type(settings)(compute_dtype=None, chunk=1).remat, parts=1)
+  plain = dataclasses.replace(settings, remat="none", parts=1)
   make = inputs.make_inputs(config, token_loss, plain)
   made = jax.eval_shape(make, now.params, now.step, experience)
   gradients = step.make_gradients(config, token_loss, plain)

@@ -22,6 +22,9 @@ _LOGITS_OF_OTHER = 5
 _LOGITS_OF_SAMPLER = 3
 # Phases of a step and the evaluation after it, one after the other; each frees its memory before the next.
 PHASES = ("sampling", "hints", "scoring", "update", "evaluation")
+# float32 arrays as large as what is trained that the optimizer makes: clipped gradients, and changes.
+_OPTIMIZER_ARRAYS = 2
+_MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 # Copies of a value inside a layer: before and after its norm, rotation, mask or activation.
 _COPIES = 2
 
@@ -31,10 +34,12 @@ def estimate(plan: RunPlan) -> dict[str, int]:
 
   The peak is what stays (student with the moments of what it trains, frozen models) plus the largest of what
   sampling needs (decode copy, caches, logits), what hints need (decode copies of both models), what scoring by a
-  frozen model needs (a layer's activations on one micro-batch), what the update needs (gradients, compute copy,
-  activations of one micro-batch, logits of one chunk) and what evaluation needs (as sampling, with one completion for
-  each question of a batch). It assumes prompts that fill the second prompt bucket and images that fill the first patch
-  bucket; longer ones need more. Fragmentation and the runtime's own buffers are left out.
+  frozen model needs (a layer's activations on one micro-batch), what the update needs (gradients and, one after the
+  other, the backward pass with compute copy, activations of one micro-batch and logits of one chunk, and the optimizer)
+  and what evaluation needs (as sampling, with one completion for each question of a batch). Frozen models in host
+  memory count in the phases that use them, and their heads in the update. It assumes prompts that fill the second
+  prompt bucket and images that fill the first patch bucket; longer ones need more. Fragmentation and the runtime's own
+  buffers are left out.
 
   Args:
     plan: as the hooks receive it.
@@ -50,25 +55,33 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   fixed = ("visual",) if config.model.freeze_vision else ()
   trained = parameters_per_device(student, plan.mesh, without=fixed)
   others = {role: other for role, other in plan.models.items() if role != "student"}
-  parts = {"student and moments": 4 * weights + 2 * 4 * trained}
-  parts |= {role: frozen * parameters_per_device(other, plan.mesh) for role, other in others.items()}
-  stays = sum(parts.values())
+  parts = {"student and moments": 4 * weights + _moments(config, student, plan.mesh, trained, fixed)}
+  models = {role: frozen * parameters_per_device(other, plan.mesh) for role, other in others.items()}
+  on_host = config.model.teacher_memory == "host"
+  stays = parts["student and moments"] + (0 if on_host else sum(models.values()))
+  visiting = models if on_host else dict.fromkeys(models, 0)  # bytes that come for a phase
+  parts |= {f"{role} in host memory" if on_host else role: size for role, size in models.items()}
   actor = _decode_copy(student, plan.mesh, stored=4, itemsize=compute)
   parts["sampling"] = actor + cache_bytes(student, shape, compute) + _sampler_logits(student, shape)
   if "teacher" in others and (checks.explores(config) or checks.teacher_answers(config)):
     # The student's decode copy waits for the candidates meanwhile.
     parts["hints"] = actor + _decode_copy(others["teacher"], plan.mesh, stored=frozen, itemsize=frozen)
+    if on_host:  # it stays for all rounds, so candidates are sampled beside it
+      parts["hints"] = visiting["teacher"] + max(parts["hints"], parts["sampling"])
   hidden = sum(_hidden(other, shape, frozen) for other in others.values())
   if others:
-    parts["scoring"] = hidden + max(_one_layer(other, shape, frozen) for other in others.values())
+    parts["scoring"] = (
+      sum(visiting.values()) + hidden + max(_one_layer(other, shape, frozen) for other in others.values())
+    )
   terms = config.objective.policy_weight and config.objective.distill_weight
-  parts["update"] = (
-    4 * trained * (2 if config.log.gradients_every and terms else 1)  # gradients, of one term and another if compared
+  heads = sum(frozen * _head_per_device(other, plan.mesh) for other in others.values()) if on_host else 0
+  backward = (
+    (4 * trained if config.log.gradients_every and terms else 0)  # gradients of one term and another, if compared
     + (compute * weights if compute < 4 else 0)
     + activation_bytes(student, shape, compute, remat=config.model.remat, fixed=fixed)
     + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others))
-    + hidden
   )
+  parts["update"] = 4 * trained + hidden + heads + max(backward, 4 * _OPTIMIZER_ARRAYS * trained)
   if config.eval.every or config.eval.test:
     asked = _evaluation_shape(config, plan.mesh)
     parts["evaluation"] = actor + cache_bytes(student, asked, compute) + _sampler_logits(student, asked)
@@ -86,11 +99,35 @@ def parameters_per_device(
     layout: "train" or "decode".
     without: top-level parts that are not counted, for example "visual".
   """
+  shards = _shard_shapes(config, mesh, layout)
+  return sum(math.prod(shape) for name, part in shards.items() if name not in without for shape in _leaves(part))
+
+
+def _shard_shapes(config: Qwen3VLConfig, mesh: dict[str, int], layout: str = "train") -> dict[str, Any]:
+  """The parameter tree with the shape of what one device holds at each leaf."""
   shapes = model.abstract_params(config, jnp.float32)
   abstract = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
   shardings = sharding.weight_shardings(abstract, shapes, model.logical_axes(config), layout)
-  sizes = jax.tree.map(lambda leaf, placed: math.prod(placed.shard_shape(leaf.shape)), shapes, shardings)
-  return sum(jax.tree.leaves({name: part for name, part in sizes.items() if name not in without}))
+  return jax.tree.map(lambda leaf, placed: placed.shard_shape(leaf.shape), shapes, shardings)
+
+
+def _leaves(shapes: Any) -> list[tuple[int, ...]]:
+  return jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def _moments(config: Any, student: Qwen3VLConfig, mesh: dict[str, int], trained: int, fixed: tuple[str, ...]) -> int:
+  """Both moments on one device, with the float32 scale of every row where they have one."""
+  size = 2 * _MOMENT_BYTES[config.optimizer.moments] * trained
+  if config.optimizer.moments != "float8":
+    return size
+  shards = _shard_shapes(student, mesh)
+  rows = [math.prod(shape[:-1]) for name, part in shards.items() if name not in fixed for shape in _leaves(part)]
+  return size + 2 * 4 * sum(rows)
+
+
+def _head_per_device(config: Qwen3VLConfig, mesh: dict[str, int]) -> int:
+  """Weights of the head on one device, which a target of a frozen model holds on to."""
+  return math.prod(model.head_weight(config, _shard_shapes(config, mesh)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +186,23 @@ def chunk_logits_bytes(config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int,
 
 
 def activation_bytes(
-  config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, *, remat: bool, fixed: tuple[str, ...] = ()
+  config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, *, remat: str, fixed: tuple[str, ...] = ()
 ) -> int:
   """What the backward pass of one micro-batch keeps.
 
-  With remat, the input of every layer and the inside of one; without, the inside of every layer. A vision tower that
-  is `fixed` is run forwards alone and keeps one layer.
+  Without remat the inside of every layer; with it the input of every layer and the inside of one, and with "dots" the
+  products with weights of every layer besides. A vision tower that is `fixed` is run forwards alone and keeps one
+  layer. What "dots_offloaded" keeps lies on the host.
   """
   text, vision = _layers(config, shape, parts=shape.micro_batches)
   depth = 1 if "visual" in fixed else config.vision.depth
   return sum(
-    tower.bytes(itemsize, layers=layers, inside=1 if remat else layers)
+    tower.bytes(
+      itemsize,
+      layers=layers,
+      inside=layers if remat == "none" else 1,
+      products=layers if remat == "dots" else 0,
+    )
     for tower, layers in ((text, config.text.num_hidden_layers), (vision, depth))
   )
 
@@ -174,12 +217,14 @@ class _Layer:
   """Numbers that a transformer layer computes on a batch."""
 
   stream: int  # residual stream
+  products: int  # of activations and weights
   inside: int  # norms, projections and the MLP
   scores: int  # attention weights, float32 before and in the compute dtype after their softmax
 
-  def bytes(self, itemsize: int, *, layers: int, inside: int) -> int:
-    """Bytes of the inputs of `layers` layers and of everything within `inside` layers."""
-    return layers * self.stream * itemsize + inside * _COPIES * (self.inside * itemsize + self.scores * (4 + itemsize))
+  def bytes(self, itemsize: int, *, layers: int, inside: int, products: int = 0) -> int:
+    """Bytes of the inputs of `layers` layers, of all within `inside` of them and of the products of `products`."""
+    within = _COPIES * (self.inside * itemsize + self.scores * (4 + itemsize))
+    return (layers * self.stream + products * self.products) * itemsize + inside * within
 
 
 def _layers(config: Qwen3VLConfig, shape: _BatchShape, *, parts: int) -> tuple[_Layer, _Layer]:
@@ -188,14 +233,21 @@ def _layers(config: Qwen3VLConfig, shape: _BatchShape, *, parts: int) -> tuple[_
   prompts, rollouts = math.ceil(shape.prompts / parts), math.ceil(shape.rollouts / parts)
   heads = _divided(text.num_attention_heads, shape.tensor)
   kv_heads = _divided(text.num_key_value_heads, shape.tensor)
-  projections = 2 * (heads + kv_heads) * text.head_dim + 3 * _divided(text.intermediate_size, shape.tensor)
+  mlp = _divided(text.intermediate_size, shape.tensor)
+  projections = 2 * (heads + kv_heads) * text.head_dim + 3 * mlp
   tokens = prompts * shape.prompt_tokens + rollouts * shape.new_tokens
   pairs = prompts * shape.prompt_tokens**2 + rollouts * shape.new_tokens * (shape.prompt_tokens + shape.new_tokens)
   patches = prompts * shape.patches
   return (
-    _Layer(tokens * text.hidden_size, tokens * (3 * text.hidden_size + projections), heads * pairs),
+    _Layer(
+      tokens * text.hidden_size,
+      tokens * ((heads + 2 * kv_heads) * text.head_dim + 2 * mlp + 2 * text.hidden_size),
+      tokens * (3 * text.hidden_size + projections),
+      heads * pairs,
+    ),
     _Layer(
       patches * vision.hidden_size,
+      patches * (5 * vision.hidden_size + vision.intermediate_size),
       patches * (7 * vision.hidden_size + 2 * vision.intermediate_size),
       vision.num_heads * patches * shape.patches,
     ),

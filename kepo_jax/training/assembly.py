@@ -101,7 +101,11 @@ def build_programs(
   """The state before the first update, and the jitted programs around it."""
   student, settings = models["student"], update_settings(config)
   fields = ("b1", "b2", "eps", "weight_decay", "clip_norm")
-  optimizer = state.make_optimizer(schedule(config), **{name: config.optimizer[name] for name in fields})
+  optimizer = state.make_optimizer(
+    schedule(config),
+    **{name: config.optimizer[name] for name in fields},
+    moments_dtype=config.optimizer.moments,
+  )
   first = state.initial_state(student.params, optimizer, settings.frozen)
   scoring = ["teacher"] if config.objective.distill_weight else []
   scoring += ["reference"] if config.objective.reference_weight else []

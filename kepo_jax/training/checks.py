@@ -9,9 +9,10 @@ from absl import logging
 
 from kepo_jax import exploration, rewards
 from kepo_jax.data import images, pipeline, prompts, tokenization
+from kepo_jax.models.qwen3_vl import layers
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
-from kepo_jax.training import groups, inputs
+from kepo_jax.training import groups, inputs, moments, residence
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Largest value of each signal of the gate; accuracy and format are at most 1.
@@ -20,6 +21,8 @@ GATE_MAXIMUM = {"accuracy": 1.0, "mean": 1.0, "sum": 2.0, "product": 1.0}
 CHOICES: Mapping[str, Sequence[str]] = {
   "model.compute_dtype": ("float32", "bfloat16"),  # float16 has no room for the gradients of a large vocabulary
   "model.teacher_dtype": DTYPES,
+  "model.teacher_memory": residence.PLACES,
+  "model.remat": layers.REMAT,
   "data.resize": tuple(images.RESIZES),
   "data.prompt": ("think", "no_think"),
   "data.templates": tuple(prompts.TEMPLATES),
@@ -35,6 +38,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
   "objective.gate_signal": tuple(groups.GATE_SIGNALS),
   "objective.gate_mode": gates.MODES,
   "objective.reference_estimator": tuple(ratios.KL_ESTIMATORS),
+  "optimizer.moments": moments.DTYPES,
   "supervised.source": ("none", "answer", "teacher"),
   "exploration.trigger": exploration.TRIGGERS,
   "exploration.hints": exploration.HINTS,

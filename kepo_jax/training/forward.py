@@ -23,7 +23,7 @@ class Target:
   head: jax.Array  # [V, D]
 
 
-def hidden_of(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, *, remat: bool) -> jax.Array:
+def hidden_of(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, *, remat: str) -> jax.Array:
   """Hidden states [P, G, T, D] that predict tokens int32[P, G, T]; image and prompt are run once per group."""
   prefix = model.prefill(config, params, prompts, remat=remat)
   return model.completion_hidden(config, params, prefix, tokens, remat=remat)
@@ -66,7 +66,7 @@ def target(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Arr
   """
 
   def hidden(prompts, tokens):
-    return hidden_of(config, params, prompts, tokens, remat=False)
+    return hidden_of(config, params, prompts, tokens, remat="none")
 
   states = in_parts(hidden, prompts, tokens, parts)
   return jax.lax.stop_gradient(Target(hidden=states, head=model.head_weight(config, params)))

@@ -41,7 +41,7 @@ class UpdateSettings:
   parts: int = 1  # micro-batches
   updates: int = 1  # per batch; with more than one, pi_old comes from a scoring pass before the first
   frozen: tuple[str, ...] = ()  # top-level parts of the parameters that stay
-  remat: bool = False  # recompute layers in the backward pass
+  remat: str = "none"  # of layers.REMAT: what the backward pass computes again
   aggregation: str = "sequence_mean"  # of weights.AGGREGATIONS
   normaliser: str = "gated_tokens"  # of weights.NORMALISERS
   max_tokens: int | None = None  # length of the aggregation "constant_length"
@@ -86,7 +86,7 @@ def make_inputs(
     head = model.head_weight(config, params)
 
     def part(prompts, tokens):
-      hidden = forward.hidden_of(config, params, prompts, tokens, remat=False)
+      hidden = forward.hidden_of(config, params, prompts, tokens, remat="none")
       return scoring.token_logps(
         hidden, head, tokens, token_loss.allowed, temperature=token_loss.temperature, chunk=settings.chunk
       )[0]

@@ -177,15 +177,19 @@ def explore(run: setup.Run, actor: Any, groups: Groups, done: int) -> exploratio
     rollouts = run.programs.candidate(actor, prompts, run.key("candidate", done, attempt))
     return grouping.candidates(run.processor, examples, hints, rollouts, run.scorer)
 
-  return exploration.explore(
-    asking(run, groups),
-    ask_hints,
-    sample_hinted,
-    rounds=config.rounds,
-    replacements=config.replacements,
-    accept=exploration.Acceptance(config.acceptance, config.leak_filter, config.quoted_words),
-    hints=config.hints,
-  )
+  rows = asking(run, groups)
+  with contextlib.ExitStack() as phase:
+    if rows:  # a teacher in host memory comes once for all rounds
+      phase.enter_context(run.models["teacher"].resident.on_device())
+    return exploration.explore(
+      rows,
+      ask_hints,
+      sample_hinted,
+      rounds=config.rounds,
+      replacements=config.replacements,
+      accept=exploration.Acceptance(config.acceptance, config.leak_filter, config.quoted_words),
+      hints=config.hints,
+    )
 
 
 def supervised_rows(run: setup.Run, examples: Sequence[Example], prompts: Prompts, done: int) -> Groups:

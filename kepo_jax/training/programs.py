@@ -1,6 +1,7 @@
 """The jitted programs of one run."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from kepo_jax import sampling, sharding
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.training import forward, step
+from kepo_jax.training import forward, residence, step
 from kepo_jax.types import Prompts, Rollouts
 
 
@@ -19,7 +20,12 @@ class Model:
   """A loaded checkpoint."""
 
   config: Qwen3VLConfig
-  params: Any  # in the train layout
+  params: Any  # in the train layout; of a frozen model on the devices or in host memory
+
+  @functools.cached_property
+  def resident(self) -> residence.Resident:
+    """The weights of a frozen model, for the phases that use them."""
+    return residence.Resident(self.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +112,14 @@ def teacher_program(
   teacher: Model, processor: Any, settings: SamplingSettings, dtype: Any
 ) -> Callable[[Prompts, jax.Array], Rollouts]:
   """The teacher's sampler with its own decode weights, made for each call and freed after it: (prompts, key)."""
-  decode_weights = decode_weights_program(teacher.config, teacher.params, dtype, spare=True)
+  decode_weights = decode_weights_program(teacher.config, teacher.resident.shapes, dtype, spare=True)
   sample = sampling_program(teacher.config, processor, settings)
-  return lambda prompts, key: sample(decode_weights(teacher.params), prompts, key)
+
+  def sampled(prompts, key):
+    with teacher.resident.on_device() as params:
+      return sample(decode_weights(params), prompts, key)
+
+  return sampled
 
 
 def no_teacher(prompts: Prompts, key: jax.Array) -> Rollouts:
@@ -124,6 +135,13 @@ def targets_program(models: Sequence[Model], parts: int) -> Callable[[Prompts, j
     return jax.jit(lambda params, prompts, tokens: forward.target(config, params, prompts, tokens, parts=parts))
 
   score = [scoring(each.config) for each in models]
-  return lambda prompts, tokens: tuple(
-    program(each.params, prompts, tokens) for program, each in zip(score, models, strict=True)
-  )
+
+  def targets(prompts, tokens):
+    found = []
+    for program, each in zip(score, models, strict=True):
+      # Programs only start here: the copy of the next model runs beside the work of this one.
+      with each.resident.on_device() as params:
+        found.append(program(params, prompts, tokens))
+    return tuple(found)
+
+  return targets

@@ -16,7 +16,7 @@ from kepo_jax.data import images, limits, pipeline, prompts, splits, tokenizatio
 from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.rewards import Scorer, WeightedRewards
-from kepo_jax.training import assembly, checks, programs, question_checks
+from kepo_jax.training import assembly, checks, programs, question_checks, residence
 from kepo_jax.training.interruption import Interruption
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
@@ -189,6 +189,7 @@ def prepare(
   scorer = assembly.scorer(config, rewards)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   checks.warn_of_replication(config, dict(mesh.shape))
+  check_memories(config, mesh)
   student = model_folder(config, "student", hooks)
   checks.warn_of_templates(config, student)
   processor = pipeline.Processor.from_directory(
@@ -221,6 +222,18 @@ def prepare(
     programs=compiled,
     batch=batches(config, processor, questions["train"]),
   )
+
+
+def check_memories(config: Any, mesh: jax.sharding.Mesh) -> None:
+  """Refuses to keep something in host memory where there is none.
+
+  Raises:
+    ValueError: the backend has no such memory.
+  """
+  if config.model.teacher_memory == "host":
+    residence.check_host_memory(mesh, "model.teacher_memory=host", "device")
+  if config.model.remat == "dots_offloaded":
+    residence.check_host_memory(mesh, "model.remat=dots_offloaded", "dots or full")
 
 
 def usable_questions(
@@ -323,7 +336,10 @@ def load_models(
   for role, folder in folders.items():
     dtype = jnp.float32 if role == "student" else jnp.dtype(config.model.teacher_dtype)
     progress = functools.partial(show_progress, hooks, f"loading {role}")
-    models[role] = programs.Model(*conversion.load_pretrained(folder, dtype, mesh, progress=progress))
+    model_config, params = conversion.load_pretrained(folder, dtype, mesh, progress=progress)
+    if role != "student" and config.model.teacher_memory == "host":
+      params = residence.on_host(params)
+    models[role] = programs.Model(model_config, params)
     interruption.check()
   return models
 

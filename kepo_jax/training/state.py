@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kepo_jax import sharding
+from kepo_jax.training import moments
 
 
 @chex.dataclass(frozen=True)
@@ -38,6 +39,7 @@ def make_optimizer(
   eps: float,
   weight_decay: float,
   clip_norm: float,
+  moments_dtype: str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW after clipping by the global norm; `update` takes the number of steps done as `step`.
 
@@ -51,10 +53,11 @@ def make_optimizer(
     eps: added to the root of the second moment.
     weight_decay: decoupled weight decay, 0 for none.
     clip_norm: largest global gradient norm.
+    moments_dtype: of the two moments between updates, of `moments.DTYPES`.
   """
   return optax.chain(
     optax.clip_by_global_norm(clip_norm),
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    moments.scale_by_adam(b1=b1, b2=b2, eps=eps, dtype=moments_dtype),
     optax.add_decayed_weights(weight_decay),
     _scale_by_rate(schedule),
   )
@@ -90,10 +93,11 @@ def initial_state(
   moving = trained(params, frozen)
   shardings = optax.tree_utils.tree_map_params(
     optimizer,
-    lambda _, s: s,
+    moments.sharding_of,
     jax.eval_shape(optimizer.init, moving),
     jax.tree.map(lambda x: x.sharding, moving),
     transform_non_params=lambda _: sharding.replicated(mesh),
+    is_leaf=moments.is_encoded,
   )
   opt_state = jax.jit(optimizer.init, out_shardings=shardings)(moving)
   step, skipped = (jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)) for _ in range(2))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.configs import kepo
-from kepo_jax import types
+from kepo_jax import sharding, types
 from kepo_jax.models.qwen3_vl import config as model_config
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.objectives import losses
@@ -139,7 +139,7 @@ def test_decode_copies_exist_where_the_layout_or_the_dtype_changes():
 
 def test_what_a_user_turns_down_costs_less():
   whole = memory.estimate(plan())["update"]
-  for change in ({"batch__micro_batches": 4}, {"model__remat": True}, {"objective__chunk": 8}):
+  for change in ({"batch__micro_batches": 4}, {"model__remat": "full"}, {"objective__chunk": 8}):
     assert memory.estimate(plan(**change))["update"] < whole
   assert memory.estimate(plan(mesh={"data": 8, "fsdp": 1, "tensor": 1}))["update"] < whole / 2
   assert "scoring" not in memory.estimate(plan(teacher=None))
@@ -185,10 +185,94 @@ def arguments(config, prompts, rollouts, prompt_tokens, new_tokens, patches):
   return experience, (target,)
 
 
+@pytest.mark.parametrize("moments", ["bfloat16", "float8"])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_moments_in_fewer_bits(moments, freeze):
+  parts = memory.estimate(plan(optimizer__moments=moments, model__freeze_vision=freeze))
+  params = model.abstract_params(SMALL, jnp.float32)
+  optimizer = state.make_optimizer(
+    lambda _: 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, moments_dtype=moments
+  )
+  kept = jax.eval_shape(optimizer.init, state.trained(params, ("visual",) if freeze else ()))
+  held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, kept)))
+  assert 0 <= held - parts["student and moments"] < 64  # counters
+  whole = memory.estimate(plan(model__freeze_vision=freeze))
+  assert whole["update"] == parts["update"] and whole["peak"] - parts["peak"] == (
+    whole["student and moments"] - parts["student and moments"]
+  )
+
+
+def test_scales_are_cut_as_the_rows_of_their_parameters():
+  mesh = {"data": 1, "fsdp": 2, "tensor": 2}
+  count = memory.parameters_per_device(SMALL, mesh)
+  scales = memory.estimate(plan(mesh=mesh, optimizer__moments="float8"))["student and moments"] - 6 * count
+  placed = sharding.weight_shardings(
+    jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)),
+    model.abstract_params(SMALL),
+    model.logical_axes(SMALL),
+  )
+  rows = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)[:-1]), model.abstract_params(SMALL), placed)
+  assert scales == 2 * 4 * sum(jax.tree.leaves(rows))
+
+
+def test_products_that_are_kept_by_hand():
+  settings = {
+    "batch__prompts": 2,
+    "batch__rollouts": 3,
+    "sampling__max_new_tokens": 32,
+    "data__prompt_buckets": (64,),
+    "data__patch_buckets": (16,),
+  }
+  none, dots, offloaded, full = (
+    memory.estimate(plan(**settings, model__remat=remat))["update"]
+    for remat in ("none", "dots", "dots_offloaded", "full")
+  )
+  # Per token of 2 prompts and 6 completions, in 2 layers: queries and keys, values (4 + 2 * 2 heads of 32), what
+  # attention and MLP return (2 * 128), gate and up (2 * 384). Per patch, in 2 blocks: 3 + 1 + 1 widths of 64, and 256.
+  text = (2 * 64 + 6 * 32) * (8 * 32 + 2 * 128 + 2 * 384)
+  vision = 2 * 16 * (5 * 64 + 256)
+  assert dots - full == 4 * 2 * (text + vision)
+  assert offloaded == full < dots < none
+
+
+def test_a_teacher_in_host_memory_counts_in_its_phases():
+  large = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, num_hidden_layers=40))
+  changes = {"teacher": large, "optimizer__learning_rate": 0.1}
+  there, away = (memory.estimate(plan(**changes, model__teacher_memory=place)) for place in ("device", "host"))
+  teacher = 4 * memory.parameters_per_device(large, ONE)
+  assert away["teacher in host memory"] == there["teacher"] == teacher and "teacher" not in away
+  assert away["scoring"] - there["scoring"] == teacher
+  assert away["hints"] == teacher + away["sampling"]  # candidates are sampled beside it
+  assert away["update"] - there["update"] == 4 * 1000 * 128  # its head
+  assert (away["sampling"], away["evaluation"]) == (there["sampling"], there["evaluation"])
+  student = there["student and moments"]
+  assert there["peak"] == student + teacher + there["update"]
+  assert away["peak"] == student + max(away["scoring"], away["hints"], away["update"]) < there["peak"]
+
+
+def test_what_the_optimizer_needs_is_what_is_compiled():
+  shapes = {"table": (4096, 128)} | {f"stack{n}": (8, 128, 256) for n in range(4)}
+  params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+  counter = jax.ShapeDtypeStruct((), jnp.int32)
+  first = state.TrainState(
+    step=counter, params=params, opt_state=jax.eval_shape(OPTIMIZER.init, params), skipped=counter
+  )
+  apply = jax.jit(lambda *args: step.apply_gradients(OPTIMIZER, *args, steps=1), donate_argnums=0)
+  compiled = apply.lower(first, params, jax.ShapeDtypeStruct((), jnp.float32)).compile().memory_analysis()
+  expected = 4 * memory._OPTIMIZER_ARRAYS * sum(leaf.size for leaf in params.values())
+  assert expected / 1.5 < compiled.temp_size_in_bytes < 1.5 * expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("vocabulary", "layers", "remat", "parts", "freeze"),
-  [(1000, 4, False, 1, False), (1000, 4, False, 1, True), (1000, 4, True, 2, False), (20_000, 2, True, 1, False)],
+  [
+    (1000, 4, "none", 1, False),
+    (1000, 4, "none", 1, True),
+    (1000, 4, "dots", 1, False),
+    (1000, 4, "full", 2, False),
+    (20_000, 2, "full", 1, False),
+  ],
 )
 def test_the_update_needs_what_was_estimated(vocabulary, layers, remat, parts, freeze):
   text = dataclasses.replace(SMALL.text, vocab_size=vocabulary, num_hidden_layers=layers)

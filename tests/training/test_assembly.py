@@ -122,7 +122,7 @@ def test_the_learning_rate():
 
 def test_update_settings_carry_every_field():
   config = grpo.get_config()
-  config.model.compute_dtype, config.model.freeze_vision, config.model.remat = "bfloat16", True, True
+  config.model.compute_dtype, config.model.freeze_vision, config.model.remat = "bfloat16", True, "dots"
   config.batch.micro_batches, config.batch.updates = 4, 3
   config.sampling.max_new_tokens = 77
   config.train.steps = 10
@@ -143,7 +143,7 @@ def test_update_settings_carry_every_field():
     "parts": 4,
     "updates": 3,
     "frozen": ("visual",),
-    "remat": True,
+    "remat": "dots",
     "aggregation": "constant_length",
     "normaliser": "group_mean",
     "max_tokens": 77,
@@ -308,7 +308,7 @@ def test_the_optimizer_has_the_fields_of_the_config(built, monkeypatch):
   config = grpo.get_config()
   config.model.freeze_vision, config.batch.updates = True, 2
   changes = {"b1": 0.5, "b2": 0.6, "eps": 1e-3, "weight_decay": 0.25, "clip_norm": 7.0}
-  config.optimizer.update(changes)
+  config.optimizer.update(changes | {"moments": "bfloat16"})
   given, make = {}, state.make_optimizer
 
   def make_optimizer(schedule, **settings):
@@ -317,6 +317,6 @@ def test_the_optimizer_has_the_fields_of_the_config(built, monkeypatch):
 
   monkeypatch.setattr(state, "make_optimizer", make_optimizer)
   first, _, _ = built(config)
-  assert given == changes
+  assert given == changes | {"moments_dtype": "bfloat16"}
   # Two moments of the language model; the tower has none.
   assert sum(leaf.shape == (3,) for leaf in jax.tree.leaves(first.opt_state)) == 2

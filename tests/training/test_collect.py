@@ -1,5 +1,6 @@
 """The host's part of a step, on a run made by hand: who is kept, gated, compared, selected and supervised."""
 
+import contextlib
 import types
 
 import jax
@@ -152,7 +153,19 @@ def test_each_round_of_exploration_draws_anew():
   wrong = np.full((1, 2, 2), 3, np.int32)
   candidates = Rollouts(tokens=wrong, mask=np.ones(wrong.shape, bool), logps=np.zeros(wrong.shape, np.float32))
   run.programs = types.SimpleNamespace(hint=lambda prompts, key: hint, candidate=lambda actor, prompts, key: candidates)
+  phases = []
+
+  @contextlib.contextmanager
+  def on_device():
+    phases.append("begun")
+    yield
+    phases.append("over")
+
+  run.models = {"teacher": types.SimpleNamespace(resident=types.SimpleNamespace(on_device=on_device))}
   run.processor.decode = lambda tokens, mask: [{0: "<hint>look</hint>"}.get(int(t[0]), WRONG) for t in tokens]
   outcome = loop.explore(run, None, groups_of([[3, 3]], run), 9)
   assert run.keys == [("hint", 9, 1), *[("candidate", 9, attempt) for attempt in (1, 2, 3)]]
+  assert phases == ["begun", "over"]  # the teacher comes once for three rounds, and not where nobody asks
+  loop.explore(run, None, groups_of([[2, 2]], run), 9)
+  assert phases == ["begun", "over"]
   assert outcome.accepted == {0: []} and len(outcome.candidates[0]) == 6

@@ -243,7 +243,7 @@ def test_the_second_update_equals_one_with_the_old_log_probs(update_once, tiny_c
   )  # fmt: skip
 
   def loss(params):
-    hidden = forward.hidden_of(tiny_config, params, tiny_experience.prompts, tiny_experience.tokens, remat=False)
+    hidden = forward.hidden_of(tiny_config, params, tiny_experience.prompts, tiny_experience.tokens, remat="none")
     logits = jnp.einsum("pgtd,vd->pgtv", hidden, model.head_weight(tiny_config, params))
     return losses.KepoTokenLoss(allowed=allowed, distill_coefficient=0)(logits, (), inputs)[0]
 
@@ -255,7 +255,7 @@ def test_the_second_update_equals_one_with_the_old_log_probs(update_once, tiny_c
 
 def dense_logps(config, params, experience, allowed):
   """log pi of the rollouts' tokens, all logits at once."""
-  hidden = jax.jit(functools.partial(forward.hidden_of, config, remat=False))(
+  hidden = jax.jit(functools.partial(forward.hidden_of, config, remat="none"))(
     params, experience.prompts, experience.tokens
   )
   logits = jnp.einsum("pgtd,vd->pgtv", hidden, model.head_weight(config, params))
@@ -452,7 +452,7 @@ def test_bfloat16_with_remat_comes_near_float32(tiny_config, tiny_params, tiny_e
 
     return jax.jit(jax.grad(loss))(tiny_params)["language_model"]["embed_tokens"]["weight"]
 
-  exact, rounded = embedding_gradient(jnp.float32, False), embedding_gradient(jnp.bfloat16, True)
+  exact, rounded = embedding_gradient(jnp.float32, "none"), embedding_gradient(jnp.bfloat16, "full")
   assert rounded.dtype == jnp.float32
   assert jnp.linalg.norm(exact - rounded) < 0.05 * jnp.linalg.norm(exact)
 

@@ -7,7 +7,7 @@ attributes are those of Hugging Face's checkpoints, so a path in the parameter t
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,15 @@ from kepo_jax.sharding import LogicalAxes
 
 Params = Mapping[str, Any]
 Turn = tuple[jax.Array, jax.Array]  # cosine and sine of rotary angles
+
+# Name -> what the backward pass finds of a layer besides its input; it computes the rest once more. A product without
+# batch dimensions is one with a weight: those of attention, whose size grows with the square of the length, are not.
+_KEPT = {
+  "full": None,  # nothing
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots_offloaded": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+REMAT = ("none", *_KEPT)  # "none" keeps everything and computes nothing twice
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,6 +148,18 @@ def rotated(x: jax.Array, by: Turn) -> jax.Array:
   cosine, sine = by
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def rematerialised(step: Callable[..., Any], remat: str) -> Callable[..., Any]:
+  """The body of a scan over layers, with what its backward pass keeps as one of `REMAT` says.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  if remat not in REMAT:
+    raise ValueError(f"remat={remat!r} is unknown; use one of {sorted(REMAT)}.")
+  # Inside a scan nothing can merge the second computation with the first, and the barrier against it costs fusions.
+  return step if remat == "none" else jax.checkpoint(step, prevent_cse=False, policy=_KEPT[remat])
 
 
 def stacked(tree: Any, layers: int) -> Any:

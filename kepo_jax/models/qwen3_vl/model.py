@@ -151,7 +151,7 @@ def _normed(config: Qwen3VLConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def encode_images(
-  config: Qwen3VLConfig, params: Params, inputs: VisionInputs, *, remat: bool = False
+  config: Qwen3VLConfig, params: Params, inputs: VisionInputs, *, remat: str = "none"
 ) -> tuple[jax.Array, jax.Array]:
   """Image tokens [P, M, D] of every prompt and its DeepStack features [n, P, M, D]."""
   chex.assert_shape(inputs.patches, (None, None, config.vision.patch_width))
@@ -176,14 +176,14 @@ def with_images(
   return x, jnp.where(is_image[None], spread, jnp.zeros_like(spread))
 
 
-def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: bool = False) -> Prefix:
+def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: str = "none") -> Prefix:
   """Keys and values of prompts, computed once for all their rollouts. Gradients flow through.
 
   Args:
     config: sizes.
     params: parameter tree; its dtype is that of the computation.
     prompts: P right-padded prompts; without images R = 0 and the tower is skipped.
-    remat: recompute layers in the backward pass.
+    remat: what the backward pass computes again, of `layers.REMAT`.
   """
   chex.assert_rank([prompts.tokens, prompts.mask, prompts.positions], [2, 2, 3])
   x = _embedded(config, params, prompts.tokens)
@@ -206,7 +206,7 @@ def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: b
 
 
 def extend(
-  config: Qwen3VLConfig, params: Params, prefix: Prefix, tokens: jax.Array, *, remat: bool = False
+  config: Qwen3VLConfig, params: Params, prefix: Prefix, tokens: jax.Array, *, remat: str = "none"
 ) -> jax.Array:
   """Final-normed hidden states of completions that see their prompt and themselves. Gradients flow through.
 
@@ -215,7 +215,7 @@ def extend(
     params: parameter tree.
     prefix: of P prompts.
     tokens: int32[P, G, T], G completions of each prompt; what follows an end token changes nothing before it.
-    remat: recompute layers in the backward pass.
+    remat: what the backward pass computes again, of `layers.REMAT`.
 
   Returns:
     [P, G, T, D]; the state at t has seen token t and predicts token t + 1.
@@ -230,7 +230,7 @@ def extend(
 
 
 def completion_hidden(
-  config: Qwen3VLConfig, params: Params, prefix: Prefix, tokens: jax.Array, *, remat: bool = False
+  config: Qwen3VLConfig, params: Params, prefix: Prefix, tokens: jax.Array, *, remat: str = "none"
 ) -> jax.Array:
   """[P, G, T, D]: hidden states that predict the tokens int32[P, G, T], the first one from the prompt."""
   prompts, rollouts, length = tokens.shape

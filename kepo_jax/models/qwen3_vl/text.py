@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from kepo_jax.models.qwen3_vl.config import TextConfig
-from kepo_jax.models.qwen3_vl.layers import Linear, Params, RMSNorm, Turn, bind, rotated, turn
+from kepo_jax.models.qwen3_vl.layers import Linear, Params, RMSNorm, Turn, bind, rematerialised, rotated, turn
 from kepo_jax.sharding import constrain
 
 # Keys, values and a mask that broadcasts to the scores [P, K, G, T, J, S].
@@ -153,14 +153,14 @@ def completion_angles(config: TextConfig, positions: jax.Array) -> jax.Array:
   return positions.astype(jnp.float32)[..., None] * _frequencies(config)[None, None]
 
 
-def _through(step: Callable, x: jax.Array, layers: Any, *others: Any, remat: bool = False) -> tuple[jax.Array, Any]:
+def _through(step: Callable, x: jax.Array, layers: Any, *others: Any, remat: str = "none") -> tuple[jax.Array, Any]:
   """step(x, (layer, *its share of others)) -> (x, output) over all layers, and their outputs together.
 
   Layers that are stacked on axis 0, the others with them, are scanned: one body to compile, and memory that
   rematerialisation keeps small. Separate ones, a tuple each, run one after the other: nothing is sliced out of a
   stack, which in a loop over tokens would copy every weight for every token.
   """
-  step = jax.checkpoint(step, prevent_cse=False) if remat else step
+  step = rematerialised(step, remat)
   if not isinstance(layers, tuple):
     return jax.lax.scan(step, x, (layers, *others))
   outputs = []
@@ -192,7 +192,7 @@ def prompt_layers(
   mask: jax.Array,
   deepstack: jax.Array,
   *,
-  remat: bool = False,
+  remat: str = "none",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """All layers over prompts, with DeepStack feature i added after layer i.
 
@@ -203,7 +203,7 @@ def prompt_layers(
     angles: float32[P, S, H / 2].
     mask: bool[P, S], true on real tokens.
     deepstack: [n, P, S, D], zero away from the images; n = 0 without images.
-    remat: recompute layers in the backward pass.
+    remat: what the backward pass computes again, of `layers.REMAT`.
 
   Returns:
     x [P, S, D] before the final norm, keys and values [L, P, K, S, H], stacked or separate as the layers.
@@ -233,7 +233,7 @@ def completion_layers(
   angles: jax.Array,
   prefix: Source,
   *,
-  remat: bool = False,
+  remat: str = "none",
 ) -> jax.Array:
   """All layers over completions [P, G, T, D] that see their prompt and themselves.
 
@@ -244,7 +244,7 @@ def completion_layers(
     angles: float32[P, T, H / 2].
     prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask
       bool[P, S].
-    remat: recompute layers in the backward pass.
+    remat: what the backward pass computes again, of `layers.REMAT`.
 
   Returns:
     [P, G, T, D] before the final norm.

@@ -6,7 +6,17 @@ import numpy as np
 from flax import nnx
 
 from kepo_jax.models.qwen3_vl.config import VisionConfig
-from kepo_jax.models.qwen3_vl.layers import LayerNorm, Linear, Params, Table, Turn, bind, rotated, turn
+from kepo_jax.models.qwen3_vl.layers import (
+  LayerNorm,
+  Linear,
+  Params,
+  Table,
+  Turn,
+  bind,
+  rematerialised,
+  rotated,
+  turn,
+)
 from kepo_jax.sharding import constrain
 from kepo_jax.types import VisionInputs
 
@@ -106,7 +116,7 @@ def _embedded(config: VisionConfig, params: Params, vision: VisionInputs) -> jax
 
 
 def tower_blocks(
-  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: bool = False
+  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: str = "none"
 ) -> tuple[jax.Array, jax.Array]:
   """Patch rows after the last block [P, R, Dv] and after every tapped block [n, P, R, Dv]; arguments as `encode`."""
   x = _embedded(config, params, vision)
@@ -126,13 +136,12 @@ def tower_blocks(
     return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, axis=0)), None
 
   tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
-  step = jax.checkpoint(step, prevent_cse=False) if remat else step
-  (x, tapped), _ = jax.lax.scan(step, (x, tapped), (params["blocks"], slots))
+  (x, tapped), _ = jax.lax.scan(rematerialised(step, remat), (x, tapped), (params["blocks"], slots))
   return x, tapped[:-1]
 
 
 def encode(
-  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: bool = False
+  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: str = "none"
 ) -> tuple[jax.Array, jax.Array]:
   """Image tokens of every prompt and the features of the DeepStack taps.
 
@@ -140,7 +149,7 @@ def encode(
     config: sizes of the tower.
     params: the tower's parameters, blocks stacked on axis 0.
     vision: patches [P, R, C] and their tables.
-    remat: recompute blocks in the backward pass.
+    remat: what the backward pass computes again, of `layers.REMAT`.
 
   Returns:
     features [P, M, D] and deepstack [n, P, M, D], n the number of taps, in the dtype of the parameters.

@@ -54,9 +54,7 @@ def decoder_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts, featur
   return jnp.stack(outputs)
 
 
-def completion_logits(
-  config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: bool
-) -> jax.Array:
+def completion_logits(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: str) -> jax.Array:
   """float32[P, G, T, V]: logits that predict the tokens."""
   prefix = model.prefill(config, params, prompts, remat=remat)
   hidden = model.completion_hidden(config, params, prefix, tokens, remat=remat)
@@ -64,7 +62,7 @@ def completion_logits(
 
 
 def loss(
-  config: Qwen3VLConfig, remat: bool, params: Any, prompts: Prompts, tokens: jax.Array
+  config: Qwen3VLConfig, remat: str, params: Any, prompts: Prompts, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Mean negative log-likelihood of the completions, and their logits."""
   logits = completion_logits(config, params, prompts, tokens, remat)
@@ -74,7 +72,7 @@ def loss(
 
 @functools.partial(fast_jit, static_argnums=(0, 4))
 def loss_and_gradient(
-  config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: bool = False
+  config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: str = "none"
 ) -> Any:
   """((loss, logits), gradient) of `loss`."""
   return jax.value_and_grad(functools.partial(loss, config, remat), has_aux=True)(params, prompts, tokens)

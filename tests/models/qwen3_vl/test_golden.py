@@ -48,7 +48,7 @@ def layers(golden):
 @pytest.fixture(scope="module")
 def backward(golden):
   # Layers recomputed in one case, kept in the other: both are compared with the same reference.
-  remat = golden.prompts.vision.patches.shape[1] > 0
+  remat = "full" if golden.prompts.vision.patches.shape[1] else "none"
   return runs.loss_and_gradient(golden.config, golden.params, golden.prompts, golden.completions, remat)
 
 

@@ -1,0 +1,101 @@
+"""Memory per device of a run, estimated from shapes: nothing is loaded, so any machine plans for any other.
+
+  python -m experiments.plan_memory --config=experiments/configs/kepo_medvqa.py --config.batch.micro_batches=8
+  python -m experiments.plan_memory --config=experiments/configs/kepo_medvqa.py --compare
+
+A row for the config as it is and, with --compare, one for each option of docs/low_memory.md and one for all of them.
+Models are those of the paper's sizes whose names the config's end with.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig
+from kepo_jax.planning import memory
+from kepo_jax.training import checks
+from kepo_jax.types import RunPlan
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", "experiments/configs/kepo_medvqa.py", "of the run", lock_config=True
+)
+_COMPARE = flags.DEFINE_bool("compare", False, "add the options that save memory")
+
+# Option -> its fields.
+OPTIONS = {
+  "moments bfloat16": {"optimizer.moments": "bfloat16"},
+  "moments float8": {"optimizer.moments": "float8"},
+  "remat none": {"model.remat": "none"},
+  "remat dots": {"model.remat": "dots"},
+  "remat dots_offloaded": {"model.remat": "dots_offloaded"},
+  "teacher in host memory": {"model.teacher_memory": "host"},
+  "float8 and host": {"optimizer.moments": "float8", "model.teacher_memory": "host"},
+}
+COLUMNS = ("student and moments", "teacher", *memory.PHASES, "peak")
+
+
+def size_of(name: str) -> Qwen3VLConfig:
+  """The published size that a checkpoint's name contains.
+
+  Raises:
+    ValueError: none.
+  """
+  found = [size for size in SIZES if size in name]
+  if not found:
+    raise ValueError(f"the size of {name!r} is unknown; name one of {sorted(SIZES)}.")
+  return SIZES[found[0]]
+
+
+def plan(config: Any, *, devices: int = 1) -> RunPlan:
+  """What a run of a config would show before its first step, on `devices` devices where mesh.data takes the rest."""
+  models = {"student": size_of(config.model.student)}
+  if checks.needs_teacher(config):
+    models["teacher"] = size_of(config.model.teacher)
+  if config.objective.reference_weight:
+    models["reference"] = models["student"]
+  mesh = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+  if mesh["data"] == -1:
+    mesh["data"] = max(1, devices // (mesh["fsdp"] * mesh["tensor"]))
+  return RunPlan(config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0)
+
+
+def rows(config: Any, *, compare: bool) -> dict[str, dict[str, int]]:
+  """Name of a row -> part -> bytes.
+
+  Args:
+    config: of the run.
+    compare: whether each option has a row.
+  """
+  found = {"as configured": memory.estimate(plan(config))}
+  for name, fields in OPTIONS.items() if compare else ():
+    changed = copy.deepcopy(config)
+    changed.update_from_flattened_dict(fields)
+    found[name] = memory.estimate(plan(changed))
+  return found
+
+
+def table(estimates: dict[str, dict[str, int]]) -> str:
+  """Markdown of `rows` in GB; a teacher in host memory has no place in its column."""
+  lines = [("", *COLUMNS), ("---",) + ("---:",) * len(COLUMNS)]
+  for name, parts in estimates.items():
+    lines.append((name, *(f"{parts[part] / 1e9:.1f}" if part in parts else "" for part in COLUMNS)))
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Prints the table.
+
+  Raises:
+    UsageError: arguments that are no flags.
+  """
+  if len(arguments) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
+  checks.check_config(_CONFIG.value)
+  print(table(rows(_CONFIG.value, compare=_COMPARE.value)))
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,116 @@
+"""What the backward pass keeps of a layer changes its memory, never its result."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kepo_jax import sharding
+from kepo_jax.models.qwen3_vl import layers, model
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from tests.models.qwen3_vl import cases, runs
+
+CONFIG = Qwen3VLConfig.from_dict(
+  cases.config_record(text={"num_hidden_layers": 3}, vision={"depth": 2, "deepstack_visual_indexes": [0]})
+)
+PARAMS = cases.redrawn(model.abstract_params(CONFIG), seed=5)
+LAYOUTS = [(3, (4, 4), 2), (1, (2, 6), 1)]
+TOKENS = np.random.RandomState(1).randint(1, 90, (2, 2, 5)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+  return cases.make_prompts(CONFIG, LAYOUTS)[0]
+
+
+@pytest.fixture(scope="module")
+def kept(prompts):
+  return runs.loss_and_gradient(CONFIG, PARAMS, prompts, TOKENS, "none")
+
+
+@pytest.mark.parametrize("remat", [name for name in layers.REMAT if name != "none"])
+def test_the_gradients_are_those_of_a_pass_that_keeps_everything(prompts, kept, remat):
+  (loss, _), gradient = runs.loss_and_gradient(CONFIG, PARAMS, prompts, TOKENS, remat)
+  (expected, _), gradients = kept
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  for mine, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradients), strict=True):
+    assert jnp.linalg.norm(mine - theirs) <= 1e-6 * jnp.linalg.norm(theirs)
+
+
+def test_a_mesh_offloads_as_well(prompts, kept, mesh_of):
+  mesh = mesh_of(fsdp=2)
+  params = jax.device_put(PARAMS, sharding.weight_shardings(mesh, PARAMS, model.logical_axes(CONFIG)))
+  with jax.set_mesh(mesh):
+    (loss, _), _ = runs.loss_and_gradient(CONFIG, params, sharding.place(mesh, prompts), TOKENS, "dots_offloaded")
+  np.testing.assert_allclose(loss, kept[0][0], rtol=1e-5)
+
+
+def residuals(remat, layer):
+  """Names of memory kinds -> bytes that a scan over 6 layers keeps for its backward pass, besides its weights."""
+  weights = jnp.zeros((6, 32, 32))
+
+  def run(x, weights):
+    body = layers.rematerialised(lambda x, w: (layer(x, w), None), remat)
+    return jax.lax.scan(body, x, weights)[0].sum()
+
+  _, backward = jax.vjp(run, jnp.zeros((64, 32)), weights)
+  held = [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array) and leaf.shape != weights.shape]
+  found = {}
+  for leaf in held:
+    found[leaf.sharding.memory_kind] = found.get(leaf.sharding.memory_kind, 0) + leaf.nbytes
+  return found
+
+
+def test_what_is_kept_by_hand():
+  one = 64 * 32 * 4  # a float32 activation of a layer
+
+  def layer(x, w):
+    return jnp.sin(jnp.cos(x) @ w.T)
+
+  # Six inputs; with "dots" six products besides. Without any, sin(x), cos(x) and the cosine of the product.
+  assert residuals("full", layer) == {"device": 6 * one}
+  assert residuals("dots", layer) == {"device": 12 * one}
+  assert residuals("dots_offloaded", layer) == {"device": 6 * one, "pinned_host": 6 * one}
+  assert sum(residuals("none", layer).values()) == 18 * one
+
+
+def test_products_of_attention_are_not_kept():
+  def attention(x, w):
+    rows = (x @ w).reshape(16, 4, 32)
+    return jnp.einsum("pqk,pkd->pqd", jnp.einsum("pqd,pkd->pqk", rows, rows), rows).reshape(64, 32)
+
+  # The product with the weight, and neither scores nor what they mix.
+  one = 64 * 32 * 4
+  assert residuals("dots", attention) == {"device": 12 * one}
+
+
+@pytest.mark.slow
+def test_memory_falls_from_none_to_dots_to_full():
+  text = dataclasses.replace(CONFIG.text, num_hidden_layers=8, hidden_size=64, intermediate_size=128)
+  config = dataclasses.replace(
+    CONFIG, text=text, vision=dataclasses.replace(CONFIG.vision, out_hidden_size=64, deepstack_visual_indexes=())
+  )
+  params = model.abstract_params(config, jnp.float32)
+  prompts = cases.make_prompts(config, [(6,), (5,)])[0]
+  tokens = jax.ShapeDtypeStruct((2, 4, 96), jnp.int32)
+
+  def temporary(remat):
+    compiled = runs.loss_and_gradient.lower(config, params, prompts, tokens, remat).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  none, dots, full = (temporary(remat) for remat in ("none", "dots", "full"))
+  assert none > 1.3 * dots > 1.3 * 1.3 * full
+
+
+def test_for_an_accelerator_the_copies_to_the_host_are_in_the_program():
+  body = layers.rematerialised(lambda x, w: (jnp.sin(x @ w), None), "dots_offloaded")
+  gradient = jax.jit(jax.grad(lambda w, x: jax.lax.scan(body, x, w)[0].sum()))
+  lowered = gradient.trace(jnp.zeros((3, 8, 8)), jnp.zeros((4, 8))).lower(lowering_platforms=("cuda",))
+  assert "pinned_host" in lowered.as_text()
+
+
+def test_an_unknown_name_is_refused():
+  with pytest.raises(ValueError, match=r"remat='some' is unknown; use one of \['dots', 'dots_offloaded', 'full', 'no"):
+    layers.rematerialised(lambda x, w: (x, w), "some")

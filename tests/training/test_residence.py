@@ -1,0 +1,162 @@
+"""A teacher in host memory is on the devices in its phases, and nowhere else; what it says is the same to the bit."""
+
+import gc
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.configs import kepo, kepo_eq7, sft_teacher
+from kepo_jax import sharding, training
+from kepo_jax.data import splits
+from kepo_jax.models.qwen3_vl import model
+from kepo_jax.training import forward, programs, residence, setup
+from tests.training.runs import Recorder, changed, shrunk
+
+
+def weights(mesh):
+  """A matrix cut over fsdp and a vector, of shapes that no other test has."""
+  tree = {"w": np.arange(4 * 77, dtype=np.float32).reshape(4, 77), "b": np.arange(79, dtype=np.float32)}
+  cut = sharding.batch_sharding(mesh, (4, 77)), sharding.replicated(mesh)
+  return jax.device_put(tree, dict(zip("wb", cut, strict=True)))
+
+
+def held():
+  """Memory kinds in which the matrix is alive; a vector that is read leaves views of its copies."""
+  gc.collect()
+  return sorted(x.sharding.memory_kind for x in jax.live_arrays() if x.shape == (4, 77))
+
+
+def test_a_phase_brings_weights_and_gives_them_up(mesh_of):
+  expected = jax.device_get(weights(mesh_of(fsdp=2)))
+  home = residence.on_host(weights(mesh_of(fsdp=2)))
+  assert held() == ["pinned_host"]
+  resident = residence.Resident(home)
+  places = jax.tree.map(lambda x: x.sharding, weights(mesh_of(fsdp=2)))
+  assert jax.tree.map(lambda x: x.sharding, resident.shapes) == places
+  for _ in range(2):
+    with resident.on_device() as params:
+      jax.tree.map(np.testing.assert_array_equal, params, expected)
+      assert jax.tree.map(lambda x: x.sharding, params) == places
+      assert held() == ["device"] + ["pinned_host"]
+      for _ in range(2):  # the end of an inner phase is not that of the outer one
+        with resident.on_device() as again:
+          assert again is params
+      assert held() == ["device"] + ["pinned_host"]
+    del params, again
+    assert held() == ["pinned_host"]
+
+
+def test_an_error_ends_a_phase(mesh_of):
+  resident = residence.Resident(residence.on_host(weights(mesh_of())))
+  with pytest.raises(KeyError), resident.on_device():
+    raise KeyError
+  assert held() == ["pinned_host"]
+
+
+def test_weights_on_the_devices_stay_there(mesh_of):
+  params = weights(mesh_of(fsdp=2))
+  resident = residence.Resident(params)
+  with resident.on_device() as found:
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: x is y, found, params)))
+    assert held() == ["device"]
+  del found
+  assert held() == ["device"]
+
+
+def test_targets_outlive_the_weights_that_made_them(tiny_config, tiny_params, tiny_experience, mesh_of):
+  mesh = mesh_of(data=2)
+  batch = sharding.place(mesh, tiny_experience)
+
+  def placed():
+    return jax.device_put(tiny_params, sharding.weight_shardings(mesh, tiny_params, model.logical_axes(tiny_config)))
+
+  found = []
+  with jax.set_mesh(mesh):
+    for params in (placed(), residence.on_host(placed())):
+      score = programs.targets_program([programs.Model(tiny_config, params)] * 2, parts=1)
+      found.append(jax.device_get(score(batch.prompts, batch.tokens)))
+    expected = jax.jit(lambda p, b: forward.target(tiny_config, p, b.prompts, b.tokens, parts=1))(placed(), batch)
+  jax.tree.map(np.testing.assert_array_equal, found[0], found[1])
+  np.testing.assert_array_equal(found[1][0].head, expected.head)
+  np.testing.assert_array_equal(found[1][1].hidden, expected.hidden)
+
+
+@pytest.mark.parametrize("place", residence.PLACES)
+def test_a_teacher_that_decodes_as_it_is_stored_is_not_copied(tiny_config, tiny_params, mesh_of, place):
+  places = sharding.weight_shardings(mesh_of(data=2), tiny_params, model.logical_axes(tiny_config))
+  params = jax.device_put(tiny_params, places)
+  resident = residence.Resident(residence.on_host(params) if place == "host" else params)
+  decode_weights = programs.decode_weights_program(tiny_config, resident.shapes, jnp.float32)
+  with resident.on_device() as found:
+    assert decode_weights(found) is found
+
+
+# ---- the backend ----
+
+
+def mesh_with(*kinds):
+  memories = [types.SimpleNamespace(kind=kind) for kind in kinds]
+  device = types.SimpleNamespace(platform="other", addressable_memories=lambda: memories)
+  return types.SimpleNamespace(local_devices=[device])
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model__teacher_memory": "host"}, r"model.teacher_memory=host needs .* pinned_host, and other has \['device'\]"),
+    ({"model__remat": "dots_offloaded"}, "model.remat=dots_offloaded needs memory .*; use dots or full"),
+  ],
+)
+def test_a_backend_without_host_memory_is_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    setup.check_memories(changed(kepo, **changes), mesh_with("device"))
+  setup.check_memories(changed(kepo, **changes), mesh_with("device", "pinned_host"))
+  setup.check_memories(changed(kepo), mesh_with("device"))
+
+
+def test_this_backend_has_host_memory(mesh_of):
+  setup.check_memories(changed(kepo, model__teacher_memory="host", model__remat="dots_offloaded"), mesh_of(data=2))
+
+
+# ---- a run ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parent", [kepo_eq7, sft_teacher])
+def test_a_run_is_the_same_to_the_bit(parent):
+  found = []
+  for place in residence.PLACES:
+    config = shrunk(parent.get_config(), train__steps=2, eval__every=0, eval__test=False, model__teacher_memory=place)
+    recorder = Recorder()
+    result = training.train(config, records=splits.load(config.data), hooks=[recorder])
+    found.append((jax.device_get(result.state.params), [report.metrics for report in recorder.reports]))
+  (params, metrics), (others, other_metrics) = found
+  jax.tree.map(np.testing.assert_array_equal, params, others)
+  np.testing.assert_equal(metrics, other_metrics)
+  if parent is kepo_eq7:
+    assert sum(record.get("hint/attempts", 0) for record in metrics) > 0
+
+
+@pytest.mark.slow
+def test_all_that_saves_memory_at_once_and_a_resume(tmp_path):
+  changes = {
+    "optimizer__moments": "float8",
+    "model__remat": "dots_offloaded",
+    "model__teacher_memory": "host",
+    "checkpoint__every": 1,
+  }
+
+  def train(workdir, **settings):
+    config = shrunk(kepo.get_config(), train__steps=3, eval__every=0, eval__test=False, **changes)
+    return training.train(config, workdir=workdir, records=splits.load(config.data), **settings)
+
+  whole = train(tmp_path / "whole")
+  with pytest.raises(KeyboardInterrupt):
+    train(tmp_path / "run", hooks=[Recorder(stop_after=2)])
+  resumed = train(tmp_path / "run", resume=True)
+  assert jnp.dtype(jnp.float8_e4m3fn) in {leaf.dtype for leaf in jax.tree.leaves(whole.state.opt_state)}
+  raw = lambda x: np.atleast_1d(np.asarray(x)).view(np.uint8)  # noqa: E731
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), resumed.state, whole.state)
