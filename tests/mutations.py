@@ -121,7 +121,7 @@ MUTATIONS = (
     "coordinates[..., ::-1].astype(jnp.float32)[..., None]",
     _TOWER,
   ),
-  Mutation("attention across images", f"{_QWEN}/vision.py", "vision.segments[:, :, None] ==", "-1 <= 0 *", _TOWER),
+  Mutation("attention across images", f"{_QWEN}/attention.py", "segments[:, :, None] ==", "-1 <= 0 *", _TOWER),
   Mutation("rotation in the other direction", f"{_QWEN}/layers.py", "second * sine,", "second * -sine,", _DECODER),
   Mutation(
     "biases dropped",

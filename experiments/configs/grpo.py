@@ -22,6 +22,8 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.model.teacher_dtype = "float32"  # weights and activations of teacher and reference
   config.model.freeze_vision = False  # True keeps the vision tower, its mergers included, as loaded
   config.model.remat = False  # recompute each layer in the backward pass
+  # The device's fused kernel where it can serve, plain elsewhere (auto); never (plain); or an error elsewhere (fused).
+  config.model.attention = "auto"
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # -1: all devices that fsdp and tensor leave
