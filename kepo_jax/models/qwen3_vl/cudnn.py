@@ -9,6 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from kepo_jax.models.qwen3_vl.layers import repeated
+
 Implementation = Literal["cudnn", "xla"]
 
 _LARGEST_HEAD = 128
@@ -34,7 +36,9 @@ def _causal(
   query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, implementation: Implementation
 ) -> jax.Array:
   """Causal attention [B, S, N, H] among the first int32[B] tokens of each row; zero behind them."""
-  return jax.nn.dot_product_attention(
+  odd = query.shape[1] % 2  # JAX refuses a gradient over an odd length
+  query, key, value = (jnp.pad(x, [(0, 0), (0, odd), (0, 0), (0, 0)]) for x in (query, key, value))
+  mixed = jax.nn.dot_product_attention(
     query,
     key,
     value,
@@ -44,6 +48,7 @@ def _causal(
     key_value_seq_lengths=lengths,
     implementation=implementation,
   )
+  return mixed[:, : mixed.shape[1] - odd]
 
 
 def prompts(
@@ -103,9 +108,9 @@ def completions(
 
   def behind(shared: jax.Array, own: jax.Array) -> jax.Array:
     """[B, S + T, ...] of prompts [P, S, ...] and completions [B, T, ...]."""
-    room = jnp.pad(shared, [(0, 0), (0, length), *[(0, 0)] * (shared.ndim - 2)])
+    room = jnp.pad(shared, [(0, 0), (0, length), (0, 0), (0, 0)])
     return jax.vmap(lambda x, y, start: jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=0))(
-      jnp.repeat(room, rollouts, axis=0), own, starts
+      repeated(room, rollouts), own, starts
     )
 
   def of_rollouts(own: jax.Array) -> jax.Array:

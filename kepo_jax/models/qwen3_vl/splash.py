@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
+from kepo_jax.models.qwen3_vl.layers import repeated
+
 _LANES = 128
 # Under half of the lanes the kernel would mostly multiply zeros.
 _SMALLEST_HEAD = 64
@@ -126,9 +128,8 @@ def completions(
   rows = prompt_count * rollouts
 
   def by_rollout(shared: jax.Array, own: jax.Array) -> jax.Array:
-    shared = jnp.broadcast_to(shared[:, None], (prompt_count, rollouts, *shared.shape[1:]))
-    joined = jnp.concatenate([shared, own.swapaxes(1, 2)], axis=3)
-    return _padded(joined.reshape(rows, kv_heads, -1, head_dim), keys, 2)
+    own = own.swapaxes(1, 2).reshape(rows, kv_heads, length, head_dim)
+    return _padded(jnp.concatenate([repeated(shared, rollouts), own], axis=2), keys, 2)
 
   heads = query.transpose(0, 2, 1, 4, 3, 5).reshape(rows, kv_heads * shared_by, length, head_dim)
   seen = jnp.repeat(mask.astype(jnp.int32), rollouts, axis=0)

@@ -107,7 +107,7 @@ class Uses:
   """
 
   def __init__(self, rng, *, prompts=3, rollouts=2, dtype=jnp.float32):
-    before, length, patches = 21, 13, 24
+    before, length, patches = 21, 14, 24
 
     def normal(*shape):
       return jnp.asarray(rng.standard_normal(shape), dtype)
@@ -168,6 +168,15 @@ def value_and_gradients(function, form, arrays):
   return both(*arrays)
 
 
+def assert_near(actual, expected):
+  """Two trees of float32 differ by 1e-5 of the largest number of each array at most."""
+
+  def compare(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+  jax.tree.map(compare, actual, expected)
+
+
 USES = ("prompts", "completions", "images")
 
 
@@ -177,8 +186,7 @@ def test_a_fused_kernel_equals_the_plain_form(name, use, emulate, rng):
   uses = Uses(rng)
   expected = value_and_gradients(uses[use], "plain", uses.arrays[use])
   emulate(name)
-  for actual, wanted in zip(value_and_gradients(uses[use], "fused", uses.arrays[use]), expected, strict=True):
-    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
+  assert_near(value_and_gradients(uses[use], "fused", uses.arrays[use]), expected)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -190,11 +198,13 @@ def test_in_bfloat16_a_fused_kernel_is_as_near_to_the_truth(name, use, emulate, 
   plain = value_and_gradients(uses[use], "plain", arrays)
   emulate(name)
   fused = value_and_gradients(uses[use], "fused", arrays)
+  # Splash rounds gradients of scores to bfloat16, which the plain form of the tower does not.
+  factor = 2 if (name, use) == ("splash", "images") else 1.5
   for rounded, actual, wanted in zip(plain, fused, truth, strict=True):
     assert actual.dtype == jnp.bfloat16
     allowed = runs.difference_in_norm(rounded, wanted)
     assert 1e-4 < allowed < 0.02
-    assert runs.difference_in_norm(actual, wanted) < 1.5 * allowed
+    assert runs.difference_in_norm(actual, wanted) < factor * allowed
 
 
 @pytest.mark.parametrize("name", EMULATED)
@@ -216,7 +226,7 @@ def test_gradients_of_a_prompt_add_over_its_rollouts(name, emulate, rng):
   parts = [one(rollout) for rollout in range(3)]
   assert np.abs(parts[0][0]).max() > 1e-2
   for position, total in enumerate(whole[2:4]):
-    np.testing.assert_allclose(total, sum(part[position] for part in parts), atol=1e-5)
+    assert_near(total, sum(part[position] for part in parts))
 
 
 @pytest.mark.parametrize("name", EMULATED)
@@ -227,10 +237,9 @@ def test_a_prompt_of_pads_alone_stays_finite(name, emulate, rng):
   for use in ("prompts", "completions"):
     results = value_and_gradients(uses[use], "fused", uses.arrays[use])
     assert all(np.isfinite(x).all() for x in results)
-  alone = attention.over_completions  # its completions see themselves
-  mixed = uses["completions"]("fused", *uses.arrays["completions"])
-  np.testing.assert_allclose(mixed, uses["completions"]("plain", *uses.arrays["completions"]), atol=1e-5)
-  del alone
+  # Its completions see themselves.
+  fused, plain = (uses["completions"](form, *uses.arrays["completions"]) for form in ("fused", "plain"))
+  assert_near(fused, plain)
 
 
 # ---- meshes ----
@@ -255,8 +264,7 @@ def test_fused_on_a_mesh_equals_plain_on_one_device(name, use, shape, prompts, e
   arrays = [jax.device_put(x, sharding.batch_sharding(mesh, x.shape, axes[x.ndim])) for x in uses.arrays[use]]
   with jax.set_mesh(mesh):
     actual = value_and_gradients(uses[use], "fused", arrays)
-  for got, wanted in zip(actual, expected, strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+  assert_near(actual, expected)
 
 
 def test_a_device_computes_its_part_alone(emulate, mesh_of, rng):
@@ -299,15 +307,10 @@ def hidden_and_gradient(form, params, prompts, tokens):
 @pytest.mark.parametrize("name", EMULATED)
 def test_the_model_computes_the_same_with_a_fused_kernel(name, emulate, mesh_of):
   prompts = cases.make_prompts(CONFIG, LAYOUTS)[0]
-  hidden, gradient = runs.fast_jit(functools.partial(hidden_and_gradient, "plain"))(PARAMS, prompts, TOKENS)
+  expected = runs.fast_jit(functools.partial(hidden_and_gradient, "plain"))(PARAMS, prompts, TOKENS)
   emulate(name)
-  fused = functools.partial(hidden_and_gradient, "fused")
-  results = [runs.fast_jit(fused)(PARAMS, prompts, TOKENS)]
   with jax.set_mesh(mesh_of(2, 1, 2)):
-    results.append(runs.fast_jit(fused)(PARAMS, prompts, TOKENS))
-  for got_hidden, got_gradient in results:
-    np.testing.assert_allclose(got_hidden, hidden, atol=2e-5)
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-4), got_gradient, gradient)
+    assert_near(runs.fast_jit(functools.partial(hidden_and_gradient, "fused"))(PARAMS, prompts, TOKENS), expected)
 
 
 def test_no_score_per_query_and_key_is_held_by_a_fused_kernel(emulate):
@@ -423,4 +426,4 @@ def test_a_program_for_nvidia_calls_cudnn(use, monkeypatch, mesh_of, rng):
   assert program.count(f"__cudnn$fmha{bias}Softmax(") == 1
   assert program.count(f"__cudnn$fmha{bias}SoftmaxBackward(") == 1
   # Local shapes: two heads of four, one prompt of four; and no score.
-  assert re.findall(r"tensor<(?:\d+x)*(?:13|21|34|24)x(?:13|21|34|24)xf32>", program) == []
+  assert re.findall(r"tensor<(?:\d+x)*(?:14|21|22|24|35|36)x(?:14|21|22|24|35|36)xf32>", program) == []
