@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental import topologies
 
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import attention, cudnn, model, splash, text
@@ -427,3 +428,25 @@ def test_a_program_for_nvidia_calls_cudnn(use, monkeypatch, mesh_of, rng):
   assert program.count(f"__cudnn$fmha{bias}SoftmaxBackward(") == 1
   # Local shapes: two heads of four, one prompt of four; and no score.
   assert re.findall(r"tensor<(?:\d+x)*(?:14|21|22|24|35|36)x(?:14|21|22|24|35|36)xf32>", program) == []
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_program_for_tpu_compiles(use, monkeypatch, rng):
+  pytest.importorskip("libtpu", reason="pip install libtpu compiles for a TPU without one")
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes at a time
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # no question to a cloud about a chip that is not there
+  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+  uses = Uses(rng, prompts=4, rollouts=4, dtype=jnp.bfloat16)
+  mesh = sharding.make_mesh(2, 2, 2, devices=list(devices))
+  shapes = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh, x.shape)) for x in uses.arrays[use]
+  ]
+
+  def gradients(*arrays):
+    total = lambda *x: jnp.sin(uses[use]("fused", *x).astype(jnp.float32)).sum()  # noqa: E731
+    return jax.grad(total, tuple(range(len(arrays))))(*arrays)
+
+  # The suite asks for float32 products everywhere, which Mosaic refuses for operands in bfloat16.
+  with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+    program = jax.jit(gradients).lower(*shapes).compile().as_text()
+  assert program.count('custom_call_target="tpu_custom_call"') == 3  # forward, keys and values, queries
