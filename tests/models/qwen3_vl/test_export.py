@@ -1,6 +1,7 @@
 """A shipped student, saved by us and loaded by transformers, answers real questions with the same tokens."""
 
 import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
