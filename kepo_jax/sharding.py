@@ -6,7 +6,7 @@ token loop gathers nothing. An axis that does not divide over its mesh axes is r
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,6 +111,38 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   sizes = dict(mesh.shape)
   rules = ACTIVATION_RULES | _row_axes(x.shape, axes, sizes)
   return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, rules, sizes))
+
+
+def per_device(function: Callable[..., jax.Array], *axes: LogicalAxes) -> Callable[..., jax.Array]:
+  """`function` of each device's own part of its arguments, for kernels that the compiler cannot split.
+
+  Args:
+    function: of arrays; its result has the shape and the axes of the first one.
+    *axes: logical axes of each argument, placed as `constrain` places them.
+
+  Returns:
+    A function of the global arrays; without a mesh in force (`jax.set_mesh`), `function` itself.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function
+  sizes = dict(mesh.shape)
+
+  def run(*arrays: jax.Array) -> jax.Array:
+    specs = tuple(
+      _spec(x.shape, names, ACTIVATION_RULES | _row_axes(x.shape, names, sizes), sizes)
+      for x, names in zip(arrays, axes, strict=True)
+    )
+    # Kernels do not say over which mesh axes their results vary, which the check would ask of them.
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+  return run
+
+
+def platform() -> str:
+  """Platform of the mesh in force, such as "cpu", "gpu" or "tpu"; without one, that of JAX's default devices."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
 
 
 def row_shards(prompts: int, rollouts: int) -> tuple[int, int]:

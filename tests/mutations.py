@@ -30,6 +30,7 @@ _DECODER = f"{_TESTS}/test_golden.py::test_decoder_after_every_layer[images]"
 _BIASED = f"{_TESTS}/test_golden.py::test_decoder_after_every_layer[text_untied]"
 _CHUNKED = "tests/models/test_scoring.py::test_chunked_equals_dense"
 _AXES = f"{_TESTS}/test_text.py::test_frequencies_are_interleaved"
+_FUSED = f"{_TESTS}/test_attention.py::test_a_fused_kernel_equals_the_plain_form"
 
 
 def _deepstack_dropped(number: int) -> Mutation:
@@ -128,7 +129,7 @@ MUTATIONS = (
     "coordinates[..., ::-1].astype(jnp.float32)[..., None]",
     _TOWER,
   ),
-  Mutation("attention across images", f"{_QWEN}/vision.py", "vision.segments[:, :, None] ==", "-1 <= 0 *", _TOWER),
+  Mutation("attention across images", f"{_QWEN}/attention.py", "segments[:, :, None] ==", "-1 <= 0 *", _TOWER),
   Mutation("rotation in the other direction", f"{_QWEN}/layers.py", "second * sine,", "second * -sine,", _DECODER),
   Mutation(
     "biases dropped",
@@ -178,6 +179,41 @@ MUTATIONS = (
     "slots < length",
     "slots <= length",
     f"{_TESTS}/test_model.py::test_decoding_token_by_token_equals_the_whole",
+  ),
+  Mutation(
+    "splash lets completions see the pads of their prompt",
+    f"{_QWEN}/splash.py",
+    "seen = jnp.repeat(mask.astype(jnp.int32)",
+    "seen = jnp.repeat(jnp.ones_like(mask, jnp.int32)",
+    f"{_FUSED}[splash-completions]",
+  ),
+  Mutation(
+    "splash's completions look one token ahead",
+    f"{_QWEN}/splash.py",
+    "offset=before)",
+    "offset=before + 1)",
+    f"{_FUSED}[splash-completions]",
+  ),
+  Mutation(
+    "splash's padding joins the first image",
+    f"{_QWEN}/splash.py",
+    "segments = _padded(segments, padded, 1, fill=-1)",
+    "segments = _padded(segments, padded, 1, fill=0)",
+    f"{_FUSED}[splash-images]",
+  ),
+  Mutation(
+    "cuDNN's completions stand one token late",
+    f"{_QWEN}/cudnn.py",
+    "starts = jnp.repeat(mask.sum(axis=-1, dtype=jnp.int32), rollouts)",
+    "starts = jnp.repeat(mask.sum(axis=-1, dtype=jnp.int32) + 1, rollouts)",
+    f"{_FUSED}[cudnn-completions]",
+  ),
+  Mutation(
+    "cuDNN attends across images",
+    f"{_QWEN}/cudnn.py",
+    "segments[:, None, :, None] ==",
+    "-1 <= 0 *",
+    f"{_FUSED}[cudnn-images]",
   ),
   Mutation(
     "padding of prompts is seen by completions",

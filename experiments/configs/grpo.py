@@ -23,6 +23,8 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.model.teacher_memory = "device"  # where both live while they are not used; or host
   config.model.freeze_vision = False  # True keeps the vision tower, its mergers included, as loaded
   config.model.remat = "none"  # what the backward pass computes again: none, full, or dots, dots_offloaded between
+  # The device's fused kernel where it can serve, plain elsewhere (auto); never (plain); or an error elsewhere (fused).
+  config.model.attention = "auto"
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # -1: all devices that fsdp and tensor leave

@@ -5,11 +5,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from absl import logging
 
 from kepo_jax import exploration, rewards
 from kepo_jax.data import images, pipeline, prompts, tokenization
-from kepo_jax.models.qwen3_vl import layers
+from kepo_jax.models.qwen3_vl import attention, layers
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
 from kepo_jax.training import groups, inputs, moments, residence
@@ -23,6 +24,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
   "model.teacher_dtype": DTYPES,
   "model.teacher_memory": residence.PLACES,
   "model.remat": layers.REMAT,
+  "model.attention": attention.FORMS,
   "data.resize": tuple(images.RESIZES),
   "data.prompt": ("think", "no_think"),
   "data.templates": tuple(prompts.TEMPLATES),
@@ -284,6 +286,20 @@ def warn_of_templates(config: Any, student: pathlib.Path) -> None:
     logging.warning(
       "data.templates=%s, but %s knows the wordings %s.", config.data.templates, config.model.student, expected
     )
+
+
+def check_attention(config: Any, student: Qwen3VLConfig) -> None:
+  """Under the run's mesh, refuses model.attention=fused where a model would have the plain form.
+
+  Raises:
+    ValueError: what the fused kernel of the platform cannot serve.
+  """
+  dtypes = [config.model.compute_dtype]
+  if needs_teacher(config) or config.objective.reference_weight:
+    dtypes.append(config.model.teacher_dtype)
+  for dtype in dtypes:
+    for head_dim in (student.text.head_dim, student.vision.head_dim):
+      attention.kernel_for(config.model.attention, jnp.dtype(dtype), head_dim)
 
 
 def check_teacher(config: Any, processor: pipeline.Processor, folder: pathlib.Path) -> None:

@@ -200,6 +200,8 @@ def prepare(
     patch_buckets=tuple(config.data.patch_buckets),
     held_rows=functools.partial(sharding.held_rows, mesh),
   )
+  with jax.set_mesh(mesh):
+    checks.check_attention(config, processor.config)
   questions, summaries = usable_questions(config, processor, records, hooks)
   folders = model_folders(config, student, processor, hooks)
   models = load_models(config, mesh, folders, hooks, interruption)
@@ -336,10 +338,10 @@ def load_models(
   for role, folder in folders.items():
     dtype = jnp.float32 if role == "student" else jnp.dtype(config.model.teacher_dtype)
     progress = functools.partial(show_progress, hooks, f"loading {role}")
-    model_config, params = conversion.load_pretrained(folder, dtype, mesh, progress=progress)
+    loaded, params = conversion.load_pretrained(folder, dtype, mesh, progress=progress)
     if role != "student" and config.model.teacher_memory == "host":
       params = residence.on_host(params)
-    models[role] = programs.Model(model_config, params)
+    models[role] = programs.Model(dataclasses.replace(loaded, attention=config.model.attention), params)
     interruption.check()
   return models
 

@@ -192,6 +192,7 @@ REFUSED = [
   (grpo, {"optimizer__b2": 1.0}, r"optimizer.b2=1.0 must lie in \[0, 1\)"),
   (grpo, {"optimizer__eps": 0.0}, "optimizer.eps=0.0 must lie above 0"),
   (grpo, {"model__compute_dtype": "float16"}, "model.compute_dtype='float16' is unknown; use one of .'bfloat16'"),
+  (grpo, {"model__attention": "flash"}, "model.attention='flash' is unknown; use one of .'auto', 'fused', 'plain'"),
 ]
 
 

@@ -163,6 +163,7 @@ def test_a_reward_of_ones_own_changes_the_advantage_alone(questions, finished):
     ({"batch__micro_batches": 0}, "batch.micro_batches=0"),
     ({"sampling__top_p": 0.0}, "sampling.top_p=0.0"),
     ({"mesh__data": 9}, "mesh data=9"),
+    ({"model__attention": "fused"}, "model.attention=fused: there is no fused attention for platform cpu"),
   ],
 )
 def test_what_does_not_fit_is_refused(questions, changes, message):

@@ -11,6 +11,7 @@ from kepo_jax import training
 from kepo_jax.data import pipeline, prompts
 from kepo_jax.data.records import LONGEST
 from kepo_jax.training import setup
+from kepo_jax.training.interruption import Interruption
 from kepo_jax.types import Example, Hook
 from tests.data.cases import Layout, record
 from tests.training.runs import ASSETS, shrunk
@@ -142,3 +143,10 @@ def test_a_run_leaves_out_counts_and_writes_down(tmp_path, caplog):
   questions = json.loads((tmp_path / "run" / "questions.json").read_text())
   assert sum(questions["counts"].values()) == 9  # of ten that were read
   assert "answer_normalised 1: repaired" in caplog.text and "image_too_narrow 1: error" in caplog.text
+
+
+def test_every_model_of_a_run_computes_attention_as_the_config_says(mesh_of):
+  folders = {"student": ASSETS / "confused", "teacher": ASSETS / "weak"}
+  for form in ("auto", "plain"):
+    models = setup.load_models(small(model__attention=form), mesh_of(), folders, (), Interruption())
+    assert {role: each.config.attention for role, each in models.items()} == {"student": form, "teacher": form}

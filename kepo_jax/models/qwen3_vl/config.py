@@ -67,7 +67,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3VLConfig:
-  """Sizes and special tokens of a Qwen3-VL."""
+  """Sizes and special tokens of a Qwen3-VL, and how its attention is computed, which no checkpoint knows."""
 
   text: TextConfig
   vision: VisionConfig
@@ -76,6 +76,7 @@ class Qwen3VLConfig:
   video_token_id: int = 151656
   vision_start_token_id: int = 151652
   vision_end_token_id: int = 151653
+  attention: str = "auto"  # auto, plain or fused; see attention.kernel_for
 
   def __post_init__(self):
     _check(self)

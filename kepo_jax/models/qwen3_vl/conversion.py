@@ -351,6 +351,7 @@ def _checked_source(source, config: Qwen3VLConfig, directory: pathlib.Path) -> p
   source = resolved_folder(source)
   if source.resolve() == directory.resolve():
     raise ValueError(f"{directory} is the source itself; write the export to another folder")
-  if Qwen3VLConfig.from_directory(source) != config:
+  stored = dataclasses.replace(Qwen3VLConfig.from_directory(source), attention=config.attention)
+  if stored != config:
     raise ValueError(f"{source}/config.json describes another model than the one to be saved")
   return source

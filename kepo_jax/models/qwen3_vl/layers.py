@@ -89,6 +89,11 @@ def _looked_up_backward(residuals, gradient):
 looked_up.defvjp(_looked_up_forward, _looked_up_backward)
 
 
+def repeated(x: jax.Array, times: int) -> jax.Array:
+  """[P, ...] -> [P * times, ...], each row `times` in turn; its gradient adds up in float32."""
+  return jnp.repeat(x.astype(jnp.float32), times, axis=0).astype(x.dtype)
+
+
 class Table(nnx.Module):
   """Rows of numbers, looked up by index."""
 

@@ -155,7 +155,7 @@ def encode_images(
 ) -> tuple[jax.Array, jax.Array]:
   """Image tokens [P, M, D] of every prompt and its DeepStack features [n, P, M, D]."""
   chex.assert_shape(inputs.patches, (None, None, config.vision.patch_width))
-  return vision.encode(config.vision, params["visual"], inputs, remat=remat)
+  return vision.encode(config.vision, params["visual"], inputs, remat=remat, form=config.attention)
 
 
 def with_images(
@@ -193,7 +193,9 @@ def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: s
   x, deepstack = constrain(x, "prompt", None, None), constrain(deepstack, None, "prompt", None, None)
   angles = text.prompt_angles(config.text, prompts.positions)
   layers = params["language_model"]["layers"]
-  x, keys, values = text.prompt_layers(config.text, layers, x, angles, prompts.mask, deepstack, remat=remat)
+  x, keys, values = text.prompt_layers(
+    config.text, layers, x, angles, prompts.mask, deepstack, remat=remat, form=config.attention
+  )
   last = jnp.maximum(prompts.mask.sum(axis=-1) - 1, 0)
   last_hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
   return Prefix(
@@ -226,7 +228,8 @@ def extend(
   angles = text.completion_angles(config.text, positions)
   source = (prefix.keys, prefix.values, prefix.mask)
   layers = params["language_model"]["layers"]
-  return _normed(config, params, text.completion_layers(config.text, layers, x, angles, source, remat=remat))
+  x = text.completion_layers(config.text, layers, x, angles, source, remat=remat, form=config.attention)
+  return _normed(config, params, x)
 
 
 def completion_hidden(

@@ -5,6 +5,7 @@ Keys and values are [P, K, S, H] when all rollouts share them and [P, K, G, T, H
 every product is a batched matrix product as it stands, without a transpose of a cache.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,48 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kepo_jax.models.qwen3_vl.attention import Attend, Source, joint_attention, over_completions, over_prompts
 from kepo_jax.models.qwen3_vl.config import TextConfig
 from kepo_jax.models.qwen3_vl.layers import Linear, Params, RMSNorm, Turn, bind, rematerialised, rotated, turn
 from kepo_jax.sharding import constrain
 
-# Keys, values and a mask that broadcasts to the scores [P, K, G, T, J, S].
-Source = tuple[jax.Array, jax.Array, jax.Array]
-
 # From the keys and values of the tokens themselves to what they see of them; a cache is written on the way.
 Own = Callable[[jax.Array, jax.Array], Source]
-
-# Finite, or a row that may see nothing (a padded prompt) turns into NaN.
-_HIDDEN = -1e30
-
-
-def joint_attention(query: jax.Array, sources: Sequence[Source]) -> jax.Array:
-  """Attention with one softmax over the keys of several sources, without concatenating them.
-
-  Args:
-    query: [P, K, G, T, J, H], scaled.
-    sources: keys and values, shared [P, K, S, H] or per rollout [P, K, G, S, H], and bool masks.
-
-  Returns:
-    [P, K, G, T, J, H] in the dtype of the query.
-  """
-  scores = []
-  for keys, _, mask in sources:
-    axes = "pksh" if keys.ndim == 4 else "pkgsh"
-    raw = jnp.einsum(f"pkgtjh,{axes}->pkgtjs", query, keys, preferred_element_type=jnp.float32)
-    scores.append(jnp.where(mask, raw, _HIDDEN))
-  peak = scores[0].max(axis=-1, keepdims=True)
-  for other in scores[1:]:
-    peak = jnp.maximum(peak, other.max(axis=-1, keepdims=True))
-  peak = jax.lax.stop_gradient(peak)
-  total, mixed = jnp.float32(0), jnp.float32(0)
-  for score, (_, values, _) in zip(scores, sources, strict=True):
-    axes = "pksh" if values.ndim == 4 else "pkgsh"
-    weights = jnp.exp(score - peak)
-    total += weights.sum(axis=-1, keepdims=True)
-    mixed += jnp.einsum(
-      f"pkgtjs,{axes}->pkgtjh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-    )
-  return (mixed / total).astype(query.dtype)
 
 
 class Attention(nnx.Module):
@@ -72,7 +38,7 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
   def __call__(
-    self, x: jax.Array, by: Turn, sources: Sequence[Source], own: Own
+    self, x: jax.Array, by: Turn, sources: Sequence[Source], own: Own, attend: Attend = joint_attention
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows = x.shape[:3]
     query = self.q_norm(self.q_proj(x).reshape(*rows, self.kv_heads, self.shared_by, -1))
@@ -85,7 +51,7 @@ class Attention(nnx.Module):
     key = constrain(key, "prompt", "kv_heads", "rollout", None, None)
     value = constrain(value, "prompt", "kv_heads", "rollout", None, None)
     key, value, mask = own(key, value)
-    mixed = joint_attention(query, [*sources, (key, value, mask)])
+    mixed = attend(query, [*sources, (key, value, mask)])
     return self.o_proj(mixed.transpose(0, 2, 3, 1, 4, 5).reshape(*rows, -1)), key, value
 
 
@@ -112,9 +78,9 @@ class DecoderLayer(nnx.Module):
     self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
   def __call__(
-    self, x: jax.Array, by: Turn, sources: Sequence[Source], own: Own
+    self, x: jax.Array, by: Turn, sources: Sequence[Source], own: Own, attend: Attend = joint_attention
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    mixed, key, value = self.self_attn(self.input_layernorm(x), by, sources, own)
+    mixed, key, value = self.self_attn(self.input_layernorm(x), by, sources, own, attend)
     x = x + mixed
     x = constrain(x + self.mlp(self.post_attention_layernorm(x)), "prompt", "rollout", None, None)
     return x, key, value
@@ -193,6 +159,7 @@ def prompt_layers(
   deepstack: jax.Array,
   *,
   remat: str = "none",
+  form: str = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """All layers over prompts, with DeepStack feature i added after layer i.
 
@@ -204,6 +171,7 @@ def prompt_layers(
     mask: bool[P, S], true on real tokens.
     deepstack: [n, P, S, D], zero away from the images; n = 0 without images.
     remat: what the backward pass computes again, of `layers.REMAT`.
+    form: of attention, see `attention.kernel_for`.
 
   Returns:
     x [P, S, D] before the final norm, keys and values [L, P, K, S, H], stacked or separate as the layers.
@@ -211,10 +179,11 @@ def prompt_layers(
   taps = deepstack.shape[0]
   by = turn(angles[:, None])
   visible = causal_mask(x.shape[1]) & _prefix_mask(mask)
+  attend = functools.partial(over_prompts, real=mask, form=form)
 
   def step(x, layer):
     weights, number = layer
-    x, key, value = bind(weights, DecoderLayer, config)(x, by, (), masked(visible))
+    x, key, value = bind(weights, DecoderLayer, config)(x, by, (), masked(visible), attend)
     if taps:
       # Inside the scan rather than unrolled: slices of the stack would copy nearly all weights.
       added = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(number, taps - 1), keepdims=False)
@@ -234,6 +203,7 @@ def completion_layers(
   prefix: Source,
   *,
   remat: str = "none",
+  form: str = "auto",
 ) -> jax.Array:
   """All layers over completions [P, G, T, D] that see their prompt and themselves.
 
@@ -245,6 +215,7 @@ def completion_layers(
     prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask
       bool[P, S].
     remat: what the backward pass computes again, of `layers.REMAT`.
+    form: of attention, see `attention.kernel_for`.
 
   Returns:
     [P, G, T, D] before the final norm.
@@ -252,11 +223,12 @@ def completion_layers(
   keys, values, mask = prefix
   by = turn(angles[:, None])
   visible = causal_mask(x.shape[2])
+  attend = functools.partial(over_completions, real=mask, form=form)
 
   def step(x, layer):
     weights, key, value = layer
     sources = ((key, value, _prefix_mask(mask)),)
-    return bind(weights, DecoderLayer, config)(x, by, sources, masked(visible))[0], None
+    return bind(weights, DecoderLayer, config)(x, by, sources, masked(visible), attend)[0], None
 
   return _through(step, x, layers, keys, values, remat=remat)[0]
 

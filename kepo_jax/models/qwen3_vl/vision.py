@@ -1,10 +1,13 @@
 """The vision tower: patches and index tables in, image tokens and DeepStack features out."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kepo_jax.models.qwen3_vl.attention import inside_images
 from kepo_jax.models.qwen3_vl.config import VisionConfig
 from kepo_jax.models.qwen3_vl.layers import (
   LayerNorm,
@@ -20,6 +23,9 @@ from kepo_jax.models.qwen3_vl.layers import (
 from kepo_jax.sharding import constrain
 from kepo_jax.types import VisionInputs
 
+# (query, key, value), each [P, N, R, H] -> [P, R, N, H].
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
 
 class Attention(nnx.Module):
   """Full attention inside each image; fused query, key and value."""
@@ -29,17 +35,14 @@ class Attention(nnx.Module):
     self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, (None, "vision"))
     self.proj = Linear(config.hidden_size, config.hidden_size, ("vision", None))
 
-  def __call__(self, x: jax.Array, by: Turn, same_image: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, by: Turn, attend: Attend) -> jax.Array:
     prompts, rows, width = x.shape
     head_dim = width // self.heads
     split = self.qkv(x).reshape(prompts, rows, 3, self.heads, head_dim)
     query, key, value = (split[:, :, i].swapaxes(1, 2) for i in range(3))  # [P, N, R, H]
     query = (rotated(query, by) * head_dim**-0.5).astype(x.dtype)
     key = rotated(key, by).astype(x.dtype)
-    scores = jnp.einsum("pnqh,pnkh->pnqk", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(same_image[:, None], scores, -jnp.inf), axis=-1)
-    mixed = jnp.einsum("pnqk,pnkh->pqnh", weights.astype(x.dtype), value)
-    return self.proj(mixed.reshape(x.shape))
+    return self.proj(attend(query, key, value).reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -62,8 +65,8 @@ class Block(nnx.Module):
     self.attn = Attention(config)
     self.mlp = MLP(config)
 
-  def __call__(self, x: jax.Array, by: Turn, same_image: jax.Array) -> jax.Array:
-    x = x + self.attn(self.norm1(x), by, same_image)
+  def __call__(self, x: jax.Array, by: Turn, attend: Attend) -> jax.Array:
+    x = x + self.attn(self.norm1(x), by, attend)
     return constrain(x + self.mlp(self.norm2(x)), "prompt", None, None)
 
 
@@ -116,12 +119,12 @@ def _embedded(config: VisionConfig, params: Params, vision: VisionInputs) -> jax
 
 
 def tower_blocks(
-  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: str = "none"
+  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: str = "none", form: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
   """Patch rows after the last block [P, R, Dv] and after every tapped block [n, P, R, Dv]; arguments as `encode`."""
   x = _embedded(config, params, vision)
   by = turn(_angles(config, vision.coordinates)[:, None])  # [P, 1, R, H / 2]
-  same_image = vision.segments[:, :, None] == vision.segments[:, None, :]
+  attend = inside_images(vision.segments, form)
 
   # One scan over all blocks: a tapped block writes its output into its slot, the others into a spare one.
   # Scanning slices of the stack instead would copy the weights.
@@ -132,7 +135,7 @@ def tower_blocks(
   def step(carry, layer):
     x, tapped = carry
     weights, slot = layer
-    x = bind(weights, Block, config)(x, by, same_image)
+    x = bind(weights, Block, config)(x, by, attend)
     return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, axis=0)), None
 
   tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
@@ -141,7 +144,7 @@ def tower_blocks(
 
 
 def encode(
-  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: str = "none"
+  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: str = "none", form: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
   """Image tokens of every prompt and the features of the DeepStack taps.
 
@@ -150,11 +153,12 @@ def encode(
     params: the tower's parameters, blocks stacked on axis 0.
     vision: patches [P, R, C] and their tables.
     remat: what the backward pass computes again, of `layers.REMAT`.
+    form: of attention, see `attention.kernel_for`.
 
   Returns:
     features [P, M, D] and deepstack [n, P, M, D], n the number of taps, in the dtype of the parameters.
   """
-  x, tapped = tower_blocks(config, params, vision, remat=remat)
+  x, tapped = tower_blocks(config, params, vision, remat=remat, form=form)
   features = bind(params["merger"], PatchMerger, config, False)(x)
   if not config.deepstack_visual_indexes:
     return features, jnp.zeros((0, *features.shape), features.dtype)

@@ -41,6 +41,11 @@ def test_a_written_record_is_read_back(config):
   assert Qwen3VLConfig.from_dict(json.loads(json.dumps(side_files.config_record(config)))) == config
 
 
+def test_how_attention_is_computed_is_not_written():
+  config = cases.GOLDEN[0].config
+  assert "attention" not in side_files.config_record(dataclasses.replace(config, attention="plain"))
+
+
 def test_fields_change_what_they_name():
   config = Qwen3VLConfig.from_dict(cases.config_record(text={"head_dim": 16, "rms_norm_eps": 1e-5}))
   assert config.text.rms_norm_eps == 1e-5
