@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kepo_jax import sharding
-from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.training import checks
+from kepo_jax.training import assembly, checks
 from kepo_jax.types import RunPlan
 
 # Counts that shapes do not give, set to what XLA's CPU compiler allocated for small models (the slow test compares).
@@ -47,13 +47,14 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   shape = _training_shape(config, plan.mesh)
   compute, frozen = (jnp.dtype(config.model[name]).itemsize for name in ("compute_dtype", "teacher_dtype"))
   weights = parameters_per_device(student, plan.mesh)
-  fixed = ("visual",) if config.model.freeze_vision else ()
+  fixed = assembly.frozen_parts(config)
   trained = parameters_per_device(student, plan.mesh, without=fixed)
+  stored = assembly.student_dtype(config.model).itemsize  # of what is not trained
   others = {role: other for role, other in plan.models.items() if role != "student"}
-  parts = {"student and moments": 4 * weights + 2 * 4 * trained}
+  parts = {"student and moments": stored * (weights - trained) + 4 * trained + 2 * 4 * trained}
   parts |= {role: frozen * parameters_per_device(other, plan.mesh) for role, other in others.items()}
   stays = sum(parts.values())
-  actor = _decode_copy(student, plan.mesh, stored=4, itemsize=compute)
+  actor = _decode_copy(student, plan.mesh, stored=stored, itemsize=compute)
   parts["sampling"] = actor + cache_bytes(student, shape, compute) + _sampler_logits(student, shape)
   if "teacher" in others and (checks.explores(config) or checks.teacher_answers(config)):
     # The student's decode copy waits for the candidates meanwhile.
@@ -64,7 +65,7 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   terms = config.objective.policy_weight and config.objective.distill_weight
   parts["update"] = (
     4 * trained * (2 if config.log.gradients_every and terms else 1)  # gradients, of one term and another if compared
-    + (compute * weights if compute < 4 else 0)
+    + compute * ((weights - trained if compute < stored else 0) + (trained if compute < 4 else 0))
     + activation_bytes(student, shape, compute, remat=config.model.remat, fixed=fixed)
     + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others))
     + hidden
@@ -203,10 +204,10 @@ def _layers(config: Qwen3VLConfig, shape: _BatchShape, *, parts: int) -> tuple[_
 
 
 def _decode_copy(config: Qwen3VLConfig, mesh: dict[str, int], *, stored: int, itemsize: int) -> int:
-  """A second set of weights in the decode layout; none where layout and dtype are the same as those stored."""
-  if mesh["fsdp"] == 1 and stored == itemsize:
+  """A second set of weights in the decode layout; none where layout, dtype and weights are the same as those stored."""
+  if mesh["fsdp"] == 1 and stored == itemsize and config.lora is None:
     return 0
-  return itemsize * parameters_per_device(config, mesh, "decode")
+  return itemsize * parameters_per_device(lora.base(config), mesh, "decode")  # merged
 
 
 def _sampler_logits(config: Qwen3VLConfig, shape: _BatchShape) -> int:

@@ -9,6 +9,8 @@ import optax
 
 from kepo_jax import rewards
 from kepo_jax.data import pipeline
+from kepo_jax.models.qwen3_vl import lora
+from kepo_jax.models.qwen3_vl.config import LoraConfig
 from kepo_jax.objectives import losses
 from kepo_jax.training import checks, inputs, programs, state, step
 from kepo_jax.types import Prompts, Rollouts
@@ -37,7 +39,21 @@ def own_rollouts(config: Any) -> int:
 
 def frozen_parts(config: Any) -> tuple[str, ...]:
   """Top-level parts of the parameters that are not trained."""
+  if config.model.lora_rank:
+    return ("visual", "language_model", "lm_head")
   return ("visual",) if config.model.freeze_vision else ()
+
+
+def lora_config(model: Any) -> LoraConfig | None:
+  """The matrices that `config.model` asks for; None where all weights are trained."""
+  if not model.lora_rank:
+    return None
+  return LoraConfig(rank=model.lora_rank, alpha=model.lora_alpha, targets=tuple(model.lora_targets))
+
+
+def student_dtype(model: Any) -> Any:
+  """Dtype of the student's weights: float32 where they are trained, that of its activations where LoRA is."""
+  return jnp.dtype(model.compute_dtype if model.lora_rank else "float32")
 
 
 def token_loss(config: Any, processor: pipeline.Processor) -> losses.KepoTokenLoss:
@@ -106,10 +122,11 @@ def build_programs(
   scoring = ["teacher"] if config.objective.distill_weight else []
   scoring += ["reference"] if config.objective.reference_weight else []
   exploration, sampled, asked = config.exploration, config.sampling, config.eval
+  merged = lora.base(student.config)  # what decode_weights gives
 
   def sampler(samples: int, tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
     arguments = programs.SamplingSettings(samples, tokens, temperature, top_p, top_k)
-    return programs.sampling_program(student.config, processor, arguments)
+    return programs.sampling_program(merged, processor, arguments)
 
   def teacher(used: bool, samples: int, tokens: int, temperature: float) -> Callable[[Prompts, jax.Array], Rollouts]:
     if not used:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kepo_jax import sampling, sharding
-from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.training import forward, step
 from kepo_jax.types import Prompts, Rollouts
@@ -55,16 +55,17 @@ def sampling_program(
 
 
 def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Callable[[Any], Any]:
-  """Weights in the layout and dtype of the token loop; the weights themselves where nothing would change.
+  """Weights in the layout and dtype of the token loop, LoRA merged; the weights themselves where nothing would change.
 
   Decoding from weights sharded over fsdp would gather every layer for every token; one reshard per step does not.
   """
   mesh = jax.tree.leaves(params)[0].sharding.mesh
-  shardings = sharding.weight_shardings(mesh, params, model.logical_axes(config), layout="decode")
-  same = jax.tree.map(lambda x, s: x.dtype == dtype and s.is_equivalent_to(x.sharding, x.ndim), params, shardings)
-  if all(jax.tree.leaves(same)):
+  weights = lora.without(params)
+  shardings = sharding.weight_shardings(mesh, weights, model.logical_axes(lora.base(config)), layout="decode")
+  same = jax.tree.map(lambda x, s: x.dtype == dtype and s.is_equivalent_to(x.sharding, x.ndim), weights, shardings)
+  if all(jax.tree.leaves(same)) and config.lora is None:
     return lambda params: params
-  return jax.jit(lambda params: model.cast(params, dtype), out_shardings=shardings)
+  return jax.jit(lambda params: lora.merged(config, params, dtype), out_shardings=shardings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import optax
 from kepo_jax import evaluation, sharding
 from kepo_jax.data import images, limits, pipeline, prompts, splits, tokenization
 from kepo_jax.data.rules import Rejected, Summary
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.models.qwen3_vl import conversion, lora, model
 from kepo_jax.rewards import Scorer, WeightedRewards
 from kepo_jax.training import assembly, checks, programs, question_checks
 from kepo_jax.training.interruption import Interruption
@@ -22,7 +22,7 @@ from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
 
 # One random stream per purpose; the order is part of what makes a run repeatable.
-STREAMS = ("rollout", "hint", "candidate", "evaluation", "answer")
+STREAMS = ("rollout", "hint", "candidate", "evaluation", "answer", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,7 @@ class Run:
 
   def key(self, purpose: str, *counters: int) -> jax.Array:
     """The random key of a purpose at a step (and a round)."""
-    key = jax.random.fold_in(jax.random.key(self.config.seed), STREAMS.index(purpose))
-    return functools.reduce(jax.random.fold_in, counters, key)
+    return functools.reduce(jax.random.fold_in, counters, stream(self.config.seed, purpose))
 
   def problem(self, example: Example) -> str:
     """The question as a sampled record shows it: stem and options."""
@@ -146,7 +145,10 @@ class Run:
     return f"{mine} tokens each ({', '.join(others)})"
 
   def export(self, state: TrainState, directory: Any) -> None:
-    """Writes the student as a Hugging Face folder, which names the wordings and the image size it was trained with."""
+    """Writes the student as a Hugging Face folder, which names the wordings and the image size it was trained with.
+
+    After training with LoRA its weights are merged ones, and the matrices lie in its folder adapter/.
+    """
     student = self.models["student"]
     conversion.save_pretrained(
       directory,
@@ -155,6 +157,11 @@ class Run:
       source=self.config.model.student,
       declared=tokenization.declarations(self.config.data),
     )
+
+
+def stream(seed: int, purpose: str) -> jax.Array:
+  """The random key from which all keys of a purpose are made."""
+  return jax.random.fold_in(jax.random.key(seed), STREAMS.index(purpose))
 
 
 def token_range(counts: Sequence[int]) -> str:
@@ -199,6 +206,7 @@ def prepare(
     patch_buckets=tuple(config.data.patch_buckets),
     held_rows=functools.partial(sharding.held_rows, mesh),
   )
+  checks.check_rank(config, processor.config)
   questions, summaries = usable_questions(config, processor, records, hooks)
   folders = model_folders(config, student, processor, hooks)
   models = load_models(config, mesh, folders, hooks, interruption)
@@ -313,7 +321,7 @@ def load_models(
   hooks: Sequence[Hook],
   interruption: Interruption,
 ) -> dict[str, programs.Model]:
-  """The models of a run by role; the student in float32, the others frozen.
+  """The models of a run by role; of the student float32 what is trained, the others frozen.
 
   Raises:
     ValueError: a folder does not hold the weights that its config describes.
@@ -321,11 +329,22 @@ def load_models(
   """
   models = {}
   for role, folder in folders.items():
-    dtype = jnp.float32 if role == "student" else jnp.dtype(config.model.teacher_dtype)
+    student = role == "student"
+    dtype = assembly.student_dtype(config.model) if student else jnp.dtype(config.model.teacher_dtype)
     progress = functools.partial(show_progress, hooks, f"loading {role}")
-    models[role] = programs.Model(*conversion.load_pretrained(folder, dtype, mesh, progress=progress))
+    loaded = programs.Model(*conversion.load_pretrained(folder, dtype, mesh, progress=progress))
+    models[role] = with_lora(config, loaded, mesh) if student and config.model.lora_rank else loaded
     interruption.check()
   return models
+
+
+def with_lora(config: Any, loaded: programs.Model, mesh: jax.sharding.Mesh) -> programs.Model:
+  """The student with the matrices that are trained in the place of its weights."""
+  described = dataclasses.replace(loaded.config, lora=assembly.lora_config(config.model))
+  shapes, axes = (tree(described)[lora.PART] for tree in (model.abstract_params, model.logical_axes))
+  initial = functools.partial(lora.initial, described)
+  matrices = jax.jit(initial, out_shardings=sharding.weight_shardings(mesh, shapes, axes))(stream(config.seed, "lora"))
+  return programs.Model(described, {**loaded.params, lora.PART: matrices})
 
 
 def split_rule(config: Any, *, given: bool) -> str:

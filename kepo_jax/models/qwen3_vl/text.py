@@ -5,7 +5,7 @@ Keys and values are [P, K, S, H] when all rollouts share them and [P, K, G, T, H
 every product is a batched matrix product as it stands, without a transpose of a cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +170,7 @@ def prompt_layers(
   mask: jax.Array,
   deepstack: jax.Array,
   *,
+  kind: Callable[[TextConfig], nnx.Module] = DecoderLayer,
   remat: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """All layers over prompts, with DeepStack feature i added after layer i.
@@ -181,6 +182,7 @@ def prompt_layers(
     angles: float32[P, S, H / 2].
     mask: bool[P, S], true on real tokens.
     deepstack: [n, P, S, D], zero away from the images; n = 0 without images.
+    kind: makes the module of one layer.
     remat: recompute layers in the backward pass.
 
   Returns:
@@ -192,7 +194,7 @@ def prompt_layers(
 
   def step(x, layer):
     weights, number = layer
-    x, key, value = bind(weights, DecoderLayer, config)(x, by, (), visible)
+    x, key, value = bind(weights, kind, config)(x, by, (), visible)
     if taps:
       # Inside the scan rather than unrolled: slices of the stack would copy nearly all weights.
       added = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(number, taps - 1), keepdims=False)
@@ -211,6 +213,7 @@ def completion_layers(
   angles: jax.Array,
   prefix: Source,
   *,
+  kind: Callable[[TextConfig], nnx.Module] = DecoderLayer,
   remat: bool = False,
 ) -> jax.Array:
   """All layers over completions [P, G, T, D] that see their prompt and themselves.
@@ -221,6 +224,7 @@ def completion_layers(
     x: [P, G, T, D], embedded completions.
     angles: float32[P, T, H / 2].
     prefix: keys and values [L, P, K, S, H] of the prompts, and their mask bool[P, S].
+    kind: makes the module of one layer.
     remat: recompute layers in the backward pass.
 
   Returns:
@@ -233,7 +237,7 @@ def completion_layers(
   def step(x, layer):
     weights, key, value = layer
     sources = ((key, value, _prefix_mask(mask)),)
-    return bind(weights, DecoderLayer, config)(x, by, sources, visible)[0], None
+    return bind(weights, kind, config)(x, by, sources, visible)[0], None
 
   return _scan(step, x, (layers, keys, values), remat)[0]
 
