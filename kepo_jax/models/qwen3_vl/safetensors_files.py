@@ -56,7 +56,8 @@ def _header(file: pathlib.Path) -> tuple[dict, int]:
   return header, 8 + length
 
 
-def _tensors(file: pathlib.Path) -> dict[str, Stored]:
+def tensors_in(file: pathlib.Path) -> dict[str, Stored]:
+  """Every tensor of one file by name."""
   header, start = _header(file)
   size = file.stat().st_size
   found = {}
@@ -89,7 +90,7 @@ def stored_tensors(directory: pathlib.Path) -> dict[str, Stored]:
   """Every tensor of a checkpoint folder by name."""
   found: dict[str, Stored] = {}
   for file in weight_files(directory):
-    found |= _tensors(file)
+    found |= tensors_in(file)
   return found
 
 
