@@ -121,6 +121,33 @@ def test_a_frozen_vision_tower_has_neither_moments_nor_gradients():
   assert 0 <= held - frozen["student and moments"] < 64
 
 
+def with_lora(config):
+  return dataclasses.replace(config, lora=model_config.LoraConfig(rank=8, alpha=16.0, targets=("q_proj", "down_proj")))
+
+
+def test_lora_has_gradients_and_moments_of_its_matrices_alone():
+  lora = {"model__lora_rank": 8, "model__lora_targets": ("q_proj", "down_proj")}
+  student, half = with_lora(SMALL), {"model__compute_dtype": "bfloat16"}
+  whole = memory.estimate(plan(**half))
+  parts = memory.estimate(plan(student=student, **lora, **half))
+  count = memory.parameters_per_device(SMALL, ONE)
+  # Two layers: queries 128 -> 128, the MLP's way down 384 -> 128.
+  matrices = 2 * 8 * ((128 + 128) + (384 + 128))
+  assert parts["student and moments"] == 2 * count + 3 * 4 * matrices
+  assert whole["student and moments"] == 3 * 4 * count
+  # Two sets of gradients, as the terms are compared, and the copy in the compute dtype; the tower is run forwards.
+  assert whole["update"] - parts["update"] > 10 * (count - matrices)
+  # The merged copy is there even where dtype and layout are those of the base.
+  assert parts["sampling"] == whole["sampling"]
+  one_dtype = memory.estimate(plan(student=student, **lora))
+  assert one_dtype["sampling"] == memory.estimate(plan())["sampling"] + 4 * count
+  # What the optimizer holds, its counters apart.
+  params = model.abstract_params(student, jnp.bfloat16)
+  moments = jax.eval_shape(OPTIMIZER.init, {"lora": params["lora"]})
+  held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, moments)))
+  assert 0 <= held - parts["student and moments"] < 64
+
+
 def test_a_comparison_of_gradients_holds_a_second_set():
   compared, alone = memory.estimate(plan()), memory.estimate(plan(log__gradients_every=0))
   assert compared["update"] - alone["update"] == 4 * memory.parameters_per_device(SMALL, ONE)
