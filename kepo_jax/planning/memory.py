@@ -67,7 +67,7 @@ def estimate(plan: RunPlan) -> dict[str, int]:
     4 * trained * (2 if config.log.gradients_every and terms else 1)  # gradients, of one term and another if compared
     + compute * ((weights - trained if compute < stored else 0) + (trained if compute < 4 else 0))
     + activation_bytes(student, shape, compute, remat=config.model.remat, fixed=fixed)
-    + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others))
+    + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others), fixed=fixed)
     + hidden
   )
   if config.eval.every or config.eval.test:
@@ -141,12 +141,15 @@ def cache_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int
   return 2 * text.num_hidden_layers * positions * heads * text.head_dim * itemsize
 
 
-def chunk_logits_bytes(config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int, others: int) -> int:
-  """Everything with a vocabulary axis inside one chunk of the loss of one micro-batch, and the head's gradient."""
+def chunk_logits_bytes(
+  config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int, others: int, fixed: tuple[str, ...] = ()
+) -> int:
+  """Everything with a vocabulary axis inside one chunk of the loss of one micro-batch, and a trained head's gradient."""
   tokens = math.ceil(shape.rollouts / shape.micro_batches) * min(chunk, shape.new_tokens)
   vocabulary = _divided(config.text.vocab_size, shape.tensor)
   arrays = _LOGITS_OF_STUDENT + _LOGITS_OF_OTHER * others
-  return 4 * vocabulary * (arrays * tokens + config.text.hidden_size)
+  head = "language_model" if config.tie_word_embeddings else "lm_head"
+  return 4 * vocabulary * (arrays * tokens + (0 if head in fixed else config.text.hidden_size))
 
 
 def activation_bytes(

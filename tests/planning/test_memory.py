@@ -11,7 +11,7 @@ from kepo_jax.models.qwen3_vl import config as model_config
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.objectives import losses
 from kepo_jax.planning import memory
-from kepo_jax.training import forward, inputs, state, step
+from kepo_jax.training import assembly, forward, inputs, state, step
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 SMALL = model_config.Qwen3VLConfig(
@@ -214,21 +214,30 @@ def arguments(config, prompts, rollouts, prompt_tokens, new_tokens, patches):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("vocabulary", "layers", "remat", "parts", "freeze"),
-  [(1000, 4, False, 1, False), (1000, 4, False, 1, True), (1000, 4, True, 2, False), (20_000, 2, True, 1, False)],
+  ("vocabulary", "layers", "remat", "parts", "freeze", "rank"),
+  [
+    (1000, 4, False, 1, False, 0),
+    (1000, 4, False, 1, True, 0),
+    (1000, 4, True, 2, False, 0),
+    (20_000, 2, True, 1, False, 0),
+    (1000, 4, False, 1, False, 8),
+    (20_000, 2, True, 2, False, 8),
+  ],
 )
-def test_the_update_needs_what_was_estimated(vocabulary, layers, remat, parts, freeze):
+def test_the_update_needs_what_was_estimated(vocabulary, layers, remat, parts, freeze, rank):
   text = dataclasses.replace(SMALL.text, vocab_size=vocabulary, num_hidden_layers=layers)
-  config = dataclasses.replace(SMALL, text=text)
-  estimate = memory.estimate(plan(
-    student=config, teacher=config, batch__prompts=4, batch__rollouts=4, batch__micro_batches=parts,
+  teacher = dataclasses.replace(SMALL, text=text)
+  config = with_lora(teacher) if rank else teacher
+  planned = plan(
+    student=config, teacher=teacher, batch__prompts=4, batch__rollouts=4, batch__micro_batches=parts,
     sampling__max_new_tokens=64, data__prompt_buckets=(64,), data__patch_buckets=(64,), objective__chunk=32,
-    model__remat=remat, model__freeze_vision=freeze, log__gradients_every=0,
-  ))["update"]  # fmt: skip
+    model__remat=remat, model__freeze_vision=freeze, model__lora_rank=rank, log__gradients_every=0,
+  )  # fmt: skip
+  estimate = memory.estimate(planned)["update"]
   params = model.abstract_params(config, jnp.float32)
   token_loss = losses.KepoTokenLoss(allowed=jnp.ones(vocabulary, bool))
   settings = inputs.UpdateSettings(
-    compute_dtype=jnp.float32, chunk=32, parts=parts, remat=remat, frozen=("visual",) if freeze else ()
+    compute_dtype=jnp.float32, chunk=32, parts=parts, remat=remat, frozen=assembly.frozen_parts(planned.config)
   )
   experience, targets = arguments(config, 4, 4, 64, 64, 64)
   steps = jax.ShapeDtypeStruct((), jnp.int32)

@@ -88,21 +88,22 @@ def test_neither_the_mesh_nor_micro_batches_change_an_update(update_once, refere
   np.testing.assert_allclose(figures["loss"][0], reference[1]["loss"][0], rtol=1e-5)
 
 
-def program_of_gradients(config, params, experience, allowed, frozen):
+def program_of_gradients(config, params, experience, allowed, frozen, parts):
   """The compiled gradients of an update, as text."""
   token_loss = losses.KepoTokenLoss(allowed=allowed, distill_coefficient=0)
-  settings = inputs.UpdateSettings(compute_dtype=jnp.float32, chunk=4, frozen=frozen)
+  settings = inputs.UpdateSettings(compute_dtype=jnp.float32, chunk=4, frozen=frozen, parts=parts)
   steps = jnp.zeros((), jnp.int32)
   weighted = jax.eval_shape(inputs.make_inputs(config, token_loss, settings), params, steps, experience)
   gradients = jax.jit(step.make_gradients(config, token_loss, settings))
   return gradients.lower(params, experience, weighted, ()).compile().as_text()
 
 
-def test_no_gradient_of_the_head_is_computed(student, params, tiny_experience, allowed):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_no_gradient_of_the_head_is_computed(student, params, tiny_experience, allowed, parts):
   # The loss sums it over chunks, in one part per shard of the rows: [1, 1, V, D].
   summed = "f32[1,1,40,16]"
-  assert summed not in program_of_gradients(student, params, tiny_experience, allowed, FROZEN)
-  assert summed in program_of_gradients(student, params, tiny_experience, allowed, ("visual",))
+  assert summed not in program_of_gradients(student, params, tiny_experience, allowed, FROZEN, parts)
+  assert summed in program_of_gradients(student, params, tiny_experience, allowed, ("visual",), parts)
 
 
 def test_tokens_are_sampled_from_merged_weights(student, params, mesh_of):
