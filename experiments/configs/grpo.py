@@ -22,7 +22,9 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.model.teacher_dtype = "float32"  # weights and activations of teacher and reference
   config.model.freeze_vision = False  # True keeps the vision tower, its mergers included, as loaded
   config.model.remat = False  # recompute each layer in the backward pass
-  config.model.lora_rank = 0  # of the matrices beside the frozen weights that are then trained alone; 0: all weights are
+  config.model.lora_rank = (
+    0  # of the matrices beside the frozen weights that are then trained alone; 0: all weights are
+  )
   config.model.lora_alpha = 32.0  # their product is scaled by lora_alpha / lora_rank
   # Projections of the decoder with such matrices.
   config.model.lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

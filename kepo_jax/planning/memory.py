@@ -144,7 +144,7 @@ def cache_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int
 def chunk_logits_bytes(
   config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int, others: int, fixed: tuple[str, ...] = ()
 ) -> int:
-  """Everything with a vocabulary axis inside one chunk of the loss of one micro-batch, and a trained head's gradient."""
+  """What has a vocabulary axis inside one chunk of the loss of one micro-batch, and the gradient of a trained head."""
   tokens = math.ceil(shape.rollouts / shape.micro_batches) * min(chunk, shape.new_tokens)
   vocabulary = _divided(config.text.vocab_size, shape.tensor)
   arrays = _LOGITS_OF_STUDENT + _LOGITS_OF_OTHER * others

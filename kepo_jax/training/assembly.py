@@ -1,5 +1,7 @@
 """From the config to what it names: rewards, loss, settings of the update, and the programs of a run."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kepo_jax import rewards
+from kepo_jax import rewards, sharding
 from kepo_jax.data import pipeline
-from kepo_jax.models.qwen3_vl import lora
+from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import LoraConfig
 from kepo_jax.objectives import losses
 from kepo_jax.training import checks, inputs, programs, state, step
@@ -44,16 +46,34 @@ def frozen_parts(config: Any) -> tuple[str, ...]:
   return ("visual",) if config.model.freeze_vision else ()
 
 
-def lora_config(model: Any) -> LoraConfig | None:
+def lora_config(fields: Any) -> LoraConfig | None:
   """The matrices that `config.model` asks for; None where all weights are trained."""
-  if not model.lora_rank:
+  if not fields.lora_rank:
     return None
-  return LoraConfig(rank=model.lora_rank, alpha=model.lora_alpha, targets=tuple(model.lora_targets))
+  return LoraConfig(rank=fields.lora_rank, alpha=fields.lora_alpha, targets=tuple(fields.lora_targets))
 
 
-def student_dtype(model: Any) -> Any:
+def student_dtype(fields: Any) -> Any:
   """Dtype of the student's weights: float32 where they are trained, that of its activations where LoRA is."""
-  return jnp.dtype(model.compute_dtype if model.lora_rank else "float32")
+  return jnp.dtype(fields.compute_dtype if fields.lora_rank else "float32")
+
+
+def with_lora(config: Any, loaded: programs.Model, key: jax.Array) -> programs.Model:
+  """The student with the matrices that are trained in the place of its weights; itself where `config` has none.
+
+  Args:
+    config: of the run.
+    loaded: the student, on a mesh.
+    key: of the matrices.
+  """
+  described = dataclasses.replace(loaded.config, lora=lora_config(config.model))
+  if described.lora is None:
+    return loaded
+  mesh = jax.tree.leaves(loaded.params)[0].sharding.mesh
+  shapes, axes = (tree(described)[lora.PART] for tree in (model.abstract_params, model.logical_axes))
+  places = sharding.weight_shardings(mesh, shapes, axes)
+  matrices = jax.jit(functools.partial(lora.initial, described), out_shardings=places)(key)
+  return programs.Model(described, {**loaded.params, lora.PART: matrices})
 
 
 def token_loss(config: Any, processor: pipeline.Processor) -> losses.KepoTokenLoss:
@@ -122,11 +142,10 @@ def build_programs(
   scoring = ["teacher"] if config.objective.distill_weight else []
   scoring += ["reference"] if config.objective.reference_weight else []
   exploration, sampled, asked = config.exploration, config.sampling, config.eval
-  merged = lora.base(student.config)  # what decode_weights gives
 
   def sampler(samples: int, tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
     arguments = programs.SamplingSettings(samples, tokens, temperature, top_p, top_k)
-    return programs.sampling_program(merged, processor, arguments)
+    return programs.sampling_program(student.config, processor, arguments)
 
   def teacher(used: bool, samples: int, tokens: int, temperature: float) -> Callable[[Prompts, jax.Array], Rollouts]:
     if not used:

@@ -170,8 +170,8 @@ def check_rank(config: Any, student: Qwen3VLConfig) -> None:
   rank = config.model.lora_rank
   if rank and rank > (largest := lora.largest_rank(student.text, tuple(config.model.lora_targets))):
     raise ValueError(
-      f"model.lora_rank={rank} is no lower than a side of the weights of {config.model.student}; use {largest} or less, "
-      "or 0 to train the weights themselves."
+      f"model.lora_rank={rank} is no lower than a side of the weights of {config.model.student}; "
+      f"use {largest} or less, or 0 to train the weights themselves."
     )
 
 

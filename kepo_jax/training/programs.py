@@ -36,7 +36,11 @@ class SamplingSettings:
 def sampling_program(
   config: Qwen3VLConfig, processor: Any, settings: SamplingSettings
 ) -> Callable[[Any, Prompts, jax.Array], Rollouts]:
-  """`sampling.sample` compiled for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T]."""
+  """`sampling.sample` compiled for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T].
+
+  Of a model with LoRA it takes merged weights, as `decode_weights_program` gives them.
+  """
+  config = lora.base(config)
   allowed = jnp.asarray(processor.allowed)
 
   def program(params, prompts, key):

@@ -14,7 +14,7 @@ import optax
 from kepo_jax import evaluation, sharding
 from kepo_jax.data import images, limits, pipeline, prompts, splits, tokenization
 from kepo_jax.data.rules import Rejected, Summary
-from kepo_jax.models.qwen3_vl import conversion, lora, model
+from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.rewards import Scorer, WeightedRewards
 from kepo_jax.training import assembly, checks, programs, question_checks
 from kepo_jax.training.interruption import Interruption
@@ -333,18 +333,9 @@ def load_models(
     dtype = assembly.student_dtype(config.model) if student else jnp.dtype(config.model.teacher_dtype)
     progress = functools.partial(show_progress, hooks, f"loading {role}")
     loaded = programs.Model(*conversion.load_pretrained(folder, dtype, mesh, progress=progress))
-    models[role] = with_lora(config, loaded, mesh) if student and config.model.lora_rank else loaded
+    models[role] = assembly.with_lora(config, loaded, stream(config.seed, "lora")) if student else loaded
     interruption.check()
   return models
-
-
-def with_lora(config: Any, loaded: programs.Model, mesh: jax.sharding.Mesh) -> programs.Model:
-  """The student with the matrices that are trained in the place of its weights."""
-  described = dataclasses.replace(loaded.config, lora=assembly.lora_config(config.model))
-  shapes, axes = (tree(described)[lora.PART] for tree in (model.abstract_params, model.logical_axes))
-  initial = functools.partial(lora.initial, described)
-  matrices = jax.jit(initial, out_shardings=sharding.weight_shardings(mesh, shapes, axes))(stream(config.seed, "lora"))
-  return programs.Model(described, {**loaded.params, lora.PART: matrices})
 
 
 def split_rule(config: Any, *, given: bool) -> str:

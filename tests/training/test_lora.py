@@ -17,7 +17,7 @@ from kepo_jax.models.qwen3_vl import conversion, lora, model, safetensors_files
 from kepo_jax.models.qwen3_vl.config import LoraConfig
 from kepo_jax.objectives import losses
 from kepo_jax.reporting import RunReporter
-from kepo_jax.training import assembly, forward, inputs, programs, setup, step
+from kepo_jax.training import assembly, inputs, programs, setup, step
 from kepo_jax.training.interruption import Interruption
 from kepo_jax.training.state import initial_state
 from tests.conftest import ROOT
@@ -119,9 +119,7 @@ def test_tokens_are_sampled_from_merged_weights(student, params, mesh_of):
   # Also where neither dtype nor layout would ask for a copy.
   alone = jax.device_put(params, sharding.weight_shardings(mesh_of(), params, model.logical_axes(student)))
   again = programs.decode_weights_program(student, alone, jnp.dtype("float32"))(alone)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, lora.merged(student, params, "float32")
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, lora.merged(student, params, "float32"))
 
 
 def prepared(mesh, **changes):
@@ -146,7 +144,8 @@ def test_a_run_loads_the_base_in_the_compute_dtype(mesh_of):
   np.testing.assert_array_equal(a, prepared(mesh_of(), **changes)[1].params[lora.PART]["self_attn"]["q_proj"][lora.A])
   other = shrunk(kepo.get_config(), **changes)
   other.seed = 1
-  drawn = setup.with_lora(other, programs.Model(lora.base(loaded.config), lora.without(loaded.params)), mesh_of())
+  base = programs.Model(lora.base(loaded.config), lora.without(loaded.params))
+  drawn = assembly.with_lora(other, base, setup.stream(other.seed, "lora"))
   assert (np.asarray(a) != drawn.params[lora.PART]["self_attn"]["q_proj"][lora.A]).all()
 
 

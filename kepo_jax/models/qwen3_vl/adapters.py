@@ -1,14 +1,17 @@
-"""The matrices of LoRA as a folder that `peft.PeftModel.from_pretrained` loads onto the model they were trained on."""
+"""A student with LoRA for others: merged, and its matrices as a folder that `peft.PeftModel.from_pretrained` loads."""
 
+import functools
 import json
 import pathlib
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import lora, safetensors_files
-from kepo_jax.models.qwen3_vl.config import LoraConfig
+from kepo_jax.models.qwen3_vl.config import LoraConfig, Qwen3VLConfig
 from kepo_jax.models.qwen3_vl.layers import Params
 
 FOLDER = "adapter"  # inside an export
@@ -34,6 +37,15 @@ def save(directory: pathlib.Path, config: LoraConfig, matrices: Params, *, base:
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   safetensors_files.write_file(folder / WEIGHTS, shapes, np.dtype(np.float32), tensors.__getitem__)
   (folder / CONFIG).write_text(json.dumps(config_record(config, base), indent=2) + "\n")
+
+
+def merged_model(config: Qwen3VLConfig, params: Params, dtype: Any) -> tuple[Qwen3VLConfig, Params]:
+  """Config and parameters without LoRA: weights of `dtype`, merged and sharded as they were; else what was given."""
+  if config.lora is None:
+    return config, params
+  params = jax.tree.map(jnp.asarray, params)
+  places = jax.tree.map(lambda leaf: leaf.sharding, lora.without(params))
+  return lora.base(config), jax.jit(functools.partial(lora.merged, config, dtype=dtype), out_shardings=places)(params)
 
 
 def config_record(config: LoraConfig, base: str | None) -> dict[str, object]:

@@ -284,33 +284,23 @@ def save_pretrained(
   """
   directory, dtype = pathlib.Path(directory), np.dtype(dtype)
   _check_params(config, params)
-  matrices, adapted = params.get(lora.PART), config.lora
-  config, params = _merged(config, params, dtype)
   origin, base = pathlib.PurePath(source).name if source else "", str(source) if source else None
-  source = _checked_source(source, config, directory)
+  source = _checked_source(source, lora.base(config), directory)
+  matrices, adapted = params.get(lora.PART, {}), config.lora
+  config, params = adapters.merged_model(config, params, dtype)
   leaves = _leaves(config)
   tensor = _tensor_source(leaves, params, dtype)
   shapes = {name: leaf.stored_shape for leaf in leaves.values() for name in leaf.names}
+  partial = _partial(directory)
   if jax.process_index():
     for name in shapes:  # the other processes only take part in the gathers
       tensor(name)
-  partial = _partial(directory)
-  if not jax.process_index():
+  else:
     safetensors_files.write(partial, shapes, tensor, dtype=dtype, max_shard_bytes=max_shard_bytes)
   if adapted is not None:
     adapters.save(partial, adapted, matrices, base=base)
-  if jax.process_index():
-    return
-  _finish(partial, directory, config, source, origin, dtype, declared)
-
-
-def _merged(config: Qwen3VLConfig, params: Params, dtype: Any) -> tuple[Qwen3VLConfig, Params]:
-  """The model without LoRA: merged weights of `dtype` where the config has it, else what was given."""
-  if config.lora is None:
-    return config, params
-  params = jax.tree.map(jnp.asarray, params)
-  places = jax.tree.map(lambda leaf: leaf.sharding, lora.without(params))
-  return lora.base(config), jax.jit(functools.partial(lora.merged, config, dtype=dtype), out_shardings=places)(params)
+  if not jax.process_index():
+    _finish(partial, directory, config, source, origin, dtype, declared)
 
 
 def save_orbax(
@@ -326,9 +316,9 @@ def save_orbax(
   """
   directory = pathlib.Path(directory)
   _check_params(config, params)
-  config, params = _merged(config, params, jax.tree.leaves(params)[0].dtype)
   origin = pathlib.PurePath(source).name if source else ""
-  source = _checked_source(source, config, directory)
+  source = _checked_source(source, lora.base(config), directory)
+  config, params = adapters.merged_model(config, params, params["language_model"]["norm"]["weight"].dtype)
   partial = _partial(directory)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save((partial / _ORBAX).resolve(), params)

@@ -1,8 +1,9 @@
 """Qwen3-VL as pure functions of a parameter tree: prompts once, completions and tokens on top of them.
 
 The tree mirrors the names of Hugging Face's checkpoint: `visual`, `language_model` and, when the head is not the
-embedding, `lm_head`; layers are stacked on axis 0. A config with `lora` adds the part `lora`. Activations have the dtype of the parameters; norms, softmax and
-rotary angles are float32. `Cache` and `Prefix` hold keys after the rotary embedding.
+embedding, `lm_head`; layers are stacked on axis 0. A config with `lora` adds the part `lora`. Activations have the
+dtype of the parameters; norms, softmax and rotary angles are float32. `Cache` and `Prefix` hold keys after the rotary
+embedding.
 """
 
 from typing import Any
@@ -194,9 +195,7 @@ def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: b
   x, deepstack = constrain(x, "prompt", None, None), constrain(deepstack, None, "prompt", None, None)
   angles = text.prompt_angles(config.text, prompts.positions)
   layers, kind = _decoder_layers(config, params)
-  x, keys, values = text.prompt_layers(
-    config.text, layers, x, angles, prompts.mask, deepstack, kind=kind, remat=remat
-  )
+  x, keys, values = text.prompt_layers(config.text, layers, x, angles, prompts.mask, deepstack, kind=kind, remat=remat)
   last = jnp.maximum(prompts.mask.sum(axis=-1) - 1, 0)
   last_hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
   return Prefix(

@@ -43,7 +43,9 @@ def config_record(config: Qwen3VLConfig) -> dict[str, Any]:
   rope = {"rope_type": "default", "mrope_section": list(text.pop("mrope_section")), "mrope_interleaved": True}
   vision["deepstack_visual_indexes"] = list(vision["deepstack_visual_indexes"])
   vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
-  top = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("text", "vision", "lora")}
+  top = {
+    f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("text", "vision", "lora")
+  }
   return {
     "architectures": ["Qwen3VLForConditionalGeneration"],
     "model_type": "qwen3_vl",

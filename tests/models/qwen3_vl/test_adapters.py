@@ -89,9 +89,7 @@ def test_a_sharded_copy_is_of_merged_weights(exported, tmp_path):
   config, params, folder = exported
   conversion.save_orbax(tmp_path / "copy", config, params)
   _, loaded = conversion.load_pretrained(tmp_path / "copy")
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), loaded, conversion.load_pretrained(folder)[1]
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), loaded, conversion.load_pretrained(folder)[1])
 
 
 def ours(config, params, prompts, completions):

@@ -78,6 +78,8 @@ def test_the_start_depends_on_the_seed():
   assert a.shape == (4, 48, RANK) and b.shape == (4, RANK, 32) and a.dtype == b.dtype == jnp.float32
   assert not b.any() and (a != other["mlp"]["down_proj"][lora.A]).all()
   assert len(np.unique(a)) > 0.99 * a.size  # no two layers share their draws
+  gate, up = (one["mlp"][target][lora.A] for target in ("gate_proj", "up_proj"))
+  assert (gate != up).all()  # and no two projections
   assert 0.9 * 48**-0.5 < jnp.abs(a).max() <= 48**-0.5
   assert float(a.std()) == pytest.approx((48 * 3) ** -0.5, rel=0.1)  # uniform
 
