@@ -37,7 +37,7 @@ format: $(VENV)/.dev ## rewrite the sources as lint wants them
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
 
-parity: $(VENV)/.oracle ## install the oracles (torch, trl) and compare with them live
+parity: $(VENV)/.oracle ## install the oracles (torch, trl, peft) and compare with them live
 	$(PYTEST) -n $(WORKERS) -m parity $(TESTS)
 
 test-slow: $(VENV)/.runtime ## the long tests: whole trainings, resumption, exports

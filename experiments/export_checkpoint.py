@@ -5,25 +5,28 @@
   python -m experiments.export_checkpoint --workdir=runs/paper --step=40 --output=DIR
 
 A run keeps its last `checkpoint.keep` checkpoints and the best validation's, by `checkpoint.best`. The checkpoint is
-verified first and only its parameters are read. Tokenizer, processor and config come from the student that the run
+verified first and only its parameters are read. Of a run with LoRA the weights are merged, and the folder adapter/ in
+DIR holds the matrices for PEFT. Tokenizer, processor and config come from the student that the run
 started from, which must still be where the run's config.json says; give this command the same working directory.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import ml_collections
 from absl import app, flags
 from etils import epath
 
 from experiments import environment
+from experiments.configs import grpo
 from kepo_jax import sharding, storage
 from kepo_jax.data import tokenization
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.training import checkpoints, files, manifest
+from kepo_jax.training import assembly, checkpoints, files, manifest
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or remote.", required=True)
 _STEP = flags.DEFINE_string("step", "last", "Which checkpoint: last, best, or the number of its step.")
@@ -79,13 +82,13 @@ def chosen_step(workdir: epath.Path, config: dict[str, Any], wanted: str) -> int
   return int(wanted)
 
 
-def export(workdir: epath.Path, step: int, source: str, output: epath.Path, declared: Mapping[str, str]) -> None:
+def export(workdir: epath.Path, step: int, fields: Any, output: epath.Path, declared: Mapping[str, str]) -> None:
   """Writes the student of a checkpoint, its weights spread over all devices meanwhile.
 
   Args:
     workdir: of the run.
     step: of the checkpoint.
-    source: student that the run started from.
+    fields: `config.model` of the run: the student that it started from, and what it trained of it.
     output: folder to write.
     declared: what its tokenizer_config.json says of how the student was trained, as in the run's own export.
 
@@ -93,15 +96,15 @@ def export(workdir: epath.Path, step: int, source: str, output: epath.Path, decl
     ValueError: the checkpoint is damaged, or the student is not there or another one.
     OSError: a file cannot be read or written.
   """
-  student = conversion.resolved_folder(source)
-  config = Qwen3VLConfig.from_directory(student)
-  shapes = model.abstract_params(config, jnp.float32)  # as the run keeps them
+  student = conversion.resolved_folder(fields.student)
+  config = dataclasses.replace(Qwen3VLConfig.from_directory(student), lora=assembly.lora_config(fields))
+  shapes = model.abstract_params(config, assembly.student_dtype(fields))  # as the run keeps them
   mesh = sharding.make_mesh(fsdp=jax.device_count())
   places = sharding.weight_shardings(mesh, shapes, model.logical_axes(config), "train")
   like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
   params = checkpoints.restored_params(workdir / "checkpoints" / str(step), like)
   with storage.written_locally(output, last="config.json") as folder:
-    conversion.save_pretrained(folder, config, params, source=source, declared=declared)
+    conversion.save_pretrained(folder, config, params, source=fields.student, declared=declared)
 
 
 def main(_: Sequence[str]) -> None:
@@ -114,7 +117,9 @@ def main(_: Sequence[str]) -> None:
     raise ValueError(f"--workdir={workdir} holds no run (no config.json).")
   config = read_json(workdir / "config.json")
   step = chosen_step(workdir, config, _STEP.value)
-  export(workdir, step, config["model"]["student"], output, tokenization.declarations(config["data"]))
+  # Runs that are older than a field did what its default does.
+  fields = ml_collections.ConfigDict(grpo.get_config().model.to_dict() | config["model"])
+  export(workdir, step, fields, output, tokenization.declarations(config["data"]))
   print(f"wrote the student of step {step} to {output}")
 
 

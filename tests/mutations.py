@@ -29,6 +29,7 @@ _DEEPSTACK = f"{_TESTS}/test_golden.py::test_deepstack_features[images]"
 _DECODER = f"{_TESTS}/test_golden.py::test_decoder_after_every_layer[images]"
 _BIASED = f"{_TESTS}/test_golden.py::test_decoder_after_every_layer[text_untied]"
 _CHUNKED = "tests/models/test_scoring.py::test_chunked_equals_dense"
+_LORA = f"{_TESTS}/test_lora.py::"
 _AXES = f"{_TESTS}/test_text.py::test_frequencies_are_interleaved"
 _FUSED = f"{_TESTS}/test_attention.py::test_a_fused_kernel_equals_the_plain_form"
 
@@ -278,5 +279,47 @@ MUTATIONS = (
     "mask=~state.ended)",
     "mask=~state.ended & (token != end_ids[0]))",
     "tests/test_sampling.py::test_masks_end_with_the_end_token",
+  ),
+  Mutation(
+    "merged weights without alpha / r",
+    f"{_QWEN}/lora.py",
+    "+ scale * product",
+    "+ product",
+    f"{_LORA}test_merging_by_hand",
+  ),
+  Mutation(
+    "LoRA that changes the model before it is trained",
+    f"{_QWEN}/lora.py",
+    "if path[-1].key == B:",
+    "if not path:",
+    f"{_LORA}test_the_first_forward_is_that_of_the_base_to_the_bit[float32]",
+  ),
+  Mutation(
+    "one draw for all projections",
+    f"{_QWEN}/lora.py",
+    "jax.random.fold_in(key, next(numbered))",
+    "key",
+    f"{_LORA}test_the_start_depends_on_the_seed",
+  ),
+  Mutation(
+    "A sharded as the output of its weight",
+    f"{_QWEN}/lora.py",
+    "{A: (inputs, None), B: (None, outputs)}",
+    "{A: (outputs, None), B: (None, inputs)}",
+    f"{_LORA}test_the_matrices_are_sharded_as_their_weight",
+  ),
+  Mutation(
+    "tokens decoded without the matrices",
+    f"{_QWEN}/model.py",
+    "if config.lora is not None:\n    raise",
+    "if False:\n    raise",
+    f"{_LORA}test_tokens_are_decoded_from_merged_weights",
+  ),
+  Mutation(
+    "the adapter in the layout of the tree",
+    f"{_QWEN}/adapters.py",
+    "np.asarray(value, np.float32).T)",
+    "np.asarray(value, np.float32))",
+    f"{_TESTS}/test_adapters.py::test_the_tensors_of_the_adapter",
   ),
 )

@@ -226,6 +226,18 @@ def test_what_makes_a_folder_usable_is_published_last(bucket):
   assert bucket.read("bucket", "model/config") == b"new"
 
 
+def test_a_folder_inside_is_published_and_replaced_with_it(bucket):
+  put(bucket, model__config=b"old", model__adapter__weights=b"old", model__adapter__stale=b"of an earlier export")
+  with storage.written_locally("gs://bucket/model", last="config") as local:
+    (local / "adapter").mkdir(parents=True)
+    for path in (local / "config", local / "adapter" / "weights", local / "adapter" / "config"):
+      path.write_text("new")
+    bucket.uploads.clear()
+  assert bucket.uploads[-1] == "bucket/model/config"
+  assert bucket.names("bucket") == ["model/adapter/config", "model/adapter/weights", "model/config"]
+  assert bucket.read("bucket", "model/adapter/weights") == b"new"
+
+
 def test_a_publication_that_breaks_off_does_not_look_complete(bucket, monkeypatch):
   put(bucket, model__config=b"old")
   plain = storage.shutil.copyfileobj

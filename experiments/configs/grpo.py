@@ -18,13 +18,17 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict()
   config.model.student = "experiments/assets/phantom/confused"  # Qwen3-VL folder (or hub id)
   config.model.teacher = "experiments/assets/phantom/weak"  # Qwen3-VL folder with the same tokenizer; loaded if used
-  config.model.compute_dtype = "float32"  # student's activations; its master weights are always float32
+  config.model.compute_dtype = "float32"  # student's activations; what is trained of it is float32 in any case
   config.model.teacher_dtype = "float32"  # weights and activations of teacher and reference
   config.model.teacher_memory = "device"  # where both live while they are not used; or host
   config.model.freeze_vision = False  # True keeps the vision tower, its mergers included, as loaded
   config.model.remat = "none"  # what the backward pass computes again: none, full, or dots, dots_offloaded between
   # The device's fused kernel where it can serve, plain elsewhere (auto); never (plain); or an error elsewhere (fused).
   config.model.attention = "auto"
+  config.model.lora_rank = 0  # of matrices beside the frozen weights, which are then trained alone; 0: all weights are
+  config.model.lora_alpha = 32.0  # their product is scaled by lora_alpha / lora_rank
+  # Projections of the decoder with such matrices.
+  config.model.lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # -1: all devices that fsdp and tensor leave

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kepo_jax import sharding
-from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.training import checks
+from kepo_jax.training import assembly, checks
 from kepo_jax.types import RunPlan
 
 # Counts that shapes do not give, set to what XLA's CPU compiler allocated for small models (the slow test compares).
@@ -52,16 +52,21 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   shape = _training_shape(config, plan.mesh)
   compute, frozen = (jnp.dtype(config.model[name]).itemsize for name in ("compute_dtype", "teacher_dtype"))
   weights = parameters_per_device(student, plan.mesh)
-  fixed = ("visual",) if config.model.freeze_vision else ()
+  fixed = assembly.frozen_parts(config)
   trained = parameters_per_device(student, plan.mesh, without=fixed)
+  stored = assembly.student_dtype(config.model).itemsize  # of what is not trained
   others = {role: other for role, other in plan.models.items() if role != "student"}
-  parts = {"student and moments": 4 * weights + _moments(config, student, plan.mesh, trained, fixed)}
   models = {role: frozen * parameters_per_device(other, plan.mesh) for role, other in others.items()}
+  parts = {
+    "student and moments": stored * (weights - trained)
+    + 4 * trained
+    + _moments(config, student, plan.mesh, trained, fixed)
+  }
   on_host = config.model.teacher_memory == "host"
   stays = parts["student and moments"] + (0 if on_host else sum(models.values()))
   visiting = models if on_host else dict.fromkeys(models, 0)  # bytes that come for a phase
   parts |= {f"{role} in host memory" if on_host else role: size for role, size in models.items()}
-  actor = _decode_copy(student, plan.mesh, stored=4, itemsize=compute)
+  actor = _decode_copy(student, plan.mesh, stored=stored, itemsize=compute)
   parts["sampling"] = actor + cache_bytes(student, shape, compute) + _sampler_logits(student, shape)
   if "teacher" in others and (checks.explores(config) or checks.teacher_answers(config)):
     # The student's decode copy waits for the candidates meanwhile.
@@ -77,9 +82,9 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   heads = sum(frozen * _head_per_device(other, plan.mesh) for other in others.values()) if on_host else 0
   backward = (
     (4 * trained if config.log.gradients_every and terms else 0)  # gradients of one term and another, if compared
-    + (compute * weights if compute < 4 else 0)
+    + compute * ((weights - trained if compute < stored else 0) + (trained if compute < 4 else 0))
     + activation_bytes(student, shape, compute, remat=config.model.remat, fixed=fixed)
-    + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others))
+    + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others), fixed=fixed)
   )
   parts["update"] = 4 * trained + hidden + heads + max(backward, 4 * _OPTIMIZER_ARRAYS * trained)
   if config.eval.every or config.eval.test:
@@ -177,12 +182,15 @@ def cache_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int
   return 2 * text.num_hidden_layers * positions * heads * text.head_dim * itemsize
 
 
-def chunk_logits_bytes(config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int, others: int) -> int:
-  """Everything with a vocabulary axis inside one chunk of the loss of one micro-batch, and the head's gradient."""
+def chunk_logits_bytes(
+  config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int, others: int, fixed: tuple[str, ...] = ()
+) -> int:
+  """What has a vocabulary axis inside one chunk of the loss of one micro-batch, and the gradient of a trained head."""
   tokens = math.ceil(shape.rollouts / shape.micro_batches) * min(chunk, shape.new_tokens)
   vocabulary = _divided(config.text.vocab_size, shape.tensor)
   arrays = _LOGITS_OF_STUDENT + _LOGITS_OF_OTHER * others
-  return 4 * vocabulary * (arrays * tokens + config.text.hidden_size)
+  head = "language_model" if config.tie_word_embeddings else "lm_head"
+  return 4 * vocabulary * (arrays * tokens + (0 if head in fixed else config.text.hidden_size))
 
 
 def activation_bytes(
@@ -255,10 +263,10 @@ def _layers(config: Qwen3VLConfig, shape: _BatchShape, *, parts: int) -> tuple[_
 
 
 def _decode_copy(config: Qwen3VLConfig, mesh: dict[str, int], *, stored: int, itemsize: int) -> int:
-  """A second set of weights in the decode layout; none where layout and dtype are the same as those stored."""
-  if mesh["fsdp"] == 1 and stored == itemsize:
+  """A second set of weights in the decode layout; none where layout, dtype and weights are the same as those stored."""
+  if mesh["fsdp"] == 1 and stored == itemsize and config.lora is None:
     return 0
-  return itemsize * parameters_per_device(config, mesh, "decode")
+  return itemsize * parameters_per_device(lora.base(config), mesh, "decode")  # merged
 
 
 def _sampler_logits(config: Qwen3VLConfig, shape: _BatchShape) -> int:

@@ -54,6 +54,8 @@ def start_panel(
   """
   config = plan.config
   rows: list[tuple[str, str]] = [(role, _model_line(model, parameters[role])) for role, model in plan.models.items()]
+  if config.model.lora_rank:
+    rows.append(("trained", _lora_line(config.model)))
   devices = math.prod(plan.mesh.values())
   axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
   rows.append(("mesh", f"{devices} x {jax.devices()[0].device_kind} ({axes})"))
@@ -113,6 +115,11 @@ def _model_line(model: Any, parameters: int) -> str:
     f"{human_count(parameters)} parameters: text {text.num_hidden_layers} layers x {text.hidden_size}, "
     f"vision {vision.depth} x {vision.hidden_size}, vocabulary {text.vocab_size:,}"
   )
+
+
+def _lora_line(model: Any) -> str:
+  scale = f"scale {model.lora_alpha:g} / {model.lora_rank}"
+  return f"LoRA of rank {model.lora_rank}, {scale}, on {', '.join(model.lora_targets)}"
 
 
 def _reward_line(config: Any) -> str:

@@ -1,5 +1,7 @@
 """From the config to what it names: rewards, loss, settings of the update, and the programs of a run."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kepo_jax import rewards
+from kepo_jax import rewards, sharding
 from kepo_jax.data import pipeline
+from kepo_jax.models.qwen3_vl import lora, model
+from kepo_jax.models.qwen3_vl.config import LoraConfig
 from kepo_jax.objectives import losses
 from kepo_jax.training import checks, inputs, programs, state, step
 from kepo_jax.types import Prompts, Rollouts
@@ -37,7 +41,39 @@ def own_rollouts(config: Any) -> int:
 
 def frozen_parts(config: Any) -> tuple[str, ...]:
   """Top-level parts of the parameters that are not trained."""
+  if config.model.lora_rank:
+    return ("visual", "language_model", "lm_head")
   return ("visual",) if config.model.freeze_vision else ()
+
+
+def lora_config(fields: Any) -> LoraConfig | None:
+  """The matrices that `config.model` asks for; None where all weights are trained."""
+  if not fields.lora_rank:
+    return None
+  return LoraConfig(rank=fields.lora_rank, alpha=fields.lora_alpha, targets=tuple(fields.lora_targets))
+
+
+def student_dtype(fields: Any) -> Any:
+  """Dtype of the student's weights: float32 where they are trained, that of its activations where LoRA is."""
+  return jnp.dtype(fields.compute_dtype if fields.lora_rank else "float32")
+
+
+def with_lora(config: Any, loaded: programs.Model, key: jax.Array) -> programs.Model:
+  """The student with the matrices that are trained in the place of its weights; itself where `config` has none.
+
+  Args:
+    config: of the run.
+    loaded: the student, on a mesh.
+    key: of the matrices.
+  """
+  described = dataclasses.replace(loaded.config, lora=lora_config(config.model))
+  if described.lora is None:
+    return loaded
+  mesh = jax.tree.leaves(loaded.params)[0].sharding.mesh
+  shapes, axes = (tree(described)[lora.PART] for tree in (model.abstract_params, model.logical_axes))
+  places = sharding.weight_shardings(mesh, shapes, axes)
+  matrices = jax.jit(functools.partial(lora.initial, described), out_shardings=places)(key)
+  return programs.Model(described, {**loaded.params, lora.PART: matrices})
 
 
 def token_loss(config: Any, processor: pipeline.Processor) -> losses.KepoTokenLoss:

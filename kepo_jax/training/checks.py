@@ -10,7 +10,7 @@ from absl import logging
 
 from kepo_jax import exploration, rewards
 from kepo_jax.data import images, pipeline, prompts, tokenization
-from kepo_jax.models.qwen3_vl import attention, layers
+from kepo_jax.models.qwen3_vl import attention, layers, lora
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
 from kepo_jax.training import groups, inputs, moments, residence
@@ -64,6 +64,7 @@ ELSEWHERE: Mapping[str, str] = {
 }
 # Fields with a smallest legal value.
 LEAST: Mapping[str, float] = {
+  "model.lora_rank": 0,
   "mesh.data": -1,
   "mesh.fsdp": 1,
   "mesh.tensor": 1,
@@ -145,9 +146,38 @@ def check_config(config: Any) -> None:
     raise ValueError(f"seed={config.seed} must be 0 or more.")
   if not config.mesh.data:
     raise ValueError("mesh.data=0 is a mesh without devices; use -1 for all that fsdp and tensor leave, or 1 or more.")
+  _check_lora(config.model)
   _check_sampling(config)
   _check_rows(config)
   _check_terms(config)
+
+
+def _check_lora(model: Any) -> None:
+  if not model.lora_rank:
+    return
+  if not (math.isfinite(model.lora_alpha) and model.lora_alpha > 0):
+    raise ValueError(f"model.lora_alpha={model.lora_alpha} must lie above 0, or the matrices of LoRA change nothing.")
+  targets = tuple(model.lora_targets)
+  unknown = [target for target in targets if target not in lora.TARGETS]
+  if unknown or not targets or len(set(targets)) < len(targets):
+    raise ValueError(
+      f"model.lora_targets={targets} must name one or more of {sorted(lora.TARGETS)}, each once"
+      + (f"; {unknown} are no projections of the decoder." if unknown else ".")
+    )
+
+
+def check_rank(config: Any, student: Qwen3VLConfig) -> None:
+  """Refuses matrices of LoRA that are not smaller than the weights they stand for.
+
+  Raises:
+    ValueError: the rank, and the largest that this student allows.
+  """
+  rank = config.model.lora_rank
+  if rank and rank > (largest := lora.largest_rank(student.text, tuple(config.model.lora_targets))):
+    raise ValueError(
+      f"model.lora_rank={rank} is no lower than a side of the weights of {config.model.student}; "
+      f"use {largest} or less, or 0 to train the weights themselves."
+    )
 
 
 def _check_sampling(config: Any) -> None:

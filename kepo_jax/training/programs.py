@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kepo_jax import sampling, sharding
-from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.training import forward, residence, step
 from kepo_jax.types import Prompts, Rollouts
@@ -42,7 +42,11 @@ class SamplingSettings:
 def sampling_program(
   config: Qwen3VLConfig, processor: Any, settings: SamplingSettings
 ) -> Callable[[Any, Prompts, jax.Array], Rollouts]:
-  """`sampling.sample` compiled for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T]."""
+  """`sampling.sample` compiled for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T].
+
+  Of a model with LoRA it takes merged weights, as `decode_weights_program` gives them.
+  """
+  config = lora.base(config)
   allowed = jnp.asarray(processor.allowed)
 
   def program(params, prompts, key):
@@ -63,7 +67,7 @@ def sampling_program(
 def decode_weights_program(
   config: Qwen3VLConfig, params: Any, dtype: Any, *, spare: bool = False
 ) -> Callable[[Any], Any]:
-  """A copy of the weights in the layout and dtype of the token loop, with layers side by side.
+  """A copy of the weights in the layout and dtype of the token loop, LoRA merged, with layers side by side.
 
   Decoding from weights sharded over fsdp would gather every layer for every token, and from stacked ones slice it
   out; one program per step does both for all of them.
@@ -83,13 +87,10 @@ def decode_weights_program(
       return lambda params: params
 
   def decode_weights(params):
-    return model.separated(model.cast(params, dtype))
+    return model.separated(lora.merged(config, params, dtype))
 
-  shapes = jax.eval_shape(decode_weights, params)
-  return jax.jit(
-    decode_weights,
-    out_shardings=sharding.weight_shardings(mesh, shapes, model.separated_axes(config), layout="decode"),
-  )
+  shapes, axes = jax.eval_shape(decode_weights, params), model.separated_axes(lora.base(config))
+  return jax.jit(decode_weights, out_shardings=sharding.weight_shardings(mesh, shapes, axes, layout="decode"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ def make(
     validated: whether the validation of this step, where it has one, is done.
   """
   devices, as_json = jax.devices(), config.to_json()
+  packages = (*_PACKAGES, *(("qwix",) if config.model.lora_rank else ()))
   return {
     "step": step,
     "positions": dict(positions),
@@ -35,7 +36,7 @@ def make(
     "config": json.loads(as_json),
     "config_sha256": hashlib.sha256(as_json.encode()).hexdigest(),
     "made_of": {
-      **{name: _version(name) for name in _PACKAGES},
+      **{name: _version(name) for name in packages},
       "devices": f"{len(devices)} x {devices[0].device_kind}",
       "processes": str(jax.process_count()),
       "mesh": json.dumps(dict(jax.sharding.get_abstract_mesh().shape)),

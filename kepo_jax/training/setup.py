@@ -22,7 +22,7 @@ from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
 
 # One random stream per purpose; the order is part of what makes a run repeatable.
-STREAMS = ("rollout", "hint", "candidate", "evaluation", "answer")
+STREAMS = ("rollout", "hint", "candidate", "evaluation", "answer", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,7 @@ class Run:
 
   def key(self, purpose: str, *counters: int) -> jax.Array:
     """The random key of a purpose at a step (and a round)."""
-    key = jax.random.fold_in(jax.random.key(self.config.seed), STREAMS.index(purpose))
-    return functools.reduce(jax.random.fold_in, counters, key)
+    return functools.reduce(jax.random.fold_in, counters, stream(self.config.seed, purpose))
 
   def problem(self, example: Example) -> str:
     """The question as a sampled record shows it: stem and options."""
@@ -146,7 +145,10 @@ class Run:
     return f"{mine} tokens each ({', '.join(others)})"
 
   def export(self, state: TrainState, directory: Any) -> None:
-    """Writes the student as a Hugging Face folder, which names the wordings and the image size it was trained with."""
+    """Writes the student as a Hugging Face folder, which names the wordings and the image size it was trained with.
+
+    After training with LoRA its weights are merged ones, and the matrices lie in its folder adapter/.
+    """
     student = self.models["student"]
     conversion.save_pretrained(
       directory,
@@ -155,6 +157,11 @@ class Run:
       source=self.config.model.student,
       declared=tokenization.declarations(self.config.data),
     )
+
+
+def stream(seed: int, purpose: str) -> jax.Array:
+  """The random key from which all keys of a purpose are made."""
+  return jax.random.fold_in(jax.random.key(seed), STREAMS.index(purpose))
 
 
 def token_range(counts: Sequence[int]) -> str:
@@ -202,6 +209,7 @@ def prepare(
   )
   with jax.set_mesh(mesh):
     checks.check_attention(config, processor.config)
+  checks.check_rank(config, processor.config)
   questions, summaries = usable_questions(config, processor, records, hooks)
   folders = model_folders(config, student, processor, hooks)
   models = load_models(config, mesh, folders, hooks, interruption)
@@ -328,7 +336,7 @@ def load_models(
   hooks: Sequence[Hook],
   interruption: Interruption,
 ) -> dict[str, programs.Model]:
-  """The models of a run by role; the student in float32, the others frozen.
+  """The models of a run by role; of the student float32 what is trained, the others frozen.
 
   Raises:
     ValueError: a folder does not hold the weights that its config describes.
@@ -336,12 +344,14 @@ def load_models(
   """
   models = {}
   for role, folder in folders.items():
-    dtype = jnp.float32 if role == "student" else jnp.dtype(config.model.teacher_dtype)
+    student = role == "student"
+    dtype = assembly.student_dtype(config.model) if student else jnp.dtype(config.model.teacher_dtype)
     progress = functools.partial(show_progress, hooks, f"loading {role}")
     loaded, params = conversion.load_pretrained(folder, dtype, mesh, progress=progress)
-    if role != "student" and config.model.teacher_memory == "host":
+    if not student and config.model.teacher_memory == "host":
       params = residence.on_host(params)
-    models[role] = programs.Model(dataclasses.replace(loaded, attention=config.model.attention), params)
+    made = programs.Model(dataclasses.replace(loaded, attention=config.model.attention), params)
+    models[role] = assembly.with_lora(config, made, stream(config.seed, "lora")) if student else made
     interruption.check()
   return models
 

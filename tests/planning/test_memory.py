@@ -11,7 +11,7 @@ from kepo_jax.models.qwen3_vl import config as model_config
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.objectives import losses
 from kepo_jax.planning import memory
-from kepo_jax.training import forward, inputs, state, step
+from kepo_jax.training import assembly, forward, inputs, state, step
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 SMALL = model_config.Qwen3VLConfig(
@@ -119,6 +119,33 @@ def test_a_frozen_vision_tower_has_neither_moments_nor_gradients():
   moments = jax.eval_shape(OPTIMIZER.init, state.trained(params, ("visual",)))
   held = sum(4 * leaf.size for leaf in jax.tree.leaves((params, moments)))
   assert 0 <= held - frozen["student and moments"] < 64
+
+
+def with_lora(config):
+  return dataclasses.replace(config, lora=model_config.LoraConfig(rank=8, alpha=16.0, targets=("q_proj", "down_proj")))
+
+
+def test_lora_has_gradients_and_moments_of_its_matrices_alone():
+  lora = {"model__lora_rank": 8, "model__lora_targets": ("q_proj", "down_proj")}
+  student, half = with_lora(SMALL), {"model__compute_dtype": "bfloat16"}
+  whole = memory.estimate(plan(**half))
+  parts = memory.estimate(plan(student=student, **lora, **half))
+  count = memory.parameters_per_device(SMALL, ONE)
+  # Two layers: queries 128 -> 128, the MLP's way down 384 -> 128.
+  matrices = 2 * 8 * ((128 + 128) + (384 + 128))
+  assert parts["student and moments"] == 2 * count + 3 * 4 * matrices
+  assert whole["student and moments"] == 3 * 4 * count
+  # Two sets of gradients, as the terms are compared, and the copy in the compute dtype; the tower is run forwards.
+  assert whole["update"] - parts["update"] > 10 * (count - matrices)
+  # The merged copy is there even where dtype and layout are those of the base.
+  assert parts["sampling"] == whole["sampling"]
+  one_dtype = memory.estimate(plan(student=student, **lora))
+  assert one_dtype["sampling"] == memory.estimate(plan())["sampling"] + 4 * count
+  # What the optimizer holds, its counters apart.
+  params = model.abstract_params(student, jnp.bfloat16)
+  moments = jax.eval_shape(OPTIMIZER.init, {"lora": params["lora"]})
+  held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, moments)))
+  assert 0 <= held - parts["student and moments"] < 64
 
 
 def test_a_comparison_of_gradients_holds_a_second_set():
@@ -265,27 +292,31 @@ def test_what_the_optimizer_needs_is_what_is_compiled():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("vocabulary", "layers", "remat", "parts", "freeze"),
+  ("vocabulary", "layers", "remat", "parts", "freeze", "rank"),
   [
-    (1000, 4, "none", 1, False),
-    (1000, 4, "none", 1, True),
-    (1000, 4, "dots", 1, False),
-    (1000, 4, "full", 2, False),
-    (20_000, 2, "full", 1, False),
+    (1000, 4, "none", 1, False, 0),
+    (1000, 4, "none", 1, True, 0),
+    (1000, 4, "dots", 1, False, 0),
+    (1000, 4, "full", 2, False, 0),
+    (20_000, 2, "full", 1, False, 0),
+    (1000, 4, "none", 1, False, 8),
+    (20_000, 2, "full", 2, False, 8),
   ],
 )
-def test_the_update_needs_what_was_estimated(vocabulary, layers, remat, parts, freeze):
+def test_the_update_needs_what_was_estimated(vocabulary, layers, remat, parts, freeze, rank):
   text = dataclasses.replace(SMALL.text, vocab_size=vocabulary, num_hidden_layers=layers)
-  config = dataclasses.replace(SMALL, text=text)
-  estimate = memory.estimate(plan(
-    student=config, teacher=config, batch__prompts=4, batch__rollouts=4, batch__micro_batches=parts,
+  teacher = dataclasses.replace(SMALL, text=text)
+  config = with_lora(teacher) if rank else teacher
+  planned = plan(
+    student=config, teacher=teacher, batch__prompts=4, batch__rollouts=4, batch__micro_batches=parts,
     sampling__max_new_tokens=64, data__prompt_buckets=(64,), data__patch_buckets=(64,), objective__chunk=32,
-    model__remat=remat, model__freeze_vision=freeze, log__gradients_every=0,
-  ))["update"]  # fmt: skip
+    model__remat=remat, model__freeze_vision=freeze, model__lora_rank=rank, log__gradients_every=0,
+  )  # fmt: skip
+  estimate = memory.estimate(planned)["update"]
   params = model.abstract_params(config, jnp.float32)
   token_loss = losses.KepoTokenLoss(allowed=jnp.ones(vocabulary, bool))
   settings = inputs.UpdateSettings(
-    compute_dtype=jnp.float32, chunk=32, parts=parts, remat=remat, frozen=("visual",) if freeze else ()
+    compute_dtype=jnp.float32, chunk=32, parts=parts, remat=remat, frozen=assembly.frozen_parts(planned.config)
   )
   experience, targets = arguments(config, 4, 4, 64, 64, 64)
   steps = jax.ShapeDtypeStruct((), jnp.int32)

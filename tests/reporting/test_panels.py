@@ -51,6 +51,12 @@ def test_the_start_panel():
   assert lines["memory"] == "about 4.26 GB per device at most (estimate: student 3 GB)"
 
 
+def test_what_is_trained_in_the_place_of_the_weights():
+  assert "trained" not in start_lines(grpo)
+  lines = start_lines(grpo, model__lora_rank=8, model__lora_targets=("q_proj", "v_proj"))
+  assert lines["trained"] == "LoRA of rank 8, scale 32 / 8, on q_proj, v_proj"
+
+
 @pytest.mark.parametrize(
   ("parent", "changes", "expected"),
   [

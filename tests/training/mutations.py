@@ -145,5 +145,17 @@ MUTATIONS = (
    f"{_COLLECT}test_each_round_of_exploration_draws_anew",
    'run.key("candidate", done, attempt)',
    'run.key("candidate", done, 1)'),
+  ("assembly", "the decoder trained beside its matrices",
+   "test_lora.py::test_a_run_loads_the_base_in_the_compute_dtype",
+   '("visual", "language_model", "lm_head")',
+   '("visual", "lm_head")'),
+  ("assembly", "the base of LoRA in float32",
+   "test_lora.py::test_a_run_loads_the_base_in_the_compute_dtype",
+   'fields.compute_dtype if fields.lora_rank else "float32"',
+   '"float32"'),
+  ("programs", "the base sampled where nothing is cast",
+   "test_lora.py::test_tokens_are_sampled_from_merged_weights",
+   "and config.lora is None",
+   "and True"),
 )
 # fmt: on

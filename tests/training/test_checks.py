@@ -8,10 +8,11 @@ from absl import logging
 from experiments.configs import gkd, grpo, kepo, kepo_ke, sft, sft_teacher
 from kepo_jax import exploration, rewards
 from kepo_jax.data import prompts
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
 from kepo_jax.training import checks
 from tests.conftest import ROOT
-from tests.training.runs import changed
+from tests.training.runs import ASSETS, changed
 
 
 def one(field, value):
@@ -191,6 +192,17 @@ REFUSED = [
   (kepo, {"objective__gate_threshold": 0.0, "objective__gate_mode": "negative"}, "gate_mode=negative distils nothing"),
   (grpo, {"optimizer__b2": 1.0}, r"optimizer.b2=1.0 must lie in \[0, 1\)"),
   (grpo, {"optimizer__eps": 0.0}, "optimizer.eps=0.0 must lie above 0"),
+  # LoRA.
+  (grpo, {"model__lora_rank": -1}, "model.lora_rank=-1 is too small; use 0 or more"),
+  (grpo, {"model__lora_rank": 8, "model__lora_alpha": 0.0}, "model.lora_alpha=0.0 must lie above 0"),
+  (grpo, {"model__lora_rank": 8, "model__lora_alpha": float("nan")}, "model.lora_alpha=nan must lie above 0"),
+  (
+    grpo,
+    {"model__lora_rank": 8, "model__lora_targets": ("q_proj", "qkv", "visual")},
+    r"model.lora_targets=.* must name .*'down_proj'.* each once; \['qkv', 'visual'\] are no projections",
+  ),
+  (grpo, {"model__lora_rank": 8, "model__lora_targets": ()}, r"model.lora_targets=\(\) must name one or more of"),
+  (grpo, {"model__lora_rank": 8, "model__lora_targets": ("q_proj",) * 2}, "model.lora_targets=.* each once"),
   (grpo, {"model__compute_dtype": "float16"}, "model.compute_dtype='float16' is unknown; use one of .'bfloat16'"),
   (grpo, {"model__attention": "flash"}, "model.attention='flash' is unknown; use one of .'auto', 'fused', 'plain'"),
 ]
@@ -223,6 +235,9 @@ def test_what_does_not_fit_is_refused(parent, changes, message):
     (kepo, {"objective__divergence": "reverse_kl", "objective__divergence_top_k": 5}),
     (kepo, {"objective__policy_weight": 0.0}),
     (kepo, {"mesh__data": -1}),
+    (kepo, {"model__lora_rank": 8, "model__freeze_vision": True}),
+    (kepo, {"model__lora_rank": 1, "model__lora_targets": ("down_proj",)}),
+    (kepo, {"model__lora_alpha": 0.0, "model__lora_targets": ("nothing",)}),  # idle
   ],
 )
 def test_what_fits_is_taken(parent, changes):
@@ -307,6 +322,17 @@ def test_a_negative_seed_is_refused():
   config.seed = -1  # NumPy's generators refuse it, at the first injection
   with pytest.raises(ValueError, match="seed=-1 must be 0 or more"):
     checks.check_config(config)
+
+
+def test_a_rank_that_is_not_low_is_refused():
+  student = Qwen3VLConfig.from_directory(ASSETS / "confused")
+  smallest = student.text.num_key_value_heads * student.text.head_dim
+  checks.check_rank(changed(kepo, model__lora_rank=smallest - 1), student)
+  checks.check_rank(changed(kepo, model__lora_rank=smallest, model__lora_targets=("gate_proj",)), student)
+  checks.check_rank(changed(kepo, model__lora_rank=0), student)
+  message = f"model.lora_rank={smallest} is no lower than a side of .*confused; use {smallest - 1} or less, or 0"
+  with pytest.raises(ValueError, match=message):
+    checks.check_rank(changed(kepo, model__lora_rank=smallest), student)
 
 
 def test_a_sum_may_reach_two():

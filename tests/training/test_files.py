@@ -20,9 +20,10 @@ from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example
 
 
-def config(learning_rate=1e-3):
+def config(learning_rate=1e-3, lora_rank=0):
   return ml_collections.ConfigDict(
     {
+      "model": {"lora_rank": lora_rank},
       "optimizer": {"learning_rate": learning_rate},
       "checkpoint": {"every": 2, "minutes": 0.0, "keep": 2, "best": "out_of_domain"},
       "data": {"split_seed": 0},
@@ -325,6 +326,20 @@ def test_other_versions_and_devices_are_told(tmp_path, state, monkeypatch, caplo
     files.begin({"train": [question("a")]}, rule="none")
     files.restored(state)
   assert "goes on on something else: optax" in caplog.text and "-> 99.0. Results" in caplog.text
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_another_qwix_is_told_where_it_is_used(tmp_path, state, monkeypatch, caplog, rank):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  with RunFiles(tmp_path / "run", config(lora_rank=rank)) as files:
+    files.begin({}, rule="none")
+    files.save(2, state.replace(step=jnp.int32(2)), now=True)
+  version = importlib.metadata.version
+  monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0" if name == "qwix" else version(name))
+  with RunFiles(tmp_path / "run", config(lora_rank=rank), resume=True) as files:
+    files.begin({}, rule="none")
+    files.restored(state)
+  assert ("goes on on something else: qwix" in caplog.text) == (rank > 0)
 
 
 def test_changed_questions_are_taken_only_where_that_is_allowed(tmp_path, state, caplog, monkeypatch):

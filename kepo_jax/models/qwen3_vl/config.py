@@ -66,8 +66,17 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank matrices that are trained in the place of the weights."""
+
+  rank: int
+  alpha: float  # the product of the matrices is scaled by alpha / rank
+  targets: tuple[str, ...]  # projections of every decoder layer, of `lora.TARGETS`
+
+
+@dataclasses.dataclass(frozen=True)
 class Qwen3VLConfig:
-  """Sizes and special tokens of a Qwen3-VL, and how its attention is computed, which no checkpoint knows."""
+  """Sizes and special tokens of a Qwen3-VL, and what of a run no checkpoint knows: attention and LoRA."""
 
   text: TextConfig
   vision: VisionConfig
@@ -77,6 +86,7 @@ class Qwen3VLConfig:
   vision_start_token_id: int = 151652
   vision_end_token_id: int = 151653
   attention: str = "auto"  # auto, plain or fused; see attention.kernel_for
+  lora: LoraConfig | None = None  # of a run; no checkpoint folder has it
 
   def __post_init__(self):
     _check(self)

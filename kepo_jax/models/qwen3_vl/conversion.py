@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 
 from kepo_jax import sharding, storage
-from kepo_jax.models.qwen3_vl import model, safetensors_files, side_files
+from kepo_jax.models.qwen3_vl import adapters, lora, model, safetensors_files, side_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.models.qwen3_vl.layers import Params
 
@@ -266,11 +266,12 @@ def save_pretrained(
 ) -> None:
   """Writes a folder that `Qwen3VLForConditionalGeneration.from_pretrained` and `AutoTokenizer` load.
 
-  An earlier export in `directory` is replaced as a whole, once the new one is complete.
+  An earlier export in `directory` is replaced as a whole, once the new one is complete. With LoRA the weights are
+  merged ones, and the folder adapter/ in it holds the matrices for PEFT.
 
   Args:
     directory: where to write; made if missing.
-    config: sizes.
+    config: sizes; with `lora` where params has its matrices.
     params: the tree of `load_pretrained`, sharded or not.
     source: the folder the model came from: tokenizer, chat template, processor and generation config are copied
       verbatim, config.json but for the dtype, tokenizer_config.json but for `declared`.
@@ -283,18 +284,23 @@ def save_pretrained(
   """
   directory, dtype = pathlib.Path(directory), np.dtype(dtype)
   _check_params(config, params)
-  origin = pathlib.PurePath(source).name if source else ""
-  source = _checked_source(source, config, directory)
+  origin, base = pathlib.PurePath(source).name if source else "", str(source) if source else None
+  source = _checked_source(source, lora.base(config), directory)
+  matrices, adapted = params.get(lora.PART, {}), config.lora
+  config, params = adapters.merged_model(config, params, dtype)
   leaves = _leaves(config)
   tensor = _tensor_source(leaves, params, dtype)
   shapes = {name: leaf.stored_shape for leaf in leaves.values() for name in leaf.names}
+  partial = _partial(directory)
   if jax.process_index():
     for name in shapes:  # the other processes only take part in the gathers
       tensor(name)
-    return
-  partial = _partial(directory)
-  safetensors_files.write(partial, shapes, tensor, dtype=dtype, max_shard_bytes=max_shard_bytes)
-  _finish(partial, directory, config, source, origin, dtype, declared)
+  else:
+    safetensors_files.write(partial, shapes, tensor, dtype=dtype, max_shard_bytes=max_shard_bytes)
+  if adapted is not None:
+    adapters.save(partial, adapted, matrices, base=base)
+  if not jax.process_index():
+    _finish(partial, directory, config, source, origin, dtype, declared)
 
 
 def save_orbax(
@@ -311,7 +317,8 @@ def save_orbax(
   directory = pathlib.Path(directory)
   _check_params(config, params)
   origin = pathlib.PurePath(source).name if source else ""
-  source = _checked_source(source, config, directory)
+  source = _checked_source(source, lora.base(config), directory)
+  config, params = adapters.merged_model(config, params, params["language_model"]["norm"]["weight"].dtype)
   partial = _partial(directory)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save((partial / _ORBAX).resolve(), params)

@@ -39,14 +39,14 @@ class Definition:
 
 
 @functools.cache
-def definition(kind: type[nnx.Module], *arguments: Any) -> Definition:
+def definition(kind: Callable[..., nnx.Module], *arguments: Any) -> Definition:
   """The definition of `kind(*arguments)`; no array is allocated."""
   graph, state = nnx.split(nnx.eval_shape(lambda: kind(*arguments)))
   axes = jax.tree.map(lambda leaf: leaf.logical_axes, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
   return Definition(graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
 
 
-def bind(params: Params, kind: type[nnx.Module], *arguments: Any) -> Any:
+def bind(params: Params, kind: Callable[..., nnx.Module], *arguments: Any) -> Any:
   """The module `kind(*arguments)` with `params` (of one layer) as its numbers."""
   return nnx.merge(definition(kind, *arguments).graph, params)
 

@@ -2,8 +2,9 @@
 
 The tree mirrors the names of Hugging Face's checkpoint: `visual`, `language_model` and, when the head is not the
 embedding, `lm_head`; layers are stacked on axis 0, or lie side by side in a tuple where `separated` put them: then
-caches are tuples as well, written [L, ...] all the same. Activations have the dtype of the parameters; norms, softmax
-and rotary angles are float32. `Cache` and `Prefix` hold keys after the rotary embedding.
+caches are tuples as well, written [L, ...] all the same. A config with `lora` adds the part `lora`. Activations have
+the dtype of the parameters; norms, softmax and rotary angles are float32. `Cache` and `Prefix` hold keys after the
+rotary embedding.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from kepo_jax.models.qwen3_vl import text, vision
+from kepo_jax.models.qwen3_vl import lora, text, vision
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.models.qwen3_vl.layers import (
   Linear,
@@ -72,6 +73,8 @@ def _modules(config: Qwen3VLConfig) -> dict[tuple[str, ...], tuple[Any, int]]:
   if not config.tie_word_embeddings:
     head = definition(Linear, decoder.hidden_size, decoder.vocab_size, ("vocab", "embed"), False)
     modules[("lm_head",)] = (head, 0)
+  if config.lora is not None:
+    modules[(lora.PART,)] = (lora.matrices(decoder, config.lora), decoder.num_hidden_layers)
   return modules
 
 
@@ -86,9 +89,10 @@ def _tree(config: Qwen3VLConfig, leaf_of) -> dict[str, Any]:
 
 
 def abstract_params(config: Qwen3VLConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-  """The parameter tree as jax.ShapeDtypeStruct of `dtype`."""
+  """The parameter tree as jax.ShapeDtypeStruct of `dtype`; the matrices of LoRA are float32 in any case."""
   shapes = _tree(config, lambda module, layers: stacked(module.shapes, layers) if layers else module.shapes)
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+  whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), lora.without(shapes))
+  return whole | {name: part for name, part in shapes.items() if name == lora.PART}
 
 
 def logical_axes(config: Qwen3VLConfig) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def init_params(config: Qwen3VLConfig, key: jax.Array, dtype: Any = jnp.float32)
   """Random parameters: matrices and tables normal with deviation 1/sqrt(width), norms 1, biases 0.
 
   Args:
-    config: sizes.
+    config: sizes, without `lora`, whose matrices `lora.initial` draws.
     key: jax.random key.
     dtype: of the parameters.
   """
@@ -143,6 +147,12 @@ def head_weight(config: Qwen3VLConfig, params: Params) -> jax.Array:
 def _embedded(config: Qwen3VLConfig, params: Params, tokens: jax.Array) -> jax.Array:
   weights = params["language_model"]["embed_tokens"]
   return bind(weights, Table, config.text.vocab_size, config.text.hidden_size, ("vocab", "embed"))(tokens)
+
+
+def _decoder_layers(config: Qwen3VLConfig, params: Params) -> tuple[Params, Any]:
+  """Parameters of the decoder's layers, and what makes the module of one: matrices of LoRA are part of both."""
+  layers = params["language_model"]["layers"]
+  return lora.joined(layers, params[lora.PART]) if config.lora else layers, lora.layer_kind(config.lora)
 
 
 def _normed(config: Qwen3VLConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -192,9 +202,9 @@ def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: s
     x, deepstack = with_images(x, prompts.image_slot, *encode_images(config, params, prompts.vision, remat=remat))
   x, deepstack = constrain(x, "prompt", None, None), constrain(deepstack, None, "prompt", None, None)
   angles = text.prompt_angles(config.text, prompts.positions)
-  layers = params["language_model"]["layers"]
+  layers, kind = _decoder_layers(config, params)
   x, keys, values = text.prompt_layers(
-    config.text, layers, x, angles, prompts.mask, deepstack, remat=remat, form=config.attention
+    config.text, layers, x, angles, prompts.mask, deepstack, kind=kind, remat=remat, form=config.attention
   )
   last = jnp.maximum(prompts.mask.sum(axis=-1) - 1, 0)
   last_hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -227,8 +237,8 @@ def extend(
   positions = prefix.next_position[:, None] + jnp.arange(tokens.shape[-1])[None]
   angles = text.completion_angles(config.text, positions)
   source = (prefix.keys, prefix.values, prefix.mask)
-  layers = params["language_model"]["layers"]
-  x = text.completion_layers(config.text, layers, x, angles, source, remat=remat, form=config.attention)
+  layers, kind = _decoder_layers(config, params)
+  x = text.completion_layers(config.text, layers, x, angles, source, kind=kind, remat=remat, form=config.attention)
   return _normed(config, params, x)
 
 
@@ -289,6 +299,8 @@ def decode_step(
     Final-normed hidden states [P, G, D], which predict the next token, and the cache with the token in it.
   """
   chex.assert_rank(token, 2)
+  if config.lora is not None:
+    raise ValueError("tokens are decoded from merged weights: use lora.merged, and lora.base for the config.")
   x = constrain(_embedded(config, params, token[..., None]), "prompt", "rollout", None, None)
   angles = text.completion_angles(config.text, (prefix.next_position + cache.length)[:, None])
   x, keys, values = text.token_layers(

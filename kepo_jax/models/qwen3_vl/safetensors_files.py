@@ -56,7 +56,8 @@ def _header(file: pathlib.Path) -> tuple[dict, int]:
   return header, 8 + length
 
 
-def _tensors(file: pathlib.Path) -> dict[str, Stored]:
+def tensors_in(file: pathlib.Path) -> dict[str, Stored]:
+  """Every tensor of one file by name."""
   header, start = _header(file)
   size = file.stat().st_size
   found = {}
@@ -89,16 +90,24 @@ def stored_tensors(directory: pathlib.Path) -> dict[str, Stored]:
   """Every tensor of a checkpoint folder by name."""
   found: dict[str, Stored] = {}
   for file in weight_files(directory):
-    found |= _tensors(file)
+    found |= tensors_in(file)
   return found
 
 
-def _write_file(
+def write_file(
   file: pathlib.Path,
   shapes: Mapping[str, tuple[int, ...]],
   dtype: np.dtype,
   tensor: Callable[[str], np.ndarray],
 ) -> None:
+  """Writes one file.
+
+  Args:
+    file: its path.
+    shapes: tensors in the order of writing.
+    dtype: of every tensor.
+    tensor: gives the array of a name; asked for once, just before it is written.
+  """
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   offset = 0
   for name, shape in shapes.items():
@@ -145,12 +154,12 @@ def write(
   """
   shards = list(_shards(shapes, dtype.itemsize, max_shard_bytes))
   if len(shards) == 1:
-    _write_file(directory / "model.safetensors", shards[0], dtype, tensor)
+    write_file(directory / "model.safetensors", shards[0], dtype, tensor)
     return
   weight_map: dict[str, str] = {}
   for number, shard in enumerate(shards, start=1):
     name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    _write_file(directory / name, shard, dtype, tensor)
+    write_file(directory / name, shard, dtype, tensor)
     weight_map |= dict.fromkeys(shard, name)
   total = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -44,7 +44,9 @@ def config_record(config: Qwen3VLConfig) -> dict[str, Any]:
   vision["deepstack_visual_indexes"] = list(vision["deepstack_visual_indexes"])
   vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
   top = {
-    f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("text", "vision", "attention")
+    f.name: getattr(config, f.name)
+    for f in dataclasses.fields(config)
+    if f.name not in ("text", "vision", "attention", "lora")
   }
   return {
     "architectures": ["Qwen3VLForConditionalGeneration"],

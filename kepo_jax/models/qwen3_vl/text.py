@@ -158,6 +158,7 @@ def prompt_layers(
   mask: jax.Array,
   deepstack: jax.Array,
   *,
+  kind: Callable[[TextConfig], nnx.Module] = DecoderLayer,
   remat: str = "none",
   form: str = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -170,6 +171,7 @@ def prompt_layers(
     angles: float32[P, S, H / 2].
     mask: bool[P, S], true on real tokens.
     deepstack: [n, P, S, D], zero away from the images; n = 0 without images.
+    kind: makes the module of one layer.
     remat: what the backward pass computes again, of `layers.REMAT`.
     form: of attention, see `attention.kernel_for`.
 
@@ -183,7 +185,7 @@ def prompt_layers(
 
   def step(x, layer):
     weights, number = layer
-    x, key, value = bind(weights, DecoderLayer, config)(x, by, (), masked(visible), attend)
+    x, key, value = bind(weights, kind, config)(x, by, (), masked(visible), attend)
     if taps:
       # Inside the scan rather than unrolled: slices of the stack would copy nearly all weights.
       added = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(number, taps - 1), keepdims=False)
@@ -202,6 +204,7 @@ def completion_layers(
   angles: jax.Array,
   prefix: Source,
   *,
+  kind: Callable[[TextConfig], nnx.Module] = DecoderLayer,
   remat: str = "none",
   form: str = "auto",
 ) -> jax.Array:
@@ -214,6 +217,7 @@ def completion_layers(
     angles: float32[P, T, H / 2].
     prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask
       bool[P, S].
+    kind: makes the module of one layer.
     remat: what the backward pass computes again, of `layers.REMAT`.
     form: of attention, see `attention.kernel_for`.
 
@@ -228,7 +232,7 @@ def completion_layers(
   def step(x, layer):
     weights, key, value = layer
     sources = ((key, value, _prefix_mask(mask)),)
-    return bind(weights, DecoderLayer, config)(x, by, sources, masked(visible), attend)[0], None
+    return bind(weights, kind, config)(x, by, sources, masked(visible), attend)[0], None
 
   return _through(step, x, layers, keys, values, remat=remat)[0]
 

@@ -1,0 +1,269 @@
+"""LoRA in training: the matrices alone move, on any mesh; runs are resumed to the bit and exported with an adapter."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import flags
+
+from experiments.configs import grpo, kepo
+from kepo_jax import sharding, training
+from kepo_jax.data import splits
+from kepo_jax.models.qwen3_vl import conversion, lora, model, safetensors_files
+from kepo_jax.models.qwen3_vl.config import LoraConfig
+from kepo_jax.objectives import losses
+from kepo_jax.reporting import RunReporter
+from kepo_jax.training import assembly, inputs, programs, setup, step
+from kepo_jax.training.interruption import Interruption
+from kepo_jax.training.state import initial_state
+from tests.conftest import ROOT
+from tests.training.runs import ASSETS, Recorder, shrunk
+from tests.training.test_loop import equal, lines
+from tests.training.test_methods import small as small_method
+
+FROZEN = ("visual", "language_model", "lm_head")
+
+
+@pytest.fixture(scope="module")
+def student(tiny_config):
+  """The tiny model with matrices beside its projections."""
+  return dataclasses.replace(tiny_config, lora=LoraConfig(rank=2, alpha=8.0, targets=tuple(lora.TARGETS)))
+
+
+@pytest.fixture(scope="module")
+def params(student, tiny_params):
+  """Its parameters in the middle of a training, on the host."""
+  matrices = lora.initial(student, jax.random.key(5))
+  numbers = np.random.default_rng(6)
+  matrices = jax.tree.map(lambda x: np.asarray(x + 0.1 * numbers.normal(size=x.shape), np.float32), matrices)
+  return tiny_params | {lora.PART: matrices}
+
+
+@pytest.fixture(scope="module")
+def update_once(student, params, tiny_experience, allowed):
+  """One step on a mesh in `parts` micro-batches: (state on the host, figures)."""
+
+  def run(mesh, parts=1, updates=1):
+    token_loss = losses.KepoTokenLoss(allowed=allowed, distill_coefficient=0)
+    settings = inputs.UpdateSettings(
+      compute_dtype=jnp.float32, chunk=4, parts=parts, updates=updates, frozen=FROZEN, remat="full" if parts > 1 else "none"
+    )
+    optimizer = optax.sgd(1.0)
+    places = sharding.weight_shardings(mesh, params, model.logical_axes(student))
+    with jax.set_mesh(mesh):
+      state = initial_state(jax.device_put(params, places), optimizer, FROZEN)
+      update = step.Update(student, optimizer, token_loss, settings, state)
+      return jax.device_get(update(state, sharding.place(mesh, tiny_experience), ()))
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def reference(update_once, mesh_of):
+  """One update on one device."""
+  return update_once(mesh_of())
+
+
+def test_the_matrices_move_and_nothing_else(reference, params):
+  state, figures = reference
+  jax.tree.map(np.testing.assert_array_equal, lora.without(state.params), lora.without(params))
+  moved = jax.tree.map(lambda a, b: bool((a != b).all()), state.params[lora.PART], params[lora.PART])
+  assert all(jax.tree.leaves(moved))
+  assert figures["grad_norm"][0] > 0 and figures["ratio/mean"][0] == pytest.approx(figures["ratio/mean"][1])
+
+
+@pytest.mark.parametrize(
+  ("axes", "parts"), [({"fsdp": 4}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({}, 4)], ids=str
+)
+def test_neither_the_mesh_nor_micro_batches_change_an_update(update_once, reference, mesh_of, axes, parts):
+  state, figures = update_once(mesh_of(**axes), parts=parts)
+  for mine, expected in zip(
+    jax.tree.leaves(state.params[lora.PART]), jax.tree.leaves(reference[0].params[lora.PART]), strict=True
+  ):
+    assert np.linalg.norm(mine - expected) < 1e-5 * np.linalg.norm(expected)
+  np.testing.assert_allclose(figures["loss"][0], reference[1]["loss"][0], rtol=1e-5)
+
+
+def program_of_gradients(config, params, experience, allowed, frozen, parts):
+  """The compiled gradients of an update, as text."""
+  token_loss = losses.KepoTokenLoss(allowed=allowed, distill_coefficient=0)
+  settings = inputs.UpdateSettings(compute_dtype=jnp.float32, chunk=4, frozen=frozen, parts=parts)
+  steps = jnp.zeros((), jnp.int32)
+  weighted = jax.eval_shape(inputs.make_inputs(config, token_loss, settings), params, steps, experience)
+  gradients = jax.jit(step.make_gradients(config, token_loss, settings))
+  return gradients.lower(params, experience, weighted, ()).compile().as_text()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_no_gradient_of_the_head_is_computed(student, params, tiny_experience, allowed, parts):
+  # The loss sums it over chunks, in one part per shard of the rows: [1, 1, V, D].
+  summed = "f32[1,1,40,16]"
+  assert summed not in program_of_gradients(student, params, tiny_experience, allowed, FROZEN, parts)
+  assert summed in program_of_gradients(student, params, tiny_experience, allowed, ("visual",), parts)
+
+
+def test_tokens_are_sampled_from_merged_weights(student, params, mesh_of):
+  mesh = mesh_of(fsdp=2, tensor=2)
+  placed = jax.device_put(params, sharding.weight_shardings(mesh, params, model.logical_axes(student)))
+  merged = programs.decode_weights_program(student, placed, jnp.dtype("bfloat16"))(placed)
+  expected = lora.merged(student, params, "bfloat16")
+  assert jax.tree.structure(merged) == jax.tree.structure(expected)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(*map(np.float32, (a, b)), rtol=0.01), merged, expected)
+  axes = model.logical_axes(lora.base(student))
+  wanted = sharding.weight_shardings(mesh, expected, axes, "decode")
+  assert all(jax.tree.leaves(jax.tree.map(lambda x, s: s.is_equivalent_to(x.sharding, x.ndim), merged, wanted)))
+  # Also where neither dtype nor layout would ask for a copy.
+  alone = jax.device_put(params, sharding.weight_shardings(mesh_of(), params, model.logical_axes(student)))
+  again = programs.decode_weights_program(student, alone, jnp.dtype("float32"))(alone)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, lora.merged(student, params, "float32"))
+
+
+def prepared(mesh, **changes):
+  """The student of a run on a mesh."""
+  config = shrunk(kepo.get_config(), **changes)
+  loaded = setup.load_models(config, mesh, {"student": ASSETS / "confused"}, (), Interruption())
+  return config, loaded["student"]
+
+
+def test_a_run_loads_the_base_in_the_compute_dtype(mesh_of):
+  changes = {"model__lora_rank": 4, "model__lora_targets": ("q_proj",), "model__compute_dtype": "bfloat16"}
+  config, loaded = prepared(mesh_of(fsdp=2), **changes)
+  assert loaded.config.lora == LoraConfig(rank=4, alpha=32.0, targets=("q_proj",))
+  assert {leaf.dtype for leaf in jax.tree.leaves(lora.without(loaded.params))} == {jnp.dtype("bfloat16")}
+  matrices = loaded.params[lora.PART]["self_attn"]["q_proj"]
+  assert {leaf.dtype for leaf in jax.tree.leaves(matrices)} == {jnp.dtype("float32")}
+  # A [L, in, r] is divided as the width of the weight is.
+  a = matrices[lora.A]
+  assert a.sharding.shard_shape(a.shape) == (a.shape[0], a.shape[1] // 2, 4)
+  assert assembly.frozen_parts(config) == FROZEN
+  # The matrices of a seed do not depend on the mesh; another seed draws others.
+  np.testing.assert_array_equal(a, prepared(mesh_of(), **changes)[1].params[lora.PART]["self_attn"]["q_proj"][lora.A])
+  other = shrunk(kepo.get_config(), **changes)
+  other.seed = 1
+  base = programs.Model(lora.base(loaded.config), lora.without(loaded.params))
+  drawn = assembly.with_lora(other, base, setup.stream(other.seed, "lora"))
+  assert (np.asarray(a) != drawn.params[lora.PART]["self_attn"]["q_proj"][lora.A]).all()
+
+
+def test_without_it_everything_is_as_it_was(mesh_of):
+  config, loaded = prepared(mesh_of(), model__compute_dtype="bfloat16")
+  assert loaded.config.lora is None and lora.PART not in loaded.params
+  assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype("float32")}
+  assert assembly.frozen_parts(config) == ()
+
+
+# ---- whole runs ----
+
+
+def small(**changes):
+  """KEPO with LoRA in a size that runs in seconds."""
+  sizes = {"train__steps": 3, "eval__every": 2, "eval__prompts": 8, "checkpoint__every": 1, "checkpoint__keep": 3}
+  return shrunk(kepo.get_config(), **sizes | {"model__lora_rank": 8, "optimizer__warmup_steps": 1} | changes)
+
+
+@pytest.fixture(scope="module")
+def questions():
+  """Few questions of the phantom."""
+  return splits.load(small().data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, questions):
+  """(workdir, result) of a run that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp("lora") / "run"
+  return workdir, training.train(small(), workdir=workdir, records=questions, hooks=[RunReporter()])
+
+
+@pytest.mark.slow
+def test_a_run_trains_the_matrices_and_exports_them_merged(finished):
+  workdir, result = finished
+  described = dataclasses.replace(
+    conversion.load_pretrained(ASSETS / "confused")[0], lora=assembly.lora_config(small().model)
+  )
+  _, base = conversion.load_pretrained(ASSETS / "confused")
+  params = result.state.params
+  assert equal(lora.without(params), base)
+  assert all(bool(leaf.any()) for leaf in jax.tree.leaves(params[lora.PART]))  # B left zero
+  # Adam's two moments and its counter, of the matrices alone.
+  assert len(jax.tree.leaves(result.state.opt_state)) == 2 * len(jax.tree.leaves(params[lora.PART])) + 1
+  loaded_config, loaded = conversion.load_pretrained(workdir / "model", np.float32)
+  assert loaded_config == lora.base(described)
+  assert equal(loaded, model.cast(lora.merged(described, params, jnp.bfloat16), "float32"))
+  assert not equal(loaded, model.cast(model.cast(base, jnp.bfloat16), "float32"))
+  record = json.loads((workdir / "model" / "adapter" / "adapter_config.json").read_text())
+  assert (record["r"], record["base_model_name_or_path"]) == (8, small().model.student)
+  metrics = lines(workdir / "metrics.jsonl")
+  steps = [record for record in metrics if "reward/mean" in record]
+  assert all(record["grad_norm"] > 0 and record["sampler/logp_gap"] < 1e-4 for record in steps)
+  assert all(record["ratio/mean"] == pytest.approx(1, abs=1e-5) for record in steps)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_bit_for_bit(finished, questions, tmp_path):
+  workdir, result = finished
+  with pytest.raises(KeyboardInterrupt):
+    stopped = [RunReporter(), Recorder(stop_after=2)]
+    training.train(small(), workdir=tmp_path / "run", records=questions, hooks=stopped)
+  resumed = training.train(small(), workdir=tmp_path / "run", records=questions, hooks=[RunReporter()], resume=True)
+  assert equal(resumed.state, result.state)
+  for name in ("metrics.jsonl", "samples.jsonl"):
+    assert (tmp_path / "run" / name).read_text() == (workdir / name).read_text()
+  assert resumed.evaluations == result.evaluations
+  assert contents(tmp_path / "run" / "model") == contents(workdir / "model")
+
+
+@pytest.mark.slow
+def test_another_rank_is_another_run(finished, questions):
+  with pytest.raises(ValueError, match="the config differs .*model.lora_rank: 8 -> 4"):
+    training.train(small(model__lora_rank=4), workdir=finished[0], records=questions, resume=True)
+
+
+def contents(folder):
+  return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_checkpoints_are_exported_as_the_run_exports(finished, program, tmp_path):
+  workdir, _ = finished
+  for wanted, folder in (("last", "model"), ("1", "first")):
+    module = program("experiments.export_checkpoint")
+    for name, value in {"workdir": str(workdir), "step": wanted, "output": str(tmp_path / folder)}.items():
+      setattr(flags.FLAGS, name, value)
+    module.main([])
+  assert contents(tmp_path / "model") == contents(workdir / "model")  # the adapter among them
+  adapters = [tmp_path / folder / "adapter" / "adapter_model.safetensors" for folder in ("model", "first")]
+  last, first = (safetensors_files.tensors_in(path) for path in adapters)
+  assert last.keys() == first.keys()
+  assert all((last[name].array() != first[name].array()).any() for name in last)
+
+
+@pytest.mark.slow
+def test_the_reference_stays_the_base(questions):
+  changes = {"model__lora_rank": 4, "model__lora_targets": ("q_proj", "down_proj"), "optimizer__warmup_steps": 1}
+  config = small_method(ROOT / "experiments" / "configs" / "kepo_eq7.py", **changes)
+  recorder = Recorder()
+  training.train(config, records=questions, hooks=[recorder])
+  first, second = (report.metrics["kl/ref"] for report in recorder.reports)
+  assert abs(first) < 1e-7 and second > 1e-6
+
+
+@pytest.mark.slow
+def test_a_run_in_bfloat16(questions):
+  changes = {"model__compute_dtype": "bfloat16", "model__remat": "full", "batch__micro_batches": 2, "batch__updates": 2}
+  recorder = Recorder()
+  config = small(**changes, train__steps=1, eval__every=0, eval__test=False)
+  result = training.train(config, records=questions, hooks=[recorder])
+  assert recorder.reports[0].metrics["grad_norm"] > 0
+  dtypes = {name: {str(leaf.dtype) for leaf in jax.tree.leaves(part)} for name, part in result.state.params.items()}
+  assert dtypes == {"visual": {"bfloat16"}, "language_model": {"bfloat16"}, lora.PART: {"float32"}}
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_not_low_stops_before_anything_is_loaded(questions):
+  config = shrunk(grpo.get_config(), model__lora_rank=4096)
+  with pytest.raises(ValueError, match="model.lora_rank=4096 is no lower than a side"):
+    training.train(config, records=questions)
