@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from kepo_jax.rewards import WeightedRewards
-from kepo_jax.training import processes, setup
+from kepo_jax.training import processes, rehearsal, setup
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.interruption import Interrupted, Interruption
 from kepo_jax.training.loop import NotFinite, train_step
@@ -97,6 +97,8 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
   start, steps = int(state.step), config.train.steps
   for hook in run.hooks:
     hook.start(run.plan(files.workdir, start, files.positions))
+  if config.train.compile_ahead and start < steps:
+    compile_ahead(run, files, state, start)
   if config.eval.test and start == 0:
     evaluate(run, files, state, "test", "before", start)
   if files.owes_validation:
@@ -130,6 +132,21 @@ def tell(run: setup.Run, report: StepReport, timing: dict[str, float]) -> None:
       hook.step(dataclasses.replace(report, timing=report.timing | timing))
 
   processes.together(work)
+
+
+def compile_ahead(run: setup.Run, files: RunFiles, state: TrainState, start: int) -> None:
+  """Compiles what the steps that are left, and the evaluations around them, are going to need.
+
+  Raises:
+    Interrupted: the run was asked to stop.
+  """
+  asked = run.config.eval
+  validates = files.owes_validation or (asked.every and run.config.train.steps // asked.every > start // asked.every)
+  splits = [*(["validation"] if validates else []), *(["test"] if asked.test else [])]
+  try:
+    rehearsal.compile_ahead(run, state, start, splits)
+  except Interrupted:
+    raise Interrupted(start, files.saved) from None
 
 
 def evaluate(run: setup.Run, files: RunFiles, state: TrainState, split: str, name: str, step: int) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from kepo_jax import sampling, sharding
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.training import forward, step
+from kepo_jax.training import compiling, forward, step
 from kepo_jax.types import Prompts, Rollouts
 
 
@@ -34,9 +34,16 @@ class SamplingSettings:
 
 
 def sampling_program(
-  config: Qwen3VLConfig, processor: Any, settings: SamplingSettings
+  config: Qwen3VLConfig, processor: Any, settings: SamplingSettings, *, name: str = "a sampler"
 ) -> Callable[[Any, Prompts, jax.Array], Rollouts]:
-  """`sampling.sample` compiled for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T]."""
+  """`sampling.sample` compiled for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T].
+
+  Args:
+    config: of the model.
+    processor: of the model.
+    settings: of the sampling.
+    name: what errors call it.
+  """
   allowed = jnp.asarray(processor.allowed)
 
   def program(params, prompts, key):
@@ -51,7 +58,7 @@ def sampling_program(
       **dataclasses.asdict(settings),
     )
 
-  return jax.jit(program)
+  return compiling.Program(name, program)
 
 
 def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Callable[[Any], Any]:
@@ -64,7 +71,7 @@ def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Ca
   same = jax.tree.map(lambda x, s: x.dtype == dtype and s.is_equivalent_to(x.sharding, x.ndim), params, shardings)
   if all(jax.tree.leaves(same)):
     return lambda params: params
-  return jax.jit(lambda params: model.cast(params, dtype), out_shardings=shardings)
+  return compiling.Program("the decode weights", lambda params: model.cast(params, dtype), out_shardings=shardings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +95,8 @@ def teacher_program(
 ) -> Callable[[Prompts, jax.Array], Rollouts]:
   """The teacher's sampler with its own decode weights, made for each call and freed after it: (prompts, key)."""
   decode_weights = decode_weights_program(teacher.config, teacher.params, dtype)
-  sample = sampling_program(teacher.config, processor, settings)
-  return lambda prompts, key: sample(decode_weights(teacher.params), prompts, key)
+  sample = sampling_program(teacher.config, processor, settings, name="the teacher's sampler")
+  return lambda prompts, key: sample(decode_weights(compiling.beside(prompts, teacher.params)), prompts, key)
 
 
 def no_teacher(prompts: Prompts, key: jax.Array) -> Rollouts:
@@ -102,9 +109,12 @@ def targets_program(models: Sequence[Model], parts: int) -> Callable[[Prompts, j
   """What each frozen model says about the rollouts of a batch, scored in `parts` micro-batches: (prompts, tokens)."""
 
   def scoring(config: Qwen3VLConfig) -> Callable[[Any, Prompts, jax.Array], forward.Target]:
-    return jax.jit(lambda params, prompts, tokens: forward.target(config, params, prompts, tokens, parts=parts))
+    def target(params, prompts, tokens):
+      return forward.target(config, params, prompts, tokens, parts=parts)
+
+    return compiling.Program("scoring by a frozen model", target)
 
   score = [scoring(each.config) for each in models]
   return lambda prompts, tokens: tuple(
-    program(each.params, prompts, tokens) for program, each in zip(score, models, strict=True)
+    program(compiling.beside(tokens, each.params), prompts, tokens) for program, each in zip(score, models, strict=True)
   )
