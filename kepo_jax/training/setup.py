@@ -50,6 +50,13 @@ class Run:
     return assembly.own_rollouts(self.config)
 
   @property
+  def samples_all(self) -> bool:
+    """Whether what the student samples is what it learns from: nothing adds, replaces or chooses rollouts."""
+    config = self.config
+    own = self.own_rollouts == config.batch.rollouts
+    return own and not config.sampling.dynamic_rounds and not checks.explores(config)
+
+  @property
   def row_sizes(self) -> tuple[int, ...]:
     """Numbers of prompts to which those of exploration are padded, rising."""
     rows = self.config.batch.prompts
@@ -89,13 +96,18 @@ class Run:
     hints = None if hints is None else [*hints, *list(hints[:1]) * filler]
     return sharding.place(self.mesh, self.processor.prompts(examples, kind, hints=hints))
 
-  def evaluate(self, state: TrainState, split: str, name: str, done: int) -> dict[str, Any]:
+  def evaluate(self, weights: Any, split: str, name: str, done: int) -> dict[str, Any]:
     """Greedy accuracy of the student on a split.
+
+    Args:
+      weights: the student's, as `programs.decode_weights` makes them.
+      split: of `questions`.
+      name: of the evaluation, as hooks are told.
+      done: steps before it.
 
     Raises:
       Interrupted: the run was asked to stop.
     """
-    weights = self.programs.decode_weights(state.params)
     key = self.key("evaluation", done)
 
     def progress(questions: int, total: int) -> None:
