@@ -110,8 +110,7 @@ def collect(run: setup.Run, begun: Started, clock: "PhaseClock") -> Collected:
 def sample_and_explore(run: setup.Run, begun: Started, clock: "PhaseClock") -> Collected:
   """The student's groups after injection."""
   config, done, prompts = run.config, begun.done, begun.prompts
-  if run.samples_all:
-    return as_sampled(run, begun, clock)
+  targets = scored_at_once(run, begun, clock) if run.samples_all else None
   with clock("sampling"):
     groups = own_groups(run, begun)
   metrics = figures.reward_metrics(groups)
@@ -127,19 +126,16 @@ def sample_and_explore(run: setup.Run, begun: Started, clock: "PhaseClock") -> C
   begun.release()  # the memory of the decode copy is free before the update needs it
   explored = exploration.exploration_metrics(outcome, prompts=len(groups.examples), rounds=config.exploration.rounds)
   records = figures.hint_records(outcome, groups, step=done + 1, prompts=config.log.samples)
-  return Collected(groups, prompts, metrics | explored, records)
+  return Collected(groups, prompts, metrics | explored, records, targets)
 
 
-def as_sampled(run: setup.Run, begun: Started, clock: "PhaseClock") -> Collected:
-  """The student's groups where they stay as they are: the teacher scores the tokens while the host reads the texts."""
+def scored_at_once(run: setup.Run, begun: Started, clock: "PhaseClock") -> tuple[Target, ...]:
+  """What teacher and reference say about rollouts that stay as they are, asked before the host reads their texts."""
   with clock("sampling"):
-    rollouts = grouping.on_host(begun.rollouts)
+    begun.rollouts = grouping.on_host(begun.rollouts)
     begun.release()
   with clock("teacher"):
-    targets = run.programs.targets(begun.prompts, sharding.place(run.mesh, rollouts.tokens))
-  with clock("sampling"):
-    groups = grouping.scored_groups(run.processor, begun.examples, rollouts, run.scorer)
-  return Collected(groups, begun.prompts, figures.reward_metrics(groups), targets=targets)
+    return run.programs.targets(begun.prompts, sharding.place(run.mesh, begun.rollouts.tokens))
 
 
 def own_groups(run: setup.Run, begun: Started) -> Groups:
