@@ -88,9 +88,8 @@ def test_a_method_that_does_not_sample():
 
 def test_the_teacher_is_asked_before_texts_are_read_and_without_the_students_copy():
   asked = []
-  begun = starting.Started(
-    0, ["q"], "prompts", "weights", Rollouts(tokens=jnp.ones((1, 2, 3), jnp.int32), mask=1, logps=1)
-  )
+  rollouts = Rollouts(**dict.fromkeys(("tokens", "mask", "logps"), jnp.ones((1, 2, 3))))
+  begun = starting.Started(0, ["q"], "prompts", "weights", rollouts)
 
   def targets(prompts, tokens):
     asked.append((prompts, type(tokens), begun.actor))
