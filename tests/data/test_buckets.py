@@ -69,8 +69,11 @@ NEEDS = (
 )
 
 
+CROSSED = (Need(lengths=(64,), patches=64), Need(lengths=(256,), patches=16))  # no one fills both buckets
+
+
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)])
-@pytest.mark.parametrize("needs", [NEEDS, NEEDS[:3], NEEDS[1:], NEEDS[::2], NEEDS[:1] * 4], ids=len)
+@pytest.mark.parametrize("needs", [NEEDS, NEEDS[:3], NEEDS[1:], CROSSED, NEEDS[:1] * 4], ids=len)
 def test_reachable_buckets_are_those_of_all_choices(needs, least, most):
   assert buckets.reachable(needs, least, most) == slowly_reachable(needs, least, most)
 
