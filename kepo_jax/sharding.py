@@ -189,6 +189,15 @@ def place(mesh: Mesh, batch: Any, axes: LogicalAxes = ("prompt",)) -> Any:
   return jax.tree.map(put, batch)
 
 
+def placed_shapes(mesh: Mesh, shapes: Any, axes: LogicalAxes = ("prompt",)) -> Any:
+  """Shape, dtype and sharding of what `place` makes of arrays of these shapes."""
+
+  def placed(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, x.shape, axes[: len(x.shape)]))
+
+  return jax.tree.map(placed, shapes)
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
   """Sharding of a value that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())

@@ -128,6 +128,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
 
   config.train = ml_collections.ConfigDict()
   config.train.steps = 80  # batches; the learning rate decays linearly to 0 over them
+  config.train.compile_ahead = True  # compile for all sizes of prompts and images before the first step; False: as met
 
   config.eval = ml_collections.ConfigDict()
   config.eval.every = 20  # steps between evaluations on the validation set; 0: none

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import chex
+import jax
 import numpy as np
 
 from kepo_jax.data import image_files, images, tokenization
@@ -59,18 +60,27 @@ def batch_at(examples: Sequence[Example], batch_size: int, *, seed: int, step: i
   Raises:
     ValueError: fewer questions than one batch needs.
   """
+  epoch, place = divmod(step, _batches_of(examples, batch_size))
+  return shuffled(examples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+def _batches_of(examples: Sequence[Example], batch_size: int) -> int:
+  """Batches in an epoch."""
   if len(examples) < batch_size:
     raise ValueError(f"{len(examples)} questions do not fill a batch of {batch_size}; lower batch.prompts.")
-  epoch, place = divmod(step, len(examples) // batch_size)
-  return shuffled(examples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+  return len(examples) // batch_size
 
 
 def epoch_batches(
   examples: Sequence[Example], batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[list[Example]]:
   """Endless batches of `batch_at` from a step on: resuming at a step gives what an unbroken run would have given."""
+  ordered: tuple[int, list[Example]] = (-1, [])
   for step in itertools.count(start_step):
-    yield batch_at(examples, batch_size, seed=seed, step=step)
+    epoch, place = divmod(step, _batches_of(examples, batch_size))
+    if ordered[0] != epoch:
+      ordered = epoch, shuffled(examples, seed, epoch)
+    yield ordered[1][place * batch_size : (place + 1) * batch_size]
 
 
 class Lookahead(Generic[T]):
@@ -124,6 +134,11 @@ class ImageCache:
       while self._bytes > self._limit:
         self._bytes -= self._entries.popitem(last=False)[1][0].nbytes
     return entry
+
+
+def _patch_rows(grids: Iterable[tuple[int, int, int]]) -> int:
+  """Patch rows of the images of a prompt."""
+  return sum(rows * columns for _, rows, columns in grids)
 
 
 class Processor:
@@ -242,13 +257,61 @@ class Processor:
       pixels.append([rows for rows, _ in decoded])
       text = wordings.prompt_text(example, self.templates, kind, hint=hint)
       tokens.append(self.tokenizer.encode(text, [self._merged(grid) for grid in grids[-1]], example.id))
+    counts = [_patch_rows(row) for row in grids]
     length = self._bucket([len(row) for row in tokens], self.prompt_buckets, examples, "tokens", "data.prompt_buckets")
-    row_ids = [row_id(example.id) for example in examples] if rows is None else rows
+    patches = 0
+    if any(counts):
+      patches = self._bucket(counts, self.patch_buckets, examples, "patch rows", "data.patch_buckets")
+    prompts = self._blank(len(examples), length, patches)
+    prompts.row[:] = [row_id(example.id) for example in examples] if rows is None else rows
+    self._write_text(prompts, tokens, grids)
+    self._write_vision(prompts.vision, counts, grids, pixels)
+    return prompts
+
+  def shapes(self, size: int, length: int, patches: int) -> Prompts:
+    """Shape and dtype of every array of `prompts`.
+
+    Args:
+      size: P, questions.
+      length: S, of the prompt buckets.
+      patches: R, of the patch buckets; 0 without images.
+    """
+    settings = self.image_processor
+    width = 3 * settings.temporal_patch_size * settings.patch_size**2
+
+    def of(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct((size, *shape), dtype)
+
     return Prompts(
-      row=np.asarray(row_ids, dtype=np.uint32),
-      vision=self._vision(examples, grids, pixels),
-      **self._text(tokens, grids, length),
+      tokens=of(np.int32, length),
+      mask=of(np.bool_, length),
+      positions=of(np.int32, 3, length),
+      next_position=of(np.int32),
+      image_slot=of(np.int32, length),
+      row=of(np.uint32),
+      vision=VisionInputs(
+        patches=of(np.float32, patches, width),
+        segments=of(np.int32, patches),
+        coordinates=of(np.int32, patches, 2),
+        table_index=of(np.int32, patches, 4),
+        table_weight=of(np.float32, patches, 4),
+      ),
     )
+
+  def sizes(self, examples: Sequence[Example], kind: str) -> list[tuple[int, int]]:
+    """Prompt tokens and patch rows of each question, from its text and the headers of its images.
+
+    Args:
+      examples: questions.
+      kind: wording, as in `data.prompts.prompt_text`; a hint in it is empty.
+
+    Raises:
+      ValueError: a file is no image; names it.
+    """
+    grids = [self._grids(example.images) for example in examples]
+    texts = [wordings.prompt_text(example, self.templates, kind) for example in examples]
+    merged = [[self._merged(grid) for grid in each] for each in grids]
+    return list(zip(self.tokenizer.lengths(texts, merged), map(_patch_rows, grids), strict=True))
 
   def image_tokens(self, examples: Sequence[Example], *, resize: str = "", limit: int = 256) -> list[int]:
     """Prompt tokens of the first images of some questions, from the headers of their files: what an image costs.
@@ -289,46 +352,33 @@ class Processor:
       )
     return next(bucket for bucket in buckets if bucket >= largest)
 
-  def _text(self, tokens, grids, length) -> dict[str, np.ndarray]:
-    size = len(tokens)
-    arrays = {
-      "tokens": np.full((size, length), self.pad_id, np.int32),
-      "mask": np.zeros((size, length), bool),
-      "positions": np.zeros((size, 3, length), np.int32),
-      "next_position": np.zeros(size, np.int32),
-      "image_slot": np.full((size, length), -1, np.int32),
-    }
+  def _blank(self, size: int, length: int, patches: int) -> Prompts:
+    """The arrays of `shapes` on the host, padding alone."""
+    fill = {"tokens": self.pad_id, "image_slot": -1, "segments": -1}
+
+    def padding(path, shape):
+      value = fill.get(path[-1].name)
+      return np.zeros(shape.shape, shape.dtype) if value is None else np.full(shape.shape, value, shape.dtype)
+
+    return jax.tree.map_with_path(padding, self.shapes(size, length, patches))
+
+  def _write_text(self, prompts, tokens, grids) -> None:
     for i, (row, grid) in enumerate(zip(tokens, grids, strict=True)):
       place, following, slot = positions.prompt_positions(row, grid, self.config)
-      arrays["tokens"][i, : len(row)] = row
-      arrays["mask"][i, : len(row)] = True
-      arrays["positions"][i, :, : len(row)] = place
-      arrays["next_position"][i] = following
-      arrays["image_slot"][i, : len(row)] = slot
-    return arrays
+      prompts.tokens[i, : len(row)] = row
+      prompts.mask[i, : len(row)] = True
+      prompts.positions[i, :, : len(row)] = place
+      prompts.next_position[i] = following
+      prompts.image_slot[i, : len(row)] = slot
 
-  def _vision(self, examples, grids, pixels) -> VisionInputs:
-    counts = [sum(rows * columns for _, rows, columns in row) for row in grids]
-    rows = 0
-    if any(counts):
-      rows = self._bucket(counts, self.patch_buckets, examples, "patch rows", "data.patch_buckets")
-    size, settings = len(examples), self.image_processor
-    width = 3 * settings.temporal_patch_size * settings.patch_size**2
-    vision = VisionInputs(
-      patches=np.zeros((size, rows, width), np.float32),
-      segments=np.full((size, rows), -1, np.int32),
-      coordinates=np.zeros((size, rows, 2), np.int32),
-      table_index=np.zeros((size, rows, 4), np.int32),
-      table_weight=np.zeros((size, rows, 4), np.float32),
-    )
+  def _write_vision(self, vision, counts, grids, pixels) -> None:
     for i, count in enumerate(counts):
       if pixels[i]:
         tables = positions.vision_tables(grids[i], self.config)
         names = ("segments", "coordinates", "table_index", "table_weight")
         for name, table in zip(names, tables, strict=True):
           getattr(vision, name)[i, :count] = table
-        vision.patches[i, :count] = settings.normalised(np.concatenate(pixels[i]))
-    return vision
+        vision.patches[i, :count] = self.image_processor.normalised(np.concatenate(pixels[i]))
 
   def completions(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Texts as completions, (tokens int32[N, T], mask bool[N, T]), each with an end token.

@@ -225,11 +225,27 @@ class Tokenizer:
     # A token stands for one character or more, unless a character has several bytes or a normaliser rewrites it: most
     # prompts need no tokenizer, which is ten times slower than all else here.
     unclear = [i for i, text in enumerate(rendered) if not text.isascii() or len(text) + added[i] > limit]
+    counts = zip(unclear, self._counts([rendered[i] for i in unclear]), strict=True)
+    lengths = {i: count + added[i] for i, count in counts}
+    return {i: length for i, length in lengths.items() if length > limit}
+
+  def lengths(self, texts: Sequence[str], image_tokens: Sequence[Sequence[int]]) -> list[int]:
+    """How many token ids `encode` gives for each of many prompts.
+
+    Args:
+      texts: the users' texts.
+      image_tokens: number of merged tokens of each image of each text.
+    """
+    rendered = [self.render(text, len(tokens)) for text, tokens in zip(texts, image_tokens, strict=True)]
+    added = (sum(tokens) - len(tokens) for tokens in image_tokens)  # one mark per image is in the text already
+    return [count + more for count, more in zip(self._counts(rendered), added, strict=True)]
+
+  def _counts(self, rendered: Sequence[str]) -> list[int]:
+    """Token ids of chats as `render` gives them."""
+    if not rendered:
+      return []
     with self._lock:
-      texts = [rendered[i] for i in unclear]
-      rows = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    counts = {i: len(row) + added[i] for i, row in zip(unclear, rows, strict=True)}
-    return {i: count for i, count in counts.items() if count > limit}
+      return [len(row) for row in self._tokenizer(list(rendered), add_special_tokens=False)["input_ids"]]
 
   def completion(self, text: str) -> list[int]:
     """Token ids of a completion as a model would have sampled it, its end token included."""

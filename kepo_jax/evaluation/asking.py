@@ -59,8 +59,8 @@ def evaluate(
   """Asks every question once, for one completion or several, and counts.
 
   Args:
-    sample: host prompts of exactly `batch_size` rows -> Rollouts [P, G, T]; the last batch is filled with repeated
-      questions, which are not counted.
+    sample: host prompts of exactly `batch_size` rows -> Rollouts [P, G, T], for which it need not wait: the next batch
+      is asked before these are read. The last batch is filled with repeated questions, which are not counted.
     processor: of the model.
     examples: questions, at least one.
     batch_size: P.
@@ -91,10 +91,8 @@ def evaluate(
 
   if progress and done:
     progress(done, len(examples))
-  batches = Lookahead(prepared, stop=len(starts))
-  for index in range(len(starts)):
-    batch, prompts = batches(index)
-    rollouts = sample(prompts)
+
+  def read(index: int, batch: Sequence[Example], rollouts: Rollouts) -> None:
     tokens, mask = (sharding.to_host(array)[: len(batch)] for array in (rollouts.tokens, rollouts.mask))
     samples, length = tokens.shape[1:]
     flat, kept = tokens.reshape(-1, length), mask.reshape(-1, length)
@@ -105,6 +103,18 @@ def evaluate(
         on_output(outputs[-1])
     if progress:
       progress(starts[index] + len(batch), len(examples))
+
+  batches, asked = Lookahead(prepared, stop=len(starts)), None
+  for index in range(len(starts)):
+    try:
+      batch, prompts = batches(index)
+      rollouts = sample(prompts)
+    finally:  # the device answers this batch meanwhile; where it cannot be asked, the answers before it still count
+      if asked:
+        read(*asked)
+    asked = (index, batch, rollouts)
+  if asked:
+    read(*asked)
   return summarised(outputs, train_modality=train_modality)
 
 

@@ -71,6 +71,8 @@ class RunReporter(Hook):
     if self._samples:
       for sample in report.samples:
         self._samples.write(report.step, sample)
+    if report.step == self._first_step and "compiled/programs" in report.timing:
+      self._display.show(compiled_line(report.timing))
     if report.step == self._first_step and report.samples:
       self._display.show(panels.samples_panel(report.samples, step=report.step))
     self._display.step(report.step, report.metrics, report.timing)
@@ -142,6 +144,12 @@ class RunReporter(Hook):
   def _warn(self, messages: list[str]) -> None:
     for message in messages:
       self._display.warn(message)
+
+
+def compiled_line(timing: Mapping[str, float]) -> str:
+  """In words how many programs there are by now, and how many did not have to be compiled."""
+  programs, cached = int(timing["compiled/programs"]), int(timing["compiled/cached"])
+  return f"{programs} programs, {cached} from the compilation cache"
 
 
 def parameter_count(config: Any) -> int:

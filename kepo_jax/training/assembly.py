@@ -149,7 +149,7 @@ def build_programs(
 
   def sampler(samples: int, tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
     arguments = programs.SamplingSettings(samples, tokens, temperature, top_p, top_k)
-    return programs.sampling_program(student.config, processor, arguments)
+    return programs.sampling_program(student.config, processor, arguments, name="the student's sampler")
 
   def teacher(used: bool, samples: int, tokens: int, temperature: float) -> Callable[[Prompts, jax.Array], Rollouts]:
     if not used:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -31,8 +32,14 @@ _ARRAYS = ("tokens", "mask", "logps", "texts", "injected", "supervised", "hints"
 
 def decode(processor: Any, rollouts: Rollouts) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list[str]]]:
   """Tokens, mask and log-probs [P, G, T] of rollouts on the host, and their texts [P][G]."""
-  tokens, mask, logps = (np.array(sharding.to_host(x)) for x in (rollouts.tokens, rollouts.mask, rollouts.logps))
+  host = on_host(rollouts)
+  tokens, mask, logps = (np.asarray(x) for x in (host.tokens, host.mask, host.logps))
   return tokens, mask, logps, [processor.decode(*row) for row in zip(tokens, mask, strict=True)]
+
+
+def on_host(rollouts: Rollouts) -> Rollouts:
+  """Rollouts as arrays of this host, which may be written to; waits until they are sampled."""
+  return jax.tree.map(lambda x: np.array(sharding.to_host(x)), rollouts)
 
 
 def scored_groups(processor: Any, examples: Sequence[Example], rollouts: Rollouts, scorer: rewards.Scorer) -> Groups:

@@ -7,6 +7,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kepo_jax.models import scoring
@@ -63,9 +64,17 @@ def alone(inputs: Inputs, weight: str) -> Inputs:
   others = [name for name in losses.WEIGHTS if name != weight]
 
   def silenced(rows):
-    return rows if rows is None else rows.replace(**{name: jnp.zeros_like(rows[name]) for name in others})
+    return rows if rows is None else rows.replace(**{name: _zeros_like(rows[name]) for name in others})
 
   return Inputs(rows=silenced(inputs.rows), hinted=silenced(inputs.hinted))
+
+
+def _zeros_like(x: Any) -> Any:
+  """Zeros where an array is, on its devices; a shape stays. `jnp.zeros_like` would compile a program of its own."""
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return x
+  zeros = np.zeros(x.shape, x.dtype)
+  return jax.make_array_from_callback(x.shape, x.sharding, lambda index: zeros[index])
 
 
 def make_inputs(

@@ -12,11 +12,12 @@ import jax
 from etils import epath
 
 from kepo_jax.rewards import WeightedRewards
-from kepo_jax.training import processes, setup
+from kepo_jax.training import processes, rehearsal, setup
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.interruption import Interrupted, Interruption
 from kepo_jax.training.loop import NotFinite, train_step
 from kepo_jax.training.profiling import CompileCounter, Profiler
+from kepo_jax.training.starting import Ahead
 from kepo_jax.training.state import TrainState
 from kepo_jax.training.watchdog import Watchdog
 from kepo_jax.types import Example, Hook, StepReport
@@ -44,6 +45,9 @@ def train(
   interruption: Interruption | None = None,
 ) -> Result:
   """Trains a student as the config says, and evaluates it before, during and after.
+
+  jax's settings stay the caller's: a second run compiles nothing again where `jax_compilation_cache_dir` names a
+  folder, as the command line sees to.
 
   Args:
     config: an `ml_collections.ConfigDict` with the fields of experiments/configs/grpo.py.
@@ -94,24 +98,26 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
   files.begin(run.questions, rule=setup.split_rule(config, given=given), models=run.folders)
   files.record_summaries(run.summaries)
   state = files.restored(run.state)
-  start, steps = int(state.step), config.train.steps
+  start, steps, ahead = int(state.step), config.train.steps, Ahead(run)
   for hook in run.hooks:
     hook.start(run.plan(files.workdir, start, files.positions))
+  if config.train.compile_ahead and start < steps:
+    compile_ahead(run, files, state, start)
   if config.eval.test and start == 0:
-    evaluate(run, files, state, "test", "before", start)
+    evaluate(run, files, ahead.weights(state), "test", "before", start)
   if files.owes_validation:
-    evaluate(run, files, state, "validation", "validation", start)
+    evaluate(run, files, ahead.weights(state), "validation", "validation", start)
   for done in range(start, steps):
     try:
-      state, report = train_step(run, state, done)
+      state, report = train_step(run, state, done, ahead)
     except NotFinite as error:
       tell(run, error.report, compiled.figures())
       folder = files.dump(f"not_finite/step-{done + 1}", error.batch, error.samples)
       raise ValueError(f"{error}{f' The batch is in {folder}.' if folder else ''}") from None
     tell(run, report, compiled.figures() | files.timing())
-    validate_and_save(run, files, state, report.step)
+    validate_and_save(run, files, state, report.step, ahead)
   if config.eval.test:
-    evaluate(run, files, state, "test", "after", steps)
+    evaluate(run, files, ahead.weights(state), "test", "after", steps)
   files.export(lambda folder: run.export(state, folder))
   for hook in run.hooks:
     hook.finish()
@@ -132,19 +138,34 @@ def tell(run: setup.Run, report: StepReport, timing: dict[str, float]) -> None:
   processes.together(work)
 
 
-def evaluate(run: setup.Run, files: RunFiles, state: TrainState, split: str, name: str, step: int) -> None:
+def compile_ahead(run: setup.Run, files: RunFiles, state: TrainState, start: int) -> None:
+  """Compiles what the steps that are left, and the evaluations around them, are going to need.
+
+  Raises:
+    Interrupted: the run was asked to stop.
+  """
+  asked = run.config.eval
+  validates = files.owes_validation or (asked.every and run.config.train.steps // asked.every > start // asked.every)
+  splits = [*(["validation"] if validates else []), *(["test"] if asked.test else [])]
+  try:
+    rehearsal.compile_ahead(run, state, start, splits)
+  except Interrupted:
+    raise Interrupted(start, files.saved) from None
+
+
+def evaluate(run: setup.Run, files: RunFiles, weights: Any, split: str, name: str, step: int) -> None:
   """An evaluation before the first of the steps that are left, or after the last one.
 
   Raises:
     Interrupted: the run was asked to stop; it is made on resume.
   """
   try:
-    files.record(name, run.evaluate(state, split, name, step))
+    files.record(name, run.evaluate(weights, split, name, step))
   except Interrupted:
     raise Interrupted(step, files.saved) from None
 
 
-def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: int) -> None:
+def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: int, ahead: Ahead) -> None:
   """What may follow a step: a validation, a checkpoint, and the end of a run that was asked to stop.
 
   Raises:
@@ -155,7 +176,7 @@ def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: 
   stop = run.interruption.requested()
   if owed and not stop:
     try:
-      files.record("validation", run.evaluate(state, "validation", "validation", step))
+      files.record("validation", run.evaluate(ahead.weights(state), "validation", "validation", step))
       owed = False
     except Interrupted:
       stop = True

@@ -17,7 +17,9 @@ from kepo_jax.data.prompts import gold_completion
 from kepo_jax.objectives import advantages, gates
 from kepo_jax.training import checks, figures, setup, step
 from kepo_jax.training import groups as grouping
+from kepo_jax.training.forward import Target
 from kepo_jax.training.groups import Groups
+from kepo_jax.training.starting import Ahead, Started
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Experience, Prompts, StepReport
 
@@ -30,6 +32,7 @@ class Collected:
   prompts: Prompts  # of the groups, on the mesh
   metrics: dict[str, float]
   records: tuple[dict[str, Any], ...] = ()  # hints and candidates of explored prompts, JSON-able
+  targets: tuple[Target, ...] | None = None  # what teacher and reference say about the tokens, where they were asked
 
 
 class NotFinite(Exception):
@@ -51,29 +54,38 @@ class NotFinite(Exception):
     self.report, self.batch, self.samples = report, batch, samples
 
 
-def train_step(run: setup.Run, state: TrainState, done: int) -> tuple[TrainState, StepReport]:
+def train_step(run: setup.Run, state: TrainState, done: int, ahead: Ahead) -> tuple[TrainState, StepReport]:
   """One step of the method after `done` steps: the new state, and what happened.
+
+  At its end the device begins the next one, while the host says what happened in this.
 
   Raises:
     NotFinite: `optimizer.skip_limit` updates in a row were skipped.
   """
   config, clock = run.config, PhaseClock()
-  collected = collect(run, state, done, clock)
+  with clock("prepare"):
+    begun = ahead.take(state, done)
+  collected = collect(run, begun, clock)
   groups, metrics = collected.groups, collected.metrics
   with clock("teacher"):
     kept = kept_rows(run, groups)
     gate = gated(run, groups) & kept
     experience = experience_of(run, groups, collected.prompts, gate, kept)
-    targets = jax.block_until_ready(run.programs.targets(experience.prompts, experience.tokens))
+    if collected.targets is None:
+      collected.targets = run.programs.targets(experience.prompts, experience.tokens)
+    jax.block_until_ready(collected.targets)
   with clock("update"):
     compare = run.compares and (done + 1) % config.log.gradients_every == 0
-    state, learned = run.programs.update(state, experience, targets, compare=compare)
+    state, learned = run.programs.update(state, experience, collected.targets, compare=compare)
     metrics |= step.means(jax.device_get(learned))
+  collected.targets = None  # gigabytes of hidden states, which the next rollouts may need the room of
+  with clock("prepare"):
+    ahead.begin(state, done + 1)
   metrics |= figures.mixed_metrics(groups, run.processor.end_ids) | {"lr": float(run.schedule(done))}
   if config.objective.distill_weight:
     metrics |= figures.gate_metrics(groups, gate) | {"lambda": run.distill_weight(done)}
   samples = figures.sample_records(groups, gate, step=done + 1, prompts=config.log.samples, problem=run.problem)
-  timing = clock.timing(sampled=groups.mask[~groups.supervised].sum(), trained=groups.mask.sum())
+  timing = clock.timing(tokens=groups.mask.sum())
   report = StepReport(step=done + 1, metrics=metrics, timing=timing, samples=samples + collected.records)
   if (skipped := int(state.skipped)) >= config.optimizer.skip_limit:
     batch = {jax.tree_util.keystr(path): sharding.to_host(x) for path, x in jax.tree.leaves_with_path(experience)}
@@ -82,30 +94,25 @@ def train_step(run: setup.Run, state: TrainState, done: int) -> tuple[TrainState
   return state, report
 
 
-def collect(run: setup.Run, state: TrainState, done: int, clock: "PhaseClock") -> Collected:
+def collect(run: setup.Run, begun: Started, clock: "PhaseClock") -> Collected:
   """The student's rollouts, explored, and supervised rows behind them, as the config mixes them."""
-  with clock("prepare"):
-    examples, host_prompts = run.batch(done)
-    prompts = sharding.place(run.mesh, host_prompts)
-  if not run.own_rollouts:
+  if begun.rollouts is None:
     with clock("supervision"):
-      return Collected(supervised_rows(run, examples, prompts, done), prompts, {})
-  collected = sample_and_explore(run, state, examples, prompts, done, clock)
+      return Collected(supervised_rows(run, begun.examples, begun.prompts, begun.done), begun.prompts, {})
+  collected = sample_and_explore(run, begun, clock)
   if run.own_rollouts < run.config.batch.rollouts:
     with clock("supervision"):
-      given = supervised_rows(run, collected.groups.examples, collected.prompts, done)
+      given = supervised_rows(run, collected.groups.examples, collected.prompts, begun.done)
       collected.groups = grouping.joined(collected.groups, given, axis=1)
   return collected
 
 
-def sample_and_explore(
-  run: setup.Run, state: TrainState, examples: Sequence[Example], prompts: Prompts, done: int, clock: "PhaseClock"
-) -> Collected:
+def sample_and_explore(run: setup.Run, begun: Started, clock: "PhaseClock") -> Collected:
   """The student's groups after injection."""
-  config = run.config
+  config, done, prompts = run.config, begun.done, begun.prompts
+  targets = scored_at_once(run, begun, clock) if run.samples_all else None
   with clock("sampling"):
-    actor = run.programs.decode_weights(state.params)
-    groups = own_groups(run, actor, examples, prompts, done)
+    groups = own_groups(run, begun)
   metrics = figures.reward_metrics(groups)
   if config.sampling.dynamic_rounds:
     with clock("prepare"):
@@ -113,29 +120,34 @@ def sample_and_explore(
       prompts = sharding.place(run.mesh, run.processor.prompts(groups.examples, config.data.prompt))
     metrics |= asked
   with clock("exploration"):
-    outcome = explore(run, actor, groups, done)
+    outcome = explore(run, begun.actor, groups, done)
     slots = exploration.injections(outcome, run.own_rollouts, seed=(config.seed, done))
     grouping.inject(groups, slots, run.scorer)
-  # The decode copy ends with this function: its memory is free before the update needs it.
+  begun.release()  # the memory of the decode copy is free before the update needs it
   explored = exploration.exploration_metrics(outcome, prompts=len(groups.examples), rounds=config.exploration.rounds)
   records = figures.hint_records(outcome, groups, step=done + 1, prompts=config.log.samples)
-  return Collected(groups, prompts, metrics | explored, records)
+  return Collected(groups, prompts, metrics | explored, records, targets)
 
 
-def own_groups(run: setup.Run, actor: Any, examples: Sequence[Example], prompts: Prompts, done: int) -> Groups:
+def scored_at_once(run: setup.Run, begun: Started, clock: "PhaseClock") -> tuple[Target, ...]:
+  """What teacher and reference say about rollouts that stay as they are, asked before the host reads their texts."""
+  with clock("sampling"):
+    begun.rollouts = grouping.on_host(begun.rollouts)
+    begun.release()
+  with clock("teacher"):
+    return run.programs.targets(begun.prompts, sharding.place(run.mesh, begun.rollouts.tokens))
+
+
+def own_groups(run: setup.Run, begun: Started) -> Groups:
   """The student's rollouts; of further prompts as well, until P groups have a signal or the rounds are over (DAPO)."""
-
-  def sampled(examples: Sequence[Example], prompts: Prompts) -> Groups:
-    rollouts = run.programs.rollout(actor, prompts, run.key("rollout", done))
-    return grouping.scored_groups(run.processor, examples, rollouts, run.scorer)
-
-  groups = sampled(examples, prompts)
+  groups = grouping.scored_groups(run.processor, begun.examples, begun.rollouts, run.scorer)
   for extra in range(1, run.config.sampling.dynamic_rounds + 1):
-    further = run.further_questions(done, extra, asked=groups.examples)
-    if useful(run, groups).sum() >= len(examples) or not further:
+    further = run.further_questions(begun.done, extra, asked=groups.examples)
+    if useful(run, groups).sum() >= len(begun.examples) or not further:
       break
     more = sharding.place(run.mesh, run.processor.prompts(further, run.config.data.prompt))
-    groups = grouping.joined(groups, sampled(further, more), axis=0)
+    rollouts = run.programs.rollout(begun.actor, more, run.key("rollout", begun.done))
+    groups = grouping.joined(groups, grouping.scored_groups(run.processor, further, rollouts, run.scorer), axis=0)
   return groups
 
 
@@ -238,7 +250,7 @@ def experience_of(run: setup.Run, groups: Groups, prompts: Prompts, gate: np.nda
 
 
 class PhaseClock:
-  """Seconds spent in each phase of a step."""
+  """Seconds that the host spends in each phase of a step, waiting for the device included."""
 
   def __init__(self):
     self._start = time.perf_counter()
@@ -251,14 +263,13 @@ class PhaseClock:
     yield
     self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
-  def timing(self, *, sampled: int, trained: int) -> dict[str, float]:
-    """`seconds/<phase>`, `seconds/step`, and `tokens_per_second/<phase>` of sampling, the update and the whole step.
+  def timing(self, *, tokens: int) -> dict[str, float]:
+    """`seconds/<phase>`, `seconds/step`, and `tokens_per_second/<phase>` of the update and the whole step.
 
     Args:
-      sampled: completion tokens of the batch that the student sampled.
-      trained: completion tokens of the batch.
+      tokens: completion tokens of the batch.
     """
     seconds = self._seconds | {"step": time.perf_counter() - self._start}
-    tokens = {"sampling": sampled, "update": trained, "step": trained}
-    rates = {f"tokens_per_second/{phase}": float(n) / seconds[phase] for phase, n in tokens.items() if phase in seconds}
+    # None of sampling: it begins before the step, and what the host still waits for tells nothing of its speed.
+    rates = {f"tokens_per_second/{phase}": float(tokens) / seconds[phase] for phase in ("update", "step")}
     return {f"seconds/{phase}": value for phase, value in seconds.items()} | rates

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from typing import Any
 
 import jax
@@ -12,29 +13,41 @@ from kepo_jax import storage
 from kepo_jax.types import Hook, RunPlan, StepReport
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+CACHE_EVENT = "/jax/compilation_cache/cache_hits"  # of the persistent cache
 WARM_UP = 2  # steps before a trace: the first ones compile
 
 
 class CompileCounter:
-  """Programs that XLA compiled, or read from the persistent cache, while it was open."""
+  """Programs that XLA compiled, or read from the persistent cache, while it was open; in any thread."""
 
   def __init__(self):
-    self._programs = 0
+    self._programs = self._cached = 0
     self._seconds = 0.0
+    self._lock = threading.Lock()
     jax.monitoring.register_event_duration_secs_listener(self._count)
+    jax.monitoring.register_event_listener(self._count_cached)
 
   def _count(self, event: str, duration_secs: float, **_: Any) -> None:
     if event == COMPILE_EVENT:
-      self._programs += 1
-      self._seconds += duration_secs
+      with self._lock:
+        self._programs += 1
+        self._seconds += duration_secs
+
+  def _count_cached(self, event: str, **_: Any) -> None:
+    if event == CACHE_EVENT:
+      with self._lock:
+        self._cached += 1
 
   def figures(self) -> dict[str, float]:
-    """`compiled/programs` so far, and the `compiled/seconds` that they took."""
-    return {"compiled/programs": float(self._programs), "compiled/seconds": self._seconds}
+    """`compiled/programs` so far, how many of them are `compiled/cached`, and the `compiled/seconds` that they took."""
+    with self._lock:
+      counts = {"compiled/programs": float(self._programs), "compiled/cached": float(self._cached)}
+      return counts | {"compiled/seconds": self._seconds}
 
   def close(self) -> None:
     """Stops counting."""
     jax.monitoring.unregister_event_duration_listener(self._count)
+    jax.monitoring.unregister_event_listener(self._count_cached)
 
 
 class Profiler(Hook):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kepo_jax import sampling, sharding
 from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.training import forward, residence, step
+from kepo_jax.training import compiling, forward, residence, step
 from kepo_jax.types import Prompts, Rollouts
 
 
@@ -40,11 +40,17 @@ class SamplingSettings:
 
 
 def sampling_program(
-  config: Qwen3VLConfig, processor: Any, settings: SamplingSettings
+  config: Qwen3VLConfig, processor: Any, settings: SamplingSettings, *, name: str = "a sampler"
 ) -> Callable[[Any, Prompts, jax.Array], Rollouts]:
   """`sampling.sample` compiled for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T].
 
   Of a model with LoRA it takes merged weights, as `decode_weights_program` gives them.
+
+  Args:
+    config: of the model.
+    processor: of the model.
+    settings: of the sampling.
+    name: what errors call it.
   """
   config = lora.base(config)
   allowed = jnp.asarray(processor.allowed)
@@ -61,7 +67,7 @@ def sampling_program(
       **dataclasses.asdict(settings),
     )
 
-  return jax.jit(program)
+  return compiling.Program(name, program)
 
 
 def decode_weights_program(
@@ -90,7 +96,8 @@ def decode_weights_program(
     return model.separated(lora.merged(config, params, dtype))
 
   shapes, axes = jax.eval_shape(decode_weights, params), model.separated_axes(lora.base(config))
-  return jax.jit(decode_weights, out_shardings=sharding.weight_shardings(mesh, shapes, axes, layout="decode"))
+  shardings = sharding.weight_shardings(mesh, shapes, axes, layout="decode")
+  return compiling.Program("the decode weights", decode_weights, out_shardings=shardings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +121,10 @@ def teacher_program(
 ) -> Callable[[Prompts, jax.Array], Rollouts]:
   """The teacher's sampler with its own decode weights, made for each call and freed after it: (prompts, key)."""
   decode_weights = decode_weights_program(teacher.config, teacher.resident.shapes, dtype, spare=True)
-  sample = sampling_program(teacher.config, processor, settings)
+  sample = sampling_program(teacher.config, processor, settings, name="the teacher's sampler")
 
   def sampled(prompts, key):
-    with teacher.resident.on_device() as params:
+    with teacher.resident.beside(prompts) as params:
       return sample(decode_weights(params), prompts, key)
 
   return sampled
@@ -133,7 +140,10 @@ def targets_program(models: Sequence[Model], parts: int) -> Callable[[Prompts, j
   """What each frozen model says about the rollouts of a batch, scored in `parts` micro-batches: (prompts, tokens)."""
 
   def scoring(config: Qwen3VLConfig) -> Callable[[Any, Prompts, jax.Array], forward.Target]:
-    return jax.jit(lambda params, prompts, tokens: forward.target(config, params, prompts, tokens, parts=parts))
+    def target(params, prompts, tokens):
+      return forward.target(config, params, prompts, tokens, parts=parts)
+
+    return compiling.Program("scoring by a frozen model", target)
 
   score = [scoring(each.config) for each in models]
 
@@ -141,7 +151,7 @@ def targets_program(models: Sequence[Model], parts: int) -> Callable[[Prompts, j
     found = []
     for program, each in zip(score, models, strict=True):
       # Programs only start here: the copy of the next model runs beside the work of this one.
-      with each.resident.on_device() as params:
+      with each.resident.beside(tokens) as params:
         found.append(program(params, prompts, tokens))
     return tuple(found)
 

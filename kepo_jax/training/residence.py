@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from kepo_jax.training import compiling
+
 PLACES = ("device", "host")
 
 _HOST = "pinned_host"  # pages that a device copies from by itself, beside its work
@@ -78,3 +80,12 @@ class Resident:
       self._phases -= 1
       if not self._phases:
         self._on_device = None
+
+  @contextlib.contextmanager
+  def beside(self, arguments: Any) -> Iterator[Any]:
+    """`on_device` for a call with these arguments; where they are shapes, its own `shapes`, and nothing is moved."""
+    if compiling.is_abstract(arguments):
+      yield self.shapes
+      return
+    with self.on_device() as params:
+      yield params

@@ -50,6 +50,19 @@ class Run:
     return assembly.own_rollouts(self.config)
 
   @property
+  def samples_all(self) -> bool:
+    """Whether what the student samples is what it learns from: nothing adds, replaces or chooses rollouts."""
+    config = self.config
+    own = self.own_rollouts == config.batch.rollouts
+    return own and not config.sampling.dynamic_rounds and not checks.explores(config)
+
+  @property
+  def row_sizes(self) -> tuple[int, ...]:
+    """Numbers of prompts to which those of exploration are padded, rising."""
+    rows = self.config.batch.prompts
+    return tuple(sorted({max(1, rows // 4), rows}))
+
+  @property
   def compares(self) -> bool:
     """Whether there are two terms whose gradients are compared from time to time."""
     objective = self.config.objective
@@ -75,21 +88,25 @@ class Run:
     return prompts.problem(example, self.processor.templates)
 
   def prompts(self, examples: Sequence[Example], kind: str, *, hints: Sequence[str] | None = None) -> Prompts:
-    """Prompts on the mesh, their number padded to one of two sizes so that exploration compiles few programs."""
-    rows = self.config.batch.prompts
-    size = next(size for size in (max(1, rows // 4), rows) if size >= len(examples))
+    """Prompts on the mesh, their number padded to one of `row_sizes` so that exploration compiles few programs."""
+    size = next(size for size in self.row_sizes if size >= len(examples))
     filler = size - len(examples)
-    examples = [*examples, *examples[:1] * filler]
-    hints = None if hints is None else [*hints, *hints[:1] * filler]
+    examples = [*examples, *list(examples[:1]) * filler]
+    hints = None if hints is None else [*hints, *list(hints[:1]) * filler]
     return sharding.place(self.mesh, self.processor.prompts(examples, kind, hints=hints))
 
-  def evaluate(self, state: TrainState, split: str, name: str, done: int) -> dict[str, Any]:
+  def evaluate(self, weights: Any, split: str, name: str, done: int) -> dict[str, Any]:
     """Greedy accuracy of the student on a split.
+
+    Args:
+      weights: the student's, as `programs.decode_weights` makes them.
+      split: of `questions`.
+      name: of the evaluation, as hooks are told.
+      done: steps before it.
 
     Raises:
       Interrupted: the run was asked to stop.
     """
-    weights = self.programs.decode_weights(state.params)
     key = self.key("evaluation", done)
 
     def progress(questions: int, total: int) -> None:

@@ -17,6 +17,7 @@ from kepo_jax.models import scoring
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import losses, ratios
+from kepo_jax.training.compiling import Program
 from kepo_jax.training.forward import ROWS, Target, hidden_of, micro_batches
 from kepo_jax.training.inputs import Inputs, UpdateSettings, alone, make_inputs
 from kepo_jax.training.state import TrainState, trained
@@ -193,11 +194,12 @@ class Update:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     moving = trained(shardings.params, settings.frozen)
     self._updates = settings.updates
-    self._inputs = jax.jit(make_inputs(config, token_loss, settings))
-    self._gradients = jax.jit(make_gradients(config, token_loss, settings), out_shardings=(None, moving))
+    self._inputs = Program("the inputs of the loss", make_inputs(config, token_loss, settings))
+    gradients = make_gradients(config, token_loss, settings)
+    self._gradients = Program("the gradients", gradients, out_shardings=(None, moving))
     apply = functools.partial(apply_gradients, optimizer)
-    self._apply = jax.jit(apply, out_shardings=(shardings, None), donate_argnums=0)
-    self._compared = jax.jit(compared)
+    self._apply = Program("the optimizer", apply, out_shardings=(shardings, None), donate_argnums=0)
+    self._compared = Program("the comparison of gradients", compared)
 
   def __call__(
     self, state: TrainState, experience: Experience, targets: tuple[Target, ...], *, compare: bool = False
@@ -210,6 +212,21 @@ class Update:
       targets: what the teacher and the reference say about it, where the loss uses them.
       compare: add the norms of the gradients of the policy and the distillation term, and their cosine.
     """
+    state, figures, comparison = self._updated(state, experience, targets, compare=compare)
+    return state, jax.tree.map(lambda *pairs: sum(pairs), *figures) | comparison
+
+  def rehearse(self, state: TrainState, experience: Experience, targets: tuple[Target, ...], *, compare: bool) -> None:
+    """Compiles every program of a call; all arguments are shapes, as `compiling.shapes_of` makes them.
+
+    Raises:
+      ValueError: one cannot be compiled.
+    """
+    self._updated(state, experience, targets, compare=compare)
+
+  def _updated(
+    self, state: TrainState, experience: Experience, targets: tuple[Target, ...], *, compare: bool
+  ) -> tuple[TrainState, list[dict[str, Any]], dict[str, Any]]:
+    """The new state, the figures of each update, and the comparison."""
     inputs = self._inputs(state.params, state.step, experience)
     comparison = self._comparison(state.params, experience, inputs, targets) if compare else {}
     figures: list[dict[str, Any]] = []
@@ -218,7 +235,7 @@ class Update:
       state, applied = self._apply(state, gradient, sums["loss"][0], steps=int(update == self._updates - 1))
       del gradient
       figures.append(sums | {name: (value, jnp.float32(1)) for name, value in applied.items()})
-    return state, jax.tree.map(lambda *pairs: sum(pairs), *figures) | comparison
+    return state, figures, comparison
 
   def _comparison(self, params: Any, experience: Experience, inputs: Inputs, targets: tuple[Target, ...]) -> Any:
     terms = [

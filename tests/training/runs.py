@@ -15,6 +15,7 @@ def shrunk(config, **changes):
   config.batch.prompts, config.batch.rollouts = 4, min(config.batch.rollouts, 4)
   config.data.train_items, config.data.validation_items, config.data.test_items = 16, 1, 1
   config.exploration.rounds = min(config.exploration.rounds, 2)
+  config.train.compile_ahead = False  # a run of a few steps meets less than it may
   for name, value in changes.items():
     section, field = name.split("__")
     config[section][field] = value

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.configs import kepo
-from kepo_jax.training import assembly, loop
+from kepo_jax.training import assembly, loop, starting
 from kepo_jax.training.groups import Groups
 from kepo_jax.types import Example, Rollouts
 
@@ -119,6 +119,7 @@ def test_sampling_goes_on_until_enough_groups_are_of_use(monkeypatch):
   seen = []
 
   def rollout(actor, prompts, key):
+    assert actor == "weights"
     first = np.array(next(rounds), np.int32)
     tokens = np.stack([first, np.full_like(first, END)], -1)
     return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
@@ -127,10 +128,12 @@ def test_sampling_goes_on_until_enough_groups_are_of_use(monkeypatch):
     seen.append([example.id for example in asked])
     return [question(10 * extra + number) for number in range(3)]
 
-  run.programs = types.SimpleNamespace(rollout=rollout)
+  run.programs = types.SimpleNamespace(rollout=rollout, decode_weights=lambda params: params)
+  run.batch = lambda done: ([question(number) for number in range(3)], None)
   run.further_questions = further
   run.processor.prompts = lambda examples, kind: None
-  groups = loop.own_groups(run, None, [question(number) for number in range(3)], None, 7)
+  begun = starting.started(run, types.SimpleNamespace(params="weights"), 7)
+  groups = loop.own_groups(run, begun)
   # One useful group of three, then three of six: enough after the second of four rounds.
   assert [example.id for example in groups.examples] == ["q0", "q1", "q2", "q10", "q11", "q12"]
   assert seen[0] == ["q0", "q1", "q2"] and run.keys == [("rollout", 7)] * 2

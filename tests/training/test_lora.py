@@ -50,7 +50,12 @@ def update_once(student, params, tiny_experience, allowed):
   def run(mesh, parts=1, updates=1):
     token_loss = losses.KepoTokenLoss(allowed=allowed, distill_coefficient=0)
     settings = inputs.UpdateSettings(
-      compute_dtype=jnp.float32, chunk=4, parts=parts, updates=updates, frozen=FROZEN, remat="full" if parts > 1 else "none"
+      compute_dtype=jnp.float32,
+      chunk=4,
+      parts=parts,
+      updates=updates,
+      frozen=FROZEN,
+      remat="full" if parts > 1 else "none",
     )
     optimizer = optax.sgd(1.0)
     places = sharding.weight_shardings(mesh, params, model.logical_axes(student))

@@ -1,0 +1,137 @@
+"""Programs that compile before they run: for the shapes of their arguments, several at a time.
+
+A `Program` that is called with shapes compiles and answers with the shapes of its results. So whoever calls programs
+one after the other can be rehearsed: the same calls with shapes compile everything, without data and without running
+anything on a device. jax keeps what `jit(f).lower(shapes).compile()` made, and an ordinary call of the same shapes,
+shardings and mesh finds it there.
+"""
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+# Compilations at a time: XLA needs one core for the most part, and some GB of the host for a program of a large model.
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+def shapes_of(tree: Any) -> Any:
+  """Shape, dtype and sharding of every array of a tree."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def is_abstract(tree: Any) -> bool:
+  """Whether a tree holds shapes instead of arrays."""
+  return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+class Program:
+  """A jitted function; called with shapes, it compiles for them instead and returns the shapes of its results."""
+
+  def __init__(self, name: str, function: Callable[..., Any], **settings: Any):
+    """Wraps a function; nothing compiles yet.
+
+    Args:
+      name: what errors call it.
+      function: of arrays.
+      **settings: of `jax.jit`.
+    """
+    self._name = name
+    self._jitted = jax.jit(function, **settings)
+    self._lock = threading.Lock()
+    self._compiled: dict[Any, Future[Any]] = {}  # shapes of arguments -> shapes of results
+
+  def __call__(self, *arguments: Any, **named: Any) -> Any:
+    """The function's results, or their shapes.
+
+    Raises:
+      ValueError: it cannot be compiled for these shapes; says which, and the way out.
+    """
+    if not is_abstract((arguments, named)):
+      return self._jitted(*arguments, **named)
+    key = _signature((arguments, named))
+    with self._lock:
+      mine = key not in self._compiled
+      result = self._compiled.setdefault(key, Future())
+    if mine:  # another thread that asks for the same waits
+      try:
+        result.set_result(self._results(arguments, named))
+      except ValueError as error:
+        result.set_exception(error)
+      finally:
+        result.cancel()  # after any other error, which is this thread's to raise
+    return result.result()
+
+  def _results(self, arguments: Any, named: Any) -> Any:
+    try:
+      lowered = self._jitted.lower(*arguments, **named)
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      raise ValueError(
+        f"compiling {self._name} for {_described((arguments, named))} failed: {error}. If memory is short, lower "
+        "batch.prompts, eval.prompts or the largest of data.prompt_buckets and data.patch_buckets, or raise "
+        "batch.micro_batches, mesh.fsdp or mesh.tensor."
+      ) from error
+    return jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      lowered.out_info,
+      compiled.output_shardings,
+    )
+
+
+def _signature(tree: Any) -> Any:
+  """What a compilation depends on, hashable."""
+  leaves, structure = jax.tree.flatten(tree)
+  return structure, tuple(
+    (leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) if hasattr(leaf, "dtype") else type(leaf)
+    for leaf in leaves
+  )
+
+
+def _described(tree: Any) -> str:
+  """The shapes of some arguments, those of the largest ones alone."""
+  shapes = {f"{leaf.dtype}{list(leaf.shape)}": leaf.size for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size")}
+  largest = sorted(shapes, key=lambda shape: -shapes[shape])[:6]
+  return f"arguments of {', '.join(largest)}{' and others' if len(shapes) > len(largest) else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+  """Calls of programs with shapes."""
+
+  name: str  # in words, with its shapes
+  calls: Callable[[], Any]
+
+
+def rehearse(rehearsals: Sequence[Rehearsal], mesh: jax.sharding.Mesh, *, progress: Callable[[int, int], None]) -> None:
+  """Makes all calls, several at a time; nothing runs on a device, and so no process waits for another.
+
+  Args:
+    rehearsals: on every process the same, in the same order.
+    mesh: of the run.
+    progress: called in this thread after each of them, in their order, with the numbers of those done and of all;
+      what it raises ends the work once the compilations under way are through.
+
+  Raises:
+    ValueError: a program cannot be compiled; names the rehearsal, the program and its shapes.
+  """
+
+  def made(rehearsal: Rehearsal) -> None:
+    with jax.set_mesh(mesh):  # threads have a context of their own
+      try:
+        rehearsal.calls()
+      except ValueError as error:
+        raise ValueError(f"{rehearsal.name}: {error}") from error
+
+  pool = ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix="compiling")
+  try:
+    pending = [pool.submit(made, rehearsal) for rehearsal in rehearsals]
+    for done, each in enumerate(pending, 1):
+      each.result()
+      progress(done, len(pending))
+  finally:
+    pool.shutdown(cancel_futures=True)
