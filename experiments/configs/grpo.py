@@ -96,7 +96,7 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.objective.reference_weight = 0.0  # beta; 0 drops the reference model
   config.objective.reference_estimator = "k3"  # or k2, k1 (k1 has no mean gradient)
   config.objective.supervised_weight = 0.0  # of the likelihood of supervised rows
-  config.objective.chunk = 128  # completion tokens whose logits exist at one time
+  config.objective.chunk = 1024  # completion tokens of a device whose logits exist at one time; one per row at least
 
   config.supervised = ml_collections.ConfigDict()
   config.supervised.source = "none"  # of rows that the student does not sample: answer (gold letter), teacher

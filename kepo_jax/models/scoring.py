@@ -82,6 +82,12 @@ def token_logps(
   return chunked_loss(evaluate, hidden, head, tokens, chunk=chunk)[1]
 
 
+def chunk_of(tokens: int, prompts: int, rollouts: int) -> int:
+  """The chunk of T that gives the rows of a device about so many tokens with logits; at least one for each row."""
+  a, b = sharding.row_shards(prompts, rollouts)
+  return max(1, tokens * a * b // (prompts * rollouts))
+
+
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
   logits = jnp.einsum("pgcd,vd->pgcv", hidden, head, preferred_element_type=jnp.float32)
   return sharding.constrain(logits, "prompt", "rollout", None, "vocab")
@@ -146,14 +152,17 @@ def _chunked_loss(token_loss, chunk, hidden, head, inputs, others):
 
 
 def _head_gradient(d_logits: jax.Array, hidden: jax.Array, shards: tuple[int, int]) -> jax.Array:
-  """float32[a, b, V, D]: one partial sum per shard of the rows, so that no device waits for another in the loop."""
+  """float32[a, b, D, V]: one partial sum per shard of the rows, so that no device waits for another in the loop.
+
+  With V last, a product that wants one operand transposed (on CPU) turns the hidden states and not the logits.
+  """
   (rows_a, rows_b), (prompts, rollouts) = shards, hidden.shape[:2]
 
   def split(x):
     return x.reshape((rows_a, prompts // rows_a, rows_b, rollouts // rows_b) + x.shape[2:])
 
-  partial = jnp.einsum("apbgcv,apbgcd->abvd", split(d_logits), split(hidden), preferred_element_type=jnp.float32)
-  return sharding.constrain(partial, "prompt", "rollout", "vocab", None)
+  partial = jnp.einsum("apbgcd,apbgcv->abdv", split(hidden), split(d_logits), preferred_element_type=jnp.float32)
+  return sharding.constrain(partial, "prompt", "rollout", None, "vocab")
 
 
 def _forward(token_loss, chunk, hidden, head, inputs, others):
@@ -172,10 +181,10 @@ def _forward(token_loss, chunk, hidden, head, inputs, others):
     d_hidden = jnp.einsum("pgcv,vd->pgcd", d_logits, whole, preferred_element_type=jnp.float32).astype(hidden.dtype)
     return (loss + part, d_head + _head_gradient(d_logits, hidden, shards)), (aux, d_hidden)
 
-  start = (jnp.float32(0), jnp.zeros((*shards, *head.shape), jnp.float32))
+  start = (jnp.float32(0), jnp.zeros((*shards, *head.shape[::-1]), jnp.float32))
   operands = (hidden, tuple(hidden for hidden, _ in others), inputs)
   (loss, d_head), (aux, d_hidden) = _scan_chunks(body, start, operands, chunk)
-  return (loss, aux), (d_hidden, d_head.sum((0, 1)).astype(head.dtype))
+  return (loss, aux), (d_hidden, d_head.sum((0, 1)).T.astype(head.dtype))
 
 
 def _backward(token_loss, chunk, gradients, cotangents):

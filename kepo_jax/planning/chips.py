@@ -64,11 +64,20 @@ def measured(device: jax.Device, dtype: Any) -> Chip:
     left, right = (jnp.full((side, side), value, dtype) for value in (0.5, 0.25))
     product = jax.jit(lambda a, b: jnp.einsum("mk,nk->mn", a, b))
     flops = 2 * side**3 / min(seconds(product, left, right) for _ in range(_REPEATS))
-    values = jnp.ones((rows,), jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    moved = 2 * values.nbytes / min(seconds(copy, values) for _ in range(_REPEATS))
+    moved = 2 * 4 * rows / min(_sweeps(rows))
   name = f"{device.device_kind or device.platform}, {os.cpu_count()} cores" if on_cpu else device.device_kind
   return Chip(name, flops, moved, _memory(device), measured=True)
+
+
+def _sweeps(rows: int) -> list[float]:
+  """Seconds in which float32[rows] are read and written in place: pages that are new to a process cost far more."""
+  sweep, taken = jax.jit(lambda x: x + 1, donate_argnums=0), []
+  values = sweep(jnp.ones((rows,), jnp.float32))
+  for _ in range(_REPEATS):
+    kept: list[jax.Array] = []
+    taken.append(seconds(lambda x, kept=kept: kept.append(sweep(x)) or kept[0], values))
+    values = kept[0]
+  return taken
 
 
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:

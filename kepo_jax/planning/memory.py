@@ -186,7 +186,8 @@ def chunk_logits_bytes(
   config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int, others: int, fixed: tuple[str, ...] = ()
 ) -> int:
   """What has a vocabulary axis inside one chunk of the loss of one micro-batch, and the gradient of a trained head."""
-  tokens = math.ceil(shape.rollouts / shape.micro_batches) * min(chunk, shape.new_tokens)
+  rows = math.ceil(shape.rollouts / shape.micro_batches)
+  tokens = min(max(chunk, rows), rows * shape.new_tokens)
   vocabulary = _divided(config.text.vocab_size, shape.tensor)
   arrays = _LOGITS_OF_STUDENT + _LOGITS_OF_OTHER * others
   head = "language_model" if config.tie_word_embeddings else "lm_head"

@@ -38,7 +38,7 @@ class UpdateSettings:
   """
 
   compute_dtype: Any  # of the student's activations and products; gradients and master weights are float32
-  chunk: int  # completion tokens whose logits exist at one time
+  chunk: int  # completion tokens of a device whose logits exist at one time
   parts: int = 1  # micro-batches
   updates: int = 1  # per batch; with more than one, pi_old comes from a scoring pass before the first
   frozen: tuple[str, ...] = ()  # top-level parts of the parameters that stay
@@ -49,6 +49,10 @@ class UpdateSettings:
   sequence_ratio: bool = False  # one ratio per rollout (GSPO) instead of one per token
   off_context: str = "drop_on_policy"
   distill_factor: optax.Schedule = lambda step: 1.0  # factor of lambda at a step
+
+  def chunk_of(self, tokens: jax.Array) -> int:
+    """`chunk` as tokens of each row of int32[P, G, T]."""
+    return scoring.chunk_of(self.chunk, *tokens.shape[:2])
 
 
 @chex.dataclass(frozen=True)
@@ -96,8 +100,9 @@ def make_inputs(
 
     def part(prompts, tokens):
       hidden = forward.hidden_of(config, params, prompts, tokens, remat="none")
+      chunk = settings.chunk_of(tokens)
       return scoring.token_logps(
-        hidden, head, tokens, token_loss.allowed, temperature=token_loss.temperature, chunk=settings.chunk
+        hidden, head, tokens, token_loss.allowed, temperature=token_loss.temperature, chunk=chunk
       )[0]
 
     return forward.in_parts(part, prompts, tokens, settings.parts)

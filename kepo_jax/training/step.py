@@ -83,11 +83,13 @@ def make_gradients(
     head = model.head_weight(config, params)
     if settings.sequence_ratio and inputs.old_logps is not None:
       inputs = inputs.replace(sequence_log_ratio=sequence_ratios(hidden, head, inputs))
-    return scoring.chunked_loss(token_loss, hidden, head, inputs, others, chunk=settings.chunk)
+    chunk = settings.chunk_of(inputs.tokens)
+    return scoring.chunked_loss(token_loss, hidden, head, inputs, others, chunk=chunk)
 
   def sequence_ratios(hidden, head, inputs):
+    chunk = settings.chunk_of(inputs.tokens)
     logps, _ = scoring.token_logps(
-      hidden, head, inputs.tokens, token_loss.allowed, temperature=token_loss.temperature, chunk=settings.chunk
+      hidden, head, inputs.tokens, token_loss.allowed, temperature=token_loss.temperature, chunk=chunk
     )
     log_ratio = ratios.sequence_log_ratio(logps - inputs.old_logps, inputs.mask)
     return jnp.broadcast_to(log_ratio[..., None], inputs.mask.shape)

@@ -55,15 +55,40 @@ def _weight(shape: tuple[int, ...], axes: LogicalAxes) -> nnx.Param:
   return nnx.Param(jnp.zeros(shape), logical_axes=axes)
 
 
+@jax.custom_vjp
+def widened(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """x W^T of a projection that widens: x [..., in], W [out, in], result [..., out].
+
+  The gradient of W is a product over all tokens, for which a CPU turns one operand. Left to itself it turns that of
+  the result, and computes what leads to it once more on the way; here it is x, which is smaller, and which projections
+  of the same input turn once for all of them.
+  """
+  return jnp.einsum("...i,oi->...o", x, weight)
+
+
+def _widened_backward(residuals, gradient):
+  x, weight = residuals
+  turned = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
+  of_weight = jax.lax.optimization_barrier(jnp.tensordot(turned, gradient, axes=gradient.ndim - 1))
+  return jnp.einsum("...o,oi->...i", gradient, weight), of_weight.T
+
+
+widened.defvjp(lambda x, weight: (widened(x, weight), (x, weight)), _widened_backward)
+
+
 class Linear(nnx.Module):
   """x W^T + b with the weight [out, in] of the checkpoint; axes are the logical axes of the weight."""
 
   def __init__(self, inputs: int, outputs: int, axes: LogicalAxes, bias: bool = True):
     self.weight = _weight((outputs, inputs), axes)
     self.bias = nnx.data(_weight((outputs,), axes[:1])) if bias else None
+    self.widens = outputs > inputs  # see `widened`; LoRA, which makes no gradient of a weight, clears it
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+    if self.widens:
+      y = widened(x, self.weight[...])
+    else:
+      y = jnp.einsum("...i,oi->...o", x, self.weight[...])
     return y if self.bias is None else y + jnp.expand_dims(self.bias[...], tuple(range(y.ndim - 1)))
 
 

@@ -21,7 +21,7 @@ from flax import nnx
 
 from kepo_jax.models.qwen3_vl.config import LoraConfig, Qwen3VLConfig, TextConfig
 from kepo_jax.models.qwen3_vl.layers import Definition, Params, definition, stacked, turn
-from kepo_jax.models.qwen3_vl.text import DecoderLayer
+from kepo_jax.models.qwen3_vl.text import DecoderLayer, masked
 
 PART = "lora"
 # Projections that may have matrices, and the module of a layer that they lie in.
@@ -50,7 +50,9 @@ def layer_kind(lora: LoraConfig | None) -> Callable[[TextConfig], nnx.Module]:
     by = turn(jnp.zeros((1, 1, 1, config.head_dim // 2)))
     provider = qwix.LoraProvider(module_path=path, rank=lora.rank, alpha=lora.alpha)
     layer = DecoderLayer(config)
-    return qwix.apply_lora_to_model(layer, provider, x, by, (), jnp.ones((1,) * 6, bool), rngs=nnx.Rngs(0))
+    for target, module in TARGETS.items():
+      getattr(getattr(layer, module), target).widens = False  # qwix knows a weight as it is, and not turned
+    return qwix.apply_lora_to_model(layer, provider, x, by, (), masked(jnp.ones((1,) * 6, bool)), rngs=nnx.Rngs(0))
 
   return adapted
 
