@@ -53,11 +53,11 @@ def main(_: list[str]) -> None:
   before = json.loads(pathlib.Path(_BEFORE.value).read_text()) if _BEFORE.value else None
   config, sizes = _CONFIG.value, _sizes(_CONFIG.value)
   config.sampling.max_new_tokens = sizes.new_tokens
-  models = [
+  student, teacher = (
     benchmark.model_config(flag or configured)
     for flag, configured in ((_STUDENT.value, config.model.student), (_TEACHER.value, config.model.teacher))
-  ]
-  ours = benchmark.Benchmark(config, *models, sizes)
+  )
+  ours = benchmark.Benchmark(config, student, teacher, sizes)
   rival = _rival(ours)
   with Progress(console=console, transient=True) as progress:
     task = progress.add_task("steps, the first one compiles", total=_REPEATS.value + 1)

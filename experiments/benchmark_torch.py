@@ -63,7 +63,8 @@ class Rival:
   def _model(self, config: Qwen3VLConfig, dtype: torch.dtype) -> Any:
     record = transformers.Qwen3VLConfig.from_dict(side_files.config_record(config))
     record._attn_implementation = "sdpa"
-    return transformers.Qwen3VLForConditionalGeneration(record).to(self._device, dtype).eval()
+    model: Any = transformers.Qwen3VLForConditionalGeneration(record)
+    return model.to(self._device, dtype).eval()
 
   def _batch(self, ours: benchmark.Benchmark) -> dict[str, torch.Tensor]:
     host = jax.tree.map(sharding.to_host, ours.prompts)
@@ -257,7 +258,7 @@ def _trl_loss(config: Any) -> Callable[..., torch.Tensor]:
   return loss
 
 
-def _trainer(objective: Any, most_tokens: int, logps: torch.Tensor) -> types.SimpleNamespace:
+def _trainer(objective: Any, most_tokens: int, logps: torch.Tensor) -> Any:
   """What TRL's loss reads of its trainer: one process, one micro-batch; entropies are not asked for."""
   accelerator = types.SimpleNamespace(
     gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=True

@@ -1,5 +1,6 @@
 """One jitted loop: prompts in, G completions per prompt out."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -99,7 +100,8 @@ def sample(
   state = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
   state = _until(first, advance, state)
   for length in longer:
-    state = _until(length, advance, state.replace(cache=model.lengthened(state.cache, length)))
+    state = dataclasses.replace(state, cache=model.lengthened(state.cache, length))
+    state = _until(length, advance, state)
   return state.rollouts
 
 

@@ -113,7 +113,9 @@ def made_up_prompts(config: Qwen3VLConfig, count: int, sizes: Sizes) -> Prompts:
     raise ValueError(f"{sizes.text_tokens} text tokens do not hold the two marks of an image and a question.")
   usable = np.flatnonzero(special_tokens(config).allowed)
   texts = [np.array([*marks, *rng.choice(usable, words)], np.int32) for _ in range(count)]
-  places, following, slots = zip(*(positions.prompt_positions(text, grids, config) for text in texts), strict=True)
+  places, following, slots = zip(
+    *(positions.prompt_positions(text.tolist(), grids, config) for text in texts), strict=True
+  )
   patches = sizes.image_tokens * config.vision.merge_area
   names = ("segments", "coordinates", "table_index", "table_weight")
   tables = dict(zip(names, positions.vision_tables(grids, config), strict=True)) if grids else _no_tables()
@@ -210,14 +212,13 @@ class Benchmark:
       self.configs["reference"] = student
     dtype = jnp.dtype(config.model.compute_dtype)
     self.chip, self.devices = chips.chip_of(jax.local_devices()[0], dtype), self.mesh.size
-    self._special = special_tokens(student)
+    self._special: Any = special_tokens(student)
     models = {role: self._model(role, seed) for seed, role in enumerate(self.configs)}
     with jax.set_mesh(self.mesh):
       self.state, self.programs = assembly.build_programs(config, self._special, models)
     count = config.batch.prompts
     self.prompts = sharding.place(self.mesh, made_up_prompts(student, count, sizes))
-    few = sharding.place(self.mesh, made_up_prompts(student, max(1, count // 4), sizes))
-    self._few = few
+    self._few = sharding.place(self.mesh, made_up_prompts(student, max(1, count // 4), sizes))
     self._batch: Any = ()  # shapes of the experience and the targets of the last turn
 
   def _model(self, role: str, seed: int) -> programs.Model:
@@ -246,23 +247,22 @@ class Benchmark:
 
   def _turn(self, turn: int) -> Iterator[tuple[str, float]]:
     """One step; yields the name and the seconds of each of its phases."""
-    key, timed = jax.random.key(turn), _Timed()
+    key, timed = jax.random.key(turn), chips.timed
     with jax.set_mesh(self.mesh):
-      actor = timed(self.programs.decode_weights, self.state.params)
-      yield "decode weights", timed.seconds
-      rollouts = timed(self.programs.rollout, actor, self.prompts, key)
-      yield "sampling", timed.seconds
-      if checks.explores(self.config):
-        timed(self.programs.hint, self._few, key)
-        yield "hints", timed.seconds
+      actor, seconds = timed(self.programs.decode_weights, self.state.params)
+      yield "decode weights", seconds
+      rollouts, seconds = timed(self.programs.rollout, actor, self.prompts, key)
+      yield "sampling", seconds
       del actor
+      if checks.explores(self.config):
+        yield "hints", timed(self.programs.hint, self._few, key)[1]
       experience = self._experience(rollouts)
-      targets = timed(self.programs.targets, experience.prompts, experience.tokens)
+      targets, seconds = timed(self.programs.targets, experience.prompts, experience.tokens)
       self._batch = jax.eval_shape(lambda *batch: batch, experience, targets)
       if len(self.configs) > 1:
-        yield "scoring", timed.seconds
-      self.state, _ = timed(self.programs.update, self.state, experience, targets)
-      yield "update", timed.seconds
+        yield "scoring", seconds
+      (self.state, _), seconds = timed(self.programs.update, self.state, experience, targets)
+      yield "update", seconds
 
   def _tokens(self, name: str) -> int:
     config = self.config
@@ -289,7 +289,7 @@ class Benchmark:
     config, student = self.config, self.configs["student"]
     settings = assembly.update_settings(config)
     frozen = jnp.dtype(config.model.teacher_dtype)
-    where = {"chip": self.chip, "devices": self.devices}
+    where: dict[str, Any] = {"chip": self.chip, "devices": self.devices}
     shapes = jax.eval_shape(lambda prompts: prompts, self.prompts)
     rows = (config.batch.prompts, config.batch.rollouts, self.sizes.new_tokens)
     tokens = jax.ShapeDtypeStruct(rows, jnp.int32)
@@ -310,18 +310,6 @@ class Benchmark:
     token_loss = assembly.token_loss(config, self._special)
     work["update"] = floors.update(student, token_loss, settings, self.state, *self._batch, **where)
     return work
-
-
-class _Timed:
-  """Calls a program and keeps the seconds until its results were there."""
-
-  def __init__(self):
-    self.seconds = 0.0
-
-  def __call__(self, program: Callable[..., Any], *arguments: Any) -> Any:
-    kept = []
-    self.seconds = chips.seconds(lambda *given: kept.append(program(*given)) or kept[0], *arguments)
-    return kept[0]
 
 
 def peak_bytes() -> tuple[float, str]:

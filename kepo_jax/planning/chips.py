@@ -74,18 +74,22 @@ def _sweeps(rows: int) -> list[float]:
   sweep, taken = jax.jit(lambda x: x + 1, donate_argnums=0), []
   values = sweep(jnp.ones((rows,), jnp.float32))
   for _ in range(_REPEATS):
-    kept: list[jax.Array] = []
-    taken.append(seconds(lambda x, kept=kept: kept.append(sweep(x)) or kept[0], values))
-    values = kept[0]
+    values, elapsed = timed(sweep, values)
+    taken.append(elapsed)
   return taken
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+  """Results of one call, awaited, and its wall seconds; compile it first."""
+  jax.block_until_ready(arguments)
+  start = time.perf_counter()
+  results = jax.block_until_ready(function(*arguments))
+  return results, time.perf_counter() - start
 
 
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:
   """Wall seconds of one call, its results awaited; compile it first."""
-  jax.block_until_ready(arguments)
-  start = time.perf_counter()
-  jax.block_until_ready(function(*arguments))
-  return time.perf_counter() - start
+  return timed(function, *arguments)[1]
 
 
 def product_rate(rows: int, inputs: int, outputs: int, dtype: Any) -> float:

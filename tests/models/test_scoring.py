@@ -267,3 +267,18 @@ def test_distillation_equals_the_chunked_divergence_of_trl(weight, rng):
   assert relative(actual, expected.item()) < 1e-5
   for gradient, oracle in zip(gradients, student, strict=True):
     assert relative(gradient.reshape(oracle.shape), oracle.grad.numpy()) < 1e-5
+
+
+@pytest.mark.parametrize(
+  ("tokens", "shape", "axes", "chunk"),
+  [
+    (64, (8, 2), {}, 4),
+    (1024, (8, 8), {}, 16),
+    (3, (8, 2), {}, 1),  # one of each row at least
+    (64, (8, 2), {"data": 4}, 16),  # a device has four rows
+    (64, (2, 4), {"data": 2, "fsdp": 4}, 64),  # one
+  ],
+)
+def test_a_chunk_holds_so_many_tokens_of_a_device(tokens, shape, axes, chunk, mesh_of):
+  with jax.set_mesh(mesh_of(**axes)):
+    assert scoring.chunk_of(tokens, *shape) == chunk

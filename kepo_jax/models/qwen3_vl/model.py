@@ -259,7 +259,7 @@ def separated(params: Params) -> Any:
   decoder = params["language_model"]
   depth = jax.tree.leaves(decoder["layers"])[0].shape[0]
   layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], decoder["layers"]) for i in range(depth))
-  return params | {"language_model": decoder | {"layers": layers}}
+  return {**params, "language_model": {**decoder, "layers": layers}}
 
 
 def empty_cache(prefix: Prefix, rollouts: int, length: int) -> Cache:
@@ -280,7 +280,8 @@ def lengthened(cache: Cache, length: int) -> Cache:
   def pad(x):
     return jnp.pad(x, [(0, length - n if axis == x.ndim - 2 else 0) for axis, n in enumerate(x.shape)])
 
-  return cache.replace(keys=jax.tree.map(pad, cache.keys), values=jax.tree.map(pad, cache.values))
+  keys, values = jax.tree.map(pad, (cache.keys, cache.values))
+  return Cache(keys=keys, values=values, length=cache.length)
 
 
 def decode_step(

@@ -1,0 +1,59 @@
+import json
+import sys
+
+import pytest
+from absl import flags
+
+SMALL = ("--image_tokens=4", "--text_tokens=6", "--new_tokens=2", "--repeats=1", "--config.batch.prompts=4")
+
+
+@pytest.fixture
+def run(program, tmp_path, capsys):
+  """`run(*flags)`: what the entry point prints, and the record that it writes."""
+
+  def call(*more):
+    entry = program("experiments.benchmark")
+    file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+    flags.FLAGS(["benchmark", *SMALL, "--config.mesh.data=1", f"--json={file}", *more])
+    entry.main([])
+    return capsys.readouterr().out, json.loads(file.read_text()), file
+
+  return call
+
+
+def test_a_step_beside_its_floors_and_an_earlier_one(run):
+  printed, record, file = run()
+  assert list(record["phases"]) == ["decode weights", "sampling", "hints", "scoring", "update"]
+  step = sum(phase["seconds"] for phase in record["phases"].values())
+  assert record["step_seconds"] == pytest.approx(step)
+  assert record["step_tokens_per_second"] == pytest.approx(4 * 8 * 2 / step)
+  assert record["projected"] == {"steps": 80, "seconds": pytest.approx(80 * step)}
+  assert "4 prompts x 8 rollouts; 4 image, 6 text and 2 new tokens; float32" in printed.replace("\n", " ")
+  record["phases"]["update"]["seconds"] = 1000.0
+  file.write_text(json.dumps(record))
+  printed, after, _ = run(f"--before={file}", "--steps=7")
+  assert after["projected"]["steps"] == 7
+  row = next(line for line in printed.splitlines() if "update" in line and "1000.000" in line)
+  assert f"{after['phases']['update']['floor_seconds']:.3f}" in row
+
+
+def test_torch_is_asked_for_by_name(run, monkeypatch):
+  monkeypatch.setitem(sys.modules, "experiments.benchmark_torch", None)
+  with pytest.raises(ValueError, match="--against=trl needs torch: pip install -r requirements-oracle.txt"):
+    run("--against=trl")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("against", ["transformers", "trl"])
+def test_the_same_step_in_torch(run, against):
+  printed, record, _ = run(f"--against={against}")
+  rival = record["against"]
+  assert rival["name"].startswith(against) and rival["name"].split(" ")[0] in printed
+  assert list(rival["phases"]) == ["sampling", "scoring", "update", "scoring and update", "step"]
+  for row in rival["phases"].values():
+    assert row["ratio"] == pytest.approx(row["torch"] / row["ours"]) and row["torch"] > 0
+  step = rival["phases"]["step"]
+  assert step["torch"] == pytest.approx(
+    sum(rival["phases"][name]["torch"] for name in ("sampling", "scoring", "update"))
+  )
+  assert all(rate > 0 for rates in rival["products"].values() for rate in rates.values())

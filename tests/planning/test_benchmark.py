@@ -1,0 +1,93 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.configs import grpo, kepo, kepo_eq7
+from kepo_jax.models.qwen3_vl import side_files
+from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig
+from kepo_jax.planning import benchmark, chips, floors
+from tests.models.qwen3_vl import cases
+
+STUDENT = Qwen3VLConfig.from_dict(cases.config_record())
+SMALL = benchmark.Sizes(image_tokens=6, text_tokens=5, new_tokens=3)
+
+
+@pytest.mark.parametrize(
+  ("name", "size"),
+  [
+    ("Qwen3-VL-2B", "Qwen3-VL-2B"),
+    ("Qwen/Qwen3-VL-32B-Instruct", "Qwen3-VL-32B"),
+    ("/models/Qwen3-VL-8B-Thinking", "Qwen3-VL-8B"),
+  ],
+)
+def test_models_are_sizes(name, size):
+  assert benchmark.model_config(name) == SIZES[size]
+  assert benchmark.model_config("medium") == benchmark.MEDIUM
+
+
+def test_models_are_folders(tmp_path):
+  (tmp_path / "config.json").write_text(side_files.json.dumps(side_files.config_record(STUDENT)))
+  assert benchmark.model_config(str(tmp_path)) == STUDENT
+  with pytest.raises(ValueError, match="nowhere"):
+    benchmark.model_config("nowhere")
+
+
+def test_prompts_have_the_sizes_that_were_asked_for():
+  prompts = benchmark.made_up_prompts(STUDENT, 3, SMALL)
+  assert prompts.tokens.shape == (3, 11) and prompts.mask.all()
+  assert ((prompts.image_slot >= 0).sum(-1) == 6).all()
+  assert prompts.vision.patches.shape == (3, 6 * 4, STUDENT.vision.patch_width)
+  np.testing.assert_array_equal(prompts.vision.coordinates[0].max(0) + 1, (4, 6))  # 2 x 3 merged tokens
+  assert not (prompts.tokens[0] == prompts.tokens[1]).all()
+  alone = benchmark.made_up_prompts(STUDENT, 2, benchmark.Sizes(0, 5, 3))
+  assert alone.tokens.shape == (2, 5) and alone.vision.patches.shape[1] == 0
+  with pytest.raises(ValueError, match="2 text tokens"):
+    benchmark.made_up_prompts(STUDENT, 2, benchmark.Sizes(6, 2, 3))
+
+
+@pytest.mark.parametrize(
+  ("get_config", "names"),
+  [
+    (kepo.get_config, ["decode weights", "sampling", "hints", "scoring", "update"]),
+    (kepo_eq7.get_config, ["decode weights", "sampling", "hints", "scoring", "update"]),
+    pytest.param(grpo.get_config, ["decode weights", "sampling", "update"], marks=pytest.mark.slow),
+  ],
+)
+def test_every_phase_is_timed_beside_its_floor(get_config, names, monkeypatch):
+  chip = chips.Chip("a chip", 1e9, 1e9, 0.0, measured=True)
+  monkeypatch.setattr(chips, "measured", lambda device, dtype: chip)
+  config = get_config()
+  config.batch.prompts, config.batch.rollouts, config.mesh.data = 4, 2, 1
+  config.sampling.max_new_tokens = SMALL.new_tokens
+  turns = []
+  ours = benchmark.Benchmark(config, STUDENT, STUDENT, SMALL)
+  phases = ours.phases(2, turns.append)
+  assert [phase.name for phase in phases] == names and turns == [0, 1, 2]
+  assert int(ours.state.step) == 3
+  for phase in phases:
+    assert len(phase.seconds) == 2 and phase.work.floor > 0
+    figures = phase.figures(chip, 1)
+    assert figures["seconds"] == pytest.approx(sum(phase.seconds) / 2)
+    assert figures["gap"] == pytest.approx(figures["seconds"] / phase.work.floor)
+    assert figures["flops_utilisation"] == pytest.approx(phase.work.flops / 1e9 / figures["seconds"])
+  by_name = {phase.name: phase for phase in phases}
+  assert by_name["sampling"].tokens == 4 * 2 * 3
+  if "hints" in names:
+    assert by_name["hints"].tokens == 1 * config.exploration.hint_tokens  # a quarter of the prompts
+  if config.objective.reference_weight:  # of the same size here
+    one = floors.scoring(STUDENT, "float32", ours.prompts, jax.ShapeDtypeStruct((4, 2, 3), "int32"))
+    assert by_name["scoring"].work.flops == 2 * one.flops
+
+
+def test_vocabularies_must_agree():
+  other = dataclasses.replace(STUDENT, text=dataclasses.replace(STUDENT.text, vocab_size=128))
+  with pytest.raises(ValueError, match="96 and 128"):
+    benchmark.Benchmark(kepo.get_config(), STUDENT, other, SMALL)
+
+
+def test_no_completion_ends_and_no_special_is_sampled():
+  special = benchmark.special_tokens(STUDENT)
+  assert not special.allowed[[*special.end_ids, 90, 91, 92, 93]].any()
+  assert special.allowed.sum() == 96 - 5

@@ -1,0 +1,45 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kepo_jax.planning import chips
+
+
+def device(kind, platform="gpu"):
+  return types.SimpleNamespace(device_kind=kind, platform=platform)
+
+
+@pytest.mark.parametrize(
+  ("kind", "name", "flops", "bandwidth"),
+  [
+    ("NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM", 989e12, 3.35e12),
+    ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe", 756e12, 2e12),
+    ("NVIDIA H200", "NVIDIA H200", 989e12, 4.8e12),
+    ("NVIDIA A100-SXM4-40GB", "NVIDIA A100 40 GB", 312e12, 1.555e12),
+    ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80 GB", 312e12, 2.039e12),
+    ("TPU v5 lite", "TPU v5e", 197e12, 0.819e12),
+    ("TPU v5p", "TPU v5p", 459e12, 2.765e12),
+    ("TPU v5", "TPU v5p", 459e12, 2.765e12),  # as jax calls a v5p
+    ("TPU v6 lite", "TPU v6e", 918e12, 1.64e12),
+  ],
+)
+def test_data_sheets(kind, name, flops, bandwidth):
+  chip = chips.chip_of(device(kind), jnp.bfloat16)
+  assert (chip.name, chip.flops, chip.bandwidth, chip.measured) == (name, flops, bandwidth, False)
+
+
+def test_what_no_data_sheet_says_is_measured(monkeypatch):
+  monkeypatch.setattr(chips, "measured", lambda device, dtype: (device.device_kind, jnp.dtype(dtype).name))
+  assert chips.chip_of(device("NVIDIA H100"), jnp.float32) == ("NVIDIA H100", "float32")
+  assert chips.chip_of(device("new"), jnp.bfloat16) == ("new", "bfloat16")
+
+
+def test_rates_are_work_over_the_shortest_time(monkeypatch):
+  clock = iter(range(10**6))
+  monkeypatch.setattr(chips.time, "perf_counter", lambda: float(next(clock)))  # every call takes a second
+  monkeypatch.setattr(chips, "_sweeps", lambda rows: [2.0, 4.0])
+  chip = chips.measured(jax.devices()[0], jnp.float32)
+  assert (chip.flops, chip.bandwidth, chip.measured) == (2 * 2048**3, 2 * 4 * 2**24 / 2, True)
+  assert chips.product_rate(2, 3, 5, jnp.float32) == 2 * 2 * 3 * 5 * round(2e10 / 60)

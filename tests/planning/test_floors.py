@@ -1,0 +1,93 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.objectives import losses
+from kepo_jax.planning import floors
+from kepo_jax.planning.chips import Chip
+from kepo_jax.training import inputs, state
+from kepo_jax.training.forward import Target
+from kepo_jax.types import Experience
+from tests.models.qwen3_vl import cases
+
+CONFIG = Qwen3VLConfig.from_dict(cases.config_record())
+PROMPTS = cases.make_prompts(CONFIG, [((4, 4), 5), (3, (4, 8), 2)])[0]
+P, G, T = 2, 3, 6
+CHIP = Chip("a chip", flops=1e3, bandwidth=1e2, memory=0)
+
+
+def numbers(tree):
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_the_slower_of_both_is_the_floor():
+  assert floors.Work(flops=4e3, moved=1e2).on(CHIP, 2).floor == 2
+  assert floors.Work(flops=1e3, moved=8e2).on(CHIP, 2).floor == 4
+  whole = floors.total([floors.Work(1, 2, 3), floors.Work(10, 20, 30)])
+  assert whole == floors.Work(11, 22, 33)
+
+
+def test_the_decode_copy_reads_float32_and_writes_its_own_dtype():
+  assert floors.copying(CONFIG, jnp.bfloat16).moved == 6 * numbers(model.abstract_params(CONFIG))
+
+
+@pytest.mark.parametrize("tokens", [1, T])
+def test_a_token_reads_weights_and_caches(tokens):
+  params = model.abstract_params(CONFIG)
+  work = floors.sampling(CONFIG, jnp.float32, PROMPTS, samples=G, new_tokens=tokens, chip=CHIP, devices=1)
+  decoder = numbers(params["language_model"]["layers"]) + numbers(params["language_model"]["embed_tokens"])
+  text = CONFIG.text
+  slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # keys and values of a token
+  shared = slot * P * PROMPTS.tokens.shape[1]
+  own = slot * P * G * tokens / 2  # half full in the mean
+  assert work.moved == 4 * (tokens * (decoder + shared) + (tokens - 1) * own)
+
+
+def test_a_token_costs_two_flops_per_weight_and_row():
+  one, two = (
+    floors.sampling(CONFIG, jnp.float32, PROMPTS, samples=G, new_tokens=n, chip=CHIP, devices=1).flops for n in (1, 2)
+  )
+  layers = model.abstract_params(CONFIG)["language_model"]["layers"]
+  matrices = numbers([leaf for leaf in jax.tree.leaves(layers) if leaf.ndim == 3])
+  head = CONFIG.text.vocab_size * CONFIG.text.hidden_size
+  products = 2 * P * G * (matrices + head)
+  attention = 2 * 2 * CONFIG.text.num_hidden_layers * P * G * CONFIG.text.num_attention_heads * CONFIG.text.head_dim
+  seen = PROMPTS.tokens.shape[1] + 1  # the prompt and the token itself; and half of two tokens
+  assert two - one == products + attention * (seen + 1)
+
+
+def update_work(**settings):
+  params = model.abstract_params(CONFIG)
+  optimizer = state.make_optimizer(
+    lambda _: 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, moments_dtype="float32"
+  )
+  counter = jax.ShapeDtypeStruct((), jnp.int32)
+  now = state.TrainState(step=counter, params=params, opt_state=jax.eval_shape(optimizer.init, params), skipped=counter)
+  flags = {name: jnp.ones((P, G), bool) for name in ("gate", "injected", "supervised", "kept")}
+  experience = Experience(
+    prompts=PROMPTS, tokens=jnp.ones((P, G, T), jnp.int32), mask=jnp.ones((P, G, T), bool),
+    logps=jnp.zeros((P, G, T)), advantages=jnp.zeros((P, G)), **flags,
+  )  # fmt: skip
+  targets = (Target(hidden=jnp.zeros((P, G, T, 32)), head=jnp.zeros((96, 32))),)
+  token_loss = losses.KepoTokenLoss(allowed=jnp.ones(96, bool))
+  whole = inputs.UpdateSettings(compute_dtype=jnp.float32, chunk=8, **settings)
+  make = functools.partial(floors.update, CONFIG, token_loss, whole, now, experience, targets)
+  return make(chip=CHIP, devices=1), numbers(params)
+
+
+def test_an_update_reads_and_writes_weights_moments_and_gradients():
+  work, count = update_work()
+  counters = 2 * 4  # Adam counts, read and written
+  assert work.moved == 4 * count + 2 * 4 * count + 2 * (4 + 8) * count + counters
+
+
+def test_what_is_computed_again_is_no_work():
+  plain, _ = update_work()
+  again, _ = update_work(remat="full", parts=2)
+  assert plain == again
+  assert dataclasses.replace(plain, floor=0).seconds(CHIP, 1) > 0
