@@ -41,7 +41,7 @@ def main(_: list[str]) -> None:
   """Measures and prints."""
   environment.prepare()
   console = Console(width=120)
-  result = {"memory": loss_memory()}
+  result: dict[str, dict[str, Any]] = {"memory": loss_memory()}
   console.print(
     "temporaries of the loss, 64 x 1,024 tokens, vocabulary 151,936: "
     f"{result['memory']['dense'] / 1e9:.1f} GB dense, {result['memory']['chunked'] / 1e9:.2f} GB in chunks: "

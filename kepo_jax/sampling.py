@@ -1,6 +1,5 @@
 """One jitted loop: prompts in, G completions per prompt out."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -97,11 +96,10 @@ def sample(
   first, *longer = cache_lengths(max_new_tokens)
   cache = model.empty_cache(prefix, samples, first)
   # The prompt itself predicts the first token: a group shares its logits.
-  state = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
+  state: Any = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
   state = _until(first, advance, state)
   for length in longer:
-    state = dataclasses.replace(state, cache=model.lengthened(state.cache, length))
-    state = _until(length, advance, state)
+    state = _until(length, advance, state.replace(cache=model.lengthened(state.cache, length)))
   return state.rollouts
 
 

@@ -82,8 +82,8 @@ class SpecialTokens:
   pad_id: int
 
 
-def special_tokens(config: Qwen3VLConfig) -> SpecialTokens:
-  """Everything may be sampled but the end token and the vision specials."""
+def special_tokens(config: Qwen3VLConfig) -> Any:
+  """`SpecialTokens` in the place of a processor: all may be sampled but the end token and the vision specials."""
   end = pad = 0
   allowed = np.ones(config.text.vocab_size, bool)
   allowed[[end, *_specials(config)]] = False
@@ -212,7 +212,7 @@ class Benchmark:
       self.configs["reference"] = student
     dtype = jnp.dtype(config.model.compute_dtype)
     self.chip, self.devices = chips.chip_of(jax.local_devices()[0], dtype), self.mesh.size
-    self._special: Any = special_tokens(student)
+    self._special = special_tokens(student)
     models = {role: self._model(role, seed) for seed, role in enumerate(self.configs)}
     with jax.set_mesh(self.mesh):
       self.state, self.programs = assembly.build_programs(config, self._special, models)

@@ -119,7 +119,8 @@ def rehearsed_programs(run: setup.Run, state: TrainState) -> Mapping[str, Callab
   config, programs = run.config, run.programs
   student = compiling.shapes_of(state)
   # Keys have one shape; which one it is compiles the same.
-  rollout, hint, candidate, evaluation, answer = (run.key(name, 0) for name in setup.STREAMS)
+  names = ("rollout", "hint", "candidate", "evaluation", "answer")
+  rollout, hint, candidate, evaluation, answer = (run.key(name, 0) for name in names)
 
   def prompts(size: int, pair: Buckets) -> Prompts:
     return sharding.placed_shapes(run.mesh, run.processor.shapes(size, *pair))

@@ -4,7 +4,7 @@ import sys
 import pytest
 from absl import flags
 
-SMALL = ("--image_tokens=4", "--text_tokens=6", "--new_tokens=2", "--repeats=1", "--config.batch.prompts=4")
+SMALL = ("--image_tokens=4", "--text_tokens=6", "--new_tokens=2", "--repeats=1")
 
 
 @pytest.fixture
@@ -14,7 +14,8 @@ def run(program, tmp_path, capsys):
   def call(*more):
     entry = program("experiments.benchmark")
     file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
-    flags.FLAGS(["benchmark", *SMALL, "--config.mesh.data=1", f"--json={file}", *more])
+    flags.FLAGS(["benchmark", *SMALL, f"--json={file}", *more])
+    entry._CONFIG.value.update({"batch": {"prompts": 4}, "mesh": {"data": 1}})
     entry.main([])
     return capsys.readouterr().out, json.loads(file.read_text()), file
 

@@ -59,7 +59,7 @@ def test_every_phase_is_timed_beside_its_floor(get_config, names, monkeypatch):
   chip = chips.Chip("a chip", 1e9, 1e9, 0.0, measured=True)
   monkeypatch.setattr(chips, "measured", lambda device, dtype: chip)
   config = get_config()
-  config.batch.prompts, config.batch.rollouts, config.mesh.data = 4, 2, 1
+  config.batch.prompts, config.batch.rollouts, config.mesh.data = 4, 4, 1
   config.sampling.max_new_tokens = SMALL.new_tokens
   turns = []
   ours = benchmark.Benchmark(config, STUDENT, STUDENT, SMALL)
@@ -73,11 +73,11 @@ def test_every_phase_is_timed_beside_its_floor(get_config, names, monkeypatch):
     assert figures["gap"] == pytest.approx(figures["seconds"] / phase.work.floor)
     assert figures["flops_utilisation"] == pytest.approx(phase.work.flops / 1e9 / figures["seconds"])
   by_name = {phase.name: phase for phase in phases}
-  assert by_name["sampling"].tokens == 4 * 2 * 3
+  assert by_name["sampling"].tokens == 4 * 4 * 3
   if "hints" in names:
     assert by_name["hints"].tokens == 1 * config.exploration.hint_tokens  # a quarter of the prompts
   if config.objective.reference_weight:  # of the same size here
-    one = floors.scoring(STUDENT, "float32", ours.prompts, jax.ShapeDtypeStruct((4, 2, 3), "int32"))
+    one = floors.scoring(STUDENT, "float32", ours.prompts, jax.ShapeDtypeStruct((4, 4, 3), "int32"))
     assert by_name["scoring"].work.flops == 2 * one.flops
 
 

@@ -153,9 +153,9 @@ MUTATIONS = (
    "test_lora.py::test_a_run_loads_the_base_in_the_compute_dtype",
    'fields.compute_dtype if fields.lora_rank else "float32"',
    '"float32"'),
-  ("programs", "the base sampled where nothing is cast",
+  ("programs", "the base sampled without its matrices",
    "test_lora.py::test_tokens_are_sampled_from_merged_weights",
-   "and config.lora is None",
-   "and True"),
+   "model.separated(lora.merged(config, params, dtype))",
+   "model.separated(lora.merged(lora.base(config), params, dtype))"),
 )
 # fmt: on

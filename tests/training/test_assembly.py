@@ -158,7 +158,7 @@ def test_update_settings_carry_every_field():
 
 def test_update_settings_of_the_default_config():
   found = assembly.update_settings(grpo.get_config())
-  expected = inputs.UpdateSettings(compute_dtype=jnp.dtype("float32"), chunk=128, max_tokens=24)
+  expected = inputs.UpdateSettings(compute_dtype=jnp.dtype("float32"), chunk=1024, max_tokens=24)
   assert dataclasses.replace(found, distill_factor=None) == dataclasses.replace(expected, distill_factor=None)
 
 
@@ -218,7 +218,7 @@ def built(monkeypatch, mesh_of):
   def build(config):
     made = {"student": [], "teacher": [], "targets": [], "update": []}
 
-    def sampling_program(model, processor, settings):
+    def sampling_program(model, processor, settings, name):
       made["student"].append(settings)
       return settings
 

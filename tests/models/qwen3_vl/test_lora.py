@@ -242,6 +242,6 @@ def test_tokens_are_decoded_from_merged_weights(batch):
   config = adapted()
   params = drawn(config)
   prefix = model.prefill(config, params, batch[0])
-  cache = model.empty_cache(config, 2, 2, 4)
+  cache = model.empty_cache(prefix, 2, 4)
   with pytest.raises(ValueError, match="decoded from merged weights"):
     model.decode_step(config, params, prefix, cache, jnp.ones((2, 2), jnp.int32))
