@@ -14,6 +14,14 @@ STUDENT = Qwen3VLConfig.from_dict(cases.config_record())
 SMALL = benchmark.Sizes(image_tokens=6, text_tokens=5, new_tokens=3)
 
 
+def low_memory():
+  """Every option that changes what is loaded or kept."""
+  config = kepo.get_config()
+  config.model.update({"lora_rank": 2, "teacher_memory": "host", "remat": "full"})
+  config.optimizer.moments = "float8"
+  return config
+
+
 @pytest.mark.parametrize(
   ("name", "size"),
   [
@@ -50,6 +58,7 @@ def test_prompts_have_the_sizes_that_were_asked_for():
 @pytest.mark.parametrize(
   ("get_config", "names"),
   [
+    (low_memory, ["decode weights", "sampling", "hints", "scoring", "update"]),
     (kepo.get_config, ["decode weights", "sampling", "hints", "scoring", "update"]),
     (kepo_eq7.get_config, ["decode weights", "sampling", "hints", "scoring", "update"]),
     pytest.param(grpo.get_config, ["decode weights", "sampling", "update"], marks=pytest.mark.slow),
