@@ -62,18 +62,20 @@ def sampling(
     chip: whose floors these are.
     devices: of it.
   """
-  params = model.abstract_params(config, dtype)
+  # Side by side, as a token finds them: it then sees its own key in the cache, and no slot that is not written.
+  params = jax.eval_shape(model.separated, model.abstract_params(config, dtype))
   prefix = jax.eval_shape(functools.partial(model.prefill, config), params, prompts)
   rows = prompts.tokens.shape[0] * samples
   cache = jax.eval_shape(lambda prefix: model.empty_cache(prefix, samples, new_tokens), prefix)
   token = jax.ShapeDtypeStruct((prompts.tokens.shape[0], samples), jnp.int32)
   head = model.head_weight(config, params)
-  first = flops.count(functools.partial(model.prefill, config), params, prompts)
+  logits = 2.0 * head.shape[0] * head.shape[1]  # of one row
+  first = flops.count(functools.partial(model.prefill, config), params, prompts) + prompts.tokens.shape[0] * logits
   read = _bytes({"layers": params["language_model"]["layers"], "head": head})
-  # One token, of which the cache holds one slot here: the attention to those sampled before is added below.
+  # One token, for which the cache has one slot here: the attention to those sampled before is added below.
   single = jax.eval_shape(lambda prefix: model.empty_cache(prefix, samples, 1), prefix)
   each = flops.count(functools.partial(model.decode_step, config), params, prefix, single, token)
-  each += 2.0 * rows * head.shape[0] * head.shape[1]
+  each += rows * logits
   seen = 4.0 * rows * config.text.num_attention_heads * config.text.head_dim * config.text.num_hidden_layers
   each += seen * new_tokens / 2
   prefixes = _bytes((prefix.keys, prefix.values))

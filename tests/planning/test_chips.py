@@ -37,9 +37,18 @@ def test_what_no_data_sheet_says_is_measured(monkeypatch):
 
 
 def test_rates_are_work_over_the_shortest_time(monkeypatch):
-  clock = iter(range(10**6))
-  monkeypatch.setattr(chips.time, "perf_counter", lambda: float(next(clock)))  # every call takes a second
-  monkeypatch.setattr(chips, "_sweeps", lambda rows: [2.0, 4.0])
+  calls = []
+  monkeypatch.setattr(chips, "seconds", lambda function, *arguments: calls.append(arguments) or float(len(calls)))
+  monkeypatch.setattr(chips, "_sweeps", lambda rows: [4.0, 2.0])
   chip = chips.measured(jax.devices()[0], jnp.float32)
   assert (chip.flops, chip.bandwidth, chip.measured) == (2 * 2048**3, 2 * 4 * 2**24 / 2, True)
-  assert chips.product_rate(2, 3, 5, jnp.float32) == 2 * 2 * 3 * 5 * round(2e10 / 60)
+  assert calls[0][0].shape == (2048, 2048)
+  calls.clear()
+  # The median of 1 to 5 seconds, in each of which the product is made 2e10 / (2 x 3 x 5 x 2) times.
+  assert chips.product_rate(2, 3, 5, jnp.float32) == pytest.approx(2e10 / 3)
+
+
+def test_a_call_is_timed_with_its_results():
+  result, seconds = chips.timed(lambda x: x + 1, jnp.ones(3))
+  assert result.tolist() == [2, 2, 2] and seconds > 0
+  assert all(each > 0 for each in chips._sweeps(8))

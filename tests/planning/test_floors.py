@@ -8,7 +8,7 @@ import pytest
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import losses
-from kepo_jax.planning import floors
+from kepo_jax.planning import floors, flops
 from kepo_jax.planning.chips import Chip
 from kepo_jax.training import inputs, state
 from kepo_jax.training.forward import Target
@@ -52,6 +52,9 @@ def test_a_token_costs_two_flops_per_weight_and_row():
   one, two = (
     floors.sampling(CONFIG, jnp.float32, PROMPTS, samples=G, new_tokens=n, chip=CHIP, devices=1).flops for n in (1, 2)
   )
+  prefill = functools.partial(model.prefill, CONFIG)
+  first = flops.count(prefill, model.abstract_params(CONFIG), PROMPTS)
+  assert one == first + 2 * P * CONFIG.text.vocab_size * CONFIG.text.hidden_size  # a group shares its first logits
   layers = model.abstract_params(CONFIG)["language_model"]["layers"]
   matrices = numbers([leaf for leaf in jax.tree.leaves(layers) if leaf.ndim == 3])
   head = CONFIG.text.vocab_size * CONFIG.text.hidden_size
