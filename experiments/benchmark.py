@@ -107,9 +107,8 @@ def record(ours: benchmark.Benchmark, phases: list[benchmark.Phase]) -> dict[str
   config, chip = ours.config, ours.chip
   figures = {phase.name: phase.figures(chip, ours.devices) for phase in phases}
   peak, whose = benchmark.peak_bytes()
-  plan = RunPlan(
-    config=config, workdir="", models=ours.configs, mesh=dict(ours.mesh.shape), questions={}, programs=(), start_step=0
-  )
+  models, mesh = ours.configs | {"student": ours.adapted}, dict(ours.mesh.shape)
+  plan = RunPlan(config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0)
   step = sum(each["seconds"] for each in figures.values())
   steps = _STEPS.value or config.train.steps
   return {

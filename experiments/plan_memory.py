@@ -4,24 +4,24 @@
   python -m experiments.plan_memory --config=experiments/configs/kepo_medvqa.py --compare
 
 A row for the config as it is and, with --compare, one for each option of docs/low_memory.md and one for all of them.
-Models are those of the paper's sizes whose names the config's end with.
+Models are folders with a config.json, or published sizes that a name begins with.
 """
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig
-from kepo_jax.planning import memory
-from kepo_jax.training import checks
+from experiments import environment
+from kepo_jax.planning import benchmark, memory
+from kepo_jax.training import assembly, checks
 from kepo_jax.types import RunPlan
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", "experiments/configs/kepo_medvqa.py", "of the run", lock_config=True
-)
+with environment.config_errors():
+  _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/kepo_medvqa.py", "of the run")
 _COMPARE = flags.DEFINE_bool("compare", False, "add the options that save memory")
 
 # Option -> its fields.
@@ -37,25 +37,14 @@ OPTIONS = {
 COLUMNS = ("student and moments", "teacher", *memory.PHASES, "peak")
 
 
-def size_of(name: str) -> Qwen3VLConfig:
-  """The published size that a checkpoint's name contains.
-
-  Raises:
-    ValueError: none.
-  """
-  found = [size for size in SIZES if size in name]
-  if not found:
-    raise ValueError(f"the size of {name!r} is unknown; name one of {sorted(SIZES)}.")
-  return SIZES[found[0]]
-
-
 def plan(config: Any, *, devices: int = 1) -> RunPlan:
   """What a run of a config would show before its first step, on `devices` devices where mesh.data takes the rest."""
-  models = {"student": size_of(config.model.student)}
+  student = benchmark.model_config(config.model.student)
+  models = {"student": dataclasses.replace(student, lora=assembly.lora_config(config.model))}
   if checks.needs_teacher(config):
-    models["teacher"] = size_of(config.model.teacher)
+    models["teacher"] = benchmark.model_config(config.model.teacher)
   if config.objective.reference_weight:
-    models["reference"] = models["student"]
+    models["reference"] = student
   mesh = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
   if mesh["data"] == -1:
     mesh["data"] = max(1, devices // (mesh["fsdp"] * mesh["tensor"]))
@@ -98,4 +87,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)

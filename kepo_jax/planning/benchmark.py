@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import model, positions
 from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig, TextConfig, VisionConfig
 from kepo_jax.planning import chips, floors
-from kepo_jax.training import assembly, checks, programs, residence
+from kepo_jax.training import assembly, checks, programs, setup
 from kepo_jax.types import Experience, Prompts, VisionInputs
 
 # Between the tiny models of the embedded default and the smallest that is published: large enough for products to
@@ -55,13 +56,17 @@ MODELS: Mapping[str, Qwen3VLConfig] = SIZES | {"medium": MEDIUM}
 
 
 def model_config(name: str) -> Qwen3VLConfig:
-  """The sizes of a model of `MODELS`, of a Hub id that ends in one of them, or of a checkpoint folder.
+  """The sizes of a checkpoint folder, or of the model of `MODELS` with which the last part of a name begins.
 
   Raises:
-    ValueError: neither.
+    ValueError: neither, or the folder's config.json is not a Qwen3-VL's.
   """
-  known = next((config for size, config in MODELS.items() if name.split("/")[-1].startswith(size)), None)
-  return known or Qwen3VLConfig.from_directory(name)
+  if (epath.Path(name) / "config.json").exists():
+    return Qwen3VLConfig.from_directory(name)
+  known = [config for size, config in MODELS.items() if name.split("/")[-1].startswith(size)]
+  if not known:
+    raise ValueError(f"{name!r} is neither a folder with a config.json nor one of {sorted(MODELS)}.")
+  return known[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +219,7 @@ class Benchmark:
     self.chip, self.devices = chips.chip_of(jax.local_devices()[0], dtype), self.mesh.size
     self._special = special_tokens(student)
     models = {role: self._model(role, seed) for seed, role in enumerate(self.configs)}
-    self._adapted = models["student"].config
+    self.adapted = models["student"].config  # the student with its matrices of LoRA, if it has some
     with jax.set_mesh(self.mesh):
       checks.check_attention(config, student)
       self.state, self.programs = assembly.build_programs(config, self._special, models)
@@ -224,14 +229,9 @@ class Benchmark:
     self._batch: Any = ()  # shapes of the experience and the targets of the last turn
 
   def _model(self, role: str, seed: int) -> programs.Model:
-    """As `setup.load_models` loads one, with random weights."""
-    settings, student = self.config.model, role == "student"
-    dtype = assembly.student_dtype(settings) if student else jnp.dtype(settings.teacher_dtype)
-    params = random_weights(self.configs[role], self.mesh, dtype, seed)
-    if not student and settings.teacher_memory == "host":
-      params = residence.on_host(params)
-    made = programs.Model(dataclasses.replace(self.configs[role], attention=settings.attention), params)
-    return assembly.with_lora(self.config, made, jax.random.key(seed)) if student else made
+    sizes = self.configs[role]
+    params = random_weights(sizes, self.mesh, setup.model_dtype(self.config, role), seed)
+    return setup.model_of(self.config, role, sizes, params)
 
   def phases(self, repeats: int, between: Callable[[int], None] = lambda turn: None) -> list[Phase]:
     """Runs the step `repeats` times after one that compiles, and whatever else is measured in turns with it.
@@ -296,7 +296,7 @@ class Benchmark:
     """What each phase has to do at least."""
     # Counted in the plain form: what is inside a fused kernel is not seen.
     config, student = self.config, self.configs["student"]
-    adapted = dataclasses.replace(self._adapted, attention="plain")
+    adapted = dataclasses.replace(self.adapted, attention="plain")
     others = {role: dataclasses.replace(each, attention="plain") for role, each in self.configs.items()}
     settings = assembly.update_settings(config)
     frozen = jnp.dtype(config.model.teacher_dtype)

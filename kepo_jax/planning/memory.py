@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kepo_jax import sharding
+from kepo_jax import sampling, sharding
 from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.training import assembly, checks
@@ -66,11 +66,13 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   stays = parts["student and moments"] + (0 if on_host else sum(models.values()))
   visiting = models if on_host else dict.fromkeys(models, 0)  # bytes that come for a phase
   parts |= {f"{role} in host memory" if on_host else role: size for role, size in models.items()}
-  actor = _decode_copy(student, plan.mesh, stored=stored, itemsize=compute)
+  actor = _decode_copy(student, plan.mesh, compute)
   parts["sampling"] = actor + cache_bytes(student, shape, compute) + _sampler_logits(student, shape)
   if "teacher" in others and (checks.explores(config) or checks.teacher_answers(config)):
     # The student's decode copy waits for the candidates meanwhile.
-    parts["hints"] = actor + _decode_copy(others["teacher"], plan.mesh, stored=frozen, itemsize=frozen)
+    # Where its layout is that of decoding already, the teacher decodes from its own weights.
+    copied = plan.mesh["fsdp"] > 1
+    parts["hints"] = actor + (_decode_copy(others["teacher"], plan.mesh, frozen) if copied else 0)
     if on_host:  # it stays for all rounds, so candidates are sampled beside it
       parts["hints"] = visiting["teacher"] + max(parts["hints"], parts["sampling"])
   hidden = sum(_hidden(other, shape, frozen) for other in others.values())
@@ -175,10 +177,11 @@ def _evaluation_shape(config: Any, mesh: dict[str, int]) -> _BatchShape:
 
 
 def cache_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int:
-  """Keys and values of the shared prompts and of the completions during sampling."""
+  """Keys and values of the shared prompts and of the completions, as the cache of a sampler grows for the last time."""
   text = config.text
   heads = _divided(text.num_key_value_heads, shape.tensor)
-  positions = shape.prompts * shape.prompt_tokens + shape.rollouts * shape.new_tokens
+  lengths = sampling.cache_lengths(shape.new_tokens)
+  positions = shape.prompts * shape.prompt_tokens + shape.rollouts * sum(lengths[-2:])
   return 2 * text.num_hidden_layers * positions * heads * text.head_dim * itemsize
 
 
@@ -263,10 +266,8 @@ def _layers(config: Qwen3VLConfig, shape: _BatchShape, *, parts: int) -> tuple[_
   )
 
 
-def _decode_copy(config: Qwen3VLConfig, mesh: dict[str, int], *, stored: int, itemsize: int) -> int:
-  """A second set of weights in the decode layout; none where layout, dtype and weights are the same as those stored."""
-  if mesh["fsdp"] == 1 and stored == itemsize and config.lora is None:
-    return 0
+def _decode_copy(config: Qwen3VLConfig, mesh: dict[str, int], itemsize: int) -> int:
+  """A second set of weights in the decode layout."""
   return itemsize * parameters_per_device(lora.base(config), mesh, "decode")  # merged
 
 

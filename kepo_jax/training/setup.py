@@ -15,6 +15,7 @@ from kepo_jax import evaluation, sharding
 from kepo_jax.data import images, limits, pipeline, prompts, splits, tokenization
 from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.rewards import Scorer, WeightedRewards
 from kepo_jax.training import assembly, checks, programs, question_checks, residence
 from kepo_jax.training.interruption import Interruption
@@ -361,16 +362,31 @@ def load_models(
   """
   models = {}
   for role, folder in folders.items():
-    student = role == "student"
-    dtype = assembly.student_dtype(config.model) if student else jnp.dtype(config.model.teacher_dtype)
     progress = functools.partial(show_progress, hooks, f"loading {role}")
-    loaded, params = conversion.load_pretrained(folder, dtype, mesh, progress=progress)
-    if not student and config.model.teacher_memory == "host":
-      params = residence.on_host(params)
-    made = programs.Model(dataclasses.replace(loaded, attention=config.model.attention), params)
-    models[role] = assembly.with_lora(config, made, stream(config.seed, "lora")) if student else made
+    loaded = conversion.load_pretrained(folder, model_dtype(config, role), mesh, progress=progress)
+    models[role] = model_of(config, role, *loaded)
     interruption.check()
   return models
+
+
+def model_dtype(config: Any, role: str) -> Any:
+  """The dtype in which the weights of a role are loaded."""
+  return assembly.student_dtype(config.model) if role == "student" else jnp.dtype(config.model.teacher_dtype)
+
+
+def model_of(config: Any, role: str, loaded: Qwen3VLConfig, params: Any) -> programs.Model:
+  """A model as the run uses it: its form of attention, where its weights live, and its matrices of LoRA.
+
+  Args:
+    config: of the run.
+    role: "student", or a frozen model's.
+    loaded: sizes of the model.
+    params: its weights in `model_dtype`; given up where they move to host memory.
+  """
+  made = dataclasses.replace(loaded, attention=config.model.attention)
+  if role == "student":
+    return assembly.with_lora(config, programs.Model(made, params), stream(config.seed, "lora"))
+  return programs.Model(made, residence.on_host(params) if config.model.teacher_memory == "host" else params)
 
 
 def split_rule(config: Any, *, given: bool) -> str:

@@ -38,7 +38,7 @@ def test_models_are_sizes(name, size):
 def test_models_are_folders(tmp_path):
   (tmp_path / "config.json").write_text(side_files.json.dumps(side_files.config_record(STUDENT)))
   assert benchmark.model_config(str(tmp_path)) == STUDENT
-  with pytest.raises(ValueError, match="nowhere"):
+  with pytest.raises(ValueError, match="'nowhere' is neither a folder .*Qwen3-VL-2B"):
     benchmark.model_config("nowhere")
 
 

@@ -77,7 +77,7 @@ def test_parts_by_hand():
   assert parts["teacher"] == 4 * count
   # Keys and values, 2 layers, 8 prefixes of 64 and 64 completions of 32, 2 heads of 32, float32; three logit arrays.
   caches = 2 * 2 * (8 * 64 + 64 * 32) * 2 * 32 * 4
-  assert parts["sampling"] == caches + 3 * 64 * 1000 * 4
+  assert parts["sampling"] == 4 * count + caches + 3 * 64 * 1000 * 4  # beside the copy of the weights that decodes
   stays = parts["student and moments"] + parts["teacher"]
   assert parts["peak"] == stays + max(parts["sampling"], parts["scoring"], parts["update"])
 
@@ -90,12 +90,21 @@ def test_evaluation_by_hand():
   parts = memory.estimate(plan(**changes))
   # One prefix of 64 and one completion of 32 for each of 64 questions, 2 layers, 2 heads of 32, float32; three logits.
   expected = 2 * 2 * 64 * (64 + 32) * 2 * 32 * 4 + 3 * 64 * 1000 * 4
-  assert parts["evaluation"] == expected
-  assert memory.estimate(plan(mesh={"data": 8, "fsdp": 1, "tensor": 1}, **changes))["evaluation"] == expected // 8
+  copy = 4 * memory.parameters_per_device(SMALL, ONE)
+  assert parts["evaluation"] == expected + copy
+  eight = memory.estimate(plan(mesh={"data": 8, "fsdp": 1, "tensor": 1}, **changes))
+  assert eight["evaluation"] == expected // 8 + copy
   # 64 questions do not divide over 24 devices, but over the 8 of the data axis: three devices hold the same ones.
   mesh = {"data": 8, "fsdp": 3, "tensor": 1}
   copy = 4 * memory.parameters_per_device(SMALL, mesh, "decode")
   assert memory.estimate(plan(mesh=mesh, **changes))["evaluation"] == expected // 8 + copy
+
+
+def test_a_cache_that_grows_is_there_twice():
+  whole = {length: memory.estimate(plan(sampling__max_new_tokens=length))["sampling"] for length in (256, 300, 1024)}
+  slot = 2 * 2 * 64 * 2 * 32 * 4  # keys and values of a token of each of 64 completions
+  assert whole[300] - whole[256] == slot * 300  # 256 and 300 of them instead of 256
+  assert whole[1024] - whole[256] == slot * (768 + 1024 - 256)
 
 
 def test_a_large_evaluation_sets_the_peak():
@@ -137,10 +146,9 @@ def test_lora_has_gradients_and_moments_of_its_matrices_alone():
   assert whole["student and moments"] == 3 * 4 * count
   # Two sets of gradients, as the terms are compared, and the copy in the compute dtype; the tower is run forwards.
   assert whole["update"] - parts["update"] > 10 * (count - matrices)
-  # The merged copy is there even where dtype and layout are those of the base.
+  # Merged weights are as many as any other copy.
   assert parts["sampling"] == whole["sampling"]
-  one_dtype = memory.estimate(plan(student=student, **lora))
-  assert one_dtype["sampling"] == memory.estimate(plan())["sampling"] + 4 * count
+  assert memory.estimate(plan(student=student, **lora))["sampling"] == memory.estimate(plan())["sampling"]
   # What the optimizer holds, its counters apart.
   params = model.abstract_params(student, jnp.bfloat16)
   moments = jax.eval_shape(OPTIMIZER.init, {"lora": params["lora"]})
@@ -155,10 +163,10 @@ def test_a_comparison_of_gradients_holds_a_second_set():
   assert memory.estimate(plan(**grpo)) == memory.estimate(plan(**grpo, log__gradients_every=0))
 
 
-def test_decode_copies_exist_where_the_layout_or_the_dtype_changes():
+def test_the_student_decodes_from_a_copy_and_the_teacher_where_its_layout_changes():
   count = memory.parameters_per_device(SMALL, ONE)
-  assert memory.estimate(plan())["hints"] == 0
-  # Whole over fsdp, in float32: the student's copy waits beside the teacher's.
+  assert memory.estimate(plan())["hints"] == 4 * count
+  # Whole over fsdp: the student's copy waits beside the teacher's.
   assert memory.estimate(plan(mesh={"data": 1, "fsdp": 4, "tensor": 1}))["hints"] == 2 * 4 * count
   assert memory.estimate(plan(model__compute_dtype="bfloat16"))["hints"] == 2 * count
   assert "hints" not in memory.estimate(plan(exploration__rounds=0))
