@@ -97,6 +97,13 @@ MUTATIONS = (
     "jax.checkpoint_policies.dots_saveable",
     f"{_TESTS}/test_remat.py::test_products_of_attention_are_not_kept",
   ),
+  Mutation(
+    "products of widening projections not kept",
+    f"{_QWEN}/layers.py",
+    "(widened.fun(x, weight), (x, weight))",
+    "(widened(x, weight), (x, weight))",
+    f"{_TESTS}/test_remat.py::test_the_product_of_a_widening_projection_is_kept",
+  ),
   Mutation("no height section", f"{_QWEN}/text.py", "for k in (1, 2):", "for k in (2,):", _AXES),
   Mutation("no width section", f"{_QWEN}/text.py", "for k in (1, 2):", "for k in (1,):", _AXES),
   Mutation(

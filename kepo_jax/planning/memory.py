@@ -85,8 +85,15 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   backward = (
     (4 * trained if config.log.gradients_every and terms else 0)  # gradients of one term and another, if compared
     + compute * ((weights - trained if compute < stored else 0) + (trained if compute < 4 else 0))
-    + activation_bytes(student, shape, compute, remat=config.model.remat, fixed=fixed)
-    + chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others), fixed=fixed)
+    + head_gradient_bytes(student, shape, fixed=fixed)
+    + activation_bytes(
+      student,
+      shape,
+      compute,
+      remat=config.model.remat,
+      fixed=fixed,
+      logits=chunk_logits_bytes(student, shape, chunk=config.objective.chunk, others=len(others)),
+    )
   )
   parts["update"] = 4 * trained + hidden + heads + max(backward, 4 * _OPTIMIZER_ARRAYS * trained)
   if config.eval.every or config.eval.test:
@@ -185,38 +192,42 @@ def cache_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int
   return 2 * text.num_hidden_layers * positions * heads * text.head_dim * itemsize
 
 
-def chunk_logits_bytes(
-  config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int, others: int, fixed: tuple[str, ...] = ()
-) -> int:
-  """What has a vocabulary axis inside one chunk of the loss of one micro-batch, and the gradient of a trained head."""
+def chunk_logits_bytes(config: Qwen3VLConfig, shape: _BatchShape, *, chunk: int, others: int) -> int:
+  """What has a vocabulary axis inside one chunk of the loss of one micro-batch."""
   rows = math.ceil(shape.rollouts / shape.micro_batches)
   tokens = min(max(chunk, rows), rows * shape.new_tokens)
-  vocabulary = _divided(config.text.vocab_size, shape.tensor)
   arrays = _LOGITS_OF_STUDENT + _LOGITS_OF_OTHER * others
-  head = "language_model" if config.tie_word_embeddings else "lm_head"
-  return 4 * vocabulary * (arrays * tokens + (0 if head in fixed else config.text.hidden_size))
+  return 4 * _divided(config.text.vocab_size, shape.tensor) * arrays * tokens
+
+
+def head_gradient_bytes(config: Qwen3VLConfig, shape: _BatchShape, *, fixed: tuple[str, ...] = ()) -> int:
+  """The gradient of a trained head, which the chunks of the loss add up beside the gradients of the other weights."""
+  if ("language_model" if config.tie_word_embeddings else "lm_head") in fixed:
+    return 0
+  return 4 * _divided(config.text.vocab_size, shape.tensor) * config.text.hidden_size
 
 
 def activation_bytes(
-  config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, *, remat: str, fixed: tuple[str, ...] = ()
+  config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, *, remat: str, fixed: tuple[str, ...] = (), logits: int = 0
 ) -> int:
-  """What the backward pass of one micro-batch keeps.
+  """What the forward and backward pass of one micro-batch keep, with `logits` bytes between the two.
 
-  Without remat the inside of every layer; with it the input of every layer and the inside of one, and with "dots" the
-  products with weights of every layer besides. A vision tower that is `fixed` is run forwards alone and keeps one
+  Without remat the inside of every layer, and the logits beside. With it the input of every layer, with "dots" the
+  products with weights of every layer besides, and the largest of the logits and the inside of one layer of each tower,
+  which are computed once more one after the other. A vision tower that is `fixed` is run forwards alone and keeps one
   layer. What "dots_offloaded" keeps lies on the host.
   """
   text, vision = _layers(config, shape, parts=shape.micro_batches)
-  depth = 1 if "visual" in fixed else config.vision.depth
-  return sum(
-    tower.bytes(
-      itemsize,
-      layers=layers,
-      inside=layers if remat == "none" else 1,
-      products=layers if remat == "dots" else 0,
+  depths = (config.text.num_hidden_layers, 1 if "visual" in fixed else config.vision.depth)
+  if remat == "none":
+    return logits + sum(
+      tower.bytes(itemsize, layers=depth, inside=depth) for tower, depth in zip((text, vision), depths, strict=True)
     )
-    for tower, layers in ((text, config.text.num_hidden_layers), (vision, depth))
+  kept = sum(
+    tower.bytes(itemsize, layers=depth, inside=0, products=depth if remat == "dots" else 0)
+    for tower, depth in zip((text, vision), depths, strict=True)
   )
+  return kept + max(logits, *(tower.bytes(itemsize, layers=0, inside=1) for tower in (text, vision)))
 
 
 def _one_layer(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int:

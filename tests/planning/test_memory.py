@@ -270,6 +270,19 @@ def test_products_that_are_kept_by_hand():
   assert offloaded == full < dots < none
 
 
+def test_logits_and_the_layer_that_is_computed_again_take_turns():
+  wide = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, vocab_size=20_000))
+
+  def update(remat, chunk):
+    changes = {"model__remat": remat, "objective__chunk": chunk, "sampling__max_new_tokens": 64}
+    return memory.estimate(plan(wide, wide, **changes, log__gradients_every=0))["update"]
+
+  logits = 4 * 8 * 20_000  # of a token: 3 float32 arrays of the student, 5 of the teacher and the divergence
+  assert update("none", 2048) - update("none", 1024) == 1024 * logits
+  assert update("full", 2048) - update("full", 1024) == 1024 * logits
+  assert update("full", 128) == update("full", 64)  # smaller than a layer
+
+
 def test_a_teacher_in_host_memory_counts_in_its_phases():
   large = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, num_hidden_layers=40))
   changes = {"teacher": large, "optimizer__learning_rate": 0.1}

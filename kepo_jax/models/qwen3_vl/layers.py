@@ -73,7 +73,8 @@ def _widened_backward(residuals, gradient):
   return jnp.einsum("...o,oi->...i", gradient, weight), of_weight.T
 
 
-widened.defvjp(lambda x, weight: (widened(x, weight), (x, weight)), _widened_backward)
+# The product itself, not a call of `widened`, which a rematerialisation policy does not look into.
+widened.defvjp(lambda x, weight: (widened.fun(x, weight), (x, weight)), _widened_backward)
 
 
 class Linear(nnx.Module):

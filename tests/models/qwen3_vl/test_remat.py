@@ -76,6 +76,15 @@ def test_what_is_kept_by_hand():
   assert sum(residuals("none", layer).values()) == 18 * one
 
 
+def test_the_product_of_a_widening_projection_is_kept():
+  def layer(x, w):
+    return jnp.sin(layers.widened(jnp.cos(x), w))
+
+  one = 64 * 32 * 4
+  assert residuals("full", layer) == {"device": 6 * one}
+  assert residuals("dots", layer) == {"device": 12 * one}
+
+
 def test_products_of_attention_are_not_kept():
   def attention(x, w):
     rows = (x @ w).reshape(16, 4, 32)
