@@ -8,7 +8,6 @@ Models are folders with a config.json, or published sizes that a name begins wit
 """
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +15,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import environment
-from kepo_jax.planning import benchmark, memory
-from kepo_jax.training import assembly, checks
-from kepo_jax.types import RunPlan
+from kepo_jax.planning import memory
+from kepo_jax.training import checks
 
 with environment.config_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/kepo_medvqa.py", "of the run")
@@ -37,20 +35,6 @@ OPTIONS = {
 COLUMNS = ("student and moments", "teacher", *memory.PHASES, "peak")
 
 
-def plan(config: Any, *, devices: int = 1) -> RunPlan:
-  """What a run of a config would show before its first step, on `devices` devices where mesh.data takes the rest."""
-  student = benchmark.model_config(config.model.student)
-  models = {"student": dataclasses.replace(student, lora=assembly.lora_config(config.model))}
-  if checks.needs_teacher(config):
-    models["teacher"] = benchmark.model_config(config.model.teacher)
-  if config.objective.reference_weight:
-    models["reference"] = student
-  mesh = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
-  if mesh["data"] == -1:
-    mesh["data"] = max(1, devices // (mesh["fsdp"] * mesh["tensor"]))
-  return RunPlan(config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0)
-
-
 def rows(config: Any, *, compare: bool) -> dict[str, dict[str, int]]:
   """Name of a row -> part -> bytes.
 
@@ -58,11 +42,11 @@ def rows(config: Any, *, compare: bool) -> dict[str, dict[str, int]]:
     config: of the run.
     compare: whether each option has a row.
   """
-  found = {"as configured": memory.estimate(plan(config))}
+  found = {"as configured": memory.estimate(memory.plan(config))}
   for name, fields in OPTIONS.items() if compare else ():
     changed = copy.deepcopy(config)
     changed.update_from_flattened_dict(fields)
-    found[name] = memory.estimate(plan(changed))
+    found[name] = memory.estimate(memory.plan(changed))
   return found
 
 

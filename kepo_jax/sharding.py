@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -46,8 +46,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     tensor: devices that split heads, MLP width and vocabulary.
     devices: devices to use, all of `jax.devices()` by default.
 
+  On several TPU slices the data axis spans them, since it alone communicates once per step and not once per layer.
+
   Raises:
-    ValueError: the product of the axes is more than the devices, or, on several hosts, not all of them.
+    ValueError: the product of the axes is more than the devices, or, on several hosts, not all of them; or the data
+      axis does not divide over the slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   if data == -1:
@@ -62,7 +65,15 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
       f"found {len(devices)}; set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to {len(devices)}."
     )
   # Explicit axes, the default of make_mesh, make an ordinary embedding gather a type error.
-  return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  axis_types = (AxisType.Auto,) * 3
+  on_tpu = devices[0].platform == "tpu"  # elsewhere a "slice" is a host, which any axis may span
+  slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+  if slices == 1:
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=axis_types, devices=devices)
+  if data % slices:
+    raise ValueError(f"mesh.data={data} does not divide over {slices} slices; only the data axis may span slices.")
+  grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices)
+  return Mesh(grid, MESH_AXES, axis_types=axis_types)
 
 
 def _fits(dimension: int, mesh_axes: tuple[str, ...], sizes: dict[str, int]) -> bool:

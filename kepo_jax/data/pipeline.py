@@ -141,6 +141,36 @@ def _patch_rows(grids: Iterable[tuple[int, int, int]]) -> int:
   return sum(rows * columns for _, rows, columns in grids)
 
 
+def prompt_shapes(size: int, length: int, patches: int, width: int) -> Prompts:
+  """Shape and dtype of every array of prompts.
+
+  Args:
+    size: P, questions.
+    length: S, of the prompt buckets.
+    patches: R, of the patch buckets; 0 without images.
+    width: numbers of a patch row.
+  """
+
+  def of(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size, *shape), dtype)
+
+  return Prompts(
+    tokens=of(np.int32, length),
+    mask=of(np.bool_, length),
+    positions=of(np.int32, 3, length),
+    next_position=of(np.int32),
+    image_slot=of(np.int32, length),
+    row=of(np.uint32),
+    vision=VisionInputs(
+      patches=of(np.float32, patches, width),
+      segments=of(np.int32, patches),
+      coordinates=of(np.int32, patches, 2),
+      table_index=of(np.int32, patches, 4),
+      table_weight=of(np.float32, patches, 4),
+    ),
+  )
+
+
 class Processor:
   """Text and images of one checkpoint family, in and out; see `from_directory`."""
 
@@ -277,26 +307,7 @@ class Processor:
       patches: R, of the patch buckets; 0 without images.
     """
     settings = self.image_processor
-    width = 3 * settings.temporal_patch_size * settings.patch_size**2
-
-    def of(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
-      return jax.ShapeDtypeStruct((size, *shape), dtype)
-
-    return Prompts(
-      tokens=of(np.int32, length),
-      mask=of(np.bool_, length),
-      positions=of(np.int32, 3, length),
-      next_position=of(np.int32),
-      image_slot=of(np.int32, length),
-      row=of(np.uint32),
-      vision=VisionInputs(
-        patches=of(np.float32, patches, width),
-        segments=of(np.int32, patches),
-        coordinates=of(np.int32, patches, 2),
-        table_index=of(np.int32, patches, 4),
-        table_weight=of(np.float32, patches, 4),
-      ),
-    )
+    return prompt_shapes(size, length, patches, 3 * settings.temporal_patch_size * settings.patch_size**2)
 
   def sizes(self, examples: Sequence[Example], kind: str) -> list[tuple[int, int]]:
     """Prompt tokens and patch rows of each question, from its text and the headers of its images.

@@ -20,9 +20,16 @@ class Chip:
   bandwidth: float  # bytes/s of its memory
   memory: float  # bytes; 0: unknown
   measured: bool = False  # here and now, and not by the maker
+  link: float = 0.0  # bytes/s one way over one port to a neighbour in its torus; 0: unknown
+  network: float = 0.0  # bytes/s of its share of the network between slices; 0: unknown
+  ring: int = 0  # chips along an axis of a slice from which on the axis is closed to a ring; 0: unknown
 
 
 # Part of `device_kind` -> data sheet: dense bfloat16 FLOP/s, bytes/s, bytes. The first match counts.
+# TPUs from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: a link is the bidirectional bandwidth between chips
+# over twice their ports (v5e 400 GB/s and v6e 800 GB/s over 4; v5p and TPU7x 1,200 GB/s over 6, the two cores of TPU7x
+# sharing it; v4 300 GB/s one way over 6), the network that of a pod over its chips (v5e 6.4 Tbit/s and v6e 25.6 Tbit/s
+# over 256) or as it is given per chip (v5p 50 Gbit/s, TPU7x 100 Gbit/s for two cores; v4 as v5p).
 CHIPS = {
   "B200": Chip("NVIDIA B200", 2250e12, 8000e9, 180e9),
   "H200": Chip("NVIDIA H200", 989e12, 4800e9, 141e9),
@@ -32,13 +39,13 @@ CHIPS = {
   "A100": Chip("NVIDIA A100 80 GB", 312e12, 2039e9, 80e9),
   "L40S": Chip("NVIDIA L40S", 362e12, 864e9, 48e9),
   "L4": Chip("NVIDIA L4", 121e12, 300e9, 24e9),
-  "TPU v6": Chip("TPU v6e", 918e12, 1640e9, 32e9),
-  "TPU7": Chip("TPU7x, one core", 1153e12, 3690e9, 96e9),
-  "TPU v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9),
-  "TPU v5 lite": Chip("TPU v5e", 197e12, 819e9, 16e9),
-  "TPU v5e": Chip("TPU v5e", 197e12, 819e9, 16e9),
-  "TPU v5": Chip("TPU v5p", 459e12, 2765e9, 95e9),
-  "TPU v4": Chip("TPU v4", 275e12, 1228e9, 32e9),
+  "TPU v6": Chip("TPU v6e", 918e12, 1640e9, 32e9, link=100e9, network=12.5e9, ring=16),
+  "TPU7": Chip("TPU7x, one core", 1153e12, 3690e9, 96e9, link=50e9, network=6.25e9, ring=4),
+  "TPU v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9, link=100e9, network=6.25e9, ring=4),
+  "TPU v5 lite": Chip("TPU v5e", 197e12, 819e9, 16e9, link=50e9, network=3.125e9, ring=16),
+  "TPU v5e": Chip("TPU v5e", 197e12, 819e9, 16e9, link=50e9, network=3.125e9, ring=16),
+  "TPU v5": Chip("TPU v5p", 459e12, 2765e9, 95e9, link=100e9, network=6.25e9, ring=4),
+  "TPU v4": Chip("TPU v4", 275e12, 1228e9, 32e9, link=50e9, network=6.25e9, ring=4),
 }
 _REPEATS = 5
 
@@ -50,10 +57,15 @@ def chip_of(device: jax.Device, dtype: Any) -> Chip:
     device: to look up.
     dtype: of the products.
   """
-  known = next((chip for part, chip in CHIPS.items() if part in device.device_kind), None)
+  known = data_sheet(device)
   if known and jnp.dtype(dtype) == jnp.bfloat16:
     return known
   return measured(device, dtype)
+
+
+def data_sheet(device: jax.Device) -> Chip | None:
+  """Peaks of a known kind of device."""
+  return next((chip for part, chip in CHIPS.items() if part in device.device_kind), None)
 
 
 def measured(device: jax.Device, dtype: Any) -> Chip:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kepo_jax import sampling, sharding
 from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.planning import benchmark
 from kepo_jax.training import assembly, checks
 from kepo_jax.types import RunPlan
 
@@ -100,6 +101,28 @@ def estimate(plan: RunPlan) -> dict[str, int]:
     asked = _evaluation_shape(config, plan.mesh)
     parts["evaluation"] = actor + cache_bytes(student, asked, compute) + _sampler_logits(student, asked)
   return parts | {"peak": stays + max(parts[phase] for phase in PHASES if phase in parts)}
+
+
+def plan(config: Any, *, devices: int = 1) -> RunPlan:
+  """What a run of a config would show before its first step; nothing is loaded.
+
+  Args:
+    config: of the run; its models are folders with a config.json, or published sizes that a name begins with.
+    devices: of which mesh.data = -1 takes the rest.
+
+  Raises:
+    ValueError: a model is neither.
+  """
+  student = benchmark.model_config(config.model.student)
+  models = {"student": dataclasses.replace(student, lora=assembly.lora_config(config.model))}
+  if checks.needs_teacher(config):
+    models["teacher"] = benchmark.model_config(config.model.teacher)
+  if config.objective.reference_weight:
+    models["reference"] = student
+  mesh = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+  if mesh["data"] == -1:
+    mesh["data"] = max(1, devices // (mesh["fsdp"] * mesh["tensor"]))
+  return RunPlan(config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0)
 
 
 def parameters_per_device(

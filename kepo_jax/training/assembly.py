@@ -14,7 +14,7 @@ from kepo_jax.data import pipeline
 from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import LoraConfig
 from kepo_jax.objectives import losses
-from kepo_jax.training import checks, inputs, programs, state, step
+from kepo_jax.training import checks, compiling, inputs, programs, state, step
 from kepo_jax.types import Prompts, Rollouts
 
 
@@ -63,7 +63,7 @@ def with_lora(config: Any, loaded: programs.Model, key: jax.Array) -> programs.M
 
   Args:
     config: of the run.
-    loaded: the student, on a mesh.
+    loaded: the student on a mesh, or its shapes with shardings; the matrices are shapes then as well.
     key: of the matrices.
   """
   described = dataclasses.replace(loaded.config, lora=lora_config(config.model))
@@ -72,7 +72,10 @@ def with_lora(config: Any, loaded: programs.Model, key: jax.Array) -> programs.M
   mesh = jax.tree.leaves(loaded.params)[0].sharding.mesh
   shapes, axes = (tree(described)[lora.PART] for tree in (model.abstract_params, model.logical_axes))
   places = sharding.weight_shardings(mesh, shapes, axes)
-  matrices = jax.jit(functools.partial(lora.initial, described), out_shardings=places)(key)
+  if compiling.is_abstract(loaded.params):
+    matrices = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, places)
+  else:
+    matrices = jax.jit(functools.partial(lora.initial, described), out_shardings=places)(key)
   return programs.Model(described, {**loaded.params, lora.PART: matrices})
 
 

@@ -6,10 +6,13 @@ anything on a device. jax keeps what `jit(f).lower(shapes).compile()` made, and 
 shardings and mesh finds it there.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -27,6 +30,28 @@ def shapes_of(tree: Any) -> Any:
 def is_abstract(tree: Any) -> bool:
   """Whether a tree holds shapes instead of arrays."""
   return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """A program that has just been compiled for the shapes of its arguments."""
+
+  name: str
+  executable: Any  # jax.stages.Compiled
+  seconds: float  # of tracing and compiling
+
+
+_WATCHER: contextvars.ContextVar[Callable[[Compiled], None] | None] = contextvars.ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(seen: Callable[[Compiled], None]) -> Iterator[None]:
+  """Shows every program that this thread compiles from shapes inside the block to `seen`."""
+  token = _WATCHER.set(seen)
+  try:
+    yield
+  finally:
+    _WATCHER.reset(token)
 
 
 class Program:
@@ -67,6 +92,7 @@ class Program:
     return result.result()
 
   def _results(self, arguments: Any, named: Any) -> Any:
+    start = time.perf_counter()
     try:
       lowered = self._jitted.lower(*arguments, **named)
       compiled = lowered.compile()
@@ -76,6 +102,8 @@ class Program:
         "batch.prompts, eval.prompts or the largest of data.prompt_buckets and data.patch_buckets, or raise "
         "batch.micro_batches, mesh.fsdp or mesh.tensor."
       ) from error
+    if watcher := _WATCHER.get():
+      watcher(Compiled(self._name, compiled, time.perf_counter() - start))
     return jax.tree.map(
       lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
       lowered.out_info,

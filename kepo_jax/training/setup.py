@@ -17,7 +17,7 @@ from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.rewards import Scorer, WeightedRewards
-from kepo_jax.training import assembly, checks, programs, question_checks, residence
+from kepo_jax.training import assembly, checks, compiling, programs, question_checks, residence
 from kepo_jax.training.interruption import Interruption
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
@@ -381,12 +381,13 @@ def model_of(config: Any, role: str, loaded: Qwen3VLConfig, params: Any) -> prog
     config: of the run.
     role: "student", or a frozen model's.
     loaded: sizes of the model.
-    params: its weights in `model_dtype`; given up where they move to host memory.
+    params: its weights in `model_dtype`, given up where they move to host memory; or their shapes with shardings.
   """
   made = dataclasses.replace(loaded, attention=config.model.attention)
   if role == "student":
     return assembly.with_lora(config, programs.Model(made, params), stream(config.seed, "lora"))
-  return programs.Model(made, residence.on_host(params) if config.model.teacher_memory == "host" else params)
+  to_host = config.model.teacher_memory == "host" and not compiling.is_abstract(params)
+  return programs.Model(made, residence.on_host(params) if to_host else params)
 
 
 def split_rule(config: Any, *, given: bool) -> str:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kepo_jax import sharding
-from kepo_jax.training import moments
+from kepo_jax.training import compiling, moments
 
 
 @chex.dataclass(frozen=True)
@@ -85,20 +85,25 @@ def initial_state(
   """The state before the first update, moments sharded as their parameters.
 
   Args:
-    params: float32 master weights, on a mesh.
+    params: float32 master weights on a mesh, or their shapes with shardings, of which the state then consists too.
     optimizer: from `make_optimizer`.
     frozen: top-level parts of params that stay as they are.
   """
   mesh = jax.tree.leaves(params)[0].sharding.mesh
   moving = trained(params, frozen)
+  shapes = jax.eval_shape(optimizer.init, moving)
   shardings = optax.tree_utils.tree_map_params(
     optimizer,
     moments.sharding_of,
-    jax.eval_shape(optimizer.init, moving),
+    shapes,
     jax.tree.map(lambda x: x.sharding, moving),
     transform_non_params=lambda _: sharding.replicated(mesh),
     is_leaf=moments.is_encoded,
   )
+  if compiling.is_abstract(params):
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    opt_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return TrainState(step=counter, params=params, opt_state=opt_state, skipped=counter)
   opt_state = jax.jit(optimizer.init, out_shardings=shardings)(moving)
   step, skipped = (jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)) for _ in range(2))
   return TrainState(step=step, params=params, opt_state=opt_state, skipped=skipped)

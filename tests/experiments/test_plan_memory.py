@@ -10,12 +10,12 @@ from tests.conftest import ROOT
 
 
 def test_the_models_are_those_of_the_run():
-  assert set(plan_memory.plan(kepo_medvqa.get_config()).models) == {"student", "teacher"}
-  assert set(plan_memory.plan(kepo_eq7.get_config("medvqa")).models) == {"student", "teacher", "reference"}
+  assert set(memory.plan(kepo_medvqa.get_config()).models) == {"student", "teacher"}
+  assert set(memory.plan(kepo_eq7.get_config("medvqa")).models) == {"student", "teacher", "reference"}
   config = kepo_medvqa.get_config()
   config.model.lora_rank = 4
-  assert plan_memory.plan(config).models["student"].lora.rank == 4
-  assert plan_memory.plan(kepo_medvqa.get_config()).mesh == {"data": 1, "fsdp": 1, "tensor": 1}
+  assert memory.plan(config).models["student"].lora.rank == 4
+  assert memory.plan(kepo_medvqa.get_config()).mesh == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 def test_every_option_changes_its_own_fields_alone():
@@ -25,7 +25,7 @@ def test_every_option_changes_its_own_fields_alone():
   found = plan_memory.rows(config, compare=True)
   assert config.to_json() == before
   assert list(found) == ["as configured", *plan_memory.OPTIONS]
-  assert found["as configured"] == memory.estimate(plan_memory.plan(config))
+  assert found["as configured"] == memory.estimate(memory.plan(config))
   peak = {name: parts["peak"] for name, parts in found.items()}
   whole = peak["as configured"]
   assert whole > peak["moments bfloat16"] > peak["moments float8"] > peak["float8 and host"]

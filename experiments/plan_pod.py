@@ -1,0 +1,203 @@
+"""Plans a run for TPU slices that are not rented yet: compiles its programs for them, and says whether it fits.
+
+  make plan                                                                  # the topologies of docs/pods.md
+  python -m experiments.plan_pod --topology=v5e:8x8 --config=experiments/configs/kepo_medvqa.py \
+    --config.mesh.fsdp=8 --config.mesh.tensor=8
+  python -m experiments.plan_pod --topology=v5e:16x16 --slices=2 --json=FILE
+
+Needs libtpu (requirements-tpu.txt) and no TPU: the compiler of the TPU runs on this machine, in a few GB and about a
+minute per program. Of each program it prints memory per chip, collectives by kind, and the floors of arithmetic, HBM,
+links and network; then the projected step, and the verdict. Where the run does not fit, the smallest change that
+makes it fit is looked for and compiled as well (--nosuggest: not). Models are folders with a config.json, or published
+sizes that a name begins with; batches fill the second bucket of prompts and the first one of images. docs/pods.md
+explains the figures.
+"""
+
+import json
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import environment
+from kepo_jax import storage
+from kepo_jax.planning import benchmark, memory, pods, topologies
+
+with environment.config_errors():
+  _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/kepo_medvqa.py", "of the run")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:8x8", "Generation and chips along each axis of a slice.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Slices, joined by the data-centre network.", lower_bound=1)
+_STUDENT = flags.DEFINE_string("student", "", "Sizes of the student; by default those of the config's.")
+_TEACHER = flags.DEFINE_string("teacher", "", "Sizes of the teacher; by default those of the config's.")
+_HINT_ROUNDS = flags.DEFINE_float("hint_rounds", 1.0, "Rounds of exploration in a step, with a quarter of its prompts.")
+_SUGGEST = flags.DEFINE_bool("suggest", True, "Look for the smallest change that makes a run fit.")
+_JSON = flags.DEFINE_string("json", "", "File for the figures.")
+
+_WIDTH = 150
+_TRIES = 3  # suggestions that are compiled before giving up
+
+
+def main(_: list[str]) -> None:
+  """Prints the plan that the flags describe."""
+  environment.prepare()
+  jax.config.update("jax_platforms", "cpu")  # what is here runs nothing
+  console = Console(width=_WIDTH)
+  place = topologies.topology(_TOPOLOGY.value, _SLICES.value)
+  config = _CONFIG.value
+  config.model.student = _STUDENT.value or config.model.student
+  config.model.teacher = _TEACHER.value or config.model.teacher
+  plan = planned(config, place, console)
+  result = record(config, plan)
+  console.print(program_table(plan))
+  console.print(collective_table(plan))
+  for line in verdict(plan):
+    console.print(line, highlight=False)
+  if _SUGGEST.value and not plan.fits:
+    result["suggestion"] = suggested(config, plan, console)
+  if _JSON.value:
+    storage.write_text(_JSON.value, json.dumps(result, indent=2) + "\n")
+
+
+def planned(config: Any, place: topologies.Topology, console: Console) -> pods.PodPlan:
+  """Compiles the programs of a config for a topology, showing how far it is."""
+  mesh = place.mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  models = {role: benchmark.model_config(config.model[role]) for role in ("student", "teacher")}
+  run = pods.PodRun(config, models, mesh, pods.bucket_sizes(config))
+  with console.status(f"compiling for {place.label}"):
+
+    def compiled(name: str, seconds: float) -> None:
+      console.print(f"compiled {name} in {seconds:.0f} s", style="dim", highlight=False)
+
+    return run.plan(place, hint_rounds=_HINT_ROUNDS.value, compiled=compiled)
+
+
+def suggested(config: Any, plan: pods.PodPlan, console: Console) -> dict[str, Any] | None:
+  """The smallest change that makes a run fit, compiled; says so. None: none was found."""
+  place = plan.topology
+
+  def estimated(changed: Any) -> Any:
+    return memory.plan(changed, devices=len(place.devices))
+
+  for (fields, changed), _ in zip(pods.suggestion(config, estimated, plan), range(_TRIES), strict=False):
+    words = " ".join(f"--config.{name}={value}" for name, value in fields.items())
+    console.print(f"trying {words}", highlight=False)
+    tried = planned(changed, place, console)
+    if tried.fits:
+      console.print(f"fits with {words}: {gigabytes(tried.peak)} of {gigabytes(place.chip.memory)} per chip")
+      return {"fields": fields, **record(changed, tried)}
+  console.print("no change of the mesh, of micro-batches or of the low-memory options was found to be enough.")
+  return None
+
+
+def record(config: Any, plan: pods.PodPlan) -> dict[str, Any]:
+  """Everything about a plan, JSON-able."""
+  place = plan.topology
+  return {
+    "topology": place.name,
+    "slices": place.slices,
+    "devices": len(place.devices),
+    "chip": place.chip.name,
+    "mesh": plan.mesh,
+    "prompts": config.batch.prompts,
+    "rollouts": config.batch.rollouts,
+    "micro_batches": config.batch.micro_batches,
+    "new_tokens": config.sampling.max_new_tokens,
+    "fits": plan.fits,
+    "peak_bytes": None if plan.failures else plan.peak,
+    "chip_bytes": place.chip.memory,
+    "step_seconds": plan.step_seconds,
+    "failures": plan.failures,
+    "programs": [
+      {
+        "phase": each.phase,
+        "name": each.name,
+        "runs": each.runs,
+        "compile_seconds": each.seconds,
+        "arguments": each.arguments,
+        "results": each.results,
+        "temporaries": each.temporaries,
+        "resident": each.resident,
+        "total": each.total,
+        "flops": each.cost.flops,
+        "moved": each.cost.moved,
+        "sent": each.cost.sent,
+        "crossed": each.cost.crossed,
+        "floors": each.floors(place),
+        "projected": each.projected(place),
+      }
+      for each in plan.programs
+    ],
+  }
+
+
+def program_table(plan: pods.PodPlan) -> Table:
+  """Memory, floors and projected seconds of each program on one chip."""
+  place = plan.topology
+  mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+  table = Table(title=f"{place.label}, {len(place.devices)} x {place.chip.name}; {mesh}; per chip")
+  table.add_column("program")
+  names = ("compile s", "arguments GB", "temporaries GB", "total GB", "% of HBM", "TFLOP", "GB moved", "GB sent")
+  for name in (*names, "floor s: flops", "HBM", "links", "network", "runs", "step s"):
+    table.add_column(name, justify="right")
+  for each in plan.programs:
+    floors = each.floors(place)
+    table.add_row(
+      f"{each.name} ({each.phase})",
+      f"{each.seconds:.0f}",
+      *(f"{size / 1e9:.2f}" for size in (each.arguments, each.temporaries, each.total)),
+      f"{100 * each.total / place.chip.memory:.0f}",
+      f"{each.cost.flops / 1e12:.3g}",
+      f"{each.cost.moved / 1e9:.3g}",
+      f"{(sum(each.cost.sent.values()) + sum(each.cost.crossed.values())) / 1e9:.3g}",
+      *(f"{floors[name]:.3f}" for name in ("flops", "hbm", "link", "network")),
+      f"{each.runs:g}",
+      f"{each.runs * each.projected(place):.2f}",
+    )
+  return table
+
+
+def collective_table(plan: pods.PodPlan) -> Table:
+  """GB that a chip sends in each kind of collective, within its slice and to others, in one run of each program."""
+  table = Table(title="GB that a chip sends per run")
+  table.add_column("program")
+  kinds = sorted({kind for each in plan.programs for kind in (*each.cost.sent, *each.cost.crossed)})
+  for kind in kinds:
+    table.add_column(kind, justify="right")
+  if plan.topology.slices > 1:
+    table.add_column("of it between slices", justify="right")
+  for each in plan.programs:
+    sent, crossed = each.cost.sent, each.cost.crossed
+    row = [f"{(sent.get(kind, 0.0) + crossed.get(kind, 0.0)) / 1e9:.3f}" for kind in kinds]
+    row += [f"{sum(crossed.values()) / 1e9:.3f}"] if plan.topology.slices > 1 else []
+    table.add_row(f"{each.name} ({each.phase})", *row)
+  return table
+
+
+def verdict(plan: pods.PodPlan) -> list[str]:
+  """Whether it fits, and why not; and what a step takes."""
+  place = plan.topology
+  room = f"{pods.LIMIT:.0%} of the {gigabytes(place.chip.memory)} of a chip"
+  lines = [f"does not compile: {phase}: {' '.join(reason.split())[:600]}" for phase, reason in plan.failures.items()]
+  if plan.fits:
+    lines.append(f"fits: at most {gigabytes(plan.peak)} per chip, within {room}")
+  elif not plan.failures:
+    fullest = max(plan.programs, key=lambda each: each.total)
+    lines.append(
+      f"does not fit: {fullest.name} needs {gigabytes(fullest.total)} per chip ({gigabytes(fullest.resident)} that is "
+      f"there, {gigabytes(fullest.temporaries)} of its own), more than {room}"
+    )
+  if not plan.failures:
+    lines.append(f"a step takes {plan.step_seconds:.1f} s by this model; nothing overlapped, nothing measured")
+  return lines
+
+
+def gigabytes(size: float) -> str:
+  """A number of bytes in words."""
+  return f"{size / 1e9:.1f} GB"
+
+
+if __name__ == "__main__":
+  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)

@@ -1,0 +1,99 @@
+"""TPU slices that are not here: their devices, for which programs compile, and what their chips can do."""
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+import jax
+
+from kepo_jax import sharding
+from kepo_jax.planning import chips
+
+# As the compiler calls them; other shapes of these generations work as well.
+EXAMPLES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v6e:4x4", "v5p:4x4x4", "v4:4x4x4", "tpu7x:4x4x4")
+_NO_HOST = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """One or more slices of TPU chips."""
+
+  name: str  # of one slice
+  slices: int
+  devices: tuple[Any, ...]  # that programs can be compiled for, and cannot run on
+  chip: chips.Chip  # one of them
+
+  @property
+  def slice_devices(self) -> int:
+    """Devices of a slice."""
+    return len(self.devices) // self.slices
+
+  @property
+  def label(self) -> str:
+    """Name, with the number of slices."""
+    return f"{self.slices} x {self.name}" if self.slices > 1 else self.name
+
+  @property
+  def link(self) -> float:
+    """bytes/s at which a collective along one axis of the slice moves: both ways round where all axes are rings."""
+    return self.chip.link * (2 if min(_shape(self.name)) >= self.chip.ring else 1)
+
+  def mesh(self, data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    """The mesh of a run on it, as `sharding.make_mesh` makes it there.
+
+    Raises:
+      ValueError: the axes do not fit.
+    """
+    return sharding.make_mesh(data, fsdp, tensor, self.devices)
+
+
+def topology(name: str, slices: int = 1) -> Topology:
+  """The slices of a name such as v5e:8x8, "2 x v5e:16x16" included; needs libtpu, and no TPU.
+
+  Args:
+    name: generation, and chips along each axis.
+    slices: how many of them.
+
+  Raises:
+    ValueError: libtpu is not installed or does not know the name, or nothing is known about its chips.
+  """
+  if several := re.fullmatch(r"(\d+)\s*x\s*(\D.*)", name):
+    slices, name = int(several.group(1)), several.group(2)
+  if not re.fullmatch(r"\w+:\d+(x\d+)+", name):
+    raise ValueError(f"--topology={name!r} is not of the form v5e:8x8; for example {', '.join(EXAMPLES)}.")
+  # libtpu else asks a server that only TPU hosts have, and complains about what it does not find.
+  for variable, value in _NO_HOST.items():
+    os.environ.setdefault(variable, value)
+  try:
+    import libtpu  # noqa: F401, PLC0415
+    from jax.experimental import topologies  # noqa: PLC0415
+  except ImportError:
+    raise ValueError(
+      "planning for a TPU needs its compiler: pip install -r requirements-tpu.txt, or `make plan`, which does it."
+    ) from None
+  settings = {"num_slices": slices} if slices > 1 else {}
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
+  except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+    reason = str(error).splitlines()[0]
+    raise ValueError(f"--topology={name}: {reason} Known are, for example, {', '.join(EXAMPLES)}.") from error
+  chip = chips.data_sheet(found.devices[0])
+  if chip is None:
+    kinds = sorted(part for part, chip in chips.CHIPS.items() if chip.link)
+    raise ValueError(f"nothing is known about {found.devices[0].device_kind}; kepo_jax/planning/chips.py has {kinds}.")
+  cores = len(found.devices) // (slices * math.prod(_shape(name)))
+  if cores > 1 and "core" not in chip.name:
+    chip = _core(chip, cores)
+  return Topology(name, slices, tuple(found.devices), chip)
+
+
+def _shape(name: str) -> list[int]:
+  return [int(number) for number in name.partition(":")[2].split("x")]
+
+
+def _core(chip: chips.Chip, cores: int) -> chips.Chip:
+  """The share of one core, where each is a device of its own."""
+  shares = {name: getattr(chip, name) / cores for name in ("flops", "bandwidth", "memory", "link", "network")}
+  return dataclasses.replace(chip, name=f"{chip.name}, one core", **shares)
