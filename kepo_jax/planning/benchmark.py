@@ -305,7 +305,7 @@ class Benchmark:
     rows = (config.batch.prompts, config.batch.rollouts, self.sizes.new_tokens)
     tokens = jax.ShapeDtypeStruct(rows, jnp.int32)
     work = {
-      "decode weights": floors.copying(student, settings.compute_dtype).on(**where),
+      "decode weights": floors.copying(student, self.state.params, settings.compute_dtype).on(**where),
       "sampling": floors.sampling(
         others["student"], settings.compute_dtype, shapes, samples=rows[1], new_tokens=rows[2], **where
       ),
