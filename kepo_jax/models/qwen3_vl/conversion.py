@@ -58,9 +58,9 @@ def _leaf(config: Qwen3VLConfig, path: tuple[str | int, ...], shape: tuple[int, 
   return _Leaf(names, stack is not None, shape, stored_shape)
 
 
-def _leaves(config: Qwen3VLConfig, shapes: Any) -> dict[tuple[str | int, ...], _Leaf]:
-  """Every leaf of a tree of shapes by its path, in the order of the tree."""
-  flat = jax.tree_util.tree_leaves_with_path(shapes)
+def _leaves(config: Qwen3VLConfig, shapes: Any = None) -> dict[tuple[str | int, ...], _Leaf]:
+  """Every leaf of the tree by its path, in the order of the tree; `shapes` is another form of it than stacked."""
+  flat = jax.tree_util.tree_leaves_with_path(model.abstract_params(config) if shapes is None else shapes)
   paths = {tuple(getattr(part, "key", getattr(part, "idx", "")) for part in path): leaf.shape for path, leaf in flat}
   return {path: _leaf(config, path, shape) for path, shape in paths.items()}
 
@@ -303,7 +303,7 @@ def save_pretrained(
   source = _checked_source(source, lora.base(config), directory)
   matrices, adapted = params.get(lora.PART, {}), config.lora
   config, params = adapters.merged_model(config, params, dtype)
-  leaves = _leaves(config, model.abstract_params(config))
+  leaves = _leaves(config)
   tensor = _tensor_source(leaves, params, dtype)
   shapes = {name: leaf.stored_shape for leaf in leaves.values() for name in leaf.names}
   partial = _partial(directory)
