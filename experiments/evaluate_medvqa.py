@@ -264,7 +264,8 @@ def sampler(
   """Loads the weights: host prompts -> completions."""
   # The decode layout holds weights whole over fsdp, which is what --fsdp is there to avoid.
   layout = "decode" if _FSDP.value == 1 else "train"
-  config, params = conversion.load_pretrained(model, jnp.dtype(dtype), mesh, layout=layout)
+  # Side by side, as the token loop of a run has them: out of a stack each layer would be copied for every token.
+  config, params = conversion.load_pretrained(model, jnp.dtype(dtype), mesh, layout=layout, separate=True)
   program, key = programs.sampling_program(config, processor, settings), jax.random.key(_SEED.value)
   # One key for all batches: the sampler folds each question's identity into it.
   return lambda batch: program(params, sharding.place(mesh, batch), key)

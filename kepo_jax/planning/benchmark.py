@@ -5,6 +5,7 @@ so that every run does the same work.
 """
 
 import dataclasses
+import functools
 import resource
 import statistics
 import sys
@@ -153,7 +154,8 @@ def random_weights(config: Qwen3VLConfig, mesh: jax.sharding.Mesh, dtype: Any, s
   shardings = sharding.weight_shardings(mesh, model.abstract_params(config), model.logical_axes(config))
   # The generator of the hardware: threefry for 32 billion numbers takes longer than all else here.
   key = jax.random.key(seed, impl="unsafe_rbg")
-  return jax.jit(lambda key: model.init_params(config, key, dtype), out_shardings=shardings)(key)
+  draw = functools.partial(model.init_params, config, dtype=dtype, by_layer=True)
+  return jax.jit(draw, out_shardings=shardings)(key)
 
 
 @dataclasses.dataclass
@@ -305,7 +307,7 @@ class Benchmark:
     rows = (config.batch.prompts, config.batch.rollouts, self.sizes.new_tokens)
     tokens = jax.ShapeDtypeStruct(rows, jnp.int32)
     work = {
-      "decode weights": floors.copying(student, settings.compute_dtype).on(**where),
+      "decode weights": floors.copying(student, self.state.params, settings.compute_dtype).on(**where),
       "sampling": floors.sampling(
         others["student"], settings.compute_dtype, shapes, samples=rows[1], new_tokens=rows[2], **where
       ),

@@ -32,12 +32,17 @@ class Chip:
 # over 256) or as it is given per chip (v5p 50 Gbit/s, TPU7x 100 Gbit/s for two cores; v4 as v5p).
 CHIPS = {
   "B200": Chip("NVIDIA B200", 2250e12, 8000e9, 180e9),
+  "GH200 480GB": Chip("NVIDIA GH200 96 GB", 989e12, 4000e9, 96e9),
+  "H200 NVL": Chip("NVIDIA H200 NVL", 835e12, 4800e9, 141e9),
   "H200": Chip("NVIDIA H200", 989e12, 4800e9, 141e9),
   "H100 PCIe": Chip("NVIDIA H100 PCIe", 756e12, 2000e9, 80e9),
+  "H100 NVL": Chip("NVIDIA H100 NVL", 835e12, 3900e9, 94e9),
   "H100": Chip("NVIDIA H100 SXM", 989e12, 3350e9, 80e9),
   "A100-SXM4-40GB": Chip("NVIDIA A100 40 GB", 312e12, 1555e9, 40e9),
+  "A100-PCIE-40GB": Chip("NVIDIA A100 40 GB", 312e12, 1555e9, 40e9),
   "A100": Chip("NVIDIA A100 80 GB", 312e12, 2039e9, 80e9),
   "L40S": Chip("NVIDIA L40S", 362e12, 864e9, 48e9),
+  "L40": Chip("NVIDIA L40", 181e12, 864e9, 48e9),
   "L4": Chip("NVIDIA L4", 121e12, 300e9, 24e9),
   "TPU v6": Chip("TPU v6e", 918e12, 1640e9, 32e9, link=100e9, network=12.5e9, ring=16),
   "TPU7": Chip("TPU7x, one core", 1153e12, 3690e9, 96e9, link=50e9, network=6.25e9, ring=4),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import losses
 from kepo_jax.planning import flops
@@ -43,9 +43,9 @@ def _bytes(tree: Any) -> float:
   return float(sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)))
 
 
-def copying(config: Qwen3VLConfig, dtype: Any) -> Work:
-  """The decode copy: master weights read, weights of `dtype` written."""
-  return Work(0.0, _bytes(model.abstract_params(config)) + _bytes(model.abstract_params(config, dtype)))
+def copying(config: Qwen3VLConfig, params: Any, dtype: Any) -> Work:
+  """The decode copy: the weights as the run keeps them read, merged ones of `dtype` written."""
+  return Work(0.0, _bytes(params) + _bytes(model.abstract_params(lora.base(config), dtype)))
 
 
 def sampling(
@@ -103,7 +103,9 @@ def update(
   chip: Chip,
   devices: int,
 ) -> Work:
-  """Gradients, and an optimizer that reads and writes weights and moments.
+  """pi_old where it is scored, and for each update of the batch its gradients and the optimizer.
+
+  The optimizer reads and writes weights and moments.
 
   Args:
     config: of the student.
@@ -120,8 +122,10 @@ def update(
   made = jax.eval_shape(make, now.params, now.step, experience)
   gradients = step.make_gradients(config, token_loss, plain)
   products = flops.count(gradients, now.params, experience, made, targets)
+  scored = flops.count(make, now.params, now.step, experience)  # pi_old
+  scoring = Work(scored, _bytes(now.params) if scored else 0.0).on(chip, devices)
   trained = _bytes(state.trained(now.params, settings.frozen))
   computing = Work(products, _bytes(now.params)).on(chip, devices)
   # A gradient is written and read; weights and moments are read and written.
   storing = Work(0.0, 2 * trained + 2 * (trained + _bytes(now.opt_state))).on(chip, devices)
-  return total([computing, storing])
+  return total([scoring, *[computing, storing] * settings.updates])

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> float:
   """FLOP of the matrix products of a function: 2 per multiplication and addition.
 
   What XLA's own cost analysis cannot say, since it counts the body of a loop once. Elementwise work is left out, and
-  so is what a fused kernel does inside: count the plain form of an attention.
+  so is what a fused kernel does inside: count the plain form of an attention. What no result depends on does not count,
+  as the compiler leaves it out: the gradient of a frozen head, which the loss adds up in its loop.
 
   Args:
     function: traced, not run.
@@ -20,7 +22,9 @@ def count(function: Callable[..., Any], *arguments: Any) -> float:
   Raises:
     ValueError: there is a loop whose number of turns depends on data, such as that of a sampler.
   """
-  return _work(jax.make_jaxpr(function)(*arguments).jaxpr)
+  jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+  used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _work(used)
 
 
 def _work(jaxpr: Any) -> float:

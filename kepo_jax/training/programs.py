@@ -93,7 +93,8 @@ def decode_weights_program(
       return lambda params: params
 
   def decode_weights(params):
-    return model.separated(lora.merged(config, params, dtype))
+    # Cut first: cast or merged as stacks, a second copy of the decoder would be there meanwhile.
+    return lora.merged(config, model.separated(params), dtype)
 
   shapes, axes = jax.eval_shape(decode_weights, params), model.separated_axes(lora.base(config))
   shardings = sharding.weight_shardings(mesh, shapes, axes, layout="decode")

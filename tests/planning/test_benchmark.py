@@ -90,6 +90,23 @@ def test_every_phase_is_timed_beside_its_floor(get_config, names, monkeypatch):
     assert by_name["scoring"].work.flops == 2 * one.flops
 
 
+def test_random_weights_fit_where_they_just_fit_themselves(monkeypatch, mesh_of):
+  text = dataclasses.replace(benchmark.MEDIUM.text, num_hidden_layers=16, vocab_size=1024)
+  config = dataclasses.replace(benchmark.MEDIUM, text=text)
+  compiled = []
+  whole = jax.jit
+
+  def jit(function, **settings):
+    return lambda key: compiled.append(whole(function, **settings).lower(key).compile())
+
+  monkeypatch.setattr(benchmark.jax, "jit", jit)
+  benchmark.random_weights(config, mesh_of(), "bfloat16", seed=0)
+  memory = compiled[0].memory_analysis()
+  stack = 16 * config.text.intermediate_size * config.text.hidden_size * 2
+  # One stack that is being filled; drawn at once, in float32, they were as large as all weights.
+  assert memory.temp_size_in_bytes < 2 * stack < memory.output_size_in_bytes / 2
+
+
 def test_vocabularies_must_agree():
   other = dataclasses.replace(STUDENT, text=dataclasses.replace(STUDENT.text, vocab_size=128))
   with pytest.raises(ValueError, match="96 and 128"):

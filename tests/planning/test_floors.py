@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from kepo_jax.models.qwen3_vl import model
-from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.models.qwen3_vl.config import LoraConfig, Qwen3VLConfig
 from kepo_jax.objectives import losses
 from kepo_jax.planning import floors, flops
 from kepo_jax.planning.chips import Chip
@@ -32,8 +32,12 @@ def test_the_slower_of_both_is_the_floor():
   assert whole == floors.Work(11, 22, 33)
 
 
-def test_the_decode_copy_reads_float32_and_writes_its_own_dtype():
-  assert floors.copying(CONFIG, jnp.bfloat16).moved == 6 * numbers(model.abstract_params(CONFIG))
+def test_the_decode_copy_reads_what_a_run_keeps_and_writes_its_own_dtype():
+  whole = numbers(model.abstract_params(CONFIG))
+  assert floors.copying(CONFIG, model.abstract_params(CONFIG), jnp.bfloat16).moved == (4 + 2) * whole
+  adapted = dataclasses.replace(CONFIG, lora=LoraConfig(rank=2, alpha=4.0, targets=("q_proj",)))
+  kept = model.abstract_params(adapted, jnp.bfloat16)
+  assert floors.copying(adapted, kept, jnp.bfloat16).moved == (2 + 2) * whole + 4 * numbers(kept["lora"])
 
 
 @pytest.mark.parametrize("tokens", [1, T])
@@ -87,6 +91,17 @@ def test_an_update_reads_and_writes_weights_moments_and_gradients():
   work, count = update_work()
   counters = 2 * 4  # Adam counts, read and written
   assert work.moved == 4 * count + 2 * 4 * count + 2 * (4 + 8) * count + counters
+
+
+def test_every_update_of_a_batch_counts_and_pi_old_once():
+  once, count = update_work()
+  twice, _ = update_work(updates=2)
+  score = functools.partial(floors.forward.target, CONFIG, parts=1)
+  tokens = jax.ShapeDtypeStruct((P, G, T), jnp.int32)
+  hidden = flops.count(score, model.abstract_params(CONFIG), PROMPTS, tokens)
+  logits = 2 * P * G * T * CONFIG.text.vocab_size * CONFIG.text.hidden_size
+  assert twice.flops == 2 * once.flops + hidden + logits
+  assert twice.moved == 2 * once.moved + 4 * count
 
 
 def test_what_is_computed_again_is_no_work():

@@ -21,6 +21,12 @@ def scanned(x, w):
   return jax.lax.scan(lambda total, _: (total + x @ w, None), jnp.zeros((6, 7)), length=4)[0]
 
 
+def unused(x, w):
+  """Of two products that a loop adds up, the one that is returned."""
+  blank = (jnp.zeros((6, 7)), jnp.zeros((7, 6)))
+  return jax.lax.scan(lambda sums, _: ((sums[0] + x @ w, sums[1] + (x @ w).T), None), blank, length=4)[0][0]
+
+
 def branched(x, w):
   return jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w + x @ w)
 
@@ -33,11 +39,13 @@ def branched(x, w):
     (lambda x, w: jnp.broadcast_to(x, (3, 6, 5)) @ w, 3),
     (lambda x, w: jnp.exp(x) + 1, 0),
     (scanned, 4),
+    (unused, 4),
     (branched, 2),  # the longer way
     (jax.jit(product), 1),
-    (jax.grad(lambda x, w: (x @ w).sum(), (0, 1)), 3),
+    (jax.value_and_grad(lambda x, w: (x @ w).sum(), (0, 1)), 3),
+    (jax.grad(lambda x, w: (x @ w).sum(), (0, 1)), 2),  # nobody asks for the sum
     # The product is computed again for the sine behind it, and each of its two gradients is one more.
-    (jax.grad(jax.checkpoint(lambda x, w: jnp.sin(x @ w).sum()), (0, 1)), 4),
+    (jax.value_and_grad(jax.checkpoint(lambda x, w: jnp.sin(x @ w).sum()), (0, 1)), 4),
   ],
 )
 def test_products_are_counted(function, products):

@@ -128,6 +128,20 @@ def test_tokens_are_sampled_from_merged_weights(student, params, mesh_of):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, alike)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_no_second_copy_is_there_while_decode_weights_are_made(student, params, mesh_of, adapted, monkeypatch):
+  config = student if adapted else lora.base(student)
+  chosen = params if adapted else lora.without(params)
+  placed = jax.device_put(chosen, sharding.weight_shardings(mesh_of(), chosen, model.logical_axes(config)))
+  made = []
+  monkeypatch.setattr(programs.compiling, "Program", lambda name, function, **_: made.append(function))
+  dtype = jnp.dtype("float32" if adapted else "bfloat16")  # what a CPU does to small floats would count with products
+  programs.decode_weights_program(config, placed, dtype)
+  memory = jax.jit(made[0]).lower(placed).compile().memory_analysis()
+  layers = sum(x.size * dtype.itemsize for x in jax.tree.leaves(placed["language_model"]["layers"]))
+  assert memory.temp_size_in_bytes < 0.6 * layers
+
+
 def prepared(mesh, **changes):
   """The student of a run on a mesh."""
   config = shrunk(kepo.get_config(), **changes)

@@ -39,14 +39,16 @@ class _Leaf:
   stored_shape: tuple[int, ...]  # of one tensor in the file
 
 
-def _leaf(config: Qwen3VLConfig, path: tuple[str, ...], shape: tuple[int, ...]) -> _Leaf:
+def _leaf(config: Qwen3VLConfig, path: tuple[str | int, ...], shape: tuple[int, ...]) -> _Leaf:
   stack = next((number for number, name in enumerate(path) if name in _STACKS), None)
-  prefix = () if path[0] == "lm_head" else ("model",)
+  prefix: tuple[str | int, ...] = () if path[0] == "lm_head" else ("model",)
+  if stack is not None and isinstance(path[stack + 1], int):  # one of layers that lie side by side
+    stack = None
   if stack is None:
-    names: tuple[str, ...] = (".".join(prefix + path),)
+    names: tuple[str, ...] = (".".join(map(str, prefix + path)),)
   else:
     head, tail = prefix + path[: stack + 1], path[stack + 1 :]
-    names = tuple(".".join((*head, str(layer), *tail)) for layer in range(shape[0]))
+    names = tuple(".".join(map(str, (*head, layer, *tail))) for layer in range(shape[0]))
     shape = shape[1:]
   stored_shape = shape
   if "patch_embed" in path and path[-1] == "weight":
@@ -56,10 +58,10 @@ def _leaf(config: Qwen3VLConfig, path: tuple[str, ...], shape: tuple[int, ...]) 
   return _Leaf(names, stack is not None, shape, stored_shape)
 
 
-def _leaves(config: Qwen3VLConfig) -> dict[tuple[str, ...], _Leaf]:
-  """Every leaf by its path, in the order of the tree."""
-  flat = jax.tree_util.tree_leaves_with_path(model.abstract_params(config))
-  paths = {tuple(part.key for part in path): leaf.shape for path, leaf in flat}
+def _leaves(config: Qwen3VLConfig, shapes: Any = None) -> dict[tuple[str | int, ...], _Leaf]:
+  """Every leaf of the tree by its path, in the order of the tree; `shapes` is another form of it than stacked."""
+  flat = jax.tree_util.tree_leaves_with_path(model.abstract_params(config) if shapes is None else shapes)
+  paths = {tuple(getattr(part, "key", getattr(part, "idx", "")) for part in path): leaf.shape for path, leaf in flat}
   return {path: _leaf(config, path, shape) for path, shape in paths.items()}
 
 
@@ -144,22 +146,13 @@ def _placed(leaf: _Leaf, stored, dtype: np.dtype, place: NamedSharding | None) -
   return jax.make_array_from_single_device_arrays(shape, place, shards)
 
 
-def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for path, value in flat.items():
-    node = tree
-    for name in path[:-1]:
-      node = node.setdefault(name, {})
-    node[path[-1]] = value
-  return tree
-
-
 def load_pretrained(
   directory: str | pathlib.Path,
   dtype: Any = jnp.float32,
   mesh: Mesh | None = None,
   *,
   layout: str = "train",
+  separate: bool = False,
   progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Qwen3VLConfig, dict[str, Any]]:
   """Config and parameters of a checkpoint folder.
@@ -169,6 +162,7 @@ def load_pretrained(
     dtype: of the parameters.
     mesh: every shard is filled straight from the slices of the files it needs; without one, the default device.
     layout: of the weights on the mesh, "train" or "decode".
+    separate: put the decoder's layers side by side, as `model.separated` does, without a second copy of them.
     progress: receives (leaves loaded, leaves in all) after each leaf.
 
   Raises:
@@ -176,11 +170,15 @@ def load_pretrained(
   """
   folder = resolved_folder(directory)
   config = Qwen3VLConfig.from_directory(folder)
-  shapes = model.abstract_params(config, dtype)
-  places = sharding.weight_shardings(mesh, shapes, model.logical_axes(config), layout) if mesh is not None else None
-  if (folder / _ORBAX).is_dir():
-    return config, _restored(folder, shapes, places)
-  leaves = _leaves(config)
+  in_orbax = (folder / _ORBAX).is_dir()  # it reads layers stacked as they were written
+  shapes, axes = model.abstract_params(config, dtype), model.logical_axes(config)
+  if separate and not in_orbax:
+    shapes, axes = jax.eval_shape(model.separated, shapes), model.separated_axes(config)
+  places = sharding.weight_shardings(mesh, shapes, axes, layout) if mesh is not None else None
+  if in_orbax:
+    params = _restored(folder, shapes, places)
+    return config, _taken_apart(config, params, mesh, layout) if separate else params
+  leaves = _leaves(config, shapes)
   stored = safetensors_files.stored_tensors(folder)
   _check_names(folder, leaves, stored, config.tie_word_embeddings)
   flat_places = [None] * len(leaves) if places is None else jax.tree.leaves(places)
@@ -189,7 +187,24 @@ def load_pretrained(
     flat[path] = _placed(leaf, stored, np.dtype(dtype), place)
     if progress:
       progress(len(flat), len(leaves))
-  return config, _nested(flat)
+  return config, jax.tree.unflatten(jax.tree.structure(shapes), list(flat.values()))
+
+
+def _taken_apart(config: Qwen3VLConfig, params: Any, mesh: Mesh | None, layout: str) -> dict[str, Any]:
+  """`model.separated` leaf by leaf: the stack of each is given up before the next one is cut."""
+  decoder = params["language_model"]
+  stacks, structure = jax.tree.flatten(decoder["layers"])
+  axes = jax.tree.leaves(
+    model.separated_axes(config)["language_model"]["layers"][0], is_leaf=lambda x: type(x) is tuple
+  )
+  columns = []
+  for number, names in enumerate(axes):
+    stack, stacks[number] = stacks[number], None
+    place = None if mesh is None else sharding.weight_sharding(mesh, stack.shape[1:], names, layout)
+    columns.append(jax.block_until_ready(jax.jit(tuple, out_shardings=place)(stack)))
+    stack.delete()
+  layers = tuple(jax.tree.unflatten(structure, row) for row in zip(*columns, strict=True))
+  return {**params, "language_model": {**decoder, "layers": layers}}
 
 
 def _restored(folder: pathlib.Path, shapes: Any, places: Any) -> Any:
@@ -232,7 +247,7 @@ def _tensor_source(leaves, params: Params, dtype: np.dtype):
   owner = {name: (path, layer) for path, leaf in leaves.items() for layer, name in enumerate(leaf.names)}
 
   @functools.lru_cache(maxsize=1)
-  def host_leaf(path: tuple[str, ...]) -> np.ndarray:
+  def host_leaf(path: tuple[str | int, ...]) -> np.ndarray:
     return np.asarray(_at(params, path))
 
   def tensor(name: str) -> np.ndarray:
@@ -248,7 +263,7 @@ def _tensor_source(leaves, params: Params, dtype: np.dtype):
   return tensor
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
+def _at(tree: Any, path: tuple[str | int, ...]) -> Any:
   for name in path:
     tree = tree[name]
   return tree

@@ -90,7 +90,11 @@ class Linear(nnx.Module):
       y = widened(x, self.weight[...])
     else:
       y = jnp.einsum("...i,oi->...o", x, self.weight[...])
-    return y if self.bias is None else y + jnp.expand_dims(self.bias[...], tuple(range(y.ndim - 1)))
+    if self.bias is None:
+      return y
+    # In float32, so that the gradient of the bias, a sum over all tokens, adds up in it.
+    bias = jnp.expand_dims(self.bias[...].astype(jnp.float32), tuple(range(y.ndim - 1)))
+    return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
 
 @jax.custom_vjp

@@ -119,30 +119,32 @@ def merged(config: Qwen3VLConfig, params: Params, dtype: Any) -> dict[str, Any]:
 
   Args:
     config: of the student; without `lora` the weights are cast and nothing else.
-    params: with the part "lora" where config has `lora`.
+    params: with the part "lora" where config has `lora`, stacked; the layers are stacked or side by side.
     dtype: of the result.
   """
   weights = without(params)
   if config.lora is not None:
     decoder = weights["language_model"]
-    scale = config.lora.alpha / config.lora.rank
-    layers = _merged_modules(decoder["layers"], params[PART], scale, dtype)
+    merge = functools.partial(_merged_weight, scale=config.lora.alpha / config.lora.rank, dtype=dtype)
+    if isinstance(decoder["layers"], tuple):
+      matrices = [jax.tree.map(lambda x, i=i: x[i], params[PART]) for i in range(len(decoder["layers"]))]
+      layers: Any = tuple(_merged_modules(*each, merge) for each in zip(decoder["layers"], matrices, strict=True))
+    else:
+      # Layer by layer: the products of all layers at once would be as large as the weights, in float32.
+      layers = _merged_modules(
+        decoder["layers"], params[PART], lambda *leaves: jax.lax.map(lambda x: merge(*x), leaves)
+      )
     weights["language_model"] = {**decoder, "layers": layers}
   return jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
 
 
-def _merged_modules(layers: Params, lora: Params, scale: float, dtype: Any) -> dict[str, Any]:
+def _merged_modules(layers: Params, lora: Params, merge: Callable[..., jax.Array]) -> dict[str, Any]:
   if A in lora:
-    return {**layers, "weight": _merged_weight(layers["weight"], lora[A], lora[B], scale, dtype)}
-  return {**layers, **{name: _merged_modules(layers[name], part, scale, dtype) for name, part in lora.items()}}
+    return {**layers, "weight": merge(layers["weight"], lora[A], lora[B])}
+  return {**layers, **{name: _merged_modules(layers[name], part, merge) for name, part in lora.items()}}
 
 
-def _merged_weight(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: Any) -> jax.Array:
-  def one(layer):
-    weight, a, b = layer
-    # In full precision on every device: the default of a TPU would round the matrices to bfloat16.
-    product = jnp.einsum("ir,ro->oi", a, b, precision="highest", preferred_element_type=jnp.float32)
-    return (weight.astype(jnp.float32) + scale * product).astype(dtype)
-
-  # Layer by layer: the products of all layers at once would be as large as the weights, in float32.
-  return jax.lax.map(one, (weight, a, b))
+def _merged_weight(weight: jax.Array, a: jax.Array, b: jax.Array, *, scale: float, dtype: Any) -> jax.Array:
+  # In full precision on every device: the default of a TPU would round the matrices to bfloat16.
+  product = jnp.einsum("ir,ro->oi", a, b, precision="highest", preferred_element_type=jnp.float32)
+  return (weight.astype(jnp.float32) + scale * product).astype(dtype)

@@ -107,13 +107,17 @@ def separated_axes(config: Qwen3VLConfig) -> dict[str, Any]:
   return axes | {"language_model": axes["language_model"] | {"layers": (layer,) * config.text.num_hidden_layers}}
 
 
-def init_params(config: Qwen3VLConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+def init_params(
+  config: Qwen3VLConfig, key: jax.Array, dtype: Any = jnp.float32, *, by_layer: bool = False
+) -> dict[str, Any]:
   """Random parameters: matrices and tables normal with deviation 1/sqrt(width), norms 1, biases 0.
 
   Args:
     config: sizes, without `lora`, whose matrices `lora.initial` draws.
     key: jax.random key.
     dtype: of the parameters.
+    by_layer: draw the layers of a stack one after the other, which gives other numbers: what is drawn of a whole stack
+      at once, in float32, is more than a large model's weights in bfloat16.
   """
   axes = logical_axes(config)
   numbered = iter(range(10**6))
@@ -124,7 +128,13 @@ def init_params(config: Qwen3VLConfig, key: jax.Array, dtype: Any = jnp.float32)
       return jnp.zeros(leaf.shape, leaf.dtype)
     if len(names) - _is_stacked(path) == 1:
       return jnp.ones(leaf.shape, leaf.dtype)
-    return (jax.random.normal(leaf_key, leaf.shape) * leaf.shape[-1] ** -0.5).astype(leaf.dtype)
+
+    def matrix(key, shape):
+      return (jax.random.normal(key, shape) * shape[-1] ** -0.5).astype(leaf.dtype)
+
+    if by_layer and _is_stacked(path):
+      return jax.lax.map(lambda each: matrix(each, leaf.shape[1:]), jax.random.split(leaf_key, leaf.shape[0]))
+    return matrix(leaf_key, leaf.shape)
 
   return jax.tree_util.tree_map_with_path(draw, abstract_params(config, dtype), axes)
 

@@ -264,6 +264,42 @@ def test_the_decode_layout_keeps_weights_whole_over_fsdp(source, mesh_of):
   assert weight.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("layout", ["train", "decode"])
+@pytest.mark.parametrize("stored", ["safetensors", "orbax"])
+def test_layers_side_by_side_are_those_of_the_stack(stored, layout, source, tmp_path, mesh_of):
+  folder, mesh = source, mesh_of(1, 4, 2)
+  if stored == "orbax":
+    folder = tmp_path / "orbax"
+    conversion.save_orbax(folder, CONFIG, PARAMS, source=source)
+  _, params = conversion.load_pretrained(folder, mesh=mesh, layout=layout, separate=True)
+  wanted = model.separated(PARAMS)
+  assert_same(params, wanted)
+  places = sharding.weight_shardings(mesh, wanted, model.separated_axes(CONFIG), layout)
+  assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), params, places))
+  assert_same(conversion.load_pretrained(folder, separate=True)[1], wanted)
+
+
+@pytest.mark.parametrize("stored", ["safetensors", "orbax"])
+def test_layers_side_by_side_are_no_second_copy(stored, source, tmp_path, monkeypatch):
+  folder = source
+  if stored == "orbax":
+    folder = tmp_path / "orbax"
+    conversion.save_orbax(folder, CONFIG, PARAMS, source=source)
+  kept = sum(x.nbytes for x in jax.live_arrays())
+  most, waits = [0], jax.block_until_ready
+
+  def waited(x):
+    result = waits(x)
+    most[0] = max(most[0], sum(x.nbytes for x in jax.live_arrays()))
+    return result
+
+  monkeypatch.setattr(jax, "block_until_ready", waited)
+  _, params = conversion.load_pretrained(folder, mesh=sharding.make_mesh(1, 1, 1), separate=True)
+  whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  largest = max(leaf.nbytes for leaf in jax.tree.leaves(PARAMS["language_model"]["layers"]))
+  assert 0 < most[0] - kept <= whole + (largest if stored == "orbax" else 1000)
+
+
 @pytest.fixture
 def convert_qwen_vl(program):
   return program("experiments.convert_qwen_vl")
