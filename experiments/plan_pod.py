@@ -115,6 +115,7 @@ def record(config: Any, plan: pods.PodPlan) -> dict[str, Any]:
         "phase": each.phase,
         "name": each.name,
         "runs": each.runs,
+        "calls": each.calls,
         "compile_seconds": each.seconds,
         "arguments": each.arguments,
         "results": each.results,
@@ -153,7 +154,7 @@ def program_table(plan: pods.PodPlan) -> Table:
       f"{each.cost.moved / 1e9:.3g}",
       f"{(sum(each.cost.sent.values()) + sum(each.cost.crossed.values())) / 1e9:.3g}",
       *(f"{floors[name]:.3f}" for name in ("flops", "hbm", "link", "network")),
-      f"{each.runs:g}",
+      f"{each.runs * each.calls:g}",
       f"{each.runs * each.projected(place):.2f}",
     )
   return table

@@ -24,6 +24,7 @@ from kepo_jax.types import Prompts, RunPlan
 
 # Share of a chip's memory that a plan may fill: the compiler keeps some for itself, and allocation is never perfect.
 LIMIT = 0.85
+_DECODE_WEIGHTS = "the decode weights"  # as their programs are called
 # Replicated arrays from so many bytes on are worth a question.
 LARGE = 64 * 2**20
 
@@ -51,6 +52,7 @@ class ProgramPlan:
   phase: str  # of memory.PHASES, or "decode weights"
   name: str
   runs: float  # per step
+  calls: int  # in each of them
   seconds: float  # that it compiled
   arguments: float  # bytes
   results: float  # bytes, without those that take the place of an argument
@@ -76,7 +78,7 @@ class ProgramPlan:
   def projected(self, topology: Topology) -> float:
     """Seconds of one run: the larger of arithmetic and memory, and all communication after it, nothing overlapped."""
     floors = self.floors(topology)
-    return max(floors["flops"], floors["hbm"]) + floors["link"] + floors["network"]
+    return self.calls * (max(floors["flops"], floors["hbm"]) + floors["link"] + floors["network"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +213,7 @@ class PodRun:
       phase=phase,
       name=each.name,
       runs=hint_rounds if phase in ("hints", "candidates") else self._runs(each.name),
+      calls=self._calls(phase, each.name),
       seconds=each.seconds,
       arguments=float(analysis.argument_size_in_bytes),
       results=float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
@@ -222,6 +225,10 @@ class PodRun:
   def _runs(self, name: str) -> float:
     return float(self.config.batch.updates if name in ("the gradients", "the optimizer") else 1)
 
+  def _calls(self, phase: str, name: str) -> int:
+    model_of = "teacher" if phase in ("hints", "answers") else "student"
+    return self.models[model_of].config.text.num_hidden_layers if name == f"{_DECODE_WEIGHTS} of a layer" else 1
+
   def _resident(self, phase: str, name: str, before: list[ProgramPlan]) -> float:
     """Bytes of everything that is on a device while a program runs, its results and temporaries apart."""
     frozen = {role: bytes_per_device(each.resident.shapes) for role, each in self.models.items() if role != "student"}
@@ -231,7 +238,8 @@ class PodRun:
       total += bytes_per_device(self.actor())
     if phase in ("hints", "answers"):
       total += frozen["teacher"] if on_host else 0.0
-      total += sum(each.results for each in before if (each.phase, each.name) == (phase, "the decode weights"))
+      copies = [each for each in before if each.phase == phase and each.name.startswith(_DECODE_WEIGHTS)]
+      total += sum(each.calls * each.results for each in copies)
     if phase == "scoring":
       total += sum(frozen.values()) if on_host else 0.0
     if phase in ("scoring", "update"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kepo_jax import sampling, sharding
 from kepo_jax.models.qwen3_vl import lora, model
@@ -76,7 +77,8 @@ def decode_weights_program(
   """A copy of the weights in the layout and dtype of the token loop, LoRA merged, with layers side by side.
 
   Decoding from weights sharded over fsdp would gather every layer for every token, and from stacked ones slice it
-  out; one program per step does both for all of them.
+  out; this does both once per step. It makes one layer at a time: in one program for all of them, a TPU keeps what it
+  gathers of every layer beside the results until its end, which is a second copy.
 
   Args:
     config: of the model.
@@ -92,13 +94,39 @@ def decode_weights_program(
     if all(jax.tree.leaves(same)):
       return lambda params: params
 
-  def decode_weights(params):
-    # Cut first: cast or merged as stacks, a second copy of the decoder would be there meanwhile.
-    return lora.merged(config, model.separated(params), dtype)
+  def layer(stacks, index):
+    """Layer `index`; stacks are those of the decoder, and of the matrices of LoRA where there are some."""
+    cut = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), stacks)
+    return lora.merged(config, model.separated(cut), dtype)["language_model"]["layers"][0]
 
-  shapes, axes = jax.eval_shape(decode_weights, params), model.separated_axes(lora.base(config))
-  shardings = sharding.weight_shardings(mesh, shapes, axes, layout="decode")
-  return compiling.Program("the decode weights", decode_weights, out_shardings=shardings)
+  def others(parts):
+    return jax.tree.map(lambda x: x.astype(dtype), parts)
+
+  depth = config.text.num_hidden_layers
+  axes = model.separated_axes(lora.base(config))
+  stacks, rest = _stacks_and_rest(params)
+  shapes = jax.eval_shape(layer, stacks, 0), jax.eval_shape(others, rest)
+  axes = axes["language_model"]["layers"][0], _stacks_and_rest(axes)[1]
+  places = [sharding.weight_shardings(mesh, *each, layout="decode") for each in zip(shapes, axes, strict=True)]
+  layer_program = compiling.Program("the decode weights of a layer", layer, out_shardings=places[0])
+  others_program = compiling.Program("the decode weights but for the layers", others, out_shardings=places[1])
+
+  def decode_weights(params):
+    stacks, rest = _stacks_and_rest(params)
+    made = others_program(rest)
+    layers = tuple(layer_program(stacks, np.int32(index)) for index in range(depth))
+    return made | {"language_model": made["language_model"] | {"layers": layers}}
+
+  return decode_weights
+
+
+def _stacks_and_rest(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The decoder's layers, with the matrices of LoRA where there are some, and everything else."""
+  decoder = params["language_model"]
+  rest = {name: part for name, part in decoder.items() if name != "layers"}
+  stacks = {"language_model": {"layers": decoder["layers"]}}
+  stacks |= {lora.PART: params[lora.PART]} if lora.PART in params else {}
+  return stacks, lora.without(params) | {"language_model": rest}
 
 
 @dataclasses.dataclass(frozen=True)
