@@ -29,6 +29,25 @@ from kepo_jax.planning import benchmark, chips
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def check_comparable(config: Any) -> None:
+  """Refuses a comparison in which one side would do work that the other is spared.
+
+  Args:
+    config: of the run; a frozen vision tower is frozen on both sides.
+
+  Raises:
+    ValueError: the step has something that is not made in torch here.
+  """
+  wanted = {
+    "model.lora_rank": (config.model.lora_rank, 0),
+    "objective.reference_weight": (config.objective.reference_weight, 0),
+    "batch.updates": (config.batch.updates, 1),
+  }
+  for name, (value, needed) in wanted.items():
+    if value != needed:
+      raise ValueError(f"--against runs no step with {name}={value} in torch; pass --config.{name}={needed}.")
+
+
 class Rival:
   """The models and the batch of a benchmark in torch."""
 
@@ -41,7 +60,9 @@ class Rival:
 
     Raises:
       ImportError: trl is wanted and not installed.
+      ValueError: the step of the config cannot be compared.
     """
+    check_comparable(ours.config)
     torch.manual_seed(0)
     self._threads = torch.get_num_threads()
     self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +75,10 @@ class Rival:
     others = [config for role, config in ours.configs.items() if role == "teacher"]
     frozen = _DTYPES[ours.config.model.teacher_dtype]
     self._teacher = self._model(others[0], frozen).requires_grad_(False) if others else None
-    self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-6, weight_decay=0.0)
+    if ours.config.model.freeze_vision:
+      self._student.model.visual.requires_grad_(False)
+    trained = [weight for weight in self._student.parameters() if weight.requires_grad]
+    self._optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
     self._prompts = self._batch(ours)
     self._loss = _trl_loss(ours.config) if trl else _plain_loss
     self._name = f"trl {_version('trl')}" if trl else f"transformers {transformers.__version__}"

@@ -142,8 +142,8 @@ MUTATIONS = (
   Mutation(
     "biases dropped",
     f"{_QWEN}/layers.py",
-    "return y if self.bias is None else y +",
-    "return y if self.bias is None else y + 0 *",
+    "return (y.astype(jnp.float32) + bias)",
+    "return (y.astype(jnp.float32) + 0 * bias)",
     _BIASED,
   ),
   Mutation(

@@ -4,6 +4,9 @@ import sys
 import pytest
 from absl import flags
 
+from experiments.configs import kepo
+from kepo_jax.planning import benchmark
+
 SMALL = ("--image_tokens=4", "--text_tokens=6", "--new_tokens=2", "--repeats=1")
 
 
@@ -58,3 +61,40 @@ def test_the_same_step_in_torch(run, against):
     sum(rival["phases"][name]["torch"] for name in ("sampling", "scoring", "update"))
   )
   assert all(rate > 0 for rates in rival["products"].values() for rate in rates.values())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+  ("field", "value", "way_out"),
+  [
+    ("model.lora_rank", 4, "0"),
+    ("objective.reference_weight", 0.1, "0"),
+    ("batch.updates", 2, "1"),
+  ],
+)
+def test_a_step_that_torch_does_not_make_is_not_compared(field, value, way_out):
+  from experiments import benchmark_torch
+
+  config = kepo.get_config()
+  benchmark_torch.check_comparable(config)
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError, match=f"{field}={value} in torch; pass --config.{field}={way_out}"):
+    benchmark_torch.check_comparable(config)
+
+
+@pytest.mark.parity
+def test_a_frozen_tower_is_frozen_in_torch_too(program):
+  program("experiments.benchmark")
+  from experiments import benchmark_torch
+
+  config = kepo.get_config()
+  config.model.freeze_vision, config.mesh.data = True, 1
+  config.batch.prompts, config.batch.rollouts, config.sampling.max_new_tokens = 2, 2, 2
+  config.objective.distill_weight = config.exploration.rounds = config.exploration.replacements = 0
+  student = benchmark.model_config(config.model.student)
+  ours = benchmark.Benchmark(config, student, student, benchmark.Sizes(4, 6, 2))
+  rival = benchmark_torch.Rival(ours)
+  frozen = {name for name, weight in rival._student.named_parameters() if not weight.requires_grad}
+  assert frozen and all(name.startswith("model.visual.") for name in frozen)
+  rival.turn(timed=True)
+  assert rival.seconds["update"]
