@@ -14,6 +14,7 @@ explains the figures.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ _HINT_ROUNDS = flags.DEFINE_float("hint_rounds", 1.0, "Rounds of exploration in 
 _SUGGEST = flags.DEFINE_bool("suggest", True, "Look for the smallest change that makes a run fit.")
 _JSON = flags.DEFINE_string("json", "", "File for the figures.")
 
-_WIDTH = 150
+_WIDTH = 160
 _TRIES = 3  # suggestions that are compiled before giving up
 
 
@@ -51,7 +52,8 @@ def main(_: list[str]) -> None:
   config.model.teacher = _TEACHER.value or config.model.teacher
   plan = planned(config, place, console)
   result = record(config, plan)
-  console.print(program_table(plan))
+  console.print(memory_table(plan))
+  console.print(time_table(plan))
   console.print(collective_table(plan))
   for line in verdict(plan):
     console.print(line, highlight=False)
@@ -134,41 +136,55 @@ def record(config: Any, plan: pods.PodPlan) -> dict[str, Any]:
   }
 
 
-def program_table(plan: pods.PodPlan) -> Table:
-  """Memory, floors and projected seconds of each program on one chip."""
+def _title(plan: pods.PodPlan) -> str:
   place = plan.topology
   mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-  table = Table(title=f"{place.label}, {len(place.devices)} x {place.chip.name}; {mesh}; per chip")
-  table.add_column("program")
-  names = ("compile s", "arguments GB", "temporaries GB", "total GB", "% of HBM", "TFLOP", "GB moved", "GB sent")
-  for name in (*names, "floor s: flops", "HBM", "links", "network", "runs", "step s"):
+  return f"{place.label}, {len(place.devices)} x {place.chip.name}; {mesh}"
+
+
+def _program_rows(plan: pods.PodPlan, title: str, columns: Sequence[str]) -> Table:
+  table = Table(title=title)
+  table.add_column("program", no_wrap=True)
+  for name in columns:
     table.add_column(name, justify="right")
+  return table
+
+
+def memory_table(plan: pods.PodPlan) -> Table:
+  """Seconds of compilation and bytes per chip of each program."""
+  columns = ("compile s", "arguments GB", "temporaries GB", "results GB", "total GB", "% of HBM")
+  table = _program_rows(plan, f"{_title(plan)}; memory per chip, with everything that is there", columns)
   for each in plan.programs:
-    floors = each.floors(place)
+    sizes = (each.arguments, each.temporaries, each.results, each.total)
+    share = 100 * each.total / plan.topology.chip.memory
+    row = (f"{each.seconds:.0f}", *(f"{size / 1e9:.2f}" for size in sizes), f"{share:.0f}")
+    table.add_row(f"{each.name} ({each.phase})", *row)
+  return table
+
+
+def time_table(plan: pods.PodPlan) -> Table:
+  """Work of one call of each program on a chip, its floors, and projected seconds in a step."""
+  columns = ("TFLOP", "GB moved", "GB sent", "flops s", "HBM s", "links s", "network s", "calls", "step s")
+  table = _program_rows(plan, "per chip and call; floors; seconds of all calls in a step", columns)
+  for each in plan.programs:
+    floors = each.floors(plan.topology)
     table.add_row(
       f"{each.name} ({each.phase})",
-      f"{each.seconds:.0f}",
-      *(f"{size / 1e9:.2f}" for size in (each.arguments, each.temporaries, each.total)),
-      f"{100 * each.total / place.chip.memory:.0f}",
       f"{each.cost.flops / 1e12:.3g}",
       f"{each.cost.moved / 1e9:.3g}",
       f"{(sum(each.cost.sent.values()) + sum(each.cost.crossed.values())) / 1e9:.3g}",
       *(f"{floors[name]:.3f}" for name in ("flops", "hbm", "link", "network")),
       f"{each.runs * each.calls:g}",
-      f"{each.runs * each.projected(place):.2f}",
+      f"{each.runs * each.projected(plan.topology):.2f}",
     )
   return table
 
 
 def collective_table(plan: pods.PodPlan) -> Table:
   """GB that a chip sends in each kind of collective, within its slice and to others, in one run of each program."""
-  table = Table(title="GB that a chip sends per run")
-  table.add_column("program")
   kinds = sorted({kind for each in plan.programs for kind in (*each.cost.sent, *each.cost.crossed)})
-  for kind in kinds:
-    table.add_column(kind, justify="right")
-  if plan.topology.slices > 1:
-    table.add_column("of it between slices", justify="right")
+  between = ("of it between slices",) if plan.topology.slices > 1 else ()
+  table = _program_rows(plan, "GB that a chip sends per call", (*kinds, *between))
   for each in plan.programs:
     sent, crossed = each.cost.sent, each.cost.crossed
     row = [f"{(sent.get(kind, 0.0) + crossed.get(kind, 0.0)) / 1e9:.3f}" for kind in kinds]

@@ -63,7 +63,7 @@ class Instruction:
 
   def called(self, attribute: str) -> str:
     """The computation that an attribute names."""
-    return re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes).group(1)
+    return _found(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +175,11 @@ class Program:
     self._turns = turns
     return self._computation(name)
 
+  def carried(self) -> list[Array]:
+    """What a device carries through each loop of the program."""
+    loops = (each for lines in self._computations.values() for each in lines.values() if each.opcode == "while")
+    return [array for loop in loops for array in loop.arrays]
+
   def _computation(self, name: str) -> Cost:
     total, seen = Cost(), set()
     for instruction in self._computations[name].values():
@@ -236,7 +241,7 @@ class Program:
     counter = condition[root.operands[0]]
     if counter.opcode != "get-tuple-element":
       return None
-    index = int(re.search(r"index=(\d+)", counter.attributes).group(1))
+    index = int(_found(r"index=(\d+)", counter.attributes)[0])
     around = self._computations[computation]
     source = around[loop.operands[0]]
     while source.opcode in ("copy", "bitcast", "opt-barrier"):
@@ -335,6 +340,18 @@ def _written(instruction: Instruction, around: Mapping[str, Instruction]) -> flo
   return sum(array.size for array in instruction.arrays if array.in_memory)
 
 
+def _found(pattern: str, text: str) -> tuple[str, ...]:
+  """The groups of a pattern that the text of an instruction must have.
+
+  Raises:
+    ValueError: it has not.
+  """
+  match = re.search(pattern, text)
+  if match is None:
+    raise ValueError(f"the text of a program has no {pattern!r} where its compiler used to write it: {text[:200]}")
+  return match.groups()
+
+
 def _instruction(name: str, line: str, start: int) -> Instruction:
   kind, rest = _type(line, start)
   opcode, _, rest = rest.partition("(")
@@ -393,7 +410,7 @@ def _products(instruction: Instruction, around: Mapping[str, Instruction]) -> fl
   """FLOP of a product: 2 per multiplication and addition."""
   if instruction.opcode == "dot":
     left = around[instruction.operands[0]].arrays[0].shape
-    axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes).group(1)
+    axes = _found(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[0]
     contracted = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
     return 2.0 * math.prod(instruction.arrays[0].shape) * contracted
   if instruction.opcode == "convolution":
@@ -405,7 +422,7 @@ def _convolution(instruction: Instruction, around: Mapping[str, Instruction]) ->
   """FLOP of a convolution, which on a TPU every product is: taps in padding and between dilated places are no work."""
   left, right = (around[name].arrays[0].shape for name in instruction.operands[:2])
   out = instruction.arrays[0].shape
-  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+  labels = _found(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
   window = _window(instruction.attributes)
   spatial = [letter for letter in labels[2] if letter.isdigit()]
   taps = 1

@@ -66,7 +66,7 @@ class ProgramPlan:
     return self.resident + self.temporaries + self.results
 
   def floors(self, topology: Topology) -> dict[str, float]:
-    """Seconds of one run that arithmetic, memory, links and the network between slices take at least."""
+    """Seconds of one call that arithmetic, memory, links and the network between slices take at least."""
     chip = topology.chip
     return {
       "flops": self.cost.flops / chip.flops,
@@ -76,7 +76,10 @@ class ProgramPlan:
     }
 
   def projected(self, topology: Topology) -> float:
-    """Seconds of one run: the larger of arithmetic and memory, and all communication after it, nothing overlapped."""
+    """Seconds of all its calls in one run of its phase.
+
+    The larger of arithmetic and memory, and all communication after it: nothing overlaps.
+    """
     floors = self.floors(topology)
     return self.calls * (max(floors["flops"], floors["hbm"]) + floors["link"] + floors["network"])
 
@@ -164,7 +167,9 @@ class PodRun:
       self.state, self.programs = assembly.build_programs(config, special, loaded)
     self.models = loaded
     self._patch_width = models["student"].vision.patch_width
-    self._key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=sharding.replicated(mesh))
+    self._key: Any = jax.ShapeDtypeStruct(
+      (), jax.eval_shape(jax.random.key, 0).dtype, sharding=sharding.replicated(mesh)
+    )
 
   def _in_force(self) -> Any:
     # An abstract mesh, since small constants are made on the devices of a real one, and these cannot run anything.
@@ -300,7 +305,8 @@ def smaller(config: Any, devices: int) -> Iterator[tuple[dict[str, Any], Any]]:
     config: of the run.
     devices: of the topology.
   """
-  mesh, batch, steps = config.mesh, config.batch, []
+  mesh, batch = config.mesh, config.batch
+  steps: list[dict[str, Any]] = []
   split = [2**n for n in range(1, 4) if devices % 2**n == 0 and 2**n > mesh.tensor]
   meshes = [
     {"mesh.data": devices // (fsdp * tensor), "mesh.fsdp": fsdp, "mesh.tensor": tensor}

@@ -13,7 +13,12 @@ from kepo_jax.planning import chips
 
 # As the compiler calls them; other shapes of these generations work as well.
 EXAMPLES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v6e:4x4", "v5p:4x4x4", "v4:4x4x4", "tpu7x:4x4x4")
-_NO_HOST = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+_NO_HOST = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans may be made at a time: no TPU is held
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +84,21 @@ def topology(name: str, slices: int = 1) -> Topology:
   except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
     reason = str(error).splitlines()[0]
     raise ValueError(f"--topology={name}: {reason} Known are, for example, {', '.join(EXAMPLES)}.") from error
-  chip = chips.data_sheet(found.devices[0])
-  if chip is None:
-    kinds = sorted(part for part, chip in chips.CHIPS.items() if chip.link)
-    raise ValueError(f"nothing is known about {found.devices[0].device_kind}; kepo_jax/planning/chips.py has {kinds}.")
-  cores = len(found.devices) // (slices * math.prod(_shape(name)))
-  if cores > 1 and "core" not in chip.name:
-    chip = _core(chip, cores)
-  return Topology(name, slices, tuple(found.devices), chip)
+  devices: tuple[Any, ...] = tuple(found.devices)
+  return Topology(name, slices, devices, _chip(devices[0], cores=len(devices) // (slices * math.prod(_shape(name)))))
 
 
 def _shape(name: str) -> list[int]:
   return [int(number) for number in name.partition(":")[2].split("x")]
 
 
-def _core(chip: chips.Chip, cores: int) -> chips.Chip:
-  """The share of one core, where each is a device of its own."""
+def _chip(device: Any, cores: int) -> chips.Chip:
+  """The data sheet of a device: a chip, or one of its cores where each is a device of its own."""
+  chip = chips.data_sheet(device)
+  if chip is None:
+    kinds = sorted(part for part, chip in chips.CHIPS.items() if chip.link)
+    raise ValueError(f"nothing is known about {device.device_kind}; kepo_jax/planning/chips.py has {kinds}.")
+  if cores == 1 or "core" in chip.name:
+    return chip
   shares = {name: getattr(chip, name) / cores for name in ("flops", "bandwidth", "memory", "link", "network")}
   return dataclasses.replace(chip, name=f"{chip.name}, one core", **shares)

@@ -103,10 +103,10 @@ def decode_weights_program(
     return jax.tree.map(lambda x: x.astype(dtype), parts)
 
   depth = config.text.num_hidden_layers
-  axes = model.separated_axes(lora.base(config))
   stacks, rest = _stacks_and_rest(params)
   shapes = jax.eval_shape(layer, stacks, 0), jax.eval_shape(others, rest)
-  axes = axes["language_model"]["layers"][0], _stacks_and_rest(axes)[1]
+  names = model.separated_axes(lora.base(config))
+  axes = names["language_model"]["layers"][0], _stacks_and_rest(names)[1]
   places = [sharding.weight_shardings(mesh, *each, layout="decode") for each in zip(shapes, axes, strict=True)]
   layer_program = compiling.Program("the decode weights of a layer", layer, out_shardings=places[0])
   others_program = compiling.Program("the decode weights but for the layers", others, out_shardings=places[1])

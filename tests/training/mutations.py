@@ -155,7 +155,7 @@ MUTATIONS = (
    '"float32"'),
   ("programs", "the base sampled without its matrices",
    "test_lora.py::test_tokens_are_sampled_from_merged_weights",
-   "lora.merged(config, model.separated(params), dtype)",
-   "lora.merged(lora.base(config), model.separated(params), dtype)"),
+   "lora.merged(config, model.separated(cut), dtype)",
+   "lora.merged(lora.base(config), model.separated(cut), dtype)"),
 )
 # fmt: on

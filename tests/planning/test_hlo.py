@@ -1,0 +1,175 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kepo_jax.planning import flops, hlo
+
+SIZE = 64
+MATRIX = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
+PRODUCT = 2.0 * SIZE**3  # FLOP
+
+
+def text_of(function, *arguments):
+  return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def chain(x, turns):
+  return jax.lax.fori_loop(0, turns, lambda _, x: jnp.tanh(x @ x), x)
+
+
+def test_a_loop_counts_as_often_as_it_turns():
+  few, more, most = (hlo.cost(text_of(functools.partial(chain, turns=turns), MATRIX)) for turns in (2, 8, 14))
+  assert (few.flops, more.flops, most.flops) == (2 * PRODUCT, 8 * PRODUCT, 14 * PRODUCT)
+  assert most.moved - more.moved == more.moved - few.moved >= 6 * 3 * 4 * SIZE**2
+
+
+def test_products_are_those_of_the_traced_program():
+  def layers(x, stack):
+    return jax.lax.scan(lambda x, w: (jnp.einsum("...i,oi->...o", jax.nn.silu(x), w), None), x, stack)[0].sum()
+
+  arguments = jax.ShapeDtypeStruct((3, 8, SIZE), jnp.float32), jax.ShapeDtypeStruct((5, SIZE, SIZE), jnp.float32)
+  gradient = jax.grad(layers, argnums=(0, 1))
+  assert hlo.cost(text_of(gradient, *arguments)).flops == flops.count(gradient, *arguments)
+
+
+def test_loops_that_depend_on_data_turn_as_often_as_they_are_said_to():
+  def until(x):
+    def both(x):
+      return jax.lax.while_loop(lambda x: (x.sum() < 100) & (x[0, 0] > 0), lambda x: x @ x, x)
+
+    return jax.lax.fori_loop(0, 3, lambda _, x: x @ x, both(both(x)) + both(x * 2))
+
+  text = text_of(until, MATRIX)
+  assert hlo.cost(text, turns=(5, 7, 11)).flops == (5 + 7 + 11 + 3) * PRODUCT
+  with pytest.raises(ValueError, match="3 loops turn as often as their data say, and `turns` has 1 numbers"):
+    hlo.cost(text, turns=(5,))
+
+
+def test_what_is_fused_is_read_and_written_once():
+  wide = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+  cost = hlo.cost(text_of(lambda x, y: jnp.sin(x) * y + jnp.cos(x), wide, wide))
+  assert cost.moved == 3 * 4 * 1024**2 and cost.flops == 0
+
+
+def test_a_slice_costs_what_it_reads_and_an_update_in_place_what_it_writes():
+  stack = jax.ShapeDtypeStruct((100, 256), jnp.float32)
+
+  def turns(stack):
+    return jax.lax.fori_loop(0, 100, lambda i, s: s.at[i].set(jnp.sin(s[99 - i])), stack)
+
+  row = 4 * 256
+  cost = hlo.cost(text_of(turns, stack))
+  assert cost.moved < 100 * 8 * row  # reading the stack in every turn would be 100 times as much
+
+
+def collectives(mesh, function, spec, shape, out):
+  placed = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+  compiled = jax.jit(function, out_shardings=jax.NamedSharding(mesh, out)).lower(placed).compile()
+  return compiled.as_text()
+
+
+def test_collectives_by_hand(mesh_of):
+  mesh = mesh_of(data=4, fsdp=2)
+  size = 4 * 256 * 64
+  gathered = collectives(mesh, lambda x: x, P("data"), (256, 64), P())
+  assert hlo.cost(gathered).sent == {"all-gather": size * 3 / 4}
+  reduced = collectives(mesh, lambda x: x.sum(0), P("data"), (256, 64, 64), P())
+  assert hlo.cost(reduced).sent == {"all-reduce": 2 * 4 * 64 * 64 * 3 / 4}
+
+
+def test_a_collective_inside_a_loop_counts_in_every_turn(mesh_of):
+  mesh = mesh_of(data=8)
+
+  def turns(x):
+    def turn(_, x):
+      whole = jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, P()))
+      return jax.lax.with_sharding_constraint(jnp.tanh(whole @ whole), jax.NamedSharding(mesh, P("data")))
+
+    return jax.lax.fori_loop(0, 6, turn, x)
+
+  text = collectives(mesh, turns, P("data"), (SIZE, SIZE), P("data"))
+  assert sum(hlo.cost(text).sent.values()) == pytest.approx(6 * 4 * SIZE**2 * 7 / 8)
+
+
+def test_what_crosses_slices_is_counted_apart(mesh_of):
+  text = collectives(mesh_of(data=8), lambda x: x.sum(0), P("data"), (256, 64, 64), P())
+  size = 4 * 64 * 64
+  whole, cut = hlo.cost(text), hlo.cost(text, slice_devices=4)
+  assert whole.sent == {"all-reduce": 2 * size * 7 / 8} and whole.crossed == {}
+  # Reduced inside each slice of 4; a quarter of the result then goes between the two.
+  assert cut.sent == {"all-reduce": 2 * size * 3 / 4} and cut.crossed == {"all-reduce": 2 * (size / 4) * 1 / 2}
+
+
+@pytest.mark.parametrize(
+  ("written", "expected"),
+  [
+    ("replica_groups={{0,2},{1,3}}", [(0, 2), (1, 3)]),
+    ("replica_groups=[2,2]<=[4]", [(0, 1), (2, 3)]),
+    ("replica_groups=[2,2]<=[2,2]T(1,0)", [(0, 2), (1, 3)]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [(0, 2), (1, 3)]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [(0, 1, 2, 3)]),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [(0, 2), (1, 3)]),
+    ("source_target_pairs={{0,1},{1,2}}", [(0, 1), (1, 2)]),
+  ],
+)
+def test_groups_in_every_spelling(written, expected):
+  assert hlo._groups(f"channel_id=1, {written}, use_global_device_ids=true") == expected
+
+
+@pytest.mark.parametrize(
+  ("size", "kernel", "out", "window", "taps"),
+  [
+    (8, 3, 6, {}, 18),
+    (8, 3, 8, {"low": 1}, 22),  # two taps in the padding
+    (8, 8, 8, {"stride": 7, "lhs": 8}, 8),  # a batch axis as a TPU writes it: one tap each
+    (9, 3, 4, {"stride": 2}, 12),
+  ],
+)
+def test_taps_of_a_window(size, kernel, out, window, taps):
+  assert hlo._taps(size, kernel, out, **{"stride": 1, "low": 0, "lhs": 1, "rhs": 1} | window) == taps
+
+
+# As the compiler of a TPU writes a product, a product with a batch axis, and an asynchronous gather in a fusion.
+TPU = """HloModule jit_f, is_scheduled=true
+
+%fused_computation.1 (param_0: bf16[8,32], param_1: bf16[64,32]) -> bf16[8,64] {
+  %param_0 = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %param_1 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %convolution.1 = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} convolution(%param_0, %param_1), dim_labels=bf_oi->bf
+}
+
+%start (param_2: bf16[16,32]) -> (bf16[16,32], bf16[64,32], u32[]) {
+  %param_2 = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[64,32]{1,0:T(8,128)(2,1)} all-gather(%param_2), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %custom-call.1 = (bf16[16,32]{1,0}, bf16[64,32]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (param_3: bf16[16,32], param_4: bf16[64,32]) -> bf16[64,32] {
+  %param_3 = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %param_4 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %all-gather.2 = bf16[64,32]{1,0:T(8,128)(2,1)} all-gather(%param_3), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+ENTRY %main (x: bf16[8,32], w: bf16[16,32], b: bf16[4,8,16]) -> bf16[8,64] {
+  %x = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %w = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(1)
+  %b = bf16[4,8,16]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %batched = bf16[4,8,8]{2,1,0:T(8,128)(2,1)S(1)} convolution(%b, %b), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0oi->0bf
+  %started = (bf16[16,32]{1,0}, bf16[64,32]{1,0}, u32[]{:S(2)}) fusion(%w), kind=kCustom, calls=%start
+  %moving = bf16[16,32]{1,0:T(8,128)(2,1)} get-tuple-element(%started), index=0
+  %place = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%started), index=1
+  %gathered = bf16[64,32]{1,0:T(8,128)(2,1)} fusion(%moving, %place), kind=kCustom, calls=%done
+  ROOT %out = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} fusion(%x, %gathered), kind=kOutput, calls=%fused_computation.1
+}
+"""  # noqa: E501
+
+
+def test_a_program_of_a_tpu_by_hand():
+  cost = hlo.cost(TPU)
+  assert cost.flops == 2 * 8 * 64 * 32 + 2 * 4 * 8 * 8 * 16
+  assert cost.sent == {"all-gather": 2 * 64 * 32 * 3 / 4}  # in its start and in its end, and once
+  # b twice, the gathered weights written and read; what lies in the chip's own memory moves nothing.
+  assert cost.moved == 2 * (2 * 4 * 8 * 16) + 2 * (2 * 64 * 32)

@@ -1,0 +1,290 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.configs import kepo, kepo_medvqa
+from kepo_jax import sharding, types
+from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl.config import SIZES
+from kepo_jax.planning import chips, flops, hlo, memory, pods, topologies
+from kepo_jax.training import compiling, forward, programs
+from tests.planning.test_memory import SMALL
+
+LENGTHS = pods.Sizes(prompt_tokens=64, hinted_tokens=128, patches=64)
+CHIP = chips.Chip("a chip", 1e12, 1e11, 1e9, link=1e9, network=1e8, ring=4)
+# Dimensions that divide over every mesh here.
+EVEN = dataclasses.replace(
+  SMALL,
+  text=dataclasses.replace(SMALL.text, vocab_size=1024),
+  image_token_id=5,
+  video_token_id=6,
+  vision_start_token_id=7,
+  vision_end_token_id=8,
+)
+
+
+def config_of(**changes):
+  config = kepo.get_config()
+  config.sampling.max_new_tokens, config.exploration.hint_tokens = 32, 8
+  for name, value in changes.items():
+    section, field = name.split("__")
+    config[section][field] = value
+  return config
+
+
+def run_of(mesh, student=EVEN, teacher=EVEN, **changes):
+  return pods.PodRun(config_of(**changes), {"student": student, "teacher": teacher}, mesh, LENGTHS)
+
+
+def topology_of(mesh, slices=1):
+  return topologies.Topology("v0:2x4", slices, tuple(mesh.devices.flat), CHIP)
+
+
+def plan_of(run, slices=1, **settings):
+  return run.plan(topology_of(run.mesh, slices), compiled=lambda name, seconds: None, **settings)
+
+
+@pytest.fixture(scope="module")
+def plan(mesh_of):
+  return plan_of(run_of(mesh_of(data=2, fsdp=2, tensor=2)), slices=2, hint_rounds=2)
+
+
+def found(plan, phase, name):
+  (program,) = (each for each in plan.programs if (each.phase, each.name) == (phase, name))
+  return program
+
+
+def test_every_program_of_a_step_compiles(plan):
+  assert plan.failures == {} and plan.fits
+  assert [(each.phase, each.name) for each in plan.programs if "decode weights" not in each.name] == [
+    ("sampling", "the student's sampler"),
+    ("hints", "the teacher's sampler"),
+    ("candidates", "the student's sampler"),
+    ("scoring", "scoring by a frozen model"),
+    ("update", "the inputs of the loss"),
+    ("update", "the gradients"),
+    ("update", "the optimizer"),
+  ]
+  assert {each.runs for each in plan.programs if each.phase in ("hints", "candidates")} == {2}
+  # The teacher decodes from a copy, since its own weights are cut over fsdp.
+  layers = [each for each in plan.programs if each.name == "the decode weights of a layer"]
+  assert [(each.phase, each.calls) for each in layers] == [("decode weights", 2), ("hints", 2)]
+
+
+def test_what_is_there_while_a_program_runs(plan, mesh_of):
+  run = run_of(mesh_of(data=2, fsdp=2, tensor=2))
+  weights, moments = pods.bytes_per_device(run.state.params), pods.bytes_per_device(run.state.opt_state)
+  teacher = pods.bytes_per_device(run.models["teacher"].params)
+  shapes = model.abstract_params(EVEN, jnp.float32)
+  places = sharding.weight_shardings(run.mesh, shapes, model.logical_axes(EVEN), "decode")
+  pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True)
+  copy = sum(4 * math.prod(place.shard_shape(x.shape)) for x, place in pairs)
+  stays = weights + moments + teacher + 2 * 4  # two counters
+  assert found(plan, "sampling", "the student's sampler").resident == pytest.approx(stays + copy, abs=16)
+  assert found(plan, "hints", "the teacher's sampler").resident == pytest.approx(stays + 2 * copy, rel=1e-3)
+  gradients = found(plan, "update", "the gradients")
+  optimizer = found(plan, "update", "the optimizer")
+  assert gradients.results == pytest.approx(weights, rel=0.01)  # and figures
+  assert optimizer.resident - gradients.resident == weights
+  for each in plan.programs:
+    assert 0 < each.arguments < 1.05 * each.resident
+    assert each.total == each.resident + each.temporaries + each.results
+
+
+def test_the_step_is_the_sum_of_its_floors(plan):
+  program = hlo.Cost(2e12, 3e11, (hlo.Collective("all-reduce", 1e9, group=8, slices=2),))
+  each = pods.ProgramPlan("update", "a program", 3.0, 2, 1.0, 2.0, 0.0, 0.0, 0.0, program)
+  floors = each.floors(plan.topology)
+  # A ring of 4 in the slice, one way: an axis of 2 chips is not closed. A quarter crosses.
+  assert floors == {"flops": 2.0, "hbm": 3.0, "link": 1.5, "network": 2.5}
+  assert each.projected(plan.topology) == 2 * (3.0 + 1.5 + 2.5)
+  assert plan.step_seconds == sum(each.runs * each.projected(plan.topology) for each in plan.programs)
+
+
+def test_flops_per_device_fall_with_data_and_with_fsdp(mesh_of):
+  def gradients(mesh):
+    seen = {}
+    run = run_of(mesh)
+    with run._in_force(), compiling.watched(lambda each: seen.setdefault(each.name, each)):
+      run.programs.update.rehearse(run.state, run.experience(), run.targets(), compare=False)
+    return hlo.cost(seen["the gradients"].executable.as_text())
+
+  one = gradients(mesh_of())
+  for axes in ({"data": 4}, {"fsdp": 4}):
+    assert gradients(mesh_of(**axes)).flops < 1.05 * one.flops / 4
+
+
+def test_flops_of_one_device_are_those_of_the_traced_program(mesh_of):
+  run = run_of(mesh_of())
+  seen = {}
+  with run._in_force(), compiling.watched(lambda each: seen.setdefault(each.name, each)):
+    run.targets()
+  experience = run.experience()
+  score = forward.target
+  expected = flops.count(
+    lambda *arguments: score(EVEN, *arguments, parts=1),
+    model.abstract_params(EVEN, jnp.float32),
+    experience.prompts,
+    experience.tokens,
+  )
+  assert hlo.cost(seen["scoring by a frozen model"].executable.as_text()).flops == pytest.approx(expected, rel=0.02)
+
+
+def sampler_of(mesh):
+  run, seen = run_of(mesh), {}
+  with run._in_force(), compiling.watched(lambda each: seen.setdefault(each.name, each)):
+    run.programs.rollout(run.actor(), run.prompts(8, 64), run._key)
+  return seen["the student's sampler"].executable.as_text()
+
+
+CACHE = (8, 2, 8, 32, 32)  # P, heads, G, T, width of keys and of values
+
+
+def test_no_weight_is_gathered_in_the_token_loop(mesh_of):
+  text = sampler_of(mesh_of(fsdp=4))
+  cost = hlo.cost(text, turns=pods.token_turns(32))
+  layer = sum(4 * x.size for x in jax.tree.leaves(model.abstract_params(EVEN)["language_model"]["layers"])) / 2
+  assert sum(cost.sent.values()) < layer / 10  # of 31 turns together
+
+
+def whole_caches(text):
+  """What says that a device has, or is sent, a cache of the whole batch."""
+  carried = CACHE in {array.shape for array in hlo.Program(text).carried()}
+  gathered = hlo.cost(text, turns=pods.token_turns(32)).sent.get("all-gather", 0.0) / 31  # in each turn
+  return [name for name, there in (("carried", carried), ("gathered", gathered > 4 * math.prod(CACHE) / 8)) if there]
+
+
+def test_caches_are_cut_over_the_mesh(mesh_of):
+  text = sampler_of(mesh_of(data=2, fsdp=2, tensor=2))
+  assert whole_caches(text) == []
+  assert (2, 1, *CACHE[2:]) in {array.shape for array in hlo.Program(text).carried()}
+
+
+def test_caches_that_are_not_are_seen(mesh_of, monkeypatch):
+  # Without any constraint the compiler cuts them as it finds their prompts and heads cut; so they are pinned whole.
+  step = model.decode_step
+
+  def pinned(*arguments):
+    hidden, cache = step(*arguments)
+    return hidden, jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), cache)
+
+  monkeypatch.setattr(model, "decode_step", pinned)
+  assert whole_caches(sampler_of(mesh_of(data=2, fsdp=2, tensor=2)))
+
+
+def paper_run(mesh):
+  config = kepo_medvqa.get_config()
+  return pods.PodRun(config, {"student": SIZES["Qwen3-VL-2B"], "teacher": SIZES["Qwen3-VL-32B"]}, mesh, LENGTHS)
+
+
+def replicated_in(run):
+  """Large arrays of a step that every device holds whole, apart from the decode copies."""
+  with run._in_force():
+    trees = {
+      "state": run.state,
+      "teacher": run.models["teacher"].params,
+      "experience": run.experience(),
+    }
+  return {f"{name}{path}" for name, tree in trees.items() for path in pods.replicated(tree)}
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}])
+def test_nothing_large_of_the_paper_is_replicated(mesh_of, axes):
+  assert replicated_in(paper_run(mesh_of(**axes))) == set()
+
+
+def test_a_replicated_embedding_is_seen(mesh_of, monkeypatch):
+  monkeypatch.setitem(sharding.WEIGHT_RULES["train"], "vocab", None)
+  monkeypatch.setitem(sharding.WEIGHT_RULES["train"], "embed", None)
+  run = paper_run(mesh_of(fsdp=2, tensor=4))
+  table = "['language_model']['embed_tokens']['weight']"
+  assert f"state.params{table}" in replicated_in(run) and f"teacher{table}" in replicated_in(run)
+
+
+def test_the_teacher_decodes_without_the_fsdp_axis_and_the_list_of_what_is_whole_is_short(mesh_of):
+  run = paper_run(mesh_of(fsdp=2, tensor=4))
+  shapes = jax.eval_shape(model.separated, model.abstract_params(SIZES["Qwen3-VL-2B"], jnp.bfloat16))
+  axes = model.separated_axes(SIZES["Qwen3-VL-2B"])
+  places = sharding.weight_shardings(run.mesh, shapes, axes, "decode")
+  copies = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+  # The vision tower is not split over tensor, and runs once per prompt.
+  assert {path.split("]")[0] for path in pods.replicated(copies)} <= {"['visual'"}
+
+
+def test_turns_of_the_loops_of_a_sampler():
+  assert pods.token_turns(24) == (23,)
+  assert pods.token_turns(256) == (255,)
+  assert pods.token_turns(1024) == (255, 256, 256, 256)
+
+
+def test_sizes_are_those_of_the_estimate():
+  assert pods.bucket_sizes(kepo_medvqa.get_config()) == pods.Sizes(512, 1024, 576)
+  assert pods.bucket_sizes(config_of(data__prompt_buckets=(64,))) == pods.Sizes(64, 64, 64)
+
+
+def test_what_does_not_compile_is_told(mesh_of, monkeypatch):
+  run = run_of(mesh_of(fsdp=2))
+
+  def refused(*arguments):
+    raise ValueError("compiling the teacher's sampler failed: out of memory")
+
+  changed = dataclasses.replace(run.programs, hint=refused, targets=refused)
+  monkeypatch.setattr(run, "programs", changed)
+  plan = plan_of(run)
+  assert set(plan.failures) == {"hints", "scoring"} and not plan.fits and plan.peak == math.inf
+  assert "out of memory" in plan.failures["hints"]
+  assert {each.phase for each in plan.programs} == {"decode weights", "sampling", "candidates"}
+
+
+def test_the_first_suggestion_is_the_smallest_change_that_should_fit(plan):
+  config = config_of(batch__micro_batches=1, mesh__data=8)
+
+  def estimated(changed):
+    sizes = {"data": changed.mesh.data, "fsdp": changed.mesh.fsdp, "tensor": changed.mesh.tensor}
+    return dataclasses.replace(memory_plan, config=changed, mesh=sizes)
+
+  memory_plan = programs_plan(config)
+  now = memory.estimate(memory_plan)["peak"]
+  few = memory.estimate(estimated(changed_by(config, {"batch.micro_batches": 2})))["peak"]
+  assert few < now
+  # A limit that two micro-batches reach; the compiled peak equals the estimate here.
+  chip = dataclasses.replace(CHIP, memory=(few + 1) / pods.LIMIT)
+  topology = dataclasses.replace(plan.topology, chip=chip)
+  large = pods.ProgramPlan("update", "a program", 1, 1, 0, 0, 0, 0, now, hlo.Cost())
+  stuck = pods.PodPlan(topology, {}, (large,), {})
+  assert not stuck.fits
+  fields, changed = next(pods.suggestion(config, estimated, stuck))
+  assert fields == {"batch.micro_batches": 2} and changed.batch.micro_batches == 2
+
+
+def changed_by(config, fields):
+  changed = config.copy_and_resolve_references()
+  changed.update_from_flattened_dict(fields)
+  return changed
+
+
+def programs_plan(config):
+  mesh = {"data": 8, "fsdp": 1, "tensor": 1}
+  models = {"student": EVEN, "teacher": EVEN}
+  return types.RunPlan(config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0)
+
+
+def test_changes_keep_the_number_of_devices():
+  for fields, changed in pods.smaller(config_of(mesh__data=8), devices=8):
+    assert changed.mesh.data * changed.mesh.fsdp * changed.mesh.tensor == 8, fields
+    assert changed.batch.prompts % changed.batch.micro_batches == 0
+
+
+def test_decode_weights_are_those_of_one_program(mesh_of):
+  """A layer at a time gives what all at once would."""
+  mesh = mesh_of(fsdp=2, tensor=2)
+  shapes = model.abstract_params(EVEN, jnp.float32)
+  params = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape), shapes)
+  params = jax.device_put(params, sharding.weight_shardings(mesh, shapes, model.logical_axes(EVEN)))
+  made = programs.decode_weights_program(EVEN, params, jnp.bfloat16)(params)
+  expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.separated(params))
+  assert jax.tree.structure(made) == jax.tree.structure(expected)
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), made, expected)))

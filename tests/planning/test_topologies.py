@@ -1,0 +1,103 @@
+"""What needs the compiler of a TPU, libtpu, is marked tpu: `make test-tpu` installs it and runs these."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.configs import kepo
+from kepo_jax.planning import benchmark, chips, pods, topologies
+
+
+@dataclasses.dataclass
+class Device:
+  device_kind: str
+  platform: str = "tpu"
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:", "v5e:4", "8x8", "v5e-16"])
+def test_a_name_of_another_form_is_refused(name):
+  with pytest.raises(ValueError, match=r"--topology=.* is not of the form v5e:8x8; for example v5e:4x4"):
+    topologies.topology(name)
+
+
+def test_without_libtpu_the_way_out_is_said(monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
+  with pytest.raises(ValueError, match=r"pip install -r requirements-tpu.txt, or `make plan`"):
+    topologies.topology("v5e:4x4")
+
+
+def test_a_core_has_its_share():
+  chip, core = (topologies._chip(Device("TPU v4"), cores) for cores in (1, 2))
+  assert chip == chips.CHIPS["TPU v4"] and core.name == "TPU v4, one core"
+  assert (core.flops, core.memory, core.link) == (chip.flops / 2, chip.memory / 2, chip.link / 2)
+  assert topologies._chip(Device("TPU7x"), 2) is chips.CHIPS["TPU7"]  # the data sheet is that of a core
+
+
+def test_an_unknown_chip_is_refused():
+  with pytest.raises(ValueError, match=r"nothing is known about TPU v99; kepo_jax/planning/chips.py has \["):
+    topologies._chip(Device("TPU v99"), 1)
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "both_ways"),
+  [("v5e:4x4", "TPU v5 lite", False), ("v5e:16x16", "TPU v5 lite", True), ("v5p:4x4x4", "TPU v5", True),
+   ("v5p:2x2x4", "TPU v5", False)],
+)  # fmt: skip
+def test_a_link_is_used_both_ways_where_axes_are_closed(name, kind, both_ways):
+  chip = chips.data_sheet(Device(kind))
+  place = topologies.Topology(name, 1, (), chip)
+  assert place.link == chip.link * (1 + both_ways)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+  ("name", "slices", "devices", "chip"),
+  [("v5e:4x4", 1, 16, "TPU v5e"), ("2 x v5e:16x16", 1, 512, "TPU v5e"), ("v5e:16x16", 2, 512, "TPU v5e"),
+   ("v5p:4x4x4", 1, 64, "TPU v5p"), ("v6e:4x4", 1, 16, "TPU v6e"), ("tpu7x:4x4x4", 1, 128, "TPU7x, one core"),
+   ("v4:4x4x4", 1, 128, "TPU v4, one core")],
+)  # fmt: skip
+def test_known_topologies(name, slices, devices, chip):
+  place = topologies.topology(name, slices)
+  assert len(place.devices) == devices and place.chip.name == chip
+  assert place.slice_devices == devices // place.slices
+
+
+@pytest.mark.tpu
+def test_a_name_that_the_compiler_does_not_know_is_refused():
+  with pytest.raises(ValueError, match="--topology=v5e:3x5: "):
+    topologies.topology("v5e:3x5")
+
+
+@pytest.mark.tpu
+def test_only_the_data_axis_spans_slices():
+  place = topologies.topology("v5e:2x2", 2)
+  mesh = place.mesh(2, 2, 2)
+  assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
+  with pytest.raises(ValueError, match="mesh.data=1 does not divide over 2 slices"):
+    place.mesh(1, 4, 2)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_step_compiles_for_tpus(slices):
+  place = topologies.topology("v5e:2x2", slices)
+  config = kepo.get_config()
+  config.model.compute_dtype = config.model.teacher_dtype = "bfloat16"
+  config.model.remat = "full"
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = slices, 2, 2
+  models = dict.fromkeys(("student", "teacher"), benchmark.MEDIUM)
+  run = pods.PodRun(config, models, place.mesh(slices, 2, 2), pods.Sizes(128, 256, 256))
+  with jax.default_matmul_precision("default"):  # which products of bfloat16 in a kernel of its own ask for
+    plan = run.plan(place, compiled=lambda name, seconds: None)
+  assert plan.failures == {} and plan.fits
+  programs = {each.name: each for each in plan.programs}
+  gradients, scoring = programs["the gradients"], programs["scoring by a frozen model"]
+  # Three products for one of the forward pass, and another one for what is computed again; the losses on top.
+  assert 3 < gradients.cost.flops / scoring.cost.flops < 6
+  weights = pods.bytes_per_device(run.state.params) * jnp.bfloat16.dtype.itemsize / 4
+  assert sum(gradients.cost.sent.values()) > weights  # gathered, and their gradients reduced
+  assert bool(sum(gradients.cost.crossed.values())) == (slices > 1)
+  assert programs["the student's sampler"].cost.moved > 23 * weights  # once for each token but the first
