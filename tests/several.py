@@ -1,4 +1,4 @@
-"""One of two processes with four devices each, without a model, for tests: python -m tests.several WHAT ADDRESS NUMBER."""
+"""One of two processes of four devices, without a model: python -m tests.several WHAT ADDRESS NUMBER."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ import numpy as np
 
 from kepo_jax import processes, rewards, sharding
 from kepo_jax.training import groups as grouping
+from kepo_jax.training.profiling import CompileCounter
 from kepo_jax.types import Rollouts
 from tests.training.cases import example
 
@@ -25,7 +26,6 @@ def say(**said):
 
 def gather(number):
   """Values of different sizes, one of them longer than a message; and how many programs that compiles."""
-  from kepo_jax.training.profiling import CompileCounter
 
   counter, sizes = CompileCounter(), []
   for values in (["", "é" * 3], ["a" * (3 * processes.CHUNK), "b"], ["c", "d" * 1000]):
@@ -52,9 +52,13 @@ def rollouts(prompts, samples):
   return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
 
 
-def score(number):
-  """What each process scores, on meshes that hold the rows of a batch in different ways."""
-  for axes, shape in (((8, 1, 1), (8, 2)), ((2, 4, 1), (2, 4)), ((1, 8, 1), (3, 8)), ((1, 1, 8), (2, 2)), ((8, 1, 1), (3, 2))):
+# Meshes that hold the rows of a batch in different ways: (mesh, (prompts, rollouts)).
+HELD = (((8, 1, 1), (8, 2)), ((2, 4, 1), (2, 4)), ((1, 8, 1), (3, 8)), ((1, 1, 8), (2, 2)), ((8, 1, 1), (3, 2)))
+
+
+def score(_):
+  """What each process scores."""
+  for axes, shape in HELD:
     scored = []
 
     def reward(completion, _, scored=scored):
@@ -69,10 +73,10 @@ def score(number):
     np.testing.assert_array_equal(groups.scores["accuracy"], expected)
     np.testing.assert_array_equal(groups.scores["total"], expected)
     assert groups.texts.tolist() == [[f"[{p * shape[1] + g}]" for g in range(shape[1])] for p in range(shape[0])]
-    say(axes=axes, shape=shape, scored=scored)
+    say(scored=scored)
 
 
-def refuse(number):
+def refuse(_):
   """A reward that is no number for a rollout of the second process."""
 
   def reward(completion, _):
