@@ -31,7 +31,7 @@ def two(what):
       running.append(process)
     said = []
     for process in running:
-      out, log = process.communicate(timeout=120)
+      out, log = process.communicate(timeout=60)
       assert process.returncode == 0, log[-3000:]
       said.append([json.loads(line) for line in out.splitlines() if line.startswith("{")])
   return said
