@@ -30,7 +30,7 @@ def attribute(name: str) -> str:
 
 def uses_tpu() -> bool:
   """Whether jax is going to use TPUs: it chooses them where it sees chips, unless JAX_PLATFORMS says otherwise."""
-  return "tpu" in (jax.config.jax_platforms or "").split(",")
+  return "tpu" in (getattr(jax.config, "jax_platforms", "") or "").split(",")
 
 
 def announced(

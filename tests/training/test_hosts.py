@@ -20,6 +20,7 @@ import pytest
 from kepo_jax.models.qwen3_vl import conversion, model
 from tests.conftest import ROOT
 from tests.training.hosts import FEW, MANY, PROMPTS, ROLLOUTS, STEPS
+from tests.training.runs import ASSETS
 from tests.training.wide import widened
 
 TOLERANCE = 1e-5  # of a loss, and of a tensor in norm, relative to one device
@@ -202,6 +203,16 @@ def test_every_mesh_does_what_one_device_does(full, name):
   assert_the_same(expected, actual)
   assert (said["failed"], said["hints"], said["accepted"]) == (noted["failed"], noted["hints"], noted["accepted"])
   assert failed_on(said, 0) != failed_on(said, 1)
+
+
+@pytest.mark.slow
+def test_heads_that_do_not_divide_change_nothing(tmp_path):
+  # The phantom's models as they are: four heads and two key-value heads on eight devices of the axis "tensor".
+  (tmp_path / "student").symlink_to(ASSETS / "confused")
+  (tmp_path / "teacher").symlink_to(ASSETS / "weak")
+  with started(tmp_path, "1,1,1", "1,1,8", "--short") as running:
+    finish(running)
+  assert_the_same(result(tmp_path, "1,1,1")[0], result(tmp_path, "1,1,8")[0])
 
 
 @pytest.mark.slow
