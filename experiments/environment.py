@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 from absl import flags, logging
 
+from experiments import clusters
 from kepo_jax import storage
 
 
@@ -23,24 +24,53 @@ def prepare() -> None:
 
 def define_process_flags() -> None:
   """Flags of a run over several processes."""
+  flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "off"],
+    "auto joins the other processes where a TPU pod, SLURM, Open MPI or Kubernetes started several; off never does.",
+  )
   flags.DEFINE_string("coordinator", "", "HOST:PORT of the first of several processes; all need access to --workdir.")
   flags.DEFINE_integer("processes", 1, "Number of processes, with --coordinator.", lower_bound=1)
   flags.DEFINE_integer("process_id", 0, "Which of them this is, from 0, with --coordinator.", lower_bound=0)
 
 
-def join_processes() -> None:
-  """Joins the processes of --coordinator, if it is given; before anything else asks jax for its devices.
+def join_processes() -> bool:
+  """Joins the other processes of a run, if there are any; before anything else asks jax for its devices.
+
+  The flags say which they are, or what started this process does (`clusters.announced`). A lone process opens no port
+  and waits for nobody.
+
+  Returns:
+    whether this process is one of several.
 
   Raises:
-    ValueError: the flags do not fit together.
+    ValueError: the flags do not fit together, or the others cannot be found.
   """
   coordinator, count, own = flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process_id
   if not coordinator and (count, own) != (1, 0):
     raise ValueError("--processes and --process_id need --coordinator=HOST:PORT of the first process.")
   if own >= count:
     raise ValueError(f"--process_id={own} is none of the {count} of --processes; they count from 0.")
+  if flags.FLAGS.distributed == "off":
+    if coordinator:
+      raise ValueError("--distributed=off and --coordinator contradict each other; leave one of them out.")
+    return False
   if coordinator:
-    jax.distributed.initialize(coordinator, count, own)
+    # Only what the flags say: SLURM's number of a task would hide all but one of the devices.
+    jax.distributed.initialize(coordinator, count, own, cluster_detection_method="deactivate")
+    return count > 1
+  if not (told_by := clusters.announced()):
+    return False
+  try:
+    jax.distributed.initialize()
+  except (RuntimeError, ValueError, OSError) as error:
+    raise ValueError(
+      f"{told_by} started several processes, which cannot be joined: {error} Pass --coordinator=HOST:PORT, "
+      "--processes and --process_id, or --distributed=off to run this one alone."
+    ) from error
+  logging.info("process %d of %d, joined as %s says", jax.process_index(), jax.process_count(), told_by)
+  return True
 
 
 @contextlib.contextmanager

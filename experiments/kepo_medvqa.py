@@ -37,9 +37,9 @@ environment.define_process_flags()
 def main(_: list[str]) -> None:
   """Runs the experiment that the flags describe."""
   environment.prepare()
-  environment.join_processes()
+  several = environment.join_processes()
   workdir = _WORKDIR.value
-  if flags.FLAGS.coordinator and not workdir:
+  if several and not workdir:
     raise ValueError("several processes need one --workdir=DIR that all of them see.")
   if not workdir and not (_RESUME.value or _AUTO_RESUME.value):
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem

@@ -184,6 +184,27 @@ def held_rows(mesh: Mesh, prompts: int) -> frozenset[int]:
   return frozenset(row for index in indices.values() if index for row in range(*index[0].indices(prompts)))
 
 
+def row_holders(prompts: int, rollouts: int) -> np.ndarray:
+  """The process that answers for each rollout of a batch: the lowest of those whose devices hold it.
+
+  Args:
+    prompts: P.
+    rollouts: G.
+
+  Returns:
+    int[P, G], of the mesh in force (`jax.set_mesh`), the same on every process; 0 without a mesh.
+  """
+  mesh, shape = jax.sharding.get_mesh(), (prompts, rollouts)
+  if mesh.empty or jax.process_count() == 1:
+    return np.zeros(shape, int)
+  holders = np.full(shape, jax.process_count())
+  places = batch_sharding(mesh, shape, ("prompt", "rollout")).devices_indices_map(shape)
+  for device in mesh.devices.flat:
+    rows = places[device]
+    holders[rows] = np.minimum(holders[rows], device.process_index)
+  return holders
+
+
 def place(mesh: Mesh, batch: Any, axes: LogicalAxes = ("prompt",)) -> Any:
   """Host arrays of the global batch on the mesh, leading axes `axes`; every host passes the same arrays.
 

@@ -31,6 +31,8 @@ _BIASED = f"{_TESTS}/test_golden.py::test_decoder_after_every_layer[text_untied]
 _CHUNKED = "tests/models/test_scoring.py::test_chunked_equals_dense"
 _LORA = f"{_TESTS}/test_lora.py::"
 _AXES = f"{_TESTS}/test_text.py::test_frequencies_are_interleaved"
+_PROCESSES = "kepo_jax/processes.py"
+_SEVERAL = "tests/test_processes.py::"
 _FUSED = f"{_TESTS}/test_attention.py::test_a_fused_kernel_equals_the_plain_form"
 
 
@@ -328,5 +330,61 @@ MUTATIONS = (
     "np.asarray(value, np.float32).T)",
     "np.asarray(value, np.float32))",
     f"{_TESTS}/test_adapters.py::test_the_tensors_of_the_adapter",
+  ),
+  Mutation(
+    "every host scores every rollout",
+    _PROCESSES,
+    "[:prompts] == jax.process_index()",
+    "[:prompts] >= 0",
+    f"{_SEVERAL}test_each_rollout_is_scored_by_the_lowest_process_that_holds_it",
+  ),
+  Mutation(
+    "the first host scores every rollout",
+    "kepo_jax/sharding.py",
+    'batch_sharding(mesh, shape, ("prompt", "rollout")).devices_indices_map(shape)',
+    "replicated(mesh).devices_indices_map(shape)",
+    f"{_SEVERAL}test_each_rollout_is_scored_by_the_lowest_process_that_holds_it",
+  ),
+  Mutation(
+    "the prompts of a host by data alone",
+    "kepo_jax/sharding.py",
+    'batch_sharding(mesh, shape, ("prompt", "rollout")).devices_indices_map(shape)',
+    'batch_sharding(mesh, shape, ("prompt",)).devices_indices_map(shape)',
+    f"{_SEVERAL}test_each_rollout_is_scored_by_the_lowest_process_that_holds_it",
+  ),
+  Mutation(
+    "padding read as a prompt",
+    _PROCESSES,
+    "sharding.row_holders(*shape)[:prompts]",
+    "sharding.row_holders(*shape)",
+    f"{_SEVERAL}test_a_lone_process_reads_every_rollout_but_not_the_padding",
+  ),
+  Mutation(
+    "messages cut after the first part",
+    _PROCESSES,
+    "range(0, int(sizes.max()), CHUNK)",
+    "range(0, CHUNK, CHUNK)",
+    f"{_SEVERAL}test_values_of_any_size_are_gathered_by_the_same_programs",
+  ),
+  Mutation(
+    "messages as long as the longest text",
+    _PROCESSES,
+    "parts = [_everywhere(data, start) for start in range(0, int(sizes.max()), CHUNK)]",
+    "parts = [multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))]",
+    f"{_SEVERAL}test_values_of_any_size_are_gathered_by_the_same_programs",
+  ),
+  Mutation(
+    "an error elsewhere goes unnoticed",
+    _PROCESSES,
+    "if data is None or (sizes < 0).any():",
+    "if data is None:",
+    f"{_SEVERAL}test_an_error_on_one_process_ends_all",
+  ),
+  Mutation(
+    "every machine joins what SLURM started",
+    "experiments/clusters.py",
+    '_count(environ, "SLURM_NTASKS") > 1',
+    '_count(environ, "SLURM_NTASKS") >= 1',
+    "tests/experiments/test_clusters.py::test_what_announces_several_processes",
   ),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kepo_jax import rewards, sharding
+from kepo_jax import processes, rewards, sharding
 from kepo_jax.data import image_files
 from kepo_jax.data.pipeline import Lookahead, Processor
 from kepo_jax.evaluation.figures import summarised
@@ -93,14 +93,18 @@ def evaluate(
     progress(done, len(examples))
 
   def read(index: int, batch: Sequence[Example], rollouts: Rollouts) -> None:
-    tokens, mask = (sharding.to_host(array)[: len(batch)] for array in (rollouts.tokens, rollouts.mask))
-    samples, length = tokens.shape[1:]
-    flat, kept = tokens.reshape(-1, length), mask.reshape(-1, length)
-    for row, text in enumerate(processor.decode(flat, kept)):
-      example, number = batch[row // samples], row % samples
-      outputs.append(_output(example, number, text, flat[row][kept[row]], processor.end_ids, kind))
+    tokens, mask = (sharding.to_host(array) for array in (rollouts.tokens, rollouts.mask))
+
+    def records(row: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
+      texts = processor.decode(tokens[row, numbers], mask[row, numbers])
+      said = [tokens[row, number][mask[row, number]] for number in numbers]
+      rows = zip(numbers, texts, said, strict=True)
+      return [_output(batch[row], number, text, ids, processor.end_ids, kind) for number, text, ids in rows]
+
+    for output in processes.by_holders(tokens.shape[:2], len(batch), records).flat:
+      outputs.append(output)
       if on_output:
-        on_output(outputs[-1])
+        on_output(output)
     if progress:
       progress(starts[index] + len(batch), len(examples))
 

@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from kepo_jax import storage
-from kepo_jax.training import manifest, processes
+from kepo_jax import processes, storage
+from kepo_jax.training import manifest
 
 _STORAGE_ERRORS = (OSError, ValueError, RuntimeError)  # as Orbax and TensorStore pass them on
 _BROKEN = "broken"  # what is found damaged is set aside there, not deleted

@@ -14,11 +14,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from kepo_jax import storage
+from kepo_jax import processes, storage
 from kepo_jax.data import splits
 from kepo_jax.data.rules import Summary
 from kepo_jax.evaluation import journal
-from kepo_jax.training import lock, processes, run_record
+from kepo_jax.training import lock, run_record
 from kepo_jax.training.checkpoints import Checkpoints, steps_in
 from kepo_jax.types import Example
 

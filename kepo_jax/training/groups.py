@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kepo_jax import exploration, rewards, sharding
+from kepo_jax import exploration, processes, rewards, sharding
 from kepo_jax.types import Example, Experience, HintedRows, Prompts, Rollouts
 
 
@@ -30,11 +30,25 @@ class Groups:
 _ARRAYS = ("tokens", "mask", "logps", "texts", "injected", "supervised", "hints")
 
 
-def decode(processor: Any, rollouts: Rollouts) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list[str]]]:
-  """Tokens, mask and log-probs [P, G, T] of rollouts on the host, and their texts [P][G]."""
+def texts_of(processor: Any, rollouts: Rollouts, *, prompts: int) -> np.ndarray:
+  """Texts object[prompts, G] of the first prompts of some rollouts [P, G, T], each decoded by the host that holds it.
+
+  Raises:
+    OSError: another process of the run has failed.
+  """
+  tokens, mask, _ = _arrays(rollouts)
+  return processes.by_holders(tokens.shape[:2], prompts, _decoder(processor, tokens, mask))
+
+
+def _arrays(rollouts: Rollouts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Tokens, mask and log-probs [P, G, T] on the host."""
   host = on_host(rollouts)
-  tokens, mask, logps = (np.asarray(x) for x in (host.tokens, host.mask, host.logps))
-  return tokens, mask, logps, [processor.decode(*row) for row in zip(tokens, mask, strict=True)]
+  return np.asarray(host.tokens), np.asarray(host.mask), np.asarray(host.logps)
+
+
+def _decoder(processor: Any, tokens: np.ndarray, mask: np.ndarray) -> Callable[[int, Sequence[int]], list[str]]:
+  """The function (prompt, rollouts of it) -> their texts."""
+  return lambda prompt, slots: processor.decode(tokens[prompt, slots], mask[prompt, slots])
 
 
 def on_host(rollouts: Rollouts) -> Rollouts:
@@ -43,27 +57,49 @@ def on_host(rollouts: Rollouts) -> Rollouts:
 
 
 def scored_groups(processor: Any, examples: Sequence[Example], rollouts: Rollouts, scorer: rewards.Scorer) -> Groups:
-  """Rollouts of the student fetched to the host, decoded, and scored by every reward function.
+  """Rollouts fetched to the host, decoded, and scored by every reward function, each by the host that holds it.
 
   Args:
     processor: decodes tokens.
     examples: the P questions.
-    rollouts: [P, G, T] as sampled.
+    rollouts: [P, G, T] as sampled or given.
     scorer: of the run.
+
+  Raises:
+    ValueError: a reward is not a finite number.
+    OSError: another process of the run has failed.
   """
-  tokens, mask, logps, texts = decode(processor, rollouts)
+  tokens, mask, logps = _arrays(rollouts)
+  texts = _decoder(processor, tokens, mask)
+
+  def read(prompt: int, slots: Sequence[int]) -> list[tuple[str, dict[str, float]]]:
+    said = texts(prompt, slots)
+    return list(zip(said, _scored(scorer, said, examples[prompt]), strict=True))
+
   rows = tokens.shape[:2]
+  found = processes.by_holders(rows, len(examples), read)
   return Groups(
     examples=examples,
     tokens=tokens,
     mask=mask,
     logps=logps,
-    texts=np.array(texts, object).reshape(rows),
-    scores=scorer(texts, examples),
+    texts=_each(lambda text, scores: text, found, object),
+    scores={name: _each(lambda text, scores, name=name: scores[name], found, np.float32) for name in found[0, 0][1]},
     injected=np.zeros(rows, bool),
     supervised=np.zeros(rows, bool),
     hints=np.full(rows, "", object),
   )
+
+
+def _scored(scorer: rewards.Scorer, texts: Sequence[str], example: Example) -> list[dict[str, float]]:
+  """Reward name -> value, the total among them, of each of some completions of a question."""
+  scores = scorer([texts], [example])
+  return [{name: float(values[0, i]) for name, values in scores.items()} for i in range(len(texts))]
+
+
+def _each(function: Callable[..., Any], found: np.ndarray, dtype: Any) -> np.ndarray:
+  """function(*each) of each element of object[P, G]."""
+  return np.array([[function(*each) for each in row] for row in found], dtype).reshape(found.shape)
 
 
 def supervised_groups(groups: Groups, *, accepted: np.ndarray | None = None) -> Groups:
@@ -119,7 +155,14 @@ def has_signal(groups: Groups) -> np.ndarray:
 
 
 def inject(groups: Groups, placed: Sequence[exploration.Injection], scorer: rewards.Scorer) -> None:
-  """Puts accepted candidates in their slots and scores those rows again."""
+  """Puts accepted candidates in their slots and scores those rows again, each on the host that holds it.
+
+  Raises:
+    ValueError: a reward is not a finite number.
+    OSError: another process of the run has failed.
+  """
+  if not placed:
+    return
   for injection in placed:
     row, slot, candidate = injection.prompt, injection.slot, injection.candidate
     for name in ("tokens", "mask", "logps"):
@@ -127,30 +170,57 @@ def inject(groups: Groups, placed: Sequence[exploration.Injection], scorer: rewa
     groups.texts[row, slot] = candidate.text
     groups.hints[row, slot] = candidate.hint
     groups.injected[row, slot] = True
-    for name, value in scorer([[candidate.text]], [groups.examples[row]]).items():
-      groups.scores[name][row, slot] = value[0, 0]
+  replaced = {(injection.prompt, injection.slot) for injection in placed}
+
+  def read(row: int, slots: Sequence[int]) -> list[dict[str, float]]:
+    again = [slot for slot in slots if (row, slot) in replaced]
+    scores = dict(zip(again, _scored(scorer, groups.texts[row, again].tolist(), groups.examples[row]), strict=True))
+    return [scores.get(slot, {}) for slot in slots]
+
+  rows = groups.injected.shape
+  for (row, slot), scores in np.ndenumerate(processes.by_holders(rows, rows[0], read)):
+    for name, value in scores.items():
+      groups.scores[name][row, slot] = value
 
 
 def candidates(
   processor: Any, examples: Sequence[Example], hints: Sequence[str], rollouts: Rollouts, scorer: rewards.Scorer
 ) -> list[list[exploration.Candidate]]:
-  """Hinted rollouts [P, M, T] as candidates per question; rows beyond the questions are padding."""
-  tokens, mask, logps, texts = decode(processor, rollouts)
-  accuracy, well_formed = (scorer.rewards[name][0] for name in ("accuracy", "format"))
+  """Hinted rollouts [P, M, T] as candidates per question, each judged by the host that holds it.
+
+  Args:
+    processor: decodes tokens.
+    examples: questions, at most P; rows beyond them are padding.
+    hints: one per question.
+    rollouts: as sampled under them.
+    scorer: of the run.
+
+  Raises:
+    OSError: another process of the run has failed.
+  """
+  tokens, mask, logps = _arrays(rollouts)
+  texts = _decoder(processor, tokens, mask)
+  judges = [scorer.rewards[name][0] for name in ("accuracy", "format")]
+
+  def read(prompt: int, slots: Sequence[int]) -> list[tuple[str, list[bool]]]:
+    said = texts(prompt, slots)
+    return [(text, [bool(judge(text, examples[prompt]) == 1) for judge in judges]) for text in said]
+
+  def candidate(p: int, m: int, hint: str, text: str, verdicts: Sequence[bool]) -> exploration.Candidate:
+    return exploration.Candidate(
+      tokens=tokens[p, m],
+      logps=logps[p, m],
+      mask=mask[p, m],
+      text=text,
+      hint=hint,
+      accurate=verdicts[0],
+      well_formed=verdicts[1],
+    )
+
+  found = processes.by_holders(tokens.shape[:2], len(examples), read)
   return [
-    [
-      exploration.Candidate(
-        tokens=tokens[p, m],
-        logps=logps[p, m],
-        mask=mask[p, m],
-        text=texts[p][m],
-        hint=hint,
-        accurate=accuracy(texts[p][m], example) == 1,
-        well_formed=well_formed(texts[p][m], example) == 1,
-      )
-      for m in range(tokens.shape[1])
-    ]
-    for p, (example, hint) in enumerate(zip(examples, hints, strict=True))
+    [candidate(p, m, hint, *each) for m, each in enumerate(row)]
+    for p, (hint, row) in enumerate(zip(hints, found, strict=True))
   ]
 
 

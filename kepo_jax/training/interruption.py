@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from kepo_jax.training import processes
+from kepo_jax import processes
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command again goes on.
 EXIT_CODE = 75

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from kepo_jax import processes
 from kepo_jax.rewards import WeightedRewards
-from kepo_jax.training import processes, rehearsal, setup
+from kepo_jax.training import rehearsal, setup
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.interruption import Interrupted, Interruption
 from kepo_jax.training.loop import NotFinite, train_step

@@ -181,7 +181,7 @@ def explore(run: setup.Run, actor: Any, groups: Groups, done: int) -> exploratio
     examples = [groups.examples[row] for row in rows]
     prompts = run.prompts(examples, "hint_request")
     hints = run.programs.hint(prompts, run.key("hint", done, attempt))
-    return [row[0] for row in grouping.decode(run.processor, hints)[-1][: len(rows)]]
+    return grouping.texts_of(run.processor, hints, prompts=len(rows))[:, 0].tolist()
 
   def sample_hinted(rows: Sequence[int], hints: Sequence[str], attempt: int) -> list[list[exploration.Candidate]]:
     examples = [groups.examples[row] for row in rows]

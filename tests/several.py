@@ -1,0 +1,99 @@
+"""One of two processes of four devices, without a model: python -m tests.several WHAT ADDRESS NUMBER."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from kepo_jax import processes, rewards, sharding
+from kepo_jax.training import groups as grouping
+from kepo_jax.training.profiling import CompileCounter
+from kepo_jax.types import Rollouts
+from tests.training.cases import example
+
+
+class Processor:
+  """Tokens that are their own text."""
+
+  def decode(self, tokens, mask):
+    return [f"{row[keep].tolist()}" for row, keep in zip(tokens, mask, strict=True)]
+
+
+def say(**said):
+  print(json.dumps(said), flush=True)
+
+
+def gather(number):
+  """Values of different sizes, one of them longer than a message; and how many programs that compiles."""
+
+  counter, sizes = CompileCounter(), []
+  for values in (["", "é" * 3], ["a" * (3 * processes.CHUNK), "b"], ["c", "d" * 1000]):
+    found = processes.gathered(lambda values=values: {"number": number, "text": values[number]})
+    assert [each["text"] for each in found] == values and [each["number"] for each in found] == [0, 1]
+    sizes.append(counter.figures()["compiled/programs"])
+  say(compiled=sizes)
+
+
+def fail(number):
+  """An error on the second process, of a kind that nobody expects."""
+
+  def work():
+    return {}[0] if number else 0
+
+  try:
+    processes.gathered(work)
+  except (KeyError, OSError) as error:
+    say(error=type(error).__name__)
+
+
+def rollouts(prompts, samples):
+  tokens = np.arange(prompts * samples, dtype=np.int32).reshape(prompts, samples, 1)
+  return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
+
+
+# Meshes that hold the rows of a batch in different ways: (mesh, (prompts, rollouts)).
+HELD = (((8, 1, 1), (8, 2)), ((2, 4, 1), (2, 4)), ((1, 8, 1), (3, 8)), ((1, 1, 8), (2, 2)), ((8, 1, 1), (3, 2)))
+
+
+def score(_):
+  """What each process scores."""
+  for axes, shape in HELD:
+    scored = []
+
+    def reward(completion, _, scored=scored):
+      scored.append(int(completion.strip("[]")))
+      return scored[-1] / 3
+
+    judge = rewards.Scorer({"accuracy": (reward, 1.0), "format": (rewards.strict_format, 1.0)})
+    with jax.set_mesh(sharding.make_mesh(*axes)):
+      examples = [example(f"q{p}") for p in range(shape[0])]
+      groups = grouping.scored_groups(Processor(), examples, rollouts(*shape), judge)
+    expected = (np.arange(np.prod(shape)) / 3).astype(np.float32).reshape(shape)
+    np.testing.assert_array_equal(groups.scores["accuracy"], expected)
+    np.testing.assert_array_equal(groups.scores["total"], expected)
+    assert groups.texts.tolist() == [[f"[{p * shape[1] + g}]" for g in range(shape[1])] for p in range(shape[0])]
+    say(scored=scored)
+
+
+def refuse(_):
+  """A reward that is no number for a rollout of the second process."""
+
+  def reward(completion, _):
+    return float("nan") if completion == "[13]" else 0.0
+
+  judge = rewards.Scorer({"accuracy": (reward, 1.0), "format": (rewards.strict_format, 1.0)})
+  with jax.set_mesh(sharding.make_mesh(8)):
+    try:
+      grouping.scored_groups(Processor(), [example(f"q{p}") for p in range(8)], rollouts(8, 2), judge)
+    except (ValueError, OSError) as error:
+      say(error=type(error).__name__, text=str(error))
+
+
+def main(what, address, number):
+  jax.distributed.initialize(address, 2, int(number), cluster_detection_method="deactivate")
+  {"gather": gather, "fail": fail, "score": score, "refuse": refuse}[what](int(number))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
