@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 VENV ?= .venv
 RUN := $(VENV)/bin
 AUDIT := $(VENV)-audit
+# libtpu in the environment of everything else would look for a TPU at every start.
+TPU := $(VENV)-tpu
 SERVICE ?= pypi
 TESTS ?= tests
 KILLS ?= 30
@@ -17,7 +19,7 @@ WORKERS ?= 2
 PYTEST := $(RUN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format parity test-slow mutants kill-test audit install clean
+.PHONY: help demo test lint format parity test-slow test-tpu plan mutants kill-test audit install clean
 
 help: ## this text
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,7 +28,7 @@ demo: $(VENV)/.runtime ## train a tiny Qwen3-VL with KEPO on drawn images, evalu
 	$(RUN)/python -m experiments.kepo_medvqa $(ARGS)
 
 test: $(VENV)/.runtime ## everything but the slow tests and the oracles; 8 virtual devices
-	$(PYTEST) -n $(WORKERS) -m "not slow and not parity" $(TESTS)
+	$(PYTEST) -n $(WORKERS) -m "not slow and not parity and not tpu" $(TESTS)
 
 lint: $(VENV)/.dev ## formatting, lint and types
 	$(RUN)/ruff format --check .
@@ -42,6 +44,12 @@ parity: $(VENV)/.oracle ## install the oracles (torch, trl, peft) and compare wi
 
 test-slow: $(VENV)/.runtime ## the long tests: whole trainings, resumption, exports
 	$(PYTEST) -n $(WORKERS) -m slow $(TESTS)
+
+test-tpu: $(TPU)/.ready ## compile for TPUs without a TPU (installs libtpu in an environment of its own)
+	$(TPU)/bin/python -m pytest -q -m tpu tests/planning
+
+plan: $(TPU)/.ready ## plan a run for TPU slices that are not here: the table of docs/pods.md; ARGS="..." for another
+	$(if $(ARGS),$(TPU)/bin/python -m experiments.plan_pod $(ARGS),$(TPU)/bin/python -m experiments.plan_pods)
 
 mutants: $(VENV)/.runtime ## break the model in known ways and see a test fail each time
 	$(RUN)/python -m tests.mutants
@@ -83,6 +91,11 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 
 $(VENV)/.oracle: requirements-oracle.txt $(VENV)/.runtime
 	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements-oracle.txt
+	@touch $@
+
+$(TPU)/.ready: requirements-tpu.txt requirements.txt setup.cfg pyproject.toml | $(RUN)/python
+	$(RUN)/python -m venv $(TPU)
+	$(TPU)/bin/python -m pip install -q --disable-pip-version-check -r requirements-tpu.txt -e .
 	@touch $@
 
 # Away from what it audits: its own dependencies are none of ours.

@@ -50,7 +50,7 @@ def main(_: list[str]) -> None:
   config = _CONFIG.value
   config.model.student = _STUDENT.value or config.model.student
   config.model.teacher = _TEACHER.value or config.model.teacher
-  plan = planned(config, place, console)
+  plan = planned(config, place, console, _HINT_ROUNDS.value)
   result = record(config, plan)
   console.print(memory_table(plan))
   console.print(time_table(plan))
@@ -63,8 +63,15 @@ def main(_: list[str]) -> None:
     storage.write_text(_JSON.value, json.dumps(result, indent=2) + "\n")
 
 
-def planned(config: Any, place: topologies.Topology, console: Console) -> pods.PodPlan:
-  """Compiles the programs of a config for a topology, showing how far it is."""
+def planned(config: Any, place: topologies.Topology, console: Console, hint_rounds: float = 1.0) -> pods.PodPlan:
+  """Compiles the programs of a config for a topology, showing how far it is.
+
+  Args:
+    config: of the run.
+    place: where.
+    console: that shows it.
+    hint_rounds: rounds of exploration in a step.
+  """
   mesh = place.mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   models = {role: benchmark.model_config(config.model[role]) for role in ("student", "teacher")}
   run = pods.PodRun(config, models, mesh, pods.bucket_sizes(config))
@@ -73,7 +80,7 @@ def planned(config: Any, place: topologies.Topology, console: Console) -> pods.P
     def compiled(name: str, seconds: float) -> None:
       console.print(f"compiled {name} in {seconds:.0f} s", style="dim", highlight=False)
 
-    return run.plan(place, hint_rounds=_HINT_ROUNDS.value, compiled=compiled)
+    return run.plan(place, hint_rounds=hint_rounds, compiled=compiled)
 
 
 def suggested(config: Any, plan: pods.PodPlan, console: Console) -> dict[str, Any] | None:
@@ -86,7 +93,7 @@ def suggested(config: Any, plan: pods.PodPlan, console: Console) -> dict[str, An
   for (fields, changed), _ in zip(pods.suggestion(config, estimated, plan), range(_TRIES), strict=False):
     words = " ".join(f"--config.{name}={value}" for name, value in fields.items())
     console.print(f"trying {words}", highlight=False)
-    tried = planned(changed, place, console)
+    tried = planned(changed, place, console, _HINT_ROUNDS.value)
     if tried.fits:
       console.print(f"fits with {words}: {gigabytes(tried.peak)} of {gigabytes(place.chip.memory)} per chip")
       return {"fields": fields, **record(changed, tried)}

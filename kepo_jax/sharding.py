@@ -66,13 +66,17 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     )
   # Explicit axes, the default of make_mesh, make an ordinary embedding gather a type error.
   axis_types = (AxisType.Auto,) * 3
-  on_tpu = devices[0].platform == "tpu"  # elsewhere a "slice" is a host, which any axis may span
-  slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
-  if slices == 1:
+  if devices[0].platform != "tpu":  # elsewhere a "slice" is a host, which any axis may span
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=axis_types, devices=devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
   if data % slices:
     raise ValueError(f"mesh.data={data} does not divide over {slices} slices; only the data axis may span slices.")
-  grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices)
+  # An axis of 8 on a slice of 4 x 4 chips takes one of its axes and half of the other.
+  split = {"devices": devices, "allow_split_physical_axes": True}
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh((data, fsdp, tensor), **split)
+  else:
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), **split)
   return Mesh(grid, MESH_AXES, axis_types=axis_types)
 
 

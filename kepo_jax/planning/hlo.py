@@ -19,7 +19,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _FREE = {
   *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota"),
   *("copy-done", "slice-done", "async-done", "async-update", "partition-id", "replica-id", "after-all"),
-  *("opt-barrier", "broadcast"),
+  *("opt-barrier", "broadcast", "send", "send-done", "recv", "recv-done"),
   *(kind + ending for kind in COLLECTIVES for ending in ("", "-start", "-done")),
 }
 # Instructions that hand their operand on inside a fusion.
@@ -33,6 +33,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?")
 # A mesh with named axes, the devices along it unless they are 0, 1, 2, ..., and the axes over which groups extend.
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?)\))?\s*\{([^}]*)\}")
+# How a TPU's compiler marks what it sends to other slices.
+_TRANSFER = "_xla_megascale_transfer_type"
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
@@ -127,18 +129,19 @@ class Cost:
     return dict(total)
 
 
-def cost(text: str, *, turns: Sequence[int] = (), slice_devices: int = 0) -> Cost:
+def cost(text: str, *, turns: Sequence[int] = (), slices: int = 1, slice_devices: int = 0) -> Cost:
   """What one run of a compiled program costs on each device.
 
   Args:
     text: `compiled.as_text()`, after partitioning and fusion.
     turns: of the loops whose number of turns depends on data, in their order in the program.
-    slice_devices: devices of a slice, where there are several; 0: one slice.
+    slices: over which the program runs.
+    slice_devices: devices of each, where there are several.
 
   Raises:
     ValueError: the number of loops that depend on data is not that of `turns`.
   """
-  program = Program(text, slice_devices)
+  program = Program(text, slices, slice_devices)
   found = program.cost(program.entry, tuple(turns))
   if len(program.open_loops) != len(turns):
     raise ValueError(
@@ -150,16 +153,17 @@ def cost(text: str, *, turns: Sequence[int] = (), slice_devices: int = 0) -> Cos
 class Program:
   """The computations of a module."""
 
-  def __init__(self, text: str, slice_devices: int = 0):
+  def __init__(self, text: str, slices: int = 1, slice_devices: int = 0):
     """Reads them.
 
     Args:
       text: of the module.
-      slice_devices: devices of a slice; 0: one slice.
+      slices: over which it runs.
+      slice_devices: devices of each, where there are several.
     """
     self.entry = ""
     self._computations: dict[str, dict[str, Instruction]] = {}
-    self._slice = slice_devices
+    self._slices, self._slice = slices, slice_devices if slices > 1 else 0
     self.open_loops: list[str] = []
     self._turns: tuple[int, ...] = ()
     lines: dict[str, Instruction] = {}
@@ -256,7 +260,7 @@ class Program:
   def _collectives(self, instruction: Instruction) -> list[Instruction]:
     """What an instruction communicates itself or inside its fusion."""
     opcode = instruction.opcode
-    if opcode.removesuffix("-start") in COLLECTIVES:
+    if opcode.removesuffix("-start") in COLLECTIVES or (opcode == "send" and _TRANSFER in instruction.attributes):
       return [instruction]
     if opcode in ("fusion", "async-start") or (opcode == "custom-call" and "calls=" in instruction.attributes):
       inside = self._computations.get(instruction.called("calls"), {})
@@ -265,6 +269,10 @@ class Program:
 
   def _collective(self, collective: Instruction) -> Collective:
     kind, groups = collective.opcode.removesuffix("-start"), _groups(collective.attributes)
+    if kind == "send":  # between slices, of what each chip has left after a collective in its own
+      kind = _found(rf'{_TRANSFER}="(\w+)"', collective.attributes)[0].lower().replace("_", "-")
+      size = collective.arrays[0].size * (self._slices if kind in ("all-gather", "all-to-all") else 1)
+      return Collective(kind, size, self._slices, self._slices)
     # A start returns operands and results; the largest array is the gathered, or not yet scattered one.
     size = max(array.size for array in collective.arrays)
     if kind == "reduce-scatter":
@@ -394,9 +402,10 @@ def _constant(instruction: Instruction) -> int | None:
   return int(match.group(1)) if instruction.opcode == "constant" and match else None
 
 
-def _channel(collective: Instruction) -> str:
+def _channel(collective: Instruction) -> tuple[str, str]:
+  """What an asynchronous collective shares with its end, and with no other one of its kind."""
   match = re.search(r"channel_id=(\d+)", collective.attributes)
-  return match.group(1) if match else collective.name
+  return collective.opcode, match.group(1) if match else collective.name
 
 
 def _branches(instruction: Instruction) -> list[str]:

@@ -213,7 +213,6 @@ class PodRun:
     turns = {"sampling": self.config.sampling.max_new_tokens, "answers": self.config.sampling.max_new_tokens}
     turns |= {"candidates": self.config.sampling.max_new_tokens, "hints": self.config.exploration.hint_tokens}
     loops = token_turns(turns[phase]) if each.name.endswith("sampler") else ()
-    slice_devices = topology.slice_devices if topology.slices > 1 else 0
     return ProgramPlan(
       phase=phase,
       name=each.name,
@@ -224,7 +223,9 @@ class PodRun:
       results=float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
       temporaries=float(analysis.temp_size_in_bytes),
       resident=self._resident(phase, each.name, before),
-      cost=hlo.cost(each.executable.as_text(), turns=loops, slice_devices=slice_devices),
+      cost=hlo.cost(
+        each.executable.as_text(), turns=loops, slices=topology.slices, slice_devices=topology.slice_devices
+      ),
     )
 
   def _runs(self, name: str) -> float:

@@ -97,7 +97,7 @@ def test_a_collective_inside_a_loop_counts_in_every_turn(mesh_of):
 def test_what_crosses_slices_is_counted_apart(mesh_of):
   text = collectives(mesh_of(data=8), lambda x: x.sum(0), P("data"), (256, 64, 64), P())
   size = 4 * 64 * 64
-  whole, cut = hlo.cost(text), hlo.cost(text, slice_devices=4)
+  whole, cut = hlo.cost(text), hlo.cost(text, slices=2, slice_devices=4)
   assert whole.sent == {"all-reduce": 2 * size * 7 / 8} and whole.crossed == {}
   # Reduced inside each slice of 4; a quarter of the result then goes between the two.
   assert cut.sent == {"all-reduce": 2 * size * 3 / 4} and cut.crossed == {"all-reduce": 2 * (size / 4) * 1 / 2}
@@ -173,3 +173,16 @@ def test_a_program_of_a_tpu_by_hand():
   assert cost.sent == {"all-gather": 2 * 64 * 32 * 3 / 4}  # in its start and in its end, and once
   # b twice, the gathered weights written and read; what lies in the chip's own memory moves nothing.
   assert cost.moved == 2 * (2 * 4 * 8 * 16) + 2 * (2 * 64 * 32)
+
+
+def test_what_a_tpu_sends_to_other_slices_by_hand():
+  sent = """ENTRY %main (x: f32[256,64]) -> f32[256,64] {
+  %x = f32[256,64]{0,1:T(8,128)} parameter(0)
+  %after = token[] after-all()
+  %send.1 = (f32[256,64]{0,1:T(8,128)}, u32[], token[]) send(%x, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.2 = (f32[256,64]{0,1:T(8,128)}, u32[], token[]) send(%x, %after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_GATHER"}
+}
+"""  # noqa: E501
+  cost = hlo.cost(sent, slices=4, slice_devices=8)
+  size = 4 * 256 * 64
+  assert cost.sent == {} and cost.crossed == {"all-reduce": 2 * size * 3 / 4, "all-gather": size * 3}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.configs import kepo
+from kepo_jax.models.qwen3_vl import model
 from kepo_jax.planning import benchmark, chips, pods, topologies
 
 
@@ -81,6 +82,15 @@ def test_only_the_data_axis_spans_slices():
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:4x4"])
+def test_an_axis_may_take_part_of_a_physical_one(name):
+  place = topologies.topology(name)
+  mesh = place.mesh(1, 2, 8)
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 8}
+  assert len(set(mesh.devices.flat)) == 16
+
+
+@pytest.mark.tpu
 @pytest.mark.parametrize("slices", [1, 2])
 def test_a_step_compiles_for_tpus(slices):
   place = topologies.topology("v5e:2x2", slices)
@@ -93,11 +103,14 @@ def test_a_step_compiles_for_tpus(slices):
   with jax.default_matmul_precision("default"):  # which products of bfloat16 in a kernel of its own ask for
     plan = run.plan(place, compiled=lambda name, seconds: None)
   assert plan.failures == {} and plan.fits
-  programs = {each.name: each for each in plan.programs}
+  programs = {each.name: each for each in plan.programs if each.phase != "candidates"}
   gradients, scoring = programs["the gradients"], programs["scoring by a frozen model"]
   # Three products for one of the forward pass, and another one for what is computed again; the losses on top.
   assert 3 < gradients.cost.flops / scoring.cost.flops < 6
   weights = pods.bytes_per_device(run.state.params) * jnp.bfloat16.dtype.itemsize / 4
   assert sum(gradients.cost.sent.values()) > weights  # gathered, and their gradients reduced
   assert bool(sum(gradients.cost.crossed.values())) == (slices > 1)
-  assert programs["the student's sampler"].cost.moved > 23 * weights  # once for each token but the first
+  # A token of each row in every turn but the first; prompts on top. Weights so small may stay in the chip's own memory.
+  rows, decoder = 8 * 8 / (2 * slices), model.abstract_params(benchmark.MEDIUM)["language_model"]
+  turns = 23 * 2 * rows * sum(x.size for x in jax.tree.leaves(decoder)) / 2
+  assert turns < programs["the student's sampler"].cost.flops < 3 * turns

@@ -1,0 +1,88 @@
+"""Plans the paper's run for the slices of docs/pods.md, and prints its table: `make plan`.
+
+Each plan is the command that `experiments.plan_pod` would take, so one of them can be run alone. Half an hour to an
+hour on 2 cores; with --output every plan is kept as JSON as soon as it is made, and made plans are not made again.
+"""
+
+import json
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+from absl import app, flags
+from rich.console import Console
+
+from experiments import environment, plan_pod
+from experiments.configs import kepo_medvqa
+from kepo_jax import storage
+from kepo_jax.planning import topologies
+
+_OUTPUT = flags.DEFINE_string("output", "", "Folder for one file per plan; by default a temporary one.")
+
+# Topology -> fields: half a prompt per chip, 4 prompts for each group of chips that splits one.
+PLANS: dict[str, dict[str, Any]] = {
+  "v5e:4x4": {"mesh.fsdp": 2, "mesh.tensor": 8, "batch.prompts": 8, "batch.micro_batches": 4},
+  "v5e:8x8": {"mesh.fsdp": 8, "mesh.tensor": 8, "batch.prompts": 32, "batch.micro_batches": 4},
+  "v5e:16x16": {"mesh.data": 4, "mesh.fsdp": 8, "mesh.tensor": 8, "batch.prompts": 128, "batch.micro_batches": 4},
+  "2 x v5e:16x16": {"mesh.data": 8, "mesh.fsdp": 8, "mesh.tensor": 8, "batch.prompts": 256, "batch.micro_batches": 4},
+  "v5p:4x4x4": {"mesh.fsdp": 16, "mesh.tensor": 4, "batch.prompts": 32, "batch.micro_batches": 2},
+  "v6e:4x4": {"mesh.fsdp": 2, "mesh.tensor": 8, "batch.prompts": 8, "batch.micro_batches": 4},
+}
+
+
+def main(_: list[str]) -> None:
+  """Makes what is missing of the plans, and prints all of them."""
+  environment.prepare()
+  jax.config.update("jax_platforms", "cpu")
+  console = Console()
+  folder = pathlib.Path(_OUTPUT.value or tempfile.mkdtemp(prefix="plans-"))
+  folder.mkdir(parents=True, exist_ok=True)
+  records = []
+  for name, fields in PLANS.items():
+    path = folder / (name.replace(" ", "").replace(":", "_") + ".json")
+    if not path.exists():
+      storage.write_text(path, json.dumps(planned(name, fields, console), indent=2) + "\n")
+    records.append(json.loads(path.read_text()))
+  print(table(records))
+
+
+def planned(name: str, fields: dict[str, Any], console: Console) -> dict[str, Any]:
+  """The record of one plan."""
+  config = kepo_medvqa.get_config()
+  config.update_from_flattened_dict(fields)
+  return plan_pod.record(config, plan_pod.planned(config, topologies.topology(name), console))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+  """Markdown: a row per plan."""
+  columns = ("slices", "mesh (data, fsdp, tensor)", "prompts", "peak GB per chip", "% of HBM", "GB sent per step")
+  columns += ("of it between slices", "longest compilation s", "projected step s", "fits")
+  lines = [columns, ("---",) + ("---:",) * (len(columns) - 1)]
+  for each in records:
+    programs = each["programs"]
+
+    def total(kind: str, programs: list[dict[str, Any]] = programs) -> float:
+      return sum(one["runs"] * one["calls"] * sum(one[kind].values()) for one in programs)
+
+    peak = each["peak_bytes"]
+    several = f"{each['slices']} x " if each["slices"] > 1 else ""
+    lines.append(
+      (
+        f"{several}{each['topology']}",
+        ", ".join(str(size) for size in each["mesh"].values()),
+        str(each["prompts"]),
+        f"{peak / 1e9:.1f}" if peak else "does not compile",
+        f"{100 * peak / each['chip_bytes']:.0f}" if peak else "",
+        f"{(total('sent') + total('crossed')) / 1e9:.0f}",
+        f"{total('crossed') / 1e9:.2f}",
+        f"{max(one['compile_seconds'] for one in programs):.0f}",
+        f"{each['step_seconds']:.1f}" if peak else "",
+        "yes" if each["fits"] else "no",
+      )
+    )
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)
