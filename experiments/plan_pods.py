@@ -56,9 +56,9 @@ def planned(name: str, fields: dict[str, Any], console: Console) -> dict[str, An
 
 def table(records: list[dict[str, Any]]) -> str:
   """Markdown: a row per plan."""
-  columns = ("slices", "mesh (data, fsdp, tensor)", "prompts", "peak GB per chip", "% of HBM", "GB sent per step")
-  columns += ("of it between slices", "longest compilation s", "projected step s", "fits")
-  lines = [columns, ("---",) + ("---:",) * (len(columns) - 1)]
+  columns = ["slices", "mesh (data, fsdp, tensor)", "prompts", "peak GB per chip", "% of HBM", "GB sent per step"]
+  columns += ["of it between slices", "longest compilation s", "projected step s", "fits"]
+  lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
   for each in records:
     programs = each["programs"]
 
@@ -68,7 +68,7 @@ def table(records: list[dict[str, Any]]) -> str:
     peak = each["peak_bytes"]
     several = f"{each['slices']} x " if each["slices"] > 1 else ""
     lines.append(
-      (
+      [
         f"{several}{each['topology']}",
         ", ".join(str(size) for size in each["mesh"].values()),
         str(each["prompts"]),
@@ -79,7 +79,7 @@ def table(records: list[dict[str, Any]]) -> str:
         f"{max(one['compile_seconds'] for one in programs):.0f}",
         f"{each['step_seconds']:.1f}" if peak else "",
         "yes" if each["fits"] else "no",
-      )
+      ]
     )
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -72,7 +72,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
   if data % slices:
     raise ValueError(f"mesh.data={data} does not divide over {slices} slices; only the data axis may span slices.")
   # An axis of 8 on a slice of 4 x 4 chips takes one of its axes and half of the other.
-  split = {"devices": devices, "allow_split_physical_axes": True}
+  split: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
   if slices == 1:
     grid = mesh_utils.create_device_mesh((data, fsdp, tensor), **split)
   else:

@@ -229,7 +229,8 @@ class PodRun:
     )
 
   def _runs(self, name: str) -> float:
-    return float(self.config.batch.updates if name in ("the gradients", "the optimizer") else 1)
+    updates = assembly.update_settings(self.config).updates
+    return float(updates if name in ("the gradients", "the optimizer") else 1)
 
   def _calls(self, phase: str, name: str) -> int:
     model_of = "teacher" if phase in ("hints", "answers") else "student"
