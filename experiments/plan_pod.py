@@ -25,7 +25,7 @@ from rich.table import Table
 
 from experiments import environment
 from kepo_jax import storage
-from kepo_jax.planning import benchmark, memory, pods, topologies
+from kepo_jax.planning import memory, pods, topologies
 
 with environment.config_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/kepo_medvqa.py", "of the run")
@@ -50,8 +50,8 @@ def main(_: list[str]) -> None:
   config = _CONFIG.value
   config.model.student = _STUDENT.value or config.model.student
   config.model.teacher = _TEACHER.value or config.model.teacher
-  plan = planned(config, place, console, _HINT_ROUNDS.value)
-  result = record(config, plan)
+  plan = planned(config, place, console)
+  result = pods.record(config, plan)
   console.print(memory_table(plan))
   console.print(time_table(plan))
   console.print(collective_table(plan))
@@ -63,24 +63,14 @@ def main(_: list[str]) -> None:
     storage.write_text(_JSON.value, json.dumps(result, indent=2) + "\n")
 
 
-def planned(config: Any, place: topologies.Topology, console: Console, hint_rounds: float = 1.0) -> pods.PodPlan:
-  """Compiles the programs of a config for a topology, showing how far it is.
-
-  Args:
-    config: of the run.
-    place: where.
-    console: that shows it.
-    hint_rounds: rounds of exploration in a step.
-  """
-  mesh = place.mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  models = {role: benchmark.model_config(config.model[role]) for role in ("student", "teacher")}
-  run = pods.PodRun(config, models, mesh, pods.bucket_sizes(config))
+def planned(config: Any, place: topologies.Topology, console: Console) -> pods.PodPlan:
+  """Compiles the programs of a config for a topology, showing how far it is."""
   with console.status(f"compiling for {place.label}"):
 
     def compiled(name: str, seconds: float) -> None:
       console.print(f"compiled {name} in {seconds:.0f} s", style="dim", highlight=False)
 
-    return run.plan(place, hint_rounds=hint_rounds, compiled=compiled)
+    return pods.plan(config, place, hint_rounds=_HINT_ROUNDS.value, compiled=compiled)
 
 
 def suggested(config: Any, plan: pods.PodPlan, console: Console) -> dict[str, Any] | None:
@@ -93,54 +83,12 @@ def suggested(config: Any, plan: pods.PodPlan, console: Console) -> dict[str, An
   for (fields, changed), _ in zip(pods.suggestion(config, estimated, plan), range(_TRIES), strict=False):
     words = " ".join(f"--config.{name}={value}" for name, value in fields.items())
     console.print(f"trying {words}", highlight=False)
-    tried = planned(changed, place, console, _HINT_ROUNDS.value)
+    tried = planned(changed, place, console)
     if tried.fits:
       console.print(f"fits with {words}: {gigabytes(tried.peak)} of {gigabytes(place.chip.memory)} per chip")
-      return {"fields": fields, **record(changed, tried)}
+      return {"fields": fields, **pods.record(changed, tried)}
   console.print("no change of the mesh, of micro-batches or of the low-memory options was found to be enough.")
   return None
-
-
-def record(config: Any, plan: pods.PodPlan) -> dict[str, Any]:
-  """Everything about a plan, JSON-able."""
-  place = plan.topology
-  return {
-    "topology": place.name,
-    "slices": place.slices,
-    "devices": len(place.devices),
-    "chip": place.chip.name,
-    "mesh": plan.mesh,
-    "prompts": config.batch.prompts,
-    "rollouts": config.batch.rollouts,
-    "micro_batches": config.batch.micro_batches,
-    "new_tokens": config.sampling.max_new_tokens,
-    "fits": plan.fits,
-    "peak_bytes": None if plan.failures else plan.peak,
-    "chip_bytes": place.chip.memory,
-    "step_seconds": plan.step_seconds,
-    "failures": plan.failures,
-    "programs": [
-      {
-        "phase": each.phase,
-        "name": each.name,
-        "runs": each.runs,
-        "calls": each.calls,
-        "compile_seconds": each.seconds,
-        "arguments": each.arguments,
-        "results": each.results,
-        "temporaries": each.temporaries,
-        "resident": each.resident,
-        "total": each.total,
-        "flops": each.cost.flops,
-        "moved": each.cost.moved,
-        "sent": each.cost.sent,
-        "crossed": each.cost.crossed,
-        "floors": each.floors(place),
-        "projected": each.projected(place),
-      }
-      for each in plan.programs
-    ],
-  }
 
 
 def _title(plan: pods.PodPlan) -> str:

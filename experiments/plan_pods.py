@@ -13,10 +13,10 @@ import jax
 from absl import app, flags
 from rich.console import Console
 
-from experiments import environment, plan_pod
+from experiments import environment
 from experiments.configs import kepo_medvqa
 from kepo_jax import storage
-from kepo_jax.planning import topologies
+from kepo_jax.planning import pods, topologies
 
 _OUTPUT = flags.DEFINE_string("output", "", "Folder for one file per plan; by default a temporary one.")
 
@@ -51,7 +51,12 @@ def planned(name: str, fields: dict[str, Any], console: Console) -> dict[str, An
   """The record of one plan."""
   config = kepo_medvqa.get_config()
   config.update_from_flattened_dict(fields)
-  return plan_pod.record(config, plan_pod.planned(config, topologies.topology(name), console))
+  with console.status(f"compiling for {name}"):
+
+    def compiled(program: str, seconds: float) -> None:
+      console.print(f"{name}: compiled {program} in {seconds:.0f} s", style="dim", highlight=False)
+
+    return pods.record(config, pods.plan(config, topologies.topology(name), compiled=compiled))
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -294,6 +294,68 @@ class PodRun:
     return self.programs.targets(experience.prompts, experience.tokens)
 
 
+def plan(
+  config: Any, topology: Topology, *, hint_rounds: float = 1.0, compiled: Callable[[str, float], None]
+) -> PodPlan:
+  """A training step of a config on a topology, every program compiled.
+
+  Args:
+    config: of the run; its models are folders with a config.json, or published sizes that a name begins with.
+    topology: where.
+    hint_rounds: rounds of exploration in a step, each with a hint for a quarter of its prompts.
+    compiled: called with the name of each program, and the seconds that it took.
+
+  Raises:
+    ValueError: the config does not fit together, or its mesh not the topology.
+  """
+  mesh = topology.mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  models = {role: benchmark.model_config(config.model[role]) for role in ("student", "teacher")}
+  run = PodRun(config, models, mesh, bucket_sizes(config))
+  return run.plan(topology, hint_rounds=hint_rounds, compiled=compiled)
+
+
+def record(config: Any, plan: PodPlan) -> dict[str, Any]:
+  """Everything about a plan, JSON-able."""
+  place = plan.topology
+  return {
+    "topology": place.name,
+    "slices": place.slices,
+    "devices": len(place.devices),
+    "chip": place.chip.name,
+    "mesh": plan.mesh,
+    "prompts": config.batch.prompts,
+    "rollouts": config.batch.rollouts,
+    "micro_batches": config.batch.micro_batches,
+    "new_tokens": config.sampling.max_new_tokens,
+    "fits": plan.fits,
+    "peak_bytes": None if plan.failures else plan.peak,
+    "chip_bytes": place.chip.memory,
+    "step_seconds": plan.step_seconds,
+    "failures": plan.failures,
+    "programs": [
+      {
+        "phase": each.phase,
+        "name": each.name,
+        "runs": each.runs,
+        "calls": each.calls,
+        "compile_seconds": each.seconds,
+        "arguments": each.arguments,
+        "results": each.results,
+        "temporaries": each.temporaries,
+        "resident": each.resident,
+        "total": each.total,
+        "flops": each.cost.flops,
+        "moved": each.cost.moved,
+        "sent": each.cost.sent,
+        "crossed": each.cost.crossed,
+        "floors": each.floors(place),
+        "projected": each.projected(place),
+      }
+      for each in plan.programs
+    ],
+  }
+
+
 def token_turns(tokens: int) -> tuple[int, ...]:
   """Turns of each loop of a sampler of so many tokens, none of which ends early; the first token needs no turn."""
   lengths = sampling.cache_lengths(tokens)

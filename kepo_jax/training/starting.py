@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from kepo_jax import sharding
+from kepo_jax import processes, sharding
 from kepo_jax.training import setup
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Prompts
@@ -31,8 +31,11 @@ def started(run: setup.Run, state: TrainState, done: int) -> Started:
 
   Raises:
     ValueError: an image or a prompt of the batch cannot be used.
+    OSError: so it is on another process, whose images are others: all of them sample, or none.
   """
-  examples, host_prompts = run.batch(done)
+  prepared: list[Any] = []
+  processes.together(lambda: prepared.extend(run.batch(done)))
+  examples, host_prompts = prepared
   prompts = sharding.place(run.mesh, host_prompts)
   if not run.own_rollouts:
     return Started(done, examples, prompts)

@@ -1,11 +1,9 @@
-import dataclasses
 import io
 import json
 
 import pytest
 from rich.console import Console
 
-from experiments import plan_pod, plan_pods
 from experiments.configs import kepo_medvqa
 from kepo_jax.planning import chips, hlo, pods, topologies
 from kepo_jax.training import checks
@@ -13,7 +11,17 @@ from kepo_jax.training import checks
 PLACE = topologies.Topology("v5e:4x4", 2, tuple(range(32)), chips.CHIPS["TPU v5e"])
 
 
-def program(total=1e10, name="the gradients"):
+@pytest.fixture
+def plan_pod(program):
+  return program("experiments.plan_pod")
+
+
+@pytest.fixture
+def plan_pods(program):
+  return program("experiments.plan_pods")
+
+
+def gradients(total=1e10, name="the gradients"):
   collectives = (hlo.Collective("all-gather", 4e9, group=4), hlo.Collective("all-reduce", 8e9, group=4, slices=2))
   cost = hlo.Cost(1.97e14, 8.19e10, collectives)
   return pods.ProgramPlan("update", name, 1.0, 1, 61.0, 2e9, 1e9, 3e9, total - 4e9, cost)
@@ -29,20 +37,20 @@ def printed(table):
   return console.file.getvalue()
 
 
-def test_the_verdict_says_what_does_not_fit():
+def test_the_verdict_says_what_does_not_fit(plan_pod):
   assert (
-    plan_pod.verdict(plan_of(program()))[0] == "fits: at most 10.0 GB per chip, within 85% of the 16.0 GB of a chip"
+    plan_pod.verdict(plan_of(gradients()))[0] == "fits: at most 10.0 GB per chip, within 85% of the 16.0 GB of a chip"
   )
-  (reason, _) = plan_pod.verdict(plan_of(program(), program(15e9, "the optimizer")))
+  (reason, _) = plan_pod.verdict(plan_of(gradients(), gradients(15e9, "the optimizer")))
   assert reason.startswith(
     "does not fit: the optimizer needs 15.0 GB per chip (11.0 GB that is there, 3.0 GB of its own"
   )
-  (refused,) = plan_pod.verdict(plan_of(program(), hints="compiling failed:\n  out of memory"))
+  (refused,) = plan_pod.verdict(plan_of(gradients(), hints="compiling failed:\n  out of memory"))
   assert refused == "does not compile: hints: compiling failed: out of memory"
 
 
-def test_the_tables_hold_the_figures():
-  plan = plan_of(program())
+def test_the_tables_hold_the_figures(plan_pod):
+  plan = plan_of(gradients())
   memory, time, sent = (printed(make(plan)) for make in (plan_pod.memory_table, plan_pod.time_table,
                                                           plan_pod.collective_table))  # fmt: skip
   assert "2 x v5e:4x4, 32 x TPU v5e; data 2 x fsdp 2 x tensor 8" in memory
@@ -57,33 +65,31 @@ def test_the_tables_hold_the_figures():
 
 
 def test_a_record_is_json_with_everything_in_it():
-  record = json.loads(json.dumps(plan_pod.record(kepo_medvqa.get_config(), plan_of(program()))))
+  record = json.loads(json.dumps(pods.record(kepo_medvqa.get_config(), plan_of(gradients()))))
   assert record["fits"] and record["peak_bytes"] == 1e10 and record["step_seconds"] == pytest.approx(2.5)
   (each,) = record["programs"]
   assert each["sent"] == {"all-gather": 3e9, "all-reduce": 8e9} and each["crossed"] == {"all-reduce": 4e9}
-  refused = plan_pod.record(kepo_medvqa.get_config(), plan_of(hints="out of memory"))
+  refused = pods.record(kepo_medvqa.get_config(), plan_of(hints="out of memory"))
   assert refused["peak_bytes"] is None and not refused["fits"]
 
 
-def test_a_suggestion_is_compiled_before_it_is_made(monkeypatch):
+def test_a_suggestion_is_compiled_before_it_is_made(plan_pod, monkeypatch):
   config = kepo_medvqa.get_config()
   config.mesh.data = 32
   tried = []
 
-  def planned(changed, place, console, rounds):
+  def planned(changed, place, console):
     tried.append(changed)
-    return plan_of(program(15e9 if len(tried) == 1 else 9e9))
+    return plan_of(gradients(15e9 if len(tried) == 1 else 9e9))
 
   monkeypatch.setattr(plan_pod, "planned", planned)
-  monkeypatch.setattr(plan_pod.flags.FLAGS["hint_rounds"], "present", True)
-  monkeypatch.setattr(plan_pod, "_HINT_ROUNDS", dataclasses.make_dataclass("Flag", ["value"])(1.0))
   console = Console(width=200, file=io.StringIO())
-  found = plan_pod.suggested(config, plan_of(program(14e9)), console)
+  found = plan_pod.suggested(config, plan_of(gradients(14e9)), console)
   said = console.file.getvalue()
   assert len(tried) == 2 and found["fits"] and said.count("trying --config.") == 2 and "fits with --config." in said
 
 
-def test_every_plan_of_the_table_is_a_run():
+def test_every_plan_of_the_table_is_a_run(plan_pods):
   for name, fields in plan_pods.PLANS.items():
     config = kepo_medvqa.get_config()
     config.update_from_flattened_dict(fields)
@@ -91,9 +97,9 @@ def test_every_plan_of_the_table_is_a_run():
     assert config.batch.prompts % config.batch.micro_batches == 0, name
 
 
-def test_the_table_of_plans():
+def test_the_table_of_plans(plan_pods):
   config = kepo_medvqa.get_config()
-  fitting, refused = (plan_pod.record(config, plan) for plan in (plan_of(program()), plan_of(hints="out of memory")))
+  fitting, refused = (pods.record(config, plan) for plan in (plan_of(gradients()), plan_of(hints="out of memory")))
   refused["programs"] = fitting["programs"]
   *_, first, second = plan_pods.table([fitting, refused]).splitlines()
   assert first == "| 2 x v5e:4x4 | 2, 2, 8 | 8 | 10.0 | 62 | 15 | 4.00 | 61 | 2.5 | yes |"

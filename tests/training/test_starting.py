@@ -98,3 +98,15 @@ def test_the_teacher_is_asked_before_texts_are_read_and_without_the_students_cop
   run = types.SimpleNamespace(mesh=None, programs=types.SimpleNamespace(targets=targets))
   assert loop.scored_at_once(run, begun, loop.PhaseClock()) == ("target",)
   assert asked == [("prompts", np.ndarray, None)]
+
+
+def test_nothing_is_begun_where_another_process_cannot(monkeypatch):
+  run = run_of()
+  ahead = starting.Ahead(run)
+  with monkeypatch.context() as elsewhere:
+    elsewhere.setattr(starting.processes, "any_process", lambda *flags: (True,))
+    ahead.begin(state_of("a"), 3)
+    assert run.log == []
+    with pytest.raises(OSError, match="another process of this run has failed"):
+      ahead.take(state_of("a"), 3)
+  assert ahead.take(state_of("a"), 3).examples == ["question 3"]
