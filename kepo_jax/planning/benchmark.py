@@ -227,7 +227,10 @@ class Benchmark:
       self.state, self.programs = assembly.build_programs(config, self._special, models)
     count = config.batch.prompts
     self.prompts = sharding.place(self.mesh, made_up_prompts(student, count, sizes))
-    self._few = sharding.place(self.mesh, made_up_prompts(student, max(1, count // 4), sizes))
+    few = max(1, count // 4)  # ask for a hint, and are asked again with it
+    self._few = sharding.place(self.mesh, made_up_prompts(student, few, sizes))
+    hinted = dataclasses.replace(sizes, text_tokens=sizes.text_tokens + config.exploration.hint_tokens)
+    self._hinted = sharding.place(self.mesh, made_up_prompts(student, few, hinted))
     self._batch: Any = ()  # shapes of the experience and the targets of the last turn
 
   def _model(self, role: str, seed: int) -> programs.Model:
@@ -263,9 +266,10 @@ class Benchmark:
       yield "decode weights", seconds
       rollouts, seconds = timed(self.programs.rollout, actor, self.prompts, key)
       yield "sampling", seconds
-      del actor
       if checks.explores(self.config):
         yield "hints", timed(self.programs.hint, self._few, key)[1]
+        yield "candidates", timed(self.programs.candidate, actor, self._hinted, key)[1]
+      del actor
       experience = self._experience(rollouts)
       targets, seconds = timed(self.programs.targets, experience.prompts, experience.tokens)
       self._batch = jax.eval_shape(lambda *batch: batch, experience, targets)
@@ -278,6 +282,8 @@ class Benchmark:
     config = self.config
     if name == "hints":
       return self._few.tokens.shape[0] * config.exploration.hint_tokens
+    if name == "candidates":
+      return self._few.tokens.shape[0] * assembly.candidates(config) * self.sizes.new_tokens
     return config.batch.prompts * config.batch.rollouts * self.sizes.new_tokens
 
   def _experience(self, rollouts: Any) -> Experience:
@@ -316,6 +322,9 @@ class Benchmark:
       few = jax.eval_shape(lambda prompts: prompts, self._few)
       hints = config.exploration.hint_tokens
       work["hints"] = floors.sampling(others["teacher"], frozen, few, samples=1, new_tokens=hints, **where)
+      hinted = jax.eval_shape(lambda prompts: prompts, self._hinted)
+      sampled: dict[str, Any] = {"samples": assembly.candidates(config), "new_tokens": rows[2]}
+      work["candidates"] = floors.sampling(others["student"], settings.compute_dtype, hinted, **sampled, **where)
     roles = [role for role in ("teacher", "reference") if role in self.configs]
     if roles:
       scored = [floors.scoring(others[role], frozen, shapes, tokens).on(**where) for role in roles]

@@ -39,6 +39,11 @@ def own_rollouts(config: Any) -> int:
   return round(config.batch.on_policy_fraction * config.batch.rollouts)
 
 
+def candidates(config: Any) -> int:
+  """Hinted completions that are sampled for a failed prompt in a round."""
+  return max(1, config.exploration.candidates or config.exploration.replacements)
+
+
 def frozen_parts(config: Any) -> tuple[str, ...]:
   """Top-level parts of the parameters that are not trained."""
   if config.model.lora_rank:
@@ -165,7 +170,7 @@ def build_programs(
   return first, programs.Programs(
     decode_weights=programs.decode_weights_program(student.config, student.params, settings.compute_dtype),
     rollout=sampler(max(1, own), *policy),
-    candidate=sampler(max(1, exploration.candidates or exploration.replacements), *policy),
+    candidate=sampler(candidates(config), *policy),
     greedy=sampler(1, asked.max_new_tokens, 0.0),
     hint=teacher(checks.explores(config), 1, exploration.hint_tokens, exploration.hint_temperature),
     answer=teacher(

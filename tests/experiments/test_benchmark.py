@@ -27,7 +27,7 @@ def run(program, tmp_path, capsys):
 
 def test_a_step_beside_its_floors_and_an_earlier_one(run):
   printed, record, file = run()
-  assert list(record["phases"]) == ["decode weights", "sampling", "hints", "scoring", "update"]
+  assert list(record["phases"]) == ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]
   step = sum(phase["seconds"] for phase in record["phases"].values())
   assert record["step_seconds"] == pytest.approx(step)
   assert record["step_tokens_per_second"] == pytest.approx(4 * 8 * 2 / step)

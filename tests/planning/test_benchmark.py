@@ -58,9 +58,9 @@ def test_prompts_have_the_sizes_that_were_asked_for():
 @pytest.mark.parametrize(
   ("get_config", "names"),
   [
-    (low_memory, ["decode weights", "sampling", "hints", "scoring", "update"]),
-    (kepo.get_config, ["decode weights", "sampling", "hints", "scoring", "update"]),
-    (kepo_eq7.get_config, ["decode weights", "sampling", "hints", "scoring", "update"]),
+    (low_memory, ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]),
+    (kepo.get_config, ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]),
+    (kepo_eq7.get_config, ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]),
     pytest.param(grpo.get_config, ["decode weights", "sampling", "update"], marks=pytest.mark.slow),
   ],
 )
@@ -85,6 +85,7 @@ def test_every_phase_is_timed_beside_its_floor(get_config, names, monkeypatch):
   assert by_name["sampling"].tokens == 4 * 4 * 3
   if "hints" in names:
     assert by_name["hints"].tokens == 1 * config.exploration.hint_tokens  # a quarter of the prompts
+    assert by_name["candidates"].tokens == 1 * config.exploration.replacements * config.sampling.max_new_tokens
   if config.objective.reference_weight:  # of the same size here
     one = floors.scoring(STUDENT, "float32", ours.prompts, jax.ShapeDtypeStruct((4, 4, 3), "int32"))
     assert by_name["scoring"].work.flops == 2 * one.flops
