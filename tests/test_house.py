@@ -266,7 +266,7 @@ def test_a_field_that_is_no_longer_read_is_seen():
   config = load_config(CONFIGS / "grpo.py")
   without_assembly = unread(config, users(without="training/assembly.py"))
   assert {"reward.format", "reward.more", "optimizer.b1", "eval.max_new_tokens"} <= without_assembly
-  assert {"batch.updates", "objective.importance_cap", "objective.supervised_weight"} <= without_assembly
+  assert {"objective.importance_cap", "objective.supervised_weight"} <= without_assembly
   assert unread(config, users(without="training/setup.py")) >= {"data.train_items", "model.teacher"}
   assert unread(config, users(without="training/loop.py")) >= {"exploration.quoted_words", "supervised.source"}
   assert "checkpoint.keep" in unread(config, users(without="training/files.py"))

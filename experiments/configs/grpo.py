@@ -135,7 +135,8 @@ def get_config(setting: str = "phantom") -> ml_collections.ConfigDict:
   config.eval.prompts = 64  # questions per batch
   config.eval.prompt = "evaluation"  # reason, then answer; or no_think
   config.eval.max_new_tokens = 24
-  config.eval.test = True  # evaluate the test set before and after training
+  config.eval.test = True  # evaluate the test set after training
+  config.eval.before = True  # and before it
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every = 20  # steps; 0: only by the clock, and the last step

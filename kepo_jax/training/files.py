@@ -178,6 +178,12 @@ class RunFiles:
       self.evaluations[name] = result
     self._write("evaluation.json", json.dumps(self.evaluations, indent=2) + "\n")
 
+  def record_outputs(self, name: str, outputs: Sequence[Mapping[str, Any]]) -> None:
+    """Writes what the student said to each question of a test, outputs/NAME.jsonl."""
+    if self.workdir and processes.is_first():
+      (self._root / "outputs").mkdir(exist_ok=True)
+    self._write(f"outputs/{name}.jsonl", "".join(json.dumps(output) + "\n" for output in outputs))
+
   def save(
     self,
     step: int,

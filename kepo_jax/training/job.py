@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from kepo_jax import processes
+from kepo_jax import processes, storage
 from kepo_jax.rewards import WeightedRewards
 from kepo_jax.training import rehearsal, setup
 from kepo_jax.training.files import RunFiles
@@ -104,10 +104,10 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
     hook.start(run.plan(files.workdir, start, files.positions))
   if config.train.compile_ahead and start < steps:
     compile_ahead(run, files, state, start)
-  if config.eval.test and start == 0:
-    evaluate(run, files, ahead.weights(state), "test", "before", start)
+  if config.eval.test and config.eval.before and start == 0:
+    evaluate(run, files, ahead.weights(state), "before", start)
   if files.owes_validation:
-    evaluate(run, files, ahead.weights(state), "validation", "validation", start)
+    validate(run, files, ahead.weights(state), start)
   for done in range(start, steps):
     try:
       state, report = train_step(run, state, done, ahead)
@@ -118,7 +118,7 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
     tell(run, report, compiled.figures() | files.timing())
     validate_and_save(run, files, state, report.step, ahead)
   if config.eval.test:
-    evaluate(run, files, ahead.weights(state), "test", "after", steps)
+    evaluate(run, files, ahead.weights(state), "after", steps)
   files.export(lambda folder: run.export(state, folder))
   for hook in run.hooks:
     hook.finish()
@@ -154,14 +154,30 @@ def compile_ahead(run: setup.Run, files: RunFiles, state: TrainState, start: int
     raise Interrupted(start, files.saved) from None
 
 
-def evaluate(run: setup.Run, files: RunFiles, weights: Any, split: str, name: str, step: int) -> None:
-  """An evaluation before the first of the steps that are left, or after the last one.
+def evaluate(run: setup.Run, files: RunFiles, weights: Any, name: str, step: int) -> None:
+  """The test "before" the first step or "after" the last one, with what was said to each question.
+
+  Raises:
+    Interrupted: the run was asked to stop; it is made on resume.
+  """
+  outputs: list[dict[str, Any]] = []
+  try:
+    result = run.evaluate(weights, "test", name, step, on_output=outputs.append)
+  except Interrupted:
+    raise Interrupted(step, files.saved) from None
+  shown = {example.id: [storage.origin(image) for image in example.images] for example in run.questions["test"]}
+  files.record_outputs(name, [output | {"files": shown[output["id"]]} for output in outputs])
+  files.record(name, result)
+
+
+def validate(run: setup.Run, files: RunFiles, weights: Any, step: int) -> None:
+  """The validation of a step that a run before this one did not come to.
 
   Raises:
     Interrupted: the run was asked to stop; it is made on resume.
   """
   try:
-    files.record(name, run.evaluate(weights, split, name, step))
+    files.record("validation", run.evaluate(weights, "validation", "validation", step))
   except Interrupted:
     raise Interrupted(step, files.saved) from None
 

@@ -31,6 +31,8 @@ class Collected:
   groups: Groups
   prompts: Prompts  # of the groups, on the mesh
   metrics: dict[str, float]
+  sampled: int = 0  # tokens of the student, those of candidates and of rollouts that were replaced included
+  written: int = 0  # tokens of the teacher: hints, and answers whether accepted or not
   records: tuple[dict[str, Any], ...] = ()  # hints and candidates of explored prompts, JSON-able
   targets: tuple[Target, ...] | None = None  # what teacher and reference say about the tokens, where they were asked
 
@@ -82,6 +84,7 @@ def train_step(run: setup.Run, state: TrainState, done: int, ahead: Ahead) -> tu
   with clock("prepare"):
     ahead.begin(state, done + 1)
   metrics |= figures.mixed_metrics(groups, run.processor.end_ids) | {"lr": float(run.schedule(done))}
+  metrics |= token_metrics(run, collected, kept)
   if config.objective.distill_weight:
     metrics |= figures.gate_metrics(groups, gate) | {"lambda": run.distill_weight(done)}
   samples = figures.sample_records(groups, gate, step=done + 1, prompts=config.log.samples, problem=run.problem)
@@ -94,15 +97,36 @@ def train_step(run: setup.Run, state: TrainState, done: int, ahead: Ahead) -> tu
   return state, report
 
 
+def token_metrics(run: setup.Run, collected: Collected, kept: np.ndarray) -> dict[str, float]:
+  """Completion tokens of a step by what was done with them, which is what a method costs on any device.
+
+  Args:
+    run: of the step.
+    collected: its groups.
+    kept: bool[P, G], rollouts that enter the loss.
+  """
+  mask = collected.groups.mask
+  counts = {"trained": run.config.batch.updates * int(mask[kept].sum())}
+  if run.own_rollouts:
+    counts["sampled"] = collected.sampled
+  if checks.explores(run.config) or checks.teacher_answers(run.config):
+    counts["written"] = collected.written
+  if run.config.objective.distill_weight:
+    counts["scored"] = int(mask.sum())
+  return {f"tokens/{name}": float(count) for name, count in counts.items()}
+
+
 def collect(run: setup.Run, begun: Started, clock: "PhaseClock") -> Collected:
   """The student's rollouts, explored, and supervised rows behind them, as the config mixes them."""
   if begun.rollouts is None:
     with clock("supervision"):
-      return Collected(supervised_rows(run, begun.examples, begun.prompts, begun.done), begun.prompts, {})
+      given, written = supervised_rows(run, begun.examples, begun.prompts, begun.done)
+      return Collected(given, begun.prompts, {}, written=written)
   collected = sample_and_explore(run, begun, clock)
   if run.own_rollouts < run.config.batch.rollouts:
     with clock("supervision"):
-      given = supervised_rows(run, collected.groups.examples, collected.prompts, begun.done)
+      given, written = supervised_rows(run, collected.groups.examples, collected.prompts, begun.done)
+      collected.written += written
       collected.groups = grouping.joined(collected.groups, given, axis=1)
   return collected
 
@@ -113,6 +137,7 @@ def sample_and_explore(run: setup.Run, begun: Started, clock: "PhaseClock") -> C
   targets = scored_at_once(run, begun, clock) if run.samples_all else None
   with clock("sampling"):
     groups = own_groups(run, begun)
+  sampled = int(groups.mask.sum())
   metrics = figures.reward_metrics(groups)
   if config.sampling.dynamic_rounds:
     with clock("prepare"):
@@ -120,13 +145,14 @@ def sample_and_explore(run: setup.Run, begun: Started, clock: "PhaseClock") -> C
       prompts = sharding.place(run.mesh, run.processor.prompts(groups.examples, config.data.prompt))
     metrics |= asked
   with clock("exploration"):
-    outcome = explore(run, begun.actor, groups, done)
+    outcome, written = explore(run, begun.actor, groups, done)
+    sampled += sum(int(each.mask.sum()) for tried in outcome.candidates.values() for each in tried)
     slots = exploration.injections(outcome, run.own_rollouts, seed=(config.seed, done))
     grouping.inject(groups, slots, run.scorer)
   begun.release()  # the memory of the decode copy is free before the update needs it
   explored = exploration.exploration_metrics(outcome, prompts=len(groups.examples), rounds=config.exploration.rounds)
   records = figures.hint_records(outcome, groups, step=done + 1, prompts=config.log.samples)
-  return Collected(groups, prompts, metrics | explored, records, targets)
+  return Collected(groups, prompts, metrics | explored, sampled, written, records, targets)
 
 
 def scored_at_once(run: setup.Run, begun: Started, clock: "PhaseClock") -> tuple[Target, ...]:
@@ -173,14 +199,16 @@ def asking(run: setup.Run, groups: Groups) -> list[int]:
   return exploration.triggered(groups.scores["accuracy"], groups.scores["total"], run.config.exploration.trigger)
 
 
-def explore(run: setup.Run, actor: Any, groups: Groups, done: int) -> exploration.Exploration:
-  """Hinted sampling for the failed prompts of a step."""
-  config = run.config.exploration
+def explore(run: setup.Run, actor: Any, groups: Groups, done: int) -> tuple[exploration.Exploration, int]:
+  """Hinted sampling for the failed prompts of a step, and how many tokens of hints the teacher wrote for it."""
+  config, written = run.config.exploration, 0
 
   def ask_hints(rows: Sequence[int], attempt: int) -> list[str]:
+    nonlocal written
     examples = [groups.examples[row] for row in rows]
     prompts = run.prompts(examples, "hint_request")
-    hints = run.programs.hint(prompts, run.key("hint", done, attempt))
+    hints = grouping.on_host(run.programs.hint(prompts, run.key("hint", done, attempt)))
+    written += int(hints.mask[: len(rows)].sum())
     return grouping.texts_of(run.processor, hints, prompts=len(rows))[:, 0].tolist()
 
   def sample_hinted(rows: Sequence[int], hints: Sequence[str], attempt: int) -> list[list[exploration.Candidate]]:
@@ -193,7 +221,7 @@ def explore(run: setup.Run, actor: Any, groups: Groups, done: int) -> exploratio
   with contextlib.ExitStack() as phase:
     if rows:  # a teacher in host memory comes once for all rounds
       phase.enter_context(run.models["teacher"].resident.on_device())
-    return exploration.explore(
+    outcome = exploration.explore(
       rows,
       ask_hints,
       sample_hinted,
@@ -202,20 +230,25 @@ def explore(run: setup.Run, actor: Any, groups: Groups, done: int) -> exploratio
       accept=exploration.Acceptance(config.acceptance, config.leak_filter, config.quoted_words),
       hints=config.hints,
     )
+  return outcome, written
 
 
-def supervised_rows(run: setup.Run, examples: Sequence[Example], prompts: Prompts, done: int) -> Groups:
-  """What others wrote: gold answers, or those answers of the teacher that the reward accepts; the rest is empty."""
+def supervised_rows(run: setup.Run, examples: Sequence[Example], prompts: Prompts, done: int) -> tuple[Groups, int]:
+  """What others wrote: gold answers, or those answers of the teacher that the reward accepts; the rest is empty.
+
+  Returns:
+    the groups, and how many tokens the teacher wrote.
+  """
   config = run.config
   if config.supervised.source == "answer":
     texts = [gold_completion(example, run.processor.templates) for example in examples]
     rows = config.batch.rollouts - run.own_rollouts
     given = grouping.given_rollouts(run.processor, texts, rows, config.sampling.max_new_tokens)
-    return grouping.supervised_groups(grouping.scored_groups(run.processor, examples, given, run.scorer))
+    return grouping.supervised_groups(grouping.scored_groups(run.processor, examples, given, run.scorer)), 0
   answers = run.programs.answer(prompts, run.key("answer", done))
   groups = grouping.scored_groups(run.processor, examples, answers, run.scorer)
   accepted = (groups.scores["accuracy"] == 1) & (groups.scores["format"] == 1)
-  return grouping.supervised_groups(groups, accepted=accepted)
+  return grouping.supervised_groups(groups, accepted=accepted), int(groups.mask.sum())
 
 
 def gated(run: setup.Run, groups: Groups) -> np.ndarray:

@@ -96,7 +96,9 @@ class Run:
     hints = None if hints is None else [*hints, *list(hints[:1]) * filler]
     return sharding.place(self.mesh, self.processor.prompts(examples, kind, hints=hints))
 
-  def evaluate(self, weights: Any, split: str, name: str, done: int) -> dict[str, Any]:
+  def evaluate(
+    self, weights: Any, split: str, name: str, done: int, *, on_output: Callable[[dict[str, Any]], None] | None = None
+  ) -> dict[str, Any]:
     """Greedy accuracy of the student on a split.
 
     Args:
@@ -104,6 +106,7 @@ class Run:
       split: of `questions`.
       name: of the evaluation, as hooks are told.
       done: steps before it.
+      on_output: receives what was said to each question, as from `evaluation.evaluate`.
 
     Raises:
       Interrupted: the run was asked to stop.
@@ -125,6 +128,7 @@ class Run:
       train_modality=self.config.data.train_modality,
       kind=self.config.eval.prompt,
       progress=progress,
+      on_output=on_output,
     )
     result = {"step": done, "split": split} | result
     for hook in self.hooks:

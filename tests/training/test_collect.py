@@ -145,7 +145,8 @@ def test_refused_answers_of_the_teacher_leave_their_rows_empty():
   tokens = np.stack([first, np.full_like(first, END)], -1)
   rollouts = Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
   run.programs = types.SimpleNamespace(answer=lambda prompts, key: rollouts)
-  groups = loop.supervised_rows(run, [question(0)], None, 4)
+  groups, written = loop.supervised_rows(run, [question(0)], None, 4)
+  assert written == 6  # the refused ones cost as much
   assert groups.mask.any(-1).tolist() == [[True, False, False]]
   assert groups.supervised.all() and run.keys == [("answer", 4)]
 
@@ -166,9 +167,22 @@ def test_each_round_of_exploration_draws_anew():
 
   run.models = {"teacher": types.SimpleNamespace(resident=types.SimpleNamespace(on_device=on_device))}
   run.processor.decode = lambda tokens, mask: [{0: "<hint>look</hint>"}.get(int(t[0]), WRONG) for t in tokens]
-  outcome = loop.explore(run, None, groups_of([[3, 3]], run), 9)
+  outcome, written = loop.explore(run, None, groups_of([[3, 3]], run), 9)
   assert run.keys == [("hint", 9, 1), *[("candidate", 9, attempt) for attempt in (1, 2, 3)]]
   assert phases == ["begun", "over"]  # the teacher comes once for three rounds, and not where nobody asks
   loop.explore(run, None, groups_of([[2, 2]], run), 9)
   assert phases == ["begun", "over"]
   assert outcome.accepted == {0: []} and len(outcome.candidates[0]) == 6
+  assert written == 1  # one hint of one token, once for three rounds
+
+
+def test_tokens_are_counted_by_what_was_done_with_them():
+  run = run_of(batch__updates=2, objective__distill_weight=1.0, supervised__source="none", exploration__rounds=1)
+  groups = groups_of([[2, 3], [3, 3]], run)
+  groups.mask[0, 0, 1] = False
+  kept = np.array([[True, True], [True, False]])
+  collected = loop.Collected(groups, None, {}, sampled=20, written=5)
+  said = loop.token_metrics(run, collected, kept)
+  assert said == {"tokens/trained": 10.0, "tokens/sampled": 20.0, "tokens/written": 5.0, "tokens/scored": 7.0}
+  run.config.objective.distill_weight, run.config.exploration.rounds = 0.0, 0
+  assert loop.token_metrics(run, collected, kept).keys() == {"tokens/trained", "tokens/sampled"}

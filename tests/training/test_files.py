@@ -184,10 +184,18 @@ def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with RunFiles("", config()) as files:
     files.record("before", {"overall": 1})
+    files.record_outputs("before", [{"id": "a"}])
     files.save(2, {}, now=True)
     files.export(lambda path: pytest.fail(f"exported to {path}"))
   assert not list(tmp_path.iterdir())
   assert files.evaluations == {"before": {"overall": 1}}
+
+
+def test_what_was_said_to_each_test_question_is_kept(tmp_path):
+  with RunFiles(tmp_path / "run", config()) as files:
+    files.record_outputs("after", [{"id": "a", "correct": True}, {"id": "b", "correct": False}])
+    files.record_outputs("after", [{"id": "a", "correct": False}])  # made again after an interruption
+  assert (tmp_path / "run" / "outputs" / "after.jsonl").read_text() == '{"id": "a", "correct": false}\n'
 
 
 def question(name):
