@@ -1,0 +1,264 @@
+"""Runs what is missing of a study, and writes its tables, figures and page.
+
+  python -m experiments.reproduce                          # the main study on the phantom benchmark: hours of a CPU
+  python -m experiments.reproduce --study=gate --seeds=3
+  python -m experiments.reproduce --benchmark=omnimedvqa --data=DIR --student=DIR --teacher=DIR
+
+One process per free core or device; a finished run is kept at once in docs/results/STUDY/runs.json, and the same
+command goes on after an interruption. Learning rates are chosen per method on validation questions, by two seeds each.
+"""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments import environment, studies, study_runs
+from kepo_jax.reporting.panels import human_time
+
+_STUDY = flags.DEFINE_enum("study", "main", list(studies.STUDIES), "What is compared: experiments/studies.py.")
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each method.", lower_bound=1)
+_METHODS = flags.DEFINE_list("methods", [], "Only these of the study's methods; empty: all.")
+_BENCHMARK = flags.DEFINE_enum("benchmark", "phantom", ["phantom", "omnimedvqa"], "Questions and models.")
+_DATA = flags.DEFINE_string("data", "", "omnimedvqa: the data, in a format of docs/data.md.")
+_STUDENT = flags.DEFINE_string("student", "Qwen/Qwen3-VL-2B-Instruct", "omnimedvqa: Qwen3-VL folder or Hub id.")
+_TEACHER = flags.DEFINE_string("teacher", "Qwen/Qwen3-VL-32B-Instruct", "omnimedvqa: Qwen3-VL folder or Hub id.")
+_SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of every config, such as train.steps=2; may be repeated.")
+_OUTPUT = flags.DEFINE_string("output", "docs/results", "Where the folder of the study is.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Where the folders of the runs are.")
+_WORKERS = flags.DEFINE_integer("workers", 0, "Processes side by side; 0: one per core or GPU.", lower_bound=0)
+_RUN = flags.DEFINE_bool("run", True, "False only writes tables, figures and page from what there is.")
+
+# In a process of its own: one that has asked for a GPU keeps its memory from the runs.
+_PROBE = "import jax; print(jax.default_backend(), jax.local_device_count())"
+
+
+def main(_: list[str]) -> None:
+  """Runs the study that the flags describe, and reports on it."""
+  environment.prepare()
+  study, benchmark = chosen_study(), chosen_benchmark()
+  place = study_runs.Place(benchmark, pathlib.Path(_WORKDIR.value).absolute() / benchmark.name)
+  results = results_of(study.name, benchmark)
+  faults: dict[str, str] = {}
+  if _RUN.value:
+    signal.signal(signal.SIGTERM, lambda number, frame: _interrupt())
+    try:
+      faults = run_study(study, place, results, Console(stderr=True))
+    except KeyboardInterrupt:
+      raise SystemExit("stopped; what was finished is kept, and the same command goes on.") from None
+  if faults:
+    raise SystemExit("\n".join(f"error: {cell}: {fault}" for cell, fault in faults.items()))
+
+
+def _interrupt() -> None:
+  raise KeyboardInterrupt
+
+
+def chosen_study() -> studies.Study:
+  """The study of the flags, with the methods that they name.
+
+  Raises:
+    ValueError: a method that the study does not have.
+  """
+  study, names = studies.STUDIES[_STUDY.value], _METHODS.value
+  known = [method.name for method in study.methods]
+  if unknown := sorted(set(names) - set(known)):
+    raise ValueError(f"--methods={','.join(unknown)}: the study {study.name} has {', '.join(known)}.")
+  return study.only(names) if names else study
+
+
+def chosen_benchmark() -> studies.Benchmark:
+  """The benchmark of the flags.
+
+  Raises:
+    ValueError: it needs data, or a field of --set is none.
+  """
+  if _BENCHMARK.value == "phantom":
+    return studies.phantom(fields(_SET.value))
+  if not _DATA.value:
+    raise ValueError("--benchmark=omnimedvqa needs --data=DIR; docs/data.md says how to get the data.")
+  # Runs are started from the checkout, wherever this was.
+  data = _DATA.value if "://" in _DATA.value else str(pathlib.Path(_DATA.value).absolute())
+  return studies.omnimedvqa(_STUDENT.value, _TEACHER.value, data, fields(_SET.value))
+
+
+def fields(given: Sequence[str]) -> dict[str, Any]:
+  """FIELD=VALUE texts as fields of a config, each of the type that it has there.
+
+  Raises:
+    ValueError: one is no field of a config, or its value of another type.
+  """
+  config, found = studies.plain_config(studies.phantom()), {}
+  for text in given:
+    name, equals, value = text.partition("=")
+    section, _, field = name.rpartition(".")
+    default = config.get(section, {}).get(field) if section else None
+    readers = {bool: {"true": True, "false": False}.__getitem__, tuple: lambda v: tuple(int(x) for x in v.split(","))}
+    try:
+      if not equals or default is None:
+        raise KeyError(name)
+      found[name] = readers.get(type(default), type(default))(value.lower() if type(default) is bool else value)
+    except (KeyError, ValueError):
+      raise ValueError(f"--set={text} is no SECTION.FIELD=VALUE of experiments/configs/grpo.py.") from None
+  return found
+
+
+def results_of(study: str, benchmark: studies.Benchmark) -> study_runs.Results:
+  """What there is of a study: in a folder of its name, after that of a benchmark that is not the embedded one."""
+  name = study if benchmark.name == "phantom" else f"{benchmark.name}-{study}"
+  return study_runs.Results(pathlib.Path(_OUTPUT.value) / name, study, benchmark.name)
+
+
+def run_study(
+  study: studies.Study, place: study_runs.Place, results: study_runs.Results, console: Console
+) -> dict[str, str]:
+  """Runs the grid, chooses the learning rates, and runs the rest; cell -> what went wrong with it."""
+  benchmark, count = place.benchmark, _SEEDS.value
+  grid = list(studies.grid(study, benchmark, count))
+  main_results = results if study.name == "main" else results_of("main", benchmark)
+  slots = worker_slots(_WORKERS.value)
+  guessed = {cell.method.name: benchmark.rates[0] for cell in grid}  # how many runs there are depends on no rate
+  total = len(grid) + len(list(studies.finals(study, benchmark, count, guessed)))
+  with Overview(console, total, len(slots)) as overview:
+    faults = run_missing(grid, place, main_results, slots, overview)
+    rates = chosen_rates(grid, place, main_results)
+    overview.say(", ".join(f"{name} {rate:g}" for name, rate in rates.items()) + ": learning rates")
+    finals = list(studies.finals(study, benchmark, count, rates))
+    return faults | run_missing(finals, place, results, slots, overview)
+
+
+def chosen_rates(
+  grid: Sequence[studies.Cell], place: study_runs.Place, results: study_runs.Results
+) -> dict[str, float]:
+  """Method -> the learning rate with the best validation; methods whose grid has holes are left out."""
+  found: dict[str, list[Any]] = {}
+  for cell in grid:
+    found.setdefault(cell.method.name, []).append(results.entry(cell, place.digest(cell)))
+  return {name: best_learning_rate(entries) for name, entries in found.items() if all(entries)}
+
+
+def best_learning_rate(entries: Sequence[Mapping[str, Any]]) -> float:
+  """The rate with the best last validation over all modalities, mean over seeds; of equals the smallest.
+
+  Args:
+    entries: of one method's grid; what they say of the test is not looked at.
+  """
+  found: dict[float, list[float]] = {}
+  for entry in entries:
+    found.setdefault(entry["learning_rate"], []).append(entry["validation"][-1]["overall"])
+  return max(sorted(found), key=lambda rate: sum(found[rate]) / len(found[rate]))
+
+
+def run_missing(
+  cells: Sequence[studies.Cell],
+  place: study_runs.Place,
+  results: study_runs.Results,
+  slots: Sequence[Mapping[str, Any]],
+  overview: "Overview",
+) -> dict[str, str]:
+  """Runs those cells that no study has yet; cell -> what went wrong with it."""
+  faults: dict[str, str] = {}
+
+  def settled(cell: studies.Cell, cpu: float = 0.0) -> bool:
+    """Whether there is an entry, also by now from files of a run that nobody had read."""
+    if results.entry(cell, place.digest(cell)):
+      return True
+    if not (outputs := study_runs.outputs_of(place, cell, results.items)):
+      return False
+    entry = study_runs.entry_of(place, cell, outputs)
+    if cpu:  # of a run that was made in one go
+      entry["cost"] = entry.get("cost", {}) | {"cpu_seconds": round(cpu, 1)}
+    results.add(entry, study_runs.items_of(outputs, place.benchmark))
+    return True
+
+  def finished(cell: studies.Cell, seconds: float, cpu: float, fault: str) -> None:
+    if not fault and not settled(cell, cpu):
+      fault = f"it left no result in {place.folder(cell)}"
+    if fault:
+      faults[cell.name] = fault
+    overview.finished(cell.name, seconds, fault)
+
+  missing = {place.digest(cell): cell for cell in reversed(cells) if not settled(cell)}  # the first of equal ones
+  overview.skip(len(cells) - len(missing))
+  study_runs.Workers(slots).run(list(reversed(missing.values())), place, finished)
+  for cell in cells:  # those that another one has computed
+    settled(cell)
+  return faults
+
+
+def worker_slots(count: int) -> list[dict[str, Any]]:
+  """What each process may use: one core of a CPU, one GPU, or all chips of a TPU host.
+
+  Args:
+    count: at most so many; 0: as many as there are.
+
+  Raises:
+    ValueError: jax finds no device.
+  """
+  found = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
+  if found.returncode:
+    raise ValueError(f"jax finds no device: {(found.stderr.strip().splitlines() or ['no message'])[-1]}")
+  backend, devices = found.stdout.split()[-2:]
+  if backend == "cpu":
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    slots: list[dict[str, Any]] = [{"core": core} for core in cores]
+  elif backend == "gpu":
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(int(devices))))).split(",")
+    slots = [{"environment": {"CUDA_VISIBLE_DEVICES": device}} for device in visible]
+  else:
+    slots = [{}]
+  return slots[:count] if count else slots
+
+
+class Overview:
+  """How far a study is, and about how long the rest of it takes."""
+
+  def __init__(self, console: Console, total: int, workers: int):
+    self._bars = Progress(
+      TextColumn("runs"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TimeElapsedColumn(),
+      TextColumn("{task.fields[left]}"),
+      console=console,
+      disable=not console.is_terminal,
+    )
+    self._console, self._total, self._workers = console, total, workers
+    self._done, self._seconds = 0, list[float]()
+    self._task = self._bars.add_task("", total=total, left="")
+
+  def __enter__(self) -> "Overview":
+    self._bars.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._bars.stop()
+
+  def say(self, line: str) -> None:
+    """Shows a line above the bar."""
+    self._console.print(line, style="dim", highlight=False, soft_wrap=True)
+
+  def skip(self, count: int) -> None:
+    """Counts runs that need not be made."""
+    self._done += count
+    self._bars.update(self._task, completed=self._done)
+
+  def finished(self, name: str, seconds: float, fault: str) -> None:
+    """Counts a run that was made."""
+    self._done += 1
+    self._seconds.append(seconds)
+    mean = sum(self._seconds) / len(self._seconds)
+    left = f"about {human_time(mean * (self._total - self._done) / self._workers)} left"
+    self._bars.update(self._task, completed=self._done, left=left)
+    self.say(f"{self._done}/{self._total}  {name}: {fault or human_time(seconds)}; {left}")
+
+
+if __name__ == "__main__":
+  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)

@@ -1,0 +1,263 @@
+"""The studies of `experiments.reproduce`: what is compared, and what varies.
+
+A study is a few lines: methods, each a config file and the fields in which it differs from it. Add one to STUDIES and
+`python -m experiments.reproduce --study=NAME` runs it.
+"""
+
+import dataclasses
+import importlib
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from experiments import settings
+
+_NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """One line of a table."""
+
+  name: str  # in files and folders
+  label: str  # in tables and figures
+  config: str = ""  # file of configs/; empty: a model that is only evaluated
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # fields of the config
+  rate_of: str = ""  # method of the main study whose chosen learning rate it takes; empty: it has a grid of its own
+
+  @property
+  def trained(self) -> bool:
+    """Whether there is something to train."""
+    return bool(self.config)
+
+
+START, TEACHER = Method("start", "start"), Method("teacher", "teacher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Who learns, and from whom: names of models of a benchmark."""
+
+  student: str
+  teacher: str
+
+  def __str__(self) -> str:
+    return f"{self.student}, {self.teacher}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What is compared with what."""
+
+  name: str
+  title: str
+  asks: str  # the question, in a sentence
+  methods: Sequence[Method]
+  others: Sequence[str] = ()  # methods that also run on the other pairs of a benchmark, at the rates of the first one
+  hints: bool = False  # whether the hints themselves are measured
+
+  def only(self, names: Iterable[str]) -> "Study":
+    """The study with those of its methods alone that are named."""
+    return dataclasses.replace(self, methods=[method for method in self.methods if method.name in set(names)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """Questions and models; the first pair is the one that every study runs on."""
+
+  name: str
+  setting: str  # of experiments/settings.py
+  models: Mapping[str, str]  # name -> folder or Hub id
+  pairs: Sequence[Pair]
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # fields of every config
+  unseen: Sequence[str] = ()  # modalities that no model has seen in its own training
+
+  @property
+  def rates(self) -> tuple[float, ...]:
+    """The grid of learning rates, the same for every method."""
+    return settings.LEARNING_RATES[self.setting]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One run, or one model that is only evaluated."""
+
+  method: Method
+  pair: Pair
+  learning_rate: float | None = None
+  seed: int | None = None
+
+  @property
+  def name(self) -> str:
+    """In words, for progress and messages: "kepo-tau1 (confused, weak) rate 0.0003 seed 2"."""
+    rate = f" rate {self.learning_rate:g} seed {self.seed}" if self.method.trained else ""
+    return f"{self.method.name} ({self.pair}){rate}"
+
+
+def phantom(overrides: Mapping[str, Any] = _NOTHING) -> Benchmark:
+  """The embedded benchmark with its four pairs, and fields of every config; no model has seen fundus pictures."""
+  names = ("confused", "noisy", "weak", "strong")
+  return Benchmark(
+    name="phantom",
+    setting="phantom",
+    models={name: f"experiments/assets/phantom/{name}" for name in names},
+    pairs=[Pair(student, teacher) for student in names[:2] for teacher in names[2:]],
+    overrides=overrides,
+    unseen=("Fundus",),
+  )
+
+
+def omnimedvqa(student: str, teacher: str, directory: str, overrides: Mapping[str, Any] = _NOTHING) -> Benchmark:
+  """The paper's benchmark, from a folder in a format of docs/data.md, and fields of every config."""
+  return Benchmark(
+    name="omnimedvqa",
+    setting="medvqa",
+    models={"student": student, "teacher": teacher},
+    pairs=[Pair("student", "teacher")],
+    overrides={"data.directory": directory, **overrides},
+  )
+
+
+def config_of(cell: Cell, benchmark: Benchmark) -> ml_collections.ConfigDict:
+  """The whole config of a cell that is trained."""
+  module = importlib.import_module(f"experiments.configs.{cell.method.config}")
+  config: ml_collections.ConfigDict = module.get_config(benchmark.setting)
+  config.update_from_flattened_dict(fields_of(cell, benchmark))
+  return config
+
+
+def fields_of(cell: Cell, benchmark: Benchmark) -> dict[str, Any]:
+  """Every field of a cell's config that differs from its file."""
+  return {
+    "seed": cell.seed,
+    "model.student": benchmark.models[cell.pair.student],
+    "model.teacher": benchmark.models[cell.pair.teacher],
+    "optimizer.learning_rate": cell.learning_rate,
+    "eval.before": False,  # the same weights for every run: the method "start" stands for them
+    **cell.method.overrides,
+    **benchmark.overrides,
+  }
+
+
+def plain_config(benchmark: Benchmark) -> ml_collections.ConfigDict:
+  """The parent of every config of a benchmark: what is not a matter of the method."""
+  module = importlib.import_module("experiments.configs.grpo")
+  config: ml_collections.ConfigDict = module.get_config(benchmark.setting)
+  config.update_from_flattened_dict(benchmark.overrides)
+  return config
+
+
+def grid(study: Study, benchmark: Benchmark, seeds: int) -> Iterator[Cell]:
+  """The runs that choose the learning rate of each method that has a grid, on the first pair."""
+  wanted = [m for m in study.methods if m.trained and not m.rate_of]
+  wanted += [MAIN_METHODS[name] for name in dict.fromkeys(m.rate_of for m in study.methods if m.rate_of)]
+  for method in wanted:
+    for rate in benchmark.rates:
+      for seed in range(min(GRID_SEEDS, seeds)):
+        yield Cell(method, benchmark.pairs[0], rate, seed)
+
+
+def finals(study: Study, benchmark: Benchmark, seeds: int, rates: Mapping[str, float]) -> Iterator[Cell]:
+  """The runs that count; models that are only evaluated come last.
+
+  Args:
+    study: of the table.
+    benchmark: of the questions.
+    seeds: runs of each method.
+    rates: method -> its learning rate; a method without one is left out.
+  """
+  for pair in benchmark.pairs if study.others else benchmark.pairs[:1]:
+    chosen = [m for m in study.methods if pair == benchmark.pairs[0] or m.name in study.others]
+    for method in sorted(chosen, key=lambda m: not m.trained):
+      if not method.trained:
+        yield Cell(method, pair)
+      elif rate := rates.get(method.rate_of or method.name):
+        for seed in range(seeds):
+          yield Cell(method, pair, rate, seed)
+
+
+GRID_SEEDS = 2  # of the runs that choose a learning rate
+
+_MAIN = (
+  START,
+  TEACHER,
+  Method("sft", "SFT, gold answers", "sft"),
+  Method("sft_teacher", "SFT, teacher's answers", "sft_teacher"),
+  Method("grpo", "GRPO", "grpo"),
+  Method("rloo", "RLOO", "rloo"),
+  Method("gkd-0", "GKD, 0 % on-policy", "gkd", {"batch.on_policy_fraction": 0.0}),
+  Method("gkd-0.5", "GKD, 50 % on-policy", "gkd", {"batch.on_policy_fraction": 0.5}),
+  Method("gkd-1", "GKD, on-policy", "gkd"),
+  Method("kepo_ke-tau0", "KEPO without hints, τ = 0", "kepo_ke", {"objective.gate_threshold": 0.0}),
+  Method("kepo_ke-tau1", "KEPO without hints, τ = 1", "kepo_ke"),
+  Method("kepo-tau0", "KEPO, τ = 0", "kepo", {"objective.gate_threshold": 0.0}),
+  Method("kepo-tau1", "KEPO, τ = 1", "kepo"),
+)
+MAIN_METHODS = {method.name: method for method in _MAIN}
+
+
+def _variant(name: str, label: str, overrides: Mapping[str, Any], *, config: str = "kepo") -> Method:
+  """KEPO with other fields, at the learning rate that KEPO has in the main study."""
+  return Method(name, label, config, overrides, rate_of="kepo_ke-tau1" if config == "kepo_ke" else "kepo-tau1")
+
+
+def _tau(signal: str, threshold: float) -> Method:
+  fields = {"objective.gate_signal": signal, "objective.gate_threshold": threshold}
+  return _variant(f"{signal}-{threshold:g}", f"{signal}, τ = {threshold:g}", fields)
+
+
+STUDIES: Mapping[str, Study] = {
+  study.name: study
+  for study in (
+    Study(
+      "main",
+      "A fair comparison",
+      "Which method helps most outside the modality it was trained on, at the same grid, budget and seeds?",
+      _MAIN,
+      others=("start", "teacher", "grpo", "gkd-1", "kepo-tau1"),
+    ),
+    Study(
+      "tau",
+      "The threshold of the gate",
+      "How good must a rollout be to be distilled?",
+      (START, *(_tau("accuracy", tau) for tau in (0.0, 1.0)), *(_tau("mean", tau) for tau in (0.0, 0.5, 1.0))),
+    ),
+    Study(
+      "budget",
+      "The budget of exploration",
+      "How many rounds of hints does a failed prompt need?",
+      (START, *(_variant(f"rounds-{b}", f"B = {b}", {"exploration.rounds": b}) for b in (0, 1, 2, 5, 10))),
+    ),
+    Study(
+      "hints",
+      "What a hint is worth",
+      "Do hints that tell more lead to more rollouts worth learning from, and to better students?",
+      (
+        START,
+        _variant("hint_and_answer", "hint and answer, new each round", {}),
+        _variant("hint_only", "hint alone, new each round", {"exploration.hint_prompt": "hint_only"}),
+        _variant("once", "hint and answer, once", {"exploration.hints": "once"}),
+        _variant("undistilled", "hints without distillation", {"objective.distill_weight": 0.0}),
+      ),
+      hints=True,
+    ),
+    Study(
+      "gate",
+      "The direction of the gate",
+      "Should a teacher correct what went wrong, or refine what went right?",
+      (
+        START,
+        _variant("positive", "right rollouts", {}),
+        _variant("negative", "wrong rollouts", {"objective.gate_mode": "negative"}),
+        _variant("all", "all rollouts", {"objective.gate_threshold": 0.0}),
+        _variant("positive-unhinted", "right rollouts, no hints", {}, config="kepo_ke"),
+        _variant(
+          "negative-unhinted", "wrong rollouts, no hints", {"objective.gate_mode": "negative"}, config="kepo_ke"
+        ),
+        _variant("all-unhinted", "all rollouts, no hints", {"objective.gate_threshold": 0.0}, config="kepo_ke"),
+      ),
+    ),
+  )
+}

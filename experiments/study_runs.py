@@ -1,0 +1,410 @@
+"""Runs the cells of a study, each in a process of its own, and reads what they leave behind."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import studies
+from kepo_jax import evaluation, storage
+from kepo_jax.evaluation import journal
+from kepo_jax.reporting.sinks import read_records
+from kepo_jax.training import checks
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WINDOWS = 20  # points of a stored curve
+CURVES = (
+  "reward/accuracy", "reward/format", "reward/mean", "completion/length", "entropy", "divergence/gated",
+  "divergence/ungated", "cliff_rate", "dead_group_rate", "hint/trigger_rate", "hint/leak_rate", "hint/reliance",
+  "injected_frac", "gate/frac", "grad_norm",
+)  # fmt: skip
+_ACCEPTED = "hint/accept_rate@"
+# Sections and fields that change nothing of what is learnt.
+_IDLE_SECTIONS = ("checkpoint", "log", "profile")
+_STUDENT_TOKENS, _TEACHER_TOKENS = ("tokens/sampled", "tokens/trained"), ("tokens/written", "tokens/scored")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where the cells of a benchmark run."""
+
+  benchmark: studies.Benchmark
+  workdir: pathlib.Path  # one folder per run
+
+  def digest(self, cell: studies.Cell) -> str:
+    """16 hexadecimal digits that name what a cell computes: cells of different studies with one digest are one run."""
+    if cell.method.trained:
+      config = studies.config_of(cell, self.benchmark).to_dict()
+      for section in _IDLE_SECTIONS:
+        del config[section]
+      if not checks.needs_teacher(studies.config_of(cell, self.benchmark)):
+        config["model"]["teacher"] = ""
+    else:
+      role = "teacher" if cell.method == studies.TEACHER else "student"
+      config = {"evaluated": self.benchmark.models[getattr(cell.pair, role)], **self.benchmark.overrides}
+    told = json.dumps([self.benchmark.name, config, _frozen(self.benchmark)], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+  def folder(self, cell: studies.Cell) -> pathlib.Path:
+    """The folder of a cell."""
+    return self.workdir / f"{cell.method.config or 'evaluated'}-{self.digest(cell)}"
+
+  def commands(self, cell: studies.Cell) -> list[list[str]]:
+    """What a user would type for a cell, in order."""
+    folder = self.folder(cell)
+    if cell.method.trained:
+      fields = studies.fields_of(cell, self.benchmark)
+      config = f"--config=experiments/configs/{cell.method.config}.py:{self.benchmark.setting}"
+      given = [f"--config.{name}={value}" for name, value in fields.items()]
+      return [["experiments.kepo_medvqa", config, *given, f"--workdir={folder}", "--auto_resume"]]
+    splits = ("test", "validation") if cell.method == studies.START else ("test",)
+    return [self._evaluation(cell, split) for split in splits]
+
+  def _evaluation(self, cell: studies.Cell, split: str) -> list[str]:
+    student, folder = cell.method == studies.START, self.folder(cell) / split
+    model = self.benchmark.models[cell.pair.student if student else cell.pair.teacher]
+    config = studies.plain_config(self.benchmark)
+    data, asked = config.data, config.eval
+    given = {
+      "model": model, "split": split, "output": folder, "templates": data.templates, "resize": data.resize,
+      "train_modality": data.train_modality, "batch": asked.prompts, "max_new_tokens": asked.max_new_tokens,
+      "dtype": config.model.compute_dtype if student else config.model.teacher_dtype,
+    }  # fmt: skip
+    names = ("split_files", "train_items", "validation_items", "test_items", "split_seed")
+    given |= {"data": data.directory, "lenient": data.lenient, **{name: data[name] for name in names}}
+    resumed = ["--resume"] if (folder / journal.ABOUT).exists() else []
+    return ["experiments.evaluate_medvqa", *(f"--{name}={value}" for name, value in given.items()), *resumed]
+
+
+def _frozen(benchmark: studies.Benchmark) -> Any:
+  """What the embedded items and models are, so that new ones mean new runs."""
+  path = ROOT / "experiments" / "assets" / "phantom" / "frozen.json"
+  return json.loads(path.read_text()) if benchmark.name == "phantom" else None
+
+
+def outputs_of(place: Place, cell: studies.Cell, items: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+  """What a finished cell said to each test question; empty where it is not finished.
+
+  Args:
+    place: of the study.
+    cell: of it.
+    items: the test questions of the study, where they are known. A model that is only evaluated may have been asked
+      more: training takes the first `data.test_items` of each modality of a test part.
+
+  Raises:
+    ValueError: a file is damaged.
+  """
+  folder = place.folder(cell)
+  if cell.method.trained:
+    finished = folder / "model" / "config.json"  # the export comes last, and its config at its end
+    return journal.read_outputs(folder / "outputs" / "after.jsonl") if finished.exists() else []
+  validated = cell.method != studies.START or (folder / "validation" / journal.RESULT).exists()
+  if not (validated and (folder / "test" / journal.RESULT).exists()):
+    return []
+  outputs = journal.read_outputs(folder / "test")
+  by_id = {output["id"]: output for output in outputs}
+  return [by_id[name] for name in items["ids"] if name in by_id] if items else outputs
+
+
+def entry_of(place: Place, cell: studies.Cell, outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """What is kept of a finished cell, JSON-able, without the seconds of CPU.
+
+  Args:
+    place: of the study.
+    cell: finished.
+    outputs: of `outputs_of`.
+
+  Raises:
+    ValueError: a file of the run is missing or damaged.
+  """
+  folder = place.folder(cell)
+  entry: dict[str, Any] = _identity(cell) | {"digest": place.digest(cell)}
+  if not cell.method.trained:
+    train_modality = studies.plain_config(place.benchmark).data.train_modality
+    entry["test"] = _tested(evaluation.summarised(outputs, train_modality=train_modality), outputs)
+    if cell.method == studies.START:
+      found = json.loads((folder / "validation" / journal.RESULT).read_text())
+      cost = {"student_tokens": 0, "teacher_tokens": 0, "seconds": 0.0}
+      entry["validation"] = [{"step": 0, **_accuracies(found), "cost": cost}]
+    return entry
+  stored = json.loads((folder / "evaluation.json").read_text())
+  metrics = [record for record in read_records(folder / "metrics.jsonl") if "lr" in record]
+  timing = read_records(folder / "timing.jsonl")
+  costs = _cumulated(metrics, timing)
+  entry |= {
+    "steps": len(metrics),
+    "test": _tested(stored["after"], outputs),
+    "validation": [
+      {"step": each["step"], **_accuracies(each), "cost": costs[each["step"] - 1]} for each in stored["validation"]
+    ],
+    "curves": curves_of(metrics),
+    "cost": costs[-1],
+  }
+  return entry
+
+
+def _tested(result: Mapping[str, Any], outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  correct = np.array([output["correct"] for output in outputs])
+  shares = {name: result[name] for name in ("format", "unparsed", "truncated")}
+  tokens = float(np.mean([output["tokens"] for output in outputs]))
+  return {"correct": np.packbits(correct).tobytes().hex(), **_accuracies(result), **shares, "tokens": round(tokens, 3)}
+
+
+def _accuracies(result: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    "in_domain": result["in_domain"] and result["in_domain"]["accuracy"],
+    "out_of_domain": result["out_of_domain"] and result["out_of_domain"]["mean"],
+    "overall": result["overall"]["accuracy"],
+    "modalities": {name: entry["accuracy"] for name, entry in result["modalities"].items()},
+  }
+
+
+def _cumulated(metrics: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Cost of the run up to each step."""
+  totals, found = {"student_tokens": 0, "teacher_tokens": 0, "seconds": 0.0}, []
+  for step, spent in zip(metrics, timing, strict=True):
+    totals["student_tokens"] += int(sum(step.get(name, 0) for name in _STUDENT_TOKENS))
+    totals["teacher_tokens"] += int(sum(step.get(name, 0) for name in _TEACHER_TOKENS))
+    totals["seconds"] = round(totals["seconds"] + spent["seconds/step"], 3)
+    found.append(dict(totals))
+  return found
+
+
+def curves_of(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+  """Means of metrics over windows of steps; null where a metric was absent from a whole window.
+
+  Args:
+    metrics: one record per step.
+
+  Returns:
+    "step" with the last step of each window, and one list per metric that any step has.
+  """
+  size = -(-len(metrics) // WINDOWS)
+  windows = [metrics[start : start + size] for start in range(0, len(metrics), size)]
+  accepted = sorted({name for step in metrics for name in step if name.startswith(_ACCEPTED)}, key=_round)
+  curves: dict[str, list[float | None]] = {"step": [window[-1]["step"] for window in windows]}
+  for name in (*CURVES, *accepted):
+    known = [[step[name] for step in window if step.get(name) is not None] for window in windows]
+    if any(known):
+      curves[name] = [float(f"{np.mean(values):.5g}") if values else None for values in known]
+  return curves
+
+
+def _round(name: str) -> int:
+  return int(name.removeprefix(_ACCEPTED))
+
+
+def items_of(outputs: Sequence[Mapping[str, Any]], benchmark: studies.Benchmark) -> dict[str, Any]:
+  """The test questions of a study in the order of its outputs: what each is, by number, and which share an image."""
+  modalities, types = (
+    list(dict.fromkeys(output[name] for output in outputs)) for name in ("modality", "question_type")
+  )
+  images = {shown: number for number, shown in enumerate(dict.fromkeys(tuple(o.get("images", ())) for o in outputs))}
+  return {
+    "ids": [output["id"] for output in outputs],
+    "modalities": modalities,
+    "modality": [modalities.index(output["modality"]) for output in outputs],
+    "question_types": types,
+    "question_type": [types.index(output["question_type"]) for output in outputs],
+    "image": [images[tuple(output.get("images", ()))] for output in outputs],
+    "chance": [round(1 / len(output["options"]), 4) for output in outputs],
+    "train_modality": studies.plain_config(benchmark).data.train_modality,
+    "unseen": list(benchmark.unseen),
+  }
+
+
+class Workers:
+  """Processes side by side, one per core or device."""
+
+  def __init__(self, slots: Sequence[Mapping[str, Any]]):
+    """Keeps the slots.
+
+    Args:
+      slots: for each process that may run at a time, `core` (a CPU to which it is bound, so that neither its speed nor
+        the order of its sums depends on how many others run) or `environment` (variables that choose its device).
+    """
+    self._slots = slots
+    self._running: set[subprocess.Popen] = set()
+    self._lock = threading.Lock()
+    self._stopping = threading.Event()
+
+  def run(
+    self, cells: Sequence[studies.Cell], place: Place, finished: Callable[[studies.Cell, float, float, str], None]
+  ) -> None:
+    """Runs cells until none is left.
+
+    Args:
+      cells: in order.
+      place: of the study.
+      finished: called in this thread with a cell, its seconds, its CPU seconds and what went wrong, "" for nothing.
+
+    Raises:
+      KeyboardInterrupt: as asked; by then the processes have saved what they had and ended.
+    """
+    waiting: queue.SimpleQueue[studies.Cell] = queue.SimpleQueue()
+    for cell in cells:
+      waiting.put(cell)
+    done: queue.SimpleQueue[tuple[studies.Cell, float, float, str]] = queue.SimpleQueue()
+    threads = [threading.Thread(target=self._work, args=(slot, waiting, place, done)) for slot in self._slots]
+    for thread in threads:
+      thread.start()
+    try:
+      for _ in cells:
+        finished(*done.get())
+    except BaseException:
+      self._stop()
+      raise
+    finally:
+      for thread in threads:
+        thread.join()
+
+  def _work(self, slot: Mapping[str, Any], waiting: Any, place: Place, done: Any) -> None:
+    if "core" in slot and hasattr(os, "sched_setaffinity"):
+      os.sched_setaffinity(0, {slot["core"]})  # of this thread, which its processes inherit
+    while not self._stopping.is_set():
+      try:
+        cell = waiting.get_nowait()
+      except queue.Empty:
+        return
+      start = time.monotonic()
+      try:
+        cpu, fault = self._process(slot, cell, place)
+      except OSError as error:
+        cpu, fault = 0.0, str(error)
+      done.put((cell, time.monotonic() - start, cpu, fault))
+
+  def _process(self, slot: Mapping[str, Any], cell: studies.Cell, place: Place) -> tuple[float, str]:
+    """CPU seconds of a cell's processes, and what went wrong."""
+    folder, cpu = place.folder(cell), 0.0
+    log = folder.parent / f"{folder.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for command in place.commands(cell):
+      with log.open("ab") as file, self._lock:
+        if self._stopping.is_set():
+          return cpu, "stopped"
+        process = subprocess.Popen(
+          [sys.executable, "-m", *command],
+          cwd=ROOT,
+          env=os.environ | slot.get("environment", {}),
+          stdin=subprocess.DEVNULL,
+          stdout=file,
+          stderr=subprocess.STDOUT,
+          start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+        )
+        self._running.add(process)
+      _, status, usage = os.wait4(process.pid, 0)
+      with self._lock:
+        self._running.discard(process)
+      process.returncode = os.waitstatus_to_exitcode(status)
+      cpu += usage.ru_utime + usage.ru_stime
+      if process.returncode:
+        return cpu, f"exit code {process.returncode}; {log} ends with: {_last_line(log)}"
+    return cpu, ""
+
+  def _stop(self) -> None:
+    self._stopping.set()
+    with self._lock:
+      for process in self._running:
+        with contextlib.suppress(ProcessLookupError):
+          process.send_signal(signal.SIGTERM)
+
+
+def _last_line(log: pathlib.Path) -> str:
+  lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+  return lines[-1][:300] if lines else "nothing"
+
+
+class Results:
+  """runs.json and items.json of one study."""
+
+  def __init__(self, folder: pathlib.Path, study: str, benchmark: str):
+    """Reads what is there, and what other studies beside it have of the same benchmark.
+
+    Raises:
+      ValueError: a file is not of this study, or damaged.
+    """
+    self.folder, self._head = folder, {"study": study, "benchmark": benchmark}
+    self._entries: dict[str, dict[str, Any]] = {}
+    self._known: dict[str, dict[str, Any]] = {}  # by digest, of all studies
+    self.items: dict[str, Any] | None = None
+    for path in sorted(folder.parent.glob("*/runs.json"), key=lambda path: path.parent == folder):
+      found = _read(path)
+      if path.parent == folder:
+        if {name: found.get(name) for name in self._head} != self._head:
+          raise ValueError(f"{path} is of another study or benchmark; use another --output.")
+        self._entries = {_key(entry): entry for entry in found["runs"]}
+      if found["benchmark"] == benchmark:
+        self._known |= {entry["digest"]: entry for entry in found["runs"]}
+        self.items = _read(path.parent / "items.json")
+
+  @property
+  def entries(self) -> list[dict[str, Any]]:
+    """All of the study, in the order of the file."""
+    return [entry for _, entry in sorted(self._entries.items())]
+
+  def entry(self, cell: studies.Cell, digest: str) -> dict[str, Any] | None:
+    """What is known of a cell, also from another line or study that computed the same; None where nothing is."""
+    found = self._entries.get(_key(_identity(cell)))
+    if found and found["digest"] == digest:
+      return found
+    if digest not in self._known:
+      return None
+    self.add({**self._known[digest], **_identity(cell)})
+    return self.entry(cell, digest)
+
+  def add(self, entry: Mapping[str, Any], items: Mapping[str, Any] | None = None) -> None:
+    """Keeps an entry, at once.
+
+    Args:
+      entry: of `entry_of`.
+      items: its test questions; None: those of the study.
+
+    Raises:
+      ValueError: its test questions are not those of the study.
+    """
+    items = items or self.items
+    if self.items and items and self.items["ids"] != items["ids"]:
+      raise ValueError(f"{self.folder} is about other test questions than {entry['method']}; use another --output.")
+    self.items = dict(items or {})
+    self._entries[_key(entry)] = self._known[entry["digest"]] = dict(entry)
+    self.folder.mkdir(parents=True, exist_ok=True)
+    storage.write_text(self.folder / "items.json", json.dumps(self.items) + "\n")
+    lines = ",\n".join(map(json.dumps, self.entries))
+    storage.write_text(self.folder / "runs.json", f'{json.dumps(self._head)[:-1]}, "runs": [\n{lines}\n]}}\n')
+
+
+def _read(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON ({error}); remove it, and what is missing is read or run again.") from error
+
+
+def _identity(cell: studies.Cell) -> dict[str, Any]:
+  """Where an entry stands in its study, whatever computed it."""
+  return {
+    "method": cell.method.name,
+    "label": cell.method.label,
+    "student": cell.pair.student,
+    "teacher": cell.pair.teacher,
+    "learning_rate": cell.learning_rate,
+    "seed": cell.seed,
+    "config": cell.method.config,
+    "overrides": dict(cell.method.overrides),
+  }
+
+
+def _key(entry: Mapping[str, Any]) -> str:
+  return json.dumps([entry[name] for name in ("student", "teacher", "method", "learning_rate", "seed")])
