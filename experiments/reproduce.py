@@ -45,12 +45,11 @@ def main(_: list[str]) -> None:
   environment.prepare()
   study, benchmark = chosen_study(), chosen_benchmark()
   place = study_runs.Place(benchmark, pathlib.Path(_WORKDIR.value).absolute() / benchmark.name)
-  results = results_of(study.name, benchmark)
   faults: dict[str, str] = {}
   if _RUN.value:
     signal.signal(signal.SIGTERM, lambda number, frame: _interrupt())
     try:
-      faults = run_study(study, place, results, Console(stderr=True))
+      faults = run_study(study, place, Console(stderr=True))
     except KeyboardInterrupt:
       raise SystemExit("stopped; what was finished is kept, and the same command goes on.") from None
   if faults:
@@ -116,22 +115,20 @@ def results_of(study: str, benchmark: studies.Benchmark) -> study_runs.Results:
   return study_runs.Results(pathlib.Path(_OUTPUT.value) / name, study, benchmark.name)
 
 
-def run_study(
-  study: studies.Study, place: study_runs.Place, results: study_runs.Results, console: Console
-) -> dict[str, str]:
+def run_study(study: studies.Study, place: study_runs.Place, console: Console) -> dict[str, str]:
   """Runs the grid, chooses the learning rates, and runs the rest; cell -> what went wrong with it."""
   benchmark, count = place.benchmark, _SEEDS.value
   grid = list(studies.grid(study, benchmark, count))
-  main_results = results if study.name == "main" else results_of("main", benchmark)
   slots = worker_slots(_WORKERS.value)
   guessed = {cell.method.name: benchmark.rates[0] for cell in grid}  # how many runs there are depends on no rate
   total = len(grid) + len(list(studies.finals(study, benchmark, count, guessed)))
   with Overview(console, total, len(slots)) as overview:
-    faults = run_missing(grid, place, main_results, slots, overview)
-    rates = chosen_rates(grid, place, main_results)
+    chosen_on = results_of("main", benchmark)
+    faults = run_missing(grid, place, chosen_on, slots, overview)
+    rates = chosen_rates(grid, place, chosen_on)
     overview.say(", ".join(f"{name} {rate:g}" for name, rate in rates.items()) + ": learning rates")
     finals = list(studies.finals(study, benchmark, count, rates))
-    return faults | run_missing(finals, place, results, slots, overview)
+    return faults | run_missing(finals, place, results_of(study.name, benchmark), slots, overview)
 
 
 def chosen_rates(
@@ -185,9 +182,12 @@ def run_missing(
       faults[cell.name] = fault
     overview.finished(cell.name, seconds, fault)
 
-  missing = {place.digest(cell): cell for cell in reversed(cells) if not settled(cell)}  # the first of equal ones
+  missing: dict[str, studies.Cell] = {}
+  for cell in cells:
+    if not settled(cell):
+      missing.setdefault(place.digest(cell), cell)
   overview.skip(len(cells) - len(missing))
-  study_runs.Workers(slots).run(list(reversed(missing.values())), place, finished)
+  study_runs.Workers(slots).run(list(missing.values()), place, finished)
   for cell in cells:  # those that another one has computed
     settled(cell)
   return faults
