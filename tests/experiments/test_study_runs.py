@@ -1,0 +1,195 @@
+"""What a finished run leaves in runs.json, what is found again, and processes side by side."""
+
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from experiments import studies, study_runs
+
+PHANTOM = studies.phantom()
+PAIR = PHANTOM.pairs[0]
+
+
+def cell(method="grpo", rate=1e-4, seed=0, pair=PAIR):
+  return studies.Cell(studies.MAIN_METHODS[method], pair, rate, seed)
+
+
+@pytest.fixture
+def place(tmp_path):
+  return study_runs.Place(PHANTOM, tmp_path / "runs")
+
+
+def output(number, correct=True):
+  return {
+    "id": f"q{number}", "sample": 0, "dataset": "d", "modality": ("MRI", "CT")[number % 2], "question_type": "t",
+    "question": "?", "options": ["x", "y"], "answer": "A", "images": [f"{number // 2}"], "completion": "",
+    "parsed": "A",
+    "correct": correct, "lenient": "A", "lenient_correct": correct, "format": True, "tokens": 2 + number,
+    "truncated": False,
+  }  # fmt: skip
+
+
+def write_run(folder, correct=(True, False, True, True), steps=4):
+  """A finished run as `kepo_medvqa` leaves it, with the files that are read."""
+  for name in ("outputs", "model"):
+    (folder / name).mkdir(parents=True)
+  (folder / "outputs" / "after.jsonl").write_text(
+    "".join(json.dumps(output(n, right)) + "\n" for n, right in enumerate(correct))
+  )
+  accuracies = {"in_domain": {"accuracy": 1.0}, "out_of_domain": {"mean": 0.5}, "overall": {"accuracy": 0.75}}
+  accuracies |= {"modalities": {"MRI": {"accuracy": 1.0}, "CT": {"accuracy": 0.5}}}
+  after = accuracies | {"format": 1.0, "unparsed": 0.0, "truncated": 0.0}
+  validation = [accuracies | {"step": step} for step in (2, 4)]
+  (folder / "evaluation.json").write_text(json.dumps({"after": after, "validation": validation}))
+  lines = []
+  for step in range(1, steps + 1):
+    lines.append(
+      {"step": step, "lr": 1.0, "tokens/sampled": 10, "tokens/trained": 5, "tokens/scored": 7, "entropy": step}
+    )
+    lines += [{"step": step, "validation/overall": 0.75}] if step % 2 == 0 else []
+  lines[0]["hint/accept_rate@10"] = 0.5
+  lines[0]["hint/accept_rate@2"] = 0.25
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  timing = [{"step": step, "seconds/step": 0.5} for step in range(1, steps + 1)]
+  (folder / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing))
+  (folder / "model" / "config.json").write_text("{}")
+
+
+def test_a_run_becomes_an_entry(place):
+  assert study_runs.outputs_of(place, cell()) == []
+  write_run(place.folder(cell()))
+  outputs = study_runs.outputs_of(place, cell())
+  entry = json.loads(json.dumps(study_runs.entry_of(place, cell(), outputs)))
+  bits = np.unpackbits(np.frombuffer(bytes.fromhex(entry["test"]["correct"]), np.uint8), count=4)
+  assert bits.tolist() == [1, 0, 1, 1]
+  assert entry["test"]["tokens"] == 3.5 and entry["test"]["out_of_domain"] == 0.5
+  assert (entry["method"], entry["student"], entry["learning_rate"], entry["steps"]) == ("grpo", "confused", 1e-4, 4)
+  cost = {"student_tokens": 30, "teacher_tokens": 14, "seconds": 1.0}
+  assert [each["step"] for each in entry["validation"]] == [2, 4] and entry["validation"][0]["cost"] == cost
+  assert entry["cost"] == {"student_tokens": 60, "teacher_tokens": 28, "seconds": 2.0}
+  assert entry["curves"]["entropy"] == [1, 2, 3, 4]
+  # In the order of the rounds, null where a step has none.
+  assert [name for name in entry["curves"] if "accept" in name] == ["hint/accept_rate@2", "hint/accept_rate@10"]
+  assert entry["curves"]["hint/accept_rate@2"] == [0.25, None, None, None]
+
+
+def test_curves_are_means_of_windows():
+  metrics = [
+    {"step": step, "entropy": float(step), **({"cliff_rate": 1.0} if step == 1 else {})} for step in range(1, 51)
+  ]
+  curves = study_runs.curves_of(metrics)
+  assert curves["step"][:2] == [3, 6] and curves["step"][-1] == 50 and len(curves["step"]) <= study_runs.WINDOWS
+  assert curves["entropy"][:2] == [2.0, 5.0] and curves["entropy"][-1] == 49.5
+  assert curves["cliff_rate"][:2] == [1.0, None] and "gate/frac" not in curves
+
+
+def test_questions_that_share_an_image_are_one_cluster():
+  items = study_runs.items_of([output(n) for n in range(4)], PHANTOM)
+  assert items["image"] == [0, 0, 1, 1] and items["modality"] == [0, 1, 0, 1] and items["chance"] == [0.5] * 4
+  assert items["train_modality"] == "MRI" and items["unseen"] == ["Fundus"]
+
+
+def test_a_digest_names_what_is_computed(place):
+  same = place.digest(cell())
+  assert place.digest(cell(pair=PHANTOM.pairs[1])) == same  # GRPO asks no teacher
+  assert place.digest(cell("kepo-tau1")) != place.digest(cell("kepo-tau1", pair=PHANTOM.pairs[1]))
+  others = [cell(seed=1), cell(rate=2e-4), cell("rloo"), cell(pair=PHANTOM.pairs[2])]
+  assert len({same, *map(place.digest, others)}) == 5
+  kept = studies.phantom({"checkpoint.keep": 7})
+  assert study_runs.Place(kept, place.workdir).digest(cell()) == same
+  shorter = studies.phantom({"train.steps": 7})
+  assert study_runs.Place(shorter, place.workdir).digest(cell()) != same
+
+
+def test_start_and_teacher_are_the_models_of_a_pair(place):
+  start, teacher = (studies.Cell(method, PHANTOM.pairs[1]) for method in (studies.START, studies.TEACHER))
+  assert place.digest(start) == place.digest(studies.Cell(studies.START, PAIR)) != place.digest(teacher)
+  test, validation = place.commands(start)
+  assert "--model=experiments/assets/phantom/confused" in test and "--split=validation" in validation
+  (command,) = place.commands(teacher)
+  assert "--model=experiments/assets/phantom/strong" in command and "--split=test" in command
+
+
+def test_a_command_is_what_a_user_would_type(place):
+  (command,) = place.commands(cell("gkd-0"))
+  assert command[:2] == ["experiments.kepo_medvqa", "--config=experiments/configs/gkd.py:phantom"]
+  assert {"--config.batch.on_policy_fraction=0.0", "--config.seed=0", "--auto_resume"} <= set(command)
+
+
+def entry(place, given):
+  write_run(place.folder(given))
+  return study_runs.entry_of(place, given, study_runs.outputs_of(place, given))
+
+
+def test_results_are_kept_and_found_again(place, tmp_path):
+  items = {"ids": ["a", "b"]}
+  results = study_runs.Results(tmp_path / "results" / "main", "main", "phantom")
+  results.add(entry(place, cell()), items)
+  again = study_runs.Results(tmp_path / "results" / "main", "main", "phantom")
+  assert again.entries == results.entries and again.items == items
+  assert again.entry(cell(), place.digest(cell()))["seed"] == 0
+  assert again.entry(cell(), "another") is None  # the same line of another version of the data
+  # Another line, and another study, that compute the same.
+  other = cell(pair=PHANTOM.pairs[1])
+  assert again.entry(other, place.digest(other))["teacher"] == "strong" and len(again.entries) == 2
+  sibling = study_runs.Results(tmp_path / "results" / "tau", "tau", "phantom")
+  assert sibling.entry(cell(), place.digest(cell()))["method"] == "grpo"
+  assert study_runs.Results(tmp_path / "results" / "tau", "tau", "phantom").items == items
+  with pytest.raises(ValueError, match="other test questions than grpo"):
+    sibling.add(entry(place, cell(seed=1)), {"ids": ["b", "a"]})
+
+
+def test_results_of_something_else_are_refused(place, tmp_path):
+  study_runs.Results(tmp_path / "main", "main", "phantom").add(entry(place, cell()), {"ids": []})
+  with pytest.raises(ValueError, match="of another study or benchmark"):
+    study_runs.Results(tmp_path / "main", "main", "omnimedvqa")
+  (tmp_path / "main" / "runs.json").write_text('{"study": ')
+  with pytest.raises(ValueError, match=r"runs\.json is not JSON"):
+    study_runs.Results(tmp_path / "main", "main", "phantom")
+
+
+class Commands:
+  """A place whose cells run timeit with one statement each."""
+
+  def __init__(self, folder, statements):
+    self._folder, self._statements = folder, statements
+
+  def folder(self, given):
+    return pathlib.Path(self._folder) / str(given.seed)
+
+  def commands(self, given):
+    return [["timeit", "-n", "1", "-r", "1", self._statements[given.seed]]]
+
+
+def test_processes_run_side_by_side_and_faults_are_told(tmp_path):
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+  statements = ["import os; assert len(os.sched_getaffinity(0)) == 1", "1/0", "sum(range(3_000_000))"]
+  found = {}
+  workers = study_runs.Workers([{"core": cores[0]}, {"core": cores[-1]}])
+  workers.run(
+    [cell(seed=seed) for seed in range(3)],
+    Commands(tmp_path, statements),
+    lambda given, seconds, cpu, fault: found.update({given.seed: (cpu, fault)}),
+  )
+  assert found[0][1] == found[2][1] == ""
+  assert found[1][1].startswith("exit code 1") and found[1][1].endswith("ZeroDivisionError: division by zero")
+  assert found[2][0] > 0  # CPU seconds
+  assert "raw times" not in (tmp_path / "1.log").read_text() and "1 loop" in (tmp_path / "2.log").read_text()
+  assert len(os.sched_getaffinity(0)) == len(cores)  # this thread's own cores are untouched
+
+
+def test_an_interruption_stops_the_processes(tmp_path):
+  statement = "import time; time.sleep(60)"
+  timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+  timer.start()
+  start = time.monotonic()
+  with pytest.raises(KeyboardInterrupt):
+    study_runs.Workers([{}]).run([cell(seed=0), cell(seed=0)], Commands(tmp_path, [statement]), lambda *_: None)
+  timer.join()
+  assert time.monotonic() - start < 30
