@@ -115,6 +115,40 @@ def bars_figure(
   return figure
 
 
+def validation_figure(
+  validations: Sequence[Mapping[str, Any]], *, ends: Mapping[int, Mapping[str, Any]] | None = None, title: str = ""
+) -> Figure:
+  """Validation accuracy over the steps with 95 % intervals, and the test accuracy of both ends beside it.
+
+  Args:
+    validations: results of kepo_jax.evaluation with their `step`, as evaluation.json has them.
+    ends: step -> result on the test questions, before and after the training.
+    title: of the figure.
+  """
+  figure = Figure(figsize=(7.0, 3.8), layout="constrained")
+  axis = figure.subplots()
+  for colour, (key, label) in zip(COLOURS, (("in_domain", "in domain"), ("out_of_domain", "out of domain")), strict=False):
+    found = [(each["step"], each[key]) for each in validations if each.get(key)]
+    if found:
+      steps, entries = zip(*found, strict=True)
+      axis.plot(steps, [center(e) for e in entries], color=colour, label=label, marker="o", markersize=4, **_STYLE)
+      axis.fill_between(steps, [e["low"] for e in entries], [e["high"] for e in entries], color=colour, alpha=0.15, lw=0)
+    tested = [(step, result[key]) for step, result in (ends or {}).items() if result.get(key)]
+    if tested:
+      steps, entries = zip(*tested, strict=True)
+      values = np.array([center(entry) for entry in entries])
+      spread = [values - [e["low"] for e in entries], [e["high"] for e in entries] - values]
+      axis.errorbar(
+        steps, values, yerr=np.maximum(0.0, spread), fmt="D", color=colour, markerfacecolor="white", markersize=5,
+        elinewidth=1, capsize=2.5, label=f"{label}, test",
+      )  # fmt: skip
+  _dress(axis, title, share=True)
+  axis.set_xlabel("step", fontsize=9)
+  if axis.get_legend_handles_labels()[0]:
+    axis.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
+  return figure
+
+
 def save(figure: Figure, path: epath.PathLike) -> None:
   """Writes a figure as PNG; the same figure gives the same bytes."""
   with epath.Path(path).open("wb") as file:
