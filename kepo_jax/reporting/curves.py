@@ -127,12 +127,16 @@ def validation_figure(
   """
   figure = Figure(figsize=(7.0, 3.8), layout="constrained")
   axis = figure.subplots()
-  for colour, (key, label) in zip(COLOURS, (("in_domain", "in domain"), ("out_of_domain", "out of domain")), strict=False):
+  for colour, (key, label) in zip(
+    COLOURS, (("in_domain", "in domain"), ("out_of_domain", "out of domain")), strict=False
+  ):
     found = [(each["step"], each[key]) for each in validations if each.get(key)]
     if found:
       steps, entries = zip(*found, strict=True)
       axis.plot(steps, [center(e) for e in entries], color=colour, label=label, marker="o", markersize=4, **_STYLE)
-      axis.fill_between(steps, [e["low"] for e in entries], [e["high"] for e in entries], color=colour, alpha=0.15, lw=0)
+      axis.fill_between(
+        steps, [e["low"] for e in entries], [e["high"] for e in entries], color=colour, alpha=0.15, lw=0
+      )
     tested = [(step, result[key]) for step, result in (ends or {}).items() if result.get(key)]
     if tested:
       steps, entries = zip(*tested, strict=True)

@@ -3,6 +3,7 @@
 from kepo_jax.reporting.pages.blocks import (
   Answer,
   AnswerGroup,
+  Block,
   BrowserBlock,
   Fact,
   FigureBlock,
@@ -19,6 +20,7 @@ from kepo_jax.reporting.pages.rendering import rendered
 __all__ = [
   "Answer",
   "AnswerGroup",
+  "Block",
   "BrowserBlock",
   "Fact",
   "FigureBlock",

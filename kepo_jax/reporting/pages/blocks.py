@@ -35,11 +35,11 @@ class FigureBlock:
 
 @dataclasses.dataclass(frozen=True)
 class TableBlock:
-  """Rows as kepo_jax.reporting.tables gives them, header first; columns sort by a click."""
+  """Rows as kepo_jax.reporting.tables gives them, header first; figures to the right, columns sort by a click."""
 
   rows: tuple[Row, ...]
   caption: str = ""
-  sortable: bool = True
+  words: bool = False  # cells are words: (name, value) without a header, as they come
 
 
 @dataclasses.dataclass(frozen=True)
