@@ -49,17 +49,18 @@ def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray,
   return steps, np.array([np.nan if value is None else value for _, value in found], float)
 
 
-def curves_figure(records: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure:
+def curves_figure(records: Sequence[Mapping[str, Any]], *, title: str = "", columns: int | None = None) -> Figure:
   """Training curves, one panel per family of figures that the run logged.
 
   Args:
     records: of metrics.jsonl.
     title: of the figure.
+    columns: panels beside each other at most; None: 3, or 4 where there are more than 9.
   """
   available = {name for record in records for name in record}
   panels = [(heading, _present(metrics, heading, available), share) for heading, metrics, share in PANELS]
   panels = [panel for panel in panels if panel[1]]
-  columns = min(3 if len(panels) <= 9 else 4, max(1, len(panels)))
+  columns = min(columns or (3 if len(panels) <= 9 else 4), max(1, len(panels)))
   rows = max(1, -(-len(panels) // columns))
   figure = Figure(figsize=(4.4 * columns, 2.7 * rows + 0.5), layout="constrained")
   axes = figure.subplots(rows, columns, squeeze=False).ravel()

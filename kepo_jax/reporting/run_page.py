@@ -80,13 +80,13 @@ def _facts(evaluations: Mapping[str, Record], metrics: Sequence[Record]) -> Iter
       value = " → ".join(f"{100 * tables.center(entry):.1f}" for entry in entries)
       spread = " → ".join(f"[{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]" for entry in entries)
       count = f", {entries[-1]['count']:,} questions" if "count" in entries[-1] else ""
-      yield pages.Fact(f"{label}, {' → '.join(evaluations)}", f"{value} %", f"95 % interval {spread}{count}")
+      yield pages.Fact(f"{label}, {' → '.join(evaluations)}", f"{value}\u00a0%", f"95 % interval {spread}{count}")
   steps, values = curves.series(metrics, "cliff_rate")
   part = len(steps) // 10
   if part:
     first, last = (100 * float(each.mean()) for each in (values[:part], values[-part:]))
     note = f"questions that no rollout solves, first and last {part} steps"
-    yield pages.Fact("Cliff rate", f"{first:.1f} → {last:.1f} %", note)
+    yield pages.Fact("Cliff rate", f"{first:.1f} → {last:.1f}\u00a0%", note)
 
 
 def _accuracy(evaluations: Mapping[str, Record], validations: Sequence[Record], steps: int) -> Iterator[pages.Block]:
@@ -118,9 +118,10 @@ def _accuracy(evaluations: Mapping[str, Record], validations: Sequence[Record], 
 def _training(metrics: Sequence[Record]) -> Iterator[pages.Block]:
   if metrics:
     yield pages.figure_block(
-      curves.curves_figure(metrics),
+      curves.curves_figure(metrics, columns=3),
       alt="Curves over the steps: rewards, cliffs, gate, hints, divergence, entropy, lengths and gradient norm.",
-      caption="Thin lines are single steps, thick ones moving averages; docs/metrics.md defines the figures.",
+      caption="Where a line is thin, it has every step, and the thick one is its moving average. "
+      "docs/metrics.md defines the figures.",
     )
 
 

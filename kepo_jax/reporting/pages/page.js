@@ -53,6 +53,7 @@
   if (!root) return;
   const { images, samples } = JSON.parse(document.getElementById("browser-data").textContent);
 
+  const LONG = 700; // characters of a text from which on it is folded
   const FILTERS = [
     ["Source", (sample) => [sample.source]],
     ["Modality", (sample) => [sample.modality]],
@@ -84,12 +85,20 @@
     return counts;
   }
 
+  let fields = 0;
+
+  /** A control below its label. */
+  function field(label, control, kind = "") {
+    control.id = `browser-field-${(fields += 1)}`;
+    return make("div", { class: `field ${kind}` }, make("label", { for: control.id }, label), control);
+  }
+
   function filter([label, values]) {
     const select = make("select", {}, make("option", { value: "" }, "all"));
     const counts = choices(values);
     for (const [value, count] of counts) select.append(make("option", { value }, `${value} (${count})`));
     select.addEventListener("change", () => refresh());
-    const element = make("label", {}, label, select);
+    const element = field(label, select);
     element.hidden = counts.size < 2;
     return { element, select, values };
   }
@@ -126,7 +135,7 @@
     for (const sample of matches) {
       if (group?.label !== sample.source) list.append((group = make("optgroup", { label: sample.source })));
       const name = sample.id.split("/").pop();
-      group.append(make("option", {}, [name, sample.outcome].filter(Boolean).join(" · ")));
+      group.append(make("option", {}, [sample.outcome, name].filter(Boolean).join(" · ")));
     }
     reset.disabled = !search.value && filters.every(({ select }) => !select.value);
     show(Math.max(0, matches.indexOf(shown)));
@@ -200,15 +209,29 @@
     return [make("h4", {}, shown), hint(group.hint), cards].filter((part) => part !== null);
   }
 
+  /** A text; of a long one its beginning and its end, where the answer stands, until all of it is asked for. */
+  function said(text) {
+    const element = make("p", { class: "said", dir: "auto" }, text || "(nothing)");
+    if (text.length <= LONG) return [element];
+    const toggle = make("button", { type: "button", class: "more", "aria-expanded": "true" });
+    toggle.addEventListener("click", () => {
+      const open = toggle.getAttribute("aria-expanded") === "false";
+      toggle.setAttribute("aria-expanded", String(open));
+      toggle.textContent = open ? "Show less" : `Show all ${text.length.toLocaleString("en")} characters`;
+      element.textContent = open ? text : `${text.slice(0, LONG / 2 - 50)} […] ${text.slice(50 - LONG / 2)}`;
+    });
+    toggle.click();
+    return [element, toggle];
+  }
+
   function answer(each) {
     const kind = each.right === null ? "" : each.right ? "good" : "bad";
     const values = each.values.map((pair) => pair.join(" ")).join(" · ");
     const chips = make("div", { class: "chips" }, kind ? chip(each.right ? "✓ right" : "✗ wrong", kind) : null);
-    chips.append(...each.marks.map((mark) => chip(mark, "note")));
+    chips.append(...each.marks.map((mark) => chip(mark, /^(not|talks|truncated)\b/.test(mark) ? "mixed" : "note")));
     const label = make("span", { class: "label" }, each.label);
     const top = make("div", { class: "top" }, label, make("span", { class: "values" }, values));
-    const said = make("p", { class: "said", dir: "auto" }, each.text || "(nothing)");
-    return make("div", { class: `answer ${kind}` }, top, chips, hint(each.hint), said);
+    return make("div", { class: `answer ${kind}` }, top, chips, hint(each.hint), ...said(each.text));
   }
 
   document.addEventListener("keydown", (event) => {
@@ -229,12 +252,12 @@
     root.scrollIntoView();
   }
 
-  const fields = [...filters.map(({ element }) => element), make("label", { class: "search" }, "Text", search), reset];
+  const controls = [...filters.map(({ element }) => element), field("Text", search, "search"), reset];
   root.append(
-    make("div", { class: "filters" }, ...fields),
+    make("div", { class: "filters" }, ...controls),
     make("div", { class: "steps" }, previous, count, next),
-    make("div", { class: "pane" }, make("label", { class: "matches" }, "Questions that match", list), detail),
-    make("p", { class: "keys" }, "The keys ← and → turn the pages."),
+    make("div", { class: "pane" }, field("Questions that match", list, "matches"), detail),
+    make("p", { class: "keys" }, "The keys ← and → show the question before and the one after."),
   );
   refresh();
   root.hidden = false;

@@ -103,23 +103,24 @@ def _hinted(group: Iterable[Record]) -> list[AnswerGroup]:
   unused: list[str] = []
   for record in group:
     if record["kind"] == "candidate":
-      rounds.setdefault((record["round"], record["hint"]), []).append(_candidate(record))
+      answers = rounds.setdefault((record["round"], record["hint"]), [])
+      answers.append(_candidate(record, len(answers) + 1))
     elif record["kind"] == "hint":
       unused.append(record["text"])
   used = {hint for _, hint in rounds}
   groups = [
-    AnswerGroup(heading=f"Candidates of round {number}", hint=hint, answers=tuple(answers))
-    for (number, hint), answers in rounds.items()
+    AnswerGroup(heading=f"Candidates of round {number}", hint=hint, answers=tuple(candidates))
+    for (number, hint), candidates in rounds.items()
   ]
   lost = [text for text in unused if exploration.parse_hint(text) not in used]
   return groups + [AnswerGroup(heading="Hint that was not used", hint=text, answers=()) for text in lost]
 
 
-def _candidate(record: Record) -> Answer:
+def _candidate(record: Record, number: int) -> Answer:
   marks = ["accepted" if record["accepted"] else "not accepted"]
   marks.append("well formed" if record["well_formed"] else "not well formed")
   return Answer(
-    label="candidate",
+    label=f"candidate {number}",
     text=record["completion"],
     right=bool(record["accurate"]),
     marks=(*marks, *(["talks about the hint"] if record["leaks"] else [])),
@@ -144,7 +145,7 @@ def _evaluated_sample(name: str, records: Mapping[str, Record | None], source: s
 
 
 def _asked(which: str, record: Record) -> Answer:
-  marks = [word for key, word in (("format", "not well formed"),) if not record.get(key, True)]
+  marks = [] if record.get("format", True) else ["not well formed"]
   return Answer(
     label=which,
     text=record["completion"],
