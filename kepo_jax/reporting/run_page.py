@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -37,7 +37,7 @@ def run_page(workdir: epath.PathLike) -> pages.Page:
   evaluations: dict[str, Record] = {name: stored[name] for name in ("before", "after") if name in stored}
   done = max((record["step"] for record in metrics), default=0)
   steps = config.get("train", {}).get("steps", done)
-  sections = (
+  sections: tuple[tuple[str, Iterable[pages.Block]], ...] = (
     ("Warnings", [pages.TextBlock(text, warning=True) for text in warnings_of(metrics)]),
     ("Plan", [pages.TableBlock(rows, words=True)] if (rows := plan_rows(config)) else []),
     ("Accuracy", _accuracy(evaluations, stored.get("validation", []), steps)),
@@ -48,7 +48,7 @@ def run_page(workdir: epath.PathLike) -> pages.Page:
     title=f"Run {root.name}",
     subtitle=f"{done:,} of {steps:,} steps" if done < steps else f"{done:,} steps",
     facts=tuple(_facts(evaluations, metrics)),
-    sections=tuple(pages.Section(heading, tuple(blocks)) for heading, blocks in sections if blocks),
+    sections=tuple(pages.Section(heading, made) for heading, blocks in sections if (made := tuple(blocks))),
     footer=_FOOTER,
   )
 
@@ -78,7 +78,7 @@ def _facts(evaluations: Mapping[str, Record], metrics: Sequence[Record]) -> Iter
     entries = [result[key] for result in evaluations.values() if result.get(key)]
     if entries:
       value = " → ".join(f"{100 * tables.center(entry):.1f}" for entry in entries)
-      spread = " → ".join(f"[{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]" for entry in entries)
+      spread = " → ".join(f"[{100 * entry['low']:.1f},\u00a0{100 * entry['high']:.1f}]" for entry in entries)
       count = f", {entries[-1]['count']:,} questions" if "count" in entries[-1] else ""
       yield pages.Fact(f"{label}, {' → '.join(evaluations)}", f"{value}\u00a0%", f"95 % interval {spread}{count}")
   steps, values = curves.series(metrics, "cliff_rate")

@@ -15,6 +15,7 @@ from kepo_jax import storage
 from kepo_jax.data import images
 
 SIDE = 256  # pixels of the longest side of a thumbnail
+_BUCKETS = ("gs://", "s3://", "az://")  # what is read; no file of a run makes this process ask any other server
 _LOSSLESS = 24_000  # bytes up to which a thumbnail stays a PNG; noisy photographs are several times larger as such
 
 
@@ -76,6 +77,8 @@ def _local(path: str) -> Iterator[str]:
   if not storage.is_remote(copy):
     yield copy
     return
+  if not path.startswith(_BUCKETS):
+    raise ValueError(f"{path} lies in no bucket")
   try:
     with storage.reaching(path):
       data = epath.Path(path).read_bytes()
