@@ -28,7 +28,7 @@ class RunReporter(Hook):
   """Shows a run in the terminal and keeps its figures, samples and plots in the workdir; the first host only.
 
   Writes metrics.jsonl (deterministic values only), timing.jsonl, samples.jsonl, tensorboard/ and, at the end,
-  report/. Without a workdir it only shows.
+  report/ with its page. Without a workdir it only shows.
   """
 
   def __init__(self, *, memory: MemoryEstimate | None = None, console: Console | None = None):
