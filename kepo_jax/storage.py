@@ -225,9 +225,9 @@ def origin(path: str | os.PathLike[str]) -> str:
 
 
 def copy_of(path: str | os.PathLike[str]) -> str:
-  """The local copy of a remote path that `staged` gave in this process; other paths stay as they are."""
+  """The local copy of a remote path that `staged` gave last in this process; other paths stay as they are."""
   path = os.fspath(path)
-  for local, source in _ORIGINS.items():
+  for local, source in reversed(_ORIGINS.items()):
     if path == source or path.startswith(source.rstrip("/") + "/"):
       return local + path.removeprefix(source.rstrip("/"))
   return path
