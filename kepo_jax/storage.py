@@ -224,6 +224,15 @@ def origin(path: str | os.PathLike[str]) -> str:
   return path
 
 
+def copy_of(path: str | os.PathLike[str]) -> str:
+  """The local copy of a remote path that `staged` gave last in this process; other paths stay as they are."""
+  path = os.fspath(path)
+  for local, source in reversed(_ORIGINS.items()):
+    if path == source or path.startswith(source.rstrip("/") + "/"):
+      return local + path.removeprefix(source.rstrip("/"))
+  return path
+
+
 def _stamp(info: Mapping[str, Any]) -> str:
   """What changes when an object is written again; a model trained further has the sizes that it had."""
   return str(next((info[name] for name in ("generation", "ETag", "etag", "mtime") if info.get(name)), ""))

@@ -223,7 +223,9 @@ def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]
 
 
 # Files whose reading of a field is no use of it: they show, estimate or check.
-ONLOOKERS = ("reporting/panels.py", "planning/memory.py", "planning/pods.py", "training/checks.py")
+ONLOOKERS = (
+  "reporting/panels.py", "reporting/run_page.py", "planning/memory.py", "planning/pods.py", "training/checks.py",
+)  # fmt: skip
 
 
 def users(*, without: str = "") -> list[tuple[str, str]]:

@@ -112,6 +112,8 @@ def test_by_default_copies_lie_in_the_cache_of_the_project(bucket, tmp_path, mon
   local = storage.staged("gs://bucket/model")
   assert local.parts[-2:] == ("bucket", "model") and local.parents[2] == tmp_path / "xdg" / "kepo_jax" / "staged"
   assert storage.origin(local / "config") == "gs://bucket/model/config" and storage.origin(f"{local}2") == f"{local}2"
+  assert storage.copy_of("gs://bucket/model/config") == str(local / "config")
+  assert storage.copy_of("gs://bucket/model2") == "gs://bucket/model2" and storage.copy_of("model") == "model"
 
 
 def test_a_local_folder_is_not_copied(tmp_path):

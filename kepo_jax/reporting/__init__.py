@@ -1,4 +1,4 @@
-"""Following a run: sinks, progress, warnings, curves and tables."""
+"""Following a run: sinks, progress, warnings, curves, tables and pages."""
 
 from kepo_jax.reporting.reporter import RunReporter, write_report
 

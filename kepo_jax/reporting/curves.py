@@ -49,17 +49,18 @@ def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray,
   return steps, np.array([np.nan if value is None else value for _, value in found], float)
 
 
-def curves_figure(records: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure:
+def curves_figure(records: Sequence[Mapping[str, Any]], *, title: str = "", columns: int | None = None) -> Figure:
   """Training curves, one panel per family of figures that the run logged.
 
   Args:
     records: of metrics.jsonl.
     title: of the figure.
+    columns: panels beside each other at most; None: 3, or 4 where there are more than 9.
   """
   available = {name for record in records for name in record}
   panels = [(heading, _present(metrics, heading, available), share) for heading, metrics, share in PANELS]
   panels = [panel for panel in panels if panel[1]]
-  columns = min(3 if len(panels) <= 9 else 4, max(1, len(panels)))
+  columns = min(columns or (3 if len(panels) <= 9 else 4), max(1, len(panels)))
   rows = max(1, -(-len(panels) // columns))
   figure = Figure(figsize=(4.4 * columns, 2.7 * rows + 0.5), layout="constrained")
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -112,6 +113,44 @@ def bars_figure(
   axis.set_ylim(0, 1.0)
   # Beside the title: inside, the legend would cover bars near 100 %.
   axis.legend(frameon=False, fontsize=9, loc="lower right", ncols=len(evaluations), bbox_to_anchor=(1, 1))
+  return figure
+
+
+def validation_figure(
+  validations: Sequence[Mapping[str, Any]], *, ends: Mapping[int, Mapping[str, Any]] | None = None, title: str = ""
+) -> Figure:
+  """Validation accuracy over the steps with 95 % intervals, and the test accuracy of both ends beside it.
+
+  Args:
+    validations: results of kepo_jax.evaluation with their `step`, as evaluation.json has them.
+    ends: step -> result on the test questions, before and after the training.
+    title: of the figure.
+  """
+  figure = Figure(figsize=(7.0, 3.8), layout="constrained")
+  axis = figure.subplots()
+  for colour, (key, label) in zip(
+    COLOURS, (("in_domain", "in domain"), ("out_of_domain", "out of domain")), strict=False
+  ):
+    found = [(each["step"], each[key]) for each in validations if each.get(key)]
+    if found:
+      steps, entries = zip(*found, strict=True)
+      axis.plot(steps, [center(e) for e in entries], color=colour, label=label, marker="o", markersize=4, **_STYLE)
+      axis.fill_between(
+        steps, [e["low"] for e in entries], [e["high"] for e in entries], color=colour, alpha=0.15, lw=0
+      )
+    tested = [(step, result[key]) for step, result in (ends or {}).items() if result.get(key)]
+    if tested:
+      steps, entries = zip(*tested, strict=True)
+      values = np.array([center(entry) for entry in entries])
+      spread = [values - [e["low"] for e in entries], [e["high"] for e in entries] - values]
+      axis.errorbar(
+        steps, values, yerr=np.maximum(0.0, spread), fmt="D", color=colour, markerfacecolor="white", markersize=5,
+        elinewidth=1, capsize=2.5, label=f"{label}, test",
+      )  # fmt: skip
+  _dress(axis, title, share=True)
+  axis.set_xlabel("step", fontsize=9)
+  if axis.get_legend_handles_labels()[0]:
+    axis.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
   return figure
 
 

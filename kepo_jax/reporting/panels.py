@@ -62,10 +62,7 @@ def start_panel(
   rows.append(("questions", ", ".join(f"{split} {count:,}" for split, count in plan.questions.items())))
   if plan.images:
     rows.append(("images", plan.images))
-  rows.append(("batch", _batch_line(config)))
-  rows.append(("reward", _reward_line(config)))
-  rows.append(("objective", _objective_line(config)))
-  rows.append(("exploration", _exploration_line(config)))
+  rows += method_rows(config)
   first = f", from step {plan.start_step}" if plan.start_step else ""
   rows.append(("steps", f"{config.train.steps}{first}; learning rate {config.optimizer.learning_rate:g}"))
   if memory:
@@ -79,6 +76,33 @@ def start_panel(
   for name, value in rows:
     table.add_row(name, Text(value))
   return Panel(table, title="this run", title_align="left", expand=False)
+
+
+def method_rows(config: Any) -> list[tuple[str, str]]:
+  """What the student learns from, in words: (name, value) for batch, reward, objective and exploration."""
+  return [
+    ("batch", _batch_line(config)),
+    ("reward", _reward_line(config)),
+    ("objective", _objective_line(config)),
+    ("exploration", _exploration_line(config)),
+  ]
+
+
+def config_rows(config: Any) -> list[tuple[str, str]]:
+  """A run in brief from its config alone: (name, value)."""
+  rows = [("student", config.model.student)]
+  if config.model.teacher:
+    rows.append(("teacher", config.model.teacher))
+  if config.model.lora_rank:
+    rows.append(("trained", _lora_line(config.model)))
+  rows.append(("data", config.data.directory or "PhantomVQA, drawn by the project"))
+  rows.append(("trained on", config.data.train_modality))
+  rows += method_rows(config)
+  return rows + [
+    ("steps", f"{config.train.steps:,}"),
+    ("learning rate", f"{config.optimizer.learning_rate:g}, {config.optimizer.warmup_steps} steps of warm-up"),
+    ("seed", f"{config.seed}"),
+  ]
 
 
 def samples_panel(samples: Sequence[Mapping[str, Any]], *, step: int, limit: int = 4) -> RenderableType:

@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from etils import epath
 from rich.console import Console
 
 from kepo_jax import storage
 from kepo_jax.models.qwen3_vl import model
-from kepo_jax.reporting import curves, panels, tables
+from kepo_jax.reporting import curves, pages, panels, tables
 from kepo_jax.reporting.progress import Display
+from kepo_jax.reporting.run_page import run_page
 from kepo_jax.reporting.sinks import JsonLines, Sink, TensorBoardSink, TrackioSink, WandbSink, read_records, write_all
 from kepo_jax.reporting.warnings import Watch
 from kepo_jax.types import Hook, RunPlan, StepReport
@@ -26,7 +28,7 @@ class RunReporter(Hook):
   """Shows a run in the terminal and keeps its figures, samples and plots in the workdir; the first host only.
 
   Writes metrics.jsonl (deterministic values only), timing.jsonl, samples.jsonl, tensorboard/ and, at the end,
-  report/. Without a workdir it only shows.
+  report/ with its page. Without a workdir it only shows.
   """
 
   def __init__(self, *, memory: MemoryEstimate | None = None, console: Console | None = None):
@@ -164,7 +166,9 @@ def validation_figures(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_report(workdir: epath.PathLike) -> dict[str, Any]:
-  """Writes report/: curves.png, modalities.png, question_types.png and accuracy.md, from the files of a run.
+  """Writes report/, from the files of a run: index.html, curves.png, modalities.png, question_types.png, accuracy.md.
+
+  A page that cannot be made, for what a file of the run holds, is left out with a warning.
 
   Args:
     workdir: of a run, finished or not; what its files do not have is left out.
@@ -175,7 +179,19 @@ def write_report(workdir: epath.PathLike) -> dict[str, Any]:
   root = epath.Path(workdir)
   with storage.written_locally(root / "report") as report:
     report.mkdir(parents=True, exist_ok=True)
-    return _write_figures(root, report)
+    evaluations = _write_figures(root, report)
+    _write_page(root, report)
+    return evaluations
+
+
+def _write_page(root: epath.Path, report: pathlib.Path) -> None:
+  try:
+    text = pages.rendered(run_page(root))
+  except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    # The run is over and its figures are written; a record that was edited by hand must not end it with an error.
+    logging.warning("%s: report/index.html could not be made: %s: %s", root, type(error).__name__, error)
+  else:
+    (report / "index.html").write_text(text, encoding="utf-8")
 
 
 def _write_figures(root: epath.Path, report: pathlib.Path) -> dict[str, Any]:

@@ -83,3 +83,19 @@ def test_a_modality_that_one_evaluation_lacks_gets_a_dash():
   partial = evaluation(0.7) | {"modalities": {"MRI": entry(0.7)}}
   rows = tables.accuracy_rows({"before": evaluation(0.4), "after": partial})
   assert ("CT", "300", "30.0 [25.0, 35.0]", "-") in rows
+
+
+def test_curves_stand_beside_each_other_as_asked():
+  figure = curves.curves_figure([{"step": 1, "lr": 1.0, "entropy": 1.0, "grad_norm": 1.0}], columns=1)
+  assert figure.axes[0].get_gridspec().ncols == 1 and figure.axes[0].get_gridspec().nrows == 3
+
+
+def test_validations_are_curves_and_both_tests_stand_at_their_ends():
+  validations = [evaluation(0.5) | {"step": 2}, evaluation(0.6) | {"step": 4, "out_of_domain": None}]
+  axis = curves.validation_figure(validations, ends={0: evaluation(0.4), 4: evaluation(0.7)}).axes[0]
+  drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+  assert drawn["in domain"] == ([2, 4], [0.5, 0.6]) and drawn["out of domain"] == ([2], [0.4])
+  tested = {each.get_label(): each.lines[0].get_xydata() for each in axis.containers}
+  np.testing.assert_allclose(tested["in domain, test"], [[0, 0.4], [4, 0.7]])
+  np.testing.assert_allclose(tested["out of domain, test"], [[0, 0.3], [4, 0.6]])
+  assert curves.validation_figure([]).axes[0].get_legend() is None

@@ -85,7 +85,7 @@ def test_a_run_leaves_its_figures_samples_and_report(tmp_path):
   assert len((tmp_path / "timing.jsonl").read_text().splitlines()) == 4
   assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 4
   assert {path.name for path in (tmp_path / "report").iterdir()} == {
-    "curves.png", "modalities.png", "question_types.png", "accuracy.md",
+    "index.html", "curves.png", "modalities.png", "question_types.png", "accuracy.md",
   }  # fmt: skip
   assert list((tmp_path / "tensorboard").glob("events*"))
   assert "2.13 B parameters" in shown and "about 40 GB per device" in shown and "fsdp 4" in shown

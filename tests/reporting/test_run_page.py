@@ -1,0 +1,184 @@
+import json
+import logging as standard_logging
+
+import pytest
+from absl import logging
+from PIL import Image
+
+from experiments.configs import kepo
+from kepo_jax import evaluation, reporting
+from kepo_jax.reporting import pages, reporter, run_page
+from tests import fake_bucket
+from tests.reporting.pages.cases import HOSTILE, Document, output, rollout
+
+
+def lines(records):
+  return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def outputs(right):
+  """Twelve test questions of two modalities, of which the first ones are answered right."""
+  return [
+    output(f"t{n}", correct=n < right, modality=("MRI", "CT")[n % 2], completion=HOSTILE[n % len(HOSTILE)])
+    for n in range(12)
+  ]
+
+
+def make_run(root, *, steps=4, done=4):
+  """The folder of a run of two questions a step, one of them helped by a hint."""
+  config = kepo.get_config()
+  config.train.steps = steps
+  root.mkdir(parents=True)
+  (root / "config.json").write_text(config.to_json())
+  Image.new("L", (6, 6), 90).save(root / "image.png")
+  shown = {"images": [str(root / "image.png")]}
+  records = [
+    record
+    for step in range(1, done + 1)
+    for record in (
+      rollout(step, "easy", 0, accuracy=1.0, gate=True, **shown), rollout(step, "easy", 1, accuracy=0.0, **shown),
+      rollout(step, "hard", 0, accuracy=0.0), rollout(step, "hard", 1, accuracy=1.0, injected=True, hint="look left"),
+    )
+  ]  # fmt: skip
+  (root / "samples.jsonl").write_text(lines(records))
+  metrics = [{"step": step, "reward/accuracy": 0.5, "cliff_rate": 0.5, "loss": 0.1} for step in range(1, done + 1)]
+  (root / "metrics.jsonl").write_text(lines(metrics))
+  before, after = (evaluation.summarised(outputs(right)) for right in (3, 9))
+  (root / "outputs").mkdir()
+  (root / "outputs" / "before.jsonl").write_text(lines(outputs(3)))
+  stored = {"before": before, "validation": [after | {"step": 2}]}
+  if done == steps:
+    stored["after"] = after
+    (root / "outputs" / "after.jsonl").write_text(lines(outputs(9)))
+  (root / "evaluation.json").write_text(json.dumps(stored))
+  return root
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+  """Figures that are not drawn, which takes most of the time of a page."""
+
+  def block(figure, **fields):
+    return pages.FigureBlock(image=b"<svg/>", media="image/svg+xml", **fields)
+
+  monkeypatch.setattr(pages, "figure_block", block)
+  monkeypatch.setattr(reporter, "_write_figures", lambda root, report: {"before": {}})
+
+
+def page_of(root):
+  return Document(pages.rendered(run_page.run_page(root)))
+
+
+def test_a_finished_run_has_everything(tmp_path):
+  root = make_run(tmp_path / "first")
+  reporting.write_report(root)
+  document = Document((root / "report" / "index.html").read_text(encoding="utf-8"))
+  assert document.inside("h1") == ["Run first"] and "4 steps" in document.inside("p")
+  assert document.inside("h2") == ["Plan", "Accuracy", "Training", "Questions"]
+  assert document.inside("dt")[0] == "In domain, before → after"
+  # Of MRI's questions 0, 2, .. 10 right are 0 and 2 before, 0, 2, .. 8 after.
+  assert document.inside("dd")[0] == "33.3 → 83.3\u00a0%" and "6 questions" in document.inside("dd")[1]
+  assert {"student", "seed", "objective"} <= set(document.inside("th")) and "83.3 [43.6, 97.0]" in document.inside("td")
+  figures = [each["alt"] for each in document.all("img")]
+  assert [alt.split(":")[0] for alt in figures] == ["Bars", "Bars", "Curves", "Curves over the steps"]
+  data = document.data()
+  assert len(data["samples"]) == 8 + 12 and len(data["images"]) == 1
+  outcomes = {record["id"]: record["outcome"] for record in data["samples"]}
+  assert outcomes["hard"] == "all wrong (cliff)" and outcomes["easy"] == "mixed"
+  assert [outcomes[f"t{n}"] for n in (0, 5, 11)] == ["right → right", "wrong → right", "wrong → wrong"]
+  assert len(document.all("script")) == 2
+  assert (root / "report" / "index.html").read_bytes() == pages.rendered(run_page.run_page(root)).encode()
+  assert len(list((root / "report").iterdir())) == 5
+
+
+def test_an_unfinished_run_shows_how_far_it_is(tmp_path, undrawn):
+  document = page_of(make_run(tmp_path / "run", steps=40, done=3))
+  assert "3 of 40 steps" in document.inside("p") and document.inside("dt")[0] == "In domain, before"
+  assert {record["outcome"] for record in document.data()["samples"]} >= {"right", "wrong"}
+
+
+@pytest.mark.parametrize(
+  ("missing", "left_out"),
+  [
+    ("config.json", "Plan"),
+    ("evaluation.json", "Accuracy"),
+    ("metrics.jsonl", "Training"),
+    ("samples.jsonl", ""),
+    ("outputs/before.jsonl", ""),
+    ("outputs/after.jsonl", ""),
+    ("image.png", ""),
+  ],
+)
+def test_what_is_missing_is_left_out(tmp_path, undrawn, missing, left_out):
+  root = make_run(tmp_path / "run")
+  (root / missing).unlink()
+  document = page_of(root)
+  assert document.inside("h2") == [h for h in ("Plan", "Accuracy", "Training", "Questions") if h != left_out]
+  assert document.data()["samples"]
+
+
+def test_an_empty_folder_has_an_empty_page(tmp_path):
+  document = page_of(tmp_path)
+  assert document.inside("h2") == [] and "0 steps" in document.inside("p")
+
+
+def test_a_config_of_another_version_costs_the_plan_alone(tmp_path, undrawn):
+  root = make_run(tmp_path / "run")
+  (root / "config.json").write_text('{"train": {"steps": 4}, "seed": 0}')
+  assert page_of(root).inside("h2") == ["Accuracy", "Training", "Questions"]
+
+
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("samples.jsonl", '{"step": 1}\n{"step": 2}\n'),
+    ("samples.jsonl", "no JSON\n{}\n"),
+    ("samples.jsonl", "[1]\n"),
+    ("outputs/after.jsonl", '{"id": 3, "correct": true}\n'),
+    ("config.json", '{"train": 5}'),
+  ],
+)
+def test_a_page_that_cannot_be_made_costs_nothing_else(tmp_path, undrawn, caplog, monkeypatch, name, text):
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  root = make_run(tmp_path / "run")
+  (root / name).write_text(text)
+  with caplog.at_level(standard_logging.WARNING):
+    assert reporting.write_report(root) == {"before": {}}
+  assert "report/index.html could not be made" in caplog.text
+  assert list((root / "report").iterdir()) == []
+
+
+def test_warnings_are_found_again():
+  healthy = [{"step": step, "reward/format": 0.5, "loss": 0.1} for step in range(1, 31)]
+  assert run_page.warnings_of(healthy) == []
+  (message,) = run_page.warnings_of([record | {"reward/format": 0.0} for record in healthy])
+  assert "#format-at-zero" in message
+  (message,) = run_page.warnings_of([*healthy, {"step": 31, "loss": None}])  # null is what is not finite
+  assert "#divergence" in message
+  falling = [
+    {"step": step, "validation/in_domain": 0.5 + step / 100, "validation/out_of_domain": 0.6 - step / 100}
+    for step in (1, 3, 5)
+  ]
+  (message,) = run_page.warnings_of([*healthy, *falling])
+  assert "#forgetting" in message
+
+
+def test_warnings_stand_on_top(tmp_path, undrawn):
+  root = make_run(tmp_path / "run", steps=12, done=12)
+  (root / "metrics.jsonl").write_text(lines({"step": step, "reward/format": 0.0} for step in range(1, 13)))
+  document = page_of(root)
+  assert document.inside("h2")[0] == "Warnings" and {"class": "warning"} in document.all("p")
+
+
+def test_cliffs_are_a_key_figure_of_a_longer_run(tmp_path, undrawn):
+  root = make_run(tmp_path / "run", steps=20, done=20)
+  (root / "metrics.jsonl").write_text(lines({"step": n, "cliff_rate": 0.75 if n < 10 else 0.25} for n in range(1, 21)))
+  assert "75.0 → 25.0\u00a0%" in page_of(root).inside("dd")
+
+
+def test_a_run_in_a_bucket(tmp_path, undrawn):
+  make_run(tmp_path / "cloud" / "bucket" / "run")
+  with fake_bucket.served(tmp_path / "cloud"):
+    reporting.write_report("gs://bucket/run")
+  text = (tmp_path / "cloud" / "bucket" / "run" / "report" / "index.html").read_text(encoding="utf-8")
+  assert len(Document(text).data()["samples"]) == 20
