@@ -260,15 +260,12 @@ class Workers:
     threads = [threading.Thread(target=self._work, args=(slot, waiting, place, done)) for slot in self._slots]
     for thread in threads:
       thread.start()
-    try:
+    with contextlib.ExitStack() as ended:
+      for thread in threads:
+        ended.callback(thread.join)
+      ended.callback(self._stop)  # before they are waited for; nothing runs any more where all went well
       for _ in cells:
         finished(*done.get())
-    except BaseException:
-      self._stop()
-      raise
-    finally:
-      for thread in threads:
-        thread.join()
 
   def _work(self, slot: Mapping[str, Any], waiting: Any, place: Place, done: Any) -> None:
     if "core" in slot and hasattr(os, "sched_setaffinity"):
