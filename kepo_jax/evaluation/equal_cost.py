@@ -10,6 +10,7 @@ from kepo_jax.evaluation.studies import Entry
 
 # Quantity -> parts of a cost record that are added up.
 QUANTITIES = {"seconds": ("seconds",), "tokens": ("student_tokens", "teacher_tokens")}
+SLACK = 0.05  # share by which the costs of equal trainings differ without meaning anything
 FIGURES = ("in_domain", "out_of_domain", "overall")
 
 
@@ -62,7 +63,8 @@ def accuracy_at_cost(
 
   Returns:
     method -> figure of `FIGURES` -> `mean`, `low` and `high` (the lowest and the highest seed), `seeds` (how many) and
-    `budget`. A method of which a training ends at a lower cost has `mean` None and `final`, its largest final cost.
+    `budget`. A method of which a training ends more than `SLACK` below the budget has `mean` None and `final`, its
+    largest final cost; what ends less below it is read at its end.
   """
   budget = smallest_budget(entries, quantity) if budget is None else budget
   found = studies.methods(entries)
@@ -79,8 +81,7 @@ def accuracy_at_cost(
 
 def _read(curves: Sequence[tuple[np.ndarray, np.ndarray]], budget: float) -> dict[str, Any]:
   ends = [float(across[-1]) for across, _ in curves]
-  # Costs are sums of measured figures, the budget is one of them.
-  if min(ends) < budget * (1 - 1e-9):
+  if min(ends) < budget * (1 - SLACK):
     return {"mean": None, "final": max(ends), "seeds": len(curves), "budget": budget}
   values = [float(np.interp(budget, *curve)) for curve in curves]
   return {"mean": float(np.mean(values)), "low": min(values), "high": max(values), "seeds": len(values),
