@@ -1,18 +1,26 @@
 """Hierarchical bootstrap over seeds and questions, for trainings that were repeated with several seeds.
 
-Every seed answers the same questions, so the design is crossed: seeds and images are drawn with replacement,
-independently of each other (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007), images inside
-their modality, questions about one image together. One draw serves all methods, which makes differences paired. What
-such a bootstrap does to the variance of a mean over S seeds and N questions with effects of seed (a), question (b) and
-both (e) is known: E = var_a (S-1)/S^2 + var_b (N-1)/N^2 + about 3 var_e / (S N). The factor of three errs on the safe
-side. (S-1)/S and the normal tails do not with a handful of seeds: draws are therefore moved away from the mean over
-seeds by `widening` (Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69, 2015),
-which gives them the spread of Student's t with S - 1 degrees of freedom.
+Every seed answers the same questions, so the design is crossed: an answer has an effect of its seed (variance a), of
+its question (b) and of both (e), and the mean over S seeds and N questions has the variance a / S + b / N + e / (S N).
+Seeds and images are drawn with replacement, independently of each other (Owen, "The pigeonhole bootstrap", Annals of
+Applied Statistics 1, 2007), images inside their modality, questions about one image together. One draw serves all
+methods, which makes differences paired. Three things would make intervals wrong with the few seeds that there are:
+
+- Drawing cells of the table in both ways at once counts e three times (ibid.). A draw is the mean over all seeds of the
+  drawn questions, plus what drawn seeds change in the mean over all questions.
+- Seeds differ also because e makes them differ on finitely many questions, and drawing questions accounts for that.
+  Deviations of seeds are made smaller by the square root of the share of their variance that it does not explain.
+- S seeds have (S - 1) / S of the variance, and a normal quantile is not that of Student's t: the same deviations are
+  made larger by `widening` (Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69,
+  2015).
+
+On simulated answers, intervals of 3 and 5 seeds cover the truth in 94.5 to 96 % of the cases, whichever effect is the
+largest; of 2 seeds in 90 to 97 %.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +30,7 @@ from kepo_jax.evaluation import statistics
 # 0.975 quantiles of Student's t for 1 to 9 degrees of freedom.
 _T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 _CHUNK = 500  # draws whose sums exist at one time
+_KINDS = ("items", "seeds and items")  # what an interval accounts for
 Answers = Mapping[int | None, np.ndarray]  # seed, None of a model that was not trained -> bool[n]
 
 
@@ -124,9 +133,8 @@ def item_draws(
 
 
 def widening(seeds: int) -> float:
-  """By how much draws of S seeds are moved away from their mean: sqrt(S / (S - 1)) t(0.975, S - 1) / z(0.975)."""
-  z = statistics.NORMAL_QUANTILE
-  return math.sqrt(seeds / (seeds - 1)) * t_quantile(seeds - 1) / z
+  """How much larger the deviations of S seeds are made: sqrt(S / (S - 1)) t(0.975, S - 1) / z(0.975)."""
+  return math.sqrt(seeds / (seeds - 1)) * t_quantile(seeds - 1) / statistics.NORMAL_QUANTILE
 
 
 def t_quantile(freedom: int) -> float:
@@ -138,22 +146,39 @@ def t_quantile(freedom: int) -> float:
   return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2) + third
 
 
-def seed_weights(
-  seeds: Sequence[int], *, resamples: int = statistics.RESAMPLES, seed: int = 0, widened: bool = True
-) -> np.ndarray:
-  """Weights of the seeds in each draw, float64[R, S], rows add up to 1; the same seeds get the same draws.
-
-  Args:
-    seeds: their numbers.
-    resamples: R.
-    seed: of the draws.
-    widened: False for the plain bootstrap, whose intervals are too narrow with few seeds.
-  """
+def seed_shifts(seeds: Sequence[int | None], *, resamples: int = statistics.RESAMPLES, seed: int = 0) -> np.ndarray:
+  """Weights of the seeds in each draw less those of their mean, float64[R, S]; the same seeds get the same draws."""
   size = len(seeds)
   if size == 1:
-    return np.ones((resamples, 1))
-  drawn = np.random.default_rng([1, seed, *seeds]).multinomial(size, np.full(size, 1 / size), resamples) / size
-  return 1 / size + (widening(size) if widened else 1.0) * (drawn - 1 / size)
+    return np.zeros((resamples, 1))
+  drawn = np.random.default_rng([1, seed, *[number or 0 for number in seeds]]).multinomial(
+    size, np.full(size, 1 / size), resamples
+  )
+  return (drawn - 1.0) / size
+
+
+def mean_draws(values: np.ndarray, drawn: np.ndarray, shifts: np.ndarray, factor: float) -> np.ndarray:
+  """Draws of the mean over seeds of some statistics: of questions, and of seeds in what questions do not explain.
+
+  Args:
+    values: float64[S, statistics], the statistics of each seed.
+    drawn: float32[R, S, statistics], the same under resampled questions.
+    shifts: float64[R, S], of `seed_shifts`.
+    factor: by which deviations of seeds are multiplied, `widening`.
+
+  Returns:
+    float64[R, statistics].
+  """
+  center = drawn.mean(axis=1, dtype=float)
+  size = len(values)
+  if size == 1:
+    return center
+  # What e alone makes of the variance between seeds: how far a seed's distance from their mean varies with questions.
+  variance = np.var if np.isfinite(center).all() else np.nanvar  # the latter is slow
+  noise = variance(drawn - center[:, None], axis=0).sum(axis=0) / (size - 1)
+  between = values.var(axis=0, ddof=1)
+  share = np.clip(1 - noise / np.where(between > 0, between, np.inf), 0, 1) * (between > 0)
+  return center + factor * np.sqrt(share) * (shifts @ values)
 
 
 def bootstrap(
@@ -163,7 +188,6 @@ def bootstrap(
   references: Sequence[str] = (),
   resamples: int = statistics.RESAMPLES,
   seed: int = 0,
-  widened: bool = True,
 ) -> dict[str, Any]:
   """Every statistic of every method, and paired differences to some, with 95 % intervals.
 
@@ -173,68 +197,70 @@ def bootstrap(
     references: methods that all others are compared with; those without answers are skipped.
     resamples: R.
     seed: of the draws.
-    widened: see `seed_weights`.
 
   Returns:
     `methods`: method -> entry, `differences`: reference -> method -> entry of the method less the reference. An entry
     has `seeds`, `interval` ("seeds and items", or "items": one training says nothing about others) and `statistics`:
     name -> mean, low, high, and `values`, one per seed. A difference pairs the seeds that both have; where there are
-    none, each method's are drawn for themselves and `paired` is False; an untrained model is subtracted from every
-    seed. Bounds of accuracies are cut to [0, 1].
+    none, each method's are drawn for themselves, `paired` is False and there are no `values`; an untrained model is
+    subtracted from every seed. Bounds of accuracies are cut to [0, 1].
   """
-  rows = [(method, number) for method, found in answers.items() for number in found]
+  rows = {
+    (method, number): i for i, (method, number) in enumerate((m, n) for m, found in answers.items() for n in found)
+  }
   stacked = np.stack([answers[method][number] for method, number in rows])
   exact, draws = points(stacked, plan), item_draws(stacked, plan, resamples=resamples, seed=seed)
-  place = {row: i for i, row in enumerate(rows)}
 
-  def drawn(method: str, seeds: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:
-    chosen = [place[method, number] for number in seeds]
-    trained = [number for number in seeds if number is not None]
-    weights = seed_weights(trained or [0], resamples=resamples, seed=seed, widened=widened)
-    return exact[chosen], np.einsum("rs,rsk->rk", weights, draws[:, chosen])
+  def part(method: str, seeds: Sequence[int | None]) -> _Part:
+    chosen = [rows[method, number] for number in seeds]
+    return _Part(tuple(seeds), exact[chosen], draws[:, chosen])
 
-  methods = {method: _entry(list(found), *drawn(method, list(found)), plan) for method, found in answers.items()}
-  differences: dict[str, Any] = {
-    reference: {
-      method: _difference(answers[method], answers[reference], method, reference, drawn, plan)
-      for method in answers
-      if method != reference
-    }
-    for reference in references
-    if reference in answers
-  }
-  return {"methods": methods, "differences": differences}
+  def means(part: _Part) -> np.ndarray:
+    shifts = seed_shifts(part.seeds, resamples=resamples, seed=seed)
+    size = len(part.seeds)
+    return mean_draws(part.values, part.drawn, shifts, widening(size) if size > 1 else 1.0)
 
-
-def _difference(first: Answers, second: Answers, name: str, reference: str, drawn: Any, plan: Design) -> dict[str, Any]:
-  shared: list[int | None] = [number for number in first if number in second and number is not None]
-  untrained = None in first or None in second
-  pairs = (shared, shared) if shared else (list(first), list(second))
-  (left, left_draws), (right, right_draws) = (
-    drawn(each, seeds) for each, seeds in zip((name, reference), pairs, strict=True)
-  )
-  paired = bool(shared) or untrained
-  # Without pairs, and for a model that was not trained, there is one mean to subtract.
-  values = left - right if shared else left - right.mean(axis=0) if None not in first else left.mean(axis=0) - right
-  seeds: Sequence[int | None] = shared or (list(second) if None in first else list(first))
-  entry = _entry(seeds, values, left_draws - right_draws, plan, bounds=(-1.0, 1.0))
-  several = entry["interval"] == "seeds and items" or (not shared and max(len(first), len(second)) > 1)
-  return entry | {"paired": paired, "interval": "seeds and items" if several else "items"}
+  wholes = {method: part(method, list(found)) for method, found in answers.items()}
+  differences: dict[str, Any] = {reference: {} for reference in references if reference in answers}
+  for reference, found in differences.items():
+    for method in [method for method in answers if method != reference]:
+      shared = [number for number in answers[method] if number in answers[reference]]
+      first, second = (part(name, shared) if shared else wholes[name] for name in (method, reference))
+      found[method] = _difference(first, second, means, plan)
+  return {"methods": {name: _entry(whole, means(whole), plan) for name, whole in wholes.items()},
+          "differences": differences}  # fmt: skip
 
 
-def _entry(
-  seeds: Sequence[int | None],
-  values: np.ndarray,
-  draws: np.ndarray,
-  plan: Design,
-  bounds: tuple[float, float] = (0.0, 1.0),
-) -> dict[str, Any]:
-  known = np.isfinite(draws).all()
-  low, high = (np.percentile if known else np.nanpercentile)(draws, [2.5, 97.5], axis=0)
-  low, high = np.clip(low, *bounds), np.clip(high, *bounds)
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """Some seeds of a method, or their differences to those of another."""
+
+  seeds: tuple[int | None, ...]
+  values: np.ndarray  # float64[S, statistics]
+  drawn: np.ndarray  # float32[R, S, statistics]
+
+
+def _difference(first: _Part, second: _Part, means: Callable[[_Part], np.ndarray], plan: Design) -> dict[str, Any]:
+  untrained = (None,) in (first.seeds, second.seeds)
+  if first.seeds == second.seeds or untrained:  # shapes of one seed and several broadcast
+    seeds = second.seeds if first.seeds == (None,) else first.seeds
+    both = _Part(seeds, first.values - second.values, first.drawn - second.drawn)
+    return _entry(both, means(both), plan, lowest=-1.0) | {"paired": True}
+  center = (first.values.mean(axis=0) - second.values.mean(axis=0))[None]
+  entry = _entry(_Part(first.seeds, center, first.drawn), means(first) - means(second), plan, lowest=-1.0)
+  several = max(len(first.seeds), len(second.seeds)) > 1
   found = {
-    name: {"mean": float(values[:, i].mean()), "low": float(low[i]), "high": float(high[i]),
-           "values": [float(value) for value in values[:, i]]}
+    name: {key: value for key, value in each.items() if key != "values"} for name, each in entry["statistics"].items()
+  }
+  return entry | {"paired": False, "statistics": found, "interval": _KINDS[several]}
+
+
+def _entry(part: _Part, draws: np.ndarray, plan: Design, *, lowest: float = 0.0) -> dict[str, Any]:
+  known = np.isfinite(draws).all()
+  low, high = np.clip((np.percentile if known else np.nanpercentile)(draws, [2.5, 97.5], axis=0), lowest, 1.0)
+  found = {
+    name: {"mean": float(part.values[:, i].mean()), "low": float(low[i]), "high": float(high[i]),
+           "values": [float(value) for value in part.values[:, i]]}
     for i, name in enumerate(plan.names)
   }  # fmt: skip
-  return {"seeds": list(seeds), "interval": "seeds and items" if len(seeds) > 1 else "items", "statistics": found}
+  return {"seeds": list(part.seeds), "interval": _KINDS[len(part.seeds) > 1], "statistics": found}

@@ -57,8 +57,14 @@ def test_a_method_that_ends_before_is_beyond_its_budget():
 
 def test_one_seed_that_ends_before_is_enough():
   short = training("mixed", 1, [(10, 60, 0.5), (20, 90, 0.6)])
-  found = equal_cost.accuracy_at_cost([CHEAP[0] | {"method": "mixed"}, short], "tokens", budget=95)
+  found = equal_cost.accuracy_at_cost([CHEAP[0] | {"method": "mixed"}, short], "tokens", budget=98)
   assert found["mixed"]["in_domain"]["mean"] is None
+
+
+def test_a_few_percent_are_no_difference():
+  found = equal_cost.accuracy_at_cost([START, *CHEAP], "tokens", budget=104)
+  assert found["cheap"]["in_domain"]["mean"] == pytest.approx(0.65)  # of the end, at 100
+  assert equal_cost.accuracy_at_cost([START, *CHEAP], "tokens", budget=106)["cheap"]["in_domain"]["mean"] is None
 
 
 def test_what_costs_nothing_sets_no_budget():

@@ -21,62 +21,55 @@ def crossed(rng, size, count, *, by_seed=0.02, by_item=0.3, both=0.2):
   )
 
 
-def spread(values, plan, **options):
+def spread(values, plan, *, factor, resamples=4000, seed=0):
   """Bootstrap draws of `overall` of one method."""
-  draws = seeds.item_draws(values, plan, resamples=options.get("resamples", 4000))[..., plan.names.index("overall")]
-  return (seeds.seed_weights(range(len(values)), **({"resamples": 4000} | options)) * draws).sum(axis=1)
+  draws = seeds.item_draws(values, plan, resamples=resamples, seed=seed)
+  shifts = seeds.seed_shifts(range(len(values)), resamples=resamples, seed=seed)
+  return seeds.mean_draws(seeds.points(values, plan), draws, shifts, factor)[:, plan.names.index("overall")]
 
 
-def conditional_variance(values, factor=1.0):
-  """Variance of a draw given the data: weights of seeds and of questions are independent multinomials."""
-  size, count = values.shape
-  rows = factor**2 * (np.eye(size) - 1 / size) / size**2
-  columns = (np.eye(count) - 1 / count) / count**2
-  row_means, column_means = values.mean(axis=1), values.mean(axis=0)
-  cross = np.trace(rows @ values @ columns @ values.T)
-  return row_means @ rows @ row_means + column_means @ columns @ column_means + cross
-
-
-@pytest.mark.parametrize("widened", [False, True])
-def test_variance_given_the_data(rng, widened):
-  values = crossed(rng, 5, 80)
-  drawn = spread(values, seeds.design(one_group(80)), widened=widened)
-  exact = conditional_variance(values, seeds.widening(5) if widened else 1.0)
-  assert drawn.var() == pytest.approx(exact, rel=0.06) and drawn.mean() == pytest.approx(values.mean(), abs=0.003)
+def test_variance_given_the_data(rng):
+  size, count = 5, 80
+  values = crossed(rng, size, count, by_seed=0.03)
+  rows = values.mean(axis=1) - values.mean()
+  columns = values.mean(axis=0) - values.mean()
+  both = values - values.mean() - rows[:, None] - columns
+  # Draws of S seeds and of N questions are independent; e / N is taken from the variance between seeds.
+  between, noise = (rows**2).sum() / (size - 1), (both**2).sum() / (size - 1) / count**2
+  assert 0.2 < noise / between < 0.8
+  exact = 4 * (rows**2).sum() / size**2 * (1 - noise / between) + (columns**2).sum() / count**2
+  drawn = spread(values, seeds.design(one_group(count)), factor=2.0, resamples=8000)
+  assert drawn.var() == pytest.approx(exact, rel=0.05) and drawn.mean() == pytest.approx(values.mean(), abs=0.003)
 
 
 def test_variance_over_data_sets_is_that_of_random_effects(rng):
-  size, count, (a, b, e) = 6, 50, (0.05, 0.3, 0.2)
+  size, count, (a, b, e) = 6, 50, (0.1, 0.3, 0.2)
   plan = seeds.design(one_group(count))
   data = [crossed(rng, size, count, by_seed=a, by_item=b, both=e) for _ in range(300)]
-  found = np.mean([spread(values, plan, resamples=300, widened=False).var(ddof=1) for values in data])
-  # Expected sums of squares: rows (S-1)(a2 + e2/N), columns (N-1)(b2 + e2/S), both (S-1)(N-1) e2.
-  rows = (size - 1) * (a**2 + e**2 / count) / size**2
-  columns = (count - 1) * (b**2 + e**2 / size) / count**2
-  both = (size - 1) * (count - 1) * e**2 / (size * count) ** 2
-  assert found == pytest.approx(rows + columns + both, rel=0.05)
+  # S seeds have (S - 1) / S of the variance: with that factor, and without Student's, the estimate is unbiased.
+  factor = np.sqrt(size / (size - 1))
+  found = np.mean([spread(values, plan, factor=factor, resamples=300).var(ddof=1) for values in data])
   truth = a**2 / size + b**2 / count + e**2 / (size * count)
+  assert found == pytest.approx(truth, rel=0.06)
   assert np.var([values.mean() for values in data]) == pytest.approx(truth, rel=0.25)
 
 
-def coverage(rng, size, count, *, widened, trials=200, **effects):
+def coverage(rng, size, count, factor, trials=300, **effects):
   plan, hit = seeds.design(one_group(count)), 0
   for trial in range(trials):
     values = crossed(rng, size, count, **effects)
-    draws = seeds.item_draws(values, plan, resamples=300, seed=trial)[..., 0]
-    weights = seeds.seed_weights(range(size), resamples=300, seed=trial, widened=widened)
-    low, high = np.percentile((weights * draws).sum(axis=1), [2.5, 97.5])
+    low, high = np.percentile(spread(values, plan, factor=factor, resamples=300, seed=trial), [2.5, 97.5])
     hit += low <= 0.5 <= high
   return hit / trials
 
 
-@pytest.mark.parametrize("effects", [{"by_seed": 0.1, "by_item": 0.2}, {"by_seed": 0.01}, {"by_seed": 0.05}])
-def test_widened_intervals_cover_the_truth(rng, effects):
-  assert 0.92 <= coverage(rng, 5, 60, widened=True, **effects) <= 1
+@pytest.mark.parametrize("effects", [{"by_seed": 0.15, "by_item": 0.2}, {"by_seed": 0.0}, {"by_seed": 0.05}])
+def test_intervals_cover_the_truth(rng, effects):
+  assert 0.915 <= coverage(rng, 5, 60, seeds.widening(5), **effects) <= 0.985
 
 
-def test_plain_intervals_miss_it_with_few_seeds(rng):
-  assert coverage(rng, 3, 60, widened=False, by_seed=0.2) < 0.85 < coverage(rng, 3, 60, widened=True, by_seed=0.2)
+def test_without_student_they_would_miss_it(rng):
+  assert coverage(rng, 3, 60, 1.0, by_seed=0.2) < 0.85 < 0.9 < coverage(rng, 3, 60, seeds.widening(3), by_seed=0.2)
 
 
 def test_equal_seeds_leave_the_spread_of_questions(rng):
@@ -97,7 +90,7 @@ def test_equal_questions_leave_the_spread_of_seeds():
   # Each seed answers all questions with its own figure: draws are means of 5 figures, exactly.
   values = np.repeat([[0.5], [0.6], [0.55], [0.7], [0.65]], 40, axis=1)
   plan = seeds.design(one_group(40))
-  weights = seeds.seed_weights(range(5), resamples=2000, seed=0)
+  weights = 1 / 5 + seeds.widening(5) * seeds.seed_shifts(range(5), resamples=2000)
   found = seeds.bootstrap({"m": dict(enumerate(values))}, plan, resamples=2000)["methods"]["m"]["statistics"]["overall"]
   np.testing.assert_allclose(
     [found["low"], found["high"]], np.percentile(weights @ values[:, 0], [2.5, 97.5]), atol=1e-6
@@ -189,6 +182,11 @@ def test_which_seeds_are_paired(rng):
   assert [less[name]["seeds"] for name in ("two", "one", "other")] == [[1, 2], [2], [7, 8]]
   assert [less[name]["paired"] for name in ("two", "one", "other", "start")] == [True, True, False, True]
   assert less["one"]["interval"] == "items" and less["other"]["interval"] == "seeds and items"
+  apart = less["other"]["statistics"]["overall"]
+  expected = np.mean([answers["other"][n].mean() for n in (7, 8)]) - np.mean(
+    [answers["base"][n].mean() for n in range(3)]
+  )
+  assert apart["mean"] == pytest.approx(expected) and apart["low"] < expected < apart["high"] and "values" not in apart
   both = answers["two"], answers["base"]
   expected = [float(both[0][n].mean() - both[1][n].mean()) for n in (1, 2)]
   assert less["two"]["statistics"]["overall"]["values"] == pytest.approx(expected)
