@@ -1,5 +1,6 @@
 """Figures of a study's test accuracies: all methods, modality by modality, and paired differences."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from kepo_jax.reporting import study_style, study_tables
 from kepo_jax.reporting.study_style import TEXT, Style
 
 INTERVALS = "Bars: 95 % intervals over seeds and questions; of one seed or an untrained model over questions alone."
+_FAR = 0.12  # a difference that is a failure, or a start
+_WIDEST = 0.25  # half the scale at most; longer intervals run over its edge
 Summary = Mapping[str, Any]
 
 
@@ -75,8 +78,7 @@ def section_figure(
     axis.set_xticks([0, 0.5, 1])
     if key.split("/", 1)[1] in summary["unseen"]:
       axis.set_facecolor("#F4F0E6")
-  for axis in axes.ravel()[len(keys) :]:
-    axis.set_visible(False)
+  study_style.hide_rest(axes, len(keys))
   what = "modality" if section == "modalities" else "question type"
   shaded = " Shaded: no model has seen it." if section == "modalities" and summary["unseen"] else ""
   study_style.heading(figure, f"Test accuracy per {what}", f"{INTERVALS} Dotted: chance.{shaded}")
@@ -90,26 +92,27 @@ def forest_figure(summary: Summary, *, looks: Mapping[str, Style] | None = None)
   methods = [name for name in summary["methods"] if any(name in summary["differences"][r] for r in references)]
   figure = Figure(figsize=(study_style.WIDTH, 0.34 * len(methods) + 1.3), layout="constrained")
   axes = figure.subplots(1, max(1, len(references)), sharey=True, sharex=True, squeeze=False)[0]
+  limit = _limit([entry for reference in references for entry in summary["differences"][reference].values()])
   for i, (axis, reference) in enumerate(zip(axes, references, strict=False)):
     for place, method in enumerate(methods):
       entry = summary["differences"][reference].get(method)
       if entry is not None:
-        _difference(axis, entry, len(methods) - 1 - place, looks[method])
+        _difference(axis, entry, len(methods) - 1 - place, looks[method], limit)
     axis.axvline(0, color=TEXT, linewidth=0.9)
+    axis.set_xlim(-limit, limit)
     _rows(axis, methods, looks, shown=i == 0)
     axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}" if value else "0")
     axis.set_xlabel("percentage points", fontsize=8.5)
     axis.set_title(f"Difference to {looks[reference].label}", fontsize=9, loc="left", color=TEXT)
-  said = (
-    f"Filled: out of domain, also in figures; hollow: {summary['train_modality']}. {INTERVALS} They are not corrected "
-  )
-  study_style.heading(figure, "Paired differences of test accuracy", said + "for the number of comparisons.")
+  said = f"Filled: out of domain, also in figures; hollow: {summary['train_modality']}. {INTERVALS}"
+  said += " Arrows: off the scale. Not corrected for the number of comparisons."
+  study_style.heading(figure, "Paired differences of test accuracy", said)
   return figure
 
 
 def _dot(axis: Axes, entry: Mapping[str, Any], place: float, look: Style, *, trained: bool = True) -> None:
   axis.plot([entry["low"], entry["high"]], [place, place], color=look.colour, linewidth=1.8, solid_capstyle="butt")
-  axis.plot(entry["mean"], place, marker=look.marker, color=look.colour, markersize=6.5, markeredgecolor="white",
+  axis.plot(entry["mean"], place, marker=look.marker, color=look.colour, markersize=5.5, markeredgecolor="white",
             markeredgewidth=0.5, zorder=4)  # fmt: skip
   if trained and len(entry["values"]) > 1:
     axis.plot(
@@ -122,17 +125,29 @@ def _bar(axis: Axes, entry: Mapping[str, Any], place: float, look: Style) -> Non
   axis.plot([entry["low"], entry["high"]], [place, place], color=TEXT, linewidth=1.1, solid_capstyle="butt")
 
 
-def _difference(axis: Axes, entry: Mapping[str, Any], place: float, look: Style) -> None:
+def _limit(entries: Sequence[Mapping[str, Any]]) -> float:
+  """Half the scale of differences: it has to show those of methods that are comparable, not of failures."""
+  found = [entry["statistics"][key] for entry in entries for key in ("in_domain", "out_of_domain")
+           if key in entry["statistics"]]  # fmt: skip
+  near = [max(abs(each["low"]), abs(each["high"])) for each in found if abs(each["mean"]) < _FAR]
+  return min(_WIDEST, 1.08 * max([0.03, *near]))
+
+
+def _difference(axis: Axes, entry: Mapping[str, Any], place: float, look: Style, limit: float) -> None:
   for key, shift, face in (("in_domain", -0.2, "white"), ("out_of_domain", 0.14, look.colour)):
     found = entry["statistics"].get(key)
     if found is None:
+      continue
+    if abs(found["mean"]) > limit:
+      axis.plot(math.copysign(0.97 * limit, found["mean"]), place + shift, marker="<" if found["mean"] < 0 else ">",
+                color=look.colour, markerfacecolor=face, markersize=5)  # fmt: skip
       continue
     width = 1.0 if key == "in_domain" else 2.0
     axis.plot(
       [found["low"], found["high"]], [place + shift] * 2, color=look.colour, linewidth=width, solid_capstyle="butt"
     )
     axis.plot(found["mean"], place + shift, marker=look.marker, color=look.colour, markerfacecolor=face,
-              markersize=5 if key == "in_domain" else 6.5, markeredgewidth=1)  # fmt: skip
+              markersize=4.5 if key == "in_domain" else 5.5, markeredgewidth=1)  # fmt: skip
   if "out_of_domain" in entry["statistics"]:
     beside = blended_transform_factory(axis.transAxes, axis.transData)
     text = study_tables.percent(entry["statistics"]["out_of_domain"], signed=True)

@@ -93,7 +93,8 @@ def modality_figure(
   columns = min(4, len(names))
   rows = -(-len(names) // columns)
   figure = Figure(figsize=(study_style.WIDTH, 1.9 * rows + 1.1), layout="constrained")
-  axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+  grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+  axes = grid.ravel()
   chance = _chance(items)
   for axis, name in zip(axes, names, strict=False):
     bands = _validations(found, name, None)
@@ -103,8 +104,7 @@ def modality_figure(
     axis.axhline(chance[name], color=study_style.TEXT, linewidth=0.8, linestyle=":")
     note = " (unseen)" if name in items["unseen"] else " (trained on)" if name == items["train_modality"] else ""
     study_style.dress(axis, name + note)
-  for axis in axes[len(names) :]:
-    axis.set_visible(False)
+  study_style.hide_rest(grid, len(names))
   for axis in axes[max(0, len(names) - columns) : len(names)]:
     _across(axis, None)
   guess = Line2D([], [], color=study_style.TEXT, linewidth=0.8, linestyle=":", label="chance")
@@ -157,7 +157,8 @@ def exploration_figure(entries: Sequence[Entry], *, looks: Mapping[str, Style] |
     name for name, mine in found.items() if any(f"hint/accept_rate@{b}" in mine[0]["curves"] for b in range(1, 11))
   ]
   figure = Figure(figsize=(study_style.WIDTH, 5.6), layout="constrained")
-  axes = figure.subplots(2, 2, sharex=True).ravel()
+  grid = figure.subplots(2, 2, sharex=True)
+  axes = grid.ravel()
   for axis, (title, metric) in zip(axes, _ASKING, strict=False):
     drawn = _metric_lines(axis, found, metric, looks)
     study_style.dress(axis, title)
@@ -165,9 +166,8 @@ def exploration_figure(entries: Sequence[Entry], *, looks: Mapping[str, Style] |
     axis.legend(handles=drawn, frameon=False, fontsize=7, ncols=1 + (len(drawn) > 4), handlelength=2.6)
   for axis, method in zip(axes[2:], asking[-2:], strict=False):
     _acceptance_panel(axis, found[method], looks[method].label, study_style.full_colour(method))
-  for axis in axes[2 + len(asking[-2:]) :]:
-    axis.set_visible(False)
-  for axis in axes[2:]:
+  study_style.hide_rest(grid, 2 + len(asking[-2:]))
+  for axis in axes[len(asking[-2:]) : 2 + len(asking[-2:])]:
     _across(axis, None)
   study_style.heading(
     figure,

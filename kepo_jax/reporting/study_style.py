@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
@@ -79,7 +80,7 @@ def styles(labels: Mapping[str, str]) -> dict[str, Style]:
 
 def full_colour(method: str) -> str:
   """Colour of a method's config, however light its variant is drawn."""
-  return _CONFIG_LOOKS.get(config_of(method), _UNKNOWN)[0]
+  return to_hex(_CONFIG_LOOKS.get(config_of(method), _UNKNOWN)[0])
 
 
 def _lighter(colour: str, share: float) -> str:
@@ -128,6 +129,15 @@ def dress(axis: Axes, title: str = "", *, share: bool = True, size: float = 9) -
     axis.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):g} %")
 
 
+def hide_rest(axes: np.ndarray, used: int) -> None:
+  """Hides the panels of a grid, [rows, columns], that were not used; those above them get their ticks' labels."""
+  for place in range(used, axes.size):
+    row, column = divmod(place, axes.shape[1])
+    axes[row, column].set_visible(False)
+    if row and place - axes.shape[1] < used:
+      axes[row - 1, column].tick_params(labelbottom=True)
+
+
 def heading(figure: Figure, title: str, said: str = "") -> None:
   """Title above the figure, and in smaller letters what lines, bands and bars mean."""
   lines = textwrap.wrap(said, int(14 * figure.get_figwidth()))
@@ -155,4 +165,5 @@ def save(figure: Figure, folder: epath.PathLike, name: str) -> list[str]:
   """Writes NAME.png and NAME.svg; returns their names."""
   for kind in ("png", "svg"):
     (epath.Path(folder) / f"{name}.{kind}").write_bytes(image_bytes(figure, kind))
+    figure.set_layout_engine("none")  # what was laid out once stays; that takes longer than drawing
   return [f"{name}.png", f"{name}.svg"]
