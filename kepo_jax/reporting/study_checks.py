@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -98,14 +99,14 @@ def hints_figure(records: Sequence[Mapping[str, Any]], train_modality: str, unse
     if key == "leak_rate":
       axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
   _acceptance_lines(axes[3], records, pairs, prompts, colours, markers)
-  handles = [
+  handles: list[Any] = [
     Line2D([], [], color=colours[p], marker=markers[p], linestyle="", label=f"{p[0]} taught by {p[1]}") for p in pairs
   ]
   handles += [Line2D([], [], color=TEXT, marker="o", linestyle="-" if i == 0 else "--", label=prompt,
                      markerfacecolor=TEXT if i == 0 else "white") for i, prompt in enumerate(prompts)]  # fmt: skip
   handles += [
-    _ring_handle("-", f"{train_modality} (trained on)"),
-    *(_ring_handle(":", f"{n} (unseen)") for n in unseen),
+    _ring_handle(axes[3], "-", f"{train_modality} (trained on)"),
+    *(_ring_handle(axes[3], ":", f"{n} (unseen)") for n in unseen),
   ]
   study_style.legend_below(figure, handles)
   said = "One dot per modality; its area grows with the number of prompts."
@@ -200,7 +201,6 @@ def _acceptance_lines(axis: Axes, records: Sequence[Mapping[str, Any]], pairs: S
   axis.set_ylabel("prompts with an accepted candidate", fontsize=8.5, color=TEXT)
 
 
-def _ring_handle(line: str, label: str) -> Line2D:
-  # A marker's edge cannot be dotted in a legend; the weight of the line tells the two apart there.
-  return Line2D([], [], color=TEXT, marker="o", markerfacecolor="none", markersize=9, linestyle="", label=label,
-                markeredgewidth=1.2 if line == "-" else 0.4)  # fmt: skip
+def _ring_handle(axis: Axes, line: str, label: str) -> PathCollection:
+  # Of a line's markers the edge cannot be dotted, of dots it can.
+  return axis.scatter([], [], s=90, facecolors="none", edgecolors=TEXT, linewidths=0.9, linestyles=line, label=label)
