@@ -80,7 +80,7 @@ def accuracy_at_cost(
 
 
 def _read(curves: Sequence[tuple[np.ndarray, np.ndarray]], budget: float) -> dict[str, Any]:
-  ends = [float(across[-1]) for across, _ in curves]
+  ends = [float(across[-1]) if len(across) else 0.0 for across, _ in curves]
   if min(ends) < budget * (1 - SLACK):
     return {"mean": None, "final": max(ends), "seeds": len(curves), "budget": budget}
   values = [float(np.interp(budget, *curve)) for curve in curves]

@@ -93,8 +93,8 @@ def summarised(
     resamples: of the bootstrap.
 
   Returns:
-    JSON-able `methods` and `differences` of `seeds.bootstrap`; a method has besides `label`, `learning_rate` and the
-    means over its seeds of `format`, `unparsed`, `truncated`, `tokens` where they are known. `chance`: statistic ->
+    JSON-able `methods` and `differences` of `seeds.bootstrap`; a method has also `label`, `config`, `learning_rate` and
+    the means over its seeds of `format`, `unparsed`, `truncated`, `tokens` where they are known. `chance`: statistic ->
     what guessing scores. `items`: how many questions, `images`: how many images. `train_modality` and `unseen`.
 
   Raises:
@@ -107,7 +107,11 @@ def summarised(
   }
   summary = seeds.bootstrap(answers, plan, references=references, resamples=resamples)
   for name, mine in found.items():
-    summary["methods"][name] |= {"label": mine[0]["label"], "learning_rate": mine[0].get("learning_rate")}
+    summary["methods"][name] |= {
+      "label": mine[0]["label"],
+      "config": mine[0].get("config", ""),
+      "learning_rate": mine[0].get("learning_rate"),
+    }
     summary["methods"][name] |= {key: _mean(entry["test"].get(key) for entry in mine) for key in
                                  ("format", "unparsed", "truncated", "tokens")}  # fmt: skip
   guesses = seeds.points(np.asarray(items["chance"])[None], plan)[0]
@@ -142,7 +146,9 @@ def rate_means(entries: Sequence[Entry]) -> dict[str, dict[float, float]]:
   for entry in entries:
     if entry["method"] in UNTRAINED:
       continue
-    last = max(entry["validation"], key=lambda record: record["step"])
+    last = max(entry["validation"], key=lambda record: record["step"], default=None)
+    if last is None:
+      continue
     if ends.setdefault(entry["method"], last["step"]) != last["step"]:
       raise ValueError(f"{entry['method']} was validated last at steps {ends[entry['method']]} and {last['step']}.")
     table.setdefault(entry["method"], {}).setdefault(entry["learning_rate"], {})[entry["seed"]] = last["overall"]
@@ -184,12 +190,15 @@ def stability(
     over seeds of the sample standard deviation over the last validations, None with one validation.
   """
   plan, found = seeds.design(items), {}
+  if "out_of_domain" not in plan.names:
+    return {}
   column = plan.names.index("out_of_domain")
   for name, mine in methods(entries).items():
     if name in UNTRAINED:
       continue
     answers = np.stack([unpacked(entry["test"]["correct"], len(items["modality"])) for entry in mine])
-    late = [[record["out_of_domain"] for record in entry["validation"][-last:]] for entry in mine]
+    late = [[record["out_of_domain"] for record in entry["validation"][-last:] if record["out_of_domain"] is not None]
+            for entry in mine]  # fmt: skip
     found[name] = {
       "seeds": _deviation(seeds.points(answers, plan)[:, column]),
       "validations": _mean(_deviation(each) for each in late),

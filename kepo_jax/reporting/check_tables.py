@@ -28,7 +28,7 @@ def check_rows(
     expected: planned cells of this pair.
   """
   named = headings(summary)
-  spread = ["deviation over seeds", "over the last validations"] if stability is not None else []
+  spread = ["deviation over seeds", "deviation over the last validations"] if stability is not None else []
   rows: list[Row] = [("method", *varied, "seeds", *named.values(), *spread)]
   for name, (label, seeds) in planned(summary, expected).items():
     if expected and name not in {cell["method"] for cell in expected}:

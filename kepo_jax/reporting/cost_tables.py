@@ -1,5 +1,6 @@
 """What a study's methods cost, what they had reached at the same cost, and how their learning rates were chosen."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,11 +100,14 @@ def _amount(value: float) -> str:
 
 
 def _at_the_end(entries: Sequence[Entry], figure: str) -> dict[str, Any] | None:
-  values = [max(entry["validation"], key=lambda record: record["step"])[figure] for entry in entries]
+  last = [max(entry["validation"], key=lambda record: record["step"]) for entry in entries if entry["validation"]]
+  values = [record[figure] for record in last if record[figure] is not None]
   return {"mean": float(np.mean(values)), "low": min(values), "high": max(values)} if values else None
 
 
 def _read(entry: Mapping[str, Any] | None) -> str:
   if entry is None:
     return MISSING
+  if entry["mean"] is not None and math.isnan(entry["mean"]):
+    return "-"  # no validation question of that kind
   return BEYOND if entry["mean"] is None else percent(entry)

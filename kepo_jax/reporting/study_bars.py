@@ -21,7 +21,7 @@ Summary = Mapping[str, Any]
 
 def looks_of(summary: Summary) -> dict[str, Style]:
   """Method -> style, of all methods of a summary."""
-  return study_style.styles({name: entry["label"] for name, entry in summary["methods"].items()})
+  return study_style.styles(summary["methods"])
 
 
 def overview_figure(summary: Summary, *, title: str = "Test accuracy", paper: bool = False,
@@ -101,7 +101,7 @@ def forest_figure(summary: Summary, *, looks: Mapping[str, Style] | None = None)
     axis.axvline(0, color=TEXT, linewidth=0.9)
     axis.set_xlim(-limit, limit)
     _rows(axis, methods, looks, shown=i == 0)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}" if value else "0")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):+g}" if value else "0")
     axis.set_xlabel("percentage points", fontsize=8.5)
     axis.set_title(f"Difference to {looks[reference].label}", fontsize=9, loc="left", color=TEXT)
   said = f"Filled: out of domain, also in figures; hollow: {summary['train_modality']}. {INTERVALS}"

@@ -47,9 +47,9 @@ def learning_figure(
     quantity: what runs to the right: None for steps, or a cost of `equal_cost.QUANTITIES`.
     looks: of `study_style.styles`, if the study has more methods than these.
   """
-  looks = looks or study_style.styles(study_style.labels_of(entries))
+  looks = looks or study_style.styles(study_style.described(entries))
   found = studies.methods(entries)
-  groups = study_style.families(list(found))
+  groups = study_style.families(study_style.described(entries))
   bands = {figure: _validations(found, figure, quantity) for figure in ("out_of_domain", "in_domain")}
   figure = Figure(
     figsize=(study_style.WIDTH if len(groups) > 1 else 5.5, 5.2 if len(groups) > 1 else 6), layout="constrained"
@@ -86,9 +86,9 @@ def modality_figure(
     shown: methods in colour; None: one of each family. The others are grey.
     looks: of `study_style.styles`.
   """
-  looks = looks or study_style.styles(study_style.labels_of(entries))
+  looks = looks or study_style.styles(study_style.described(entries))
   found = studies.methods(entries)
-  shown = study_style.focused(list(found)) if shown is None else shown
+  shown = study_style.focused(study_style.described(entries)) if shown is None else shown
   names = list(items["modalities"])
   columns = min(4, len(names))
   rows = -(-len(names) // columns)
@@ -99,7 +99,7 @@ def modality_figure(
   for axis, name in zip(axes, names, strict=False):
     bands = _validations(found, name, None)
     _grey_lines(axis, bands, shown)
-    for method in shown:
+    for method in [method for method in shown if method in bands]:
       _banded_line(axis, bands[method], looks[method], markers=True, band_alpha=0.1)
     axis.axhline(chance[name], color=study_style.TEXT, linewidth=0.8, linestyle=":")
     note = " (unseen)" if name in items["unseen"] else " (trained on)" if name == items["train_modality"] else ""
@@ -121,24 +121,28 @@ def dynamics_figure(entries: Sequence[Entry], *, looks: Mapping[str, Style] | No
     entries: of one pair; a method is in the panels whose figures it logs.
     looks: of `study_style.styles`.
   """
-  looks = looks or study_style.styles(study_style.labels_of(entries))
+  looks = looks or study_style.styles(study_style.described(entries))
   found = {name: mine for name, mine in studies.methods(entries).items() if name not in studies.UNTRAINED}
-  focus = study_style.focused(list(found))
-  figure = Figure(figsize=(study_style.WIDTH, 5.4), layout="constrained")
-  axes = figure.subplots(2, 3, sharex=True).ravel()
-  for axis, (title, metric, share) in zip(axes, _DYNAMICS, strict=True):
-    for method, mine in found.items():
-      band = curve_band(mine, metric)
+  focus = study_style.focused(study_style.described(entries))
+  bands = {metric: {name: curve_band(mine, metric) for name, mine in found.items()} for _, metric, _ in _DYNAMICS}
+  panels = [panel for panel in _DYNAMICS if any(bands[panel[1]].values())]
+  rows = max(1, -(-len(panels) // 3))
+  figure = Figure(figsize=(study_style.WIDTH, 2.2 * rows + 1.0), layout="constrained")
+  grid = figure.subplots(rows, 3, sharex=True, squeeze=False)
+  axes = dict(zip((metric for _, metric, _ in panels), grid.ravel(), strict=False))
+  for title, metric, share in panels:
+    for method, band in bands[metric].items():
       if band is not None:
-        _banded_line(axis, band, looks[method], band_alpha=0.15 if method in focus else 0)
-    study_style.dress(axis, title, share=share)
+        _banded_line(axes[metric], band, looks[method], band_alpha=0.15 if method in focus else 0)
+    study_style.dress(axes[metric], title, share=share)
   # The two divergences are there to be compared.
-  top = max(axis.get_ylim()[1] for axis in axes[4:])
-  for axis in axes[4:]:
-    axis.set_ylim(0, top)
-  for axis in axes[3:]:
+  compared = [axes[metric] for metric in axes if metric.startswith("divergence/")]
+  for axis in compared:
+    axis.set_ylim(0, max(each.get_ylim()[1] for each in compared))
+  study_style.hide_rest(grid, len(panels))
+  for axis in grid.ravel()[max(0, len(panels) - 3) : len(panels)]:
     _across(axis, None)
-  drawn = [name for name in found if any(curve_band(found[name], metric) for _, metric, _ in _DYNAMICS)]
+  drawn = [name for name in found if any(each[name] for each in bands.values())]
   study_style.legend_below(figure, [looks[name].handle_plain() for name in drawn])
   study_style.heading(figure, "What happens during training", BAND + _some(focus, found))
   return figure
@@ -151,7 +155,7 @@ def exploration_figure(entries: Sequence[Entry], *, looks: Mapping[str, Style] |
     entries: of one pair; acceptance has a panel for each of the last two methods that ask for hints.
     looks: of `study_style.styles`.
   """
-  looks = looks or study_style.styles(study_style.labels_of(entries))
+  looks = looks or study_style.styles(study_style.described(entries))
   found = {name: mine for name, mine in studies.methods(entries).items() if name not in studies.UNTRAINED}
   asking = [
     name for name, mine in found.items() if any(f"hint/accept_rate@{b}" in mine[0]["curves"] for b in range(1, 11))
@@ -165,14 +169,18 @@ def exploration_figure(entries: Sequence[Entry], *, looks: Mapping[str, Style] |
     axis.set_ylim(bottom=0)
     axis.legend(handles=drawn, frameon=False, fontsize=7, ncols=1 + (len(drawn) > 4), handlelength=2.6)
   for axis, method in zip(axes[2:], asking[-2:], strict=False):
-    _acceptance_panel(axis, found[method], looks[method].label, study_style.full_colour(method))
+    _acceptance_panel(
+      axis, found[method], looks[method].label, study_style.full_colour(study_style.config_of(method, found[method][0]))
+    )
   study_style.hide_rest(grid, 2 + len(asking[-2:]))
   for axis in axes[len(asking[-2:]) : 2 + len(asking[-2:])]:
     _across(axis, None)
   study_style.heading(
     figure,
     "Exploration",
-    BAND + _some(study_style.focused(list(found)), found) + " Windows without a failed prompt have no acceptance.",
+    BAND
+    + _some(study_style.focused(study_style.described(entries)), found)
+    + " Windows without a failed prompt have no acceptance.",
   )
   return figure
 
@@ -194,7 +202,7 @@ def _metric_lines(
 ) -> list[Line2D]:
   bands = {name: curve_band(mine, metric) for name, mine in found.items()}
   known = {name: band for name, band in bands.items() if band is not None}
-  focus = study_style.focused(list(found))
+  focus = study_style.focused({name: mine[0] for name, mine in found.items()})
   for name, band in known.items():
     _banded_line(axis, band, looks[name], band_alpha=0.15 if name in focus else 0)
   return [looks[name].handle_plain() for name in known]
@@ -223,7 +231,7 @@ def _validations(found: Mapping[str, Sequence[Entry]], figure: str, quantity: st
     for name, mine in trained.items()
   }
   # What costs nothing of a quantity has no place on its axis.
-  return {name: band for name, band in bands.items() if band["across"][-1] > 0}
+  return {name: band for name, band in bands.items() if band["across"].max(initial=0) > 0}
 
 
 def _chance(items: Mapping[str, Any]) -> dict[str, float]:

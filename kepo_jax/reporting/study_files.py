@@ -22,31 +22,41 @@ from kepo_jax.reporting.study_tables import Table
 from kepo_jax.reporting.tables import markdown_table
 
 Summaries = Mapping[tuple[str, str], Mapping[str, Any]]
-# Study -> heading of what it varies -> field of the config, and its value in the configs of KEPO.
-VARIED: dict[str, dict[str, tuple[str, Any]]] = {
-  "tau": {"tau": ("objective.gate_threshold", 1.0), "gate signal": ("objective.gate_signal", "accuracy")},
-  "budget": {"B": ("exploration.rounds", 5)},
-  "gate": {"gate": ("objective.gate_mode", "positive")},
-}
+# Study -> methods that its others are compared with.
+REFERENCES: dict[str, tuple[str, ...]] = {
+  "tau": ("accuracy-1",), "budget": ("rounds-5",), "gate": ("positive",), "hints": ("hint_and_answer",),
+}  # fmt: skip
+
+
+def references_of(study: str) -> tuple[str, ...]:
+  """Methods that the others of a study are compared with; GRPO and uniform distillation unless it has its own."""
+  return REFERENCES.get(study, studies.REFERENCES)
 
 
 def summaries(
-  entries: Sequence[Entry], items: Mapping[str, Any], *, references: Sequence[str] = studies.REFERENCES
+  study: str, entries: Sequence[Entry], items: Mapping[str, Any], *, references: Sequence[str] | None = None
 ) -> dict[tuple[str, str], dict[str, Any]]:
   """Pair of student and teacher -> `studies.summarised` of its entries; the slow part of a study, to be done once."""
+  against = references_of(study) if references is None else references
   found = studies.pairs(entries)
-  return {pair: studies.summarised(mine, items, references=references) for pair, mine in found.items()}
+  return {pair: studies.summarised(mine, items, references=against) for pair, mine in found.items()}
 
 
 def varied(study: str, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
-  """Heading -> method -> value of what a study varies, for the methods of KEPO; without hints the budget is 0."""
-  mine = [entry for entry in entries if study_style.config_of(entry["method"]) in ("kepo", "kepo_ke")]
-  found = {}
-  for heading, (field, default) in VARIED.get(study, {}).items():
-    values = studies.settings(mine, field, default)
-    none = {name: 0 for name in values if study_style.config_of(name) == "kepo_ke"} if heading == "B" else {}
-    found[heading] = values | none
-  return found
+  """Heading -> method -> value of what a study varies, for the methods of KEPO."""
+  mine = [entry for entry in entries if study_style.config_of(entry["method"], entry) in ("kepo", "kepo_ke")]
+  tau = studies.settings(mine, "objective.gate_threshold", 1.0)
+  if study == "tau":
+    return {"tau": tau, "gate signal": studies.settings(mine, "objective.gate_signal", "accuracy")}
+  rounds = studies.settings(mine, "exploration.rounds", 5)
+  rounds |= {entry["method"]: 0 for entry in mine if study_style.config_of(entry["method"], entry) == "kepo_ke"}
+  if study == "budget":
+    return {"B": rounds}
+  mode = studies.settings(mine, "objective.gate_mode", "positive")
+  # A threshold that everything reaches opens the gate for all, in whichever direction it is written.
+  all_of = {name: value == "none" or (value == "positive" and tau[name] <= 0) for name, value in mode.items()}
+  direction = {name: "all" if all_of[name] else value for name, value in mode.items()}
+  return {"gate": direction, "B": rounds} if study == "gate" else {}
 
 
 def study_tables_of(
@@ -58,24 +68,25 @@ def study_tables_of(
   grid: Sequence[Entry] = (),
   rates: Sequence[float] = (),
   expected: Sequence[Mapping[str, Any]] = (),
-  references: Sequence[str] = studies.REFERENCES,
+  references: Sequence[str] | None = None,
 ) -> list[Table]:
   """All tables of a study with trainings; those of the first pair first, the other pairs have two each.
 
   Args:
-    study: "main", "tau", "budget" or "gate".
+    study: "main", "tau", "budget", "hints" or "gate".
     entries: those that count, of all pairs.
     items: the record of items.json.
     found: of `summaries`.
     grid: entries of the learning-rate grid, for its table.
     rates: planned learning rates of the grid.
     expected: planned cells of all pairs, see `study_tables.missing_cells`.
-    references: methods that all others are compared with.
+    references: methods that all others are compared with; None: `references_of`.
   """
+  against = references_of(study) if references is None else references
   tables: list[Table] = []
   for number, (pair, mine) in enumerate(studies.pairs(entries).items()):
     plan = [cell for cell in expected if (cell["student"], cell["teacher"]) == pair]
-    tables += _pair_tables(pair, mine, found[pair], plan, references, full=number == 0)
+    tables += _pair_tables(pair, mine, found[pair], plan, against, full=number == 0)
     if number == 0:
       tables += _check_tables(study, mine, items, found[pair], plan)
   if grid:
@@ -134,7 +145,7 @@ def study_figures_of(
   study: str, entries: Sequence[Entry], items: Mapping[str, Any], found: Summaries
 ) -> dict[str, Figure]:
   """Name -> figure, of a study with trainings; those of the first pair first, the other pairs have two each."""
-  looks = study_style.styles(study_style.labels_of(entries))
+  looks = study_style.styles(study_style.described(entries))
   figures: dict[str, Figure] = {}
   for number, (pair, mine) in enumerate(studies.pairs(entries).items()):
     suffix, summary = ("" if number == 0 else "-" + "-".join(pair)), found[pair]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +19,7 @@ from kepo_jax.evaluation.studies import UNTRAINED, Entry
 from kepo_jax.reporting.curves import COLOURS
 
 _BLUE, _VERMILION, _GREEN, _PINK, _SKY = COLOURS
-# Names of configs with colour and marker; the colours are Okabe and Ito's, as in `curves`. A method is called after its
-# config, and a hyphen.
+# Names of configs with colour and marker; the colours are Okabe and Ito's, as in `curves`.
 _CONFIG_LOOKS = {
   "start": ("#8A8A8A", "X"), "teacher": ("#333333", "h"), "sft": ("#E69F00", "v"), "sft_teacher": ("#E69F00", "v"),
   "grpo": (_BLUE, "s"), "rloo": (_SKY, "p"), "gkd": (_VERMILION, "^"), "kepo_ke": (_PINK, "D"), "kepo": (_GREEN, "o"),
@@ -35,6 +35,8 @@ FAMILIES = {
   "KEPO: gate and hints": ("kepo", "kepo_released", "kepo_eq7"),
 }
 _LINES: tuple[Any, ...] = ("-", (0, (4, 1.4)), (0, (1, 1)), (0, (5, 1.2, 1, 1.2)), (0, (2, 0.8)))
+_ONE_PANEL = 5  # methods whose lines can be told apart in one panel
+_SHORT = 14  # letters of a label, of which five have room beside each other
 GREY, LIGHT, TEXT = "#BDBDBD", "#E6E6E6", "#333333"
 WIDTH = 9.0  # inches; at this width letters of 8 points stay readable on a page
 
@@ -57,30 +59,34 @@ class Style:
     return Line2D([], [], color=self.colour, linestyle=self.line, linewidth=1.6, label=self.label)
 
 
-def config_of(method: str) -> str:
-  """The config that a method is called after: what stands before the first hyphen."""
-  return method.split("-")[0]
+def config_of(method: str, entry: Mapping[str, Any]) -> str:
+  """Name of the config that an entry was trained with, "kepo" for "kepo.py"; of a model as it came the method's."""
+  return pathlib.PurePath(entry.get("config") or method).stem
 
 
-def styles(labels: Mapping[str, str]) -> dict[str, Style]:
+def styles(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
   """Method -> style; of methods with one colour the last is drawn solid and full, those before it dashed and lighter.
 
   Args:
-    labels: all methods of a study with their labels, in their order.
+    described: all methods of a study, in their order, with `label` and `config` of each.
   """
-  found = {}
-  for method, label in labels.items():
-    colour, marker = _CONFIG_LOOKS.get(config_of(method), _UNKNOWN)
-    same = [name for name in labels if _CONFIG_LOOKS.get(config_of(name), _UNKNOWN)[0] == colour]
+  found, plain = {}, {method: _look(method, entry) for method, entry in described.items()}
+  for method, (colour, marker) in plain.items():
+    same = [name for name, look in plain.items() if look[0] == colour]
     place = len(same) - 1 - same.index(method)
     shade = 0.45 * place / max(1, len(same) - 1)
-    found[method] = Style(label, _lighter(colour, shade), _LINES[place % len(_LINES)], marker)
+    line = _LINES[place % len(_LINES)]
+    found[method] = Style(described[method]["label"], _lighter(colour, shade), line, marker)
   return found
 
 
-def full_colour(method: str) -> str:
-  """Colour of a method's config, however light its variant is drawn."""
-  return to_hex(_CONFIG_LOOKS.get(config_of(method), _UNKNOWN)[0])
+def _look(method: str, entry: Mapping[str, Any]) -> tuple[str, str]:
+  return _CONFIG_LOOKS.get(config_of(method, entry), _UNKNOWN)
+
+
+def full_colour(config: str) -> str:
+  """Colour of a config's methods, however light a variant is drawn."""
+  return to_hex(_CONFIG_LOOKS.get(config, _UNKNOWN)[0])
 
 
 def _lighter(colour: str, share: float) -> str:
@@ -93,25 +99,28 @@ def shades(colour: str, count: int) -> list[str]:
   return [_lighter(colour, 0.6 * (1 - i / max(1, count - 1))) for i in range(count)]
 
 
-def labels_of(entries: Sequence[Entry]) -> dict[str, str]:
-  """Method -> label, in order of appearance."""
-  return {entry["method"]: entry["label"] for entry in entries}
+def described(entries: Sequence[Entry]) -> dict[str, Entry]:
+  """Method -> its first entry, which says what it is called and with what it was trained."""
+  found: dict[str, Entry] = {}
+  for entry in entries:
+    found.setdefault(entry["method"], entry)
+  return found
 
 
-def families(methods: Sequence[str]) -> dict[str, list[str]]:
+def families(described: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
   """Title -> trained methods; one group without a title where they are few enough for one panel."""
-  trained = [method for method in methods if method not in UNTRAINED]
-  if len(trained) <= 5:
-    return {"": trained}
-  groups = {title: [m for m in trained if config_of(m) in configs] for title, configs in FAMILIES.items()}
+  trained = {method: config_of(method, entry) for method, entry in described.items() if method not in UNTRAINED}
+  if len(trained) <= _ONE_PANEL:
+    return {"": list(trained)}
+  groups = {title: [m for m, config in trained.items() if config in configs] for title, configs in FAMILIES.items()}
   known = {method for group in groups.values() for method in group}
   groups["Others"] = [method for method in trained if method not in known]
   return {title: group for title, group in groups.items() if group}
 
 
-def focused(methods: Sequence[str]) -> list[str]:
+def focused(described: Mapping[str, Mapping[str, Any]]) -> list[str]:
   """Methods that stand for their family where all at once would be unreadable: GRPO, and the last of the others."""
-  groups = families(methods)
+  groups = families(described)
   if len(groups) == 1:
     return list(*groups.values())
   return ["grpo" if "grpo" in group else group[-1] for group in groups.values()]
@@ -146,6 +155,8 @@ def heading(figure: Figure, title: str, said: str = "") -> None:
 
 def legend_below(figure: Figure, handles: Sequence[Any], *, columns: int = 4) -> None:
   """One legend for all panels, under them."""
+  if len(handles) == 5 and max(len(handle.get_label()) for handle in handles) < _SHORT:
+    columns = 5
   if handles:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False,
                   fontsize=8, handlelength=3)  # fmt: skip

@@ -80,10 +80,11 @@ def main_rows(
   Args:
     summary: of `studies.summarised`.
     expected: planned cells of this pair, see `missing_cells`.
-    references: methods of `summary["differences"]`, each a column.
+    references: methods of `summary["differences"]`, each a column if it is present or planned.
   """
   methods, named = planned(summary, expected), headings(summary)
-  less = [f"out of domain, less {methods[name][0] if name in methods else name}" for name in references]
+  references = [name for name in references if name in methods]
+  less = [f"out of domain, less {methods[name][0]}" for name in references]
   rows: list[Row] = [("method", "seeds", "learning rate", *named.values(), "format", *less)]
   for name, (label, seeds) in methods.items():
     entry = summary["methods"].get(name)

@@ -11,7 +11,7 @@ from kepo_jax.reporting.tables import Row
 _INTERVAL = re.compile(r"([-+]?[\d.]+) \[([-+]?[\d.]+), ([-+]?[\d.]+)\](.*)")
 _LATEX = {
   "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-  "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+  "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "τ": r"$\tau$", "<": r"\textless{}", ">": r"\textgreater{}",
 }  # fmt: skip
 
 

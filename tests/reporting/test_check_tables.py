@@ -18,7 +18,7 @@ def test_check_rows():
   spread = studies.stability(entries, ITEMS)
   header, *rows = check_tables.check_rows(summary, varied, stability=spread, expected=expected)
   assert header[:4] == ("method", "B", "tau", "seeds") and header[-2:] == (
-    "deviation over seeds", "over the last validations",
+    "deviation over seeds", "deviation over the last validations",
   )  # fmt: skip
   assert [row[:4] for row in rows] == [("B = 0", "0", "0.5", "2 of 3"), ("B = 1", "1", "1", "0 of 3"),
                                        ("B = 5", "5", "-", "2 of 3")]  # fmt: skip

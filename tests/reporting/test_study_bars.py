@@ -75,7 +75,7 @@ def test_what_fails_does_not_set_the_scale():
   limit = figure.axes[0].get_xlim()[1]
   far = SUMMARY["differences"]["grpo"]["sft"]["statistics"]["out_of_domain"]["mean"]
   assert far < -0.2 and limit < 0.3
-  colour = study_style.styles({name: "" for name in SUMMARY["methods"]})["sft"].colour
+  colour = study_style.styles(SUMMARY["methods"])["sft"].colour
   (arrow, *_) = [line for line in figure.axes[0].lines if line.get_color() == colour and line.get_marker() == "<"]
   assert -limit < arrow.get_xdata()[0] < -0.9 * limit
 

@@ -79,6 +79,13 @@ def test_dynamics_show_who_logs_what():
   assert "SFT, gold answers" not in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def test_what_nobody_logs_has_no_panel():
+  figure = study_curves.dynamics_figure(trained("grpo"))
+  titles = [axis.get_title(loc="left") for axis in figure.axes if axis.get_visible()]
+  assert titles == ["Accuracy of rollouts", "Reward", "Completion length, tokens", "Entropy, nats per token"]
+  assert len(study_curves.dynamics_figure(trained("sft")).axes) == 3  # none of them shown
+
+
 def test_acceptance_leaves_out_windows_without_a_failed_prompt():
   entries = trained("kepo-tau1", FEW)
   for entry in entries:

@@ -16,7 +16,7 @@ EXPECTED = [{"method": "rloo", "label": "RLOO", "student": "confused", "teacher"
 
 @pytest.fixture(scope="module")
 def found():
-  return study_files.summaries([*ENTRIES, *OTHER], ITEMS)
+  return study_files.summaries("main", [*ENTRIES, *OTHER], ITEMS)
 
 
 def test_tables_of_the_main_study(found):
@@ -46,26 +46,52 @@ def test_figures_of_the_main_study(found):
   assert study_style.full_colour("grpo") in colours[0] & colours[1]
 
 
-@pytest.mark.parametrize(("study", "field"), [("tau", "objective.gate_threshold"), ("budget", "exploration.rounds"),
-                                              ("gate", "objective.gate_mode")])  # fmt: skip
-def test_checks_have_a_table_and_a_figure(study, field):
+@pytest.mark.parametrize(
+  ("study", "overrides", "values"),
+  [
+    ("tau", {"accuracy-1": {}, "mean-0.5": {"objective.gate_signal": "mean", "objective.gate_threshold": 0.5}},
+     {"tau": {"accuracy-1": 1.0, "mean-0.5": 0.5}, "gate signal": {"accuracy-1": "accuracy", "mean-0.5": "mean"}}),
+    ("budget", {"rounds-5": {}, "rounds-0": {"exploration.rounds": 0}}, {"B": {"rounds-5": 5, "rounds-0": 0}}),
+    ("gate", {"positive": {}, "negative": {"objective.gate_mode": "negative"}, "all": {"objective.gate_threshold": 0.0},
+              "none": {"objective.gate_mode": "none"}},
+     {"gate": {"positive": "positive", "negative": "negative", "all": "all", "none": "all"}}),
+  ],
+)  # fmt: skip
+def test_checks_have_a_table_and_a_figure(study, overrides, values):
   settings = studies_data.METHODS["kepo-tau1"]
-  methods = {"grpo": settings, "kepo-new": settings, "kepo": settings, "kepo_ke": settings}
-  overrides = {"kepo-new": {field: 0.5}}
-  entries = studies_data.entries(ITEMS, methods=methods, seeds=2, overrides=overrides, free=False)
-  values = study_files.varied(study, entries)
-  heading, default = {"tau": ("tau", 1.0), "budget": ("B", 5), "gate": ("gate", "positive")}[study]
-  without = {"budget": 0}.get(study, default)
-  assert values[heading] == {"kepo-new": 0.5, "kepo": default, "kepo_ke": without}
-  found = study_files.summaries(entries, ITEMS)
-  tables = study_files.study_tables_of(study, entries, ITEMS, found)
+  entries = studies_data.entries(ITEMS, methods=dict.fromkeys(overrides, settings), seeds=2, overrides=overrides)
+  entries = [entry | ({"config": "kepo"} if entry["config"] else {}) for entry in entries]
+  found = study_files.varied(study, entries)
+  assert {heading: found[heading] for heading in values} == values
+  summaries = study_files.summaries(study, entries, ITEMS)
+  assert list(summaries["confused", "weak"]["differences"]) == [list(overrides)[0]]  # its own reference
+  tables = study_files.study_tables_of(study, entries, ITEMS, summaries)
   assert study in [table.name for table in tables] and "paper" not in [table.name for table in tables]
-  assert study in study_files.study_figures_of(study, entries, ITEMS, found)
+  assert "less" in tables[0].rows[0][-1] and "less" not in tables[0].rows[0][-2]
+  assert study in study_files.study_figures_of(study, entries, ITEMS, summaries)
+
+
+def test_without_exploration_the_budget_is_nothing():
+  entries = [
+    {"method": "x", "config": "kepo_ke"},
+    {"method": "y", "config": "kepo.py"},
+    {"method": "z", "config": "grpo"},
+  ]
+  assert study_files.varied("budget", entries) == {"B": {"x": 0, "y": 5}}
+  assert study_files.varied("main", entries) == {}
+
+
+def test_a_study_without_validation_has_its_files(tmp_path):
+  entries = [entry | {"validation": []} for entry in ENTRIES if entry["method"] != "start"]
+  found = study_files.summaries("main", entries, ITEMS)
+  tables = study_files.study_tables_of("main", entries, ITEMS, found, grid=entries[1:])
+  assert study_files.write_tables(tmp_path, tables)
+  assert "validation_steps" in study_files.study_figures_of("main", entries, ITEMS, found)
 
 
 def test_models_alone_have_no_curves():
   free = ENTRIES[:2]
-  figures = study_files.study_figures_of("main", free, ITEMS, study_files.summaries(free, ITEMS))
+  figures = study_files.study_figures_of("main", free, ITEMS, study_files.summaries("main", free, ITEMS))
   assert list(figures) == ["accuracy", "modalities", "question_types"]
 
 

@@ -11,20 +11,23 @@ from PIL import Image
 from kepo_jax.reporting import study_style
 from tests import studies_data
 
-LABELS = {name: settings[0] for name, settings in (studies_data.FREE | studies_data.METHODS).items()}
+ALL = {
+  name: {"label": settings[0], "config": "" if name in studies_data.FREE else f"{name.split('-')[0]}.py"}
+  for name, settings in (studies_data.FREE | studies_data.METHODS).items()
+}
 
 
 def test_methods_look_different_and_alike_in_every_study():
-  looks = study_style.styles(LABELS)
+  looks = study_style.styles(ALL)
   assert len({(look.colour, str(look.line), look.marker) for look in looks.values()}) == len(looks)
-  fewer = study_style.styles({name: LABELS[name] for name in ("grpo", "kepo-tau1")})
+  fewer = study_style.styles({name: ALL[name] for name in ("grpo", "kepo-tau1")})
   assert fewer["grpo"] == looks["grpo"] and fewer["kepo-tau1"] == looks["kepo-tau1"]  # the last of a family is full
   assert looks["kepo-tau1"].colour == study_style.full_colour("kepo") and looks["kepo-tau1"].line == "-"
-  assert study_style.full_colour("kepo-tau0") == study_style.full_colour("kepo_released")
+  assert study_style.full_colour("kepo") == study_style.full_colour("kepo_released")
 
 
 def test_families_can_be_told_apart_without_colours():
-  looks = study_style.styles(LABELS)
+  looks = study_style.styles(ALL)
   markers = [
     looks[name].marker for name in ("sft", "grpo", "rloo", "gkd-1", "kepo_ke-tau1", "kepo-tau1", "start", "teacher")
   ]
@@ -38,14 +41,22 @@ def test_shades_go_from_light_to_full():
 
 
 def test_families_and_their_representatives():
-  groups = study_style.families(list(LABELS))
+  groups = study_style.families(ALL)
   assert groups["Uniform distillation"] == ["gkd-0", "gkd-0.5", "gkd-1"] and "start" not in sum(groups.values(), [])
-  assert study_style.focused(list(LABELS)) == ["sft_teacher", "grpo", "gkd-1", "kepo_ke-tau1", "kepo-tau1"]
-  assert study_style.families(["start", "grpo", "kepo"]) == {"": ["grpo", "kepo"]} and study_style.focused(
-    ["kepo"]
-  ) == ["kepo"]
-  many = [f"new-{n}" for n in range(6)]
-  assert study_style.families(many) == {"Others": many}
+  assert study_style.focused(ALL) == ["sft_teacher", "grpo", "gkd-1", "kepo_ke-tau1", "kepo-tau1"]
+  few = {name: ALL[name] for name in ("start", "grpo", "kepo-tau1")}
+  assert study_style.families(few) == {"": ["grpo", "kepo-tau1"]} and study_style.focused(few) == ["grpo", "kepo-tau1"]
+  many = {f"new-{n}": {"label": "", "config": "own.py"} for n in range(6)}
+  assert study_style.families(many) == {"Others": list(many)}
+
+
+def test_a_method_belongs_to_its_config_whatever_it_is_called():
+  entries = [{"method": "rounds-2", "label": "B = 2", "config": "kepo"}, {"method": "start", "label": "", "config": ""}]
+  assert [study_style.config_of(entry["method"], entry) for entry in entries] == ["kepo", "start"]
+  assert study_style.config_of("x", {"config": "experiments/configs/kepo_ke.py"}) == "kepo_ke"
+  described = study_style.described([*entries, entries[0] | {"label": "later"}])
+  assert described == {"rounds-2": entries[0], "start": entries[1]}
+  assert study_style.styles(described)["rounds-2"].colour == study_style.full_colour("kepo")
 
 
 def simple():

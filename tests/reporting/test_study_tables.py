@@ -44,7 +44,7 @@ def test_planned_methods_without_entries_are_missing():
 
 
 def test_a_reference_without_entries_is_missing():
-  header, first, *_ = study_tables.main_rows(SUMMARY, references=("rloo",), expected=EXPECTED)
+  header, first, *_ = study_tables.main_rows(SUMMARY, references=("rloo", "unknown"), expected=EXPECTED)
   assert header[-1] == "out of domain, less RLOO" and first[-1] == "missing"
 
 

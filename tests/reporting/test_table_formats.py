@@ -45,3 +45,4 @@ def test_what_latex_would_read_is_escaped():
     r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\textless{}e\textgreater{}\$\#"
   )
   assert table_formats.latex_text("out-of-domain gkd-1, -1") == "out-of-domain gkd-1, $-$1"
+  assert table_formats.latex_text("τ = 1") == r"$\tau$ = 1"
