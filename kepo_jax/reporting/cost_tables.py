@@ -1,0 +1,113 @@
+"""What a study's methods cost, what they had reached at the same cost, and how their learning rates were chosen."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kepo_jax.evaluation import equal_cost, studies
+from kepo_jax.evaluation.studies import Entry
+from kepo_jax.reporting.study_tables import MISSING, percent
+from kepo_jax.reporting.tables import Row
+
+BEYOND = "beyond its budget"
+RANGES = "Brackets: the lowest and the highest seed."
+
+
+def cost_rows(entries: Sequence[Entry], *, expected: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
+  """What a training cost, means over seeds: tokens in thousands, seconds, CPU seconds."""
+  found = studies.methods(entries)
+  rows: list[Row] = [("method", "student tokens, thousands", "teacher tokens, thousands", "seconds", "CPU seconds")]
+  for name, label in _trained(found, expected).items():
+    costs = [entry["cost"] for entry in found.get(name, [])]
+    if not costs:
+      rows.append((label, *[MISSING] * 4))
+      continue
+    tokens = [f"{np.mean([cost[key] for cost in costs]) / 1e3:,.1f}" for key in ("student_tokens", "teacher_tokens")]
+    seconds = [_number([cost.get(key) for cost in costs]) for key in ("seconds", "cpu_seconds")]
+    rows.append((label, *tokens, *seconds))
+  return rows
+
+
+def equal_cost_rows(
+  entries: Sequence[Entry],
+  figure: str = "out_of_domain",
+  *,
+  expected: Sequence[Mapping[str, Any]] = (),
+  reference: str = "grpo",
+) -> list[Row]:
+  """Validation accuracy at equal steps and at equal cost: what the cheapest training cost, and what the reference did.
+
+  Args:
+    entries: of one pair, "start" among them.
+    figure: of `equal_cost.FIGURES`.
+    expected: planned cells of this pair.
+    reference: method whose smallest final cost is the second budget.
+  """
+  found = studies.methods(entries)
+  trained = _trained(found, expected)
+  steps = max((entry["steps"] for name in trained for entry in found.get(name, [])), default=0)
+  columns = [(f"after {steps} steps", {name: _at_the_end(found.get(name, []), figure) for name in trained})]
+  for quantity, unit in (("seconds", "s"), ("tokens", "tokens")):
+    own = [equal_cost.cost(entry["cost"], quantity) for entry in found.get(reference, [])]
+    budgets = {"": equal_cost.smallest_budget(entries, quantity)}
+    budgets |= {f", {found[reference][0]['label']}'s": min(own)} if min(own, default=0) > 0 else {}
+    for whose, budget in budgets.items():
+      read = equal_cost.accuracy_at_cost(entries, quantity, budget=budget)
+      if budget is not None:
+        columns.append((f"after {_amount(budget)} {unit}{whose}", {name: each[figure] for name, each in read.items()}))
+  rows: list[Row] = [("method", *(heading for heading, _ in columns))]
+  rows += [(label, *(_read(cells.get(name)) for _, cells in columns)) for name, label in trained.items()]
+  return rows
+
+
+def grid_rows(
+  entries: Sequence[Entry], *, rates: Sequence[float] = (), labels: Mapping[str, str] | None = None
+) -> list[Row]:
+  """Validation accuracy per learning rate in percent; the chosen one has an asterisk.
+
+  Args:
+    entries: of the grid, one pair.
+    rates: planned ones; those of the entries are added.
+    labels: planned methods; those of the entries are added.
+  """
+  means, chosen = studies.rate_means(entries), studies.chosen_rates(entries)
+  shown = {**(labels or {})} | {entry["method"]: entry["label"] for entry in entries if entry["seed"] is not None}
+  columns = sorted({*rates, *(rate for found in means.values() for rate in found)})
+  rows: list[Row] = [("method", *(f"{rate:g}" for rate in columns))]
+  for name, label in shown.items():
+    found = means.get(name, {})
+    mark = {rate: " *" if rate == chosen.get(name) else "" for rate in columns}
+    rows.append((label, *(f"{100 * found[rate]:.1f}{mark[rate]}" if rate in found else MISSING for rate in columns)))
+  return rows
+
+
+def _trained(found: Mapping[str, Sequence[Entry]], expected: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+  labels = {cell["method"]: cell["label"] for cell in expected} | {
+    name: mine[0]["label"] for name, mine in found.items()
+  }
+  return {name: label for name, label in labels.items() if name not in studies.UNTRAINED}
+
+
+def _number(values: Sequence[float | None]) -> str:
+  known = [value for value in values if value is not None]
+  return f"{np.mean(known):,.1f}" if known else MISSING
+
+
+def _amount(value: float) -> str:
+  return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _at_the_end(entries: Sequence[Entry], figure: str) -> dict[str, Any] | None:
+  last = [max(entry["validation"], key=lambda record: record["step"]) for entry in entries if entry["validation"]]
+  values = [record[figure] for record in last if record[figure] is not None]
+  return {"mean": float(np.mean(values)), "low": min(values), "high": max(values)} if values else None
+
+
+def _read(entry: Mapping[str, Any] | None) -> str:
+  if entry is None:
+    return MISSING
+  if entry["mean"] is not None and math.isnan(entry["mean"]):
+    return "-"  # no validation question of that kind
+  return BEYOND if entry["mean"] is None else percent(entry)

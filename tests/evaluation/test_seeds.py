@@ -1,0 +1,213 @@
+"""The bootstrap over seeds and questions against closed forms, simulated truth and a slow loop."""
+
+import numpy as np
+import pytest
+
+from kepo_jax.evaluation import seeds
+from tests import studies_data
+
+
+def one_group(count):
+  """A benchmark of one modality and one question type."""
+  zeros = [0] * count
+  return {"modalities": ["CT"], "modality": zeros, "question_types": ["any"], "question_type": zeros,
+          "image": list(range(count)), "train_modality": "CT", "unseen": []}  # fmt: skip
+
+
+def crossed(rng, size, count, *, by_seed=0.02, by_item=0.3, both=0.2):
+  """float[size, count] with effects of seed, question and both around 0.5; the parameters are standard deviations."""
+  return (
+    0.5 + rng.normal(0, by_seed, (size, 1)) + rng.normal(0, by_item, (1, count)) + rng.normal(0, both, (size, count))
+  )
+
+
+def spread(values, plan, *, factor, resamples=4000, seed=0):
+  """Bootstrap draws of `overall` of one method."""
+  draws = seeds.item_draws(values, plan, resamples=resamples, seed=seed)
+  shifts = seeds.seed_shifts(range(len(values)), resamples=resamples, seed=seed)
+  return seeds.mean_draws(seeds.points(values, plan), draws, shifts, factor)[:, plan.names.index("overall")]
+
+
+def test_variance_given_the_data(rng):
+  size, count = 5, 80
+  values = crossed(rng, size, count, by_seed=0.03)
+  rows = values.mean(axis=1) - values.mean()
+  columns = values.mean(axis=0) - values.mean()
+  both = values - values.mean() - rows[:, None] - columns
+  # Draws of S seeds and of N questions are independent; e / N is taken from the variance between seeds.
+  between, noise = (rows**2).sum() / (size - 1), (both**2).sum() / (size - 1) / count**2
+  assert 0.2 < noise / between < 0.8
+  exact = 4 * (rows**2).sum() / size**2 * (1 - noise / between) + (columns**2).sum() / count**2
+  drawn = spread(values, seeds.design(one_group(count)), factor=2.0, resamples=8000)
+  assert drawn.var() == pytest.approx(exact, rel=0.05) and drawn.mean() == pytest.approx(values.mean(), abs=0.003)
+
+
+def test_variance_over_data_sets_is_that_of_random_effects(rng):
+  size, count, (a, b, e) = 6, 50, (0.1, 0.3, 0.2)
+  plan = seeds.design(one_group(count))
+  data = [crossed(rng, size, count, by_seed=a, by_item=b, both=e) for _ in range(300)]
+  # S seeds have (S - 1) / S of the variance: with that factor, and without Student's, the estimate is unbiased.
+  factor = np.sqrt(size / (size - 1))
+  found = np.mean([spread(values, plan, factor=factor, resamples=300).var(ddof=1) for values in data])
+  truth = a**2 / size + b**2 / count + e**2 / (size * count)
+  assert found == pytest.approx(truth, rel=0.06)
+  assert np.var([values.mean() for values in data]) == pytest.approx(truth, rel=0.25)
+
+
+def coverage(rng, size, count, factor, trials=300, **effects):
+  plan, hit = seeds.design(one_group(count)), 0
+  for trial in range(trials):
+    values = crossed(rng, size, count, **effects)
+    low, high = np.percentile(spread(values, plan, factor=factor, resamples=300, seed=trial), [2.5, 97.5])
+    hit += low <= 0.5 <= high
+  return hit / trials
+
+
+@pytest.mark.parametrize("effects", [{"by_seed": 0.15, "by_item": 0.2}, {"by_seed": 0.0}, {"by_seed": 0.05}])
+def test_intervals_cover_the_truth(rng, effects):
+  assert 0.915 <= coverage(rng, 5, 60, seeds.widening(5), **effects) <= 0.985
+
+
+def test_without_student_they_would_miss_it(rng):
+  assert coverage(rng, 3, 60, 1.0, by_seed=0.2) < 0.85 < 0.9 < coverage(rng, 3, 60, seeds.widening(3), by_seed=0.2)
+
+
+def test_equal_seeds_leave_the_spread_of_questions(rng):
+  right = rng.random(120) < 0.7
+  plan = seeds.design(one_group(120))
+  found = seeds.bootstrap({"once": {0: right}, "often": {0: right, 1: right, 2: right}}, plan, resamples=500)["methods"]
+  (once, often) = (found[name]["statistics"]["overall"] for name in ("once", "often"))
+  assert [often[key] for key in ("mean", "low", "high")] == pytest.approx(
+    [once[key] for key in ("mean", "low", "high")]
+  )
+  assert (found["once"]["interval"], found["often"]["interval"]) == ("items", "seeds and items")
+  # Of 120 questions: 1.96 sqrt(p (1 - p) / 120) on each side.
+  p = right.mean()
+  assert once["high"] - once["low"] == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 120), rel=0.15)
+
+
+def test_equal_questions_leave_the_spread_of_seeds():
+  # Each seed answers all questions with its own figure: draws are means of 5 figures, exactly.
+  values = np.repeat([[0.5], [0.6], [0.55], [0.7], [0.65]], 40, axis=1)
+  plan = seeds.design(one_group(40))
+  weights = 1 / 5 + seeds.widening(5) * seeds.seed_shifts(range(5), resamples=2000)
+  found = seeds.bootstrap({"m": dict(enumerate(values))}, plan, resamples=2000)["methods"]["m"]["statistics"]["overall"]
+  np.testing.assert_allclose(
+    [found["low"], found["high"]], np.percentile(weights @ values[:, 0], [2.5, 97.5]), atol=1e-6
+  )
+  half = 2.776 * np.std(values[:, 0], ddof=1) / np.sqrt(5)  # Student's interval with 4 degrees of freedom
+  assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.08)
+  assert found["values"] == pytest.approx(values[:, 0])
+
+
+def test_a_slow_loop_with_the_same_draws(rng):
+  items = studies_data.items(6, questions_per_image=2)
+  items["question_type"] = [n % 5 for n in range(48)]
+  plan, right = seeds.design(items), rng.random((3, 48)) < 0.6
+  fast = seeds.item_draws(right, plan, resamples=700, seed=4)
+  counts = np.concatenate(list(seeds.cluster_counts(plan, resamples=700, seed=4))).astype(int)
+  assert counts.shape == (700, 24) and (counts.reshape(700, 8, 3).sum(axis=2) == 3).all()
+  names = np.array(items["modalities"])[items["modality"]]
+  for draw in (0, 1, 499, 500, 699):
+    picked = [n for cluster in range(24) for n in [2 * cluster, 2 * cluster + 1] * counts[draw, cluster]]
+    shares = {name: right[:, [n for n in picked if names[n] == name]].mean(axis=1) for name in items["modalities"]}
+    others = [shares[name] for name in items["modalities"] if name != "MRI"]
+    seen = [shares[name] for name in items["modalities"] if name not in ("MRI", "Fundus Photography")]
+    for name, expected in {
+      "in_domain": shares["MRI"], "out_of_domain": np.mean(others, axis=0), "unseen": shares["Fundus Photography"],
+      "out_of_domain_seen": np.mean(seen, axis=0), "modalities/CT": shares["CT"],
+      "overall": right[:, picked].mean(axis=1),
+      "question_types/Lesion Grading": right[:, [n for n in picked if n % 5 == 2]].mean(axis=1),
+    }.items():  # fmt: skip
+      np.testing.assert_allclose(fast[draw, :, plan.names.index(name)], expected, atol=1e-6, err_msg=name)
+
+
+def test_points_are_means_of_groups(rng):
+  items = studies_data.items(10)
+  right = rng.random(80) < 0.5
+  found = dict(zip(*[seeds.design(items).names, seeds.points(right[None], seeds.design(items))[0]], strict=True))
+  each = right.reshape(8, 10).mean(axis=1)
+  assert found["in_domain"] == pytest.approx(each[3]) and found["unseen"] == pytest.approx(each[2])
+  assert found["out_of_domain"] == pytest.approx(np.delete(each, 3).mean(), rel=1e-6)
+  assert found["out_of_domain_seen"] == pytest.approx(np.delete(each, [2, 3]).mean(), rel=1e-6)
+
+
+def test_a_benchmark_without_an_unseen_modality_has_no_such_figure():
+  items = studies_data.items(4) | {"unseen": []}
+  names = seeds.design(items).names
+  assert "unseen" not in names and "out_of_domain_seen" in names
+  assert "out_of_domain" not in seeds.design(one_group(3)).names
+
+
+def test_a_draw_without_a_question_of_a_type_is_left_out():
+  items = one_group(6) | {"question_types": ["any", "rare"], "question_type": [0, 0, 0, 0, 0, 1]}
+  plan = seeds.design(items)
+  draws = seeds.item_draws(np.ones((1, 6)), plan, resamples=600)[:, 0]
+  empty = np.isnan(draws[:, plan.names.index("question_types/rare")]).mean()
+  assert empty == pytest.approx((5 / 6) ** 6, abs=0.06)  # none of six draws
+  assert np.isfinite(draws[:, plan.names.index("overall")]).all()
+  found = seeds.bootstrap({"m": {None: np.ones(6)}}, plan, resamples=600)["methods"]["m"]["statistics"]
+  assert (found["question_types/rare"]["low"], found["question_types/rare"]["high"]) == (1, 1)
+
+
+def test_differences_are_paired(rng):
+  # Two methods that fail at the same questions but for some: their difference is nearly certain, each is not.
+  hard = rng.random((4, 200)) < 0.5
+  better = hard | (rng.random((4, 200)) < 0.15)
+  answers = {"base": dict(enumerate(hard)), "better": dict(enumerate(better))}
+  found = seeds.bootstrap(answers, seeds.design(one_group(200)), references=("base", "absent"), resamples=800)
+  assert list(found["differences"]) == ["base"] and list(found["differences"]["base"]) == ["better"]
+  entry = found["differences"]["base"]["better"]
+  assert entry["seeds"] == [0, 1, 2, 3] and entry["paired"] and entry["interval"] == "seeds and items"
+  gap = entry["statistics"]["overall"]
+  np.testing.assert_allclose(gap["values"], (better.astype(float) - hard).mean(axis=1), atol=1e-9)
+  alone = found["methods"]["better"]["statistics"]["overall"]
+  assert 0 < gap["low"] < gap["mean"] < gap["high"] and gap["high"] - gap["low"] < 0.8 * (alone["high"] - alone["low"])
+
+
+def test_a_method_less_itself_is_nothing(rng):
+  right = dict(enumerate(rng.random((3, 50)) < 0.5))
+  found = seeds.bootstrap({"a": right, "b": right}, seeds.design(one_group(50)), references=("a",), resamples=200)
+  entry = found["differences"]["a"]["b"]["statistics"]["overall"]
+  assert (entry["mean"], entry["low"], entry["high"]) == (0, 0, 0)
+
+
+def test_which_seeds_are_paired(rng):
+  def some(*numbers):
+    return {number: rng.random(40) < 0.5 for number in numbers}
+
+  answers = {"base": some(0, 1, 2), "two": some(1, 2, 3), "one": some(2), "other": some(7, 8), "start": some(None)}
+  found = seeds.bootstrap(answers, seeds.design(one_group(40)), references=("base", "start"), resamples=300)
+  less = found["differences"]["base"]
+  assert [less[name]["seeds"] for name in ("two", "one", "other")] == [[1, 2], [2], [7, 8]]
+  assert [less[name]["paired"] for name in ("two", "one", "other", "start")] == [True, True, False, True]
+  assert less["one"]["interval"] == "items" and less["other"]["interval"] == "seeds and items"
+  apart = less["other"]["statistics"]["overall"]
+  expected = np.mean([answers["other"][n].mean() for n in (7, 8)]) - np.mean(
+    [answers["base"][n].mean() for n in range(3)]
+  )
+  assert apart["mean"] == pytest.approx(expected) and apart["low"] < expected < apart["high"] and "values" not in apart
+  both = answers["two"], answers["base"]
+  expected = [float(both[0][n].mean() - both[1][n].mean()) for n in (1, 2)]
+  assert less["two"]["statistics"]["overall"]["values"] == pytest.approx(expected)
+  gain = found["differences"]["start"]["base"]
+  assert gain["seeds"] == [0, 1, 2] and gain["interval"] == "seeds and items"
+  loss = found["differences"]["base"]["start"]
+  assert loss["seeds"] == [0, 1, 2] and loss["interval"] == "seeds and items"
+  assert loss["statistics"]["overall"]["mean"] == pytest.approx(-gain["statistics"]["overall"]["mean"])
+  assert loss["statistics"]["overall"]["low"] == pytest.approx(-gain["statistics"]["overall"]["high"], abs=1e-6)
+
+
+def test_the_same_data_give_the_same_intervals(rng):
+  answers = {"m": dict(enumerate(rng.random((4, 90)) < 0.5))}
+  plan = seeds.design(one_group(90))
+  first, again = (seeds.bootstrap(answers, plan, resamples=100) for _ in range(2))
+  assert first == again != seeds.bootstrap(answers, plan, resamples=100, seed=1)
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.7062), (4, 2.7764), (9, 2.2622), (10, 2.2281), (30, 2.0423)])
+def test_quantiles_of_student(freedom, expected):
+  assert seeds.t_quantile(freedom) == pytest.approx(expected, abs=2e-4)
+  if freedom < 10:  # against simulation
+    drawn = np.abs(np.random.default_rng(freedom).standard_t(freedom, 200_000))
+    assert np.mean(drawn > expected) == pytest.approx(0.05, abs=0.003)
