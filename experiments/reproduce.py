@@ -20,7 +20,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments import environment, studies, study_runs
+from experiments import environment, studies, study_report, study_runs
+from kepo_jax.evaluation import studies as study_statistics
 from kepo_jax.reporting.panels import human_time
 
 _STUDY = flags.DEFINE_enum("study", "main", list(studies.STUDIES), "What is compared: experiments/studies.py.")
@@ -52,8 +53,24 @@ def main(_: list[str]) -> None:
       faults = run_study(study, place, Console(stderr=True))
     except KeyboardInterrupt:
       raise SystemExit("stopped; what was finished is kept, and the same command goes on.") from None
+  report(study, place)
   if faults:
     raise SystemExit("\n".join(f"error: {cell}: {fault}" for cell, fault in faults.items()))
+
+
+def report(study: studies.Study, place: study_runs.Place) -> None:
+  """Writes tables, figures and page of what there is.
+
+  Raises:
+    ValueError: there is nothing.
+  """
+  results = results_of(study.name, place.benchmark)
+  if not results.entries:
+    raise ValueError(f"{results.folder} holds no finished run of {study.name}; leave --norun away to make some.")
+  grid = list(studies.grid(study, place.benchmark, _SEEDS.value))
+  rates = chosen_rates(grid, place, results_of("main", place.benchmark))
+  written = study_report.write(study, place, results, grid=grid, rates=rates, seeds=_SEEDS.value)
+  print(written)
 
 
 def _interrupt() -> None:
@@ -135,22 +152,9 @@ def chosen_rates(
   grid: Sequence[studies.Cell], place: study_runs.Place, results: study_runs.Results
 ) -> dict[str, float]:
   """Method -> the learning rate with the best validation; methods whose grid has holes are left out."""
-  found: dict[str, list[Any]] = {}
-  for cell in grid:
-    found.setdefault(cell.method.name, []).append(results.entry(cell, place.digest(cell)))
-  return {name: best_learning_rate(entries) for name, entries in found.items() if all(entries)}
-
-
-def best_learning_rate(entries: Sequence[Mapping[str, Any]]) -> float:
-  """The rate with the best last validation over all modalities, mean over seeds; of equals the smallest.
-
-  Args:
-    entries: of one method's grid; what they say of the test is not looked at.
-  """
-  found: dict[float, list[float]] = {}
-  for entry in entries:
-    found.setdefault(entry["learning_rate"], []).append(entry["validation"][-1]["overall"])
-  return max(sorted(found), key=lambda rate: sum(found[rate]) / len(found[rate]))
+  found = [(cell.method.name, results.entry(cell, place.digest(cell))) for cell in grid]
+  lacking = {name for name, entry in found if entry is None}
+  return study_statistics.chosen_rates([entry for name, entry in found if entry and name not in lacking])
 
 
 def run_missing(

@@ -33,6 +33,7 @@ CURVES = (
 _ACCEPTED = "hint/accept_rate@"
 # Sections and fields that change nothing of what is learnt.
 _IDLE_SECTIONS = ("checkpoint", "log", "profile")
+_ASKED = ("data.", "model.", "eval.prompt", "eval.max_new_tokens")  # what an evaluation without training depends on
 _STUDENT_TOKENS, _TEACHER_TOKENS = ("tokens/sampled", "tokens/trained"), ("tokens/written", "tokens/scored")
 
 
@@ -53,7 +54,8 @@ class Place:
         config["model"]["teacher"] = ""
     else:
       role = "teacher" if cell.method == studies.TEACHER else "student"
-      config = {"evaluated": self.benchmark.models[getattr(cell.pair, role)], **self.benchmark.overrides}
+      asked = {name: value for name, value in self.benchmark.overrides.items() if name.startswith(_ASKED)}
+      config = {"evaluated": self.benchmark.models[getattr(cell.pair, role)], **asked}
     told = json.dumps([self.benchmark.name, config, _frozen(self.benchmark)], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
@@ -351,10 +353,14 @@ class Results:
     """All of the study, in the order of the file."""
     return [entry for _, entry in sorted(self._entries.items())]
 
-  def entry(self, cell: studies.Cell, digest: str) -> dict[str, Any] | None:
-    """What is known of a cell, also from another line or study that computed the same; None where nothing is."""
+  def own(self, cell: studies.Cell, digest: str) -> dict[str, Any] | None:
+    """The entry of a cell; None where there is none, or one of another version of the data or the config."""
     found = self._entries.get(_key(_identity(cell)))
-    if found and found["digest"] == digest:
+    return found if found and found["digest"] == digest else None
+
+  def entry(self, cell: studies.Cell, digest: str) -> dict[str, Any] | None:
+    """`own`, also where another line or study has computed the same; None where nobody has."""
+    if found := self.own(cell, digest):
       return found
     if digest not in self._known:
       return None

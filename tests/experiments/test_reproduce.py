@@ -109,12 +109,6 @@ def test_a_finished_run_that_nobody_had_read_is_not_run_again(reproduce, made, t
   assert "cpu_seconds" not in entries(tmp_path, "main")[0]["cost"]  # nobody measured them
 
 
-def test_equal_rates_go_to_the_smaller_one(reproduce):
-  grid = [{"learning_rate": rate, "validation": [{"overall": 0.0}, {"overall": value}]}
-          for rate, value in ((3e-4, 0.5), (1e-4, 0.4), (3e-4, 0.7), (1e-4, 0.8), (2e-4, 0.1))]  # fmt: skip
-  assert reproduce.best_learning_rate(grid) == 1e-4
-
-
 def test_fields_have_the_types_of_the_config(reproduce):
   given = ["train.steps=2", "eval.test=False", "data.prompt_buckets=56,128", "optimizer.eps=1e-6", "data.resize=native"]
   assert reproduce.fields(given) == {
