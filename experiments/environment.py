@@ -10,7 +10,7 @@ import jax
 from absl import flags, logging
 
 from experiments import clusters
-from kepo_jax import storage
+from kepo_jax import sharding, storage
 
 
 def prepare() -> None:
@@ -20,6 +20,17 @@ def prepare() -> None:
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(storage.cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def device_mesh(fsdp: int, tensor: int) -> jax.sharding.Mesh:
+  """All devices: --fsdp and --tensor as asked for, data with the rest.
+
+  Raises:
+    ValueError: the devices do not divide.
+  """
+  if jax.device_count() % (fsdp * tensor):
+    raise ValueError(f"--fsdp={fsdp} x --tensor={tensor} does not divide {jax.device_count()} devices.")
+  return sharding.make_mesh(data=-1, fsdp=fsdp, tensor=tensor)
 
 
 def define_process_flags() -> None:

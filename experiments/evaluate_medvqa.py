@@ -233,17 +233,6 @@ def image_size(model: pathlib.Path) -> tuple[str, str]:
   return config.data.resize, f"the default {known}; the model's folder has no kepo_resize"
 
 
-def device_mesh() -> jax.sharding.Mesh:
-  """All devices: --fsdp and --tensor as asked for, data with the rest.
-
-  Raises:
-    ValueError: the devices do not divide.
-  """
-  if jax.device_count() % (_FSDP.value * _TENSOR.value):
-    raise ValueError(f"--fsdp={_FSDP.value} x --tensor={_TENSOR.value} does not divide {jax.device_count()} devices.")
-  return sharding.make_mesh(data=-1, fsdp=_FSDP.value, tensor=_TENSOR.value)
-
-
 def sampling_settings(tokens: int) -> programs.SamplingSettings:
   """Greedy or sampled, as the flags say.
 
@@ -341,7 +330,7 @@ def run(check_lock: Callable[[], None]) -> None:
     raise ValueError(f"--templates={family} is unknown; use one of {sorted(prompts.TEMPLATES)}.")
   resize, why = image_size(model)
   console.print(f"images: {resize}, {why}", markup=False, highlight=False, soft_wrap=True)
-  mesh = device_mesh()
+  mesh = environment.device_mesh(_FSDP.value, _TENSOR.value)
   processor = pipeline.Processor.from_directory(
     model,
     templates=prompts.TEMPLATES[family],

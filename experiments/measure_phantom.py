@@ -6,21 +6,24 @@ Accuracy is on the frozen test items; cliffs (no accurate rollout of 8 at temper
 items, which no model has seen. Each `record.json` gets its own figures under "measured".
 """
 
-import functools
 import json
 import pathlib
 import time
-from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 
-from kepo_jax import exploration, rewards, sampling
+from experiments import environment
+from kepo_jax import exploration, rewards
 from kepo_jax.data import omnimedvqa, prompts
 from kepo_jax.data.phantom import build
 from kepo_jax.data.pipeline import Processor
 from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.training import groups as grouping
+from kepo_jax.training import hints
+from kepo_jax.training.batches import BatchedModel
+from kepo_jax.training.programs import SamplingSettings
 from kepo_jax.types import Example
 
 _MODELS = flags.DEFINE_string("models", "experiments/assets/phantom", "Folder that holds the model folders.")
@@ -28,47 +31,24 @@ _NAMES = flags.DEFINE_list("names", ["confused", "noisy", "strong", "weak"], "Mo
 _DATA = flags.DEFINE_string("data", "runs/phantom-data", "Where the benchmark is, or is written.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
 _LIMIT = flags.DEFINE_integer("limit", 300, "Test items per modality, and training items for cliffs.")
-BATCH = 100
+BATCH, TOKENS = 100, 32  # questions at a time; longest completion and hint
 STUDENTS, TEACHERS = ("confused", "noisy"), ("strong", "weak")
 
 
 class Model:
   """A model folder that answers questions."""
 
-  def __init__(self, folder: pathlib.Path):
-    self.config, self.params = conversion.load_pretrained(folder)
-    self.processor = Processor.from_directory(folder, templates=prompts.TEMPLATES["brief"], prompt_buckets=(40, 56))
-    self._programs: dict = {}
+  def __init__(self, folder: pathlib.Path, mesh: jax.sharding.Mesh):
+    processor = Processor.from_directory(folder, templates=prompts.TEMPLATES["brief"], prompt_buckets=(40, 56))
+    loaded = conversion.load_pretrained(folder, mesh=mesh, layout="decode", separate=True)
+    self.batched = BatchedModel(*loaded, processor, mesh, size=BATCH)
 
   def answers(self, examples: list[Example], kind: str, *, samples: int = 1, temperature: float = 0.0, seed: int = 0,
-              hints: list[str] | None = None, grey: bool = False) -> list[list[str]]:  # fmt: skip
+              control: str = "none") -> list[list[str]]:  # fmt: skip
     """Texts of `samples` completions for each question."""
-    texts = []
-    for start in range(0, len(examples), BATCH):
-      part = examples[start : start + BATCH]
-      padded = part + part[:1] * (BATCH - len(part))
-      shown = None if hints is None else hints[start : start + BATCH] + [""] * (BATCH - len(part))
-      batch = self.processor.prompts(padded, kind, hints=shown)
-      if grey:
-        batch.vision.patches[:] = 0.0
-      rollouts = self._program(samples, temperature)(self.params, batch, jax.random.key(seed))
-      tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
-      flat = self.processor.decode(tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
-      texts += [flat[i * samples : (i + 1) * samples] for i in range(len(part))]
-    return texts
-
-  def _program(self, samples: int, temperature: float):
-    if (samples, temperature) not in self._programs:
-      options: dict[str, Any] = {
-        "samples": samples,
-        "temperature": temperature,
-        "max_new_tokens": 32,
-        "end_ids": self.processor.end_ids,
-        "pad_id": self.processor.pad_id,
-        "allowed": self.processor.allowed,
-      }
-      self._programs[samples, temperature] = jax.jit(functools.partial(sampling.sample, self.config, **options))
-    return self._programs[samples, temperature]
+    settings = SamplingSettings(samples, TOKENS, temperature)
+    rollouts = self.batched.rollouts(examples, kind, settings, jax.random.key(seed), control=control)
+    return grouping.texts_of(self.batched.processor, rollouts, prompts=len(examples)).tolist()
 
 
 def accuracies(texts: list[list[str]], examples: list[Example]) -> np.ndarray:
@@ -98,7 +78,7 @@ def alone(model: Model, test: list[Example], train: list[Example]) -> dict:
     "out_of_domain": round(float(np.mean([value for name, value in per_modality.items() if name != "MRI"])), 4),
     "by_type": mean_by(right, [example.question_type for example in test]),
     "no_think": round(float(accuracies(model.answers(some, "no_think"), some).mean()), 4),
-    "grey_image": round(float(accuracies(model.answers(some, "evaluation", grey=True), some).mean()), 4),
+    "grey_image": round(float(accuracies(model.answers(some, "evaluation", control="blank"), some).mean()), 4),
     "cliff_rate": round(float((hits == 0).all(axis=1).mean()), 4),
     "sampled_accuracy": round(float(hits.mean()), 4),
     "sampled_format": round(float(np.mean([rewards.strict_format(text) for row in texts for text in row])), 4),
@@ -107,35 +87,51 @@ def alone(model: Model, test: list[Example], train: list[Example]) -> dict:
 
 
 def with_hints(student: Model, teacher: Model, train: list[Example], kind: str) -> dict[str, float]:
-  """On the student's cliffs: share of prompts with an accepted candidate of 2, by round, a new hint each round."""
+  """On the student's cliffs: share of prompts with an accepted candidate of 2, by round, a new hint each round.
+
+  `candidate_rate` and `hints_parsed` are those of the first round.
+  """
   hits = accuracies(student.answers(train, "think", samples=8, temperature=1.0, seed=1), train)
   cliffs = [example for example, row in zip(train, hits, strict=True) if not row.any()]
-  accepted = np.zeros(len(cliffs), bool)
+  outcome = hints.all_rounds(
+    student.batched,
+    teacher.batched,
+    cliffs,
+    lambda purpose, attempt: jax.random.key({"hint": 10, "candidate": 20}[purpose] + attempt),
+    hint=SamplingSettings(1, TOKENS, 0.7),
+    candidate=SamplingSettings(2, TOKENS, 1.0),
+    hint_prompt=kind,
+    rounds=5,
+    scorer=rewards.Scorer({"accuracy": (rewards.accuracy, 1.0), "format": (rewards.strict_format, 1.0)}),
+    accept=exploration.Acceptance(leak_filter=False),
+  )
   figures: dict[str, float] = {"cliffs": len(cliffs)}
-  for attempt in range(1, 6):
-    raw = [row[0] for row in teacher.answers(cliffs, "hint_request", temperature=0.7, seed=10 + attempt)]
-    hints = [exploration.parse_hint(text) or "" for text in raw]
-    texts = student.answers(cliffs, kind, samples=2, temperature=1.0, seed=20 + attempt, hints=hints)
-    good = accuracies(texts, cliffs) * np.array([[rewards.strict_format(text) for text in row] for row in texts])
-    accepted |= good.any(axis=1) & np.array([bool(hint) for hint in hints])
-    if attempt in (1, 5):
-      figures[f"accept@{attempt}"] = round(float(accepted.mean()), 4)
-    if attempt == 1:
-      figures["candidate_rate"] = round(float(good.mean()), 4)
-      figures["hints_parsed"] = round(float(np.mean([bool(hint) for hint in hints])), 4)
+  if cliffs:
+    metrics = exploration.exploration_metrics(outcome, prompts=len(train), rounds=5)
+    first = [each for tried in outcome.candidates.values() for each in tried if each.attempt == 1]
+    good = [each.accurate and each.well_formed for each in first]
+    parsed = [exploration.parse_hint(texts[0]) is not None for texts in outcome.hints.values()]
+    figures |= {f"accept@{b}": round(metrics[f"hint/accept_rate@{b}"], 4) for b in (1, 5)}
+    figures |= {"candidate_rate": round(float(np.mean(good)), 4), "hints_parsed": round(float(np.mean(parsed)), 4)}
   return figures
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
+  """Measures on all devices."""
+  mesh = environment.device_mesh(fsdp=1, tensor=1)
+  with jax.set_mesh(mesh):
+    measure(mesh)
+
+
+def measure(mesh: jax.sharding.Mesh) -> None:
   """Measures every named model, then every pair of student and teacher."""
-  del argv
   roots = build.write(_DATA.value)
   test, train = omnimedvqa.read(roots["test"])[0], omnimedvqa.read(roots["train"])[0]
   names = sorted({example.modality for example in test})
   test = [e for name in names for e in [e for e in test if e.modality == name][: _LIMIT.value]]
   train = train[: _LIMIT.value]
   folder, figures = pathlib.Path(_MODELS.value), {}
-  models = {name: Model(folder / name) for name in _NAMES.value}
+  models = {name: Model(folder / name, mesh) for name in _NAMES.value}
   for name, loaded in models.items():
     figures[name] = alone(loaded, test, train)
     logging.info("%s: %s", name, json.dumps(figures[name]))

@@ -222,9 +222,10 @@ def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]
       yield f"{prefix}{name}"
 
 
-# Files whose reading of a field is no use of it: they show, estimate or check.
+# Files whose reading of a field is no use of it in a run: they show, estimate, check or measure.
 ONLOOKERS = (
   "reporting/panels.py", "reporting/run_page.py", "planning/memory.py", "planning/pods.py", "training/checks.py",
+  "training/hints.py",
 )  # fmt: skip
 
 

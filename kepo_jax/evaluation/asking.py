@@ -15,7 +15,14 @@ from kepo_jax.types import Example, Prompts, Rollouts
 CONTROLS = ("none", "blank", "text")
 
 
-def shown_prompts(processor: Processor, examples: Sequence[Example], kind: str, control: str = "none") -> Prompts:
+def shown_prompts(
+  processor: Processor,
+  examples: Sequence[Example],
+  kind: str,
+  control: str = "none",
+  *,
+  hints: Sequence[str] | None = None,
+) -> Prompts:
   """Host prompts of the questions, of which a control takes the pictures away.
 
   Args:
@@ -24,6 +31,7 @@ def shown_prompts(processor: Processor, examples: Sequence[Example], kind: str, 
     kind: wording, as in `data.prompts.prompt_text`; the same under every control.
     control: "none"; "blank": every picture becomes one of the same size in the mean colour of the normalisation, which
       is mid grey for Qwen3-VL; "text": no picture, and no image tokens.
+    hints: one per question, for the hinted kinds.
 
   Raises:
     ValueError: an unknown control, or a prompt that cannot be made.
@@ -32,7 +40,7 @@ def shown_prompts(processor: Processor, examples: Sequence[Example], kind: str, 
     raise ValueError(f"control {control!r} is unknown; use one of {CONTROLS}.")
   if control == "text":
     examples = [dataclasses.replace(example, images=()) for example in examples]
-  prompts = processor.prompts(examples, kind)
+  prompts = processor.prompts(examples, kind, hints=hints)
   if control == "blank":
     return _grey(prompts)
   return prompts

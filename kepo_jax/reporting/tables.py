@@ -1,6 +1,6 @@
 """Accuracies and comparisons as tables, for the terminal and for documents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -117,6 +117,39 @@ def comparison_rows(comparison: Mapping[str, Any], names: tuple[str, str] = ("A"
   # The in-domain row repeats a modality's, whose correction belongs to that row.
   summaries = [(label, comparison[key]) for label, key in _SUMMARIES]
   return rows + [row(label, {**entry, "p_holm": None}) for label, entry in summaries if entry]
+
+
+def hint_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+  """How good hints are, one row per record of `evaluation.hints`, header first: shares in percent, the rest in nats."""
+  rounds = max((len(each["accept_rate"]) for each in records if each["accept_rate"]), default=0)
+  shown = sorted({min(1, rounds), rounds} - {0})  # the first and the last
+  accepted = [f"accepted@{b}" if i == 0 else f"@{b}" for i, b in enumerate(shown)]
+  rows: list[Row] = [("", "cliffs", "positive", *accepted, "leak", "unparsed", "reliance", "gain", "letter")]
+
+  def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+  def nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+  def cell(value: str, interval: Sequence[float] | None, form: Callable[[float], str]) -> str:
+    return f"{value} [{', '.join(map(form, interval))}]" if interval else value
+
+  for each in records:
+    rows.append(
+      (
+        each["modality"],
+        f"{each['prompts']:,} of {each['questions']:,}",
+        cell(percent(each["positive_rate"]), each["positive_rate_interval"], percent),
+        *(percent(each["accept_rate"][b - 1] if each["accept_rate"] else None) for b in shown),
+        percent(each["leak_rate"]),
+        percent(each["parse_failure_rate"]),
+        nats(each["reliance"]),
+        cell(nats(each["gain"]), each["gain_interval"], nats),
+        nats(each["letter_gain"]),
+      )
+    )
+  return rows
 
 
 def rich_table(rows: Sequence[Row], *, title: str = "") -> Table:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kepo_jax import sharding
+from kepo_jax.models import scoring
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Prompts
@@ -27,6 +28,33 @@ def hidden_of(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.
   """Hidden states [P, G, T, D] that predict tokens int32[P, G, T]; image and prompt are run once per group."""
   prefix = model.prefill(config, params, prompts, remat=remat)
   return model.completion_hidden(config, params, prefix, tokens, remat=remat)
+
+
+def logps_of(
+  config: Qwen3VLConfig,
+  params: Any,
+  prompts: Prompts,
+  tokens: jax.Array,
+  allowed: jax.Array,
+  *,
+  temperature: float,
+  chunk: int,
+) -> jax.Array:
+  """Log-probabilities float32[P, G, T], nats, of given completions, without gradient; those of padding mean nothing.
+
+  Args:
+    config: of the model.
+    params: its weights; their dtype is that of the computation.
+    prompts: [P, S].
+    tokens: int32[P, G, T].
+    allowed: bool[V], ids that may be sampled.
+    temperature: divides the logits.
+    chunk: completion tokens of a device whose logits exist at one time.
+  """
+  hidden = hidden_of(config, params, prompts, tokens, remat="none")
+  most = scoring.chunk_of(chunk, *tokens.shape[:2])
+  head = model.head_weight(config, params)
+  return scoring.token_logps(hidden, head, tokens, allowed, temperature=temperature, chunk=most)[0]
 
 
 def micro_batches(batch: Any, count: int, axes: tuple[str, ...] = ("prompt",)) -> Any:

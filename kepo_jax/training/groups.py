@@ -102,6 +102,11 @@ def _each(function: Callable[..., Any], found: np.ndarray, dtype: Any) -> np.nda
   return np.array([[function(*each) for each in row] for row in found], dtype).reshape(found.shape)
 
 
+def accepted_answers(groups: Groups) -> np.ndarray:
+  """bool[P, G]: accurate and well-formed completions, which is what the reward accepts of a teacher's."""
+  return (groups.scores["accuracy"] == 1) & (groups.scores["format"] == 1)
+
+
 def supervised_groups(groups: Groups, *, accepted: np.ndarray | None = None) -> Groups:
   """Groups that somebody else than the student wrote.
 

@@ -96,14 +96,10 @@ def make_inputs(
   def scored(params: Any, prompts: Prompts, tokens: jax.Array) -> jax.Array:
     """log pi_old of tokens int32[P, G, T]."""
     params = model.cast(params, settings.compute_dtype)
-    head = model.head_weight(config, params)
+    allowed, temperature = token_loss.allowed, token_loss.temperature
 
     def part(prompts, tokens):
-      hidden = forward.hidden_of(config, params, prompts, tokens, remat="none")
-      chunk = settings.chunk_of(tokens)
-      return scoring.token_logps(
-        hidden, head, tokens, token_loss.allowed, temperature=token_loss.temperature, chunk=chunk
-      )[0]
+      return forward.logps_of(config, params, prompts, tokens, allowed, temperature=temperature, chunk=settings.chunk)
 
     return forward.in_parts(part, prompts, tokens, settings.parts)
 

@@ -247,7 +247,7 @@ def supervised_rows(run: setup.Run, examples: Sequence[Example], prompts: Prompt
     return grouping.supervised_groups(grouping.scored_groups(run.processor, examples, given, run.scorer)), 0
   answers = run.programs.answer(prompts, run.key("answer", done))
   groups = grouping.scored_groups(run.processor, examples, answers, run.scorer)
-  accepted = (groups.scores["accuracy"] == 1) & (groups.scores["format"] == 1)
+  accepted = grouping.accepted_answers(groups)
   return grouping.supervised_groups(groups, accepted=accepted), int(groups.mask.sum())
 
 

@@ -82,7 +82,7 @@ class Run:
 
   def key(self, purpose: str, *counters: int) -> jax.Array:
     """The random key of a purpose at a step (and a round)."""
-    return functools.reduce(jax.random.fold_in, counters, stream(self.config.seed, purpose))
+    return random_key(self.config.seed, purpose, *counters)
 
   def problem(self, example: Example) -> str:
     """The question as a sampled record shows it: stem and options."""
@@ -184,6 +184,11 @@ class Run:
 def stream(seed: int, purpose: str) -> jax.Array:
   """The random key from which all keys of a purpose are made."""
   return jax.random.fold_in(jax.random.key(seed), STREAMS.index(purpose))
+
+
+def random_key(seed: int, purpose: str, *counters: int) -> jax.Array:
+  """The random key of a purpose at a step (and a round)."""
+  return functools.reduce(jax.random.fold_in, counters, stream(seed, purpose))
 
 
 def token_range(counts: Sequence[int]) -> str:

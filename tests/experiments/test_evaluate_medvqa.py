@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from PIL import Image
 from rich.console import Console
 
-from experiments import phantom_folder
+from experiments import environment, phantom_folder
 from experiments.configs import grpo
 from experiments.phantom_recipes import SIZES
 from kepo_jax import evaluation
@@ -351,7 +351,7 @@ def test_the_phantom_models_name_their_image_size():
 def test_samples_depend_on_question_and_seed_alone(evaluate_medvqa, checkpoint, data):
   examples, _, _ = questions_of(evaluate_medvqa, data)
   processor = pipeline.Processor.from_directory(checkpoint, templates=prompts.BRIEF)
-  mesh = evaluate_medvqa.device_mesh()
+  mesh = environment.device_mesh(fsdp=1, tensor=1)
 
   def completions(asked, size, seed):
     outputs = []

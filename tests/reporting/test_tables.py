@@ -114,3 +114,22 @@ def test_nothing_is_cut_in_a_narrow_terminal():
   text = printed(rows)
   assert "…" not in text
   assert all(word in text for row in rows for cell in row for word in cell.split())
+
+
+def test_hints_with_and_without_cliffs():
+  found = {
+    "modality": "MRI", "prompts": 12, "questions": 1200, "positive_rate": 0.567, "positive_rate_interval": [0.5, 0.625],
+    "accept_rate": [0.5, 0.75, 1.0], "leak_rate": 0.0, "parse_failure_rate": 0.025, "reliance": 0.256, "gain": -0.125,
+    "gain_interval": [-0.254, 0.0], "letter_gain": 0.004,
+  }  # fmt: skip
+  nothing = dict.fromkeys(found) | {"modality": "CT", "prompts": 0, "questions": 4}
+  header, mri, ct = tables.hint_rows([found, nothing])
+  assert header[3:5] == ("accepted@1", "@3")
+  assert mri == (
+    "MRI", "12 of 1,200", "56.7 [50.0, 62.5]", "50.0", "100.0", "0.0", "2.5", "0.26", "-0.12 [-0.25, 0.00]", "0.00",
+  )  # fmt: skip
+  assert ct == ("CT", "0 of 4", *["-"] * 8)
+  assert tables.hint_rows([nothing]) == [
+    tuple(name for name in header if "@" not in name),
+    ("CT", "0 of 4", *["-"] * 6),
+  ]

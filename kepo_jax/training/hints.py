@@ -1,0 +1,246 @@
+"""A teacher's hints without training: what exploration would find on questions that the student fails, all rounds."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kepo_jax import exploration
+from kepo_jax.evaluation import hints as figures
+from kepo_jax.rewards import Scorer
+from kepo_jax.training import assembly, setup
+from kepo_jax.training import groups as grouping
+from kepo_jax.training.batches import BatchedModel
+from kepo_jax.training.groups import Groups
+from kepo_jax.training.programs import SamplingSettings
+from kepo_jax.types import Example
+
+Keys = Callable[[str, int], jax.Array]  # (purpose, round) -> random key
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+def quiet(what: str, done: int, total: int) -> None:
+  """Shows no progress."""
+  del what, done, total
+
+
+def all_rounds(
+  student: BatchedModel,
+  teacher: BatchedModel,
+  examples: Sequence[Example],
+  keys: Keys,
+  *,
+  hint: SamplingSettings,
+  candidate: SamplingSettings,
+  hint_prompt: str,
+  rounds: int,
+  scorer: Scorer,
+  accept: exploration.Acceptance,
+  progress: Progress = quiet,
+) -> exploration.Exploration:
+  """Hinted sampling for every question in every round, with a new hint each: no success ends it early.
+
+  Training stops a prompt when it has its replacements, so that the prompts of its later rounds are the hard ones; here
+  rates are the same in expectation in every round. When a prompt has its first accepted candidate is the same in both.
+
+  Args:
+    student: samples candidates.
+    teacher: writes hints.
+    examples: the questions, in the order of the rows of the outcome.
+    keys: of "hint" and "candidate" in a round, from 1.
+    hint: how the teacher is sampled, one sample per question.
+    candidate: how the student is sampled.
+    hint_prompt: "hint_and_answer" or "hint_only".
+    rounds: B.
+    scorer: judges candidates.
+    accept: which of them count as accepted.
+    progress: is told how far each round has come.
+  """
+
+  def ask_hints(rows: Sequence[int], attempt: int) -> list[str]:
+    asked = [examples[row] for row in rows]
+    tell = functools.partial(progress, f"hints of round {attempt}")
+    written = teacher.rollouts(asked, "hint_request", hint, keys("hint", attempt), progress=tell)
+    return grouping.texts_of(teacher.processor, written, prompts=len(rows))[:, 0].tolist()
+
+  def sample_hinted(rows: Sequence[int], hints: Sequence[str], attempt: int) -> list[list[exploration.Candidate]]:
+    asked = [examples[row] for row in rows]
+    tell = functools.partial(progress, f"candidates of round {attempt}")
+    key = keys("candidate", attempt)
+    rollouts = student.rollouts(asked, hint_prompt, candidate, key, hints=hints, progress=tell)
+    return grouping.candidates(student.processor, asked, hints, rollouts, scorer)
+
+  enough = rounds * candidate.samples + 1  # more than there can be
+  return exploration.explore(
+    range(len(examples)), ask_hints, sample_hinted, rounds=rounds, replacements=enough, accept=accept
+  )
+
+
+def reliances(
+  student: BatchedModel,
+  examples: Sequence[Example],
+  outcome: exploration.Exploration,
+  *,
+  kind: str,
+  hint_prompt: str,
+  temperature: float,
+  progress: Progress = quiet,
+) -> list[np.ndarray]:
+  """log pi(y | x, h) - log pi(y | x) of the tokens of accepted candidates: float32[n], nats, for each question.
+
+  Args:
+    student: scores both, given the whole text before each token.
+    examples: the questions, in the order of the rows of the outcome.
+    outcome: of the rounds.
+    kind: wording of the prompt without a hint.
+    hint_prompt: wording of the one with it.
+    temperature: divides the logits.
+    progress: is told how far this has come.
+  """
+  found: list[list[np.ndarray]] = [[] for _ in examples]
+  accepted = {id(each) for row in outcome.accepted.values() for each in row}
+  tried = [  # those of a question and a round share their prompt
+    (row, list(group))
+    for row, candidates in outcome.candidates.items()
+    for _, group in itertools.groupby(candidates, key=lambda each: each.attempt)
+  ]
+  tried = [(row, group) for row, group in tried if any(id(each) in accepted for each in group)]
+  if tried:
+    tokens = np.stack([[each.tokens for each in group] for _, group in tried])
+    asked, hints = [examples[row] for row, _ in tried], [group[0].hint for _, group in tried]
+    score = functools.partial(student.logps, asked, tokens=tokens, temperature=temperature)
+    given = score(hint_prompt, hints=hints, progress=functools.partial(progress, "candidates scored with hints"))
+    without = score(kind, progress=functools.partial(progress, "and without"))
+    for (row, group), difference in zip(tried, given - without, strict=True):
+      found[row] += [difference[i][each.mask] for i, each in enumerate(group) if id(each) in accepted]
+  return [np.concatenate(parts) if parts else np.zeros(0, np.float32) for parts in found]
+
+
+def gains(
+  student: BatchedModel,
+  answers: Groups,
+  outcome: exploration.Exploration,
+  *,
+  kind: str,
+  hint_prompt: str,
+  temperature: float,
+  progress: Progress = quiet,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """What hints do to answers that were written without them: (rows, values) for each question.
+
+  Args:
+    student: scores the answers, given the whole text before each token.
+    answers: of the teacher to the questions, in the order of the rows of the outcome; those that the reward refuses
+      are left out, and so is a question none of whose hints could be parsed.
+    outcome: of the rounds.
+    kind: wording of the prompt without a hint.
+    hint_prompt: wording of the one with it.
+    temperature: divides the logits.
+    progress: is told how far this has come.
+
+  Returns:
+    int[k], which of the G answers they are, and float32[k, T], nats: log pi(y | x, h) - log pi(y | x) of each token, a
+    mean over the question's hints. Values of padding mean nothing.
+  """
+  right = grouping.accepted_answers(answers)
+  hints = [[hint for text in outcome.hints[row] if (hint := exploration.parse_hint(text))] for row in range(len(right))]
+  rows = [row for row in range(len(right)) if right[row].any() and hints[row]]
+  found = [(np.zeros(0, int), np.zeros((0, answers.tokens.shape[2]), np.float32))] * len(right)
+  if not rows:
+    return found
+  score = functools.partial(student.logps, temperature=temperature)
+  pairs = [(row, hint) for row in rows for hint in hints[row]]
+  given = score(
+    [answers.examples[row] for row, _ in pairs],
+    hint_prompt,
+    answers.tokens[[row for row, _ in pairs]],
+    hints=[hint for _, hint in pairs],
+    progress=functools.partial(progress, "teacher's answers scored with hints"),
+  )
+  tell = functools.partial(progress, "and without any")
+  without = score([answers.examples[row] for row in rows], kind, answers.tokens[rows], progress=tell)
+  owners = np.array([row for row, _ in pairs])
+  for row, plain in zip(rows, without, strict=True):
+    kept = np.flatnonzero(right[row])
+    found[row] = kept, (given[owners == row].mean(axis=0) - plain)[kept]
+  return found
+
+
+def effects(
+  processor: Any, answers: Groups, gained: Sequence[tuple[np.ndarray, np.ndarray]], relied: Sequence[np.ndarray]
+) -> dict[int, figures.HintEffect]:
+  """Row -> what its hints do, from `gains` and `reliances` of its question; `processor` decodes the answers."""
+  found = {}
+  for row, ((numbers, values), reliance) in enumerate(zip(gained, relied, strict=True)):
+    masks = answers.mask[row, numbers]
+    said = [answers.tokens[row, number][mask] for number, mask in zip(numbers, masks, strict=True)]
+    places = [figures.letter_place(ids, functools.partial(_text, processor)) for ids in said]
+    found[row] = figures.HintEffect(
+      reliance=reliance,
+      gain=values[masks],
+      letter_gain=np.array([values[i, t] for i, t in enumerate(places) if t is not None], np.float32),
+      answers=len(numbers),
+    )
+  return found
+
+
+def _text(processor: Any, tokens: np.ndarray) -> str:
+  return processor.decode(tokens[None], np.ones((1, len(tokens)), bool))[0]
+
+
+def measured(
+  config: Any, student: BatchedModel, teacher: BatchedModel, examples: Sequence[Example], *, progress: Progress = quiet
+) -> list[dict[str, Any]]:
+  """`evaluation.hints.hint_records` of a student's cliffs: sampled, hinted at in all rounds, and scored.
+
+  Random numbers are those of the first step of a run with this config.
+
+  Args:
+    config: of such a run: its seed, prompts, sampling, reward and exploration are used, `batch.rollouts` for the
+      student's rollouts and the teacher's answers alike, and `supervised.temperature`.
+    student: of the run.
+    teacher: of the run.
+    examples: the questions.
+    progress: is told how far each part has come.
+  """
+  explored, sampled = config.exploration, config.sampling
+  scorer = assembly.scorer(config, {})
+  policy = (sampled.max_new_tokens, sampled.temperature, sampled.top_p, sampled.top_k)
+  scoring = {"hint_prompt": explored.hint_prompt, "temperature": sampled.temperature, "progress": progress}
+
+  def key(purpose: str, *counters: int) -> jax.Array:
+    return setup.random_key(config.seed, purpose, 0, *counters)
+
+  def asked(model: BatchedModel, which: Sequence[Example], what: str, settings: SamplingSettings) -> Groups:
+    tell = functools.partial(progress, f"{what}s")
+    rollouts = model.rollouts(which, config.data.prompt, settings, key(what), progress=tell)
+    return grouping.scored_groups(model.processor, which, rollouts, scorer)
+
+  groups = asked(student, examples, "rollout", SamplingSettings(config.batch.rollouts, *policy))
+  failed = exploration.triggered(groups.scores["accuracy"], groups.scores["total"], explored.trigger)
+  cliffs = [examples[row] for row in failed]
+  outcome = all_rounds(
+    student,
+    teacher,
+    cliffs,
+    key,
+    hint=SamplingSettings(1, explored.hint_tokens, explored.hint_temperature),
+    candidate=SamplingSettings(assembly.candidates(config), *policy),
+    hint_prompt=explored.hint_prompt,
+    rounds=explored.rounds,
+    scorer=scorer,
+    accept=exploration.Acceptance(explored.acceptance, explored.leak_filter, explored.quoted_words),
+    progress=progress,
+  )
+  found: dict[int, figures.HintEffect] = {}
+  if cliffs:
+    settings = SamplingSettings(config.batch.rollouts, sampled.max_new_tokens, config.supervised.temperature)
+    answers = asked(teacher, cliffs, "answer", settings)
+    relied = reliances(student, cliffs, outcome, kind=config.data.prompt, **scoring)
+    gained = gains(student, answers, outcome, kind=config.data.prompt, **scoring)
+    found = effects(student.processor, answers, gained, relied)
+  modalities = [[example.modality for example in which] for which in (cliffs, examples)]
+  return figures.hint_records(outcome, found, *modalities, rounds=explored.rounds, seed=config.seed)

@@ -1,0 +1,106 @@
+"""The entry point: an untrained phantom-sized model on drawn data, from flags to a file."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+from absl.testing import flagsaver
+
+from experiments import phantom_folder
+from tests.experiments.test_evaluate_medvqa import checkpoint, write_split  # noqa: F401, one is a fixture
+
+PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
+
+
+@pytest.fixture
+def measure_hints(program):
+  return program("experiments.measure_hints")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  root = tmp_path_factory.mktemp("data")
+  for split, count in (("train", 1), ("validation", 2), ("test", 3)):
+    write_split(root / split, count)
+  return root
+
+
+def test_figures_are_not_written_over(measure_hints, tmp_path):
+  path = tmp_path / "figures.json"
+  path.write_text("{}")
+  with flagsaver.flagsaver(output=str(path), student="nowhere"):
+    with pytest.raises(ValueError, match=r"figures.json exists; choose another --output, or pass --overwrite"):
+      measure_hints.main([])
+    with flagsaver.flagsaver(overwrite=True), pytest.raises(ValueError, match="nowhere"):
+      measure_hints.main([])
+
+
+def test_flags_and_folder_make_the_config(measure_hints, tmp_path):
+  with flagsaver.flagsaver(
+    hint_prompt="hint_only", samples=3, rounds=2, candidates=4, seed=7, data="here", lenient=True
+  ):
+    config = measure_hints.settings_for(PHANTOM / "confused")
+  explored = config.exploration
+  assert (explored.hint_prompt, explored.rounds, explored.candidates) == ("hint_only", 2, 4)
+  assert (config.batch.rollouts, config.seed, config.data.directory, config.data.lenient) == (3, 7, "here", True)
+  # As a run with these models has them.
+  assert (config.data.templates, config.data.resize, explored.hint_tokens) == ("brief", "native", 24)
+  published = tmp_path / "published"
+  shutil.copytree(
+    PHANTOM / "confused", published, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer_config.json")
+  )
+  config = measure_hints.settings_for(published)
+  assert (config.data.templates, config.data.resize) == ("standard", "squash384")
+  assert (config.exploration.hint_tokens, config.sampling.max_new_tokens) == (256, 1024)
+  assert config.batch.rollouts == 8 and config.exploration.rounds == 5 and config.exploration.candidates == 2
+
+
+def test_a_stranger_as_a_teacher_is_refused(measure_hints, checkpoint, tmp_path):  # noqa: F811
+  stranger = tmp_path / "stranger"
+  shutil.copytree(checkpoint, stranger)
+  settings = json.loads((stranger / "config.json").read_text())
+  settings["vision_config"]["num_position_embeddings"] = 144
+  (stranger / "config.json").write_text(json.dumps(settings))
+  with flagsaver.flagsaver(student=str(checkpoint), teacher=str(stranger), output=str(tmp_path / "figures.json")):
+    with pytest.raises(ValueError, match="do not match: num_position_embeddings 64 and 144"):
+      measure_hints.main([])
+
+
+@pytest.mark.slow
+def test_from_flags_to_a_file(measure_hints, checkpoint, data, tmp_path, capsys):  # noqa: F811
+  chosen = {"student": str(checkpoint), "teacher": str(checkpoint), "data": str(data), "samples": 2, "rounds": 2}
+  with flagsaver.flagsaver(**chosen, output=str(tmp_path / "out.json"), batch=2):
+    measure_hints.main([])
+  printed = capsys.readouterr().out
+  assert "helped by" in printed and "1 of 1" in printed and "3 questions in" in printed
+  found = json.loads((tmp_path / "out.json").read_text())
+  assert found["settings"]["exploration"]["rounds"] == 2 and found["settings"]["data"] == str(data)
+  names = [record["modality"] for record in found["records"]]
+  assert names == ["MRI", "X-Ray", "all"]
+  everything = found["records"][-1]
+  # Noise is never right, and no hint of it can be read.
+  assert (everything["questions"], everything["prompts"], everything["hints"]) == (3, 3, 6)
+  assert everything["parse_failure_rate"] == 1 and everything["accept_rate"] == [0, 0]
+  assert everything["candidates"] == 0 and everything["gain"] is None and everything["reliance"] is None
+  assert everything["student"] == everything["teacher"] == checkpoint.name
+
+
+@pytest.mark.slow
+def test_the_phantom_models(measure_hints, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where the benchmark is drawn
+  records = []
+  for number, batch in enumerate((8, 40)):
+    path = str(tmp_path / f"{number}.json")
+    with flagsaver.flagsaver(output=path, limit=5, batch=batch, rounds=2):
+      measure_hints.main([])
+    records.append(json.loads(pathlib.Path(path).read_text())["records"])
+  assert records[0][-1].keys() == records[1][-1].keys()
+  for first, second in zip(*records, strict=True):
+    for name, value in first.items():
+      assert value == (pytest.approx(second[name], abs=1e-3) if isinstance(value, float | list) else second[name]), name
+  everything = records[0][-1]
+  assert (everything["student"], everything["teacher"]) == ("confused", "weak")
+  assert everything["questions"] == 40 and 5 <= everything["prompts"] <= 25
+  assert everything["accept_rate"][1] > 0.6 and everything["positive_rate"] > 0.3
+  assert 0.05 < everything["reliance"] < 1 and everything["gain"] > 0
