@@ -138,13 +138,14 @@ def run_study(study: studies.Study, place: study_runs.Place, console: Console) -
   grid = list(studies.grid(study, benchmark, count))
   slots = worker_slots(_WORKERS.value)
   guessed = {cell.method.name: benchmark.rates[0] for cell in grid}  # how many runs there are depends on no rate
-  total = len(grid) + len(list(studies.finals(study, benchmark, count, guessed)))
+  measured = list(studies.measured(study, benchmark))
+  total = len(grid) + len(list(studies.finals(study, benchmark, count, guessed))) + len(measured)
   with Overview(console, total, len(slots)) as overview:
     chosen_on = results_of("main", benchmark)
     faults = run_missing(grid, place, chosen_on, slots, overview)
     rates = chosen_rates(grid, place, chosen_on)
     overview.say(", ".join(f"{name} {rate:g}" for name, rate in rates.items()) + ": learning rates")
-    finals = list(studies.finals(study, benchmark, count, rates))
+    finals = [*studies.finals(study, benchmark, count, rates), *measured]
     return faults | run_missing(finals, place, results_of(study.name, benchmark), slots, overview)
 
 
@@ -167,20 +168,8 @@ def run_missing(
   """Runs those cells that no study has yet; cell -> what went wrong with it."""
   faults: dict[str, str] = {}
 
-  def settled(cell: studies.Cell, cpu: float = 0.0) -> bool:
-    """Whether there is an entry, also by now from files of a run that nobody had read."""
-    if results.entry(cell, place.digest(cell)):
-      return True
-    if not (outputs := study_runs.outputs_of(place, cell, results.items)):
-      return False
-    entry = study_runs.entry_of(place, cell, outputs)
-    if cpu:  # of a run that was made in one go
-      entry["cost"] = entry.get("cost", {}) | {"cpu_seconds": round(cpu, 1)}
-    results.add(entry, study_runs.items_of(outputs, place.benchmark))
-    return True
-
   def finished(cell: studies.Cell, seconds: float, cpu: float, fault: str) -> None:
-    if not fault and not settled(cell, cpu):
+    if not fault and not results.settle(place, cell, cpu):
       fault = f"it left no result in {place.folder(cell)}"
     if fault:
       faults[cell.name] = fault
@@ -188,12 +177,12 @@ def run_missing(
 
   missing: dict[str, studies.Cell] = {}
   for cell in cells:
-    if not settled(cell):
+    if not results.settle(place, cell):
       missing.setdefault(place.digest(cell), cell)
   overview.skip(len(cells) - len(missing))
   study_runs.Workers(slots).run(list(missing.values()), place, finished)
   for cell in cells:  # those that another one has computed
-    settled(cell)
+    results.settle(place, cell)
   return faults
 
 

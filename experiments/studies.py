@@ -25,6 +25,7 @@ class Method:
   label: str  # in tables and figures
   config: str = ""  # file of configs/; empty: a model that is only evaluated
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # fields of the config
+  measures: str = ""  # hint prompt under which the teacher's hints are measured, without training
   rate_of: str = ""  # method of the main study whose chosen learning rate it takes; empty: it has a grid of its own
 
   @property
@@ -163,6 +164,13 @@ def grid(study: Study, benchmark: Benchmark, seeds: int) -> Iterator[Cell]:
         yield Cell(method, benchmark.pairs[0], rate, seed)
 
 
+def measured(study: Study, benchmark: Benchmark) -> Iterator[Cell]:
+  """The measurements of hints that a study asks for: under both hint prompts, for every pair."""
+  for pair in benchmark.pairs if study.hints else ():
+    for prompt in HINT_PROMPTS:
+      yield Cell(Method(f"hints-{prompt}", prompt, measures=prompt), pair)
+
+
 def finals(study: Study, benchmark: Benchmark, seeds: int, rates: Mapping[str, float]) -> Iterator[Cell]:
   """The runs that count; models that are only evaluated come last.
 
@@ -182,6 +190,7 @@ def finals(study: Study, benchmark: Benchmark, seeds: int, rates: Mapping[str, f
           yield Cell(method, pair, rate, seed)
 
 
+HINT_PROMPTS = ("hint_and_answer", "hint_only")
 GRID_SEEDS = 2  # of the runs that choose a learning rate
 
 _MAIN = (

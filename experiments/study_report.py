@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments import studies, study_runs
 from kepo_jax import storage
-from kepo_jax.reporting import pages, study_files, study_page, study_tables
+from kepo_jax.reporting import pages, study_checks, study_files, study_page, study_tables
 from kepo_jax.reporting.panels import human_time
 from kepo_jax.reporting.sinks import read_records
 
@@ -46,9 +46,16 @@ def write(
     study.name, entries, items, found, grid=tried, rates=place.benchmark.rates, expected=expected
   )
   figures = study_files.study_figures_of(study.name, entries, items, found)
+  measured = list(studies.measured(study, place.benchmark))
+  records = [record for cell in measured for record in results.hints(place.digest(cell))]
+  unmeasured = [f"hints of {cell.name}" for cell in measured if not results.hints(place.digest(cell))]
+  if records:
+    tables += study_files.hint_tables(records, unmeasured)
+    told = [record for record in records if record["modality"] != "all" and record["positive_rate"] is not None]
+    figures["hints"] = study_checks.hints_figure(told, items["train_modality"], items["unseen"])
   study_files.write_tables(results.folder, tables)
   study_files.write_figures(results.folder, figures)
-  missing = study_tables.missing_cells(expected, entries)
+  missing = [*study_tables.missing_cells(expected, entries), *unmeasured]
   page = study_page.study_page(
     study.title,
     subtitle=f"{place.benchmark.name}, {len(items['ids']):,} test questions, up to {seeds} seeds",

@@ -24,6 +24,7 @@ from kepo_jax.reporting.sinks import read_records
 from kepo_jax.training import checks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+HINTS = "hints.json"
 WINDOWS = 20  # points of a stored curve
 CURVES = (
   "reward/accuracy", "reward/format", "reward/mean", "completion/length", "entropy", "divergence/gated",
@@ -52,16 +53,24 @@ class Place:
         del config[section]
       if not checks.needs_teacher(studies.config_of(cell, self.benchmark)):
         config["model"]["teacher"] = ""
+    elif cell.method.measures:
+      models = [self.benchmark.models[name] for name in (cell.pair.student, cell.pair.teacher)]
+      config = {"measured": models, "hint_prompt": cell.method.measures, **self._asked}
     else:
       role = "teacher" if cell.method == studies.TEACHER else "student"
-      asked = {name: value for name, value in self.benchmark.overrides.items() if name.startswith(_ASKED)}
-      config = {"evaluated": self.benchmark.models[getattr(cell.pair, role)], **asked}
+      config = {"evaluated": self.benchmark.models[getattr(cell.pair, role)], **self._asked}
     told = json.dumps([self.benchmark.name, config, _frozen(self.benchmark)], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
+  @property
+  def _asked(self) -> dict[str, Any]:
+    """Fields of every config that matter where nothing is trained."""
+    return {name: value for name, value in self.benchmark.overrides.items() if name.startswith(_ASKED)}
+
   def folder(self, cell: studies.Cell) -> pathlib.Path:
     """The folder of a cell."""
-    return self.workdir / f"{cell.method.config or 'evaluated'}-{self.digest(cell)}"
+    kind = cell.method.config or ("hints" if cell.method.measures else "evaluated")
+    return self.workdir / f"{kind}-{self.digest(cell)}"
 
   def commands(self, cell: studies.Cell) -> list[list[str]]:
     """What a user would type for a cell, in order."""
@@ -71,8 +80,19 @@ class Place:
       config = f"--config=experiments/configs/{cell.method.config}.py:{self.benchmark.setting}"
       given = [f"--config.{name}={value}" for name, value in fields.items()]
       return [["experiments.kepo_medvqa", config, *given, f"--workdir={folder}", "--auto_resume"]]
+    if cell.method.measures:
+      return [self._measurement(cell)]
     splits = ("test", "validation") if cell.method == studies.START else ("test",)
     return [self._evaluation(cell, split) for split in splits]
+
+  def _measurement(self, cell: studies.Cell) -> list[str]:
+    config, models = studies.plain_config(self.benchmark), self.benchmark.models
+    given = {
+      "student": models[cell.pair.student], "teacher": models[cell.pair.teacher], "hint_prompt": cell.method.measures,
+      "output": self.folder(cell) / HINTS, "data": config.data.directory, "split_files": config.data.split_files,
+      "lenient": config.data.lenient,
+    }  # fmt: skip
+    return ["experiments.measure_hints", *(f"--{name}={value}" for name, value in given.items())]
 
   def _evaluation(self, cell: studies.Cell, split: str) -> list[str]:
     student, folder = cell.method == studies.START, self.folder(cell) / split
@@ -338,6 +358,9 @@ class Results:
     self._entries: dict[str, dict[str, Any]] = {}
     self._known: dict[str, dict[str, Any]] = {}  # by digest, of all studies
     self.items: dict[str, Any] | None = None
+    self._hints: dict[str, list[dict[str, Any]]] = {}  # digest -> records
+    if (folder / HINTS).exists():
+      self._hints = {each["digest"]: each["records"] for each in _read(folder / HINTS)["measurements"]}
     for path in sorted(folder.parent.glob("*/runs.json"), key=lambda path: path.parent == folder):
       found = _read(path)
       if path.parent == folder:
@@ -352,6 +375,46 @@ class Results:
   def entries(self) -> list[dict[str, Any]]:
     """All of the study, in the order of the file."""
     return [entry for _, entry in sorted(self._entries.items())]
+
+  def settle(self, place: Place, cell: studies.Cell, cpu: float = 0.0) -> bool:
+    """Whether something is known of a cell, also by now from files of its run that nobody had read.
+
+    Args:
+      place: of the run.
+      cell: of the study.
+      cpu: seconds of a run that was made in one go, 0 where that is not known.
+
+    Raises:
+      ValueError: a file of the run is damaged, or about other questions than the study.
+    """
+    digest = place.digest(cell)
+    if cell.method.measures:
+      found = place.folder(cell) / HINTS
+      if digest not in self._hints and found.exists():
+        self.add_hints(digest, _read(found)["records"])
+      return digest in self._hints
+    if self.entry(cell, digest):
+      return True
+    if not (outputs := outputs_of(place, cell, self.items)):
+      return False
+    entry = entry_of(place, cell, outputs)
+    if cpu:
+      entry["cost"] = entry.get("cost", {}) | {"cpu_seconds": round(cpu, 1)}
+    self.add(entry, items_of(outputs, place.benchmark))
+    return True
+
+  def hints(self, digest: str) -> list[dict[str, Any]]:
+    """The records of a measurement of hints; empty where it is not finished."""
+    return self._hints.get(digest, [])
+
+  def add_hints(self, digest: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Keeps a measurement, at once."""
+    self._hints[digest] = [dict(record) for record in records]
+    lines = ",\n".join(
+      json.dumps({"digest": name, "records": found}) for name, found in sorted(self._hints.items())
+    )
+    self.folder.mkdir(parents=True, exist_ok=True)
+    storage.write_text(self.folder / HINTS, f'{json.dumps(self._head)[:-1]}, "measurements": [\n{lines}\n]}}\n')
 
   def own(self, cell: studies.Cell, digest: str) -> dict[str, Any] | None:
     """The entry of a cell; None where there is none, or one of another version of the data or the config."""
