@@ -410,9 +410,7 @@ class Results:
   def add_hints(self, digest: str, records: Sequence[Mapping[str, Any]]) -> None:
     """Keeps a measurement, at once."""
     self._hints[digest] = [dict(record) for record in records]
-    lines = ",\n".join(
-      json.dumps({"digest": name, "records": found}) for name, found in sorted(self._hints.items())
-    )
+    lines = ",\n".join(json.dumps({"digest": name, "records": found}) for name, found in sorted(self._hints.items()))
     self.folder.mkdir(parents=True, exist_ok=True)
     storage.write_text(self.folder / HINTS, f'{json.dumps(self._head)[:-1]}, "measurements": [\n{lines}\n]}}\n')
 

@@ -60,7 +60,7 @@ def hint_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
   )  # fmt: skip
   rows: list[Row] = [header]
   for record in records:
-    rounds = record["accept_rate"]
+    rounds = record["accept_rate"] or []
     rows.append(
       (f"{record['student']}, {record['teacher']}", record["hint_prompt"], record["modality"], f"{record['prompts']:,}",
        f"{record['candidates']:,}", _nats(record["gain"]), _nats(record["reliance"]),
