@@ -175,6 +175,15 @@ def test_no_weight_of_a_teacher_is_gathered_for_a_token(axes, prompts, mesh_of):
   assert 0 < sum(sent.values()) < layer / 10  # of two layers
 
 
+def test_few_prompts_are_not_repeated(mesh_of):
+  # Two prompts over fsdp 4: each device has a share of their products, and not all of them.
+  split, whole = (
+    hlo.cost(teacher_sampler_of(mesh_of(**axes), 2), turns=(0,) * len(pods.token_turns(8))).flops
+    for axes in ({"fsdp": 4}, {})
+  )
+  assert split < 0.5 * whole
+
+
 def whole_caches(text):
   """What says that a device has, or is sent, a cache of the whole batch."""
   carried = CACHE in {array.shape for array in hlo.Program(text).carried()}
