@@ -42,6 +42,7 @@ def sample(
   temperature: float = 1.0,
   top_p: float = 1.0,
   top_k: int = 0,
+  stationary: bool = False,
 ) -> Rollouts:
   """Completions of every prompt; image and prompt are run once per group.
 
@@ -51,7 +52,7 @@ def sample(
   Args:
     config: of the model.
     params: its parameters, best in the `decode` layout and with layers `model.separated`: weights that are gathered, or
-      sliced out of a stack, are gathered or sliced for every token.
+      sliced out of a stack, are gathered or sliced for every token. From the `train` layout, see `stationary`.
     prompts: [P, S], right-padded.
     key: of this call; derive it from step and purpose.
     samples: G, completions per prompt.
@@ -62,6 +63,8 @@ def sample(
     temperature: divides the logits; 0 takes the most likely token.
     top_p: keep the most likely tokens that hold this much probability, after top_k; 1 keeps all.
     top_k: keep this many of the most likely tokens; 0 keeps all. Ties with the last one kept are kept.
+    stationary: tokens come to weights of the `train` layout, which stay as they are cut (`sharding.weights_stay`): for
+      a model too large for a copy in another layout, and rows too few to be worth one.
 
   Returns:
     Rollouts [P, G, T]; log-probabilities at the temperature (1 when greedy), before top_k and top_p.
@@ -71,11 +74,16 @@ def sample(
   """
   _check(temperature, top_p, top_k, samples, max_new_tokens)
   rows = (prompts.tokens.shape[0], samples)
-  prefix, head = model.prefill(config, params, prompts), model.head_weight(config, params)
+  # All tokens of prompts that divide over the mesh are worth gathering a layer at a time, as scoring does; fewer
+  # prompts, which every device of fsdp would run for itself, are not.
+  with sharding.weights_stay(stationary and not sharding.rows_divide(rows[0])):
+    prefix = model.prefill(config, params, prompts)
+  head = model.head_weight(config, params)
   row_keys = _row_keys(key, prompts.row, samples)
 
   def chosen(state: _State, hidden: jax.Array, cache: model.Cache) -> _State:
     """The state with one more token, predicted by hidden float[P, G or 1, D]."""
+    hidden = sharding.beside_weight(hidden, "embed")
     logits = jnp.einsum("pgd,vd->pgv", hidden, head, preferred_element_type=jnp.float32)
     logits = sharding.constrain(jnp.broadcast_to(logits, (*rows, logits.shape[-1])), "prompt", "rollout", "vocab")
     keys = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(row, state.step)))(row_keys)
@@ -95,11 +103,12 @@ def sample(
 
   first, *longer = cache_lengths(max_new_tokens)
   cache = model.empty_cache(prefix, samples, first)
-  # The prompt itself predicts the first token: a group shares its logits.
-  state: Any = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
-  state = _until(first, advance, state)
-  for length in longer:
-    state = _until(length, advance, state.replace(cache=model.lengthened(state.cache, length)))
+  with sharding.weights_stay(stationary):
+    # The prompt itself predicts the first token: a group shares its logits.
+    state: Any = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
+    state = _until(first, advance, state)
+    for length in longer:
+      state = _until(length, advance, state.replace(cache=model.lengthened(state.cache, length)))
   return state.rollouts
 
 

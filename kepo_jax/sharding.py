@@ -2,11 +2,13 @@
 
 Arrays name logical axes ("prompt", "embed", ...); only this module knows the mesh. Two layouts exist per
 model: `train` shards weights over fsdp and tensor; `decode` keeps them whole over data and fsdp so that the
-token loop gathers nothing. An axis that does not divide over its mesh axes is replicated.
+token loop gathers nothing. A token loop that runs from the train layout gathers nothing either where its weights stay:
+see `weights_stay`. An axis that does not divide over its mesh axes is replicated.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -32,6 +34,11 @@ WEIGHT_RULES = {
 }
 # Activations keep their width whole: fsdp and data carry rows instead.
 ACTIVATION_RULES = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+# But where weights stay, activations that go into a product with one, or come out of it, lie as the weight does: fsdp
+# carries their width, and data alone their rows.
+STAYING_RULES = WEIGHT_RULES["train"] | {"prompt": "data"}
+# A context of JAX's own is part of the keys of its caches: what is traced under one value never serves the other.
+_STAY = jax.make_user_context(False)
 
 LogicalAxes = tuple[str | None, ...]
 AnyMesh = Mesh | AbstractMesh  # an abstract mesh places shapes without devices, for planning
@@ -118,14 +125,52 @@ def weight_shardings(mesh: AnyMesh, shapes: Any, axes: Any, layout: str = "train
   return jax.tree.map(lambda leaf, names: weight_sharding(mesh, leaf.shape, names, layout), shapes, axes)
 
 
+def weights_stay(stay: bool = True) -> AbstractContextManager[None]:
+  """What is traced inside leaves weights of the train layout cut over fsdp, and sums parts of products instead.
+
+  A product with a weight that is cut over fsdp gathers the weight, unless its other operand is cut along the same axis:
+  then every device multiplies what it has, and the results are added up over fsdp. What is sent is as large as the
+  weight in one case and as the result in the other, which for the few rows of a token is a thousandth of it. So that
+  the compiler takes this way, `constrain` lays the operands and results of products, which it knows by their last axis,
+  as the weights lie, each row on all devices of fsdp; between products, attention and its caches have their rows over
+  data and fsdp as ever.
+
+  Args:
+    stay: or not; False undoes it for a part of a program.
+  """
+  return _STAY(stay)
+
+
+def _staying(sizes: dict[str, int]) -> bool:
+  return _STAY.value and sizes["fsdp"] > 1
+
+
+def _activation_spec(shape: Sequence[int], axes: LogicalAxes, sizes: dict[str, int]) -> PartitionSpec:
+  if _staying(sizes) and axes[-1] in STAYING_RULES:
+    return _spec(shape, axes, STAYING_RULES, sizes)
+  return _spec(shape, axes, ACTIVATION_RULES | _row_axes(shape, axes, sizes), sizes)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins an activation to the mesh in force (`jax.set_mesh`); without one, the identity."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  sizes = dict(mesh.shape)
-  rules = ACTIVATION_RULES | _row_axes(x.shape, axes, sizes)
-  return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, rules, sizes))
+  return jax.lax.with_sharding_constraint(x, _activation_spec(x.shape, axes, dict(mesh.shape)))
+
+
+def beside_weight(x: jax.Array, axis: str | None) -> jax.Array:
+  """Pins [P, ..., W], which meets the axis `axis` of a weight, as that lies; the identity unless `weights_stay`.
+
+  Args:
+    x: operand or result of a product; or the rows of a table that are wanted, with None for an axis.
+    axis: logical axis of W.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not _staying(dict(mesh.shape)):
+    return x
+  spec = _spec(x.shape, ("prompt", *(None,) * (x.ndim - 2), axis), STAYING_RULES, dict(mesh.shape))
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def per_device(function: Callable[..., jax.Array], *axes: LogicalAxes) -> Callable[..., jax.Array]:
@@ -144,10 +189,7 @@ def per_device(function: Callable[..., jax.Array], *axes: LogicalAxes) -> Callab
   sizes = dict(mesh.shape)
 
   def run(*arrays: jax.Array) -> jax.Array:
-    specs = tuple(
-      _spec(x.shape, names, ACTIVATION_RULES | _row_axes(x.shape, names, sizes), sizes)
-      for x, names in zip(arrays, axes, strict=True)
-    )
+    specs = tuple(_activation_spec(x.shape, names, sizes) for x, names in zip(arrays, axes, strict=True))
     # Kernels do not say over which mesh axes their results vary, which the check would ask of them.
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
@@ -170,6 +212,12 @@ def row_shards(prompts: int, rollouts: int) -> tuple[int, int]:
   axes = [rows.get(name, ()) for name in ("prompt", "rollout")]
   shards = [math.prod(sizes[axis] for axis in ((names,) if isinstance(names, str) else names)) for names in axes]
   return shards[0], shards[1]
+
+
+def rows_divide(prompts: int) -> bool:
+  """Whether so many prompts divide over data and fsdp of the mesh in force; true without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or _fits(prompts, ("data", "fsdp"), dict(mesh.shape))
 
 
 def batch_sharding(mesh: Mesh, shape: Sequence[int], axes: LogicalAxes = ("prompt",)) -> NamedSharding:

@@ -33,6 +33,7 @@ _LORA = f"{_TESTS}/test_lora.py::"
 _AXES = f"{_TESTS}/test_text.py::test_frequencies_are_interleaved"
 _PROCESSES = "kepo_jax/processes.py"
 _SEVERAL = "tests/test_processes.py::"
+_PODS = "tests/planning/test_pods.py::"
 _FUSED = f"{_TESTS}/test_attention.py::test_a_fused_kernel_equals_the_plain_form"
 
 
@@ -351,6 +352,34 @@ MUTATIONS = (
     'batch_sharding(mesh, shape, ("prompt", "rollout")).devices_indices_map(shape)',
     'batch_sharding(mesh, shape, ("prompt",)).devices_indices_map(shape)',
     f"{_SEVERAL}test_each_rollout_is_scored_by_the_lowest_process_that_holds_it",
+  ),
+  Mutation(
+    "a teacher whose weights are gathered for every token",
+    "kepo_jax/training/programs.py",
+    'name="the teacher\'s sampler", stationary=True',
+    'name="the teacher\'s sampler", stationary=False',
+    f"{_PODS}test_no_weight_of_a_teacher_is_gathered_for_a_token[cut]",
+  ),
+  Mutation(
+    "few prompts repeated over fsdp",
+    "kepo_jax/sampling.py",
+    "stationary and not sharding.rows_divide(rows[0])",
+    "False",
+    f"{_PODS}test_few_prompts_are_not_repeated",
+  ),
+  Mutation(
+    "width of what meets a weight left whole",
+    "kepo_jax/sharding.py",
+    'STAYING_RULES = WEIGHT_RULES["train"] | {"prompt": "data"}',
+    'STAYING_RULES = ACTIVATION_RULES | {"prompt": "data"}',
+    "tests/test_sharding.py::test_where_activations_lie_beside_weights_that_stay",
+  ),
+  Mutation(
+    "rows of what meets a weight over fsdp as well",
+    "kepo_jax/sharding.py",
+    '| {"prompt": "data"}',
+    '| {"prompt": ("data", "fsdp")}',
+    "tests/test_sharding.py::test_where_activations_lie_beside_weights_that_stay",
   ),
   Mutation(
     "padding read as a prompt",

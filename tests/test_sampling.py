@@ -100,15 +100,16 @@ def test_greedy_takes_the_most_likely_token_of_the_full_forward(params):
 
 @pytest.fixture(scope="module")
 def on_mesh(params, mesh_of):
-  """`on_mesh(layout, **axes)`: the compiled sampler and its arguments on a mesh."""
+  """`on_mesh(layout, stationary, **axes)`: the compiled sampler and its arguments on a mesh."""
 
   @functools.cache
-  def compiled(layout, **axes):
+  def compiled(layout, stationary=False, texts=True, **axes):
     mesh = mesh_of(**axes)
     shardings = sharding.weight_shardings(mesh, params, model.logical_axes(CONFIG), layout)
     with jax.set_mesh(mesh):
-      arguments = jax.device_put(params, shardings), sharding.place(mesh, prompts_of(TEXTS)), KEY
-      return jax.jit(sampler()).lower(*arguments).compile(), arguments
+      prompts = sharding.place(mesh, prompts_of(TEXTS if texts else IMAGES))
+      arguments = jax.device_put(params, shardings), prompts, KEY
+      return jax.jit(sampler(stationary=stationary)).lower(*arguments).compile(), arguments
 
   return compiled
 
@@ -123,8 +124,25 @@ def test_same_tokens_on_every_mesh(axes, on_mesh, rollouts):
   assert_same_rollouts(jax.device_get(run(*arguments)), rollouts)
 
 
-def test_padding_and_the_rest_of_the_batch_change_nothing(params):
-  expected = jax.device_get(program()(params, prompts_of(IMAGES), KEY))
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_same_tokens_from_weights_that_stay(axes, on_mesh, rollouts):
+  run, arguments = on_mesh("train", True, **axes)
+  assert_same_rollouts(jax.device_get(run(*arguments)), rollouts)
+
+
+@pytest.fixture(scope="module")
+def pictured(params):
+  return jax.device_get(program()(params, prompts_of(IMAGES), KEY))
+
+
+def test_prompts_that_do_not_divide_stay_with_the_weights(on_mesh, pictured):
+  # Three prompts over fsdp 4: they stay with the decoder's weights as well. Their images go through a gathered tower.
+  run, arguments = on_mesh("train", True, texts=False, fsdp=4, tensor=2)
+  assert_same_rollouts(jax.device_get(run(*arguments)), pictured)
+
+
+def test_padding_and_the_rest_of_the_batch_change_nothing(params, pictured):
+  expected = pictured
   padded = jax.tree.map(lambda x: x[np.array([1, 0])], prompts_of(IMAGES, extra=(5, 8)))
   actual = program(samples=2)(params, padded, KEY)
   assert_same_rollouts(actual, jax.tree.map(lambda x: x[np.array([1, 0]), :2], expected))

@@ -1,11 +1,17 @@
 """Arrays on their way to the mesh and back."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from kepo_jax import sharding
+from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl.config import SIZES
+from kepo_jax.planning import pods
 
 
 @pytest.mark.parametrize(
@@ -75,3 +81,67 @@ def test_held_rows_are_those_that_placing_reads(mesh_of, monkeypatch):
 
   monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", part)
   assert sharding.held_rows(mesh, 16) == {2, 3, 12, 13}
+
+
+# ---- weights that stay ----
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 8), (1, 8, 8), (4, 8, 8), (1, 16, 4)], ids=str)
+def test_a_chip_that_decodes_from_the_train_layout_holds_its_share(sizes):
+  config, mesh = SIZES["Qwen3-VL-32B"], jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES)
+  shapes, axes = model.abstract_params(config, jnp.bfloat16), model.logical_axes(config)
+  places = sharding.weight_shardings(mesh, shapes, axes)
+  parts = jax.tree.map(lambda x, place: x.size // math.prod(place.shard_shape(x.shape)), shapes, places)
+  cuts = jax.tree.map(lambda x, names, parts: (parts, x.size, [name for name in names if name]), shapes, axes, parts)
+  found = jax.tree.leaves(cuts, is_leaf=lambda node: isinstance(node, tuple))
+  _, fsdp, tensor = sizes
+  # Both sides of a matrix of the decoder are cut, and one of the tower's; vectors, which have no names, are whole.
+  assert {parts for parts, _, names in found if len(names) == 2} == {fsdp * tensor}
+  assert {parts for parts, _, names in found if names == ["vision"]} == {fsdp}
+  assert all(parts == 1 and 2 * size < pods.LARGE for parts, size, names in found if not names)
+
+
+@pytest.mark.parametrize(
+  ("shape", "axes", "usual", "beside"),
+  [
+    # What goes into products and comes out of them: width where a weight has it, rows over data alone.
+    ((4, 2, 1, 8), ("prompt", "rollout", None, "embed"), [("data", "fsdp")], ["data", None, None, "fsdp"]),
+    ((4, 2, 1, 8), ("prompt", "rollout", None, "mlp"), [("data", "fsdp"), None, None, "tensor"],
+     ["data", None, None, "tensor"]),
+    ((4, 2, 8), ("prompt", "rollout", "vocab"), [("data", "fsdp"), None, "tensor"], ["data", None, "tensor"]),
+    # A width that does not divide is whole; so are rows.
+    ((3, 2, 1, 7), ("prompt", "rollout", None, "embed"), [None, "fsdp"], []),
+    # Attention, its caches and what is counted per row lie as ever.
+    ((4, 2, 2, 8, 3), ("prompt", "kv_heads", "rollout", None, None), [("data", "fsdp"), "tensor"],
+     [("data", "fsdp"), "tensor"]),
+    ((4, 2), ("prompt", "rollout"), [("data", "fsdp")], [("data", "fsdp")]),
+  ],
+)  # fmt: skip
+def test_where_activations_lie_beside_weights_that_stay(mesh_of, shape, axes, usual, beside):
+  mesh = mesh_of(data=2, fsdp=2, tensor=2)
+  # One function for both, so that a trace of the one would be found for the other if JAX did not keep them apart.
+  pinned = jax.jit(lambda x: sharding.constrain(x, *axes))
+  with jax.set_mesh(mesh):
+    found = [pinned(jnp.zeros(shape)).sharding]
+    with sharding.weights_stay():
+      found.append(pinned(jnp.zeros(shape)).sharding)
+      with sharding.weights_stay(False):
+        found.append(pinned(jnp.zeros(shape)).sharding)
+    found.append(pinned(jnp.zeros(shape)).sharding)
+  for place, expected in zip(found, (usual, beside, usual, usual), strict=True):
+    assert place.is_equivalent_to(jax.sharding.NamedSharding(mesh, PartitionSpec(*expected)), len(shape))
+
+
+def test_nothing_changes_where_fsdp_cuts_nothing(mesh_of):
+  def traced(stay):
+    with jax.set_mesh(mesh_of(data=2, tensor=4)), sharding.weights_stay(stay):
+      pinned = lambda x: sharding.beside_weight(sharding.constrain(x, "prompt", None, "embed"), "embed")  # noqa: E731
+      return str(jax.make_jaxpr(pinned)(jnp.zeros((4, 3, 8))))
+
+  assert traced(True) == traced(False)
+
+
+def test_prompts_that_divide(mesh_of):
+  assert sharding.rows_divide(3)  # without a mesh
+  with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
+    assert [count for count in range(1, 9) if sharding.rows_divide(count)] == [4, 8]

@@ -33,14 +33,14 @@ _COPIES = 2
 def estimate(plan: RunPlan) -> dict[str, int]:
   """Bytes per device of the parts of a run, and their peak.
 
-  The peak is what stays (student with the moments of what it trains, frozen models) plus the largest of what
-  sampling needs (decode copy, caches, logits), what hints need (decode copies of both models), what scoring by a
-  frozen model needs (a layer's activations on one micro-batch), what the update needs (gradients and, one after the
-  other, the backward pass with compute copy, activations of one micro-batch and logits of one chunk, and the optimizer)
-  and what evaluation needs (as sampling, with one completion for each question of a batch). Frozen models in host
-  memory count in the phases that use them, and their heads in the update. It assumes prompts that fill the second
-  prompt bucket and images that fill the first patch bucket; longer ones need more. Fragmentation and the runtime's own
-  buffers are left out.
+  The peak is what stays (student with the moments of what it trains, frozen models) plus the largest of what sampling
+  needs (decode copy, caches, logits), what hints need (caches and logits of the teacher, which decodes from the weights
+  that it has, beside the student's decode copy), what scoring by a frozen model needs (a layer's activations on one
+  micro-batch), what the update needs (gradients and, one after the other, the backward pass with compute copy,
+  activations of one micro-batch and logits of one chunk, and the optimizer) and what evaluation needs (as sampling,
+  with one completion for each question of a batch). Frozen models in host memory count in the phases that use them, and
+  their heads in the update. It assumes prompts that fill the second prompt bucket and images that fill the first patch
+  bucket; longer ones need more. Fragmentation and the runtime's own buffers are left out.
 
   Args:
     plan: as the hooks receive it.
@@ -71,9 +71,7 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   parts["sampling"] = actor + cache_bytes(student, shape, compute) + _sampler_logits(student, shape)
   if "teacher" in others and (checks.explores(config) or checks.teacher_answers(config)):
     # The student's decode copy waits for the candidates meanwhile.
-    # Where its layout is that of decoding already, the teacher decodes from its own weights.
-    copied = plan.mesh["fsdp"] > 1
-    parts["hints"] = actor + (_decode_copy(others["teacher"], plan.mesh, frozen) if copied else 0)
+    parts["hints"] = actor + max(_asked(others["teacher"], each, frozen, plan.mesh) for each in _asked_shapes(plan))
     if on_host:  # it stays for all rounds, so candidates are sampled beside it
       parts["hints"] = visiting["teacher"] + max(parts["hints"], parts["sampling"])
   hidden = sum(_hidden(other, shape, frozen) for other in others.values())
@@ -204,6 +202,21 @@ def _evaluation_shape(config: Any, mesh: dict[str, int]) -> _BatchShape:
     prompts=asked // split,
     new_tokens=config.eval.max_new_tokens,
   )
+
+
+def _asked_shapes(plan: RunPlan) -> list[_BatchShape]:
+  """What the teacher may be asked for: a hint for every prompt, and the answers of supervised rows."""
+  config = plan.config
+  asked = [(1, config.exploration.hint_tokens)] if checks.explores(config) else []
+  if checks.teacher_answers(config):
+    asked += [(config.batch.rollouts - assembly.own_rollouts(config), config.sampling.max_new_tokens)]
+  shape = _training_shape(config, plan.mesh)
+  return [dataclasses.replace(shape, rollouts=samples * shape.prompts, new_tokens=tokens) for samples, tokens in asked]
+
+
+def _asked(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, mesh: dict[str, int]) -> int:
+  """Caches and logits of the teacher's sampler; every device of fsdp has the logits of all of their rows."""
+  return cache_bytes(config, shape, itemsize) + mesh["fsdp"] * _sampler_logits(config, shape)
 
 
 def cache_bytes(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int) -> int:

@@ -24,7 +24,7 @@ from kepo_jax.types import Prompts, RunPlan
 
 # Share of a chip's memory that a plan may fill: the compiler keeps some for itself, and allocation is never perfect.
 LIMIT = 0.85
-_DECODE_WEIGHTS = "the decode weights"  # as their programs are called
+_OF_A_LAYER = "the decode weights of a layer"  # as its program is called
 # Replicated arrays from so many bytes on are worth a question.
 LARGE = 64 * 2**20
 
@@ -192,7 +192,7 @@ class PodRun:
     failures = {}
 
     def seen(phase: str, each: compiling.Compiled) -> None:
-      found.append(self._program(phase, each, topology, found, hint_rounds))
+      found.append(self._program(phase, each, topology, hint_rounds))
       compiled(f"{each.name} ({phase})", each.seconds)
 
     with self._in_force():
@@ -206,9 +206,7 @@ class PodRun:
               break
     return PodPlan(topology, dict(self.mesh.shape), tuple(found), failures)
 
-  def _program(
-    self, phase: str, each: compiling.Compiled, topology: Topology, before: list[ProgramPlan], hint_rounds: float
-  ) -> ProgramPlan:
+  def _program(self, phase: str, each: compiling.Compiled, topology: Topology, hint_rounds: float) -> ProgramPlan:
     analysis = each.executable.memory_analysis()
     turns = {"sampling": self.config.sampling.max_new_tokens, "answers": self.config.sampling.max_new_tokens}
     turns |= {"candidates": self.config.sampling.max_new_tokens, "hints": self.config.exploration.hint_tokens}
@@ -217,12 +215,12 @@ class PodRun:
       phase=phase,
       name=each.name,
       runs=hint_rounds if phase in ("hints", "candidates") else self._runs(each.name),
-      calls=self._calls(phase, each.name),
+      calls=self._calls(each.name),
       seconds=each.seconds,
       arguments=float(analysis.argument_size_in_bytes),
       results=float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
       temporaries=float(analysis.temp_size_in_bytes),
-      resident=self._resident(phase, each.name, before),
+      resident=self._resident(phase, each.name),
       cost=hlo.cost(
         each.executable.as_text(), turns=loops, slices=topology.slices, slice_devices=topology.slice_devices
       ),
@@ -232,21 +230,18 @@ class PodRun:
     updates = assembly.update_settings(self.config).updates
     return float(updates if name in ("the gradients", "the optimizer") else 1)
 
-  def _calls(self, phase: str, name: str) -> int:
-    model_of = "teacher" if phase in ("hints", "answers") else "student"
-    return self.models[model_of].config.text.num_hidden_layers if name == f"{_DECODE_WEIGHTS} of a layer" else 1
+  def _calls(self, name: str) -> int:
+    return self.models["student"].config.text.num_hidden_layers if name == _OF_A_LAYER else 1
 
-  def _resident(self, phase: str, name: str, before: list[ProgramPlan]) -> float:
+  def _resident(self, phase: str, name: str) -> float:
     """Bytes of everything that is on a device while a program runs, its results and temporaries apart."""
     frozen = {role: bytes_per_device(each.resident.shapes) for role, each in self.models.items() if role != "student"}
     on_host = self.config.model.teacher_memory == "host"
     total = bytes_per_device(self.state) + (0.0 if on_host else sum(frozen.values()))
     if phase in ("sampling", "hints", "candidates", "answers") and assembly.own_rollouts(self.config):
       total += bytes_per_device(self.actor())
-    if phase in ("hints", "answers"):
+    if phase in ("hints", "answers"):  # the teacher's sampler takes its weights as they are
       total += frozen["teacher"] if on_host else 0.0
-      copies = [each for each in before if each.phase == phase and each.name.startswith(_DECODE_WEIGHTS)]
-      total += sum(each.calls * each.results for each in copies)
     if phase == "scoring":
       total += sum(frozen.values()) if on_host else 0.0
     if phase in ("scoring", "update"):

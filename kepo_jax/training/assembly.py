@@ -163,7 +163,7 @@ def build_programs(
     if not used:
       return programs.no_teacher
     arguments = programs.SamplingSettings(samples, tokens, temperature)
-    return programs.teacher_program(models["teacher"], processor, arguments, jnp.dtype(config.model.teacher_dtype))
+    return programs.teacher_program(models["teacher"], processor, arguments)
 
   policy = (sampled.max_new_tokens, sampled.temperature, sampled.top_p, sampled.top_k)
   own = own_rollouts(config)

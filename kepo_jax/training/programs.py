@@ -41,7 +41,12 @@ class SamplingSettings:
 
 
 def sampling_program(
-  config: Qwen3VLConfig, processor: Any, settings: SamplingSettings, *, name: str = "a sampler"
+  config: Qwen3VLConfig,
+  processor: Any,
+  settings: SamplingSettings,
+  *,
+  name: str = "a sampler",
+  stationary: bool = False,
 ) -> Callable[[Any, Prompts, jax.Array], Rollouts]:
   """`sampling.sample` compiled for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T].
 
@@ -52,6 +57,7 @@ def sampling_program(
     processor: of the model.
     settings: of the sampling.
     name: what errors call it.
+    stationary: its weights are in the train layout and stay so, see `sampling.sample`.
   """
   config = lora.base(config)
   allowed = jnp.asarray(processor.allowed)
@@ -65,15 +71,14 @@ def sampling_program(
       end_ids=processor.end_ids,
       pad_id=processor.pad_id,
       allowed=allowed,
+      stationary=stationary,
       **dataclasses.asdict(settings),
     )
 
   return compiling.Program(name, program)
 
 
-def decode_weights_program(
-  config: Qwen3VLConfig, params: Any, dtype: Any, *, spare: bool = False
-) -> Callable[[Any], Any]:
+def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Callable[[Any], Any]:
   """A copy of the weights in the layout and dtype of the token loop, LoRA merged, with layers side by side.
 
   Decoding from weights sharded over fsdp would gather every layer for every token, and from stacked ones slice it
@@ -84,15 +89,8 @@ def decode_weights_program(
     config: of the model.
     params: its weights.
     dtype: of the copy.
-    spare: take the weights themselves, stacked as they are, where layout and dtype are right already: a second copy
-      of a large teacher costs more memory than its few hints are worth.
   """
   mesh = jax.tree.leaves(params)[0].sharding.mesh
-  if spare:
-    wanted = sharding.weight_shardings(mesh, params, model.logical_axes(config), layout="decode")
-    same = jax.tree.map(lambda x, s: x.dtype == dtype and s.is_equivalent_to(x.sharding, x.ndim), params, wanted)
-    if all(jax.tree.leaves(same)):
-      return lambda params: params
 
   def layer(stacks, index):
     """Layer `index`; stacks are those of the decoder, and of the matrices of LoRA where there are some."""
@@ -146,15 +144,18 @@ class Programs:
 
 
 def teacher_program(
-  teacher: Model, processor: Any, settings: SamplingSettings, dtype: Any
+  teacher: Model, processor: Any, settings: SamplingSettings
 ) -> Callable[[Prompts, jax.Array], Rollouts]:
-  """The teacher's sampler with its own decode weights, made for each call and freed after it: (prompts, key)."""
-  decode_weights = decode_weights_program(teacher.config, teacher.resident.shapes, dtype, spare=True)
-  sample = sampling_program(teacher.config, processor, settings, name="the teacher's sampler")
+  """The teacher's sampler, from the weights that it has: (prompts, key).
+
+  A second copy of a large teacher costs more memory than its few rows are worth, whatever its layout. Its weights stay
+  as they are cut, and stacked as they are.
+  """
+  sample = sampling_program(teacher.config, processor, settings, name="the teacher's sampler", stationary=True)
 
   def sampled(prompts, key):
     with teacher.resident.beside(prompts) as params:
-      return sample(decode_weights(params), prompts, key)
+      return sample(params, prompts, key)
 
   return sampled
 

@@ -100,6 +100,27 @@ def test_evaluation_by_hand():
   assert memory.estimate(plan(mesh=mesh, **changes))["evaluation"] == expected // 8 + copy
 
 
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_hints_by_hand(fsdp):
+  mesh = {"data": 1, "fsdp": fsdp, "tensor": 1}
+  large = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, num_hidden_layers=40))
+  changes = {"exploration__hint_tokens": 24, "data__prompt_buckets": (16, 64), "batch__prompts": 8}
+  parts = memory.estimate(plan(teacher=large, mesh=mesh, **changes))
+  # A prefix of 64 and a hint of 24 for each of 8 prompts, which fsdp divides, in 40 layers; 3 logit arrays of all 8.
+  caches = 2 * 40 * (8 // fsdp) * (64 + 24) * 2 * 32 * 4
+  # The student's copy that decodes waits, and there is none of the teacher.
+  copy = 4 * memory.parameters_per_device(SMALL, mesh, "decode")
+  assert parts["hints"] == copy + caches + 3 * 8 * 1000 * 4
+
+
+def test_answers_of_the_teacher_by_hand():
+  changes = {"supervised__source": "teacher", "batch__on_policy_fraction": 0.5, "batch__rollouts": 4}
+  changes |= {"sampling__max_new_tokens": 32, "exploration__hint_tokens": 24, "data__prompt_buckets": (16, 64)}
+  parts = memory.estimate(plan(batch__prompts=8, **changes))
+  caches = 2 * 2 * 8 * (64 + 2 * 32) * 2 * 32 * 4  # two answers for each of 8 prompts
+  assert parts["hints"] == 4 * memory.parameters_per_device(SMALL, ONE) + caches + 3 * 16 * 1000 * 4
+
+
 def test_a_cache_that_grows_is_there_twice():
   whole = {length: memory.estimate(plan(sampling__max_new_tokens=length))["sampling"] for length in (256, 300, 1024)}
   slot = 2 * 2 * 64 * 2 * 32 * 4  # keys and values of a token of each of 64 completions
@@ -163,12 +184,16 @@ def test_a_comparison_of_gradients_holds_a_second_set():
   assert memory.estimate(plan(**grpo)) == memory.estimate(plan(**grpo, log__gradients_every=0))
 
 
-def test_the_student_decodes_from_a_copy_and_the_teacher_where_its_layout_changes():
+def test_the_student_decodes_from_a_copy_and_the_teacher_from_the_weights_that_it_has():
   count = memory.parameters_per_device(SMALL, ONE)
-  assert memory.estimate(plan())["hints"] == 4 * count
-  # Whole over fsdp: the student's copy waits beside the teacher's.
-  assert memory.estimate(plan(mesh={"data": 1, "fsdp": 4, "tensor": 1}))["hints"] == 2 * 4 * count
-  assert memory.estimate(plan(model__compute_dtype="bfloat16"))["hints"] == 2 * count
+  large = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, intermediate_size=384 * 100))
+  # A hundred times the MLP is no longer cache.
+  hints = memory.estimate(plan())["hints"]
+  assert hints == memory.estimate(plan(teacher=large))["hints"]
+  assert hints - memory.estimate(plan(model__compute_dtype="bfloat16"))["hints"] == 2 * count
+  # Whole over fsdp, where prompts are cut: the copy of the student, and no other.
+  cut = memory.estimate(plan(teacher=large, mesh={"data": 1, "fsdp": 4, "tensor": 1}))["hints"]
+  assert 4 * count < cut < hints
   assert "hints" not in memory.estimate(plan(exploration__rounds=0))
 
 
@@ -290,7 +315,7 @@ def test_a_teacher_in_host_memory_counts_in_its_phases():
   teacher = 4 * memory.parameters_per_device(large, ONE)
   assert away["teacher in host memory"] == there["teacher"] == teacher and "teacher" not in away
   assert away["scoring"] - there["scoring"] == teacher
-  assert away["hints"] == teacher + away["sampling"]  # candidates are sampled beside it
+  assert away["hints"] == teacher + max(away["sampling"], there["hints"])  # candidates are sampled beside it
   assert away["update"] - there["update"] == 4 * 1000 * 128  # its head
   assert (away["sampling"], away["evaluation"]) == (there["sampling"], there["evaluation"])
   student = there["student and moments"]

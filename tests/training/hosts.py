@@ -120,10 +120,10 @@ def steps(watched):
 
   def noted(run, actor, groups, done):
     watched.said["failed"].append(loop.asking(run, groups))
-    outcome = explore(run, actor, groups, done)
+    outcome, written = explore(run, actor, groups, done)
     watched.said["accepted"].append([len(found) for _, found in sorted(outcome.accepted.items())])
     watched.said["hints"].append([texts for _, texts in sorted(outcome.hints.items())])
-    return outcome
+    return outcome, written
 
   state, ahead = run.state, Ahead(run)
   for done in range(STEPS):

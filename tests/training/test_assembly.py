@@ -222,8 +222,8 @@ def built(monkeypatch, mesh_of):
       made["student"].append(settings)
       return settings
 
-    def teacher_program(model, processor, settings, dtype):
-      made["teacher"].append((settings, dtype))
+    def teacher_program(model, processor, settings):
+      made["teacher"].append((model, settings))
       return settings
 
     def update(*arguments):
@@ -256,7 +256,7 @@ def test_the_programs_of_kepo(built):
   assert made.rollout == settings(6, 20, 0.9, 0.95, 50)
   assert made.candidate == settings(2, 20, 0.9, 0.95, 50)  # the student's usual settings, K of them
   assert made.greedy == settings(1, 40, 0.0)
-  assert made.hint == settings(1, 30, 0.6) and arguments["teacher"] == [(made.hint, jnp.dtype("float16"))]
+  assert made.hint == settings(1, 30, 0.6) and arguments["teacher"] == [("the teacher", made.hint)]
   assert made.answer is programs.no_teacher
   assert made.decode_weights == jnp.dtype("bfloat16")
   assert made.targets == (["the teacher"], 2)

@@ -84,14 +84,17 @@ def test_targets_outlive_the_weights_that_made_them(tiny_config, tiny_params, ti
   np.testing.assert_array_equal(found[1][1].hidden, expected.hidden)
 
 
+@pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2}], ids="x".join)
 @pytest.mark.parametrize("place", residence.PLACES)
-def test_a_teacher_that_decodes_as_it_is_stored_is_not_copied(tiny_config, tiny_params, mesh_of, place):
-  places = sharding.weight_shardings(mesh_of(data=2), tiny_params, model.logical_axes(tiny_config))
+def test_a_teacher_decodes_from_the_weights_that_it_has(tiny_config, tiny_params, mesh_of, monkeypatch, place, axes):
+  places = sharding.weight_shardings(mesh_of(**axes), tiny_params, model.logical_axes(tiny_config))
   params = jax.device_put(tiny_params, places)
-  resident = residence.Resident(residence.on_host(params) if place == "host" else params)
-  decode_weights = programs.decode_weights_program(tiny_config, resident.shapes, jnp.float32, spare=True)
-  with resident.on_device() as found:
-    assert decode_weights(found) is found
+  teacher = programs.Model(tiny_config, residence.on_host(params) if place == "host" else params)
+  monkeypatch.setattr(programs, "sampling_program", lambda *_, stationary, **named: lambda *given: (stationary, given))
+  sampled = programs.teacher_program(teacher, None, None)
+  with teacher.resident.on_device() as found:
+    stationary, (used, prompts, key) = sampled("prompts", "key")
+  assert stationary and used is found and (prompts, key) == ("prompts", "key")
 
 
 # ---- the backend ----

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kepo_jax.sharding import LogicalAxes
+from kepo_jax.sharding import LogicalAxes, beside_weight
 
 Params = Mapping[str, Any]
 Turn = tuple[jax.Array, jax.Array]  # cosine and sine of rotary angles
@@ -83,13 +83,17 @@ class Linear(nnx.Module):
   def __init__(self, inputs: int, outputs: int, axes: LogicalAxes, bias: bool = True):
     self.weight = _weight((outputs, inputs), axes)
     self.bias = nnx.data(_weight((outputs,), axes[:1])) if bias else None
+    self.axes = axes
     self.widens = outputs > inputs  # see `widened`; LoRA, which makes no gradient of a weight, clears it
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    outputs, inputs = self.axes
+    x = beside_weight(x, inputs)
     if self.widens:
       y = widened(x, self.weight[...])
     else:
       y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+    y = beside_weight(y, outputs)
     if self.bias is None:
       return y
     # In float32, so that the gradient of the bias, a sum over all tokens, adds up in it.
@@ -131,7 +135,7 @@ class Table(nnx.Module):
     self.weight = _weight((rows, width), axes)
 
   def __call__(self, index: jax.Array) -> jax.Array:
-    return looked_up(self.weight[...], index)
+    return looked_up(self.weight[...], beside_weight(index, None))
 
 
 class LayerNorm(nnx.Module):

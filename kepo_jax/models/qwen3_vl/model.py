@@ -25,7 +25,7 @@ from kepo_jax.models.qwen3_vl.layers import (
   stacked,
   stacked_axes,
 )
-from kepo_jax.sharding import constrain
+from kepo_jax.sharding import constrain, weights_stay
 from kepo_jax.types import Prompts, VisionInputs
 
 
@@ -175,7 +175,9 @@ def encode_images(
 ) -> tuple[jax.Array, jax.Array]:
   """Image tokens [P, M, D] of every prompt and its DeepStack features [n, P, M, D]."""
   chex.assert_shape(inputs.patches, (None, None, config.vision.patch_width))
-  return vision.encode(config.vision, params["visual"], inputs, remat=remat, form=config.attention)
+  # Many rows meet a small tower, once per prompt: it is gathered, also where the weights of the decoder stay.
+  with weights_stay(False):
+    return vision.encode(config.vision, params["visual"], inputs, remat=remat, form=config.attention)
 
 
 def with_images(
@@ -210,7 +212,7 @@ def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: s
   deepstack = jnp.zeros((0, *x.shape), x.dtype)
   if prompts.vision.patches.shape[1]:
     x, deepstack = with_images(x, prompts.image_slot, *encode_images(config, params, prompts.vision, remat=remat))
-  x, deepstack = constrain(x, "prompt", None, None), constrain(deepstack, None, "prompt", None, None)
+  x, deepstack = constrain(x, "prompt", None, "embed"), constrain(deepstack, None, "prompt", None, "embed")
   angles = text.prompt_angles(config.text, prompts.positions)
   layers, kind = _decoder_layers(config, params)
   x, keys, values = text.prompt_layers(
@@ -312,7 +314,7 @@ def decode_step(
   chex.assert_rank(token, 2)
   if config.lora is not None:
     raise ValueError("tokens are decoded from merged weights: use lora.merged, and lora.base for the config.")
-  x = constrain(_embedded(config, params, token[..., None]), "prompt", "rollout", None, None)
+  x = constrain(_embedded(config, params, token[..., None]), "prompt", "rollout", None, "embed")
   angles = text.completion_angles(config.text, (prefix.next_position + cache.length)[:, None])
   x, keys, values = text.token_layers(
     config.text,

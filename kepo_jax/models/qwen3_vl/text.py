@@ -82,7 +82,7 @@ class DecoderLayer(nnx.Module):
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     mixed, key, value = self.self_attn(self.input_layernorm(x), by, sources, own, attend)
     x = x + mixed
-    x = constrain(x + self.mlp(self.post_attention_layernorm(x)), "prompt", "rollout", None, None)
+    x = constrain(x + self.mlp(self.post_attention_layernorm(x)), "prompt", "rollout", None, "embed")
     return x, key, value
 
 
