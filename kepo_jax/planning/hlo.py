@@ -37,6 +37,8 @@ _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^
 _TRANSFER = "_xla_megascale_transfer_type"
 # How it marks the start of a collective that goes on in the fusions that follow.
 _STARTING = 'custom_call_target="AsyncCollectiveStart"'
+# What it calls a fusion of an all-reduce with the slices of its results that a device keeps, which scatters them.
+_SCATTERING = "all-reduce-scatter"
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
@@ -169,6 +171,7 @@ class Program:
     self.open_loops: list[str] = []
     self._turns: tuple[int, ...] = ()
     self._starts: dict[tuple[str, str], str] = {}
+    self._scattered: set[str] = set()  # all-reduces of which every device keeps its part alone
     lines: dict[str, Instruction] = {}
     for line in text.splitlines():
       if match := _COMPUTATION.match(line):
@@ -176,7 +179,8 @@ class Program:
         self.entry = match.group(2) if match.group(1) else self.entry
       elif match := _INSTRUCTION.match(line):
         lines[match.group(1)] = _instruction(match.group(1), line, match.end())
-    for lines in self._computations.values():
+    for name, lines in self._computations.items():
+      self._scattered |= lines.keys() if name.startswith(_SCATTERING) else set()
       starts = (each for each in lines.values() if _STARTING in each.attributes)
       collectives = (lines[name] for each in starts for name in each.operands)
       self._starts |= {_channel(each): each.name for each in collectives}
@@ -296,10 +300,14 @@ class Program:
       kind = _found(rf'{_TRANSFER}="(\w+)"', collective.attributes)[0].lower().replace("_", "-")
       size = collective.arrays[0].size * (self._slices if kind in ("all-gather", "all-to-all") else 1)
       return Collective(kind, size, self._slices, self._slices)
-    # A start returns operands and results; the largest array is the gathered, or not yet scattered one.
-    size = max(array.size for array in collective.arrays)
+    # Several arrays may go at once. A start returns its operands before its results, but for that of an all-reduce.
+    several = len(collective.operands)
+    ahead = collective.opcode.endswith("-start") and kind != "all-reduce"
+    size = sum(array.size for array in (collective.arrays[several : 2 * several] if ahead else collective.arrays))
     if kind == "reduce-scatter":
       size *= len(groups[0])
+    elif collective.name in self._scattered:
+      kind = "reduce-scatter"
     slices = max(len({device // self._slice for device in group}) for group in groups) if self._slice else 1
     return Collective(kind, size, len(groups[0]), slices)
 

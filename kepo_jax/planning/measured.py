@@ -118,7 +118,7 @@ class Probes:
     if self._mesh.size == 1:
       return math.inf
     part = self._ones((_SENT // 4 // self._mesh.size,), jnp.float32)
-    sent = hlo.cost(self._exchange.lower(part).compile().as_text()).sent
+    sent = hlo.cost(self._exchange.lower(part).compile().as_text() or "").sent
     jax.block_until_ready(self._exchange(part))
     taken = chips.seconds(_several(_TIMES, lambda *_: self._exchange(part)))
     return sum(sent.values()) * _TIMES / taken

@@ -291,3 +291,37 @@ def test_a_product_costs_the_same_whole_and_in_parts():
   weight = 2 * width * outputs
   assert whole.sent == {"all-gather": weight * 7 / 8}
   assert parts.sent == {"collective-permute": weight * 9 / 8}  # a step and its first part more than a ring needs
+
+
+# As the compiler of a TPU writes sums of gradients, several at once: of the first two, a device keeps its part.
+SUMS = """HloModule jit_f, is_scheduled=true
+
+%all-reduce-scatter.8.clone.1 (input_0: bf16[64,32], input_1: bf16[16,64]) -> (bf16[8,32], bf16[16,8]) {
+  %input_0 = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %input_1 = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %all-reduce.1 = (bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[16,64]{1,0:T(8,128)(2,1)}) all-reduce(%input_0, %input_1), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  %whole.1 = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%all-reduce.1), index=0
+  %whole.2 = bf16[16,64]{1,0:T(8,128)(2,1)} get-tuple-element(%all-reduce.1), index=1
+  %at = s32[] constant(0)
+  %part.1 = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%whole.1, %at, %at), dynamic_slice_sizes={8,32}
+  %part.2 = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%whole.2, %at, %at), dynamic_slice_sizes={16,8}
+  ROOT %tuple.1 = (bf16[8,32]{1,0:T(8,128)(2,1)S(1)}, bf16[16,8]{1,0:T(8,128)(2,1)S(1)}) tuple(%part.1, %part.2)
+}
+
+ENTRY %main (a: bf16[64,32], b: bf16[16,64], c: f32[4]) -> (bf16[8,32], bf16[16,8]) {
+  %a = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %b = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %c = f32[4]{0:T(128)} parameter(2)
+  %all-reduce.2 = (f32[4]{0:T(128)}, f32[4]{0:T(128)}) all-reduce-start(%c, %c), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  %all-gather.1 = ((f32[4]{0:T(128)}, f32[4]{0:T(128)}), (f32[32]{0:T(128)}, f32[32]{0:T(128)})) all-gather-start(%c, %c), channel_id=2, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %fusion.1 = (bf16[8,32]{1,0:T(8,128)(2,1)S(1)}, bf16[16,8]{1,0:T(8,128)(2,1)S(1)}) fusion(%a, %b), kind=kCustom, calls=%all-reduce-scatter.8.clone.1
+}
+"""  # noqa: E501
+
+
+def test_several_arrays_in_one_collective_by_hand():
+  assert hlo.cost(SUMS).sent == {
+    "reduce-scatter": 2 * (64 * 32 + 16 * 64) * 7 / 8,
+    "all-reduce": 2 * (2 * 4 * 4) * 7 / 8,  # on the same channel, and another one
+    "all-gather": (2 * 4 * 32) * 7 / 8,
+  }
