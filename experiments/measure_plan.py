@@ -5,13 +5,17 @@
   XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m experiments.measure_plan ... \
     --config.mesh.data=1 --config.mesh.fsdp=2 --config.mesh.tensor=2    # with collectives, on virtual devices
 
+  taskset -c 0 python -m experiments.measure_plan --clock=processor ... # where others compute on the same machine
+
 Weights are random and prompts made up, as in `experiments.benchmark`, whose programs these are. What a data sheet says
 of a TPU is measured of the devices that are here, beside every turn: products, memory, and collectives where the mesh
 has several devices. docs/pods.md explains the figures.
 """
 
 import json
+import math
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -22,7 +26,7 @@ from rich.table import Table
 
 from experiments import environment
 from kepo_jax import storage
-from kepo_jax.planning import benchmark, measured
+from kepo_jax.planning import benchmark, chips, measured
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 with environment.config_errors():
@@ -33,6 +37,12 @@ _IMAGE_TOKENS = flags.DEFINE_integer("image_tokens", 16, "Merged tokens of the i
 _TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 40, "Other tokens of a prompt.", lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 0, "Tokens of a completion; 0: as the config samples.", lower_bound=0)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps, after one that warms up.", lower_bound=1)
+_CLOCK = flags.DEFINE_enum(
+  "clock",
+  "wall",
+  ["wall", "processor"],
+  "Seconds of all, or those that this process computed: on one core, as if alone.",
+)
 _JSON = flags.DEFINE_string("json", "", "File for the figures.")
 
 _WIDTH = 150
@@ -41,6 +51,7 @@ _WIDTH = 150
 def main(_: list[str]) -> None:
   """Compares, prints, and keeps the figures."""
   environment.prepare()
+  chips.clock = {"wall": time.perf_counter, "processor": time.process_time}[_CLOCK.value]
   console = Console(width=_WIDTH)
   config = _CONFIG.value
   config.sampling.max_new_tokens = _NEW_TOKENS.value or config.sampling.max_new_tokens
@@ -67,14 +78,16 @@ def main(_: list[str]) -> None:
 def record(config: Any, comparisons: list[measured.Comparison], rates: measured.Rates) -> dict[str, Any]:
   """Everything that was projected and measured, JSON-able."""
   place = comparisons[0].place
+  link = rates.link if math.isfinite(rates.link) else None  # none on one device
   return {
     "device": {"name": place.chip.name, "count": len(place.devices), "jax": jax.__version__},
-    "rates": {"products": rates.products, "bandwidth": rates.bandwidth, "link": rates.link},
+    "rates": {"products": rates.products, "bandwidth": rates.bandwidth, "link": link},
     "mesh": dict(config.mesh.items()),
     "prompts": config.batch.prompts,
     "rollouts": config.batch.rollouts,
     "dtype": config.model.compute_dtype,
     "repeats": _REPEATS.value,
+    "clock": _CLOCK.value,
     "phases": {each.name: _figures(each) for each in [*comparisons, measured.step(comparisons)]},
   }
 
@@ -100,7 +113,7 @@ def table(result: dict[str, Any]) -> Table:
   """Work of each phase on a device, its floors, projected and measured seconds, and their ratio."""
   device = result["device"]
   title = f"{result['prompts']} prompts x {result['rollouts']} rollouts; {result['dtype']}; {device['count']} x "
-  made = Table(title=title + f"{device['name']}; medians of {result['repeats']}")
+  made = Table(title=title + f"{device['name']}; medians of {result['repeats']}, {result['clock']} s")
   made.add_column("phase")
   columns = ("GFLOP", "of them traced", "GB moved", "GB sent", "flops s", "memory s", "links s", "projected s")
   for name in (*columns, "measured s", "projected / measured"):

@@ -1,12 +1,13 @@
 import io
 import json
+import time
 
 import pytest
 from absl import flags
 from rich.console import Console
 
 from experiments.configs import kepo
-from kepo_jax.planning import hlo, measured, pods
+from kepo_jax.planning import chips, hlo, measured, pods
 
 
 @pytest.fixture
@@ -52,13 +53,23 @@ def test_a_run_from_its_flags(measure, mesh_of, tmp_path, monkeypatch):
     return comparisons(mesh_of(fsdp=2)), measured.Rates({"a product": 4e9}, 1e9, 5e8)
 
   monkeypatch.setattr(measured, "compare", compare)
+  monkeypatch.setattr(chips, "clock", chips.clock)
   monkeypatch.setattr(measure.benchmark, "Benchmark", lambda *settings: settings)
   file = tmp_path / "figures.json"
   flags.FLAGS(
-    ["measure_plan", "--student=medium", "--teacher=medium", "--new_tokens=7", "--repeats=3", f"--json={file}"]
+    [
+      "measure_plan",
+      "--student=medium",
+      "--teacher=medium",
+      "--new_tokens=7",
+      "--repeats=3",
+      "--clock=processor",
+      f"--json={file}",
+    ]
   )
   measure.main([])
   (((config, student, teacher, sizes), repeats),) = seen
   assert student == teacher == measure.benchmark.MEDIUM and repeats == 3
   assert config.sampling.max_new_tokens == sizes.new_tokens == 7
+  assert chips.clock is time.process_time
   assert json.loads(file.read_text())["phases"]["step"]["error"] == pytest.approx(-0.25)
