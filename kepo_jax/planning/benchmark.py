@@ -220,17 +220,17 @@ class Benchmark:
     dtype = jnp.dtype(config.model.compute_dtype)
     self.chip, self.devices = chips.chip_of(jax.local_devices()[0], dtype), self.mesh.size
     self._special = special_tokens(student)
-    models = {role: self._model(role, seed) for seed, role in enumerate(self.configs)}
-    self.adapted = models["student"].config  # the student with its matrices of LoRA, if it has some
+    self.models = {role: self._model(role, seed) for seed, role in enumerate(self.configs)}
+    self.adapted = self.models["student"].config  # the student with its matrices of LoRA, if it has some
     with jax.set_mesh(self.mesh):
       checks.check_attention(config, student)
-      self.state, self.programs = assembly.build_programs(config, self._special, models)
+      self.state, self.programs = assembly.build_programs(config, self._special, self.models)
     count = config.batch.prompts
     self.prompts = sharding.place(self.mesh, made_up_prompts(student, count, sizes))
     few = max(1, count // 4)  # ask for a hint, and are asked again with it
-    self._few = sharding.place(self.mesh, made_up_prompts(student, few, sizes))
+    self.few = sharding.place(self.mesh, made_up_prompts(student, few, sizes))
     hinted = dataclasses.replace(sizes, text_tokens=sizes.text_tokens + config.exploration.hint_tokens)
-    self._hinted = sharding.place(self.mesh, made_up_prompts(student, few, hinted))
+    self.hinted = sharding.place(self.mesh, made_up_prompts(student, few, hinted))
     self._batch: Any = ()  # shapes of the experience and the targets of the last turn
 
   def _model(self, role: str, seed: int) -> programs.Model:
@@ -267,8 +267,8 @@ class Benchmark:
       rollouts, seconds = timed(self.programs.rollout, actor, self.prompts, key)
       yield "sampling", seconds
       if checks.explores(self.config):
-        yield "hints", timed(self.programs.hint, self._few, key)[1]
-        yield "candidates", timed(self.programs.candidate, actor, self._hinted, key)[1]
+        yield "hints", timed(self.programs.hint, self.few, key)[1]
+        yield "candidates", timed(self.programs.candidate, actor, self.hinted, key)[1]
       del actor
       experience = self._experience(rollouts)
       targets, seconds = timed(self.programs.targets, experience.prompts, experience.tokens)
@@ -281,9 +281,9 @@ class Benchmark:
   def _tokens(self, name: str) -> int:
     config = self.config
     if name == "hints":
-      return self._few.tokens.shape[0] * config.exploration.hint_tokens
+      return self.few.tokens.shape[0] * config.exploration.hint_tokens
     if name == "candidates":
-      return self._few.tokens.shape[0] * assembly.candidates(config) * self.sizes.new_tokens
+      return self.few.tokens.shape[0] * assembly.candidates(config) * self.sizes.new_tokens
     return config.batch.prompts * config.batch.rollouts * self.sizes.new_tokens
 
   def _experience(self, rollouts: Any) -> Experience:
@@ -319,10 +319,10 @@ class Benchmark:
       ),
     }
     if "teacher" in self.configs and checks.explores(config):
-      few = jax.eval_shape(lambda prompts: prompts, self._few)
+      few = jax.eval_shape(lambda prompts: prompts, self.few)
       hints = config.exploration.hint_tokens
       work["hints"] = floors.sampling(others["teacher"], frozen, few, samples=1, new_tokens=hints, **where)
-      hinted = jax.eval_shape(lambda prompts: prompts, self._hinted)
+      hinted = jax.eval_shape(lambda prompts: prompts, self.hinted)
       sampled: dict[str, Any] = {"samples": assembly.candidates(config), "new_tokens": rows[2]}
       work["candidates"] = floors.sampling(others["student"], settings.compute_dtype, hinted, **sampled, **where)
     roles = [role for role in ("teacher", "reference") if role in self.configs]

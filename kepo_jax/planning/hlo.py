@@ -35,6 +35,10 @@ _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?"
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?)\))?\s*\{([^}]*)\}")
 # How a TPU's compiler marks what it sends to other slices.
 _TRANSFER = "_xla_megascale_transfer_type"
+# How it marks the start of a collective that goes on in the fusions that follow.
+_STARTING = 'custom_call_target="AsyncCollectiveStart"'
+# What it calls a fusion of an all-reduce with the slices of its results that a device keeps, which scatters them.
+_SCATTERING = "all-reduce-scatter"
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
@@ -166,6 +170,8 @@ class Program:
     self._slices, self._slice = slices, slice_devices if slices > 1 else 0
     self.open_loops: list[str] = []
     self._turns: tuple[int, ...] = ()
+    self._starts: dict[tuple[str, str], str] = {}
+    self._scattered: set[str] = set()  # all-reduces of which every device keeps its part alone
     lines: dict[str, Instruction] = {}
     for line in text.splitlines():
       if match := _COMPUTATION.match(line):
@@ -173,6 +179,11 @@ class Program:
         self.entry = match.group(2) if match.group(1) else self.entry
       elif match := _INSTRUCTION.match(line):
         lines[match.group(1)] = _instruction(match.group(1), line, match.end())
+    for name, lines in self._computations.items():
+      self._scattered |= lines.keys() if name.startswith(_SCATTERING) else set()
+      starts = (each for each in lines.values() if _STARTING in each.attributes)
+      collectives = (lines[name] for each in starts for name in each.operands)
+      self._starts |= {_channel(each): each.name for each in collectives}
 
   def cost(self, name: str, turns: tuple[int, ...]) -> Cost:
     """Of one run of a computation."""
@@ -185,17 +196,13 @@ class Program:
     return [array for loop in loops for array in loop.arrays]
 
   def _computation(self, name: str) -> Cost:
-    total, seen = Cost(), set()
+    total = Cost()
     for instruction in self._computations[name].values():
-      found = self._instruction(instruction, name)
-      # An asynchronous collective stands in its start, in its end and in what runs between: it is there once.
+      total += self._instruction(instruction, name)
       for each in self._collectives(instruction):
-        if (channel := _channel(each)) not in seen:
-          seen.add(channel)
-          # What it sends is read, and what it receives is written.
-          moved = sum(array.size for array in each.arrays if array.in_memory)
-          found += Cost(moved=moved, collectives=(self._collective(each),))
-      total += found
+        # What it sends is read, and what it receives is written.
+        moved = sum(array.size for array in each.arrays if array.in_memory)
+        total += Cost(moved=moved, collectives=(self._collective(each),))
     return total
 
   def _instruction(self, instruction: Instruction, computation: str) -> Cost:
@@ -223,10 +230,11 @@ class Program:
       return int(known.group(1))
     condition = self._computations[loop.called("condition")]
     root = next(each for each in condition.values() if each.root)
-    bound = self._bound(root, condition)
-    start = self._start(root, condition, loop, computation)
-    if bound is not None and start is not None:
-      return bound - start
+    bound, place = self._bound(root, condition), self._counter(root, condition)
+    if bound is not None and place is not None:
+      start, step = self._start(place, loop, computation), self._step(place, loop)
+      if start is not None and step:
+        return max(0, math.ceil((bound - start) / step))
     if loop.name not in self.open_loops:
       self.open_loops.append(loop.name)
     index = self.open_loops.index(loop.name)
@@ -238,31 +246,50 @@ class Program:
       return None
     return _constant(condition[root.operands[1]])
 
-  def _start(
-    self, root: Instruction, condition: Mapping[str, Instruction], loop: Instruction, computation: str
-  ) -> int | None:
-    """The first i."""
+  def _counter(self, root: Instruction, condition: Mapping[str, Instruction]) -> int | None:
+    """The place of i in what the loop carries."""
     counter = condition[root.operands[0]]
-    if counter.opcode != "get-tuple-element":
-      return None
-    index = int(_found(r"index=(\d+)", counter.attributes)[0])
+    return _place(counter) if counter.opcode == "get-tuple-element" else None
+
+  def _start(self, place: int, loop: Instruction, computation: str) -> int | None:
+    """The first i."""
     around = self._computations[computation]
     source = around[loop.operands[0]]
     while source.opcode in ("copy", "bitcast", "opt-barrier"):
       source = around[source.operands[0]]
     if source.opcode != "tuple":
       return None
-    value = around[source.operands[index]]
+    value = around[source.operands[place]]
     while value.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
       value = around[value.operands[0]]
     return _constant(value)
+
+  def _step(self, place: int, loop: Instruction) -> int | None:
+    """What a turn adds to i: 2 where the compiler has unrolled the body, as it does with products that it overlaps."""
+    body = self._computations[loop.called("body")]
+    root = next(each for each in body.values() if each.root)
+    if root.opcode != "tuple":
+      return None
+    value, added = body[root.operands[place]], 0
+    while value.opcode != "get-tuple-element":
+      if value.opcode in ("copy", "bitcast"):
+        value = body[value.operands[0]]
+        continue
+      terms = [body[name] for name in value.operands] if value.opcode == "add" else []
+      constants = [term for term in map(_constant, terms) if term is not None]
+      if len(constants) != 1:
+        return None
+      added += constants[0]
+      value = next(each for each in terms if _constant(each) is None)
+    return added if _place(value) == place else None
 
   def _collectives(self, instruction: Instruction) -> list[Instruction]:
     """What an instruction communicates itself or inside its fusion."""
     opcode = instruction.opcode
     if opcode.removesuffix("-start") in COLLECTIVES or (opcode == "send" and _TRANSFER in instruction.attributes):
-      return [instruction]
-    if opcode in ("fusion", "async-start") or (opcode == "custom-call" and "calls=" in instruction.attributes):
+      # An asynchronous one stands in its start, in its end and in all that runs between, loops too: it is sent once.
+      return [instruction] if self._starts.get(_channel(instruction), instruction.name) == instruction.name else []
+    if opcode == "fusion" or (opcode == "custom-call" and "calls=" in instruction.attributes):
       inside = self._computations.get(instruction.called("calls"), {})
       return list(itertools.chain.from_iterable(self._collectives(each) for each in inside.values()))
     return []
@@ -273,10 +300,14 @@ class Program:
       kind = _found(rf'{_TRANSFER}="(\w+)"', collective.attributes)[0].lower().replace("_", "-")
       size = collective.arrays[0].size * (self._slices if kind in ("all-gather", "all-to-all") else 1)
       return Collective(kind, size, self._slices, self._slices)
-    # A start returns operands and results; the largest array is the gathered, or not yet scattered one.
-    size = max(array.size for array in collective.arrays)
+    # Several arrays may go at once. A start returns its operands before its results, but for that of an all-reduce.
+    several = len(collective.operands)
+    ahead = collective.opcode.endswith("-start") and kind != "all-reduce"
+    size = sum(array.size for array in (collective.arrays[several : 2 * several] if ahead else collective.arrays))
     if kind == "reduce-scatter":
       size *= len(groups[0])
+    elif collective.name in self._scattered:
+      kind = "reduce-scatter"
     slices = max(len({device // self._slice for device in group}) for group in groups) if self._slice else 1
     return Collective(kind, size, len(groups[0]), slices)
 
@@ -327,8 +358,10 @@ class Program:
     total = 0.0
     for each in inside.values():
       if name in each.operands:
-        if each.opcode in _UNCHANGED and not each.root:
-          total += self._read(inside, each.name, whole)
+        if each.opcode in (*_UNCHANGED, "pad") and not each.root:
+          # What is read of the result, in bytes of the operand: a slice of it may be all, padding is not read.
+          size = max(1.0, each.arrays[0].size)
+          total += self._read(inside, each.name, size) * whole / size
         else:
           total += self._read_by(each, each.operands.index(name), whole)
     return min(whole, total)
@@ -400,6 +433,11 @@ def _arrays(text: str) -> tuple[Array, ...]:
 def _constant(instruction: Instruction) -> int | None:
   match = re.fullmatch(r"value=(-?\d+)", instruction.attributes)
   return int(match.group(1)) if instruction.opcode == "constant" and match else None
+
+
+def _place(element: Instruction) -> int:
+  """Index of a get-tuple-element."""
+  return int(_found(r"index=(\d+)", element.attributes)[0])
 
 
 def _channel(collective: Instruction) -> tuple[str, str]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kepo_jax.planning import flops, hlo
+from kepo_jax.planning import flops, hlo, topologies
 
 SIZE = 64
 MATRIX = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
@@ -186,3 +186,142 @@ def test_what_a_tpu_sends_to_other_slices_by_hand():
   cost = hlo.cost(sent, slices=4, slice_devices=8)
   size = 4 * 256 * 64
   assert cost.sent == {} and cost.crossed == {"all-reduce": 2 * size * 3 / 4, "all-gather": size * 3}
+
+
+# As the compiler of a TPU writes a product whose weight is cut over 8 chips: its parts go round, beside the products of
+# those that are there. Each of two turns takes two steps, and an asynchronous gather goes on in all of them.
+WINDOWED = """HloModule jit_f, is_scheduled=true
+
+%part (param_0: bf16[16,64], param_1: s32[]) -> bf16[16,2,8] {
+  %param_0 = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %constant.1 = bf16[]{:T(256)} constant(-inf)
+  %bitcast.1 = bf16[16,1,64]{2,0,1:T(8,128)(2,1)} bitcast(%param_0)
+  %pad.1 = bf16[16,2,64]{2,0,1:T(8,128)(2,1)} pad(%bitcast.1, %constant.1), padding=0_0x0_1x0_0
+  %constant.2 = s32[]{:T(128)} constant(0)
+  %param_1 = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %dynamic-slice.1 = bf16[16,2,8]{2,0,1:T(8,128)(2,1)} dynamic-slice(%pad.1, %constant.2, %constant.2, %param_1), dynamic_slice_sizes={16,2,8}
+}
+
+%product (param_0: bf16[16,64], param_1: s32[], param_2: bf16[32,2,8], param_3: bf16[8,4]) -> (bf16[16,32,1], bf16[64,4]) {
+  %param_0 = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %param_1 = s32[]{:T(128)S(6)} parameter(1)
+  %fusion.1 = bf16[16,2,8]{2,0,1:T(8,128)(2,1)} fusion(%param_0, %param_1), kind=kLoop, calls=%part
+  %param_2 = bf16[32,2,8]{2,0,1:T(8,128)(2,1)S(1)} parameter(2)
+  %convolution.1 = bf16[16,32,1]{1,0,2:T(8,128)(2,1)S(1)} convolution(%fusion.1, %param_2), window={size=2}, dim_labels=b0f_o0i->bf0
+  %param_3 = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(3)
+  %all-gather.2 = bf16[64,4]{1,0:T(8,128)(2,1)} all-gather(%param_3), channel_id=9, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %tuple.1 = (bf16[16,32,1]{1,0,2:T(8,128)(2,1)S(1)}, bf16[64,4]{1,0:T(8,128)(2,1)}) tuple(%convolution.1, %all-gather.2)
+}
+
+%start (param_0: bf16[8,4]) -> (bf16[8,4], bf16[64,4], u32[]) {
+  %param_0 = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[64,4]{1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=9, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %custom-call.1 = (bf16[8,4]{1,0}, bf16[64,4]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%body (carried: (bf16[16,64], bf16[32,2,8], u32[], bf16[8,4])) -> (bf16[16,64], bf16[32,2,8], u32[], bf16[8,4]) {
+  %carried = (bf16[16,64]{1,0}, bf16[32,2,8]{2,0,1:S(1)}, u32[], bf16[8,4]{1,0}) parameter(0)
+  %x = bf16[16,64]{1,0:T(8,128)(2,1)} get-tuple-element(%carried), index=0
+  %w = bf16[32,2,8]{2,0,1:T(8,128)(2,1)S(1)} get-tuple-element(%carried), index=1
+  %i = u32[]{:T(128)} get-tuple-element(%carried), index=2
+  %moving = bf16[8,4]{1,0:T(8,128)(2,1)} get-tuple-element(%carried), index=3
+  %at = s32[]{:T(128)S(6)} convert(%i)
+  %first = (bf16[16,32,1]{1,0,2:T(8,128)(2,1)S(1)}, bf16[64,4]{1,0:T(8,128)(2,1)}) fusion(%x, %at, %w, %moving), kind=kOutput, calls=%product
+  %w.1 = bf16[32,2,8]{2,0,1:T(8,128)(2,1)S(1)} collective-permute(%w), channel_id=3, source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}
+  %second = (bf16[16,32,1]{1,0,2:T(8,128)(2,1)S(1)}, bf16[64,4]{1,0:T(8,128)(2,1)}) fusion(%x, %at, %w.1, %moving), kind=kOutput, calls=%product
+  %w.2 = bf16[32,2,8]{2,0,1:T(8,128)(2,1)S(1)} collective-permute(%w.1), channel_id=4, source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}
+  %one = u32[]{:T(128)} constant(1)
+  %i.1 = u32[]{:T(128)} add(%i, %one)
+  %i.2 = u32[]{:T(128)} add(%one, %i.1)
+  ROOT %tuple.2 = (bf16[16,64]{1,0}, bf16[32,2,8]{2,0,1:S(1)}, u32[], bf16[8,4]{1,0}) tuple(%x, %w.2, %i.2, %moving)
+}
+
+%condition (carried: (bf16[16,64], bf16[32,2,8], u32[], bf16[8,4])) -> pred[] {
+  %carried.1 = (bf16[16,64]{1,0}, bf16[32,2,8]{2,0,1:S(1)}, u32[], bf16[8,4]{1,0}) parameter(0)
+  %i.3 = u32[]{:T(128)} get-tuple-element(%carried.1), index=2
+  %four = u32[]{:T(128)} constant(4)
+  ROOT %compare.1 = pred[]{:T(512)} compare(%i.3, %four), direction=LT
+}
+
+ENTRY %main (x: bf16[16,64], w: bf16[32,2,8], b: bf16[8,4]) -> bf16[16,64] {
+  %x.1 = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.3 = bf16[32,2,8]{2,0,1:T(8,128)(2,1)S(1)} parameter(1)
+  %b = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(2)
+  %started = (bf16[8,4]{1,0}, bf16[64,4]{1,0}, u32[]{:S(2)}) fusion(%b), kind=kCustom, calls=%start
+  %zero = u32[]{:T(128)} constant(0)
+  %tuple.3 = (bf16[16,64]{1,0}, bf16[32,2,8]{2,0,1:S(1)}, u32[], bf16[8,4]{1,0}) tuple(%x.1, %w.3, %zero, %b)
+  %while.1 = (bf16[16,64]{1,0}, bf16[32,2,8]{2,0,1:S(1)}, u32[], bf16[8,4]{1,0}) while(%tuple.3), condition=%condition, body=%body
+  ROOT %out = bf16[16,64]{1,0:T(8,128)(2,1)} get-tuple-element(%while.1), index=0
+}
+"""  # noqa: E501
+
+
+def test_a_product_in_parts_by_hand():
+  cost = hlo.cost(WINDOWED)
+  assert cost.flops == 2 * 16 * 32 * 64  # in 4 steps with 2 parts of 8 each
+  assert cost.sent == {
+    "collective-permute": 4 * (2 * 32 * 2 * 8),
+    "all-gather": 2 * 64 * 4 * 7 / 8,  # goes on in both turns, and is sent once
+  }
+  # Each step reads a part of x, and nothing of its padding; the gathered weights are written once. Counters on top.
+  assert cost.moved == pytest.approx(4 * (2 * 16 * 8) + 2 * 64 * 4, abs=100)
+
+
+def test_a_loop_whose_step_is_not_seen_is_not_guessed():
+  with pytest.raises(ValueError, match="1 loops turn as often as their data say"):
+    hlo.cost(WINDOWED.replace("add(%one, %i.1)", "multiply(%one, %i.1)"))
+
+
+@pytest.mark.tpu
+def test_a_product_costs_the_same_whole_and_in_parts():
+  place = topologies.topology("v5e:2x4")
+  mesh, (rows, width, outputs) = place.mesh(1, 8, 1), (8192, 1024, 4096)
+
+  def placed(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, P(*spec)))
+
+  product = jax.jit(lambda x, w: jnp.einsum("rd,fd->rf", x, w), out_shardings=jax.NamedSharding(mesh, P("fsdp")))
+  lowered = product.lower(placed((rows, width), "fsdp"), placed((outputs, width), None, "fsdp"))
+  # MiB of a product's operands from which on the compiler overlaps their gathers with the product.
+  parts, whole = (
+    hlo.cost(lowered.compile(compiler_options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": size}).as_text())
+    for size in (0, 100_000)
+  )
+  assert parts.flops == whole.flops == 2 * rows * width * outputs / 8
+  weight = 2 * width * outputs
+  assert whole.sent == {"all-gather": weight * 7 / 8}
+  assert parts.sent == {"collective-permute": weight * 9 / 8}  # a step and its first part more than a ring needs
+
+
+# As the compiler of a TPU writes sums of gradients, several at once: of the first two, a device keeps its part.
+SUMS = """HloModule jit_f, is_scheduled=true
+
+%all-reduce-scatter.8.clone.1 (input_0: bf16[64,32], input_1: bf16[16,64]) -> (bf16[8,32], bf16[16,8]) {
+  %input_0 = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %input_1 = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %all-reduce.1 = (bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[16,64]{1,0:T(8,128)(2,1)}) all-reduce(%input_0, %input_1), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  %whole.1 = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%all-reduce.1), index=0
+  %whole.2 = bf16[16,64]{1,0:T(8,128)(2,1)} get-tuple-element(%all-reduce.1), index=1
+  %at = s32[] constant(0)
+  %part.1 = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%whole.1, %at, %at), dynamic_slice_sizes={8,32}
+  %part.2 = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%whole.2, %at, %at), dynamic_slice_sizes={16,8}
+  ROOT %tuple.1 = (bf16[8,32]{1,0:T(8,128)(2,1)S(1)}, bf16[16,8]{1,0:T(8,128)(2,1)S(1)}) tuple(%part.1, %part.2)
+}
+
+ENTRY %main (a: bf16[64,32], b: bf16[16,64], c: f32[4]) -> (bf16[8,32], bf16[16,8]) {
+  %a = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %b = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %c = f32[4]{0:T(128)} parameter(2)
+  %all-reduce.2 = (f32[4]{0:T(128)}, f32[4]{0:T(128)}) all-reduce-start(%c, %c), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  %all-gather.1 = ((f32[4]{0:T(128)}, f32[4]{0:T(128)}), (f32[32]{0:T(128)}, f32[32]{0:T(128)})) all-gather-start(%c, %c), channel_id=2, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %fusion.1 = (bf16[8,32]{1,0:T(8,128)(2,1)S(1)}, bf16[16,8]{1,0:T(8,128)(2,1)S(1)}) fusion(%a, %b), kind=kCustom, calls=%all-reduce-scatter.8.clone.1
+}
+"""  # noqa: E501
+
+
+def test_several_arrays_in_one_collective_by_hand():
+  assert hlo.cost(SUMS).sent == {
+    "reduce-scatter": 2 * (64 * 32 + 16 * 64) * 7 / 8,
+    "all-reduce": 2 * (2 * 4 * 4) * 7 / 8,  # on the same channel, and another one
+    "all-gather": (2 * 4 * 32) * 7 / 8,
+  }
