@@ -29,6 +29,17 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
   "hints": ("What hints are worth, per modality", "Measured on the untrained student."),
 }
 
+# Heading -> the figures, and the tables behind them.
+_SECTIONS: Mapping[str, Sequence[str]] = {
+  "Result": ("tau", "budget", "gate", "hints", "accuracy", "differences", "main", "paper"),
+  "Modalities and question types": ("modalities", "question_types"),
+  "Validation during training": (
+    "validation_steps", "validation_tokens", "validation_seconds", "validation_modalities", "equal_cost_out_of_domain",
+    "equal_cost_in_domain",
+  ),
+  "Training": ("training", "exploration", "cost", "learning_rates"),
+}  # fmt: skip
+
 
 def study_page(
   title: str,
@@ -74,18 +85,6 @@ def study_page(
     sections=tuple(section for section in sections if section.blocks),
     footer="This file holds all that it shows and asks for nothing else. Figures and tables lie beside it as files.",
   )
-
-
-# Heading -> the figures, and the tables behind them.
-_SECTIONS: Mapping[str, Sequence[str]] = {
-  "Result": ("tau", "budget", "gate", "hints", "accuracy", "differences", "main", "paper"),
-  "Modalities and question types": ("modalities", "question_types"),
-  "Validation during training": (
-    "validation_steps", "validation_tokens", "validation_seconds", "validation_modalities", "equal_cost_out_of_domain",
-    "equal_cost_in_domain",
-  ),
-  "Training": ("training", "exploration", "cost", "learning_rates"),
-}  # fmt: skip
 
 
 def _figures(figures: Mapping[str, Figure]) -> list[pages.Block]:
