@@ -133,7 +133,7 @@ MUTATIONS = (
    f"{_COLLECT}test_truncated_rollouts_of_the_student_are_kept_or_not",
    "if run.config.objective.mask_truncated:",
    "if False:"),
-  ("loop", "every answer of the teacher accepted",
+  ("groups", "every answer of the teacher accepted",
    f"{_COLLECT}test_refused_answers_of_the_teacher_leave_their_rows_empty",
    '(groups.scores["format"] == 1)',
    '(groups.scores["format"] >= 0)'),
