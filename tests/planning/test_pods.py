@@ -173,7 +173,7 @@ def test_no_weight_of_a_teacher_is_gathered_for_a_token(axes, prompts, mesh_of):
   assert sent.get("all-gather", 0.0) < smallest / 4
   # Sums over fsdp 4 of what eight rows have of logits, and of queries, keys, values, gate and up in both layers.
   sums = 2 * 3 / 4 * 4 * 8 * (1024 + 2 * (128 + 2 * 64 + 2 * 384)) / tensor
-  assert 0 < sum(sent.values()) < 1.1 * sums
+  assert 0 < sum(sent.values()) < 1.2 * sums  # and some of rows of the width
 
 
 def test_few_prompts_are_not_repeated(mesh_of):
@@ -183,7 +183,7 @@ def test_few_prompts_are_not_repeated(mesh_of):
     hlo.cost(teacher_sampler_of(mesh_of(**axes), 2), turns=(0,) * len(pods.token_turns(8))).flops
     for axes in ({"fsdp": 4}, {})
   )
-  assert split < 0.5 * whole
+  assert split < 0.35 * whole
 
 
 def whole_caches(text):
