@@ -74,11 +74,7 @@ def sample(
   """
   _check(temperature, top_p, top_k, samples, max_new_tokens)
   rows = (prompts.tokens.shape[0], samples)
-  # All tokens of prompts that divide over the mesh are worth gathering a layer at a time, as scoring does; fewer
-  # prompts, which every device of fsdp would run for itself, are not.
-  with sharding.weights_stay(stationary and not sharding.rows_divide(rows[0])):
-    prefix = model.prefill(config, params, prompts)
-  head = model.head_weight(config, params)
+  prefix, head = model.prefill(config, params, prompts), model.head_weight(config, params)
   row_keys = _row_keys(key, prompts.row, samples)
 
   def chosen(state: _State, hidden: jax.Array, cache: model.Cache) -> _State:
@@ -103,7 +99,9 @@ def sample(
 
   first, *longer = cache_lengths(max_new_tokens)
   cache = model.empty_cache(prefix, samples, first)
-  with sharding.weights_stay(stationary):
+  with sharding.weights_stay(
+    stationary
+  ):  # but not for prompts, whose many tokens are worth gathering a layer at a time
     # The prompt itself predicts the first token: a group shares its logits.
     state: Any = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
     state = _until(first, advance, state)

@@ -125,7 +125,7 @@ def weight_shardings(mesh: AnyMesh, shapes: Any, axes: Any, layout: str = "train
   return jax.tree.map(lambda leaf, names: weight_sharding(mesh, leaf.shape, names, layout), shapes, axes)
 
 
-def weights_stay(stay: bool = True) -> AbstractContextManager[None]:
+def weights_stay(stay: bool) -> AbstractContextManager[None]:
   """What is traced inside leaves weights of the train layout cut over fsdp, and sums parts of products instead.
 
   A product with a weight that is cut over fsdp gathers the weight, unless its other operand is cut along the same axis:
@@ -136,7 +136,7 @@ def weights_stay(stay: bool = True) -> AbstractContextManager[None]:
   data and fsdp as ever.
 
   Args:
-    stay: or not; False undoes it for a part of a program.
+    stay: or not, which changes nothing.
   """
   return _STAY(stay)
 
@@ -212,12 +212,6 @@ def row_shards(prompts: int, rollouts: int) -> tuple[int, int]:
   axes = [rows.get(name, ()) for name in ("prompt", "rollout")]
   shards = [math.prod(sizes[axis] for axis in ((names,) if isinstance(names, str) else names)) for names in axes]
   return shards[0], shards[1]
-
-
-def rows_divide(prompts: int) -> bool:
-  """Whether so many prompts divide over data and fsdp of the mesh in force; true without a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return mesh.empty or _fits(prompts, ("data", "fsdp"), dict(mesh.shape))
 
 
 def batch_sharding(mesh: Mesh, shape: Sequence[int], axes: LogicalAxes = ("prompt",)) -> NamedSharding:

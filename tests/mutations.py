@@ -361,13 +361,6 @@ MUTATIONS = (
     f"{_PODS}test_no_weight_of_a_teacher_is_gathered_for_a_token[cut]",
   ),
   Mutation(
-    "few prompts repeated over fsdp",
-    "kepo_jax/sampling.py",
-    "stationary and not sharding.rows_divide(rows[0])",
-    "False",
-    f"{_PODS}test_few_prompts_are_not_repeated",
-  ),
-  Mutation(
     "width of what meets a weight left whole",
     "kepo_jax/sharding.py",
     'STAYING_RULES = WEIGHT_RULES["train"] | {"prompt": "data"}',

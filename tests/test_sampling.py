@@ -135,8 +135,8 @@ def pictured(params):
   return jax.device_get(program()(params, prompts_of(IMAGES), KEY))
 
 
-def test_prompts_that_do_not_divide_stay_with_the_weights(on_mesh, pictured):
-  # Three prompts over fsdp 4: they stay with the decoder's weights as well. Their images go through a gathered tower.
+def test_prompts_that_do_not_divide_come_to_weights_that_stay(on_mesh, pictured):
+  # Three prompts over fsdp 4, with images.
   run, arguments = on_mesh("train", True, texts=False, fsdp=4, tensor=2)
   assert_same_rollouts(jax.device_get(run(*arguments)), pictured)
 

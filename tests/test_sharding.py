@@ -123,7 +123,7 @@ def test_where_activations_lie_beside_weights_that_stay(mesh_of, shape, axes, us
   pinned = jax.jit(lambda x: sharding.constrain(x, *axes))
   with jax.set_mesh(mesh):
     found = [pinned(jnp.zeros(shape)).sharding]
-    with sharding.weights_stay():
+    with sharding.weights_stay(True):
       found.append(pinned(jnp.zeros(shape)).sharding)
       with sharding.weights_stay(False):
         found.append(pinned(jnp.zeros(shape)).sharding)
@@ -139,9 +139,3 @@ def test_nothing_changes_where_fsdp_cuts_nothing(mesh_of):
       return str(jax.make_jaxpr(pinned)(jnp.zeros((4, 3, 8))))
 
   assert traced(True) == traced(False)
-
-
-def test_prompts_that_divide(mesh_of):
-  assert sharding.rows_divide(3)  # without a mesh
-  with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
-    assert [count for count in range(1, 9) if sharding.rows_divide(count)] == [4, 8]

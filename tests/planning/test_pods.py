@@ -168,20 +168,22 @@ def test_no_weight_is_gathered_in_the_token_loop(mesh_of):
 # Two prompts do not divide over four devices, and eight do.
 @pytest.mark.parametrize(("axes", "prompts"), [({"fsdp": 4}, 2), ({"fsdp": 4, "tensor": 2}, 8)], ids=["whole", "cut"])
 def test_no_weight_of_a_teacher_is_gathered_for_a_token(axes, prompts, mesh_of):
-  sent = sent_for_a_token(teacher_sampler_of(mesh_of(**axes), prompts))
-  matrix = 4 * 128 * 128 / axes.get("tensor", 1)  # the smallest one of a layer: as much as all tokens of eight prompts
-  assert sent.get("all-gather", 0.0) < matrix / 8
-  layer = sum(4 * x.size for x in jax.tree.leaves(model.abstract_params(EVEN)["language_model"]["layers"])) / 2
-  assert 0 < sum(sent.values()) < layer / 10  # of two layers
+  sent, tensor = sent_for_a_token(teacher_sampler_of(mesh_of(**axes), prompts)), axes.get("tensor", 1)
+  smallest = 4 * 64 * 128 / tensor  # matrix of a layer
+  assert sent.get("all-gather", 0.0) < smallest / 4
+  # Sums over fsdp 4 of what eight rows have of logits, and of queries, keys, values, gate and up in both layers.
+  sums = 2 * 3 / 4 * 4 * 8 * (1024 + 2 * (128 + 2 * 64 + 2 * 384)) / tensor
+  assert 0 < sum(sent.values()) < 1.2 * sums  # and some of rows of the width
 
 
 def test_few_prompts_are_not_repeated(mesh_of):
-  # Two prompts over fsdp 4: each device has a share of their products, and not all of them.
+  # Two prompts over fsdp 4: each device has a share of their products, and not all of them, since it has a share of
+  # each weight, and the compiler does not gather for rows that every device has.
   split, whole = (
     hlo.cost(teacher_sampler_of(mesh_of(**axes), 2), turns=(0,) * len(pods.token_turns(8))).flops
     for axes in ({"fsdp": 4}, {})
   )
-  assert split < 0.5 * whole
+  assert split < 0.35 * whole
 
 
 def whole_caches(text):

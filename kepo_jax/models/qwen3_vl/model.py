@@ -25,7 +25,7 @@ from kepo_jax.models.qwen3_vl.layers import (
   stacked,
   stacked_axes,
 )
-from kepo_jax.sharding import constrain, weights_stay
+from kepo_jax.sharding import constrain
 from kepo_jax.types import Prompts, VisionInputs
 
 
@@ -175,9 +175,7 @@ def encode_images(
 ) -> tuple[jax.Array, jax.Array]:
   """Image tokens [P, M, D] of every prompt and its DeepStack features [n, P, M, D]."""
   chex.assert_shape(inputs.patches, (None, None, config.vision.patch_width))
-  # Many rows meet a small tower, once per prompt: it is gathered, also where the weights of the decoder stay.
-  with weights_stay(False):
-    return vision.encode(config.vision, params["visual"], inputs, remat=remat, form=config.attention)
+  return vision.encode(config.vision, params["visual"], inputs, remat=remat, form=config.attention)
 
 
 def with_images(
@@ -212,7 +210,7 @@ def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: s
   deepstack = jnp.zeros((0, *x.shape), x.dtype)
   if prompts.vision.patches.shape[1]:
     x, deepstack = with_images(x, prompts.image_slot, *encode_images(config, params, prompts.vision, remat=remat))
-  x, deepstack = constrain(x, "prompt", None, "embed"), constrain(deepstack, None, "prompt", None, "embed")
+  x, deepstack = constrain(x, "prompt", None, None), constrain(deepstack, None, "prompt", None, None)
   angles = text.prompt_angles(config.text, prompts.positions)
   layers, kind = _decoder_layers(config, params)
   x, keys, values = text.prompt_layers(
