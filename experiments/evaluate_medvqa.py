@@ -105,7 +105,7 @@ _TOKENS = flags.DEFINE_integer(
   lower_bound=0,
 )
 _FSDP = flags.DEFINE_integer(
-  "fsdp", 1, "Devices that share every weight; slow, since each token gathers them.", lower_bound=1
+  "fsdp", 1, "Devices that share every weight; every token goes to all of them.", lower_bound=1
 )
 _TENSOR = flags.DEFINE_integer(
   "tensor",
@@ -255,7 +255,8 @@ def sampler(
   layout = "decode" if _FSDP.value == 1 else "train"
   # Side by side, as the token loop of a run has them: out of a stack each layer would be copied for every token.
   config, params = conversion.load_pretrained(model, jnp.dtype(dtype), mesh, layout=layout, separate=True)
-  program, key = programs.sampling_program(config, processor, settings), jax.random.key(_SEED.value)
+  program = programs.sampling_program(config, processor, settings, stationary=_FSDP.value > 1)
+  key = jax.random.key(_SEED.value)
   # One key for all batches: the sampler folds each question's identity into it.
   return lambda batch: program(params, sharding.place(mesh, batch), key)
 
