@@ -8,11 +8,14 @@ One process per free core or device; a finished run is kept at once in docs/resu
 command goes on after an interruption. Learning rates are chosen per method on validation questions, by two seeds each.
 """
 
+import dataclasses
+import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import environment, studies, study_report, study_runs
 from kepo_jax.evaluation import studies as study_statistics
 from kepo_jax.reporting.panels import human_time
+from kepo_jax.training import lock
 
 _STUDY = flags.DEFINE_enum("study", "main", list(studies.STUDIES), "What is compared: experiments/studies.py.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each method.", lower_bound=1)
@@ -34,7 +38,13 @@ _TEACHER = flags.DEFINE_string("teacher", "Qwen/Qwen3-VL-32B-Instruct", "omnimed
 _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of every config, such as train.steps=2; may be repeated.")
 _OUTPUT = flags.DEFINE_string("output", "docs/results", "Where the folder of the study is.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Where the folders of the runs are.")
+_DEVICES = flags.DEFINE_integer(
+  "devices", 1, "GPUs of each process, for --set=mesh.fsdp=2 and the like.", lower_bound=1
+)
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes side by side; 0: one per core or GPU.", lower_bound=0)
+_VERIFY = flags.DEFINE_string(
+  "verify", "", "METHOD:SEED, a finished run on the first pair: makes it again, and compares."
+)
 _RUN = flags.DEFINE_bool("run", True, "False only writes tables, figures and page from what there is.")
 
 # In a process of its own: one that has asked for a GPU keeps its memory from the runs.
@@ -45,17 +55,58 @@ def main(_: list[str]) -> None:
   """Runs the study that the flags describe, and reports on it."""
   environment.prepare()
   study, benchmark = chosen_study(), chosen_benchmark()
+  if taken := sorted(studies.reserved(study) & set(fields(_SET.value))):
+    raise ValueError(
+      f"--set={taken[0]} is what the study {study.name} varies itself; set it for one run with kepo_medvqa."
+    )
   place = study_runs.Place(benchmark, pathlib.Path(_WORKDIR.value).absolute() / benchmark.name)
+  if _VERIFY.value:
+    print(verified(study, place))
+    return
   faults: dict[str, str] = {}
   if _RUN.value:
-    signal.signal(signal.SIGTERM, lambda number, frame: _interrupt())
+    for number in (signal.SIGTERM, signal.SIGHUP):
+      signal.signal(number, lambda number, frame: _interrupt())
+    place.workdir.mkdir(parents=True, exist_ok=True)
     try:
-      faults = run_study(study, place, Console(stderr=True))
+      with lock.WorkdirLock(place.workdir):
+        faults = run_study(study, place, Console(stderr=True))
     except KeyboardInterrupt:
       raise SystemExit("stopped; what was finished is kept, and the same command goes on.") from None
   report(study, place)
   if faults:
     raise SystemExit("\n".join(f"error: {cell}: {fault}" for cell, fault in faults.items()))
+
+
+def verified(study: studies.Study, place: study_runs.Place) -> str:
+  """Makes a run of --verify again, in a folder of its own; says that the figures are the same.
+
+  Raises:
+    ValueError: there is no such run, it cannot be made, or its figures differ.
+  """
+  name, _, seed = _VERIFY.value.partition(":")
+  results, first = results_of(study.name, place.benchmark), place.benchmark.pairs[0]
+  rates = chosen_rates(
+    list(studies.grid(study, place.benchmark, _SEEDS.value)), place, results_of("main", place.benchmark)
+  )
+  cells = [
+    cell
+    for cell in studies.finals(study, place.benchmark, _SEEDS.value, rates)
+    if (cell.method.name, str(cell.seed), cell.pair) == (name, seed, first)
+  ]
+  known = results.own(cells[0], place.digest(cells[0])) if cells else None
+  if known is None:
+    raise ValueError(f"--verify={_VERIFY.value}: {results.folder} has no such run; give METHOD:SEED of a finished one.")
+  with tempfile.TemporaryDirectory(prefix="kepo_jax-") as folder:
+    again, faults = dataclasses.replace(place, workdir=pathlib.Path(folder)), list[str]()
+    study_runs.Workers(worker_slots(1)).run(cells, again, lambda cell, seconds, cpu, fault: faults.append(fault))
+    if any(faults):
+      raise ValueError(f"{cells[0].name} could not be made again: {faults[0]}")
+    made = study_runs.entry_of(again, cells[0], study_runs.outputs_of(again, cells[0]))
+  shown = ("test", "curves")
+  if different := [part for part in shown if json.loads(json.dumps(made[part])) != known[part]]:
+    raise ValueError(f"{cells[0].name} came out otherwise: {' and '.join(different)} differ from {results.folder}.")
+  return f"{cells[0].name}: all answers to the test questions and all curves are the same, to the last digit"
 
 
 def report(study: studies.Study, place: study_runs.Place) -> None:
@@ -102,7 +153,11 @@ def chosen_benchmark() -> studies.Benchmark:
     raise ValueError("--benchmark=omnimedvqa needs --data=DIR; docs/data.md says how to get the data.")
   # Runs are started from the checkout, wherever this was.
   data = _DATA.value if "://" in _DATA.value else str(pathlib.Path(_DATA.value).absolute())
-  return studies.omnimedvqa(_STUDENT.value, _TEACHER.value, data, fields(_SET.value))
+  student, teacher = (
+    str(pathlib.Path(name).absolute()) if pathlib.Path(name).is_dir() else name
+    for name in (_STUDENT.value, _TEACHER.value)
+  )
+  return studies.omnimedvqa(student, teacher, data, fields(_SET.value))
 
 
 def fields(given: Sequence[str]) -> dict[str, Any]:
@@ -129,7 +184,7 @@ def fields(given: Sequence[str]) -> dict[str, Any]:
 def results_of(study: str, benchmark: studies.Benchmark) -> study_runs.Results:
   """What there is of a study: in a folder of its name, after that of a benchmark that is not the embedded one."""
   name = study if benchmark.name == "phantom" else f"{benchmark.name}-{study}"
-  return study_runs.Results(pathlib.Path(_OUTPUT.value) / name, study, benchmark.name)
+  return study_runs.Results(pathlib.Path(_OUTPUT.value) / name, study, benchmark)
 
 
 def run_study(study: studies.Study, place: study_runs.Place, console: Console) -> dict[str, str]:
@@ -152,10 +207,11 @@ def run_study(study: studies.Study, place: study_runs.Place, console: Console) -
 def chosen_rates(
   grid: Sequence[studies.Cell], place: study_runs.Place, results: study_runs.Results
 ) -> dict[str, float]:
-  """Method -> the learning rate with the best validation; methods whose grid has holes are left out."""
-  found = [(cell.method.name, results.entry(cell, place.digest(cell))) for cell in grid]
-  lacking = {name for name, entry in found if entry is None}
-  return study_statistics.chosen_rates([entry for name, entry in found if entry and name not in lacking])
+  """Method -> the learning rate with the best validation, of those that have finished with every seed."""
+  found = [(cell, results.entry(cell, place.digest(cell))) for cell in grid]
+  lacking = {(cell.method.name, cell.learning_rate) for cell, entry in found if entry is None}
+  whole = [entry for cell, entry in found if entry and (cell.method.name, cell.learning_rate) not in lacking]
+  return study_statistics.chosen_rates([entry for entry in whole if entry["validation"]])
 
 
 def run_missing(
@@ -169,8 +225,11 @@ def run_missing(
   faults: dict[str, str] = {}
 
   def finished(cell: studies.Cell, seconds: float, cpu: float, fault: str) -> None:
-    if not fault and not results.settle(place, cell, cpu):
-      fault = f"it left no result in {place.folder(cell)}"
+    try:
+      if not fault and not results.settle(place, cell, cpu):
+        fault = f"it left no result in {place.folder(cell)}"
+    except (KeyError, ValueError) as error:  # of this run; the others go on
+      fault = f"{place.folder(cell)} cannot be read: {error}"
     if fault:
       faults[cell.name] = fault
     overview.finished(cell.name, seconds, fault)
@@ -204,7 +263,8 @@ def worker_slots(count: int) -> list[dict[str, Any]]:
     slots: list[dict[str, Any]] = [{"core": core} for core in cores]
   elif backend == "gpu":
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(int(devices))))).split(",")
-    slots = [{"environment": {"CUDA_VISIBLE_DEVICES": device}} for device in visible]
+    groups = [visible[i : i + _DEVICES.value] for i in range(0, len(visible), _DEVICES.value)]
+    slots = [{"environment": {"CUDA_VISIBLE_DEVICES": ",".join(group)}} for group in groups]
   else:
     slots = [{}]
   return slots[:count] if count else slots

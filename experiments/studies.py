@@ -26,6 +26,8 @@ class Method:
   config: str = ""  # file of configs/; empty: a model that is only evaluated
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # fields of the config
   measures: str = ""  # hint prompt under which the teacher's hints are measured, without training
+  times: int = 1  # steps, as a multiple of those of the config
+  kind: str = "evaluation"  # wording of the questions to a model that is only evaluated
   rate_of: str = ""  # method of the main study whose chosen learning rate it takes; empty: it has a grid of its own
 
   @property
@@ -35,6 +37,8 @@ class Method:
 
 
 START, TEACHER = Method("start", "start"), Method("teacher", "teacher")
+# What `sft` starts from, which is asked for the answer alone.
+START_PLAIN = Method("start-no_think", "start, asked for the answer alone", kind="no_think")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Study:
   name: str
   title: str
   asks: str  # the question, in a sentence
+  notes: str  # what a reader should know of its figures
   methods: Sequence[Method]
   others: Sequence[str] = ()  # methods that also run on the other pairs of a benchmark, at the rates of the first one
   hints: bool = False  # whether the hints themselves are measured
@@ -135,32 +140,41 @@ def config_of(cell: Cell, benchmark: Benchmark) -> ml_collections.ConfigDict:
 
 def fields_of(cell: Cell, benchmark: Benchmark) -> dict[str, Any]:
   """Every field of a cell's config that differs from its file."""
+  plain = plain_config(benchmark)
+  steps = cell.method.times * plain.train.steps
   return {
     "seed": cell.seed,
     "model.student": benchmark.models[cell.pair.student],
     "model.teacher": benchmark.models[cell.pair.teacher],
     "optimizer.learning_rate": cell.learning_rate,
     "eval.before": False,  # the same weights for every run: the method "start" stands for them
-    **cell.method.overrides,
     **benchmark.overrides,
+    **cell.method.overrides,
+    "train.steps": steps,
+    "eval.every": max(each for each in range(1, plain.eval.every + 1) if steps % each == 0),  # the last step included
   }
+
+
+def parent_config(benchmark: Benchmark) -> ml_collections.ConfigDict:
+  """grpo.py in the setting of a benchmark, as it stands."""
+  config: ml_collections.ConfigDict = importlib.import_module("experiments.configs.grpo").get_config(benchmark.setting)
+  return config
 
 
 def plain_config(benchmark: Benchmark) -> ml_collections.ConfigDict:
   """The parent of every config of a benchmark: what is not a matter of the method."""
-  module = importlib.import_module("experiments.configs.grpo")
-  config: ml_collections.ConfigDict = module.get_config(benchmark.setting)
+  config = parent_config(benchmark)
   config.update_from_flattened_dict(benchmark.overrides)
   return config
 
 
 def grid(study: Study, benchmark: Benchmark, seeds: int) -> Iterator[Cell]:
   """The runs that choose the learning rate of each method that has a grid, on the first pair."""
-  wanted = [m for m in study.methods if m.trained and not m.rate_of]
-  wanted += [MAIN_METHODS[name] for name in dict.fromkeys(m.rate_of for m in study.methods if m.rate_of)]
-  for method in wanted:
+  wanted = {m.name: m for m in study.methods if m.trained and not m.rate_of}
+  wanted |= {m.rate_of: MAIN_METHODS[m.rate_of] for m in study.methods if m.rate_of}
+  for method in wanted.values():
     for rate in benchmark.rates:
-      for seed in range(min(GRID_SEEDS, seeds)):
+      for seed in GRID_SEEDS[:seeds]:
         yield Cell(method, benchmark.pairs[0], rate, seed)
 
 
@@ -191,14 +205,19 @@ def finals(study: Study, benchmark: Benchmark, seeds: int, rates: Mapping[str, f
 
 
 HINT_PROMPTS = ("hint_and_answer", "hint_only")
-GRID_SEEDS = 2  # of the runs that choose a learning rate
+# Seeds of the runs that choose a learning rate. They are not among those that count: what was chosen for being the best
+# of several would look better than it is.
+GRID_SEEDS = (100, 101)
+REVISION = 1  # of what a config computes: raised when defaults or algorithms change the figures of runs
 
 _MAIN = (
   START,
+  START_PLAIN,
   TEACHER,
   Method("sft", "SFT, gold answers", "sft"),
   Method("sft_teacher", "SFT, teacher's answers", "sft_teacher"),
   Method("grpo", "GRPO", "grpo"),
+  Method("grpo-long", "GRPO, twice the steps", "grpo", times=2, rate_of="grpo"),
   Method("rloo", "RLOO", "rloo"),
   Method("gkd-0", "GKD, 0 % on-policy", "gkd", {"batch.on_policy_fraction": 0.0}),
   Method("gkd-0.5", "GKD, 50 % on-policy", "gkd", {"batch.on_policy_fraction": 0.5}),
@@ -211,16 +230,27 @@ _MAIN = (
 MAIN_METHODS = {method.name: method for method in _MAIN}
 
 
-def _variant(name: str, label: str, overrides: Mapping[str, Any], *, config: str = "kepo") -> Method:
-  """KEPO with other fields, at the learning rate that KEPO has in the main study."""
-  return Method(name, label, config, overrides, rate_of="kepo_ke-tau1" if config == "kepo_ke" else "kepo-tau1")
+def _variant(
+  name: str, label: str, overrides: Mapping[str, Any], *, config: str = "kepo", rate_of: str | None = None
+) -> Method:
+  """KEPO with other fields, by default at the rate that it has in the main study; "" for a grid of its own."""
+  like = "kepo_ke-tau1" if config == "kepo_ke" else "kepo-tau1"
+  return Method(name, label, config, overrides, rate_of=like if rate_of is None else rate_of)
 
 
 def _tau(signal: str, threshold: float) -> Method:
   fields = {"objective.gate_signal": signal, "objective.gate_threshold": threshold}
-  return _variant(f"{signal}-{threshold:g}", f"{signal}, τ = {threshold:g}", fields)
+  rate_of = "kepo-tau1" if threshold else "kepo-tau0"
+  return _variant(f"{signal}-{threshold:g}", f"{signal}, τ = {threshold:g}", fields, rate_of=rate_of)
 
 
+def _rounds(count: int) -> Method:
+  # One candidate a round: with two, the default, nearly every prompt is helped by the first hint.
+  fields = {"exploration.rounds": count, "exploration.candidates": 1}
+  return _variant(f"rounds-{count}", f"B = {count}", fields)
+
+
+_NEGATIVE, _ALL = {"objective.gate_mode": "negative"}, {"objective.gate_threshold": 0.0}
 STUDIES: Mapping[str, Study] = {
   study.name: study
   for study in (
@@ -228,6 +258,9 @@ STUDIES: Mapping[str, Study] = {
       "main",
       "A fair comparison",
       "Which method helps most outside the modality it was trained on, at the same grid, budget and seeds?",
+      "SFT is trained and tested with a prompt that asks for the answer alone, so it is compared with the start under "
+      "that prompt; the phantom's models cannot look up a letter without reasoning. Methods on other pairs of student "
+      "and teacher have the learning rates that were chosen on the first pair.",
       _MAIN,
       others=("start", "teacher", "grpo", "gkd-1", "kepo-tau1"),
     ),
@@ -235,18 +268,24 @@ STUDIES: Mapping[str, Study] = {
       "tau",
       "The threshold of the gate",
       "How good must a rollout be to be distilled?",
+      "Accuracy is 0 or 1, for which thresholds of .5 and 1 are the same gate: only the mean of accuracy and format "
+      "has three. At a threshold of 0 both signals let everything through.",
       (START, *(_tau("accuracy", tau) for tau in (0.0, 1.0)), *(_tau("mean", tau) for tau in (0.0, 0.5, 1.0))),
     ),
     Study(
       "budget",
       "The budget of exploration",
       "How many rounds of hints does a failed prompt need?",
-      (START, *(_variant(f"rounds-{b}", f"B = {b}", {"exploration.rounds": b}) for b in (0, 1, 2, 5, 10))),
+      "One candidate per round, so that there is something to gain from further rounds: with two, the default of KEPO, "
+      "nearly every prompt of the phantom is helped by its first hint.",
+      (START, *map(_rounds, (0, 1, 2, 5, 10))),
     ),
     Study(
       "hints",
       "What a hint is worth",
       "Do hints that tell more lead to more rollouts worth learning from, and to better students?",
+      "Quality is measured on the untrained student: gain is how much likelier a hint makes right answers that the "
+      "teacher wrote without it, reliance how much likelier it makes the candidates that were accepted under it.",
       (
         START,
         _variant("hint_and_answer", "hint and answer, new each round", {}),
@@ -260,17 +299,23 @@ STUDIES: Mapping[str, Study] = {
       "gate",
       "The direction of the gate",
       "Should a teacher correct what went wrong, or refine what went right?",
+      "Every direction has the learning rate that its own grid chose.",
       (
         START,
         _variant("positive", "right rollouts", {}),
-        _variant("negative", "wrong rollouts", {"objective.gate_mode": "negative"}),
-        _variant("all", "all rollouts", {"objective.gate_threshold": 0.0}),
+        _variant("negative", "wrong rollouts", _NEGATIVE, rate_of=""),
+        _variant("all", "all rollouts", _ALL, rate_of="kepo-tau0"),
         _variant("positive-unhinted", "right rollouts, no hints", {}, config="kepo_ke"),
-        _variant(
-          "negative-unhinted", "wrong rollouts, no hints", {"objective.gate_mode": "negative"}, config="kepo_ke"
-        ),
-        _variant("all-unhinted", "all rollouts, no hints", {"objective.gate_threshold": 0.0}, config="kepo_ke"),
+        _variant("negative-unhinted", "wrong rollouts, no hints", _NEGATIVE, config="kepo_ke", rate_of=""),
+        _variant("all-unhinted", "all rollouts, no hints", _ALL, config="kepo_ke", rate_of="kepo_ke-tau0"),
       ),
     ),
   )
 }
+
+
+def reserved(study: Study) -> set[str]:
+  """Fields that a study sets itself, which nobody else may set for all of its runs."""
+  methods = [*study.methods, *_MAIN]
+  own = {"seed", "model.student", "model.teacher", "optimizer.learning_rate", "eval.before"}
+  return own | {name for method in methods for name in method.overrides}

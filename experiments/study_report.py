@@ -59,7 +59,7 @@ def write(
   page = study_page.study_page(
     study.title,
     subtitle=f"{place.benchmark.name}, {len(items['ids']):,} test questions, up to {seeds} seeds",
-    asks=study.asks,
+    asks=f"{study.asks} {study.notes}",
     facts=list(facts(results.entries, len(cells), len(entries))),
     tables=tables,
     figures=figures,
@@ -89,7 +89,7 @@ def facts(entries: Sequence[Mapping[str, Any]], wanted: int, found: int) -> Iter
   """What the study has cost; runs that stand in several lines count once."""
   once = {entry["digest"]: entry for entry in entries}.values()
   spent = [entry["cost"]["cpu_seconds"] for entry in once if entry.get("cost", {}).get("cpu_seconds")]
-  yield pages.Fact("Runs", f"{found:,} of {wanted:,}", f"{len(once):,} were made, the grid of learning rates included")
+  yield pages.Fact("Runs", f"{found:,} of {wanted:,}", f"{len(once):,} are in runs.json")
   if spent:
     yield pages.Fact(
       "CPU time", human_time(sum(spent)), f"of {len(spent):,} runs, {human_time(sum(spent) / len(spent))} each"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -15,11 +16,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import studies
 from kepo_jax import evaluation, storage
 from kepo_jax.evaluation import journal
+from kepo_jax.evaluation import studies as study_statistics
 from kepo_jax.reporting.sinks import read_records
 from kepo_jax.training import checks
 
@@ -29,13 +32,16 @@ WINDOWS = 20  # points of a stored curve
 CURVES = (
   "reward/accuracy", "reward/format", "reward/mean", "completion/length", "entropy", "divergence/gated",
   "divergence/ungated", "cliff_rate", "dead_group_rate", "hint/trigger_rate", "hint/leak_rate", "hint/reliance",
-  "injected_frac", "gate/frac", "grad_norm",
+  "injected_frac", "gate/frac", "grad_norm", "supervised/nll", "supervised/accept_rate",
 )  # fmt: skip
 _ACCEPTED = "hint/accept_rate@"
 # Sections and fields that change nothing of what is learnt.
 _IDLE_SECTIONS = ("checkpoint", "log", "profile")
+_WHERE = "data.directory"  # data may be moved
+_UNTOLD = (_WHERE, *(f"{section}." for section in _IDLE_SECTIONS))
 _ASKED = ("data.", "model.", "eval.prompt", "eval.max_new_tokens")  # what an evaluation without training depends on
-_STUDENT_TOKENS, _TEACHER_TOKENS = ("tokens/sampled", "tokens/trained"), ("tokens/written", "tokens/scored")
+TOKENS = {"student_tokens": ("sampled", "trained"), "teacher_tokens": ("written", "scored")}
+HINTED = 100  # questions per modality on which hints are measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +54,36 @@ class Place:
   def digest(self, cell: studies.Cell) -> str:
     """16 hexadecimal digits that name what a cell computes: cells of different studies with one digest are one run."""
     if cell.method.trained:
-      config = studies.config_of(cell, self.benchmark).to_dict()
-      for section in _IDLE_SECTIONS:
-        del config[section]
-      if not checks.needs_teacher(studies.config_of(cell, self.benchmark)):
-        config["model"]["teacher"] = ""
+      config = self._departures(cell)
     elif cell.method.measures:
       models = [self.benchmark.models[name] for name in (cell.pair.student, cell.pair.teacher)]
-      config = {"measured": models, "hint_prompt": cell.method.measures, **self._asked}
+      config = {"measured": models, "hint_prompt": cell.method.measures, "limit": HINTED, **self._asked}
     else:
       role = "teacher" if cell.method == studies.TEACHER else "student"
-      config = {"evaluated": self.benchmark.models[getattr(cell.pair, role)], **self._asked}
-    told = json.dumps([self.benchmark.name, config, _frozen(self.benchmark)], sort_keys=True)
+      kind = {} if cell.method.kind == "evaluation" else {"kind": cell.method.kind}
+      config = {"evaluated": self.benchmark.models[getattr(cell.pair, role)], **kind, **self._asked}
+    told = json.dumps([studies.REVISION, self.benchmark.name, config, _frozen(self.benchmark)], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+  def _departures(self, cell: studies.Cell) -> dict[str, Any]:
+    """What a run computes, as its departures from grpo.py: a field that all configs gain changes none of them."""
+    config, plain = studies.config_of(cell, self.benchmark), studies.parent_config(self.benchmark)
+    teacher = checks.needs_teacher(config)
+    return {
+      f"{section}.{name}": value
+      for section, fields in config.items()
+      if section != "seed" and section not in _IDLE_SECTIONS
+      for name, value in fields.items()
+      if f"{section}.{name}" != _WHERE
+      and value != plain[section][name]
+      and (teacher or (section, name) != ("model", "teacher"))
+    } | {"seed": cell.seed}
 
   @property
   def _asked(self) -> dict[str, Any]:
     """Fields of every config that matter where nothing is trained."""
-    return {name: value for name, value in self.benchmark.overrides.items() if name.startswith(_ASKED)}
+    asked = {name: value for name, value in self.benchmark.overrides.items() if name.startswith(_ASKED)}
+    return {name: value for name, value in asked.items() if name != _WHERE}
 
   def folder(self, cell: studies.Cell) -> pathlib.Path:
     """The folder of a cell."""
@@ -82,27 +100,29 @@ class Place:
       return [["experiments.kepo_medvqa", config, *given, f"--workdir={folder}", "--auto_resume"]]
     if cell.method.measures:
       return [self._measurement(cell)]
-    splits = ("test", "validation") if cell.method == studies.START else ("test",)
+    splits = ("test", "validation") if cell.method != studies.TEACHER else ("test",)
     return [self._evaluation(cell, split) for split in splits]
 
   def _measurement(self, cell: studies.Cell) -> list[str]:
     config, models = studies.plain_config(self.benchmark), self.benchmark.models
     given = {
       "student": models[cell.pair.student], "teacher": models[cell.pair.teacher], "hint_prompt": cell.method.measures,
-      "output": self.folder(cell) / HINTS, "data": config.data.directory, "split_files": config.data.split_files,
+      "output": self.folder(cell) / HINTS, "limit": HINTED, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor,
+      "overwrite": True, "data": config.data.directory, "split_files": config.data.split_files,
       "lenient": config.data.lenient,
     }  # fmt: skip
     return ["experiments.measure_hints", *(f"--{name}={value}" for name, value in given.items())]
 
   def _evaluation(self, cell: studies.Cell, split: str) -> list[str]:
-    student, folder = cell.method == studies.START, self.folder(cell) / split
+    student, folder = cell.method != studies.TEACHER, self.folder(cell) / split
     model = self.benchmark.models[cell.pair.student if student else cell.pair.teacher]
     config = studies.plain_config(self.benchmark)
     data, asked = config.data, config.eval
     given = {
       "model": model, "split": split, "output": folder, "templates": data.templates, "resize": data.resize,
       "train_modality": data.train_modality, "batch": asked.prompts, "max_new_tokens": asked.max_new_tokens,
-      "dtype": config.model.compute_dtype if student else config.model.teacher_dtype,
+      "dtype": config.model.compute_dtype if student else config.model.teacher_dtype, "kind": cell.method.kind,
+      "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor,
     }  # fmt: skip
     names = ("split_files", "train_items", "validation_items", "test_items", "split_seed")
     given |= {"data": data.directory, "lenient": data.lenient, **{name: data[name] for name in names}}
@@ -132,7 +152,7 @@ def outputs_of(place: Place, cell: studies.Cell, items: Mapping[str, Any] | None
   if cell.method.trained:
     finished = folder / "model" / "config.json"  # the export comes last, and its config at its end
     return journal.read_outputs(folder / "outputs" / "after.jsonl") if finished.exists() else []
-  validated = cell.method != studies.START or (folder / "validation" / journal.RESULT).exists()
+  validated = cell.method == studies.TEACHER or (folder / "validation" / journal.RESULT).exists()
   if not (validated and (folder / "test" / journal.RESULT).exists()):
     return []
   outputs = journal.read_outputs(folder / "test")
@@ -152,24 +172,27 @@ def entry_of(place: Place, cell: studies.Cell, outputs: Sequence[Mapping[str, An
     ValueError: a file of the run is missing or damaged.
   """
   folder = place.folder(cell)
-  entry: dict[str, Any] = _identity(cell) | {"digest": place.digest(cell)}
+  entry: dict[str, Any] = _identity(cell) | {"digest": place.digest(cell), "commit": _commit(), "jax": jax.__version__}
   if not cell.method.trained:
     train_modality = studies.plain_config(place.benchmark).data.train_modality
     entry["test"] = _tested(evaluation.summarised(outputs, train_modality=train_modality), outputs)
-    if cell.method == studies.START:
+    if cell.method != studies.TEACHER:
       found = json.loads((folder / "validation" / journal.RESULT).read_text())
-      cost = {"student_tokens": 0, "teacher_tokens": 0, "seconds": 0.0}
+      cost = {**dict.fromkeys(TOKENS, 0), "seconds": 0.0}
       entry["validation"] = [{"step": 0, **_accuracies(found), "cost": cost}]
     return entry
   stored = json.loads((folder / "evaluation.json").read_text())
   metrics = [record for record in read_records(folder / "metrics.jsonl") if "lr" in record]
   timing = read_records(folder / "timing.jsonl")
-  costs = _cumulated(metrics, timing)
+  costs = _cumulated(metrics, timing, processor=place.benchmark.setting == "phantom")
+  config = json.loads((folder / "config.json").read_text())
   entry |= {
+    "start": "start-no_think" if config["eval"]["prompt"] == "no_think" else "start",
     "steps": len(metrics),
     "test": _tested(stored["after"], outputs),
     "validation": [
-      {"step": each["step"], **_accuracies(each), "cost": costs[each["step"] - 1]} for each in stored["validation"]
+      {"step": each["step"], **_accuracies(each), "cost": _costs(costs[each["step"] - 1])}
+      for each in stored.get("validation", [])
     ],
     "curves": curves_of(metrics),
     "cost": costs[-1],
@@ -177,31 +200,54 @@ def entry_of(place: Place, cell: studies.Cell, outputs: Sequence[Mapping[str, An
   return entry
 
 
+@functools.cache
+def _commit() -> str:
+  """The commit of the checkout, with a plus sign where it was changed since; empty outside of one."""
+  told = [
+    subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
+    for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+  ]
+  return "" if told[0].returncode else told[0].stdout.strip() + ("+" if told[1].stdout.strip() else "")
+
+
 def _tested(result: Mapping[str, Any], outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   correct = np.array([output["correct"] for output in outputs])
   shares = {name: result[name] for name in ("format", "unparsed", "truncated")}
   tokens = float(np.mean([output["tokens"] for output in outputs]))
-  return {"correct": np.packbits(correct).tobytes().hex(), **_accuracies(result), **shares, "tokens": round(tokens, 3)}
+  lenient = np.array([output["lenient_correct"] for output in outputs])
+  packed = {name: study_statistics.packed(bits) for name, bits in (("correct", correct), ("lenient", lenient))}
+  return {**packed, **_accuracies(result), **shares, "tokens": round(tokens, 3)}
 
 
 def _accuracies(result: Mapping[str, Any]) -> dict[str, Any]:
   return {
-    "in_domain": result["in_domain"] and result["in_domain"]["accuracy"],
-    "out_of_domain": result["out_of_domain"] and result["out_of_domain"]["mean"],
-    "overall": result["overall"]["accuracy"],
-    "modalities": {name: entry["accuracy"] for name, entry in result["modalities"].items()},
+    "in_domain": result["in_domain"] and round(result["in_domain"]["accuracy"], 5),
+    "out_of_domain": result["out_of_domain"] and round(result["out_of_domain"]["mean"], 5),
+    "overall": round(result["overall"]["accuracy"], 5),
+    "modalities": {name: round(entry["accuracy"], 5) for name, entry in result["modalities"].items()},
   }
 
 
-def _cumulated(metrics: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Cost of the run up to each step."""
-  totals, found = {"student_tokens": 0, "teacher_tokens": 0, "seconds": 0.0}, []
+def _cumulated(
+  metrics: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, Any]], *, processor: bool
+) -> list[dict[str, Any]]:
+  """Cost of the run up to each step: tokens of each kind, and seconds, where it computes those of the processor."""
+  kinds = [kind for names in TOKENS.values() for kind in names]
+  totals, found = {**dict.fromkeys((*TOKENS, *kinds), 0), "seconds": 0.0}, []
   for step, spent in zip(metrics, timing, strict=True):
-    totals["student_tokens"] += int(sum(step.get(name, 0) for name in _STUDENT_TOKENS))
-    totals["teacher_tokens"] += int(sum(step.get(name, 0) for name in _TEACHER_TOKENS))
-    totals["seconds"] = round(totals["seconds"] + spent["seconds/step"], 3)
+    for total, names in TOKENS.items():
+      for kind in names:
+        count = int(step.get(f"tokens/{kind}", 0))
+        totals[kind] += count
+        totals[total] += count
+    totals["seconds"] = round(totals["seconds"] + spent["seconds/processor" if processor else "seconds/step"], 3)
     found.append(dict(totals))
   return found
+
+
+def _costs(cost: Mapping[str, Any]) -> dict[str, Any]:
+  """Of a validation, what figures are drawn from."""
+  return {name: cost[name] for name in (*TOKENS, "seconds")}
 
 
 def curves_of(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
@@ -348,13 +394,15 @@ def _last_line(log: pathlib.Path) -> str:
 class Results:
   """runs.json and items.json of one study."""
 
-  def __init__(self, folder: pathlib.Path, study: str, benchmark: str):
-    """Reads what is there, and what other studies beside it have of the same benchmark.
+  def __init__(self, folder: pathlib.Path, study: str, benchmark: studies.Benchmark):
+    """Reads what is there, and what other studies beside it have of the same benchmark, with the same fields set.
 
     Raises:
       ValueError: a file is not of this study, or damaged.
     """
-    self.folder, self._head = folder, {"study": study, "benchmark": benchmark}
+    told = {name: str(value) for name, value in benchmark.overrides.items() if not name.startswith(_UNTOLD)}
+    about = {"benchmark": benchmark.name, "set": told}
+    self.folder, self._head = folder, {"study": study, **about}
     self._entries: dict[str, dict[str, Any]] = {}
     self._known: dict[str, dict[str, Any]] = {}  # by digest, of all studies
     self.items: dict[str, Any] | None = None
@@ -365,9 +413,11 @@ class Results:
       found = _read(path)
       if path.parent == folder:
         if {name: found.get(name) for name in self._head} != self._head:
-          raise ValueError(f"{path} is of another study or benchmark; use another --output.")
+          raise ValueError(
+            f"{path} is of another study or benchmark, or of other fields of --set; use another --output."
+          )
         self._entries = {_key(entry): entry for entry in found["runs"]}
-      if found["benchmark"] == benchmark:
+      if {name: found.get(name) for name in about} == about:
         self._known |= {entry["digest"]: entry for entry in found["runs"]}
         self.items = _read(path.parent / "items.json")
 

@@ -19,6 +19,16 @@ def cost(record: Mapping[str, Any], quantity: str) -> float:
   return float(sum(record[name] for name in QUANTITIES[quantity]))
 
 
+def start_of(entry: Entry, found: Mapping[str, Sequence[Entry]]) -> Entry | None:
+  """The untrained student as a training begins with it: under the prompt that it is validated with, `start` by default.
+
+  Args:
+    entry: of a training.
+    found: of `studies.methods`.
+  """
+  return found.get(entry.get("start", "start"), [None])[0]
+
+
 def validation_curve(
   entry: Entry, start: Entry | None, figure: str, quantity: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -68,13 +78,12 @@ def accuracy_at_cost(
   """
   budget = smallest_budget(entries, quantity) if budget is None else budget
   found = studies.methods(entries)
-  start = found.get("start", [None])[0]
   trained = {name: mine for name, mine in found.items() if name not in studies.UNTRAINED}
   if budget is None:
     return {}
   return {
-    name: {figure: _read([validation_curve(entry, start, figure, quantity) for entry in mine], budget) for figure in
-           FIGURES}
+    name: {figure: _read([validation_curve(entry, start_of(entry, found), figure, quantity) for entry in mine], budget)
+           for figure in FIGURES}
     for name, mine in trained.items()
   }  # fmt: skip
 

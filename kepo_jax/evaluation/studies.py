@@ -14,7 +14,7 @@ import numpy as np
 from kepo_jax.evaluation import seeds, statistics
 
 Entry = Mapping[str, Any]
-UNTRAINED = ("start", "teacher")  # methods that are models as they came
+UNTRAINED = ("start", "start-no_think", "teacher")  # methods that are models as they came
 REFERENCES = ("grpo", "gkd-1")  # what methods are compared with: no teacher, and uniform distillation
 
 
@@ -50,7 +50,7 @@ def pairs(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
       for entry in entries
       if (
         entry[mine[entry["method"]][0]] == mine[entry["method"]][1]
-        if entry["method"] in UNTRAINED
+        if entry["method"] in mine
         else (entry["student"], entry["teacher"]) == (student, teacher)
       )
     ]

@@ -12,7 +12,7 @@ from kepo_jax.reporting.study_tables import MISSING, percent
 from kepo_jax.reporting.tables import Row
 
 BEYOND = "beyond its budget"
-RANGES = "Brackets: the lowest and the highest seed."
+RANGES = "Brackets: the lowest and the highest seed. What costs more is read inside its schedule, at a rate still high."
 
 
 def cost_rows(entries: Sequence[Entry], *, expected: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
@@ -37,13 +37,15 @@ def equal_cost_rows(
   expected: Sequence[Mapping[str, Any]] = (),
   reference: str = "grpo",
 ) -> list[Row]:
-  """Validation accuracy at equal steps and at equal cost: what the cheapest training cost, and what the reference did.
+  """Validation accuracy at equal steps, and at the cost of a reference.
+
+  A method that costs more is read inside its schedule, before its learning rate has decayed.
 
   Args:
     entries: of one pair, "start" among them.
     figure: of `equal_cost.FIGURES`.
     expected: planned cells of this pair.
-    reference: method whose smallest final cost is the second budget.
+    reference: method whose smallest final cost is the budget.
   """
   found = studies.methods(entries)
   trained = _trained(found, expected)
@@ -51,12 +53,10 @@ def equal_cost_rows(
   columns = [(f"after {steps} steps", {name: _at_the_end(found.get(name, []), figure) for name in trained})]
   for quantity, unit in (("seconds", "s"), ("tokens", "tokens")):
     own = [equal_cost.cost(entry["cost"], quantity) for entry in found.get(reference, [])]
-    budgets = {"": equal_cost.smallest_budget(entries, quantity)}
-    budgets |= {f", {found[reference][0]['label']}'s": min(own)} if min(own, default=0) > 0 else {}
-    for whose, budget in budgets.items():
+    if budget := min(own, default=0):
       read = equal_cost.accuracy_at_cost(entries, quantity, budget=budget)
-      if budget is not None:
-        columns.append((f"after {_amount(budget)} {unit}{whose}", {name: each[figure] for name, each in read.items()}))
+      whose = f"{_amount(budget)} {unit}, {found[reference][0]['label']}'s"
+      columns.append((f"after {whose}", {name: each[figure] for name, each in read.items()}))
   rows: list[Row] = [("method", *(heading for heading, _ in columns))]
   rows += [(label, *(_read(cells.get(name)) for _, cells in columns)) for name, label in trained.items()]
   return rows

@@ -224,10 +224,11 @@ def _acceptance_panel(axis: Axes, entries: Sequence[Entry], method: str, full: s
 
 
 def _validations(found: Mapping[str, Sequence[Entry]], figure: str, quantity: str | None) -> dict[str, Band]:
-  start = found.get("start", [None])[0]
   trained = {name: mine for name, mine in found.items() if name not in studies.UNTRAINED}
   bands = {
-    name: equal_cost.banded([equal_cost.validation_curve(entry, start, figure, quantity) for entry in mine])
+    name: equal_cost.banded(
+      [equal_cost.validation_curve(entry, equal_cost.start_of(entry, found), figure, quantity) for entry in mine]
+    )
     for name, mine in trained.items()
   }
   # What costs nothing of a quantity has no place on its axis.

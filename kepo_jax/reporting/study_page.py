@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from kepo_jax.reporting import pages
 from kepo_jax.reporting.study_tables import Table
 
-_SAMPLES = 400_000  # bytes of a page for questions and answers: pages of studies are kept in the repository
+_SAMPLES = 150_000  # bytes of a page for questions and answers: pages of studies are kept in the repository
 # Name of a figure, without the pair behind it -> what it shows, and how to read it.
 CAPTIONS: Mapping[str, tuple[str, str]] = {
   "accuracy": ("Test accuracy of every method", "Means over seeds, 95 % intervals over seeds and questions."),

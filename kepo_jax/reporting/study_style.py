@@ -21,7 +21,8 @@ from kepo_jax.reporting.curves import COLOURS
 _BLUE, _VERMILION, _GREEN, _PINK, _SKY = COLOURS
 # Names of configs with colour and marker; the colours are Okabe and Ito's, as in `curves`.
 _CONFIG_LOOKS = {
-  "start": ("#8A8A8A", "X"), "teacher": ("#333333", "h"), "sft": ("#E69F00", "v"), "sft_teacher": ("#E69F00", "v"),
+  "start": ("#8A8A8A", "X"), "start-no_think": ("#8A8A8A", "x"), "teacher": ("#333333", "h"),
+  "sft": ("#E69F00", "v"), "sft_teacher": ("#E69F00", "v"),
   "grpo": (_BLUE, "s"), "rloo": (_SKY, "p"), "gkd": (_VERMILION, "^"), "kepo_ke": (_PINK, "D"), "kepo": (_GREEN, "o"),
   "kepo_released": (_GREEN, "o"), "kepo_eq7": (_GREEN, "o"),
 }  # fmt: skip

@@ -286,7 +286,7 @@ class PhaseClock:
   """Seconds that the host spends in each phase of a step, waiting for the device included."""
 
   def __init__(self):
-    self._start = time.perf_counter()
+    self._start, self._processor = time.perf_counter(), time.process_time()
     self._seconds: dict[str, float] = {}
 
   @contextlib.contextmanager
@@ -299,10 +299,14 @@ class PhaseClock:
   def timing(self, *, tokens: int) -> dict[str, float]:
     """`seconds/<phase>`, `seconds/step`, and `tokens_per_second/<phase>` of the update and the whole step.
 
+    `seconds/processor` are those that this process computed, on all of its cores: what a step costs on a CPU that other
+    work shares.
+
     Args:
       tokens: completion tokens of the batch.
     """
-    seconds = self._seconds | {"step": time.perf_counter() - self._start}
+    processor = time.process_time() - self._processor
+    seconds = self._seconds | {"step": time.perf_counter() - self._start, "processor": processor}
     # None of sampling: it begins before the step, and what the host still waits for tells nothing of its speed.
     rates = {f"tokens_per_second/{phase}": float(tokens) / seconds[phase] for phase in ("update", "step")}
     return {f"seconds/{phase}": value for phase, value in seconds.items()} | rates

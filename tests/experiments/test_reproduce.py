@@ -1,11 +1,12 @@
 """The command: what is run, in which order, what is not run again, and what is told of faults."""
 
 import json
+import os
 
 import pytest
 from absl.testing import flagsaver
 
-from experiments import studies, study_runs
+from experiments import studies, study_report, study_runs
 from tests.experiments.test_study_runs import output, write_run
 
 
@@ -17,6 +18,7 @@ def module(program):
 @pytest.fixture
 def reproduce(module, monkeypatch, tmp_path):
   monkeypatch.setattr(module, "worker_slots", lambda count: [{}])
+  monkeypatch.setattr(study_report, "write", lambda *given, **options: "")  # figures take seconds; see the last test
   with flagsaver.flagsaver(output=str(tmp_path / "results"), workdir=str(tmp_path / "runs"), seeds=2):
     yield module
 
@@ -72,8 +74,8 @@ def test_a_study_is_run_once_and_shares_its_runs(reproduce, made, tmp_path):
   with flagsaver.flagsaver(study="tau", methods=["start", "accuracy-0", "accuracy-1"]):
     reproduce.main([])
     ran = len(made())
-    # The grid of its parent is the main study's: 3 rates of 2 seeds. Of its own, accuracy-1 is KEPO itself.
-    assert ran == 6 + 2 + 1 and len(entries(tmp_path, "main")) == 6
+    # The grids of its parents are the main study's: 3 rates of 2 seeds each.
+    assert ran == 2 * 6 + 2 * 2 + 1 and len(entries(tmp_path, "main")) == 12
     found = {(each["method"], each["seed"]): each for each in entries(tmp_path, "tau")}
     assert set(found) == {("accuracy-0", 0), ("accuracy-0", 1), ("accuracy-1", 0), ("accuracy-1", 1), ("start", None)}
     assert {each["learning_rate"] for each in found.values()} == {2e-4, None}
@@ -82,7 +84,7 @@ def test_a_study_is_run_once_and_shares_its_runs(reproduce, made, tmp_path):
     assert len(made()) == ran
   with flagsaver.flagsaver(study="main", methods=["kepo-tau1"]):
     reproduce.main([])
-    assert len(made()) == ran + 2 * 3  # the other three pairs alone: the first pair's are those of the grid
+    assert len(made()) == ran + 2 * 3  # the other three pairs alone: on the first one accuracy-1 is KEPO itself
   assert json.loads((tmp_path / "results" / "tau" / "items.json").read_text())["ids"] == ["q0", "q1", "q2", "q3"]
 
 
@@ -90,7 +92,7 @@ def test_a_fault_is_told_and_the_rest_goes_on(reproduce, made, tmp_path):
   made.failing = ("rloo",)
   with flagsaver.flagsaver(study="main", methods=["grpo", "rloo"]), pytest.raises(SystemExit) as error:
     reproduce.main([])
-  assert "error: rloo (confused, weak) rate 0.0001 seed 0: exit code 1" in str(error.value)
+  assert "error: rloo (confused, weak) rate 0.0001 seed 100: exit code 1" in str(error.value)
   assert {each["method"] for each in entries(tmp_path, "main")} == {"grpo"}
   made.failing = ()
   with flagsaver.flagsaver(study="main", methods=["grpo", "rloo"]):
@@ -101,11 +103,13 @@ def test_a_fault_is_told_and_the_rest_goes_on(reproduce, made, tmp_path):
 def test_a_finished_run_that_nobody_had_read_is_not_run_again(reproduce, made, tmp_path):
   benchmark = studies.phantom()
   place = study_runs.Place(benchmark, tmp_path / "runs" / "phantom")
-  for cell in studies.grid(studies.STUDIES["main"].only(["grpo"]), benchmark, 2):
-    write_run(place.folder(cell))
+  study = studies.STUDIES["main"].only(["grpo"])
+  for cell in [*studies.grid(study, benchmark, 2), *studies.finals(study, benchmark, 2, {"grpo": 1e-4})]:
+    if not place.folder(cell).exists():
+      write_run(place.folder(cell))
   with flagsaver.flagsaver(study="main", methods=["grpo"]):
     reproduce.main([])
-  assert not any("(confused" in name for name in made())
+  assert made() == []  # equal rates: the smallest
   assert "cpu_seconds" not in entries(tmp_path, "main")[0]["cost"]  # nobody measured them
 
 
@@ -136,3 +140,44 @@ def test_what_cannot_be_run_is_refused(reproduce):
 def test_a_core_for_each_process(module):
   slots = module.worker_slots(0)
   assert slots and all(slot.keys() == {"core"} for slot in slots)
+
+
+def test_what_a_study_varies_cannot_be_set_for_all_of_it(reproduce):
+  for field in ("optimizer.learning_rate=1e-3", "objective.gate_threshold=0"):
+    with flagsaver.flagsaver(set=[field]), pytest.raises(ValueError, match=r"is what the study main varies itself"):
+      reproduce.main([])
+
+
+def test_a_run_made_again_is_compared(reproduce, made, tmp_path):
+  with flagsaver.flagsaver(study="main", methods=["grpo"]):
+    reproduce.main([])
+  with flagsaver.flagsaver(study="main", verify="grpo:1"):
+    assert "the same, to the last digit" in reproduce.verified(reproduce.chosen_study(), place_of(tmp_path))
+  file = tmp_path / "results" / "main" / "runs.json"
+  changed = json.loads(file.read_text())
+  (entry,) = [
+    each for each in changed["runs"] if (each["teacher"], each["student"], each["seed"]) == ("weak", "confused", 1)
+  ]
+  entry["curves"]["entropy"][0] += 1e-3
+  file.write_text(json.dumps(changed))
+  with flagsaver.flagsaver(study="main", verify="grpo:1"), pytest.raises(ValueError, match="otherwise: curves differ"):
+    reproduce.verified(reproduce.chosen_study(), place_of(tmp_path))
+  with flagsaver.flagsaver(study="main", verify="grpo:7"), pytest.raises(ValueError, match="has no such run"):
+    reproduce.verified(reproduce.chosen_study(), place_of(tmp_path))
+
+
+def place_of(tmp_path):
+  return study_runs.Place(studies.phantom(), tmp_path / "runs" / "phantom")
+
+
+def test_tables_figures_and_page_are_written(module, made, monkeypatch, tmp_path):
+  monkeypatch.setattr(module, "worker_slots", lambda count: [{}])
+  made.failing = ("gkd-1",)
+  paths = {"output": str(tmp_path / "results"), "workdir": str(tmp_path / "runs")}
+  with flagsaver.flagsaver(study="main", methods=["start", "grpo", "gkd-1"], seeds=1, **paths):
+    with pytest.raises(SystemExit, match="error: gkd-1"):
+      module.main([])
+  folder = tmp_path / "results" / "main"
+  assert {"index.html", "main.md", "main.tex", "main.csv", "accuracy.png", "accuracy.svg"} <= set(os.listdir(folder))
+  assert "GKD, on-policy, confused taught by weak" in (folder / "index.html").read_text()  # as missing
+  assert "GRPO" in (folder / "main.md").read_text()

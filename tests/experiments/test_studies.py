@@ -30,22 +30,32 @@ def test_every_cell_is_a_config_that_runs(name, benchmark):
 
 def test_every_method_gets_the_same_grid():
   counts = collections.Counter(cell.method.name for cell in studies.grid(studies.STUDIES["main"], PHANTOM, 5))
-  trained = [method.name for method in studies.STUDIES["main"].methods if method.trained]
-  assert counts == dict.fromkeys(trained, 3 * studies.GRID_SEEDS) and len(trained) == 11
+  own = [method.name for method in studies.STUDIES["main"].methods if method.trained and not method.rate_of]
+  assert counts == dict.fromkeys(own, 3 * len(studies.GRID_SEEDS)) and len(own) == 11
+
+
+def test_seeds_that_choose_a_rate_do_not_count():
+  main = studies.STUDIES["main"]
+  chosen_by = {cell.seed for cell in studies.grid(main, PHANTOM, 50)}
+  counted = {cell.seed for cell in studies.finals(main, PHANTOM, 50, dict.fromkeys(studies.MAIN_METHODS, 1e-4))}
+  assert chosen_by == set(studies.GRID_SEEDS) and not chosen_by & counted
 
 
 def test_a_variant_takes_the_rate_of_its_parent():
   gate = studies.STUDIES["gate"]
-  assert {cell.method.name for cell in studies.grid(gate, PHANTOM, 5)} == {"kepo-tau1", "kepo_ke-tau1"}
-  rates = {"kepo-tau1": 1e-4, "kepo_ke-tau1": 3e-4}
+  grids = {cell.method.name for cell in studies.grid(gate, PHANTOM, 5)}
+  parents = {"kepo-tau0", "kepo-tau1", "kepo_ke-tau0", "kepo_ke-tau1"}
+  assert grids == parents | {"negative", "negative-unhinted"}  # each direction at its own best
+  rates = {"kepo-tau1": 1e-4, "kepo_ke-tau0": 3e-4, "negative": 2e-4}
   found = {cell.method.name: cell.learning_rate for cell in studies.finals(gate, PHANTOM, 1, rates)}
-  assert found["negative"] == 1e-4 and found["negative-unhinted"] == 3e-4 and found["start"] is None
+  assert found == {"positive": 1e-4, "negative": 2e-4, "all-unhinted": 3e-4, "start": None}
 
 
 def test_a_method_without_a_rate_is_left_out_and_models_come_last():
   found = [cell.method.name for cell in studies.finals(studies.STUDIES["main"], PHANTOM, 1, {"grpo": 1e-4})]
   # On the other three pairs as well.
-  assert found == ["grpo", "start", "teacher"] * 4
+  first = ["grpo", "grpo-long", "start", "start-no_think", "teacher"]
+  assert found == first + ["grpo", "start", "teacher"] * 3
 
 
 def test_other_pairs_have_the_methods_that_the_study_names():
@@ -68,3 +78,18 @@ def test_the_gates_direction_and_threshold_are_what_varies():
 
 def test_a_study_of_some_methods():
   assert [m.name for m in studies.STUDIES["tau"].only(["mean-0.5", "start"]).methods] == ["start", "mean-0.5"]
+
+
+def test_the_last_step_is_validated_however_few_there_are():
+  for steps, every in ((2, 2), (80, 10), (7, 7), (45, 9)):
+    config = studies.config_of(studies.Cell(studies.MAIN_METHODS["grpo"], PHANTOM.pairs[0], 1e-4, 0),
+                               studies.phantom({"train.steps": steps}))  # fmt: skip
+    assert (config.train.steps, config.eval.every) == (steps, every)
+  longer = studies.config_of(studies.Cell(studies.MAIN_METHODS["grpo-long"], PHANTOM.pairs[0], 1e-4, 0), PHANTOM)
+  assert longer.train.steps == 160
+
+
+def test_what_a_study_varies_is_its_own():
+  taken = studies.reserved(studies.STUDIES["budget"])
+  assert {"seed", "optimizer.learning_rate", "exploration.rounds", "batch.on_policy_fraction"} <= taken
+  assert "train.steps" not in taken

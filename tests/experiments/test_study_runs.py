@@ -56,9 +56,10 @@ def write_run(folder, correct=(True, False, True, True), steps=4):
   lines[0]["hint/accept_rate@10"] = 0.5
   lines[0]["hint/accept_rate@2"] = 0.25
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  timing = [{"step": step, "seconds/step": 0.5} for step in range(1, steps + 1)]
+  timing = [{"step": step, "seconds/step": 9.0, "seconds/processor": 0.5} for step in range(1, steps + 1)]
   (folder / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing))
   (folder / "model" / "config.json").write_text("{}")
+  (folder / "config.json").write_text(json.dumps({"eval": {"prompt": "evaluation"}}))
 
 
 def test_a_run_becomes_an_entry(place):
@@ -70,9 +71,13 @@ def test_a_run_becomes_an_entry(place):
   assert bits.tolist() == [1, 0, 1, 1]
   assert entry["test"]["tokens"] == 3.5 and entry["test"]["out_of_domain"] == 0.5
   assert (entry["method"], entry["student"], entry["learning_rate"], entry["steps"]) == ("grpo", "confused", 1e-4, 4)
-  cost = {"student_tokens": 30, "teacher_tokens": 14, "seconds": 1.0}
+  cost = {"student_tokens": 30, "teacher_tokens": 14, "seconds": 1.0}  # of the processor, not of the clock
   assert [each["step"] for each in entry["validation"]] == [2, 4] and entry["validation"][0]["cost"] == cost
-  assert entry["cost"] == {"student_tokens": 60, "teacher_tokens": 28, "seconds": 2.0}
+  assert entry["cost"] == {
+    "student_tokens": 60, "teacher_tokens": 28, "sampled": 40, "trained": 20, "written": 0, "scored": 28,
+    "seconds": 2.0,
+  }  # fmt: skip
+  assert entry["start"] == "start" and entry["test"]["lenient"] == entry["test"]["correct"]
   assert entry["curves"]["entropy"] == [1, 2, 3, 4]
   # In the order of the rounds, null where a step has none.
   assert [name for name in entry["curves"] if "accept" in name] == ["hint/accept_rate@2", "hint/accept_rate@10"]
@@ -110,6 +115,11 @@ def test_a_digest_names_what_is_computed(place):
 def test_start_and_teacher_are_the_models_of_a_pair(place):
   start, teacher = (studies.Cell(method, PHANTOM.pairs[1]) for method in (studies.START, studies.TEACHER))
   assert place.digest(start) == place.digest(studies.Cell(studies.START, PAIR)) != place.digest(teacher)
+  assert {place.digest(studies.Cell(studies.START_PLAIN, PAIR)), place.digest(start), place.digest(teacher)} == {
+    place.digest(studies.Cell(method, PAIR if method == studies.START_PLAIN else PHANTOM.pairs[1]))
+    for method in (studies.START_PLAIN, studies.START, studies.TEACHER)
+  }
+  assert "--kind=no_think" in place.commands(studies.Cell(studies.START_PLAIN, PAIR))[1]
   test, validation = place.commands(start)
   assert "--model=experiments/assets/phantom/confused" in test and "--split=validation" in validation
   (command,) = place.commands(teacher)
@@ -129,29 +139,32 @@ def entry(place, given):
 
 def test_results_are_kept_and_found_again(place, tmp_path):
   items = {"ids": ["a", "b"]}
-  results = study_runs.Results(tmp_path / "results" / "main", "main", "phantom")
+  results = study_runs.Results(tmp_path / "results" / "main", "main", PHANTOM)
   results.add(entry(place, cell()), items)
-  again = study_runs.Results(tmp_path / "results" / "main", "main", "phantom")
+  again = study_runs.Results(tmp_path / "results" / "main", "main", PHANTOM)
   assert again.entries == results.entries and again.items == items
   assert again.entry(cell(), place.digest(cell()))["seed"] == 0
   assert again.entry(cell(), "another") is None  # the same line of another version of the data
   # Another line, and another study, that compute the same.
   other = cell(pair=PHANTOM.pairs[1])
   assert again.entry(other, place.digest(other))["teacher"] == "strong" and len(again.entries) == 2
-  sibling = study_runs.Results(tmp_path / "results" / "tau", "tau", "phantom")
+  sibling = study_runs.Results(tmp_path / "results" / "tau", "tau", PHANTOM)
   assert sibling.entry(cell(), place.digest(cell()))["method"] == "grpo"
-  assert study_runs.Results(tmp_path / "results" / "tau", "tau", "phantom").items == items
+  assert study_runs.Results(tmp_path / "results" / "tau", "tau", PHANTOM).items == items
   with pytest.raises(ValueError, match="other test questions than grpo"):
     sibling.add(entry(place, cell(seed=1)), {"ids": ["b", "a"]})
 
 
 def test_results_of_something_else_are_refused(place, tmp_path):
-  study_runs.Results(tmp_path / "main", "main", "phantom").add(entry(place, cell()), {"ids": []})
+  study_runs.Results(tmp_path / "main", "main", PHANTOM).add(entry(place, cell()), {"ids": []})
   with pytest.raises(ValueError, match="of another study or benchmark"):
-    study_runs.Results(tmp_path / "main", "main", "omnimedvqa")
+    study_runs.Results(tmp_path / "main", "main", studies.omnimedvqa("S", "T", "D"))
+  with pytest.raises(ValueError, match="or of other fields of --set"):
+    study_runs.Results(tmp_path / "main", "main", studies.phantom({"train.steps": 2}))
+  study_runs.Results(tmp_path / "main", "main", studies.phantom({"log.samples": 2}))  # which changes no figure
   (tmp_path / "main" / "runs.json").write_text('{"study": ')
   with pytest.raises(ValueError, match=r"runs\.json is not JSON"):
-    study_runs.Results(tmp_path / "main", "main", "phantom")
+    study_runs.Results(tmp_path / "main", "main", PHANTOM)
 
 
 class Commands:
