@@ -5,7 +5,7 @@ Every function here that talks to other processes must be called by all of them,
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from kepo_jax import sharding
 # Bytes that each process sends at a time. One size for all messages is one program, whatever the lengths of the texts
 # of a step: sizes that follow them would compile anew in the middle of a run.
 CHUNK = 1 << 16
+T = TypeVar("T")
 
 
 def is_first() -> bool:
@@ -48,8 +49,8 @@ def on_first(work: Callable[[], Any]) -> Any:
   return outcome["value"]
 
 
-def together(work: Callable[[], None]) -> None:
-  """Does `work` on every process; where it fails on one, it ends on all.
+def together(work: Callable[[], T]) -> T:
+  """What `work` returns here, done on every process; where it fails on one, it ends on all.
 
   Raises:
     ValueError: `work` raised it here.
@@ -57,12 +58,13 @@ def together(work: Callable[[], None]) -> None:
   """
   done = False
   try:
-    work()
+    value = work()
     done = True
   finally:
     (failed,) = any_process(not done)
   if failed:
     raise _failed_elsewhere()
+  return value
 
 
 def any_process(*flags: bool) -> tuple[bool, ...]:

@@ -79,3 +79,7 @@ def test_a_lone_process_reads_every_rollout_but_not_the_padding(mesh_of):
   assert read == [0, 1, 2] and found.shape == (3, 2)
   assert found.tolist() == [[(p, g) for g in range(2)] for p in range(3)]
   assert sharding.row_holders(2, 3).tolist() == np.zeros((2, 3), int).tolist()  # nor is a mesh needed
+
+
+def test_what_is_done_together_comes_back():
+  assert processes.together(lambda: 3) == 3

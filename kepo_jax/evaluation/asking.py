@@ -1,6 +1,7 @@
 """Questions to a model, and what is read from its completions."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -85,6 +86,7 @@ def evaluate(
 
   Raises:
     ValueError: there is nothing to evaluate, an image cannot be read, or a prompt cannot be made.
+    OSError: so it is on another process, whose images are others.
   """
   if not examples:
     raise ValueError("no question to evaluate; check the data directory and the split.")
@@ -119,7 +121,8 @@ def evaluate(
   batches, asked = Lookahead(prepared, stop=len(starts)), None
   for index in range(len(starts)):
     try:
-      batch, prompts = batches(index)
+      # Hosts decode images of their own: where one cannot, all of them read what was answered before, and end.
+      batch, prompts = processes.together(functools.partial(batches, index))
       rollouts = sample(prompts)
     finally:  # the device answers this batch meanwhile; where it cannot be asked, the answers before it still count
       if asked:

@@ -240,7 +240,7 @@ class PodRun:
     total = bytes_per_device(self.state) + (0.0 if on_host else sum(frozen.values()))
     if phase in ("sampling", "hints", "candidates", "answers") and assembly.own_rollouts(self.config):
       total += bytes_per_device(self.actor())
-    if phase in ("hints", "answers"):  # the teacher's sampler takes its weights as they are
+    if phase in ("hints", "candidates", "answers"):  # a teacher on the hosts comes once for all rounds of exploration
       total += frozen["teacher"] if on_host else 0.0
     if phase == "scoring":
       total += sum(frozen.values()) if on_host else 0.0

@@ -51,7 +51,13 @@ class Topology:
     Raises:
       ValueError: the axes do not fit.
     """
-    return sharding.make_mesh(data, fsdp, tensor, self.devices)
+    mesh = sharding.make_mesh(data, fsdp, tensor, self.devices)
+    if mesh.size != len(self.devices):  # which several hosts refuse, and this process could not know
+      raise ValueError(
+        f"mesh data={data} x fsdp={fsdp} x tensor={tensor} leaves {len(self.devices) - mesh.size} of the "
+        f"{len(self.devices)} chips of {self.label} idle; set mesh.data=-1, or axes that multiply to all of them."
+      )
+    return mesh
 
 
 def topology(name: str, slices: int = 1) -> Topology:

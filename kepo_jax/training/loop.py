@@ -142,7 +142,7 @@ def sample_and_explore(run: setup.Run, begun: Started, clock: "PhaseClock") -> C
   if config.sampling.dynamic_rounds:
     with clock("prepare"):
       groups, asked = most_useful(run, groups)
-      prompts = sharding.place(run.mesh, run.processor.prompts(groups.examples, config.data.prompt))
+      prompts = sharding.place(run.mesh, run.host_prompts(groups.examples, config.data.prompt))
     metrics |= asked
   with clock("exploration"):
     outcome, written = explore(run, begun.actor, groups, done)
@@ -171,7 +171,7 @@ def own_groups(run: setup.Run, begun: Started) -> Groups:
     further = run.further_questions(begun.done, extra, asked=groups.examples)
     if useful(run, groups).sum() >= len(begun.examples) or not further:
       break
-    more = sharding.place(run.mesh, run.processor.prompts(further, run.config.data.prompt))
+    more = sharding.place(run.mesh, run.host_prompts(further, run.config.data.prompt))
     rollouts = run.programs.rollout(begun.actor, more, run.key("rollout", begun.done))
     groups = grouping.joined(groups, grouping.scored_groups(run.processor, further, rollouts, run.scorer), axis=0)
   return groups
@@ -277,7 +277,7 @@ def experience_of(run: setup.Run, groups: Groups, prompts: Prompts, gate: np.nda
   hinted = None
   if config.objective.off_context == "keep_hint":
     kind = config.exploration.hint_prompt
-    hinted = grouping.hinted_rows(groups, lambda examples, hints: run.processor.prompts(examples, kind, hints=hints))
+    hinted = grouping.hinted_rows(groups, lambda examples, hints: run.host_prompts(examples, kind, hints=hints))
   batch = grouping.experience(groups, prompts, advantage, gate, kept=kept, hinted=hinted)
   return sharding.place(run.mesh, batch)
 

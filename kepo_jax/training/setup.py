@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kepo_jax import evaluation, sharding
+from kepo_jax import evaluation, processes, sharding
 from kepo_jax.data import images, limits, pipeline, prompts, splits, tokenization
 from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.models.qwen3_vl import conversion
@@ -94,7 +94,16 @@ class Run:
     filler = size - len(examples)
     examples = [*examples, *list(examples[:1]) * filler]
     hints = None if hints is None else [*hints, *list(hints[:1]) * filler]
-    return sharding.place(self.mesh, self.processor.prompts(examples, kind, hints=hints))
+    return sharding.place(self.mesh, self.host_prompts(examples, kind, hints=hints))
+
+  def host_prompts(self, examples: Sequence[Example], kind: str, *, hints: Sequence[str] | None = None) -> Prompts:
+    """Prompts on this host, whose images it decodes.
+
+    Raises:
+      ValueError: an image or a prompt cannot be used.
+      OSError: so it is on another process, whose images are others: none goes on without the others.
+    """
+    return processes.together(lambda: self.processor.prompts(examples, kind, hints=hints))
 
   def evaluate(
     self, weights: Any, split: str, name: str, done: int, *, on_output: Callable[[dict[str, Any]], None] | None = None

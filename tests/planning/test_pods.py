@@ -74,6 +74,15 @@ def test_every_program_of_a_step_compiles(plan):
   assert [(each.phase, each.calls) for each in layers] == [("decode weights", 2)]
 
 
+def test_a_teacher_on_the_hosts_is_there_for_all_rounds_of_exploration(mesh_of):
+  mesh = mesh_of(data=2, fsdp=2, tensor=2)
+  stays, comes = (run_of(mesh, model__teacher_memory=place) for place in ("device", "host"))
+  teacher = pods.bytes_per_device(stays.models["teacher"].params)
+  for phase in ("hints", "candidates", "answers", "scoring"):
+    assert comes._resident(phase, "") == stays._resident(phase, "")
+  assert comes._resident("sampling", "") == stays._resident("sampling", "") - teacher
+
+
 def test_what_is_there_while_a_program_runs(plan, mesh_of):
   run = run_of(mesh_of(data=2, fsdp=2, tensor=2))
   weights, moments = pods.bytes_per_device(run.state.params), pods.bytes_per_device(run.state.opt_state)

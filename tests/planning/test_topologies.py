@@ -37,6 +37,13 @@ def test_a_core_has_its_share():
   assert topologies._chip(Device("TPU7x"), 2) is chips.CHIPS["TPU7"]  # the data sheet is that of a core
 
 
+def test_a_mesh_takes_all_chips_as_a_pod_does():
+  found = topologies.Topology("v5e:2x4", 1, tuple(jax.devices()), chips.CHIPS["TPU v5 lite"])
+  assert found.mesh(-1, 2, 2).size == len(jax.devices()) == 8
+  with pytest.raises(ValueError, match=r"leaves 4 of the 8 chips of v5e:2x4 idle; set mesh.data=-1"):
+    found.mesh(1, 2, 2)
+
+
 def test_an_unknown_chip_is_refused():
   with pytest.raises(ValueError, match=r"nothing is known about TPU v99; kepo_jax/planning/chips.py has \["):
     topologies._chip(Device("TPU v99"), 1)

@@ -131,7 +131,7 @@ def test_sampling_goes_on_until_enough_groups_are_of_use(monkeypatch):
   run.programs = types.SimpleNamespace(rollout=rollout, decode_weights=lambda params: params)
   run.batch = lambda done: ([question(number) for number in range(3)], None)
   run.further_questions = further
-  run.processor.prompts = lambda examples, kind: None
+  run.host_prompts = lambda examples, kind: None
   begun = starting.started(run, types.SimpleNamespace(params="weights"), 7)
   groups = loop.own_groups(run, begun)
   # One useful group of three, then three of six: enough after the second of four rounds.
