@@ -190,6 +190,8 @@ class PodRun:
     """
     found: list[ProgramPlan] = []
     failures = {}
+    data, *others = self.mesh.shape.values()
+    topology = dataclasses.replace(topology, axes=(max(1, data // topology.slices), *others))
 
     def seen(phase: str, each: compiling.Compiled) -> None:
       found.append(self._program(phase, each, topology, hint_rounds))

@@ -29,6 +29,7 @@ class Topology:
   slices: int
   devices: tuple[Any, ...]  # that programs can be compiled for, and cannot run on
   chip: chips.Chip  # one of them
+  axes: tuple[int, ...] = ()  # sizes of the mesh axes inside a slice, where they are known
 
   @property
   def slice_devices(self) -> int:
@@ -42,8 +43,14 @@ class Topology:
 
   @property
   def link(self) -> float:
-    """bytes/s at which a collective along one axis of the slice moves: both ways round where all axes are rings."""
-    return self.chip.link * (2 if min(_shape(self.name)) >= self.chip.ring else 1)
+    """bytes/s at which a collective along one axis of the mesh moves: both ways round where all of them are rings.
+
+    The axes of a slice are rings from a length on, and those of a mesh where they take whole axes of the slice: one of
+    8 chips on v5e:16x16 is an open line.
+    """
+    shortest = min(_shape(self.name))
+    whole = all(size % shortest == 0 for size in self.axes if size > 1)
+    return self.chip.link * (2 if shortest >= self.chip.ring and whole else 1)
 
   def mesh(self, data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
     """The mesh of a run on it, as `sharding.make_mesh` makes it there.

@@ -50,13 +50,14 @@ def test_an_unknown_chip_is_refused():
 
 
 @pytest.mark.parametrize(
-  ("name", "kind", "both_ways"),
-  [("v5e:4x4", "TPU v5 lite", False), ("v5e:16x16", "TPU v5 lite", True), ("v5p:4x4x4", "TPU v5", True),
-   ("v5p:2x2x4", "TPU v5", False)],
+  ("name", "kind", "axes", "both_ways"),
+  [("v5e:4x4", "TPU v5 lite", (), False), ("v5e:16x16", "TPU v5 lite", (), True), ("v5p:4x4x4", "TPU v5", (), True),
+   ("v5p:2x2x4", "TPU v5", (), False), ("v5e:16x16", "TPU v5 lite", (1, 16, 16), True),
+   ("v5e:16x16", "TPU v5 lite", (4, 8, 8), False), ("v5p:4x4x4", "TPU v5", (1, 16, 4), True)],
 )  # fmt: skip
-def test_a_link_is_used_both_ways_where_axes_are_closed(name, kind, both_ways):
+def test_a_link_is_used_both_ways_where_axes_are_closed(name, kind, axes, both_ways):
   chip = chips.data_sheet(Device(kind))
-  place = topologies.Topology(name, 1, (), chip)
+  place = topologies.Topology(name, 1, (), chip, axes)
   assert place.link == chip.link * (1 + both_ways)
 
 
