@@ -31,7 +31,7 @@ class StubProcessor:
   def __init__(self, kind="evaluation"):
     self.sizes, self.kind = [], kind
 
-  def prompts(self, examples, kind):
+  def prompts(self, examples, kind, hints=None):
     assert kind == self.kind
     self.sizes.append(len(examples))
     return [int(example.id[1:]) for example in examples]

@@ -199,10 +199,14 @@ def test_processes_run_side_by_side_and_faults_are_told(tmp_path):
 
 def test_an_interruption_stops_the_processes(tmp_path):
   statement = "import time; time.sleep(60)"
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts behind "&" ignores it
   timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
   timer.start()
   start = time.monotonic()
-  with pytest.raises(KeyboardInterrupt):
-    study_runs.Workers([{}]).run([cell(seed=0), cell(seed=0)], Commands(tmp_path, [statement]), lambda *_: None)
+  try:
+    with pytest.raises(KeyboardInterrupt):
+      study_runs.Workers([{}]).run([cell(seed=0), cell(seed=0)], Commands(tmp_path, [statement]), lambda *_: None)
+  finally:
+    signal.signal(signal.SIGINT, before)
   timer.join()
   assert time.monotonic() - start < 30
