@@ -31,7 +31,7 @@ class Asked:
   def __init__(self, dies_after=None):
     self.questions, self.dies_after = [], dies_after
 
-  def prompts(self, shown, kind):
+  def prompts(self, shown, kind, hints=None):
     return [int(example.id[1:]) for example in shown]
 
   def decode(self, tokens, mask):
