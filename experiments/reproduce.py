@@ -224,24 +224,27 @@ def run_missing(
   """Runs those cells that no study has yet; cell -> what went wrong with it."""
   faults: dict[str, str] = {}
 
-  def finished(cell: studies.Cell, seconds: float, cpu: float, fault: str) -> None:
+  def settled(cell: studies.Cell, cpu: float = 0.0) -> bool:
+    """Whether there is a result; a folder that cannot be read is a fault of its run, and the others go on."""
     try:
-      if not fault and not results.settle(place, cell, cpu):
-        fault = f"it left no result in {place.folder(cell)}"
-    except (KeyError, ValueError) as error:  # of this run; the others go on
-      fault = f"{place.folder(cell)} cannot be read: {error}"
-    if fault:
-      faults[cell.name] = fault
-    overview.finished(cell.name, seconds, fault)
+      return results.settle(place, cell, cpu)
+    except (KeyError, ValueError) as error:
+      faults[cell.name] = f"{place.folder(cell)} cannot be read: {error}; remove it, and the run is made again."
+      return False
+
+  def finished(cell: studies.Cell, seconds: float, cpu: float, fault: str) -> None:
+    if fault or not settled(cell, cpu):
+      faults.setdefault(cell.name, fault or f"it left no result in {place.folder(cell)}")
+    overview.finished(cell.name, seconds, faults.get(cell.name, ""))
 
   missing: dict[str, studies.Cell] = {}
   for cell in cells:
-    if not results.settle(place, cell):
+    if not settled(cell) and cell.name not in faults:
       missing.setdefault(place.digest(cell), cell)
   overview.skip(len(cells) - len(missing))
   study_runs.Workers(slots).run(list(missing.values()), place, finished)
   for cell in cells:  # those that another one has computed
-    results.settle(place, cell)
+    settled(cell)
   return faults
 
 

@@ -300,8 +300,8 @@ class Workers:
     """Keeps the slots.
 
     Args:
-      slots: for each process that may run at a time, `core` (a CPU to which it is bound, so that neither its speed nor
-        the order of its sums depends on how many others run) or `environment` (variables that choose its device).
+      slots: for each process that may run at a time, `core` (a CPU to which it is bound, so that the order of its sums
+        does not depend on how many others run) or `environment` (variables that choose its device).
     """
     self._slots = slots
     self._running: set[subprocess.Popen] = set()

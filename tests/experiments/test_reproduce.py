@@ -100,6 +100,21 @@ def test_a_fault_is_told_and_the_rest_goes_on(reproduce, made, tmp_path):
   assert {each["method"] for each in entries(tmp_path, "main")} == {"grpo", "rloo"}
 
 
+def test_a_folder_that_cannot_be_read_is_a_fault_of_its_run(reproduce, made, tmp_path):
+  cell, *_ = studies.grid(studies.STUDIES["main"].only(["grpo"]), studies.phantom(), 2)
+  folder = place_of(tmp_path).folder(cell)
+  write_run(folder)
+  (folder / "evaluation.json").write_text("{")
+  with (
+    flagsaver.flagsaver(study="main", methods=["grpo"]),
+    pytest.raises(SystemExit, match="cannot be read: .*remove it"),
+  ):
+    reproduce.main([])
+  assert cell.name not in made()
+  # The rate has one seed too few; the others are there, and so are the runs at the best of them.
+  assert {each["seed"] for each in entries(tmp_path, "main")} == {0, 1, 100, 101}
+
+
 def test_a_finished_run_that_nobody_had_read_is_not_run_again(reproduce, made, tmp_path):
   benchmark = studies.phantom()
   place = study_runs.Place(benchmark, tmp_path / "runs" / "phantom")
