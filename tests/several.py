@@ -1,7 +1,12 @@
-"""One of two processes of four devices, without a model: python -m tests.several WHAT ADDRESS NUMBER."""
+"""One of two processes of four devices, without a model: python -m tests.several WHAT ADDRESS NUMBER FILE.
+
+What it finds goes to FILE, a line of JSON each: the libraries write to the standard output whenever they like.
+"""
 
 import json
+import os
 import sys
+import traceback
 
 import jax
 import numpy as np
@@ -21,7 +26,8 @@ class Processor:
 
 
 def say(**said):
-  print(json.dumps(said), flush=True)
+  with open(sys.argv[-1], "a", encoding="utf-8") as file:
+    file.write(json.dumps(said) + "\n")
 
 
 def gather(number):
@@ -90,9 +96,22 @@ def refuse(_):
       say(error=type(error).__name__, text=str(error))
 
 
-def main(what, address, number):
+def leave(status):
+  """Ends the process when its input does, without jax's exit handlers: their last meeting sometimes takes minutes."""
+  if status:
+    traceback.print_exc()
+  sys.stdin.read()
+  os._exit(status)
+
+
+def main(what, address, number, _):
   jax.distributed.initialize(address, 2, int(number), cluster_detection_method="deactivate")
-  {"gather": gather, "fail": fail, "score": score, "refuse": refuse}[what](int(number))
+  status = 1
+  try:
+    {"gather": gather, "fail": fail, "score": score, "refuse": refuse}[what](int(number))
+    status = 0
+  finally:
+    leave(status)
 
 
 if __name__ == "__main__":

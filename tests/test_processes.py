@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -21,20 +23,19 @@ def two(what):
     address = f"127.0.0.1:{free.getsockname()[1]}"
   flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
   with contextlib.ExitStack() as stack:
-    running = []
-    for number in range(2):
-      command = [sys.executable, "-m", "tests.several", what, address, str(number)]
-      pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    files, running = [folder / "0", folder / "1"], []
+    for number, file in enumerate(files):
+      command = [sys.executable, "-m", "tests.several", what, address, str(number), str(file)]
+      pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
       process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, **pipes)
       stack.callback(process.wait)
       stack.callback(process.kill)
       running.append(process)
-    said = []
-    for process in running:
-      out, log = process.communicate(timeout=60)
+    for process in reversed(running):  # the first one serves the connection, and must leave last
+      _, log = process.communicate(timeout=120)
       assert process.returncode == 0, log[-3000:]
-      said.append([json.loads(line) for line in out.splitlines() if line.startswith("{")])
-  return said
+    return [[json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files]
 
 
 def test_values_of_any_size_are_gathered_by_the_same_programs():
