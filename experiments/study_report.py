@@ -56,6 +56,7 @@ def write(
   study_files.write_tables(results.folder, tables)
   study_files.write_figures(results.folder, figures)
   missing = [*study_tables.missing_cells(expected, entries), *unmeasured]
+  shown = list(samples(study, place, known, items))
   page = study_page.study_page(
     study.title,
     subtitle=f"{place.benchmark.name}, {len(items['ids']):,} test questions, up to {seeds} seeds",
@@ -63,11 +64,13 @@ def write(
     facts=list(facts(results.entries, len(cells), len(entries))),
     tables=tables,
     figures=figures,
-    samples=list(samples(study, place, known, items)),
+    samples=shown,
     missing=missing,
   )
   storage.write_text(results.folder / "index.html", pages.rendered(page))
   said = f"; missing: {', '.join(missing)}" if missing else ""
+  if not shown:
+    said += f"; the page is without questions and answers, because the folders of the runs are not in {place.workdir}"
   return f"{results.folder / 'index.html'}: {len(entries)} of {len(cells)} runs{said}"
 
 

@@ -325,30 +325,32 @@ class Workers:
     for cell in cells:
       waiting.put(cell)
     done: queue.SimpleQueue[tuple[studies.Cell, float, float, str]] = queue.SimpleQueue()
-    threads = [threading.Thread(target=self._work, args=(slot, waiting, place, done)) for slot in self._slots]
-    for thread in threads:
-      thread.start()
+    overs = [threading.Event() for _ in self._slots]
+    for slot, over in zip(self._slots, overs, strict=True):
+      threading.Thread(target=self._work, args=(slot, waiting, place, done, over)).start()
     with contextlib.ExitStack() as ended:
-      for thread in threads:
-        ended.callback(thread.join)
+      for over in overs:
+        ended.callback(self._wait, over)
       ended.callback(self._stop)  # before they are waited for; nothing runs any more where all went well
       for _ in cells:
         finished(*done.get())
 
-  def _work(self, slot: Mapping[str, Any], waiting: Any, place: Place, done: Any) -> None:
+  def _work(self, slot: Mapping[str, Any], waiting: Any, place: Place, done: Any, over: threading.Event) -> None:
     if "core" in slot and hasattr(os, "sched_setaffinity"):
       os.sched_setaffinity(0, {slot["core"]})  # of this thread, which its processes inherit
-    while not self._stopping.is_set():
-      try:
-        cell = waiting.get_nowait()
-      except queue.Empty:
-        return
-      start = time.monotonic()
-      try:
-        cpu, fault = self._process(slot, cell, place)
-      except OSError as error:
-        cpu, fault = 0.0, str(error)
-      done.put((cell, time.monotonic() - start, cpu, fault))
+    with contextlib.ExitStack() as ended:
+      ended.callback(over.set)
+      while not self._stopping.is_set():
+        try:
+          cell = waiting.get_nowait()
+        except queue.Empty:
+          return
+        start = time.monotonic()
+        try:
+          cpu, fault = self._process(slot, cell, place)
+        except OSError as error:
+          cpu, fault = 0.0, str(error)
+        done.put((cell, time.monotonic() - start, cpu, fault))
 
   def _process(self, slot: Mapping[str, Any], cell: studies.Cell, place: Place) -> tuple[float, str]:
     """CPU seconds of a cell's processes, and what went wrong."""
@@ -377,6 +379,14 @@ class Workers:
       if process.returncode:
         return cpu, f"exit code {process.returncode}; {log} ends with: {_last_line(log)}"
     return cpu, ""
+
+  def _wait(self, over: threading.Event) -> None:
+    # Not by joining the thread: until Python 3.13 one whose join was interrupted counts as ended.
+    while not over.is_set():
+      try:
+        over.wait()
+      except KeyboardInterrupt:
+        self._stop()  # passed on once more: a run that hears it twice ends without saving
 
   def _stop(self) -> None:
     self._stopping.set()

@@ -24,11 +24,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from kepo_jax.evaluation import statistics
 
-# 0.975 quantiles of Student's t for 1 to 9 degrees of freedom.
-_T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 _CHUNK = 500  # draws whose sums exist at one time
 _KINDS = ("items", "seeds and items")  # what an interval accounts for
 Answers = Mapping[int | None, np.ndarray]  # seed, None of a model that was not trained -> bool[n]
@@ -134,16 +133,18 @@ def item_draws(
 
 def widening(seeds: int) -> float:
   """How much larger the deviations of S seeds are made: sqrt(S / (S - 1)) t(0.975, S - 1) / z(0.975)."""
-  return math.sqrt(seeds / (seeds - 1)) * t_quantile(seeds - 1) / statistics.NORMAL_QUANTILE
+  return math.sqrt(seeds / (seeds - 1)) * float(special.stdtrit(seeds - 1, 0.975)) / statistics.NORMAL_QUANTILE
 
 
-def t_quantile(freedom: int) -> float:
-  """0.975 quantile of Student's t; from 10 degrees of freedom on by Cornish and Fisher's expansion (error < 1e-4)."""
-  if freedom <= len(_T_QUANTILES):
-    return _T_QUANTILES[freedom - 1]
-  z, n = statistics.NORMAL_QUANTILE, freedom
-  third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-  return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2) + third
+def deviation_interval(deviation: float, seeds: int) -> tuple[float, float]:
+  """95 % interval for the standard deviation of a normal population, from that of a sample of S: by chi-square.
+
+  Args:
+    deviation: of the sample, with S - 1 in its denominator.
+    seeds: S, at least 2.
+  """
+  low, high = (deviation * math.sqrt((seeds - 1) / special.chdtri(seeds - 1, tail)) for tail in (0.025, 0.975))
+  return low, high
 
 
 def seed_shifts(seeds: Sequence[int | None], *, resamples: int = statistics.RESAMPLES, seed: int = 0) -> np.ndarray:

@@ -129,14 +129,15 @@ def _mean(values: Iterable[float | None]) -> float | None:
   return float(np.mean(known)) if known else None
 
 
-def rate_means(entries: Sequence[Entry]) -> dict[str, dict[float, float]]:
-  """Method -> learning rate -> validation accuracy on all questions at the last step, mean over the same seeds.
+def rate_means(entries: Sequence[Entry], figure: str = "overall") -> dict[str, dict[float, float]]:
+  """Method -> learning rate -> validation accuracy at the last step, mean over the same seeds.
 
   Only seeds that a method has at all of its rates count, so that no rate profits from an easy seed; a method without
   such a seed is left out.
 
   Args:
     entries: of the grid, one pair of student and teacher.
+    figure: "overall" for all validation questions, or "in_domain".
 
   Raises:
     ValueError: trainings of a method do not end at the same step.
@@ -151,7 +152,7 @@ def rate_means(entries: Sequence[Entry]) -> dict[str, dict[float, float]]:
       continue
     if ends.setdefault(entry["method"], last["step"]) != last["step"]:
       raise ValueError(f"{entry['method']} was validated last at steps {ends[entry['method']]} and {last['step']}.")
-    table.setdefault(entry["method"], {}).setdefault(entry["learning_rate"], {})[entry["seed"]] = last["overall"]
+    table.setdefault(entry["method"], {}).setdefault(entry["learning_rate"], {})[entry["seed"]] = last[figure]
   shared = {name: set.intersection(*map(set, rates.values())) for name, rates in table.items()}
   return {
     name: {
@@ -162,11 +163,12 @@ def rate_means(entries: Sequence[Entry]) -> dict[str, dict[float, float]]:
   }
 
 
-def chosen_rates(entries: Sequence[Entry]) -> dict[str, float]:
+def chosen_rates(entries: Sequence[Entry], figure: str = "overall") -> dict[str, float]:
   """Method -> its best learning rate by `rate_means`; the smaller of two that are equal. Test figures are not read."""
   # Means of shares can differ in their last bit where they are equal.
   return {
-    name: min(rates, key=lambda rate: (-round(rates[rate], 9), rate)) for name, rates in rate_means(entries).items()
+    name: min(rates, key=lambda rate: (-round(rates[rate], 9), rate))
+    for name, rates in rate_means(entries, figure).items()
   }
 
 
@@ -175,9 +177,7 @@ def settings(entries: Sequence[Entry], field: str, default: Any) -> dict[str, An
   return {entry["method"]: entry.get("overrides", {}).get(field, default) for entry in entries}
 
 
-def stability(
-  entries: Sequence[Entry], items: Mapping[str, Any], *, last: int = 3
-) -> dict[str, dict[str, float | None]]:
+def stability(entries: Sequence[Entry], items: Mapping[str, Any], *, last: int = 3) -> dict[str, dict[str, Any]]:
   """How far the out-of-domain accuracy of a method moves between its seeds, and late in its trainings.
 
   Args:
@@ -186,8 +186,9 @@ def stability(
     last: validations that count as late.
 
   Returns:
-    method -> `seeds`: sample standard deviation over seeds of the test figure, None with one seed; `validations`: mean
-    over seeds of the sample standard deviation over the last validations, None with one validation.
+    method -> `seeds`: sample standard deviation over seeds of the test figure, None with one seed; `seeds_interval`:
+    its `seeds.deviation_interval`, which is wide for the seeds that anyone runs; `validations`: mean over seeds of the
+    sample standard deviation over the last validations, None with one validation.
   """
   plan, found = seeds.design(items), {}
   if "out_of_domain" not in plan.names:
@@ -199,8 +200,10 @@ def stability(
     answers = np.stack([unpacked(entry["test"]["correct"], len(items["modality"])) for entry in mine])
     late = [[record["out_of_domain"] for record in entry["validation"][-last:] if record["out_of_domain"] is not None]
             for entry in mine]  # fmt: skip
+    deviation = _deviation(seeds.points(answers, plan)[:, column])
     found[name] = {
-      "seeds": _deviation(seeds.points(answers, plan)[:, column]),
+      "seeds": deviation,
+      "seeds_interval": None if deviation is None else seeds.deviation_interval(deviation, len(mine)),
       "validations": _mean(_deviation(each) for each in late),
     }
   return found

@@ -8,7 +8,8 @@ from kepo_jax.reporting.tables import Row
 
 STABILITY = (
   "Deviations are sample standard deviations, in percentage points, of the out-of-domain mean: of the test figure over "
-  "seeds, and over the last three validations of a training, mean over seeds."
+  "seeds (95 % intervals by chi-square, for seeds that are normally distributed), and over the last three validations "
+  "of a training, mean over seeds."
 )
 
 
@@ -16,7 +17,7 @@ def check_rows(
   summary: Mapping[str, Any],
   varied: Mapping[str, Mapping[str, Any]],
   *,
-  stability: Mapping[str, Mapping[str, float | None]] | None = None,
+  stability: Mapping[str, Mapping[str, Any]] | None = None,
   expected: Sequence[Mapping[str, Any]] = (),
 ) -> list[Row]:
   """Accuracies against what was varied.
@@ -40,9 +41,8 @@ def check_rows(
       continue
     count = "untrained" if entry["seeds"] == [None] else str(len(entry["seeds"]))
     count += f" of {seeds}" if count != "untrained" and len(entry["seeds"]) < seeds else ""
-    deviations = (
-      [_points((stability or {}).get(name, {}).get(key)) for key in ("seeds", "validations")] if spread else []
-    )
+    moved = (stability or {}).get(name, {})
+    deviations = [_deviation(moved), _points(moved.get("validations"))] if spread else []
     rows.append((label, *values, count, *(percent(entry["statistics"][key]) for key in named), *deviations))
   return rows
 
@@ -72,6 +72,13 @@ def hint_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def _value(value: Any) -> str:
   return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _deviation(moved: Mapping[str, Any]) -> str:
+  shown = _points(moved.get("seeds"))
+  if interval := moved.get("seeds_interval"):
+    shown += f" [{', '.join(map(_points, interval))}]"
+  return shown
 
 
 def _points(value: float | None) -> str:

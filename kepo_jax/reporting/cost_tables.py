@@ -12,6 +12,10 @@ from kepo_jax.reporting.study_tables import MISSING, percent
 from kepo_jax.reporting.tables import Row
 
 BEYOND = "beyond its budget"
+GRID = (
+  "* chosen among those that have finished; † chosen at an end of the grid, so that a rate beyond it might be better. "
+  "Last column: the rate that validation questions of the training modality alone would have chosen."
+)
 RANGES = "Brackets: the lowest and the highest seed. What costs more is read inside its schedule, at a rate still high."
 
 
@@ -63,23 +67,30 @@ def equal_cost_rows(
 
 
 def grid_rows(
-  entries: Sequence[Entry], *, rates: Sequence[float] = (), labels: Mapping[str, str] | None = None
+  entries: Sequence[Entry],
+  *,
+  train_modality: str,
+  rates: Sequence[float] = (),
+  labels: Mapping[str, str] | None = None,
 ) -> list[Row]:
-  """Validation accuracy per learning rate in percent; the chosen one has an asterisk.
+  """Validation accuracy per learning rate in percent; the chosen one has an asterisk, or a dagger at an end.
 
   Args:
     entries: of the grid, one pair.
+    train_modality: the last column is the rate that its validation questions alone would have chosen.
     rates: planned ones; those of the entries are added.
     labels: planned methods; those of the entries are added.
   """
   means, chosen = studies.rate_means(entries), studies.chosen_rates(entries)
+  alone = studies.chosen_rates(entries, "in_domain")
   shown = {**(labels or {})} | {entry["method"]: entry["label"] for entry in entries if entry["seed"] is not None}
   columns = sorted({*rates, *(rate for found in means.values() for rate in found)})
-  rows: list[Row] = [("method", *(f"{rate:g}" for rate in columns))]
+  rows: list[Row] = [("method", *(f"{rate:g}" for rate in columns), f"by {train_modality} alone")]
   for name, label in shown.items():
-    found = means.get(name, {})
-    mark = {rate: " *" if rate == chosen.get(name) else "" for rate in columns}
-    rows.append((label, *(f"{100 * found[rate]:.1f}{mark[rate]}" if rate in found else MISSING for rate in columns)))
+    found, best = means.get(name, {}), chosen.get(name)
+    mark = {rate: "" if rate != best else " †" if rate in (columns[0], columns[-1]) else " *" for rate in columns}
+    cells = [f"{100 * found[rate]:.1f}{mark[rate]}" if rate in found else MISSING for rate in columns]
+    rows.append((label, *cells, f"{alone[name]:g}" if name in alone else MISSING))
   return rows
 
 

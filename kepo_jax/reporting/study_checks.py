@@ -34,7 +34,7 @@ def tau_figure(summary: Summary, points: Mapping[str, tuple[float, str]]) -> Fig
 
 
 def budget_figure(
-  summary: Summary, points: Mapping[str, int], stability: Mapping[str, Mapping[str, float | None]]
+  summary: Summary, points: Mapping[str, int], stability: Mapping[str, Mapping[str, Any]]
 ) -> Figure:
   """Out-of-domain accuracy, and two measures of stability, against the budget of hints.
 
@@ -56,6 +56,10 @@ def budget_figure(
     values = [stability.get(name, {}).get(key) for name in ordered]
     second.plot(range(len(ordered)), [np.nan if value is None else 100 * value for value in values], linestyle=line,
                 marker=marker, color=shade, label=label, linewidth=1.6, markersize=5)  # fmt: skip
+  intervals = [stability.get(name, {}).get("seeds_interval") for name in ordered]
+  for place, interval in enumerate(intervals):
+    if interval:
+      second.plot([place, place], [100 * bound for bound in interval], color=COLOURS[0], linewidth=1, alpha=0.6)
   study_style.dress(second, "Standard deviation of the out-of-domain mean, points", share=False)
   second.set_ylim(bottom=0)
   second.set_ylim(top=1.3 * second.get_ylim()[1])
@@ -64,7 +68,8 @@ def budget_figure(
     axis.set_xticks(range(len(ordered)), [str(points[name]) for name in ordered])
     axis.set_xlabel("B, rounds of hinted sampling per failed prompt", fontsize=8.5, color=TEXT)
     axis.set_xlim(-0.4, len(ordered) - 0.6)
-  study_style.heading(figure, "Budget of hints", f"{INTERVALS} Small dots: seeds.")
+  said = f"{INTERVALS} Small dots: seeds. Deviations over seeds: 95 % by chi-square."
+  study_style.heading(figure, "Budget of hints", said)
   return figure
 
 

@@ -88,12 +88,13 @@ def study_tables_of(
     plan = [cell for cell in expected if (cell["student"], cell["teacher"]) == pair]
     tables += _pair_tables(pair, mine, found[pair], plan, against, full=number == 0)
     if number == 0:
-      tables += _check_tables(study, mine, items, found[pair], plan)
+      tables += _check_tables(study, pair, mine, items, found[pair], plan)
   if grid:
     labels = {cell["method"]: cell["label"] for cell in expected if cell["seeds"] != [None]}
-    rows = cost_tables.grid_rows(grid, rates=rates, labels=labels)
-    title = "Validation accuracy per learning rate, mean over the seeds of the grid"
-    tables.append(Table("learning_rates", title, rows, ("* chosen among those that have finished.",)))
+    rows = cost_tables.grid_rows(grid, train_modality=items["train_modality"], rates=rates, labels=labels)
+    who = f"{grid[0]['student']} taught by {grid[0]['teacher']}"
+    title = f"Validation accuracy per learning rate, percent, mean over the seeds of the grid, {who}"
+    tables.append(Table("learning_rates", title, rows, (cost_tables.GRID,)))
   if study == "main":
     tables.append(Table("paper", "What the paper reports", study_tables.paper_rows(), (study_tables.PAPER_SOURCE,)))
   return tables
@@ -130,7 +131,7 @@ def _pair_tables(
 
 
 def _check_tables(
-  study: str, mine: Sequence[Entry], items: Mapping[str, Any], summary: Mapping[str, Any],
+  study: str, pair: tuple[str, str], mine: Sequence[Entry], items: Mapping[str, Any], summary: Mapping[str, Any],
   plan: Sequence[Mapping[str, Any]],
 ) -> list[Table]:  # fmt: skip
   values = varied(study, mine)
@@ -138,7 +139,8 @@ def _check_tables(
     return []
   spread = studies.stability(mine, items)
   rows = check_tables.check_rows(summary, values, stability=spread, expected=plan)
-  return [Table(study, "What was varied, and what came of it", rows, (study_tables.INTERVALS, check_tables.STABILITY))]
+  title = f"What was varied, and what came of it, test accuracy in percent, {pair[0]} taught by {pair[1]}"
+  return [Table(study, title, rows, (study_tables.INTERVALS, check_tables.STABILITY))]
 
 
 def study_figures_of(

@@ -205,9 +205,15 @@ def test_the_same_data_give_the_same_intervals(rng):
   assert first == again != seeds.bootstrap(answers, plan, resamples=100, seed=1)
 
 
-@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.7062), (4, 2.7764), (9, 2.2622), (10, 2.2281), (30, 2.0423)])
-def test_quantiles_of_student(freedom, expected):
-  assert seeds.t_quantile(freedom) == pytest.approx(expected, abs=2e-4)
-  if freedom < 10:  # against simulation
-    drawn = np.abs(np.random.default_rng(freedom).standard_t(freedom, 200_000))
-    assert np.mean(drawn > expected) == pytest.approx(0.05, abs=0.003)
+@pytest.mark.parametrize(("count", "quantile"), [(2, 12.7062), (5, 2.7764), (10, 2.2622), (31, 2.0423)])
+def test_deviations_are_widened_to_student(count, quantile):
+  # Quantiles of printed tables.
+  assert seeds.widening(count) == pytest.approx(np.sqrt(count / (count - 1)) * quantile / 1.959964, rel=3e-5)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_interval_of_a_deviation_covers_it(rng, count):
+  deviations = rng.normal(0, 1, (4000, count)).std(axis=1, ddof=1)
+  low, high = np.transpose([seeds.deviation_interval(deviation, count) for deviation in deviations])
+  assert np.mean((low <= 1) & (high >= 1)) == pytest.approx(0.95, abs=0.012)
+  assert np.mean(low > 1) == pytest.approx(0.025, abs=0.009)

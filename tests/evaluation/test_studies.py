@@ -67,7 +67,8 @@ def grid(figures):
   """Entries of a grid without test figures: method -> rate -> seed -> validation accuracy at the last step."""
   return [
     {"method": method, "label": method, "student": "s", "teacher": "t", "learning_rate": rate, "seed": seed,
-     "validation": [{"step": 20, "overall": 1 - value}, {"step": 10, "overall": 0.99}, {"step": 40, "overall": value}]}
+     "validation": [{"step": 20, "overall": 1 - value}, {"step": 10, "overall": 0.99},
+                    {"step": 40, "overall": value, "in_domain": 1 - value}]}
     for method, rates in figures.items() for rate, found in rates.items() for seed, value in found.items()
   ]  # fmt: skip
 
@@ -82,6 +83,7 @@ def test_the_best_rate_on_the_validation_set_is_chosen():
   assert studies.chosen_rates(entries) == {"a": 1e-4, "b": 2e-4}
   assert studies.rate_means(entries)["a"] == pytest.approx({1e-4: 0.7, 2e-4: 0.65, 3e-4: 0.6})
   assert list(studies.rate_means(entries)["a"]) == [1e-4, 2e-4, 3e-4]
+  assert studies.chosen_rates(entries, "in_domain") == {"a": 3e-4, "b": 1e-4}
 
 
 def test_only_seeds_of_all_rates_count():
@@ -111,5 +113,7 @@ def test_stability():
   assert found["validations"] == pytest.approx(0.05)
   ends = [entry["test"]["out_of_domain"] for entry in entries]
   assert found["seeds"] == pytest.approx(abs(ends[0] - ends[1]) / np.sqrt(2), abs=1e-6)
-  assert studies.stability(entries[:1], ITEMS)["grpo"]["seeds"] is None
+  assert found["seeds_interval"] == pytest.approx((0.446 * found["seeds"], 31.910 * found["seeds"]), rel=1e-3)
+  alone = studies.stability(entries[:1], ITEMS)["grpo"]
+  assert alone["seeds"] is alone["seeds_interval"] is None
   assert studies.stability(ENTRIES[:2], ITEMS) == {}

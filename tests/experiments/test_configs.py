@@ -103,7 +103,7 @@ def test_a_method_differs_from_grpo_in_its_own_fields(method, setting):
 @EVERY
 def test_every_method_is_given_the_same_means(method, setting):
   config, parent = config_of(method, setting), grpo.get_config(setting)
-  assert config.optimizer.learning_rate == settings.LEARNING_RATES[setting][-1]
+  assert config.optimizer.learning_rate in settings.LEARNING_RATES[setting]
   assert config.optimizer == parent.optimizer
   for section, field in (("train", "steps"), ("sampling", "max_new_tokens"), ("batch", "prompts"), ("eval", "test")):
     assert config[section][field] == parent[section][field], field

@@ -210,3 +210,35 @@ def test_an_interruption_stops_the_processes(tmp_path):
     signal.signal(signal.SIGINT, before)
   timer.join()
   assert time.monotonic() - start < 30
+
+
+def test_a_second_interruption_is_passed_on(tmp_path):
+  ready, once = tmp_path / "ready", tmp_path / "once"
+  # It ends by the second signal only: the first one is what a run saves upon.
+  statement = f"""
+import pathlib, signal, time
+def heard(number, frame):
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  pathlib.Path({str(once)!r}).touch()
+signal.signal(signal.SIGTERM, heard)
+pathlib.Path({str(ready)!r}).touch()
+time.sleep(60)
+"""
+
+  def interrupt():
+    for file in (ready, once):
+      while not file.exists() and time.monotonic() - start < 60:
+        time.sleep(0.05)
+      os.kill(os.getpid(), signal.SIGINT)
+
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  start = time.monotonic()
+  user = threading.Thread(target=interrupt)
+  user.start()
+  try:
+    with pytest.raises(KeyboardInterrupt):
+      study_runs.Workers([{}]).run([cell(seed=0)], Commands(tmp_path, [statement]), lambda *_: None)
+  finally:
+    signal.signal(signal.SIGINT, before)
+  user.join()
+  assert once.exists() and time.monotonic() - start < 60

@@ -23,7 +23,8 @@ def test_check_rows():
   assert [row[:4] for row in rows] == [("B = 0", "0", "0.5", "2 of 3"), ("B = 1", "1", "1", "0 of 3"),
                                        ("B = 5", "5", "-", "2 of 3")]  # fmt: skip
   assert set(rows[1][4:]) == {"missing"}
-  assert rows[0][-2] == f"{100 * spread['kepo-b0']['seeds']:.1f}"
+  low, high = (100 * bound for bound in spread["kepo-b0"]["seeds_interval"])
+  assert rows[0][-2] == f"{100 * spread['kepo-b0']['seeds']:.1f} [{low:.1f}, {high:.1f}]"
   assert len(check_tables.check_rows(summary, varied)[0]) == len(header) - 2
 
 

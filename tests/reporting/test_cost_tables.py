@@ -40,13 +40,15 @@ def test_equal_steps_and_equal_cost():
 
 def test_the_chosen_rate_is_marked():
   grid = [
-    {"method": "grpo", "label": "GRPO", "student": "s", "teacher": "t", "learning_rate": rate, "seed": 0,
-     "validation": [{"step": 80, "overall": value}]}
-    for rate, value in ((1e-4, 0.7), (3e-4, 0.8))
+    {"method": method, "label": method.upper(), "student": "s", "teacher": "t", "learning_rate": rate, "seed": 0,
+     "validation": [{"step": 80, "overall": value, "in_domain": 1 - value}]}
+    for method, values in {"grpo": {1e-4: 0.7, 3e-4: 0.8}, "gkd": {1e-4: 0.6, 2e-4: 0.9, 3e-4: 0.8}}.items()
+    for rate, value in values.items()
   ]  # fmt: skip
-  assert studies.chosen_rates(grid) == {"grpo": 3e-4}
-  assert cost_tables.grid_rows(grid, rates=[1e-4, 2e-4], labels={"rloo": "RLOO"}) == [
-    ("method", "0.0001", "0.0002", "0.0003"),
-    ("RLOO", "missing", "missing", "missing"),
-    ("GRPO", "70.0", "missing", "80.0 *"),
+  assert studies.chosen_rates(grid) == {"grpo": 3e-4, "gkd": 2e-4}
+  assert cost_tables.grid_rows(grid, train_modality="MRI", rates=[1e-4, 2e-4], labels={"rloo": "RLOO"}) == [
+    ("method", "0.0001", "0.0002", "0.0003", "by MRI alone"),
+    ("RLOO", "missing", "missing", "missing", "missing"),
+    ("GRPO", "70.0", "missing", "80.0 †", "0.0001"),  # at an end of the grid
+    ("GKD", "60.0", "90.0 *", "80.0", "0.0001"),
   ]
