@@ -33,9 +33,7 @@ def tau_figure(summary: Summary, points: Mapping[str, tuple[float, str]]) -> Fig
   return _lines_figure(summary, points, title="Threshold of the gate", across="tau", name="gate signal")
 
 
-def budget_figure(
-  summary: Summary, points: Mapping[str, int], stability: Mapping[str, Mapping[str, Any]]
-) -> Figure:
+def budget_figure(summary: Summary, points: Mapping[str, int], stability: Mapping[str, Mapping[str, Any]]) -> Figure:
   """Out-of-domain accuracy, and two measures of stability, against the budget of hints.
 
   Args:

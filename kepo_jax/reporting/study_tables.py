@@ -39,8 +39,8 @@ def headings(summary: Mapping[str, Any]) -> dict[str, str]:
   first = next(iter(summary["methods"].values()))["statistics"]
   modalities = sum(name.startswith("modalities/") for name in first)
   words = {"train": summary["train_modality"], "others": str(modalities - 1), "unseen": ", ".join(summary["unseen"])}
-  named = {key: text.format(**words) for key, text in _SUMMARIES.items()}
-  return {key: text for key, text in named.items() if key in first}
+  told = [key for key in _SUMMARIES if summary["unseen"] or key != "out_of_domain_seen"]  # else it is the mean of all
+  return {key: _SUMMARIES[key].format(**words) for key in told if key in first}
 
 
 def missing_cells(expected: Sequence[Mapping[str, Any]], entries: Sequence[Entry]) -> list[str]:

@@ -1,12 +1,16 @@
 """The command: what is run, in which order, what is not run again, and what is told of faults."""
 
+import csv
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from absl.testing import flagsaver
 
 from experiments import studies, study_report, study_runs
+from tests.conftest import ROOT
 from tests.experiments.test_study_runs import output, write_run
 
 
@@ -196,3 +200,33 @@ def test_tables_figures_and_page_are_written(module, made, monkeypatch, tmp_path
   assert {"index.html", "main.md", "main.tex", "main.csv", "accuracy.png", "accuracy.svg"} <= set(os.listdir(folder))
   assert "GKD, on-policy, confused taught by weak" in (folder / "index.html").read_text()  # as missing
   assert "GRPO" in (folder / "main.md").read_text()
+
+
+@pytest.mark.slow
+def test_from_raw_data_to_tables(shared_directory, tmp_path):
+  fields = [
+    "train.steps=2", "eval.every=2", "batch.prompts=4", "eval.prompts=8", "data.train_items=8",
+    "data.validation_items=2", "data.test_items=3", "data.templates=brief", "data.resize=native",
+    "data.prompt_buckets=56,128,256", "data.patch_buckets=64,256,1024", "sampling.max_new_tokens=24",
+    "eval.max_new_tokens=24", "exploration.hint_tokens=24", "model.compute_dtype=float32",
+    "model.teacher_dtype=float32", "model.remat=none",
+  ]  # fmt: skip
+  models = ROOT / "experiments" / "assets" / "phantom"
+  command = [
+    sys.executable, "-m", "experiments.reproduce", "--benchmark=omnimedvqa", "--seeds=1", "--methods=start,kepo-tau1",
+    f"--data={shared_directory / 'omnimedvqa-mini'}", f"--student={models / 'confused'}",
+    f"--teacher={models / 'weak'}", f"--output={tmp_path / 'results'}", f"--workdir={tmp_path / 'runs'}",
+    *(f"--set={field}" for field in fields),
+  ]  # fmt: skip
+  # One device, as where a user starts it.
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr[-2000:]
+  folder = tmp_path / "results" / "omnimedvqa-main"
+  assert f"{folder / 'index.html'}: 2 of 2 runs" in result.stdout and "missing" not in result.stdout
+  header, start, kepo = csv.reader((folder / "main.csv").read_text().splitlines())
+  assert [start[0], kepo[0]] == ["start", "KEPO, τ = 1"]
+  assert "MRI" in header and "out of domain, mean of 7" in header and not any("without" in name for name in header)
+  assert all(0 <= float(row[header.index("out of domain, mean of 7")]) <= 100 for row in (start, kepo))
+  page = (folder / "index.html").read_text()
+  assert "data:image/jpeg;base64" in page  # the questions of the browser; figures are PNG

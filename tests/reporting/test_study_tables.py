@@ -85,3 +85,10 @@ def test_the_paper_stands_alone():
   assert "other data and models, one seed" in study_tables.PAPER_SOURCE
   ours = [text for row in study_tables.main_rows(SUMMARY) for text in row]
   assert not {"78.00", "74.33", "73.67"} & {*ours}
+
+
+def test_where_nothing_is_unseen_there_is_one_mean():
+  items = ITEMS | {"unseen": []}
+  assert list(study_tables.headings(studies.summarised(ENTRIES[:2], items, resamples=20))) == [
+    "in_domain", "out_of_domain",
+  ]  # fmt: skip
