@@ -195,6 +195,10 @@ class Program:
     loops = (each for lines in self._computations.values() for each in lines.values() if each.opcode == "while")
     return [array for loop in loops for array in loop.arrays]
 
+  def results(self) -> list[Array]:
+    """What a device is left with."""
+    return [array for each in self._computations[self.entry].values() if each.root for array in each.arrays]
+
   def _computation(self, name: str) -> Cost:
     total = Cost()
     for instruction in self._computations[name].values():

@@ -75,9 +75,12 @@ def topology(name: str, slices: int = 1) -> Topology:
     slices: how many of them.
 
   Raises:
-    ValueError: libtpu is not installed or does not know the name, or nothing is known about its chips.
+    ValueError: libtpu is not installed or does not know the name, nothing is known about its chips, or the name has
+      another number of slices.
   """
   if several := re.fullmatch(r"(\d+)\s*x\s*(\D.*)", name):
+    if slices not in (1, int(several.group(1))):
+      raise ValueError(f"--topology={name!r} and --slices={slices} contradict each other; leave one of them out.")
     slices, name = int(several.group(1)), several.group(2)
   if not re.fullmatch(r"\w+:\d+(x\d+)+", name):
     raise ValueError(f"--topology={name!r} is not of the form v5e:8x8; for example {', '.join(EXAMPLES)}.")

@@ -220,8 +220,9 @@ def test_caches_that_are_not_are_seen(mesh_of, monkeypatch):
   assert whole_caches(sampler_of(mesh_of(data=2, fsdp=2, tensor=2)))
 
 
-def paper_run(mesh):
+def paper_run(mesh, **changes):
   config = kepo_medvqa.get_config()
+  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
   return pods.PodRun(config, {"student": SIZES["Qwen3-VL-2B"], "teacher": SIZES["Qwen3-VL-32B"]}, mesh, LENGTHS)
 
 
@@ -247,6 +248,48 @@ def test_a_replicated_embedding_is_seen(mesh_of, monkeypatch):
   run = paper_run(mesh_of(fsdp=2, tensor=4))
   table = "['language_model']['embed_tokens']['weight']"
   assert f"state.params{table}" in replicated_in(run) and f"teacher{table}" in replicated_in(run)
+
+
+PROMPTS = 6  # a size that nothing else has
+
+
+def whole_in(run, least):
+  """Program, shape of arrays that a device carries through a loop or is left with, and that are not cut over the mesh.
+
+  The batch is cut if its prompts are, a weight if any of its dimensions is.
+  """
+  seen = {}
+  with run._in_force(), compiling.watched(lambda each: seen.setdefault(each.name, each)):
+    run.programs.update.rehearse(run.state, run.experience(), run.targets(), compare=False)
+  assert set(seen) == {"scoring by a frozen model", "the inputs of the loss", "the gradients", "the optimizer"}
+  weights = [x for each in run.models.values() for x in jax.tree.leaves(each.params) if len(x.shape) > 1]
+  # A share of one weight may have the shape of another.
+  whole = {tuple(sorted(x.shape)) for x in weights}
+  whole -= {tuple(sorted(x.sharding.shard_shape(x.shape))) for x in weights if not x.sharding.is_fully_replicated}
+  texts = {name: hlo.Program(each.executable.as_text()) for name, each in seen.items()}
+  return {
+    (name, array.shape)
+    for name, program in texts.items()
+    for array in [*program.carried(), *program.results()]
+    if array.size >= least and (PROMPTS in array.shape or tuple(sorted(array.shape)) in whole)
+  }
+
+
+@pytest.mark.slow
+def test_no_program_of_the_paper_makes_anything_large_whole(mesh_of):
+  run = paper_run(mesh_of(fsdp=2, tensor=4), batch__prompts=PROMPTS)
+  assert whole_in(run, pods.LARGE) == set()
+
+
+@pytest.mark.slow
+def test_what_a_program_makes_whole_is_seen(mesh_of, monkeypatch):
+  small = {"batch__prompts": PROMPTS, "sampling__max_new_tokens": 8}
+  mesh = mesh_of(fsdp=2, tensor=4)
+  assert whole_in(run_of(mesh, **small), 2**15) == set()
+  monkeypatch.setitem(sharding.WEIGHT_RULES["train"], "vocab", None)
+  monkeypatch.setitem(sharding.WEIGHT_RULES["train"], "embed", None)
+  table = (EVEN.text.vocab_size, EVEN.text.hidden_size)
+  assert ("the optimizer", table) in whole_in(run_of(mesh, **small), 2**15)
 
 
 def test_the_teacher_decodes_without_the_fsdp_axis_and_the_list_of_what_is_whole_is_short(mesh_of):

@@ -24,6 +24,11 @@ def test_a_name_of_another_form_is_refused(name):
     topologies.topology(name)
 
 
+def test_two_numbers_of_slices_contradict_each_other():
+  with pytest.raises(ValueError, match=r"--topology='2 x v5e:4x4' and --slices=3 contradict each other"):
+    topologies.topology("2 x v5e:4x4", 3)
+
+
 def test_without_libtpu_the_way_out_is_said(monkeypatch):
   monkeypatch.setitem(sys.modules, "libtpu", None)
   with pytest.raises(ValueError, match=r"pip install -r requirements-tpu.txt, or `make plan`"):
