@@ -92,7 +92,7 @@ def facts(entries: Sequence[Mapping[str, Any]], wanted: int, found: int) -> Iter
   """What the study has cost; runs that stand in several lines count once."""
   once = {entry["digest"]: entry for entry in entries}.values()
   spent = [entry["cost"]["cpu_seconds"] for entry in once if entry.get("cost", {}).get("cpu_seconds")]
-  yield pages.Fact("Runs", f"{found:,} of {wanted:,}", f"{len(once):,} are in runs.json")
+  yield pages.Fact("Runs", f"{found:,} of {wanted:,}", f"{len(once):,} are kept, those of the grid included")
   if spent:
     yield pages.Fact(
       "CPU time", human_time(sum(spent)), f"of {len(spent):,} runs, {human_time(sum(spent) / len(spent))} each"

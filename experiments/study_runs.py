@@ -27,6 +27,7 @@ from kepo_jax.reporting.sinks import read_records
 from kepo_jax.training import checks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+FILES = ("grid.json", "runs.json")  # of runs that choose a learning rate, and of those that count
 HINTS = "hints.json"
 WINDOWS = 20  # points of a stored curve
 CURVES = (
@@ -402,7 +403,7 @@ def _last_line(log: pathlib.Path) -> str:
 
 
 class Results:
-  """runs.json and items.json of one study."""
+  """runs.json, grid.json and items.json of one study."""
 
   def __init__(self, folder: pathlib.Path, study: str, benchmark: studies.Benchmark):
     """Reads what is there, and what other studies beside it have of the same benchmark, with the same fields set.
@@ -419,14 +420,15 @@ class Results:
     self._hints: dict[str, list[dict[str, Any]]] = {}  # digest -> records
     if (folder / HINTS).exists():
       self._hints = {each["digest"]: each["records"] for each in _read(folder / HINTS)["measurements"]}
-    for path in sorted(folder.parent.glob("*/runs.json"), key=lambda path: path.parent == folder):
+    paths = (path for name in FILES for path in folder.parent.glob(f"*/{name}"))
+    for path in sorted(paths, key=lambda path: path.parent == folder):
       found = _read(path)
       if path.parent == folder:
         if {name: found.get(name) for name in self._head} != self._head:
           raise ValueError(
             f"{path} is of another study or benchmark, or of other fields of --set; use another --output."
           )
-        self._entries = {_key(entry): entry for entry in found["runs"]}
+        self._entries |= {_key(entry): entry for entry in found["runs"]}
       if {name: found.get(name) for name in about} == about:
         self._known |= {entry["digest"]: entry for entry in found["runs"]}
         self.items = _read(path.parent / "items.json")
@@ -505,8 +507,14 @@ class Results:
     self._entries[_key(entry)] = self._known[entry["digest"]] = dict(entry)
     self.folder.mkdir(parents=True, exist_ok=True)
     storage.write_text(self.folder / "items.json", json.dumps(self.items) + "\n")
-    lines = ",\n".join(map(json.dumps, self.entries))
-    storage.write_text(self.folder / "runs.json", f'{json.dumps(self._head)[:-1]}, "runs": [\n{lines}\n]}}\n')
+    for name in FILES:
+      lines = ",\n".join(json.dumps(each) for each in self.entries if _file_of(each) == name)
+      if lines:
+        storage.write_text(self.folder / name, f'{json.dumps(self._head)[:-1]}, "runs": [\n{lines}\n]}}\n')
+
+
+def _file_of(entry: Mapping[str, Any]) -> str:
+  return "grid.json" if entry["seed"] in studies.GRID_SEEDS else "runs.json"
 
 
 def _read(path: pathlib.Path) -> Any:

@@ -1,9 +1,9 @@
 """The entries of a study, one per finished training, and what they say about its methods.
 
-An entry is a record of runs.json: `method` and `label`, `student` and `teacher`, `learning_rate`, `seed` (None where
-nothing was trained: methods "start" and "teacher"), `steps`, `config` and `overrides`, `test` (`correct` as `packed`
-writes it, `format`, `tokens`, ..), and of a training `validation`, `curves` and `cost`. items.json describes the
-questions of the test set, as `seeds.design` takes them.
+An entry is a record of runs.json or grid.json: `method` and `label`, `student` and `teacher`, `learning_rate`, `seed`
+(None where nothing was trained: methods "start" and "teacher"), `steps`, `config` and `overrides`, `test` (`correct` as
+`packed` writes it, `format`, `tokens`, ..), and of a training `validation`, `curves` and `cost`. items.json describes
+the questions of the test set, as `seeds.design` takes them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -70,8 +70,8 @@ def evaluated(folder, cell):
     (folder / split / "evaluation.json").write_text(json.dumps(figures | {"modalities": {}}))
 
 
-def entries(tmp_path, study):
-  return json.loads((tmp_path / "results" / study / "runs.json").read_text())["runs"]
+def entries(tmp_path, study, file="runs.json"):
+  return json.loads((tmp_path / "results" / study / file).read_text())["runs"]
 
 
 def test_a_study_is_run_once_and_shares_its_runs(reproduce, made, tmp_path):
@@ -79,7 +79,8 @@ def test_a_study_is_run_once_and_shares_its_runs(reproduce, made, tmp_path):
     reproduce.main([])
     ran = len(made())
     # The grids of its parents are the main study's: 4 rates of 2 seeds each.
-    assert ran == 2 * 8 + 2 * 2 + 1 and len(entries(tmp_path, "main")) == 16
+    assert ran == 2 * 8 + 2 * 2 + 1 and len(entries(tmp_path, "main", "grid.json")) == 16
+    assert not (tmp_path / "results" / "main" / "runs.json").exists()
     found = {(each["method"], each["seed"]): each for each in entries(tmp_path, "tau")}
     assert set(found) == {("accuracy-0", 0), ("accuracy-0", 1), ("accuracy-1", 0), ("accuracy-1", 1), ("start", None)}
     assert {each["learning_rate"] for each in found.values()} == {2e-4, None}
@@ -116,7 +117,8 @@ def test_a_folder_that_cannot_be_read_is_a_fault_of_its_run(reproduce, made, tmp
     reproduce.main([])
   assert cell.name not in made()
   # The rate has one seed too few; the others are there, and so are the runs at the best of them.
-  assert {each["seed"] for each in entries(tmp_path, "main")} == {0, 1, 100, 101}
+  assert {each["seed"] for each in entries(tmp_path, "main")} == {0, 1}
+  assert {each["seed"] for each in entries(tmp_path, "main", "grid.json")} == {100, 101}
 
 
 def test_a_finished_run_that_nobody_had_read_is_not_run_again(reproduce, made, tmp_path):

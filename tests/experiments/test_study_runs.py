@@ -143,11 +143,16 @@ def test_results_are_kept_and_found_again(place, tmp_path):
   results.add(entry(place, cell()), items)
   again = study_runs.Results(tmp_path / "results" / "main", "main", PHANTOM)
   assert again.entries == results.entries and again.items == items
+  seed = studies.GRID_SEEDS[0]
+  again.add(entry(place, cell(seed=seed)))
+  assert [len(json.loads((again.folder / name).read_text())["runs"]) for name in study_runs.FILES] == [1, 1]
+  again = study_runs.Results(tmp_path / "results" / "main", "main", PHANTOM)
+  assert again.entry(cell(seed=seed), place.digest(cell(seed=seed)))["seed"] == seed
   assert again.entry(cell(), place.digest(cell()))["seed"] == 0
   assert again.entry(cell(), "another") is None  # the same line of another version of the data
   # Another line, and another study, that compute the same.
   other = cell(pair=PHANTOM.pairs[1])
-  assert again.entry(other, place.digest(other))["teacher"] == "strong" and len(again.entries) == 2
+  assert again.entry(other, place.digest(other))["teacher"] == "strong" and len(again.entries) == 3
   sibling = study_runs.Results(tmp_path / "results" / "tau", "tau", PHANTOM)
   assert sibling.entry(cell(), place.digest(cell()))["method"] == "grpo"
   assert study_runs.Results(tmp_path / "results" / "tau", "tau", PHANTOM).items == items
