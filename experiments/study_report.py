@@ -43,7 +43,14 @@ def write(
   items = dict(results.items or {})
   found = study_files.summaries(study.name, entries, items)
   tables = study_files.study_tables_of(
-    study.name, entries, items, found, grid=tried, rates=place.benchmark.rates, expected=expected
+    study.name,
+    entries,
+    items,
+    found,
+    grid=tried,
+    rates=place.benchmark.rates,
+    tuned={cell.method.name: cell.method.label for cell in grid},
+    expected=expected,
   )
   figures = study_files.study_figures_of(study.name, entries, items, found)
   measured = list(studies.measured(study, place.benchmark))

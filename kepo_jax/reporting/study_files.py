@@ -67,6 +67,7 @@ def study_tables_of(
   *,
   grid: Sequence[Entry] = (),
   rates: Sequence[float] = (),
+  tuned: Mapping[str, str] | None = None,
   expected: Sequence[Mapping[str, Any]] = (),
   references: Sequence[str] | None = None,
 ) -> list[Table]:
@@ -79,6 +80,7 @@ def study_tables_of(
     found: of `summaries`.
     grid: entries of the learning-rate grid, for its table.
     rates: planned learning rates of the grid.
+    tuned: method -> label, of those that have a grid of their own.
     expected: planned cells of all pairs, see `study_tables.missing_cells`.
     references: methods that all others are compared with; None: `references_of`.
   """
@@ -90,8 +92,7 @@ def study_tables_of(
     if number == 0:
       tables += _check_tables(study, pair, mine, items, found[pair], plan)
   if grid:
-    labels = {cell["method"]: cell["label"] for cell in expected if cell["seeds"] != [None]}
-    rows = cost_tables.grid_rows(grid, train_modality=items["train_modality"], rates=rates, labels=labels)
+    rows = cost_tables.grid_rows(grid, train_modality=items["train_modality"], rates=rates, labels=tuned)
     who = f"{grid[0]['student']} taught by {grid[0]['teacher']}"
     title = f"Validation accuracy per learning rate, percent, mean over the seeds of the grid, {who}"
     tables.append(Table("learning_rates", title, rows, (cost_tables.GRID,)))
