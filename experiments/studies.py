@@ -258,9 +258,9 @@ STUDIES: Mapping[str, Study] = {
       "main",
       "A fair comparison",
       "Which method helps most outside the modality it was trained on, at the same grid, budget and seeds?",
-      "SFT is trained and tested with a prompt that asks for the answer alone, so it is compared with the start under "
-      "that prompt; the phantom's models cannot look up a letter without reasoning. Methods on other pairs of student "
-      "and teacher have the learning rates that were chosen on the first pair.",
+      "SFT on gold answers is trained and tested with a prompt that asks for the answer alone, so it is compared with "
+      "the start under that prompt; the phantom's models cannot look up a letter without reasoning. Methods on other "
+      "pairs of student and teacher have the learning rates that were chosen on the first pair.",
       _MAIN,
       others=("start", "teacher", "grpo", "gkd-1", "kepo-tau1"),
     ),
