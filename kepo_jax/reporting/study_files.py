@@ -24,12 +24,13 @@ from kepo_jax.reporting.tables import markdown_table
 Summaries = Mapping[tuple[str, str], Mapping[str, Any]]
 # Study -> methods that its others are compared with.
 REFERENCES: dict[str, tuple[str, ...]] = {
+  "main": (*studies.REFERENCES, "kepo-tau1"),
   "tau": ("accuracy-1",), "budget": ("rounds-5",), "gate": ("positive",), "hints": ("hint_and_answer",),
 }  # fmt: skip
 
 
 def references_of(study: str) -> tuple[str, ...]:
-  """Methods that the others of a study are compared with; GRPO and uniform distillation unless it has its own."""
+  """Methods that the others of a study are compared with; GRPO and uniform distillation where nothing else is said."""
   return REFERENCES.get(study, studies.REFERENCES)
 
 
