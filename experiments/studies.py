@@ -238,10 +238,14 @@ def _variant(
   return Method(name, label, config, overrides, rate_of=like if rate_of is None else rate_of)
 
 
-def _tau(signal: str, threshold: float) -> Method:
+def _tau(signal: str, threshold: float, *, swapped: bool = False) -> Method:
+  """A gate at the rate of KEPO with that threshold, or, swapped, with the other one."""
   fields = {"objective.gate_signal": signal, "objective.gate_threshold": threshold}
-  rate_of = "kepo-tau1" if threshold else "kepo-tau0"
-  return _variant(f"{signal}-{threshold:g}", f"{signal}, τ = {threshold:g}", fields, rate_of=rate_of)
+  rate_of = "kepo-tau1" if bool(threshold) != swapped else "kepo-tau0"
+  name, label = f"{signal}-{threshold:g}", f"{signal}, τ = {threshold:g}"
+  if swapped:
+    name, label = f"{name}-swapped", f"{label}, rate of τ = {1 - threshold:g}"
+  return _variant(name, label, fields, rate_of=rate_of)
 
 
 def _rounds(count: int) -> Method:
@@ -269,8 +273,14 @@ STUDIES: Mapping[str, Study] = {
       "The threshold of the gate",
       "How good must a rollout be to be distilled?",
       "Accuracy is 0 or 1, for which thresholds of .5 and 1 are the same gate: only the mean of accuracy and format "
-      "has three. At a threshold of 0 both signals let everything through.",
-      (START, *(_tau("accuracy", tau) for tau in (0.0, 1.0)), *(_tau("mean", tau) for tau in (0.0, 0.5, 1.0))),
+      "has three. At a threshold of 0 both signals let everything through. Thresholds of 0 and 1 have rates of their own "
+      "in the main study; two lines with the rate of the other one tell rate and gate apart.",
+      (
+        START,
+        *(_tau("accuracy", tau) for tau in (0.0, 1.0)),
+        *(_tau("accuracy", tau, swapped=True) for tau in (0.0, 1.0)),
+        *(_tau("mean", tau) for tau in (0.0, 0.5, 1.0)),
+      ),
     ),
     Study(
       "budget",

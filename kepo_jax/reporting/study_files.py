@@ -21,6 +21,7 @@ from kepo_jax.reporting import (
 from kepo_jax.reporting.study_tables import Table
 from kepo_jax.reporting.tables import markdown_table
 
+_SWAPPED = "-swapped"  # ends the names of methods with the learning rate of the other threshold
 Summaries = Mapping[tuple[str, str], Mapping[str, Any]]
 # Study -> methods that its others are compared with.
 REFERENCES: dict[str, tuple[str, ...]] = {
@@ -48,7 +49,9 @@ def varied(study: str, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
   mine = [entry for entry in entries if study_style.config_of(entry["method"], entry) in ("kepo", "kepo_ke")]
   tau = studies.settings(mine, "objective.gate_threshold", 1.0)
   if study == "tau":
-    return {"tau": tau, "gate signal": studies.settings(mine, "objective.gate_signal", "accuracy")}
+    signal = studies.settings(mine, "objective.gate_signal", "accuracy")
+    signal |= {name: f"{signal[name]}, rates swapped" for name in signal if name.endswith(_SWAPPED)}
+    return {"tau": tau, "gate signal": signal}
   rounds = studies.settings(mine, "exploration.rounds", 5)
   rounds |= {entry["method"]: 0 for entry in mine if study_style.config_of(entry["method"], entry) == "kepo_ke"}
   if study == "budget":
