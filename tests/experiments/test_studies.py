@@ -31,7 +31,7 @@ def test_every_cell_is_a_config_that_runs(name, benchmark):
 def test_every_method_gets_the_same_grid():
   counts = collections.Counter(cell.method.name for cell in studies.grid(studies.STUDIES["main"], PHANTOM, 5))
   own = [method.name for method in studies.STUDIES["main"].methods if method.trained and not method.rate_of]
-  assert counts == dict.fromkeys(own, 3 * len(studies.GRID_SEEDS)) and len(own) == 11
+  assert counts == dict.fromkeys(own, 4 * len(studies.GRID_SEEDS)) and len(own) == 11
 
 
 def test_seeds_that_choose_a_rate_do_not_count():
@@ -74,6 +74,15 @@ def test_the_gates_direction_and_threshold_are_what_varies():
     assert (config.objective.gate_mode, config.objective.gate_threshold) == (mode, threshold)
     config.objective = parent.objective
     assert config == parent
+
+
+def test_both_thresholds_run_at_the_rates_of_each_other():
+  found = {method.name: method for method in studies.STUDIES["tau"].methods}
+  for name, rate_of in (("0", "kepo-tau0"), ("1", "kepo-tau1"), ("0-swapped", "kepo-tau1"), ("1-swapped", "kepo-tau0")):
+    assert found[f"accuracy-{name}"].rate_of == rate_of
+  for tau in (0, 1):
+    assert found[f"accuracy-{tau}-swapped"].overrides == found[f"accuracy-{tau}"].overrides
+  assert found["accuracy-0-swapped"].label == "accuracy, τ = 0, rate of τ = 1"
 
 
 def test_a_study_of_some_methods():

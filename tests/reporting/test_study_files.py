@@ -49,8 +49,10 @@ def test_figures_of_the_main_study(found):
 @pytest.mark.parametrize(
   ("study", "overrides", "values"),
   [
-    ("tau", {"accuracy-1": {}, "mean-0.5": {"objective.gate_signal": "mean", "objective.gate_threshold": 0.5}},
-     {"tau": {"accuracy-1": 1.0, "mean-0.5": 0.5}, "gate signal": {"accuracy-1": "accuracy", "mean-0.5": "mean"}}),
+    ("tau", {"accuracy-1": {}, "accuracy-1-swapped": {},
+             "mean-0.5": {"objective.gate_signal": "mean", "objective.gate_threshold": 0.5}},
+     {"tau": {"accuracy-1": 1.0, "accuracy-1-swapped": 1.0, "mean-0.5": 0.5},
+      "gate signal": {"accuracy-1": "accuracy", "accuracy-1-swapped": "accuracy, rates swapped", "mean-0.5": "mean"}}),
     ("budget", {"rounds-5": {}, "rounds-0": {"exploration.rounds": 0}}, {"B": {"rounds-5": 5, "rounds-0": 0}}),
     ("gate", {"positive": {}, "negative": {"objective.gate_mode": "negative"}, "all": {"objective.gate_threshold": 0.0},
               "none": {"objective.gate_mode": "none"}},
