@@ -114,16 +114,18 @@ def questions(config: Any, processor: pipeline.Processor, display: progress.Disp
 
 
 def check_output(path: str) -> None:
-  """Refuses to write over figures.
+  """Refuses to write over figures, and makes their folder, before anything is computed for them.
 
   Raises:
     ValueError: the file exists, and --overwrite does not say that it may go; or there is no such bucket.
-    OSError: it cannot be looked at.
+    OSError: it cannot be looked at, or its folder cannot be made.
   """
   storage.check_bucket(path)
   with storage.reaching(path):
-    if epath.Path(path).exists() and not _OVERWRITE.value:
+    file = epath.Path(path)
+    if file.exists() and not _OVERWRITE.value:
       raise ValueError(f"{path} exists; choose another --output, or pass --overwrite.")
+    file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def described(config: Any, dtype: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def equal_cost_rows(
   expected: Sequence[Mapping[str, Any]] = (),
   reference: str = "grpo",
 ) -> list[Row]:
-  """Validation accuracy at equal steps, and at the cost of a reference.
+  """Validation accuracy at the end, which is after equal steps where methods have equally many, and at equal cost.
 
   A method that costs more is read inside its schedule, before its learning rate has decayed.
 
@@ -53,8 +53,9 @@ def equal_cost_rows(
   """
   found = studies.methods(entries)
   trained = _trained(found, expected)
-  steps = max((entry["steps"] for name in trained for entry in found.get(name, [])), default=0)
-  columns = [(f"after {steps} steps", {name: _at_the_end(found.get(name, []), figure) for name in trained})]
+  steps = {entry["steps"] for name in trained for entry in found.get(name, [])}
+  same = f"after {steps.pop()} steps" if len(steps) == 1 else "at the end"
+  columns = [(same, {name: _at_the_end(found.get(name, []), figure) for name in trained})]
   for quantity, unit in (("seconds", "s"), ("tokens", "tokens")):
     own = [equal_cost.cost(entry["cost"], quantity) for entry in found.get(reference, [])]
     if budget := min(own, default=0):

@@ -26,7 +26,8 @@ Summaries = Mapping[tuple[str, str], Mapping[str, Any]]
 # Study -> methods that its others are compared with.
 REFERENCES: dict[str, tuple[str, ...]] = {
   "main": (*studies.REFERENCES, "kepo-tau1"),
-  "tau": ("accuracy-1",), "budget": ("rounds-5",), "gate": ("positive",), "hints": ("hint_and_answer",),
+  "tau": ("accuracy-1",), "budget": ("rounds-5",), "hints": ("hint_and_answer",),
+  "gate": ("positive", "positive-unhinted"),
 }  # fmt: skip
 
 

@@ -70,11 +70,11 @@ def test_a_stranger_as_a_teacher_is_refused(measure_hints, checkpoint, tmp_path)
 @pytest.mark.slow
 def test_from_flags_to_a_file(measure_hints, checkpoint, data, tmp_path, capsys):  # noqa: F811
   chosen = {"student": str(checkpoint), "teacher": str(checkpoint), "data": str(data), "samples": 2, "rounds": 2}
-  with flagsaver.flagsaver(**chosen, output=str(tmp_path / "out.json"), batch=2):
+  with flagsaver.flagsaver(**chosen, output=str(tmp_path / "new" / "out.json"), batch=2):
     measure_hints.main([])
   printed = capsys.readouterr().out
   assert "helped by" in printed and "1 of 1" in printed and "3 questions in" in printed
-  found = json.loads((tmp_path / "out.json").read_text())
+  found = json.loads((tmp_path / "new" / "out.json").read_text())
   assert found["settings"]["exploration"]["rounds"] == 2 and found["settings"]["data"] == str(data)
   names = [record["modality"] for record in found["records"]]
   assert names == ["MRI", "X-Ray", "all"]
