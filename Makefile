@@ -43,7 +43,7 @@ parity: $(VENV)/.oracle ## install the oracles (torch, trl, peft) and compare wi
 	$(PYTEST) -n $(WORKERS) -m parity $(TESTS)
 
 test-slow: $(VENV)/.runtime ## the long tests: whole trainings, resumption, exports
-	$(PYTEST) -n $(WORKERS) -m slow $(TESTS)
+	$(PYTEST) -n $(WORKERS) --dist loadscope -m slow $(TESTS)
 
 test-tpu: $(TPU)/.ready ## compile for TPUs without a TPU (installs libtpu in an environment of its own)
 	$(TPU)/bin/python -m pytest -q -m tpu tests/planning

@@ -25,6 +25,7 @@ from tests.training.wide import widened
 
 TOLERANCE = 1e-5  # of a loss, and of a tensor in norm, relative to one device
 MESHES = ("8,1,1", "1,8,1", "1,1,8", "2,2,2")
+CROSSING = ("1,8,1", "1,1,8")  # meshes whose weights, or heads, lie on both hosts
 SECONDS = 1500  # that a process may take, on cores that other tests use as well
 KINDS = ("tokens of rollout", "tokens of hint", "tokens of candidate", "tokens of the update", "injected", "gate of")
 
@@ -97,6 +98,15 @@ def full(models):
     finish(hosts)
   found = {mesh: result(models, mesh) for mesh in ("1,1,1", *MESHES)}
   return found | {f"host {number}": result(models, "2,2,2", 2, number) for number in range(2)}
+
+
+@pytest.fixture(scope="module")
+def crossing(short, models):
+  """(mesh, host) -> result of one of two hosts with four devices, on meshes of which each cuts weights over both."""
+  folder = models / "short"
+  with started(folder, *CROSSING, "--short", processes=2, devices=4) as hosts:
+    finish(hosts)
+  return {(mesh, number): result(folder, mesh, 2, number) for mesh in CROSSING for number in range(2)}
 
 
 def assert_same_tokens(expected, actual):
@@ -203,6 +213,20 @@ def test_every_mesh_does_what_one_device_does(full, name):
   assert_the_same(expected, actual)
   assert (said["failed"], said["hints"], said["accepted"]) == (noted["failed"], noted["hints"], noted["accepted"])
   assert failed_on(said, 0) != failed_on(said, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("mesh", CROSSING)
+def test_weights_on_several_hosts_change_nothing(short, crossing, mesh, number):
+  (expected, noted), _ = short
+  actual, said = crossing[mesh, number]
+  assert_the_same(expected, actual)
+  assert (said["failed"], said["hints"], said["accepted"]) == (noted["failed"], noted["hints"], noted["accepted"])
+  assert "other images" not in said
+  # Where only heads are cut, both hosts hold all rows, and the first one alone scores them.
+  scored = [sum(map(len, said["scored"])) for _, said in (crossing[mesh, each] for each in range(2))]
+  assert sum(scored) == sum(map(len, noted["scored"])) and (mesh == "1,8,1" or scored[1] == 0)
 
 
 @pytest.mark.slow
