@@ -5,7 +5,7 @@
     --config.mesh.fsdp=8 --config.mesh.tensor=8
   python -m experiments.plan_pod --topology=v5e:16x16 --slices=2 --json=FILE
 
-Needs libtpu (requirements-tpu.txt) and no TPU: the compiler of the TPU runs on this machine, in a few GB and about a
+Needs libtpu (requirements-tpu.txt) and no TPU: the compiler of the TPU runs on this machine, in up to 7 GB and about a
 minute per program. Of each program it prints memory per chip, collectives by kind, and the floors of arithmetic, HBM,
 links and network; then the projected step, and the verdict. Where the run does not fit, the smallest change that
 makes it fit is looked for and compiled as well (--nosuggest: not). Models are folders with a config.json, or published
