@@ -39,6 +39,8 @@ _TRANSFER = "_xla_megascale_transfer_type"
 _STARTING = 'custom_call_target="AsyncCollectiveStart"'
 # What it calls a fusion of an all-reduce with the slices of its results that a device keeps, which scatters them.
 _SCATTERING = "all-reduce-scatter"
+# What a product that a GPU's library computes has among its settings.
+_LIBRARY_PRODUCT = '"gemm_backend_config"'
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
@@ -166,6 +168,9 @@ class Program:
       slice_devices: devices of each, where there are several.
     """
     self.entry = ""
+    header = text.partition("\n")[0]
+    counts = (re.search(rf"\b{name}=(\d+)", header) for name in ("num_partitions", "replica_count"))
+    self._devices = math.prod(int(count.group(1)) for count in counts if count)
     self._computations: dict[str, dict[str, Instruction]] = {}
     self._slices, self._slice = slices, slice_devices if slices > 1 else 0
     self.open_loops: list[str] = []
@@ -299,7 +304,7 @@ class Program:
     return []
 
   def _collective(self, collective: Instruction) -> Collective:
-    kind, groups = collective.opcode.removesuffix("-start"), _groups(collective.attributes)
+    kind, groups = collective.opcode.removesuffix("-start"), _groups(collective.attributes, self._devices)
     if kind == "send":  # between slices, of what each chip has left after a collective in its own
       kind = _found(rf'{_TRANSFER}="(\w+)"', collective.attributes)[0].lower().replace("_", "-")
       size = collective.arrays[0].size * (self._slices if kind in ("all-gather", "all-to-all") else 1)
@@ -466,6 +471,10 @@ def _products(instruction: Instruction, around: Mapping[str, Instruction]) -> fl
     return 2.0 * math.prod(instruction.arrays[0].shape) * contracted
   if instruction.opcode == "convolution":
     return _convolution(instruction, around)
+  if instruction.opcode == "custom-call" and _LIBRARY_PRODUCT in instruction.attributes:
+    left = around[instruction.operands[0]].arrays[0].shape
+    axes = _found(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)[0]
+    return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(left[axis] for axis in _numbers(axes))
   return 0.0
 
 
@@ -509,11 +518,9 @@ def _window(attributes: str) -> dict[str, list[int]]:
   return {"stride": numbers("stride", 1), "low": low, "lhs": numbers("lhs_dilate", 1), "rhs": numbers("rhs_dilate", 1)}
 
 
-def _groups(attributes: str) -> list[tuple[int, ...]]:
-  """The groups of devices of a collective, in any of the ways in which HLO writes them."""
-  mesh = re.search(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?)\))?\s*\{([^}]*)\}", attributes
-  )
+def _groups(attributes: str, all_devices: int = 1) -> list[tuple[int, ...]]:
+  """The groups of devices of a collective, in any of the ways in which HLO writes them; where it writes none, all."""
+  mesh = _MESH_GROUPS.search(attributes)
   if mesh:
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
     devices = _iota(mesh.group(2)) if mesh.group(2) else np.arange(math.prod(sizes.values()))
@@ -532,7 +539,7 @@ def _groups(attributes: str) -> list[tuple[int, ...]]:
   pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes)
   if pairs:
     return [tuple(_numbers(pair)) for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1))]
-  return [(0,)]
+  return [tuple(range(all_devices))]
 
 
 def _rows(grid: np.ndarray) -> list[tuple[int, ...]]:

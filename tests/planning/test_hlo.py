@@ -293,6 +293,31 @@ def test_a_product_costs_the_same_whole_and_in_parts():
   assert parts.sent == {"collective-permute": weight * 9 / 8}  # a step and its first part more than a ring needs
 
 
+def test_a_product_of_a_library_by_hand():
+  text = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a: bf16[4,64,32], b: bf16[4,64,16]) -> bf16[4,32,16] {
+  %a = bf16[4,64,32]{2,1,0} parameter(0)
+  %b = bf16[4,64,16]{2,1,0} parameter(1)
+  %product = (bf16[4,32,16]{2,1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"operation_queue_id":"0","gemm_backend_config":{"alpha_real":1,"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]},"epilogue":"DEFAULT"}}
+  ROOT %out = bf16[4,32,16]{2,1,0} get-tuple-element(%product), index=0
+}
+"""  # noqa: E501
+  assert hlo.cost(text).flops == 2 * 4 * 32 * 16 * 64
+
+
+@pytest.mark.parametrize("header", ["num_partitions=8", "replica_count=2, num_partitions=4"])
+def test_a_collective_without_groups_is_one_of_all_devices(header):
+  text = f"""HloModule jit_f, is_scheduled=true, {header}
+
+ENTRY %main (a: f32[64]) -> f32[64] {{
+  %a = f32[64]{{0}} parameter(0)
+  ROOT %sum = f32[64]{{0}} all-reduce(%a), channel_id=1, replica_groups={{}}, to_apply=%add
+}}
+"""
+  assert hlo.cost(text).sent == {"all-reduce": 2 * 4 * 64 * 7 / 8}
+
+
 # As the compiler of a TPU writes sums of gradients, several at once: of the first two, a device keeps its part.
 SUMS = """HloModule jit_f, is_scheduled=true
 
