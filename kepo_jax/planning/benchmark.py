@@ -6,9 +6,7 @@ so that every run does the same work.
 
 import dataclasses
 import functools
-import resource
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +18,7 @@ from etils import epath
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import model, positions
 from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig, TextConfig, VisionConfig
-from kepo_jax.planning import chips, floors
+from kepo_jax.planning import chips, floors, resident
 from kepo_jax.training import assembly, checks, programs, setup
 from kepo_jax.types import Experience, Prompts, VisionInputs
 
@@ -340,5 +338,4 @@ def peak_bytes() -> tuple[float, str]:
   peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
   if peaks and jax.default_backend() != "cpu":
     return float(max(peaks)), "of the fullest device"
-  unit = 1 if sys.platform == "darwin" else 1024
-  return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit), "of the process"
+  return float(resident.peak_resident_bytes()), "of the process"

@@ -7,7 +7,6 @@ paths with spaces and brackets, two to four options of real length. There are no
 import json
 import pathlib
 import random
-import resource
 import sys
 import time
 
@@ -47,13 +46,14 @@ def write(root: pathlib.Path, seed: int = 0) -> int:
 def main(folder: str) -> None:
   """Reads and cuts; prints seconds, peak memory in bytes and numbers as JSON."""
   from kepo_jax.data import dealing, omnimedvqa
+  from kepo_jax.planning import resident
 
-  before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+  before, start = resident.peak_resident_bytes(), time.perf_counter()
   examples, summary = omnimedvqa.read(folder, check_images=False)
-  read, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  read, peak = time.perf_counter() - start, resident.peak_resident_bytes()
   split = dealing.split_by_modality(examples)
   figures = {"kept": len(examples), "records": summary.records, "files": summary.files, "read_s": read}
-  figures |= {"cut_s": time.perf_counter() - start - read, "peak_bytes": peak * 1024, "before_bytes": before * 1024}
+  figures |= {"cut_s": time.perf_counter() - start - read, "peak_bytes": peak, "before_bytes": before}
   json.dump(figures | {"parts": {name: len(ids) for name, ids in split.ids.items()}}, sys.stdout)
 
 
