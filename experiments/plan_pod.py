@@ -6,14 +6,16 @@
   python -m experiments.plan_pod --topology=v5e:16x16 --slices=2 --json=FILE
 
 Needs libtpu (requirements-tpu.txt) and no TPU: the compiler of the TPU runs on this machine, in up to 7 GB and about a
-minute per program. Of each program it prints memory per chip, collectives by kind, and the floors of arithmetic, HBM,
-links and network; then the projected step, and the verdict. Where the run does not fit, the smallest change that
-makes it fit is looked for and compiled as well (--nosuggest: not). Models are folders with a config.json, or published
-sizes that a name begins with; batches fill the second bucket of prompts and the first one of images. docs/pods.md
-explains the figures.
+minute per program. Of each program it prints memory per chip, the floors of arithmetic, HBM, links and network, and
+collectives by kind and axes of the mesh; then the projected step, and the verdict. Where the run does not fit, the
+exit status is 3, and the smallest change that makes it fit is looked for and compiled as well (--nosuggest: not).
+Models are folders with a config.json, or published sizes that a name begins with; batches fill the second bucket of
+prompts and the first one of images. docs/pods.md explains the figures.
 """
 
+import itertools
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,12 +40,14 @@ _SUGGEST = flags.DEFINE_bool("suggest", True, "Look for the smallest change that
 _JSON = flags.DEFINE_string("json", "", "File for the figures.")
 
 _WIDTH = 160
+_DOES_NOT_FIT = 3  # exit status, which errors do not have
 _TRIES = 3  # suggestions that are compiled before giving up
 
 
 def main(_: list[str]) -> None:
-  """Prints the plan that the flags describe."""
+  """Prints the plan that the flags describe; the exit status is 3 where it does not fit."""
   environment.prepare()
+  jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other devices cannot be read back
   jax.config.update("jax_platforms", "cpu")  # what is here runs nothing
   console = Console(width=_WIDTH)
   place = topologies.topology(_TOPOLOGY.value, _SLICES.value)
@@ -52,13 +56,19 @@ def main(_: list[str]) -> None:
   config.model.teacher = _TEACHER.value or config.model.teacher
   plan = planned(config, place, console)
   result = pods.record(config, plan)
-  console.print(memory_table(plan))
-  console.print(time_table(plan))
-  console.print(collective_table(plan))
+  keep(result)
+  for table in (memory_table(plan), time_table(plan), traffic_table(plan)):
+    console.print(table)
   for line in verdict(plan):
     console.print(line, highlight=False)
-  if _SUGGEST.value and not plan.fits:
-    result["suggestion"] = suggested(config, plan, console)
+  if not plan.fits:
+    if _SUGGEST.value:
+      keep(result | {"suggestion": suggested(config, plan, console)})
+    sys.exit(_DOES_NOT_FIT)
+
+
+def keep(result: dict[str, Any]) -> None:
+  """Writes the figures where --json says."""
   if _JSON.value:
     storage.write_text(_JSON.value, json.dumps(result, indent=2) + "\n")
 
@@ -80,14 +90,17 @@ def suggested(config: Any, plan: pods.PodPlan, console: Console) -> dict[str, An
   def estimated(changed: Any) -> Any:
     return memory.plan(changed, devices=len(place.devices))
 
-  for (fields, changed), _ in zip(pods.suggestion(config, estimated, plan), range(_TRIES), strict=False):
+  tries = 0
+  for fields, changed in itertools.islice(pods.suggestion(config, estimated, plan), _TRIES):
     words = " ".join(f"--config.{name}={value}" for name, value in fields.items())
     console.print(f"trying {words}", highlight=False)
     tried = planned(changed, place, console)
     if tried.fits:
       console.print(f"fits with {words}: {gigabytes(tried.peak)} of {gigabytes(place.chip.memory)} per chip")
       return {"fields": fields, **pods.record(changed, tried)}
-  console.print("no change of the mesh, of micro-batches or of the low-memory options was found to be enough.")
+    tries += 1
+  what = f"none of the {tries} changes that were tried is enough" if tries else "no change should be enough by estimate"
+  console.print(f"{what}; take more chips, or fewer prompts, rollouts or new tokens.", highlight=False)
   return None
 
 
@@ -135,16 +148,16 @@ def time_table(plan: pods.PodPlan) -> Table:
   return table
 
 
-def collective_table(plan: pods.PodPlan) -> Table:
-  """GB that a chip sends in each kind of collective, within its slice and to others, in one run of each program."""
-  kinds = sorted({kind for each in plan.programs for kind in (*each.cost.sent, *each.cost.crossed)})
-  between = ("of it between slices",) if plan.topology.slices > 1 else ()
-  table = _program_rows(plan, "GB that a chip sends per call", (*kinds, *between))
+def traffic_table(plan: pods.PodPlan) -> Table:
+  """What a chip sends in one call of each program, by kind of collective and axes of the mesh, the longest first."""
+  between = ("GB between slices",) if plan.topology.slices > 1 else ()
+  table = _program_rows(plan, "collectives of a call", ("kind", "over", "GB sent", *between, "s"))
   for each in plan.programs:
-    sent, crossed = each.cost.sent, each.cost.crossed
-    row = [f"{(sent.get(kind, 0.0) + crossed.get(kind, 0.0)) / 1e9:.3f}" for kind in kinds]
-    row += [f"{sum(crossed.values()) / 1e9:.3f}"] if plan.topology.slices > 1 else []
-    table.add_row(f"{each.name} ({each.phase})", *row)
+    for row in pods.traffic(each, plan.topology, plan.mesh):
+      sent = [f"{row.sent / 1e9:.3f}"] + ([f"{row.crossed / 1e9:.3f}"] if between else [])
+      table.add_row(
+        f"{each.name} ({each.phase})", row.kind, ", ".join(row.over) or "slices", *sent, f"{row.seconds:.3f}"
+      )
   return table
 
 
@@ -163,6 +176,7 @@ def verdict(plan: pods.PodPlan) -> list[str]:
     )
   if not plan.failures:
     lines.append(f"a step takes {plan.step_seconds:.1f} s by this model; nothing overlapped, nothing measured")
+    lines.append(f"not compiled: {'; '.join(pods.NOT_COMPILED)}")
   return lines
 
 

@@ -1,9 +1,12 @@
 """Plans the paper's run for the slices of docs/pods.md, and prints its table: `make plan`.
 
 Each plan is the command that `experiments.plan_pod` would take, so one of them can be run alone. Half an hour to an
-hour on 2 cores; with --output every plan is kept as JSON as soon as it is made, and made plans are not made again.
+hour on 2 cores. With --output every plan is kept as JSON as soon as it is made. A kept plan is made again if its config
+is another one, or the version of jax or libtpu; --again makes all again, as a change of kepo_jax may ask for.
 """
 
+import hashlib
+import importlib.metadata
 import json
 import pathlib
 import tempfile
@@ -19,6 +22,7 @@ from kepo_jax import storage
 from kepo_jax.planning import pods, topologies
 
 _OUTPUT = flags.DEFINE_string("output", "", "Folder for one file per plan; by default a temporary one.")
+_AGAIN = flags.DEFINE_bool("again", False, "Make plans that --output has again.")
 
 # Topology -> fields: half a prompt per chip, 4 prompts for each group of chips that splits one.
 PLANS: dict[str, dict[str, Any]] = {
@@ -34,6 +38,7 @@ PLANS: dict[str, dict[str, Any]] = {
 def main(_: list[str]) -> None:
   """Makes what is missing of the plans, and prints all of them."""
   environment.prepare()
+  jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other devices cannot be read back
   jax.config.update("jax_platforms", "cpu")
   console = Console()
   folder = pathlib.Path(_OUTPUT.value or tempfile.mkdtemp(prefix="plans-"))
@@ -41,16 +46,27 @@ def main(_: list[str]) -> None:
   records = []
   for name, fields in PLANS.items():
     path = folder / (name.replace(" ", "").replace(":", "_") + ".json")
-    if not path.exists():
-      storage.write_text(path, json.dumps(planned(name, fields, console), indent=2) + "\n")
-    records.append(json.loads(path.read_text()))
+    config = kepo_medvqa.get_config()
+    config.update_from_flattened_dict(fields)
+    made_with = origin(config)
+    kept = json.loads(path.read_text()) if path.exists() and not _AGAIN.value else {}
+    if kept.get("made_with") == made_with:
+      console.print(f"{name}: kept {path}", style="dim", highlight=False)
+    else:
+      kept = {"made_with": made_with, **planned(name, config, console)}
+      storage.write_text(path, json.dumps(kept, indent=2) + "\n")
+    records.append(kept)
   print(table(records))
 
 
-def planned(name: str, fields: dict[str, Any], console: Console) -> dict[str, Any]:
+def origin(config: Any) -> dict[str, str]:
+  """What a plan depends on, but for the code of kepo_jax: versions, and a digest of the config."""
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+  return versions | {"config": hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:16]}
+
+
+def planned(name: str, config: Any, console: Console) -> dict[str, Any]:
   """The record of one plan."""
-  config = kepo_medvqa.get_config()
-  config.update_from_flattened_dict(fields)
   with console.status(f"compiling for {name}"):
 
     def compiled(program: str, seconds: float) -> None:
@@ -81,7 +97,7 @@ def table(records: list[dict[str, Any]]) -> str:
         f"{100 * peak / each['chip_bytes']:.0f}" if peak else "",
         f"{(total('sent') + total('crossed')) / 1e9:.0f}",
         f"{total('crossed') / 1e9:.2f}",
-        f"{max(one['compile_seconds'] for one in programs):.0f}",
+        f"{max((one['compile_seconds'] for one in programs), default=0):.0f}",
         f"{each['step_seconds']:.1f}" if peak else "",
         "yes" if each["fits"] else "no",
       ]

@@ -17,6 +17,8 @@ from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kepo_jax import links
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Weights. "vision" is the width of the vision tower: its heads of 72 and its MLP of 4304 do not divide over
@@ -75,16 +77,19 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
   axis_types = (AxisType.Auto,) * 3
   if devices[0].platform != "tpu":  # elsewhere a "slice" is a host, which any axis may span
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=axis_types, devices=devices)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if data % slices:
-    raise ValueError(f"mesh.data={data} does not divide over {slices} slices; only the data axis may span slices.")
+  slices: dict[int, list[Any]] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+  if data % len(slices):
+    raise ValueError(f"mesh.data={data} does not divide over {len(slices)} slices; only the data axis may span slices.")
+  grids = [_slice_grid(slices[number], (data // len(slices), fsdp, tensor)) for number in sorted(slices)]
+  return Mesh(np.concatenate(grids), MESH_AXES, axis_types=axis_types)
+
+
+def _slice_grid(devices: list[Any], sizes: tuple[int, int, int]) -> np.ndarray:
   # An axis of 8 on a slice of 4 x 4 chips takes one of its axes and half of the other.
-  split: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
-  if slices == 1:
-    grid = mesh_utils.create_device_mesh((data, fsdp, tensor), **split)
-  else:
-    grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), **split)
-  return Mesh(grid, MESH_AXES, axis_types=axis_types)
+  usual = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return links.arranged(devices, sizes, usual)
 
 
 def _fits(dimension: int, mesh_axes: tuple[str, ...], sizes: dict[str, int]) -> bool:

@@ -17,8 +17,8 @@ CONFIGS = ROOT / "experiments" / "configs"
 
 # A room imports only from itself and from rooms before it.
 LAYERS = (
-  "types", "storage", "sharding", "processes", "objectives", "models", "data", "sampling", "rewards", "exploration",
-  "evaluation", "training", "reporting", "planning",
+  "types", "storage", "links", "sharding", "processes", "objectives", "models", "data", "sampling", "rewards",
+  "exploration", "evaluation", "training", "reporting", "planning",
 )  # fmt: skip
 # What a room must not know although the order of the rooms would let it, or although it comes from outside.
 FORBIDDEN = {

@@ -22,7 +22,6 @@ class Chip:
   measured: bool = False  # here and now, and not by the maker
   link: float = 0.0  # bytes/s one way over one port to a neighbour in its torus; 0: unknown
   network: float = 0.0  # bytes/s of its share of the network between slices; 0: unknown
-  ring: int = 0  # chips along an axis of a slice from which on the axis is closed to a ring; 0: unknown
 
 
 # Part of `device_kind` -> data sheet: dense bfloat16 FLOP/s, bytes/s, bytes. The first match counts.
@@ -44,13 +43,13 @@ CHIPS = {
   "L40S": Chip("NVIDIA L40S", 362e12, 864e9, 48e9),
   "L40": Chip("NVIDIA L40", 181e12, 864e9, 48e9),
   "L4": Chip("NVIDIA L4", 121e12, 300e9, 24e9),
-  "TPU v6": Chip("TPU v6e", 918e12, 1640e9, 32e9, link=100e9, network=12.5e9, ring=16),
-  "TPU7": Chip("TPU7x, one core", 1153e12, 3690e9, 96e9, link=50e9, network=6.25e9, ring=4),
-  "TPU v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9, link=100e9, network=6.25e9, ring=4),
-  "TPU v5 lite": Chip("TPU v5e", 197e12, 819e9, 16e9, link=50e9, network=3.125e9, ring=16),
-  "TPU v5e": Chip("TPU v5e", 197e12, 819e9, 16e9, link=50e9, network=3.125e9, ring=16),
-  "TPU v5": Chip("TPU v5p", 459e12, 2765e9, 95e9, link=100e9, network=6.25e9, ring=4),
-  "TPU v4": Chip("TPU v4", 275e12, 1228e9, 32e9, link=50e9, network=6.25e9, ring=4),
+  "TPU v6": Chip("TPU v6e", 918e12, 1640e9, 32e9, link=100e9, network=12.5e9),
+  "TPU7": Chip("TPU7x, one core", 1153e12, 3690e9, 96e9, link=50e9, network=6.25e9),
+  "TPU v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9, link=100e9, network=6.25e9),
+  "TPU v5 lite": Chip("TPU v5e", 197e12, 819e9, 16e9, link=50e9, network=3.125e9),
+  "TPU v5e": Chip("TPU v5e", 197e12, 819e9, 16e9, link=50e9, network=3.125e9),
+  "TPU v5": Chip("TPU v5p", 459e12, 2765e9, 95e9, link=100e9, network=6.25e9),
+  "TPU v4": Chip("TPU v4", 275e12, 1228e9, 32e9, link=50e9, network=6.25e9),
 }
 _REPEATS = 5
 # What everything here is timed with: wall seconds, or those of the process (`time.process_time`) where others compute.

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Kinds whose groups are pairs of a source and a target; the second one goes between slices.
+PERMUTATIONS = ("collective-permute", "one-to-one")
 # Instructions that move nothing themselves.
 _FREE = {
   *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota"),
@@ -78,25 +80,32 @@ class Instruction:
 class Collective:
   """Communication of a kind among groups of devices."""
 
-  kind: str  # of COLLECTIVES
+  kind: str  # of COLLECTIVES, or what a transfer between slices is called
   size: float  # bytes of the gathered, reduced or exchanged array on a device, all times together
   group: int  # devices
   slices: int = 1  # that a group has devices of, equally many of each
+  groups: tuple[tuple[int, ...], ...] = ()  # of devices, as programs number them; empty between slices alone
 
   @property
   def sent(self) -> float:
     """Bytes that a device sends to others of its slice, in rings."""
-    return self.size * self._share(self.group // self.slices)
+    near = self.group // self.slices
+    if self.kind == "all-to-all":  # a part for each device, those of other slices too
+      return self.size * (near - 1) / self.group
+    return self.size * self._share(near)
 
   @property
   def crossed(self) -> float:
     """Bytes that a device sends to other slices: its part of what its slice has gathered or reduced."""
-    return self.size * self._share(self.slices) / (self.group // self.slices)
+    near = self.group // self.slices
+    if self.kind == "all-to-all":
+      return self.size * (self.group - near) / self.group
+    return self.size * self._share(self.slices) / near
 
   def _share(self, devices: int) -> float:
     if devices < 2:
       return 0.0
-    if self.kind == "collective-permute":
+    if self.kind in PERMUTATIONS:
       return 1.0
     return (2 if self.kind == "all-reduce" else 1) * (devices - 1) / devices
 
@@ -208,10 +217,8 @@ class Program:
     total = Cost()
     for instruction in self._computations[name].values():
       total += self._instruction(instruction, name)
-      for each in self._collectives(instruction):
-        # What it sends is read, and what it receives is written.
-        moved = sum(array.size for array in each.arrays if array.in_memory)
-        total += Cost(moved=moved, collectives=(self._collective(each),))
+      for each, around in self._collectives(instruction, self._computations[name]):
+        total += self._communicated(each, around)
     return total
 
   def _instruction(self, instruction: Instruction, computation: str) -> Cost:
@@ -221,7 +228,8 @@ class Program:
       turns = self._loop_turns(instruction, computation)
       return self._computation(body).times(turns) + self._computation(condition).times(turns + 1)
     if opcode == "conditional":
-      return max((self._computation(each) for each in _branches(instruction)), key=lambda each: each.flops)
+      # Any of them may be taken: the dearest, by products, then by what is sent, then by memory.
+      return max((self._computation(each) for each in _branches(instruction)), key=_weight)
     if opcode in ("call", "async-start"):
       return self._computation(instruction.called("to_apply" if opcode == "call" else "calls"))
     flops = self._fused_flops(instruction, self._computations[computation])
@@ -292,33 +300,42 @@ class Program:
       value = next(each for each in terms if _constant(each) is None)
     return added if _place(value) == place else None
 
-  def _collectives(self, instruction: Instruction) -> list[Instruction]:
-    """What an instruction communicates itself or inside its fusion."""
+  def _collectives(
+    self, instruction: Instruction, around: Mapping[str, Instruction]
+  ) -> list[tuple[Instruction, Mapping[str, Instruction]]]:
+    """What an instruction communicates itself or inside its fusion, and the computation in which that stands."""
     opcode = instruction.opcode
     if opcode.removesuffix("-start") in COLLECTIVES or (opcode == "send" and _TRANSFER in instruction.attributes):
       # An asynchronous one stands in its start, in its end and in all that runs between, loops too: it is sent once.
-      return [instruction] if self._starts.get(_channel(instruction), instruction.name) == instruction.name else []
+      once = self._starts.get(_channel(instruction), instruction.name) == instruction.name
+      return [(instruction, around)] if once else []
     if opcode == "fusion" or (opcode == "custom-call" and "calls=" in instruction.attributes):
       inside = self._computations.get(instruction.called("calls"), {})
-      return list(itertools.chain.from_iterable(self._collectives(each) for each in inside.values()))
+      return list(itertools.chain.from_iterable(self._collectives(each, inside) for each in inside.values()))
     return []
 
-  def _collective(self, collective: Instruction) -> Collective:
+  def _communicated(self, collective: Instruction, around: Mapping[str, Instruction]) -> Cost:
+    """Of a collective: what it sends is read, and what it receives is written."""
     kind, groups = collective.opcode.removesuffix("-start"), _groups(collective.attributes, self._devices)
+    operands = [array for name in collective.operands if name in around for array in around[name].arrays]
     if kind == "send":  # between slices, of what each chip has left after a collective in its own
       kind = _found(rf'{_TRANSFER}="(\w+)"', collective.attributes)[0].lower().replace("_", "-")
-      size = collective.arrays[0].size * (self._slices if kind in ("all-gather", "all-to-all") else 1)
-      return Collective(kind, size, self._slices, self._slices)
+      (sent, *_) = collective.arrays
+      size = sent.size * (self._slices if kind == "all-gather" else 1)
+      moved = 2 * sent.size if sent.in_memory else 0.0  # as much comes as goes
+      return Cost(moved=moved, collectives=(Collective(kind, size, self._slices, self._slices),))
     # Several arrays may go at once. A start returns its operands before its results, but for that of an all-reduce.
     several = len(collective.operands)
     ahead = collective.opcode.endswith("-start") and kind != "all-reduce"
-    size = sum(array.size for array in (collective.arrays[several : 2 * several] if ahead else collective.arrays))
+    results = collective.arrays[several : 2 * several] if ahead else collective.arrays
+    size, kept = sum(array.size for array in results), 1.0
     if kind == "reduce-scatter":
       size *= len(groups[0])
     elif collective.name in self._scattered:
-      kind = "reduce-scatter"
+      kind, kept = "reduce-scatter", 1 / len(groups[0])
     slices = max(len({device // self._slice for device in group}) for group in groups) if self._slice else 1
-    return Collective(kind, size, len(groups[0]), slices)
+    moved = _in_memory(operands) + kept * _in_memory(results)
+    return Cost(moved=moved, collectives=(Collective(kind, size, len(groups[0]), slices, groups),))
 
   def _moved(self, instruction: Instruction, computation: str) -> float:
     """Bytes from and to HBM of one instruction that runs by itself, apart from collectives."""
@@ -332,6 +349,8 @@ class Program:
     for index, name in enumerate(instruction.operands):
       whole = sum(array.size for array in around[name].arrays if array.in_memory) if name in around else 0.0
       read += min(whole, self._read_by(instruction, index, whole)) if whole else 0.0
+    if instruction.opcode in _UNCHANGED:  # by itself, whatever it copies
+      return read + _in_memory(instruction.arrays)
     if instruction.opcode != "fusion":
       return read + _written(instruction, around)
     inside = self._computations[instruction.called("calls")]
@@ -374,6 +393,16 @@ class Program:
         else:
           total += self._read_by(each, each.operands.index(name), whole)
     return min(whole, total)
+
+
+def _in_memory(arrays: Sequence[Array]) -> float:
+  """Bytes of those that lie in HBM."""
+  return sum(array.size for array in arrays if array.in_memory)
+
+
+def _weight(cost: Cost) -> tuple[float, float, float]:
+  """What makes one cost dearer than another."""
+  return cost.flops, sum(cost.sent.values()) + sum(cost.crossed.values()), cost.moved
 
 
 def _written(instruction: Instruction, around: Mapping[str, Instruction]) -> float:
@@ -518,7 +547,7 @@ def _window(attributes: str) -> dict[str, list[int]]:
   return {"stride": numbers("stride", 1), "low": low, "lhs": numbers("lhs_dilate", 1), "rhs": numbers("rhs_dilate", 1)}
 
 
-def _groups(attributes: str, all_devices: int = 1) -> list[tuple[int, ...]]:
+def _groups(attributes: str, all_devices: int = 1) -> tuple[tuple[int, ...], ...]:
   """The groups of devices of a collective, in any of the ways in which HLO writes them; where it writes none, all."""
   mesh = _MESH_GROUPS.search(attributes)
   if mesh:
@@ -535,15 +564,15 @@ def _groups(attributes: str, all_devices: int = 1) -> list[tuple[int, ...]]:
     return _rows(_iota(source).reshape(_numbers(shape)))
   listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
   if listed:
-    return [tuple(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
+    return tuple(tuple(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", listed.group(1)))
   pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes)
   if pairs:
-    return [tuple(_numbers(pair)) for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1))]
-  return [tuple(range(all_devices))]
+    return tuple(tuple(_numbers(pair)) for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1)))
+  return (tuple(range(all_devices)),)
 
 
-def _rows(grid: np.ndarray) -> list[tuple[int, ...]]:
-  return [tuple(int(device) for device in row) for row in grid]
+def _rows(grid: np.ndarray) -> tuple[tuple[int, ...], ...]:
+  return tuple(tuple(int(device) for device in row) for row in grid)
 
 
 def _iota(text: str) -> np.ndarray:

@@ -138,8 +138,8 @@ def _several(times: int, function: Callable[..., Any]) -> Callable[..., Any]:
 def topology(mesh: jax.sharding.Mesh, rates: Rates) -> Topology:
   """The devices of a mesh as a slice of chips that reach these rates."""
   kind = mesh.devices.flat[0].device_kind or mesh.devices.flat[0].platform
-  # What was measured is all that a device sends, in whatever direction: no axis counts as a ring.
-  chip = chips.Chip(kind, rates.flops, rates.bandwidth, 0.0, True, rates.link, math.inf, mesh.size + 1)
+  # What was measured is all that a device sends, in whatever direction.
+  chip = chips.Chip(kind, rates.flops, rates.bandwidth, 0.0, True, rates.link, math.inf)
   return Topology(f"{mesh.devices.flat[0].platform}:{mesh.size}", 1, tuple(mesh.devices.flat), chip)
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from kepo_jax import sampling, sharding
+from kepo_jax import links, sampling, sharding
 from kepo_jax.data import pipeline
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -24,7 +25,15 @@ from kepo_jax.types import Prompts, RunPlan
 
 # Share of a chip's memory that a plan may fill: the compiler keeps some for itself, and allocation is never perfect.
 LIMIT = 0.85
-_OF_A_LAYER = "the decode weights of a layer"  # as its program is called
+# What programs are called.
+_OF_A_LAYER = "the decode weights of a layer"
+_GRADIENTS, _OPTIMIZER, _COMPARISON = "the gradients", "the optimizer", "the comparison of gradients"
+# What a run may need and no plan compiles.
+NOT_COMPILED = (
+  "hints and candidates for more than a quarter of the prompts",
+  "updates with rows that hints have made longer",
+  "the evaluation",
+)
 # Replicated arrays from so many bytes on are worth a question.
 LARGE = 64 * 2**20
 
@@ -59,6 +68,7 @@ class ProgramPlan:
   temporaries: float  # bytes
   resident: float  # bytes of everything that is there while it runs, its arguments included
   cost: hlo.Cost  # of one run
+  code: float = 0.0  # bytes of its instructions, which stay in a chip's memory between its runs
 
   @property
   def total(self) -> float:
@@ -71,7 +81,7 @@ class ProgramPlan:
     return {
       "flops": self.cost.flops / chip.flops,
       "hbm": self.cost.moved / chip.bandwidth,
-      "link": sum(self.cost.sent.values()) / topology.link,
+      "link": sum(map(topology.link_seconds, self.cost.collectives)),
       "network": sum(self.cost.crossed.values()) / chip.network,
     }
 
@@ -94,11 +104,16 @@ class PodPlan:
   failures: dict[str, str]  # phase -> why the compiler refused it
 
   @property
+  def code(self) -> float:
+    """Bytes of all programs, which stay on a chip."""
+    return sum(each.code for each in self.programs)
+
+  @property
   def peak(self) -> float:
-    """Bytes of the fullest program; infinite where one does not compile."""
+    """Bytes of the fullest program, and the code of all; infinite where one does not compile."""
     if self.failures:
       return math.inf
-    return max(each.total for each in self.programs)
+    return max(each.total for each in self.programs) + self.code
 
   @property
   def limit(self) -> float:
@@ -114,6 +129,46 @@ class PodPlan:
   def step_seconds(self) -> float:
     """Projected seconds of a step."""
     return sum(each.runs * each.projected(self.topology) for each in self.programs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """Collectives of one kind along the same axes of the mesh, in one call of a program."""
+
+  kind: str
+  over: tuple[str, ...]  # axes; () where only a transfer between slices is seen
+  sent: float  # bytes that a chip sends in its slice
+  crossed: float  # bytes that it sends to others
+  seconds: float  # on links and network
+
+
+def traffic(program: ProgramPlan, place: Topology, mesh: Mapping[str, int]) -> list[Traffic]:
+  """What a program communicates, by kind and axes, the longest first.
+
+  Args:
+    program: compiled.
+    place: where.
+    mesh: axis -> devices.
+  """
+  found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+  for each in program.cost.collectives:
+    sums = found.setdefault((each.kind, axes_of(each.groups, mesh)), [0.0, 0.0, 0.0])
+    seconds = place.link_seconds(each) + each.crossed / place.chip.network
+    for index, value in enumerate((each.sent, each.crossed, seconds)):
+      sums[index] += value
+  rows = (Traffic(kind, over, *sums) for (kind, over), sums in found.items() if any(sums))
+  return sorted(rows, key=lambda row: -row.seconds)
+
+
+def axes_of(groups: links.Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
+  """The axes of a mesh along which the members of a group differ.
+
+  Args:
+    groups: of devices, numbered along the axes, the last one fastest.
+    mesh: axis -> devices.
+  """
+  members = [np.stack(np.unravel_index(group, tuple(mesh.values()))) for group in groups]
+  return tuple(name for axis, name in enumerate(mesh) if any(np.ptp(places[axis]) for places in members))
 
 
 def bytes_per_device(tree: Any) -> float:
@@ -190,8 +245,6 @@ class PodRun:
     """
     found: list[ProgramPlan] = []
     failures = {}
-    data, *others = self.mesh.shape.values()
-    topology = dataclasses.replace(topology, axes=(max(1, data // topology.slices), *others))
 
     def seen(phase: str, each: compiling.Compiled) -> None:
       found.append(self._program(phase, each, topology, hint_rounds))
@@ -202,7 +255,7 @@ class PodRun:
         with compiling.watched(functools.partial(seen, phase)):
           try:
             call()
-          except ValueError as error:
+          except compiling.CompilationError as error:
             failures[phase] = str(error)
             if phase == "scoring":  # the update takes what it returns
               break
@@ -213,6 +266,12 @@ class PodRun:
     turns = {"sampling": self.config.sampling.max_new_tokens, "answers": self.config.sampling.max_new_tokens}
     turns |= {"candidates": self.config.sampling.max_new_tokens, "hints": self.config.exploration.hint_tokens}
     loops = token_turns(turns[phase]) if each.name.endswith("sampler") else ()
+    try:
+      cost = hlo.cost(
+        each.executable.as_text(), turns=loops, slices=topology.slices, slice_devices=topology.slice_devices
+      )
+    except ValueError as error:
+      raise ValueError(f"{each.name} ({phase}) compiles, and its text is not understood: {error}") from error
     return ProgramPlan(
       phase=phase,
       name=each.name,
@@ -223,14 +282,18 @@ class PodRun:
       results=float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
       temporaries=float(analysis.temp_size_in_bytes),
       resident=self._resident(phase, each.name),
-      cost=hlo.cost(
-        each.executable.as_text(), turns=loops, slices=topology.slices, slice_devices=topology.slice_devices
-      ),
+      cost=cost,
+      code=float(analysis.generated_code_size_in_bytes),
     )
 
   def _runs(self, name: str) -> float:
     updates = assembly.update_settings(self.config).updates
-    return float(updates if name in ("the gradients", "the optimizer") else 1)
+    compared = 1 / self.config.log.gradients_every if assembly.compares(self.config) else 0.0
+    if name == _COMPARISON:
+      return compared
+    if name == _GRADIENTS:
+      return updates + 2 * compared  # those of each term alone
+    return float(updates if name == _OPTIMIZER else 1)
 
   def _calls(self, name: str) -> int:
     return self.models["student"].config.text.num_hidden_layers if name == _OF_A_LAYER else 1
@@ -253,10 +316,18 @@ class PodRun:
       total += sum(
         bytes_per_device(each.hidden) + (bytes_per_device(each.head) if on_host else 0.0) for each in targets
       )
-      if name == "the optimizer":
-        frozen_parts = assembly.frozen_parts(self.config)
-        total += bytes_per_device({name: x for name, x in self.state.params.items() if name not in frozen_parts})
+      total += self._gradients_beside(name) * bytes_per_device(self._trained())
     return total
+
+  def _trained(self) -> dict[str, Any]:
+    frozen = assembly.frozen_parts(self.config)
+    return {name: x for name, x in self.state.params.items() if name not in frozen}
+
+  def _gradients_beside(self, name: str) -> int:
+    """Sets of gradients that are there while a program of the update runs."""
+    # From time to time those of one term wait for those of the other.
+    waiting = 1 if assembly.compares(self.config) else 0
+    return {_OPTIMIZER: 1, _GRADIENTS: waiting, _COMPARISON: 2}.get(name, 0)
 
   def phases(self) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name of a phase, and the calls that compile it."""
@@ -273,7 +344,11 @@ class PodRun:
     if checks.teacher_answers(config):
       yield "answers", lambda: self.programs.answer(self.prompts(count, usual), self._key)
     yield "scoring", self.targets
-    yield "update", lambda: self.programs.update.rehearse(self.state, self.experience(), self.targets(), compare=False)
+    compare = assembly.compares(config)
+    yield (
+      "update",
+      lambda: self.programs.update.rehearse(self.state, self.experience(), self.targets(), compare=compare),
+    )
 
   def actor(self) -> Any:
     """Shapes of the student's decode weights."""
@@ -308,7 +383,7 @@ def plan(
   mesh = topology.mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   models = {role: benchmark.model_config(config.model[role]) for role in ("student", "teacher")}
   run = PodRun(config, models, mesh, bucket_sizes(config))
-  return run.plan(topology, hint_rounds=hint_rounds, compiled=compiled)
+  return run.plan(topology.laid(mesh), hint_rounds=hint_rounds, compiled=compiled)
 
 
 def record(config: Any, plan: PodPlan) -> dict[str, Any]:
@@ -326,8 +401,9 @@ def record(config: Any, plan: PodPlan) -> dict[str, Any]:
     "new_tokens": config.sampling.max_new_tokens,
     "fits": plan.fits,
     "peak_bytes": None if plan.failures else plan.peak,
+    "code_bytes": plan.code,
     "chip_bytes": place.chip.memory,
-    "step_seconds": plan.step_seconds,
+    "step_seconds": None if plan.failures else plan.step_seconds,
     "failures": plan.failures,
     "programs": [
       {
@@ -345,6 +421,7 @@ def record(config: Any, plan: PodPlan) -> dict[str, Any]:
         "moved": each.cost.moved,
         "sent": each.cost.sent,
         "crossed": each.cost.crossed,
+        "traffic": [dataclasses.asdict(row) for row in traffic(each, place, plan.mesh)],
         "floors": each.floors(place),
         "projected": each.projected(place),
       }
@@ -359,12 +436,13 @@ def token_turns(tokens: int) -> tuple[int, ...]:
   return tuple(after - before for before, after in zip((1, *lengths), lengths, strict=False))
 
 
-def smaller(config: Any, devices: int) -> Iterator[tuple[dict[str, Any], Any]]:
+def smaller(config: Any, devices: int, slices: int = 1) -> Iterator[tuple[dict[str, Any], Any]]:
   """Changes of a config that make it smaller on each device, from the least to the largest: (fields, changed config).
 
   Args:
     config: of the run.
     devices: of the topology.
+    slices: of it, over which only the data axis may extend.
   """
   mesh, batch = config.mesh, config.batch
   steps: list[dict[str, Any]] = []
@@ -373,7 +451,7 @@ def smaller(config: Any, devices: int) -> Iterator[tuple[dict[str, Any], Any]]:
     {"mesh.data": devices // (fsdp * tensor), "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     for tensor in (mesh.tensor, *split)
     for fsdp in (2**n for n in range(12))
-    if devices % (fsdp * tensor) == 0 and fsdp * tensor > mesh.fsdp * mesh.tensor
+    if devices % (fsdp * tensor * slices) == 0 and fsdp * tensor > mesh.fsdp * mesh.tensor
   ]
   steps += [{"batch.micro_batches": n} for n in (2, 4, 8, 16, 32, 64) if batch.micro_batches < n <= batch.prompts]
   steps += [{"model.remat": "full"}] if config.model.remat == "none" else []
@@ -399,6 +477,6 @@ def suggestion(config: Any, estimated: Callable[[Any], RunPlan], plan: PodPlan) 
   now = memory.estimate(estimated(config))["peak"]
   # The estimate is off by what the compiler shows, where everything compiled.
   factor = plan.peak / now if math.isfinite(plan.peak) else 1.0
-  for fields, changed in smaller(config, len(plan.topology.devices)):
+  for fields, changed in smaller(config, len(plan.topology.devices), plan.topology.slices):
     if factor * memory.estimate(estimated(changed))["peak"] <= plan.limit:
       yield fields, changed

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from kepo_jax import sharding
-from kepo_jax.planning import chips
+from kepo_jax import links, sharding
+from kepo_jax.planning import chips, hlo
 
 # As the compiler calls them; other shapes of these generations work as well.
 EXAMPLES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v6e:4x4", "v5p:4x4x4", "v4:4x4x4", "tpu7x:4x4x4")
@@ -29,7 +29,7 @@ class Topology:
   slices: int
   devices: tuple[Any, ...]  # that programs can be compiled for, and cannot run on
   chip: chips.Chip  # one of them
-  axes: tuple[int, ...] = ()  # sizes of the mesh axes inside a slice, where they are known
+  torus: links.Torus | None = None  # where the devices of a mesh lie in it, where that is known
 
   @property
   def slice_devices(self) -> int:
@@ -41,16 +41,16 @@ class Topology:
     """Name, with the number of slices."""
     return f"{self.slices} x {self.name}" if self.slices > 1 else self.name
 
-  @property
-  def link(self) -> float:
-    """bytes/s at which a collective along one axis of the mesh moves: both ways round where all of them are rings.
+  def laid(self, mesh: jax.sharding.Mesh) -> "Topology":
+    """With a mesh of its devices laid over it, so that collectives are charged for the links that they use."""
+    return dataclasses.replace(self, torus=links.torus(list(mesh.devices.flat)))
 
-    The axes of a slice are rings from a length on, and those of a mesh where they take whole axes of the slice: one of
-    8 chips on v5e:16x16 is an open line.
-    """
-    shortest = min(_shape(self.name))
-    whole = all(size % shortest == 0 for size in self.axes if size > 1)
-    return self.chip.link * (2 if shortest >= self.chip.ring and whole else 1)
+  def link_seconds(self, collective: hlo.Collective) -> float:
+    """Seconds of a collective on the links of a slice; without a mesh laid over it, at the rate of one of them."""
+    if not self.torus or not collective.groups:
+      return collective.sent / self.chip.link
+    cores = 1 + max(place[-1] for place in self.torus.places)  # each has its share of a link on the data sheet
+    return collective.size * self.torus.busiest(collective.kind, collective.groups) / (cores * self.chip.link)
 
   def mesh(self, data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
     """The mesh of a run on it, as `sharding.make_mesh` makes it there.
@@ -94,7 +94,9 @@ def topology(name: str, slices: int = 1) -> Topology:
     raise ValueError(
       "planning for a TPU needs its compiler: pip install -r requirements-tpu.txt, or `make plan`, which does it."
     ) from None
-  settings = {"num_slices": slices} if slices > 1 else {}
+  settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+  if name.startswith("v4:"):  # JAX shows the two cores of this chip as one device
+    settings["chip_config_name"] = "megacore"
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
   except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:

@@ -51,6 +51,12 @@ def frozen_parts(config: Any) -> tuple[str, ...]:
   return ("visual",) if config.model.freeze_vision else ()
 
 
+def compares(config: Any) -> bool:
+  """Whether there are two terms whose gradients are compared from time to time."""
+  objective = config.objective
+  return bool(config.log.gradients_every and objective.policy_weight and objective.distill_weight)
+
+
 def lora_config(fields: Any) -> LoraConfig | None:
   """The matrices that `config.model` asks for; None where all weights are trained."""
   if not fields.lora_rank:

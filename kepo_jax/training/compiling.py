@@ -54,6 +54,10 @@ def watched(seen: Callable[[Compiled], None]) -> Iterator[None]:
     _WATCHER.reset(token)
 
 
+class CompilationError(ValueError):
+  """The compiler refuses a program."""
+
+
 class Program:
   """A jitted function; called with shapes, it compiles for them instead and returns the shapes of its results."""
 
@@ -74,7 +78,7 @@ class Program:
     """The function's results, or their shapes.
 
     Raises:
-      ValueError: it cannot be compiled for these shapes; says which, and the way out.
+      CompilationError: it cannot be compiled for these shapes; says which, and the way out.
     """
     if not is_abstract((arguments, named)):
       return self._jitted(*arguments, **named)
@@ -97,7 +101,7 @@ class Program:
       lowered = self._jitted.lower(*arguments, **named)
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-      raise ValueError(
+      raise CompilationError(
         f"compiling {self._name} for {_described((arguments, named))} failed: {error}. If memory is short, lower "
         "batch.prompts, eval.prompts or the largest of data.prompt_buckets and data.patch_buckets, or raise "
         "batch.micro_batches, mesh.fsdp or mesh.tensor."

@@ -66,8 +66,7 @@ class Run:
   @property
   def compares(self) -> bool:
     """Whether there are two terms whose gradients are compared from time to time."""
-    objective = self.config.objective
-    return bool(self.config.log.gradients_every and objective.policy_weight and objective.distill_weight)
+    return assembly.compares(self.config)
 
   def distill_weight(self, done: int) -> float:
     """lambda in the step after `done` steps."""

@@ -1,7 +1,11 @@
+import contextlib
 import io
 import json
 
+import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from rich.console import Console
 
 from experiments.configs import kepo_medvqa
@@ -21,8 +25,27 @@ def plan_pods(program):
   return program("experiments.plan_pods")
 
 
+@pytest.fixture
+def run_main(monkeypatch):
+  """Calls the main of a program with arguments."""
+  monkeypatch.setattr("experiments.environment.prepare", lambda: None)
+  cached = jax.config.jax_enable_compilation_cache
+
+  def run(module, arguments):
+    with flagsaver.flagsaver():
+      flags.FLAGS.unparse_flags()
+      flags.FLAGS([module.__name__, *arguments])
+      module.main([])
+
+  yield run
+  jax.config.update("jax_enable_compilation_cache", cached)
+
+
 def gradients(total=1e10, name="the gradients"):
-  collectives = (hlo.Collective("all-gather", 4e9, group=4), hlo.Collective("all-reduce", 8e9, group=4, slices=2))
+  collectives = (
+    hlo.Collective("all-gather", 4e9, group=4, groups=((0, 1, 2, 3),)),
+    hlo.Collective("all-reduce", 8e9, group=4, slices=2, groups=((0, 8, 16, 24),)),
+  )
   cost = hlo.Cost(1.97e14, 8.19e10, collectives)
   return pods.ProgramPlan("update", name, 1.0, 1, 61.0, 2e9, 1e9, 3e9, total - 4e9, cost)
 
@@ -41,10 +64,12 @@ def test_the_verdict_says_what_does_not_fit(plan_pod):
   assert (
     plan_pod.verdict(plan_of(gradients()))[0] == "fits: at most 10.0 GB per chip, within 85% of the 16.0 GB of a chip"
   )
-  (reason, _) = plan_pod.verdict(plan_of(gradients(), gradients(15e9, "the optimizer")))
+  reason, step, left = plan_pod.verdict(plan_of(gradients(), gradients(15e9, "the optimizer")))
   assert reason.startswith(
     "does not fit: the optimizer needs 15.0 GB per chip (11.0 GB that is there, 3.0 GB of its own"
   )
+  assert step.startswith("a step takes 5.0 s by this model")
+  assert left.startswith("not compiled: hints and candidates for more than a quarter of the prompts; ")
   (refused,) = plan_pod.verdict(plan_of(gradients(), hints="compiling failed:\n  out of memory"))
   assert refused == "does not compile: hints: compiling failed: out of memory"
 
@@ -52,7 +77,7 @@ def test_the_verdict_says_what_does_not_fit(plan_pod):
 def test_the_tables_hold_the_figures(plan_pod):
   plan = plan_of(gradients())
   memory, time, sent = (printed(make(plan)) for make in (plan_pod.memory_table, plan_pod.time_table,
-                                                          plan_pod.collective_table))  # fmt: skip
+                                                          plan_pod.traffic_table))  # fmt: skip
   assert "2 x v5e:4x4, 32 x TPU v5e; data 2 x fsdp 2 x tensor 8" in memory
   row = next(line for line in memory.splitlines() if "gradients" in line)
   assert [cell.strip() for cell in row.split("│")[2:-1]] == ["61", "2.00", "3.00", "1.00", "10.00", "62"]
@@ -60,8 +85,11 @@ def test_the_tables_hold_the_figures(plan_pod):
   row = next(line for line in time.splitlines() if "gradients" in line)
   cells = [cell.strip() for cell in row.split("│")[2:-1]]
   assert cells == ["197", "81.9", "15", "1.000", "0.100", "0.220", "1.280", "1", "2.50"]
-  row = next(line for line in sent.splitlines() if "gradients" in line)
-  assert [cell.strip() for cell in row.split("│")[2:-1]] == ["3.000", "12.000", "4.000"]
+  rows = [[cell.strip() for cell in line.split("│")[2:-1]] for line in sent.splitlines() if "gradients" in line]
+  assert rows == [
+    ["all-reduce", "data, fsdp", "8.000", "4.000", "1.440"],
+    ["all-gather", "tensor", "3.000", "0.000", "0.060"],
+  ]
 
 
 def test_a_record_is_json_with_everything_in_it():
@@ -87,6 +115,61 @@ def test_a_suggestion_is_compiled_before_it_is_made(plan_pod, monkeypatch):
   found = plan_pod.suggested(config, plan_of(gradients(14e9)), console)
   said = console.file.getvalue()
   assert len(tried) == 2 and found["fits"] and said.count("trying --config.") == 2 and "fits with --config." in said
+
+
+def test_a_search_without_success_says_how_far_it_went(plan_pod, monkeypatch):
+  config = kepo_medvqa.get_config()
+  config.mesh.data = 32
+  monkeypatch.setattr(plan_pod, "planned", lambda changed, place, console: plan_of(gradients(15e9)))
+  console = Console(width=200, file=io.StringIO())
+  assert plan_pod.suggested(config, plan_of(gradients(14e9)), console) is None
+  assert "none of the 3 changes that were tried is enough; take more chips" in console.file.getvalue()
+  assert plan_pod.suggested(config, plan_of(gradients(1e15)), console) is None
+  assert "no change should be enough by estimate; take more chips" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("total", "status"), [(1e10, 0), (15e9, 3)])
+def test_the_figures_are_kept_before_a_change_is_looked_for(plan_pod, run_main, monkeypatch, tmp_path, total, status):
+  found = tmp_path / "plan.json"
+  monkeypatch.setattr(plan_pod.topologies, "topology", lambda name, slices: PLACE)
+  monkeypatch.setattr(plan_pod, "planned", lambda config, place, console: plan_of(gradients(total)))
+  seen = []
+
+  def suggested(config, plan, console):
+    seen.append(json.loads(found.read_text()))
+    return {"fields": {}}
+
+  monkeypatch.setattr(plan_pod, "suggested", suggested)
+  with pytest.raises(SystemExit, match="3") if status else contextlib.nullcontext():
+    run_main(plan_pod, [f"--json={found}"])
+  record = json.loads(found.read_text())
+  assert record["fits"] == (not status) and record.get("suggestion") == ({"fields": {}} if status else None)
+  assert [each["peak_bytes"] for each in seen] == [total] * bool(status)
+
+
+def test_a_kept_plan_is_made_again_if_what_it_depends_on_has_changed(plan_pods, run_main, monkeypatch, tmp_path):
+  monkeypatch.setattr(plan_pods, "PLANS", {"2 x v5e:4x4": {"batch.micro_batches": 4}})
+  monkeypatch.setattr(plan_pods.importlib.metadata, "version", lambda name: versions[name])
+  versions, made = {"jax": "1", "libtpu": "2"}, []
+
+  def planned(name, config, console):
+    made.append(config.batch.micro_batches)
+    return pods.record(config, plan_of(gradients()))
+
+  monkeypatch.setattr(plan_pods, "planned", planned)
+
+  def plan(*more):
+    run_main(plan_pods, [f"--output={tmp_path}", *more])
+    return json.loads((tmp_path / "2xv5e_4x4.json").read_text())["made_with"]
+
+  first = plan()
+  assert plan() == first and made == [4] and (first["jax"], first["libtpu"]) == ("1", "2")
+  versions["libtpu"] = "3"
+  assert plan() == first | {"libtpu": "3"} and made == [4, 4]
+  monkeypatch.setitem(plan_pods.PLANS, "2 x v5e:4x4", {"batch.micro_batches": 2})
+  assert plan()["config"] != first["config"] and made == [4, 4, 2]
+  plan("--again")
+  assert made == [4, 4, 2, 2]
 
 
 def test_every_plan_of_the_table_is_a_run(plan_pods):

@@ -106,13 +106,13 @@ def test_what_crosses_slices_is_counted_apart(mesh_of):
 @pytest.mark.parametrize(
   ("written", "expected"),
   [
-    ("replica_groups={{0,2},{1,3}}", [(0, 2), (1, 3)]),
-    ("replica_groups=[2,2]<=[4]", [(0, 1), (2, 3)]),
-    ("replica_groups=[2,2]<=[2,2]T(1,0)", [(0, 2), (1, 3)]),
-    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [(0, 2), (1, 3)]),
-    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [(0, 1, 2, 3)]),
-    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [(0, 2), (1, 3)]),
-    ("source_target_pairs={{0,1},{1,2}}", [(0, 1), (1, 2)]),
+    ("replica_groups={{0,2},{1,3}}", ((0, 2), (1, 3))),
+    ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
+    ("replica_groups=[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", ((0, 2), (1, 3))),
+    ("source_target_pairs={{0,1},{1,2}}", ((0, 1), (1, 2))),
   ],
 )
 def test_groups_in_every_spelling(written, expected):
@@ -171,8 +171,9 @@ def test_a_program_of_a_tpu_by_hand():
   cost = hlo.cost(TPU)
   assert cost.flops == 2 * 8 * 64 * 32 + 2 * 4 * 8 * 8 * 16
   assert cost.sent == {"all-gather": 2 * 64 * 32 * 3 / 4}  # in its start and in its end, and once
-  # b twice, the gathered weights written and read; what lies in the chip's own memory moves nothing.
-  assert cost.moved == 2 * (2 * 4 * 8 * 16) + 2 * (2 * 64 * 32)
+  # b twice, the own part of the weights read, all of them written and read; what lies in the chip's own memory moves
+  # nothing.
+  assert cost.moved == 2 * (2 * 4 * 8 * 16) + 2 * 16 * 32 + 2 * (2 * 64 * 32)
 
 
 def test_what_a_tpu_sends_to_other_slices_by_hand():
@@ -186,6 +187,58 @@ def test_what_a_tpu_sends_to_other_slices_by_hand():
   cost = hlo.cost(sent, slices=4, slice_devices=8)
   size = 4 * 256 * 64
   assert cost.sent == {} and cost.crossed == {"all-reduce": 2 * size * 3 / 4, "all-gather": size * 3}
+
+
+def test_kinds_that_go_between_slices_by_hand():
+  exchange = hlo.Collective("all-to-all", 8e9, group=8, slices=2)  # a part of 1 GB for each of 8 devices
+  assert (exchange.sent, exchange.crossed) == (3e9, 4e9)
+  for kind in ("collective-permute", "one-to-one"):
+    assert hlo.Collective(kind, 1e9, 2, 2).crossed == 1e9 and hlo.Collective(kind, 1e9, 2, 2).sent == 0
+
+
+def started(kind, operand, result, more=""):
+  return f"""ENTRY %main (a: {operand}) -> {result} {{
+  %a = {operand}{{0}} parameter(0)
+  %moving = ({operand}{{0}}, {result}{{0}}) {kind}-start(%a), channel_id=1, {more}
+  ROOT %out = {result}{{0}} {kind}-done(%moving)
+}}
+"""
+
+
+@pytest.mark.parametrize(
+  ("kind", "result", "more"),
+  [("all-gather", "f32[64]", "replica_groups=[1,4]<=[4], dimensions={0}"),
+   ("collective-permute", "f32[16]", "source_target_pairs={{0,1},{1,0}}")],
+)  # fmt: skip
+def test_what_a_collective_moves_does_not_depend_on_its_spelling(kind, result, more):
+  later = started(kind, "f32[16]", result, more)
+  at_once = later.replace(f"(f32[16]{{0}}, {result}{{0}}) {kind}-start", f"{result}{{0}} {kind}")
+  at_once = at_once.replace(
+    f"ROOT %out = {result}{{0}} {kind}-done(%moving)", f"ROOT %out = {result}{{0}} copy(%moving)"
+  )
+  whole = 4 * int(result[4:-1])
+  assert hlo.cost(later).moved == 4 * 16 + whole  # read and written
+  assert hlo.cost(at_once).moved == 4 * 16 + whole + 2 * whole  # and copied
+  assert hlo.cost(later).sent == hlo.cost(at_once).sent
+
+
+def test_of_branches_without_products_the_one_that_sends_counts():
+  text = """%quiet (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+%sends (q: f32[8]) -> f32[8] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %sum = f32[8]{0} all-reduce(%q), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+}
+
+ENTRY %main (i: s32[], a: f32[8]) -> f32[8] {
+  %i = s32[] parameter(0)
+  %a = f32[8]{0} parameter(1)
+  ROOT %out = f32[8]{0} conditional(%i, %a, %a), branch_computations={%quiet, %sends}
+}
+"""
+  assert hlo.cost(text).sent == {"all-reduce": 2 * 4 * 8 * 3 / 4}
 
 
 # As the compiler of a TPU writes a product whose weight is cut over 8 chips: its parts go round, beside the products of
@@ -263,8 +316,9 @@ def test_a_product_in_parts_by_hand():
     "collective-permute": 4 * (2 * 32 * 2 * 8),
     "all-gather": 2 * 64 * 4 * 7 / 8,  # goes on in both turns, and is sent once
   }
-  # Each step reads a part of x, and nothing of its padding; the gathered weights are written once. Counters on top.
-  assert cost.moved == pytest.approx(4 * (2 * 16 * 8) + 2 * 64 * 4, abs=100)
+  # Each step reads a part of x, and nothing of its padding; the own part of the gathered weights is read once, and all
+  # of them are written. Counters on top.
+  assert cost.moved == pytest.approx(4 * (2 * 16 * 8) + 2 * 8 * 4 + 2 * 64 * 4, abs=100)
 
 
 def test_a_loop_whose_step_is_not_seen_is_not_guessed():
@@ -345,7 +399,10 @@ ENTRY %main (a: bf16[64,32], b: bf16[16,64], c: f32[4]) -> (bf16[8,32], bf16[16,
 
 
 def test_several_arrays_in_one_collective_by_hand():
-  assert hlo.cost(SUMS).sent == {
+  cost = hlo.cost(SUMS)
+  # The sums that are scattered come from the chip's own memory: an eighth of each is written. The others lie in HBM.
+  assert cost.moved == 2 * (64 * 32 + 16 * 64) / 8 + 2 * (4 * 4 + 4 * 4) + 2 * (4 * 4 + 4 * 32)
+  assert cost.sent == {
     "reduce-scatter": 2 * (64 * 32 + 16 * 64) * 7 / 8,
     "all-reduce": 2 * (2 * 4 * 4) * 7 / 8,  # on the same channel, and another one
     "all-gather": (2 * 4 * 32) * 7 / 8,

@@ -14,7 +14,7 @@ from kepo_jax.training import compiling, forward, programs
 from tests.planning.test_memory import SMALL
 
 LENGTHS = pods.Sizes(prompt_tokens=64, hinted_tokens=128, patches=64)
-CHIP = chips.Chip("a chip", 1e12, 1e11, 1e9, link=1e9, network=1e8, ring=4)
+CHIP = chips.Chip("a chip", 1e12, 1e11, 1e9, link=1e9, network=1e8)
 # Dimensions that divide over every mesh here.
 EVEN = dataclasses.replace(
   SMALL,
@@ -66,8 +66,17 @@ def test_every_program_of_a_step_compiles(plan):
     ("scoring", "scoring by a frozen model"),
     ("update", "the inputs of the loss"),
     ("update", "the gradients"),
+    ("update", "the comparison of gradients"),
     ("update", "the optimizer"),
   ]
+  runs = {each.name: each.runs for each in plan.programs if each.phase == "update"}
+  # Every 20th step computes the gradients of two terms as well, and compares them.
+  assert runs == {
+    "the inputs of the loss": 1,
+    "the gradients": 1.1,
+    "the comparison of gradients": 0.05,
+    "the optimizer": 1,
+  }
   assert {each.runs for each in plan.programs if each.phase in ("hints", "candidates")} == {2}
   # The student decodes from a copy, since its own weights are cut over fsdp. The teacher's are as well, and stay.
   layers = [each for each in plan.programs if each.name == "the decode weights of a layer"]
@@ -97,20 +106,70 @@ def test_what_is_there_while_a_program_runs(plan, mesh_of):
   gradients = found(plan, "update", "the gradients")
   optimizer = found(plan, "update", "the optimizer")
   assert gradients.results == pytest.approx(weights, rel=0.01)  # and figures
-  assert optimizer.resident - gradients.resident == weights
+  comparison = found(plan, "update", "the comparison of gradients")
+  # The gradients of one term wait for those of the other.
+  assert optimizer.resident == gradients.resident == comparison.resident - weights
+  alone = run_of(run.mesh, log__gradients_every=0)
+  with alone._in_force():
+    assert alone._resident("update", "the gradients") == gradients.resident - weights
   for each in plan.programs:
     assert 0 < each.arguments < 1.05 * each.resident
     assert each.total == each.resident + each.temporaries + each.results
+  coded = dataclasses.replace(plan, programs=(dataclasses.replace(gradients, code=5.0), optimizer))
+  assert coded.peak == max(gradients.total, optimizer.total) + 5 + optimizer.code
 
 
 def test_the_step_is_the_sum_of_its_floors(plan):
   program = hlo.Cost(2e12, 3e11, (hlo.Collective("all-reduce", 1e9, group=8, slices=2),))
   each = pods.ProgramPlan("update", "a program", 3.0, 2, 1.0, 2.0, 0.0, 0.0, 0.0, program)
   floors = each.floors(plan.topology)
-  # A ring of 4 in the slice, one way: an axis of 2 chips is not closed. A quarter crosses.
+  # A ring of 4 in the slice, at the rate of a link. A quarter crosses.
   assert floors == {"flops": 2.0, "hbm": 3.0, "link": 1.5, "network": 2.5}
   assert each.projected(plan.topology) == 2 * (3.0 + 1.5 + 2.5)
   assert plan.step_seconds == sum(each.runs * each.projected(plan.topology) for each in plan.programs)
+
+
+def test_traffic_by_kind_and_axes():
+  place = topologies.Topology("v0:2x4", 2, tuple(range(8)), CHIP)
+  mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+  rows = ((0, 1), (2, 3), (4, 5), (6, 7))
+  collectives = (
+    hlo.Collective("all-gather", 1e9, 2, groups=((0, 2), (1, 3), (4, 6), (5, 7))),
+    hlo.Collective("all-reduce", 2e9, 2, groups=rows),
+    hlo.Collective("all-reduce", 1e9, 2, groups=rows),
+    hlo.Collective("all-reduce", 1e9, 8, 2, groups=(tuple(range(8)),)),
+    hlo.Collective("collective-permute", 5e8, 2, groups=((0, 1), (1, 0))),
+    hlo.Collective("one-to-one", 1e7, 2, 2),
+  )
+  program = pods.ProgramPlan("update", "a program", 1, 1, 0, 0, 0, 0, 0, hlo.Cost(0, 0, collectives))
+  found = pods.traffic(program, place, mesh)
+  assert [(row.kind, row.over, row.sent, row.crossed) for row in found] == [
+    ("all-reduce", ("data", "fsdp", "tensor"), 1.5e9, 2.5e8),
+    ("all-reduce", ("tensor",), 3e9, 0),
+    ("all-gather", ("fsdp",), 5e8, 0),
+    ("collective-permute", ("tensor",), 5e8, 0),
+    ("one-to-one", (), 0, 1e7),
+  ]
+  assert [row.seconds for row in found] == [4.0, 3.0, 0.5, 0.5, 0.1]
+  floors = program.floors(place)
+  assert sum(row.seconds for row in found) == pytest.approx(floors["link"] + floors["network"])
+
+
+def test_what_is_compiled_and_not_understood_is_no_refusal_of_the_compiler(mesh_of, monkeypatch):
+  run = run_of(mesh_of(fsdp=2))
+  monkeypatch.setattr(pods, "token_turns", lambda tokens: ())
+  with pytest.raises(
+    ValueError, match=r"the student's sampler \(sampling\) compiles, and its text is not understood: 1 l"
+  ):
+    plan_of(run)
+
+
+def test_changes_for_several_slices_leave_each_its_share_of_data():
+  config = config_of(batch__micro_batches=1, mesh__data=8)
+  for slices in (1, 2):
+    meshes = [changed.mesh for fields, changed in pods.smaller(config, 8, slices) if "mesh.data" in fields]
+    assert min(mesh.data for mesh in meshes) == slices
+    assert all(mesh.data * mesh.fsdp * mesh.tensor == 8 and mesh.data % slices == 0 for mesh in meshes)
 
 
 def test_flops_per_device_fall_with_data_and_with_fsdp(mesh_of):
@@ -292,14 +351,60 @@ def test_what_a_program_makes_whole_is_seen(mesh_of, monkeypatch):
   assert ("the optimizer", table) in whole_in(run_of(mesh, **small), 2**15)
 
 
-def test_the_teacher_decodes_without_the_fsdp_axis_and_the_list_of_what_is_whole_is_short(mesh_of):
-  run = paper_run(mesh_of(fsdp=2, tensor=4))
-  shapes = jax.eval_shape(model.separated, model.abstract_params(SIZES["Qwen3-VL-2B"], jnp.bfloat16))
-  axes = model.separated_axes(SIZES["Qwen3-VL-2B"])
-  places = sharding.weight_shardings(run.mesh, shapes, axes, "decode")
-  copies = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
-  # The vision tower is not split over tensor, and runs once per prompt.
-  assert {path.split("]")[0] for path in pods.replicated(copies)} <= {"['visual'"}
+def stored(run):
+  """What a step holds, and over how many devices its arrays should be cut: name -> (tree, devices, of a vision tower).
+
+  Weights and moments over fsdp and tensor, a vision tower over fsdp alone; rows over data and fsdp.
+  """
+  sizes = dict(run.mesh.shape)
+  every, rows = sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"]
+  with run._in_force():
+    return {
+      "state": ((run.state.params, run.state.opt_state), every, sizes["fsdp"]),
+      "teacher": (run.models["teacher"].params, every, sizes["fsdp"]),
+      "batch": (run.experience(), rows, rows),
+    }
+
+
+def made(run):
+  """The same of what its programs return: a copy that decodes, over tensor alone and its vision tower whole."""
+  sizes = dict(run.mesh.shape)
+  rows = sizes["data"] * sizes["fsdp"]
+  with run._in_force():
+    return {
+      "decode": (run.actor(), sizes["tensor"], 1),
+      "hidden": ([each.hidden for each in run.targets()], rows, rows),
+    }
+
+
+def uneven(trees):
+  """Names of the trees that are cut less than that; what has one axis is not."""
+  names = set()
+  for name, (tree, cut, tower) in trees.items():
+    large = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree) if leaf.ndim > 1]
+    least = sum(
+      leaf.size * leaf.dtype.itemsize / (tower if "visual" in jax.tree_util.keystr(path) else cut)
+      for path, leaf in large
+    )
+    if pods.bytes_per_device([leaf for _, leaf in large]) > 1.01 * least:
+      names.add(name)
+  return names
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}])
+def test_what_the_paper_holds_is_cut_as_far_as_the_table_says(mesh_of, axes):
+  assert uneven(stored(paper_run(mesh_of(**axes), batch__prompts=16))) == set()
+
+
+def test_an_axis_that_is_no_longer_cut_is_seen(mesh_of, monkeypatch):
+  monkeypatch.setitem(sharding.WEIGHT_RULES["train"], "mlp", None)
+  assert uneven(stored(paper_run(mesh_of(fsdp=2, tensor=4), batch__prompts=16))) == {"state", "teacher"}
+
+
+@pytest.mark.parametrize("axis", ["", "kv_heads"])
+def test_copies_and_scores_are_cut_as_far_as_the_table_says(mesh_of, monkeypatch, axis):
+  monkeypatch.setitem(sharding.WEIGHT_RULES["decode"], axis, None)
+  assert uneven(made(run_of(mesh_of(data=2, fsdp=2, tensor=2), batch__prompts=16))) == ({"decode"} if axis else set())
 
 
 def test_turns_of_the_loops_of_a_sampler():
@@ -317,7 +422,7 @@ def test_what_does_not_compile_is_told(mesh_of, monkeypatch):
   run = run_of(mesh_of(fsdp=2))
 
   def refused(*arguments):
-    raise ValueError("compiling the teacher's sampler failed: out of memory")
+    raise compiling.CompilationError("compiling the teacher's sampler failed: out of memory")
 
   changed = dataclasses.replace(run.programs, hint=refused, targets=refused)
   monkeypatch.setattr(run, "programs", changed)
