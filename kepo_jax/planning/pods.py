@@ -417,6 +417,7 @@ def record(config: Any, plan: PodPlan) -> dict[str, Any]:
         "temporaries": each.temporaries,
         "resident": each.resident,
         "total": each.total,
+        "code": each.code,
         "flops": each.cost.flops,
         "moved": each.cost.moved,
         "sent": each.cost.sent,
