@@ -1,4 +1,4 @@
-"""Plans the paper's run for the slices of docs/pods.md, and prints its table: `make plan`.
+"""Plans the paper's run for the slices of docs/pods.md, and prints its tables: `make plan`.
 
 Each plan is the command that `experiments.plan_pod` would take, so one of them can be run alone. Half an hour to an
 hour on 2 cores. With --output every plan is kept as JSON as soon as it is made. A kept plan is made again if its config
@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   records = []
   for name, fields in PLANS.items():
-    path = folder / (name.replace(" ", "").replace(":", "_") + ".json")
+    path = file_of(folder, name)
     config = kepo_medvqa.get_config()
     config.update_from_flattened_dict(fields)
     made_with = origin(config)
@@ -58,6 +58,13 @@ def main(_: list[str]) -> None:
       storage.write_text(path, json.dumps(kept, indent=2) + "\n")
     records.append(kept)
   print(table(records))
+  print()
+  print(shares(records))
+
+
+def file_of(folder: pathlib.Path, name: str) -> pathlib.Path:
+  """Where the plan of a topology is kept."""
+  return folder / (name.replace(" ", "").replace(":", "_") + ".json")
 
 
 def origin(config: Any) -> dict[str, str]:
@@ -78,22 +85,21 @@ def planned(name: str, config: Any, console: Console) -> dict[str, Any]:
 
 def table(records: list[dict[str, Any]]) -> str:
   """Markdown: a row per plan."""
-  columns = ["slices", "mesh (data, fsdp, tensor)", "prompts", "peak GB per chip", "% of HBM", "GB sent per step"]
-  columns += ["of it between slices", "longest compilation s", "projected step s", "fits"]
-  lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
+  columns = ["slices", "mesh (data, fsdp, tensor)", "prompts", "micro-batches", "peak GB per chip", "% of HBM"]
+  columns += ["GB sent per step", "of it between slices", "longest compilation s", "projected step s", "fits"]
+  rows = []
   for each in records:
-    programs = each["programs"]
+    programs, peak = each["programs"], each["peak_bytes"]
 
     def total(kind: str, programs: list[dict[str, Any]] = programs) -> float:
       return sum(one["runs"] * one["calls"] * sum(one[kind].values()) for one in programs)
 
-    peak = each["peak_bytes"]
-    several = f"{each['slices']} x " if each["slices"] > 1 else ""
-    lines.append(
+    rows.append(
       [
-        f"{several}{each['topology']}",
+        label(each),
         ", ".join(str(size) for size in each["mesh"].values()),
         str(each["prompts"]),
+        str(each["micro_batches"]),
         f"{peak / 1e9:.1f}" if peak else "does not compile",
         f"{100 * peak / each['chip_bytes']:.0f}" if peak else "",
         f"{(total('sent') + total('crossed')) / 1e9:.0f}",
@@ -103,6 +109,39 @@ def table(records: list[dict[str, Any]]) -> str:
         "yes" if each["fits"] else "no",
       ]
     )
+  return markdown(columns, rows)
+
+
+def shares(records: list[dict[str, Any]]) -> str:
+  """Markdown: seconds of the projected step of each plan that compiles, by what they are spent on."""
+  names = ("work", "tensor", "fsdp", "data")
+  columns = ["slices", "arithmetic or HBM", "links, over tensor", "links, over fsdp", "over data and slices"]
+  return markdown(
+    columns,
+    [[label(each), *(f"{spent(each)[name]:.2f}" for name in names)] for each in records if not each["failures"]],
+  )
+
+
+def spent(record: dict[str, Any]) -> dict[str, float]:
+  """Seconds of a step of a plan: of work, and of collectives by the axis over which they extend, the outermost one."""
+  seconds = {"work": 0.0, "tensor": 0.0, "fsdp": 0.0, "data": 0.0}
+  for each in record["programs"]:
+    times = each["runs"] * each["calls"]
+    seconds["work"] += times * max(each["floors"]["flops"], each["floors"]["hbm"])
+    for row in each["traffic"]:
+      seconds[row["over"][0] if row["over"] else "data"] += times * row["seconds"]
+  return seconds
+
+
+def label(record: dict[str, Any]) -> str:
+  """What a plan is for."""
+  several = f"{record['slices']} x " if record["slices"] > 1 else ""
+  return f"{several}{record['topology']}"
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+  """A table."""
+  lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

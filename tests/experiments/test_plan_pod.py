@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import pathlib
 
 import jax
 import pytest
@@ -180,10 +181,25 @@ def test_every_plan_of_the_table_is_a_run(plan_pods):
     assert config.batch.prompts % config.batch.micro_batches == 0, name
 
 
-def test_the_table_of_plans(plan_pods):
+def test_the_tables_of_plans(plan_pods):
   config = kepo_medvqa.get_config()
   fitting, refused = (pods.record(config, plan) for plan in (plan_of(gradients()), plan_of(hints="out of memory")))
-  refused["programs"] = fitting["programs"]
   *_, first, second = plan_pods.table([fitting, refused]).splitlines()
-  assert first == "| 2 x v5e:4x4 | 2, 2, 8 | 8 | 10.0 | 62 | 15 | 4.00 | 61 | 2.5 | yes |"
-  assert second == "| 2 x v5e:4x4 | 2, 2, 8 | 8 | does not compile |  | 15 | 4.00 | 61 |  | no |"
+  assert first == "| 2 x v5e:4x4 | 2, 2, 8 | 8 | 1 | 10.0 | 62 | 15 | 4.00 | 61 | 2.5 | yes |"
+  assert second == "| 2 x v5e:4x4 | 2, 2, 8 | 8 | 1 | does not compile |  | 0 | 0.00 | 0 |  | no |"
+  *_, row = plan_pods.shares([fitting, refused]).splitlines()
+  assert row == "| 2 x v5e:4x4 | 1.00 | 0.06 | 0.00 | 1.44 |"
+  assert sum(plan_pods.spent(fitting).values()) == pytest.approx(fitting["step_seconds"])
+
+
+def test_the_page_has_the_tables_of_the_plans_that_are_kept(plan_pods):
+  docs = pathlib.Path(__file__).parents[2] / "docs"
+  kept = [json.loads(plan_pods.file_of(docs / "plans", name).read_text()) for name in plan_pods.PLANS]
+  page = (docs / "pods.md").read_text()
+  assert plan_pods.table(kept) in page and plan_pods.shares(kept) in page
+  for each, (name, fields) in zip(kept, plan_pods.PLANS.items(), strict=True):
+    config = kepo_medvqa.get_config()
+    config.update_from_flattened_dict(fields)
+    assert plan_pods.label(each) == name and each["micro_batches"] == config.batch.micro_batches
+    assert each["fits"] and each["peak_bytes"] < pods.LIMIT * each["chip_bytes"]
+    assert each["step_seconds"] == pytest.approx(sum(plan_pods.spent(each).values()))
