@@ -16,6 +16,7 @@ from kepo_jax import sharding
 # Bytes that each process sends at a time. One size for all messages is one program, whatever the lengths of the texts
 # of a step: sizes that follow them would compile anew in the middle of a run.
 CHUNK = 1 << 16
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -96,6 +97,26 @@ def gathered(work: Callable[[], Any]) -> list[Any]:
   parts = [_everywhere(data, start) for start in range(0, int(sizes.max()), CHUNK)]
   texts = np.concatenate(parts, axis=1)
   return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
+
+
+def divided(items: Sequence[S], work: Callable[[Sequence[S]], Sequence[Any]]) -> list[Any]:
+  """What `work` finds about each of some things, of which every process looks at its own share; on every process.
+
+  Args:
+    items: the same number on every process, in the same order.
+    work: some of them -> a JSON-able value for each.
+
+  Returns:
+    the values in the order of `items`; in a run of several processes tuples have become lists.
+
+  Raises:
+    OSError: `work` failed on another process. Whatever it raises here passes on, and never leaves the others waiting.
+  """
+  count, number = jax.process_count(), jax.process_index()
+  values: list[Any] = [None] * len(items)
+  for first, part in enumerate(gathered(lambda: list(work(items[number::count])))):
+    values[first::count] = part
+  return values
 
 
 def by_holders(shape: Sequence[int], prompts: int, read: Callable[[int, Sequence[int]], Sequence[Any]]) -> np.ndarray:

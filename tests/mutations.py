@@ -403,6 +403,27 @@ MUTATIONS = (
     f"{_SEVERAL}test_an_error_on_one_process_ends_all",
   ),
   Mutation(
+    "every process looks at every image",
+    _PROCESSES,
+    "list(work(items[number::count]))",
+    "list(work(items))",
+    f"{_SEVERAL}test_what_is_shared_out_comes_back_in_its_order",
+  ),
+  Mutation(
+    "a full disk leaves the others in a gather",
+    f"{_QWEN}/conversion.py",
+    "      for name in left:",
+    "      for name in ():",
+    f"{_SEVERAL}test_an_export_for_which_there_is_no_room_ends_all_and_leaves_nobody_behind",
+  ),
+  Mutation(
+    "processes with questions in another order",
+    "kepo_jax/training/agreement.py",
+    "    for e in examples\n",
+    "    for e in sorted(examples, key=lambda e: e.id)\n",
+    "tests/training/test_agreement.py::test_as_many_questions_which_are_not_the_same[order]",
+  ),
+  Mutation(
     "every machine joins what SLURM started",
     "experiments/clusters.py",
     '_count(environ, "SLURM_NTASKS") > 1',

@@ -1,21 +1,29 @@
-"""One of two processes of four devices, without a model: python -m tests.several WHAT ADDRESS NUMBER FILE.
+"""One of two processes of four devices, without a run: python -m tests.several WHAT ADDRESS NUMBER FILE.
 
 What it finds goes to FILE, a line of JSON each: the libraries write to the standard output whenever they like.
 """
 
+import dataclasses
 import json
 import os
+import pathlib
+import resource
 import sys
 import traceback
 
 import jax
 import numpy as np
+from PIL import Image
 
 from kepo_jax import processes, rewards, sharding
+from kepo_jax.data.rules import Rejected
+from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.training import groups as grouping
+from kepo_jax.training import question_checks
 from kepo_jax.training.profiling import CompileCounter
 from kepo_jax.types import Rollouts
 from tests.training.cases import example
+from tests.training.runs import ASSETS
 
 
 class Processor:
@@ -96,6 +104,52 @@ def refuse(_):
       say(error=type(error).__name__, text=str(error))
 
 
+def look(number):
+  """Images of which each process has copies, some of them damaged, and what both make of that."""
+  folder, questions, calls = pathlib.Path(sys.argv[-1]).with_name(f"images-{number}"), [], []
+  folder.mkdir()
+  for name in range(5):
+    Image.effect_noise((64, 64), 50).save(folder / f"{name}.png")
+    questions.append(dataclasses.replace(example(f"q{name}"), images=(str(folder / f"{name}.png"),)))
+  whole = (folder / "3.png").read_bytes()
+  if number:
+    (folder / "3.png").write_bytes(whole[: len(whole) // 2])
+
+  def refusals(split, examples):
+    say(measured=[each.id for each in examples])
+    return {each.id: Rejected("prompt_too_long", "9 tokens") for each in examples if number and each.id == "set/q1"}
+
+  summaries = []
+  kept = question_checks.with_readable_images(
+    {"train": questions},
+    lenient=True,
+    progress=lambda done, total: calls.append([done, total]),
+    refusals=refusals,
+    report=summaries.append,
+  )
+  say(decoded=calls)
+  say(kept=[each.id for each in kept["train"]], rules=dict(summaries[0].rules), first=summaries[0].first)
+
+
+def export(number):
+  """An export that the first process cannot write to its end, for its second half; then one for which there is room."""
+  folder = pathlib.Path(sys.argv[-1]).with_name("model")
+  mesh = sharding.make_mesh(fsdp=8)
+  config, params = conversion.load_pretrained(ASSETS / "confused", np.float32, mesh)
+  assert any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  for room in (100_000, limits[0]):
+    if not number:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    error = ""
+    try:
+      conversion.save_pretrained(folder, config, params, source=ASSETS / "confused")
+    except OSError as raised:
+      error = str(raised)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    say(error=error, there=(folder / "config.json").exists())
+
+
 def leave(status):
   """Ends the process when its input does, without jax's exit handlers: their last meeting sometimes takes minutes."""
   if status:
@@ -104,11 +158,14 @@ def leave(status):
   os._exit(status)
 
 
+WHAT = {"gather": gather, "fail": fail, "score": score, "refuse": refuse, "look": look, "export": export}
+
+
 def main(what, address, number, _):
   jax.distributed.initialize(address, 2, int(number), cluster_detection_method="deactivate")
   status = 1
   try:
-    {"gather": gather, "fail": fail, "score": score, "refuse": refuse}[what](int(number))
+    WHAT[what](int(number))
     status = 0
   finally:
     leave(status)

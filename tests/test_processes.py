@@ -66,6 +66,40 @@ def test_each_rollout_is_scored_by_the_lowest_process_that_holds_it():
   assert [(a["scored"], b["scored"]) for a, b in zip(whole, rest, strict=True)] == expected
 
 
+def test_an_image_that_one_process_cannot_read_is_left_out_by_all():
+  first, second = two("look")
+  assert [first[1], second[1]] == [{"decoded": [[1, 3], [2, 3], [3, 3]]}, {"decoded": [[1, 2], [2, 2]]}]
+  # Without the damaged one four are left to be measured.
+  assert [first[0], second[0]] == [{"measured": ["set/q0", "set/q2"]}, {"measured": ["set/q1", "set/q4"]}]
+  for said in (first[2], second[2]):
+    assert said["kept"] == ["set/q0", "set/q2", "set/q4"]
+    assert said["rules"] == {"unreadable_image": 1, "prompt_too_long": 1}
+    assert said["first"]["prompt_too_long"] == "question set/q1: 9 tokens"
+    assert "question set/q3: image" in said["first"]["unreadable_image"]
+    assert "images-1/3.png: damaged" in said["first"]["unreadable_image"]
+
+
+def test_an_export_for_which_there_is_no_room_ends_all_and_leaves_nobody_behind():
+  first, second = two("export")
+  assert "File too large" in first[0]["error"] and "another process" in second[0]["error"]
+  assert [each["there"] for each in (first[0], second[0])] == [False, False]
+  assert first[1]["error"] == second[1]["error"] == "" and first[1]["there"]
+
+
+def test_what_is_shared_out_comes_back_in_its_order(monkeypatch):
+  asked = []
+
+  def squares(numbers):
+    asked.append(list(numbers))
+    return [number**2 for number in numbers]
+
+  assert processes.divided(range(5), squares) == [0, 1, 4, 9, 16] and asked == [[0, 1, 2, 3, 4]]
+  monkeypatch.setattr("jax.process_count", lambda: 2)
+  monkeypatch.setattr("jax.process_index", lambda: 1)
+  monkeypatch.setattr(processes, "gathered", lambda work: [squares([0, 2, 4]), work()])
+  assert processes.divided(range(5), squares) == [0, 1, 4, 9, 16] and asked[2] == [1, 3]
+
+
 def test_a_lone_process_hands_over_what_it_made():
   value = {"not": ("JSON", object())}
   assert processes.gathered(lambda: value) == [value]

@@ -9,6 +9,9 @@ from kepo_jax.data import image_files, images, rules
 from kepo_jax.data.rules import Summary
 from kepo_jax.types import Example
 
+# (things to look at, function of some of them) -> what it finds about all of them, in their order.
+Divided = Callable[[Sequence[str], Callable[[Sequence[str]], Sequence[Any]]], Sequence[Any]]
+
 
 def figures(examples: Sequence[Example]) -> dict[str, Any]:
   """Figures of some questions as JSON-able values.
@@ -56,6 +59,7 @@ def open_images(
   *,
   decode: bool = False,
   progress: Callable[[int, int], None] = lambda done, total: None,
+  divided: Divided = lambda items, work: work(items),
 ) -> tuple[list[Example], dict[str, Any]]:
   """Opens every image once; questions about unreadable ones are dropped and counted in the summary.
 
@@ -63,7 +67,9 @@ def open_images(
     examples: questions.
     summary: of their reading.
     decode: decode the pixels too, which finds files that are cut off.
-    progress: called with the number of images done and of all.
+    progress: called with the number of images done and of all that this process looks at.
+    divided: (images, function of some of them) -> its JSON-able findings for all, in their order; where several
+      processes look at the same images, each looks at a part of them.
 
   Returns:
     the questions whose images can be read; counts of formats and sizes, bytes, and the unreadable files.
@@ -73,17 +79,22 @@ def open_images(
   sizes: collections.Counter[tuple[int, int]] = collections.Counter()
   unreadable: dict[str, str] = {}
   total_bytes = 0
-  for done, path in enumerate(paths, start=1):
-    try:
-      kind, width, height = image_files.header(path)
-      if decode:
-        images.load_image(path)
-      total_bytes += os.stat(path).st_size
+
+  def opened(some: Sequence[str]) -> list[Any]:
+    found = []
+    for done, path in enumerate(some, start=1):
+      found.append(_opened(path, decode=decode))
+      progress(done, len(some))
+    return found
+
+  for path, found in zip(paths, divided(paths, opened), strict=True):
+    if isinstance(found, str):
+      unreadable[path] = found
+    else:
+      kind, width, height, size = found
+      total_bytes += size
       formats[kind] += 1
       sizes[width, height] += 1
-    except (rules.Rejected, ValueError, OSError) as error:
-      unreadable[path] = str(error)
-    progress(done, len(paths))
   kept = []
   for example in examples:
     bad = next((path for path in example.images if path in unreadable), None)
@@ -93,6 +104,17 @@ def open_images(
       summary.count("unreadable_image", f"question {example.id}: image {bad}: {unreadable[bad]}")
   summary.kept = len(kept)
   return kept, _image_figures(formats, sizes) | {"bytes": total_bytes, "unreadable": unreadable}
+
+
+def _opened(path: str, *, decode: bool) -> tuple[str, int, int, int] | str:
+  """Format, width, height and bytes of an image file, or why it cannot be read."""
+  try:
+    kind, width, height = image_files.header(path)
+    if decode:
+      images.load_image(path)
+    return kind, width, height, os.stat(path).st_size
+  except (rules.Rejected, ValueError, OSError) as error:
+    return str(error)
 
 
 def _image_figures(formats: Mapping[str, int], sizes: collections.Counter[tuple[int, int]]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 
+from kepo_jax import processes
+
 # Compilations at a time: XLA needs one core for the most part, and some GB of the host for a program of a large model.
 WORKERS = min(8, os.cpu_count() or 1)
 
@@ -140,7 +142,7 @@ class Rehearsal:
 
 
 def rehearse(rehearsals: Sequence[Rehearsal], mesh: jax.sharding.Mesh, *, progress: Callable[[int, int], None]) -> None:
-  """Makes all calls, several at a time; nothing runs on a device, and so no process waits for another.
+  """Makes all calls, several at a time; nothing of them runs on a device, and so no process waits in one.
 
   Args:
     rehearsals: on every process the same, in the same order.
@@ -150,6 +152,7 @@ def rehearse(rehearsals: Sequence[Rehearsal], mesh: jax.sharding.Mesh, *, progre
 
   Raises:
     ValueError: a program cannot be compiled; names the rehearsal, the program and its shapes.
+    OSError: so it is on another process.
   """
 
   def made(rehearsal: Rehearsal) -> None:
@@ -163,7 +166,7 @@ def rehearse(rehearsals: Sequence[Rehearsal], mesh: jax.sharding.Mesh, *, progre
   try:
     pending = [pool.submit(made, rehearsal) for rehearsal in rehearsals]
     for done, each in enumerate(pending, 1):
-      each.result()
+      processes.together(each.result)
       progress(done, len(pending))
   finally:
     pool.shutdown(cancel_futures=True)

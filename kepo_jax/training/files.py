@@ -161,7 +161,8 @@ class RunFiles:
       return like
     state, record = found
     step = int(state.step)
-    run_record.check(record, self._record_of(step, {}, True), self.workdir, allow_change=self._allow_change)
+    mine = self._record_of(step, {}, True)
+    processes.together(lambda: run_record.check(record, mine, self.workdir, allow_change=self._allow_change))
     self._adopt_changes()
     self.positions, self.owes_validation = record["positions"], not record["validated"]
     # Its own validation is made again if the checkpoint was written before it.
@@ -265,11 +266,22 @@ class RunFiles:
     return str(folder)
 
   def export(self, write: Callable[[Any], None]) -> None:
-    """Calls `write` with the path of model/ unless there is no workdir; half an export never looks like one."""
-    if self.workdir:
+    """Calls `write` with the path of model/ unless there is no workdir; half an export never looks like one.
+
+    Args:
+      write: called by every process; what it raises on one of them it must raise on all.
+
+    Raises:
+      OSError: the folder cannot be written, here or on another process.
+    """
+    if not self.workdir:
+      return
+    with contextlib.ExitStack() as place:
       # A folder without config.json is no model.
-      with storage.written_locally(self._root / "model", last="config.json") as folder:
-        write(folder)
+      made = storage.written_locally(self._root / "model", last="config.json")
+      folder = processes.together(lambda: place.enter_context(made))
+      write(folder)
+      processes.together(place.close)
 
   @property
   def _root(self) -> epath.Path:

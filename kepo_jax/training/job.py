@@ -5,6 +5,7 @@ How a run is shown and logged is up to the hooks.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,11 +98,10 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
   """Everything after the preparations, from the first step, or the one after the checkpoint, to the export."""
   config = run.config
   files.begin(run.questions, rule=setup.split_rule(config, given=given), models=run.folders)
-  files.record_summaries(run.summaries)
+  processes.together(lambda: files.record_summaries(run.summaries))
   state = files.restored(run.state)
   start, steps, ahead = int(state.step), config.train.steps, Ahead(run)
-  for hook in run.hooks:
-    hook.start(run.plan(files.workdir, start, files.positions))
+  processes.together(lambda: announce(run, files, start))
   if config.train.compile_ahead and start < steps:
     compile_ahead(run, files, state, start)
   if config.eval.test and config.eval.before and start == 0:
@@ -113,16 +113,28 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
       state, report = train_step(run, state, done, ahead)
     except NotFinite as error:
       tell(run, error.report, compiled.figures())
-      folder = files.dump(f"not_finite/step-{done + 1}", error.batch, error.samples)
+      dump = functools.partial(files.dump, f"not_finite/step-{done + 1}", error.batch, error.samples)
+      folder = processes.together(dump)
       raise ValueError(f"{error}{f' The batch is in {folder}.' if folder else ''}") from None
     tell(run, report, compiled.figures() | files.timing())
     validate_and_save(run, files, state, report.step, ahead)
   if config.eval.test:
     evaluate(run, files, ahead.weights(state), "after", steps)
   files.export(lambda folder: run.export(state, folder))
+  processes.together(lambda: finish(run))
+  return Result(state=state, evaluations=files.evaluations, workdir=files.workdir)
+
+
+def announce(run: setup.Run, files: RunFiles, start: int) -> None:
+  """Tells the hooks what the run is about to do."""
+  for hook in run.hooks:
+    hook.start(run.plan(files.workdir, start, files.positions))
+
+
+def finish(run: setup.Run) -> None:
+  """Tells the hooks that all is done."""
   for hook in run.hooks:
     hook.finish()
-  return Result(state=state, evaluations=files.evaluations, workdir=files.workdir)
 
 
 def tell(run: setup.Run, report: StepReport, timing: dict[str, float]) -> None:
@@ -158,6 +170,7 @@ def evaluate(run: setup.Run, files: RunFiles, weights: Any, name: str, step: int
   """The test "before" the first step or "after" the last one, with what was said to each question.
 
   Raises:
+    OSError: what came out could not be written, here or in another process.
     Interrupted: the run was asked to stop; it is made on resume.
   """
   outputs: list[dict[str, Any]] = []
@@ -166,20 +179,51 @@ def evaluate(run: setup.Run, files: RunFiles, weights: Any, name: str, step: int
   except Interrupted:
     raise Interrupted(step, files.saved) from None
   shown = {example.id: [storage.origin(image) for image in example.images] for example in run.questions["test"]}
-  files.record_outputs(name, [output | {"files": shown[output["id"]]} for output in outputs])
-  files.record(name, result)
+  keep(run, files, name, result, [output | {"files": shown[output["id"]]} for output in outputs])
+
+
+def keep(
+  run: setup.Run,
+  files: RunFiles,
+  name: str,
+  result: dict[str, Any],
+  outputs: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+  """Hands an evaluation to the hooks and writes it down.
+
+  Args:
+    run: of the evaluation.
+    files: of the run.
+    name: "before", "validation" or "after".
+    result: of `run.evaluate`.
+    outputs: what was said to each question; None where that is not kept.
+
+  Raises:
+    OSError: it could not be written, here or in another process.
+  """
+
+  def work() -> None:
+    for hook in run.hooks:
+      hook.evaluation(result["step"], name, result)
+    if outputs is not None:
+      files.record_outputs(name, outputs)
+    files.record(name, result)
+
+  processes.together(work)
 
 
 def validate(run: setup.Run, files: RunFiles, weights: Any, step: int) -> None:
   """The validation of a step that a run before this one did not come to.
 
   Raises:
+    OSError: what came out could not be written, here or in another process.
     Interrupted: the run was asked to stop; it is made on resume.
   """
   try:
-    files.record("validation", run.evaluate(weights, "validation", "validation", step))
+    result = run.evaluate(weights, "validation", "validation", step)
   except Interrupted:
     raise Interrupted(step, files.saved) from None
+  keep(run, files, "validation", result)
 
 
 def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: int, ahead: Ahead) -> None:
@@ -193,10 +237,12 @@ def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: 
   stop = run.interruption.requested()
   if owed and not stop:
     try:
-      files.record("validation", run.evaluate(ahead.weights(state), "validation", "validation", step))
-      owed = False
+      result = run.evaluate(ahead.weights(state), "validation", "validation", step)
     except Interrupted:
       stop = True
+    else:
+      keep(run, files, "validation", result)
+      owed = False
   files.save(step, state, now=stop or step == config.train.steps, positions=run.positions, validated=not owed)
   if stop:
     raise Interrupted(step, files.saved)

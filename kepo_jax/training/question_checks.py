@@ -1,11 +1,14 @@
 """Whether the questions of a run can be asked, before anything large is loaded."""
 
 import collections
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import logging
 
+from kepo_jax import processes
 from kepo_jax.data import inspection
 from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.training import checks
@@ -50,10 +53,12 @@ def with_readable_images(
 ) -> dict[str, list[Example]]:
   """Decodes every image once and measures every question, so that none stops a run in its middle.
 
+  Of several processes each looks at a share of them, and all go by what any of them has found.
+
   Args:
-    questions: split -> questions.
+    questions: split -> questions, the same on every process.
     lenient: leave out, and count, questions whose image cannot be read or for which there is no room.
-    progress: called with the number of images done and of all, for each split.
+    progress: called with the number of images done and of all that this process decodes, for each split.
     refusals: (split, questions with readable images) -> id -> why there is no room for it, as `limits.refusals` tells.
     report: called with what was left out of each split.
 
@@ -62,14 +67,15 @@ def with_readable_images(
 
   Raises:
     ValueError: a question cannot be asked, unless lenient; names it, the file, sizes, and the way out.
+    OSError: another process of the run has failed.
   """
   kept = {}
   for split, examples in questions.items():
     summary = Summary(root=f"{split} questions of the run", format="checked", records=len(examples))
-    readable, _ = inspection.open_images(examples, summary, decode=True, progress=progress)
-    refused = refusals(split, readable)
-    for example_id, rejected in refused.items():
-      summary.count(rejected.rule, f"question {example_id}: {rejected}")
+    readable, _ = inspection.open_images(examples, summary, decode=True, progress=progress, divided=processes.divided)
+    refused = _refused(readable, functools.partial(refusals, split))
+    for example_id, (rule, reason) in refused.items():
+      summary.count(rule, f"question {example_id}: {reason}")
     kept[split] = [example for example in readable if example.id not in refused]
     summary.kept = len(kept[split])
     report(summary)
@@ -81,6 +87,19 @@ def with_readable_images(
     if summary.rules:
       logging.warning("%d questions left out: %s", summary.dropped, summary.text())
   return kept
+
+
+def _refused(
+  examples: Sequence[Example], refusals: Callable[[Sequence[Example]], Mapping[str, Rejected]]
+) -> dict[str, tuple[str, str]]:
+  """Id -> rule and reason of the questions that are refused, each looked at by one process; on every process."""
+  count, number = jax.process_count(), jax.process_index()
+
+  def mine() -> list[tuple[str, str, str]]:
+    refused = refusals(examples[number::count])
+    return [(example_id, rejected.rule, str(rejected)) for example_id, rejected in refused.items()]
+
+  return {example_id: (rule, reason) for part in processes.gathered(mine) for example_id, rule, reason in part}
 
 
 def prompt_kinds(config: Any, split: str) -> dict[str, int]:

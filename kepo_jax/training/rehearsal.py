@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kepo_jax import sharding
+from kepo_jax import processes, sharding
 from kepo_jax.data import buckets, pipeline
 from kepo_jax.data.buckets import Buckets
 from kepo_jax.training import checks, compiling, setup
@@ -35,6 +35,7 @@ def compile_ahead(run: setup.Run, state: TrainState, start: int, splits: Sequenc
 
   Raises:
     ValueError: a program cannot be compiled; says which.
+    OSError: so it is on another process, or an image could not be read there.
     Interrupted: the run was asked to stop; looked at between programs.
   """
 
@@ -48,7 +49,7 @@ def compile_ahead(run: setup.Run, state: TrainState, start: int, splits: Sequenc
       f"{name} of {size} prompts of {pair[0]} tokens and {pair[1]} patch rows",
       functools.partial(made[name], size, pair),
     )
-    for name, size, pair in calls(run, start, splits)
+    for name, size, pair in processes.together(lambda: calls(run, start, splits))
   ]
   compiling.rehearse(rehearsals, run.mesh, progress=progress)
 

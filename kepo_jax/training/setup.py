@@ -17,7 +17,7 @@ from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.rewards import Scorer, WeightedRewards
-from kepo_jax.training import assembly, checks, compiling, programs, question_checks, residence
+from kepo_jax.training import agreement, assembly, checks, compiling, programs, question_checks, residence
 from kepo_jax.training.interruption import Interruption
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
@@ -109,6 +109,8 @@ class Run:
   ) -> dict[str, Any]:
     """Greedy accuracy of the student on a split.
 
+    Hooks are told how far it is, not what came out.
+
     Args:
       weights: the student's, as `programs.decode_weights` makes them.
       split: of `questions`.
@@ -138,10 +140,7 @@ class Run:
       progress=progress,
       on_output=on_output,
     )
-    result = {"step": done, "split": split} | result
-    for hook in self.hooks:
-      hook.evaluation(done, name, result)
-    return result
+    return {"step": done, "split": split} | result
 
   def positions(self) -> dict[str, int]:
     """Sizes of the files that the hooks write, which are on the disk by then."""
@@ -222,31 +221,17 @@ def prepare(
 ) -> Run:
   """Loads and checks everything that a run needs.
 
+  What cannot be used on one of several processes ends all of them, and so does what is not the same on all.
+
   Raises:
     ValueError: a field, file or model that does not fit, and the way out.
+    OSError: a file cannot be read, or another process has failed.
     Interrupted: the run was asked to stop meanwhile.
   """
-  checks.check_config(config)
-  checks.warn_of_prompts(config)
-  scorer = assembly.scorer(config, rewards)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  checks.warn_of_replication(config, dict(mesh.shape))
-  check_memories(config, mesh)
-  student = model_folder(config, "student", hooks)
-  checks.warn_of_templates(config, student)
-  processor = pipeline.Processor.from_directory(
-    student,
-    templates=prompts.TEMPLATES[config.data.templates],
-    resize=config.data.resize,
-    prompt_buckets=tuple(config.data.prompt_buckets),
-    patch_buckets=tuple(config.data.patch_buckets),
-    held_rows=functools.partial(sharding.held_rows, mesh),
-  )
-  with jax.set_mesh(mesh):
-    checks.check_attention(config, processor.config)
-  checks.check_rank(config, processor.config)
+  scorer, mesh, student, processor = processes.together(lambda: checked_parts(config, rewards, hooks))
   questions, summaries = usable_questions(config, processor, records, hooks)
-  folders = model_folders(config, student, processor, hooks)
+  folders = processes.together(lambda: model_folders(config, student, processor, hooks))
+  agreement.check(config, questions=questions, models=folders)
   models = load_models(config, mesh, folders, hooks, interruption)
   with jax.set_mesh(mesh):
     state, compiled = assembly.build_programs(config, processor, models)
@@ -267,6 +252,37 @@ def prepare(
     programs=compiled,
     batch=batches(config, processor, questions["train"]),
   )
+
+
+def checked_parts(
+  config: Any, rewards: WeightedRewards, hooks: Sequence[Hook]
+) -> tuple[Scorer, jax.sharding.Mesh, pathlib.Path, pipeline.Processor]:
+  """Scorer, mesh, folder of the student and its processor: what every process makes for itself, of a config that fits.
+
+  Raises:
+    ValueError: a field, file or model that does not fit, and the way out.
+    OSError: a remote folder cannot be read.
+  """
+  checks.check_config(config)
+  checks.warn_of_prompts(config)
+  scorer = assembly.scorer(config, rewards)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  checks.warn_of_replication(config, dict(mesh.shape))
+  check_memories(config, mesh)
+  student = model_folder(config, "student", hooks)
+  checks.warn_of_templates(config, student)
+  processor = pipeline.Processor.from_directory(
+    student,
+    templates=prompts.TEMPLATES[config.data.templates],
+    resize=config.data.resize,
+    prompt_buckets=tuple(config.data.prompt_buckets),
+    patch_buckets=tuple(config.data.patch_buckets),
+    held_rows=functools.partial(sharding.held_rows, mesh),
+  )
+  with jax.set_mesh(mesh):
+    checks.check_attention(config, processor.config)
+  checks.check_rank(config, processor.config)
+  return scorer, mesh, student, processor
 
 
 def check_memories(config: Any, mesh: jax.sharding.Mesh) -> None:
@@ -296,21 +312,28 @@ def usable_questions(
     hooks: are told how far the check of the images has come.
 
   Raises:
-    ValueError: the data cannot be read or used, or, unless `data.lenient`, a question cannot be asked.
+    ValueError: the data cannot be read or used, or, unless `data.lenient`, a question cannot be asked. Or another
+      process has read other questions, or has another config.
+    OSError: a remote folder cannot be read, or another process has failed.
   """
   summaries: dict[str, list[Summary]] = {"reading": [], "checking": []}
 
   def refusals(split: str, examples: Sequence[Example]) -> Mapping[str, Rejected]:
     return limits.refusals(examples, processor, question_checks.prompt_kinds(config, split))
 
-  found = records
-  if found is None:
-    found = splits.load(
-      config.data,
-      report=summaries["reading"].append,
-      progress=functools.partial(show_progress, hooks, "copying data, bytes"),
-    )
-  question_checks.check_questions(found, config)
+  def read() -> Mapping[str, Sequence[Example]]:
+    found = records
+    if found is None:
+      found = splits.load(
+        config.data,
+        report=summaries["reading"].append,
+        progress=functools.partial(show_progress, hooks, "copying data, bytes"),
+      )
+    question_checks.check_questions(found, config)
+    return found
+
+  found = processes.together(read)
+  agreement.check(config, questions=found)  # before they are shared out by their numbers
   questions = question_checks.with_readable_images(
     found,
     lenient=config.data.lenient,
@@ -375,13 +398,14 @@ def load_models(
 
   Raises:
     ValueError: a folder does not hold the weights that its config describes.
+    OSError: so it is on another process.
     Interrupted: the run was asked to stop; looked at after each model.
   """
   models = {}
   for role, folder in folders.items():
     progress = functools.partial(show_progress, hooks, f"loading {role}")
-    loaded = conversion.load_pretrained(folder, model_dtype(config, role), mesh, progress=progress)
-    models[role] = model_of(config, role, *loaded)
+    load = functools.partial(conversion.load_pretrained, folder, model_dtype(config, role), mesh, progress=progress)
+    models[role] = model_of(config, role, *processes.together(load))
     interruption.check()
   return models
 

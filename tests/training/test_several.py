@@ -1,4 +1,7 @@
-"""Two processes: one is killed, or told to stop; both are started again, and the run is as if nothing had happened."""
+"""Two processes: one is killed, or told to stop; both are started again, and the run is as if nothing had happened.
+
+Or something is wrong on one of them, and both end with an error.
+"""
 
 import contextlib
 import os
@@ -16,18 +19,25 @@ ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
 
 @contextlib.contextmanager
-def two(workdir):
+def two(workdir, *fault):
   """Two processes of one run, each with one device; what is left of them is killed at the end of the block."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-  command = [sys.executable, "-m", "tests.training.several", str(workdir), coordinator, "2"]
+  command = [
+    sys.executable,
+    "-m",
+    "tests.training.several",
+    str(workdir),
+    coordinator,
+    "2",
+  ]  # and the number, and what goes wrong
   with contextlib.ExitStack() as stack:
     processes = []
     for number in range(2):
       log = stack.enter_context((workdir.parent / f"{workdir.name}-{number}.log").open("a"))
       settings = {"cwd": ROOT, "env": os.environ | ONE_DEVICE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-      processes.append(subprocess.Popen([*command, str(number)], **settings))
+      processes.append(subprocess.Popen([*command, str(number), *fault], **settings))
       stack.callback(processes[-1].wait)
       stack.callback(processes[-1].kill)
     yield processes
@@ -89,3 +99,35 @@ def test_a_signal_to_one_of_two_stops_both_after_the_same_step(whole, tmp_path):
   (newest,) = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())[-1:]
   assert said[0] == f"saved {newest}" and newest < 6
   assert_the_same(tmp_path / "run", whole)
+
+
+def logs_of_fault(workdir, fault):
+  """The log of each process of a run in which something is wrong with one; both must end by themselves, and soon."""
+  with two(workdir, fault) as processes:
+    for process in processes:
+      process.communicate(timeout=500)
+  logs = [(workdir.parent / f"{workdir.name}-{number}.log").read_text() for number in range(2)]
+  assert [process.returncode for process in processes] == [1, 1], logs[0][-2000:] + logs[1][-2000:]
+  return logs
+
+
+@pytest.mark.slow
+def test_a_folder_that_one_process_does_not_have_ends_both(tmp_path):
+  first, second = logs_of_fault(tmp_path / "run", "no folder")
+  assert "OSError: another process of this run has failed; its log says why." in first
+  assert "ValueError: weak is no folder" in second
+
+
+@pytest.mark.slow
+def test_other_questions_on_one_process_end_both(tmp_path):
+  for log in logs_of_fault(tmp_path / "run", "other questions"):
+    assert "ValueError: process 1 has other questions of train than process 0: 15 against 16." in log
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_the_first_process_cannot_write_ends_both(tmp_path):
+  first, second = logs_of_fault(tmp_path / "run", "unwritable")
+  assert "evaluation.json could not be written: " in first
+  assert "OSError: another process of this run has failed; its log says why." in second
+  assert (tmp_path / "run" / "outputs" / "before.jsonl").exists()

@@ -3,13 +3,14 @@
 import functools
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kepo_jax import sharding
+from kepo_jax import processes, sharding
 from kepo_jax.models.qwen3_vl import lora, safetensors_files
 from kepo_jax.models.qwen3_vl.config import LoraConfig, Qwen3VLConfig
 from kepo_jax.models.qwen3_vl.layers import Params
@@ -20,17 +21,16 @@ CONFIG = "adapter_config.json"
 _SUFFIXES = {lora.A: "lora_A", lora.B: "lora_B"}
 
 
-def save(directory: pathlib.Path, config: LoraConfig, matrices: Params, *, base: str | None) -> None:
-  """Writes adapter_config.json and adapter_model.safetensors, in float32; all processes take part, the first writes.
+def save(directory: pathlib.Path, config: LoraConfig, tensors: Mapping[str, np.ndarray], *, base: str | None) -> None:
+  """Writes adapter_config.json and adapter_model.safetensors, in float32; the first process alone.
 
   Args:
     directory: an existing folder; `adapter/` in it is made.
     config: rank, scale and projections.
-    matrices: the part "lora" of the parameters.
+    tensors: `tensors_of` the part "lora" of the parameters.
     base: the model they were trained on, a folder or a Hub id, as PEFT records it.
   """
-  tensors = tensors_of(matrices)
-  if jax.process_index():
+  if not processes.is_first():
     return
   folder = directory / FOLDER
   folder.mkdir()
@@ -69,7 +69,10 @@ def config_record(config: LoraConfig, base: str | None) -> dict[str, object]:
 
 
 def tensors_of(matrices: Params) -> dict[str, np.ndarray]:
-  """PEFT's name -> float32 array on the host: lora_A [r, in] and lora_B [out, r] of every layer and projection."""
+  """PEFT's name -> float32 array on the host: lora_A [r, in] and lora_B [out, r] of every layer and projection.
+
+  Where they lie on several hosts, all processes must take part.
+  """
   found = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(matrices):
     module, target, matrix = (part.key for part in path)

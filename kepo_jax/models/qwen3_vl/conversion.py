@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 
-from kepo_jax import sharding, storage
+from kepo_jax import processes, sharding, storage
 from kepo_jax.models.qwen3_vl import adapters, lora, model, safetensors_files, side_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.models.qwen3_vl.layers import Params
@@ -296,26 +297,50 @@ def save_pretrained(
 
   Raises:
     ValueError: parameters or source do not fit the config, or `directory` holds something other than an export.
+    OSError: a file cannot be read or written, here or on another process: all processes raise, or none.
   """
   directory, dtype = pathlib.Path(directory), np.dtype(dtype)
   _check_params(config, params)
   origin, base = pathlib.PurePath(source).name if source else "", str(source) if source else None
-  source = _checked_source(source, lora.base(config), directory)
+  source, partial = processes.together(lambda: _prepared(source, lora.base(config), directory))
   matrices, adapted = params.get(lora.PART, {}), config.lora
   config, params = adapters.merged_model(config, params, dtype)
   leaves = _leaves(config)
   tensor = _tensor_source(leaves, params, dtype)
   shapes = {name: leaf.stored_shape for leaf in leaves.values() for name in leaf.names}
-  partial = _partial(directory)
-  if jax.process_index():
-    for name in shapes:  # the other processes only take part in the gathers
-      tensor(name)
-  else:
-    safetensors_files.write(partial, shapes, tensor, dtype=dtype, max_shard_bytes=max_shard_bytes)
+  write = functools.partial(safetensors_files.write, partial, dtype=dtype, max_shard_bytes=max_shard_bytes)
+  processes.together(lambda: _write_gathered(write, shapes, tensor))
   if adapted is not None:
-    adapters.save(partial, adapted, matrices, base=base)
-  if not jax.process_index():
-    _finish(partial, directory, config, source, origin, dtype, declared)
+    tensors = adapters.tensors_of(matrices)
+    processes.together(lambda: adapters.save(partial, adapted, tensors, base=base))
+  processes.together(lambda: _finish(partial, directory, config, source, origin, dtype, declared))
+
+
+def _write_gathered(
+  write: Callable[[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]], None],
+  shapes: dict[str, tuple[int, ...]],
+  tensor: Callable[[str], np.ndarray],
+) -> None:
+  """Writes tensors on the first process, while the others take part in gathering each of them.
+
+  Args:
+    write: (shapes, tensor) -> writes all of them, in their order.
+    shapes: tensors by name.
+    tensor: gives the array of a name; all processes must ask for the same names in the same order.
+  """
+  left = iter(shapes)
+
+  def gathered(name: str) -> np.ndarray:
+    chex.assert_equal(name, next(left))
+    return tensor(name)
+
+  try:
+    if processes.is_first():
+      write(shapes, gathered)
+  finally:
+    if jax.process_count() > 1:
+      for name in left:  # also where the disk is full: the others wait in a gather
+        tensor(name)
 
 
 def save_orbax(
@@ -332,19 +357,23 @@ def save_orbax(
   directory = pathlib.Path(directory)
   _check_params(config, params)
   origin = pathlib.PurePath(source).name if source else ""
-  source = _checked_source(source, lora.base(config), directory)
+  source, partial = processes.together(lambda: _prepared(source, lora.base(config), directory))
   config, params = adapters.merged_model(config, params, params["language_model"]["norm"]["weight"].dtype)
-  partial = _partial(directory)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save((partial / _ORBAX).resolve(), params)
-  if not jax.process_index():
-    _finish(partial, directory, config, source, origin, np.dtype(jax.tree.leaves(params)[0].dtype))
+  dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
+  processes.together(lambda: _finish(partial, directory, config, source, origin, dtype))
+
+
+def _prepared(source, config: Qwen3VLConfig, directory: pathlib.Path) -> tuple[pathlib.Path | None, pathlib.Path]:
+  """The local folder of the source, which was checked, and the folder to write into."""
+  return _checked_source(source, config, directory), _partial(directory)
 
 
 def _partial(directory: pathlib.Path) -> pathlib.Path:
-  """An empty folder beside `directory`, to be renamed once it is complete."""
+  """An empty folder beside `directory`, to be renamed once it is complete; the first process makes it."""
   partial = directory.with_name(f".{directory.name}.partial")
-  if not jax.process_index():
+  if processes.is_first():
     side_files.settle(partial, directory)
     partial.mkdir(parents=True)
   return partial
@@ -359,6 +388,9 @@ def _finish(
   dtype: np.dtype,
   declared: Mapping[str, str] | None = None,
 ) -> None:
+  """Completes the folder and gives it its name; the first process alone."""
+  if not processes.is_first():
+    return
   count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.abstract_params(config)))
   side_files.write(
     partial, config, source, name=directory.name, origin=origin, dtype=dtype.name, count=count, declared=declared

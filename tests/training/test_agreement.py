@@ -1,0 +1,79 @@
+"""Processes that would not train on the same are refused, with what differs and on which of them."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from experiments.configs import kepo
+from kepo_jax.training import agreement
+from tests.training.cases import example
+from tests.training.runs import ASSETS, changed
+
+TRAIN = [example(f"q{n}") for n in range(4)]
+QUESTIONS = {"train": TRAIN, "test": [example("t")]}
+MODELS = {"student": ASSETS / "confused", "teacher": ASSETS / "weak"}
+
+
+def facts(config=None, **changes):
+  return agreement.facts(config or kepo.get_config(), QUESTIONS | changes, MODELS)
+
+
+def test_the_same_is_the_same_wherever_it_lies(tmp_path):
+  shutil.copytree(ASSETS / "weak", tmp_path / "teacher")
+  moved = [dataclasses.replace(each, images=(f"elsewhere/{each.id}.png",)) for each in TRAIN]
+  copied = agreement.facts(kepo.get_config(), QUESTIONS | {"train": moved}, MODELS | {"teacher": tmp_path / "teacher"})
+  assert agreement.differences([facts(), copied]) == "" == agreement.differences([facts()])
+
+
+def test_a_question_less_on_one_process():
+  said = agreement.differences([facts(), facts(train=TRAIN[1:]), facts()])
+  assert said.startswith("process 1 has other questions of train than process 0: 3 against 4. All must read the same")
+  assert "data.lenient" in said
+  assert "processes 1, 2 have other questions of train" in agreement.differences(
+    [facts(train=TRAIN[1:]), facts(), facts()]
+  )
+
+
+@pytest.mark.parametrize(
+  "train",
+  [TRAIN[::-1], [*TRAIN[:3], example("q9")], [*TRAIN[:3], example("q3", answer="A")]],
+  ids=["order", "another", "answer"],
+)
+def test_as_many_questions_which_are_not_the_same(train):
+  assert "other questions of train than process 0: 4 against 4" in agreement.differences([facts(), facts(train=train)])
+
+
+def test_a_split_that_one_process_lacks():
+  said = agreement.differences([facts(), facts(validation=TRAIN)])
+  assert "process 1 has other questions of validation than process 0: 4 against 0" in said
+
+
+def test_another_config_is_told_by_its_fields_and_before_what_follows_from_it():
+  other = facts(changed(kepo, train__steps=7, batch__prompts=5), train=TRAIN[1:])
+  said = agreement.differences([facts(), other])
+  steps, prompts = kepo.get_config().train.steps, kepo.get_config().batch.prompts
+  assert said == (
+    f"process 1 has another config than process 0 (batch.prompts: {prompts} -> 5, train.steps: {steps} -> 7); start "
+    "all of them with the same command."
+  )
+
+
+def test_another_model_under_the_same_name(tmp_path):
+  shutil.copytree(ASSETS / "weak", tmp_path / "teacher")
+  (tmp_path / "teacher" / "tokenizer.json").open("a").write("\n")
+  other = agreement.facts(kepo.get_config(), QUESTIONS, MODELS | {"teacher": tmp_path / "teacher"})
+  said = agreement.differences([facts(), other])
+  assert said == "process 1 has another teacher than process 0; give all of them folders with the same files."
+
+
+def test_every_process_refuses(monkeypatch):
+  monkeypatch.setattr("jax.process_count", lambda: 2)
+  monkeypatch.setattr(agreement.processes, "gathered", lambda work: [facts(), work()])
+  agreement.check(kepo.get_config(), questions=QUESTIONS, models=MODELS)
+  with pytest.raises(ValueError, match="process 1 has other questions of test than process 0: 0 against 1"):
+    agreement.check(kepo.get_config(), questions=QUESTIONS | {"test": []}, models=MODELS)
+
+
+def test_a_lone_process_reads_nothing(tmp_path):
+  agreement.check(None, questions=QUESTIONS, models={"student": tmp_path / "nowhere"})
