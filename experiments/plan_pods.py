@@ -86,7 +86,13 @@ def planned(name: str, config: Any, console: Console) -> dict[str, Any]:
 def table(records: list[dict[str, Any]]) -> str:
   """Markdown: a row per plan."""
   columns = ["slices", "mesh (data, fsdp, tensor)", "prompts", "micro-batches", "peak GB per chip", "% of HBM"]
-  columns += ["GB sent per step", "of it between slices", "longest compilation s", "projected step s", "fits"]
+  columns += [
+    "GB sent per step",
+    "of it between slices",
+    "longest compilation, processor s",
+    "projected step s",
+    "fits",
+  ]
   rows = []
   for each in records:
     programs, peak = each["programs"], each["peak_bytes"]
@@ -104,7 +110,7 @@ def table(records: list[dict[str, Any]]) -> str:
         f"{100 * peak / each['chip_bytes']:.0f}" if peak else "",
         f"{(total('sent') + total('crossed')) / 1e9:.0f}",
         f"{total('crossed') / 1e9:.2f}",
-        f"{max((one['compile_seconds'] for one in programs), default=0):.0f}",
+        f"{max((one['compile_processor_seconds'] for one in programs), default=0):.0f}",
         f"{each['step_seconds']:.1f}" if peak else "",
         "yes" if each["fits"] else "no",
       ]

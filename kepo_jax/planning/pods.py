@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -69,6 +70,7 @@ class ProgramPlan:
   resident: float  # bytes of everything that is there while it runs, its arguments included
   cost: hlo.Cost  # of one run
   code: float = 0.0  # bytes of its instructions, which stay in a chip's memory between its runs
+  processor_seconds: float = 0.0  # of tracing and compiling it: what it takes on a core of its own
 
   @property
   def total(self) -> float:
@@ -245,10 +247,15 @@ class PodRun:
     """
     found: list[ProgramPlan] = []
     failures = {}
+    start = time.process_time()  # a machine may have other work
 
     def seen(phase: str, each: compiling.Compiled) -> None:
-      found.append(self._program(phase, each, topology, hint_rounds))
+      nonlocal start
+      taken = time.process_time() - start
+      program = self._program(phase, each, topology, hint_rounds)
+      found.append(dataclasses.replace(program, processor_seconds=taken))
       compiled(f"{each.name} ({phase})", each.seconds)
+      start = time.process_time()
 
     with self._in_force():
       for phase, call in self.phases():
@@ -412,6 +419,7 @@ def record(config: Any, plan: PodPlan) -> dict[str, Any]:
         "runs": each.runs,
         "calls": each.calls,
         "compile_seconds": each.seconds,
+        "compile_processor_seconds": each.processor_seconds,
         "arguments": each.arguments,
         "results": each.results,
         "temporaries": each.temporaries,

@@ -48,7 +48,7 @@ def gradients(total=1e10, name="the gradients"):
     hlo.Collective("all-reduce", 8e9, group=4, slices=2, groups=((0, 8, 16, 24),)),
   )
   cost = hlo.Cost(1.97e14, 8.19e10, collectives)
-  return pods.ProgramPlan("update", name, 1.0, 1, 61.0, 2e9, 1e9, 3e9, total - 4e9, cost)
+  return pods.ProgramPlan("update", name, 1.0, 1, 61.0, 2e9, 1e9, 3e9, total - 4e9, cost, processor_seconds=59.0)
 
 
 def plan_of(*programs, **failures):
@@ -185,7 +185,7 @@ def test_the_tables_of_plans(plan_pods):
   config = kepo_medvqa.get_config()
   fitting, refused = (pods.record(config, plan) for plan in (plan_of(gradients()), plan_of(hints="out of memory")))
   *_, first, second = plan_pods.table([fitting, refused]).splitlines()
-  assert first == "| 2 x v5e:4x4 | 2, 2, 8 | 8 | 1 | 10.0 | 62 | 15 | 4.00 | 61 | 2.5 | yes |"
+  assert first == "| 2 x v5e:4x4 | 2, 2, 8 | 8 | 1 | 10.0 | 62 | 15 | 4.00 | 59 | 2.5 | yes |"
   assert second == "| 2 x v5e:4x4 | 2, 2, 8 | 8 | 1 | does not compile |  | 0 | 0.00 | 0 |  | no |"
   *_, row = plan_pods.shares([fitting, refused]).splitlines()
   assert row == "| 2 x v5e:4x4 | 1.00 | 0.06 | 0.00 | 1.44 |"

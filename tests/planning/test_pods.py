@@ -113,6 +113,7 @@ def test_what_is_there_while_a_program_runs(plan, mesh_of):
   with alone._in_force():
     assert alone._resident("update", "the gradients") == gradients.resident - weights
   for each in plan.programs:
+    assert each.processor_seconds > 0
     assert 0 < each.arguments < 1.05 * each.resident
     assert each.total == each.resident + each.temporaries + each.results
   coded = dataclasses.replace(plan, programs=(dataclasses.replace(gradients, code=5.0), optimizer))
