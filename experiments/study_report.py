@@ -105,10 +105,12 @@ def facts(entries: Sequence[Mapping[str, Any]], wanted: int, found: int) -> Iter
   """What the study has cost; runs that stand in several lines count once."""
   once = {entry["digest"]: entry for entry in entries}.values()
   spent = [entry["cost"]["cpu_seconds"] for entry in once if entry.get("cost", {}).get("cpu_seconds")]
+  mixed = any(entry.get("seed") in studies.GRID_SEEDS for entry in entries)
+  where = "those of all grids included" if mixed else "those of the grid in the main study"
   # A process cannot have taken less than the steps of its run: what went on after an interruption has another part.
   parts = [entry for entry in once if 0 < entry.get("cost", {}).get("cpu_seconds", 0) < entry["cost"].get("seconds", 0)]
   least = "at least " if parts else ""
-  yield pages.Fact("Runs", f"{found:,} of {wanted:,}", f"{len(once):,} are kept, those of the grid included")
+  yield pages.Fact("Runs", f"{found:,} of {wanted:,}", f"{len(once):,} are kept, {where}")
   if spent:
     yield pages.Fact(
       "CPU time",
