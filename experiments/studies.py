@@ -278,7 +278,7 @@ STUDIES: Mapping[str, Study] = {
       "How good must a rollout be to be distilled?",
       "Accuracy is 0 or 1, for which thresholds of .5 and 1 are the same gate: only the mean of accuracy and format "
       "has three. At a threshold of 0 both signals let everything through. Thresholds of 0 and 1 have rates of their "
-      "own from the main study; two lines with the rate of the other one tell rate and gate apart.",
+      "own from the main study; two lines have the rate of the other one, for comparisons at equal rates.",
       (
         START,
         *(_tau("accuracy", tau) for tau in (0.0, 1.0)),
