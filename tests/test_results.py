@@ -93,7 +93,6 @@ def test_seconds_of_identical_trainings_differ_as_told():
   assert (round(min(ratios), 2), round(max(ratios), 2)) == equal_cost.SITTINGS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
 def test_tables_follow_from_the_runs(study, monkeypatch, tmp_path):
   for path in RESULTS.glob("*/*.json"):
