@@ -55,6 +55,7 @@ def main(_: list[str]) -> None:
   """Runs the study that the flags describe, and reports on it."""
   environment.prepare()
   study, benchmark = chosen_study(), chosen_benchmark()
+  benchmark = dataclasses.replace(benchmark, identity=study_runs.identity_of(benchmark))
   if taken := sorted(studies.reserved(study) & set(fields(_SET.value))):
     raise ValueError(
       f"--set={taken[0]} is what the study {study.name} varies itself; set it for one run with kepo_medvqa."
@@ -68,8 +69,11 @@ def main(_: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
       signal.signal(number, lambda number, frame: _interrupt())
     place.workdir.mkdir(parents=True, exist_ok=True)
+    output = pathlib.Path(_OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
     try:
-      with lock.WorkdirLock(place.workdir):
+      # Studies rewrite files of each other: the grids of all of them are the main study's.
+      with lock.WorkdirLock(place.workdir), lock.WorkdirLock(output, flag="--output"):
         faults = run_study(study, place, Console(stderr=True))
     except KeyboardInterrupt:
       raise SystemExit("stopped; what was finished is kept, and the same command goes on.") from None
@@ -119,8 +123,9 @@ def report(study: studies.Study, place: study_runs.Place) -> None:
   if not results.entries:
     raise ValueError(f"{results.folder} holds no finished run of {study.name}; leave --norun away to make some.")
   grid = list(studies.grid(study, place.benchmark, _SEEDS.value))
-  rates = chosen_rates(grid, place, results_of("main", place.benchmark))
-  written = study_report.write(study, place, results, grid=grid, rates=rates, seeds=_SEEDS.value)
+  chosen_on = results_of("main", place.benchmark)
+  rates = chosen_rates(grid, place, chosen_on)
+  written = study_report.write(study, place, results, chosen_on=chosen_on, grid=grid, rates=rates, seeds=_SEEDS.value)
   print(written)
 
 
@@ -208,7 +213,7 @@ def chosen_rates(
   grid: Sequence[studies.Cell], place: study_runs.Place, results: study_runs.Results
 ) -> dict[str, float]:
   """Method -> the learning rate with the best validation, of those that have finished with every seed."""
-  found = [(cell, results.entry(cell, place.digest(cell))) for cell in grid]
+  found = [(cell, results.find(cell, place.digest(cell))) for cell in grid]
   lacking = {(cell.method.name, cell.learning_rate) for cell, entry in found if entry is None}
   whole = [entry for cell, entry in found if entry and (cell.method.name, cell.learning_rate) not in lacking]
   return study_statistics.chosen_rates([entry for entry in whole if entry["validation"]])
@@ -228,9 +233,13 @@ def run_missing(
     """Whether there is a result; a folder that cannot be read is a fault of its run, and the others go on."""
     try:
       return results.settle(place, cell, cpu)
-    except (KeyError, ValueError) as error:
+    except study_runs.OtherQuestions as error:
+      faults[cell.name] = str(error)
+    except (KeyError, ValueError, FileNotFoundError) as error:
       faults[cell.name] = f"{place.folder(cell)} cannot be read: {error}; remove it, and the run is made again."
-      return False
+    except OSError as error:  # storage, of the run or of the results
+      faults[cell.name] = f"{error}; mend the storage, and the same command goes on."
+    return False
 
   def finished(cell: studies.Cell, seconds: float, cpu: float, fault: str) -> None:
     if fault or not settled(cell, cpu):

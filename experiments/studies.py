@@ -79,6 +79,8 @@ class Benchmark:
   pairs: Sequence[Pair]
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # fields of every config
   unseen: Sequence[str] = ()  # modalities that no model has seen in its own training
+  # Fingerprints of models and questions, where paths name them: of `study_runs.identity_of`.
+  identity: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
   @property
   def rates(self) -> tuple[float, ...]:
@@ -208,7 +210,9 @@ HINT_PROMPTS = ("hint_and_answer", "hint_only")
 # Seeds of the runs that choose a learning rate. They are not among those that count: what was chosen for being the best
 # of several would look better than it is.
 GRID_SEEDS = (100, 101)
-REVISION = 1  # of what a config computes: raised when defaults or algorithms change the figures of runs
+# Of what a config computes: raised when defaults or algorithms change the figures of runs. Runs are told apart by what
+# differs from the defaults, so that nothing else would notice; tests/experiments/test_studies.py asks for it.
+REVISION = 1
 
 _MAIN = (
   START,
@@ -274,7 +278,7 @@ STUDIES: Mapping[str, Study] = {
       "How good must a rollout be to be distilled?",
       "Accuracy is 0 or 1, for which thresholds of .5 and 1 are the same gate: only the mean of accuracy and format "
       "has three. At a threshold of 0 both signals let everything through. Thresholds of 0 and 1 have rates of their "
-      "own from the main study; two lines with the rate of the other one tell rate and gate apart.",
+      "own from the main study; two lines have the rate of the other one, for comparisons at equal rates.",
       (
         START,
         *(_tau("accuracy", tau) for tau in (0.0, 1.0)),

@@ -18,6 +18,7 @@ def write(
   place: study_runs.Place,
   results: study_runs.Results,
   *,
+  chosen_on: study_runs.Results,
   grid: Sequence[studies.Cell],
   rates: Mapping[str, float],
   seeds: int,
@@ -28,6 +29,7 @@ def write(
     study: of the results.
     place: of the runs.
     results: with at least one entry.
+    chosen_on: of the main study, which keeps the grids of all studies.
     grid: cells that choose learning rates.
     rates: method -> the chosen one; of those whose grid is complete.
     seeds: planned runs of each method.
@@ -39,7 +41,7 @@ def write(
   if not entries:  # of an unfinished grid there is nothing to compare yet
     return f"{results.folder}: no learning rate is chosen yet; {len(results.entries)} runs of the grid are finished"
   expected = planned(cells)
-  tried = [entry for cell in grid if (entry := results.own(cell, place.digest(cell)))]
+  tried = {cell: entry for cell in grid if (entry := chosen_on.own(cell, place.digest(cell)))}
   items = dict(results.items or {})
   found = study_files.summaries(study.name, entries, items)
   tables = study_files.study_tables_of(
@@ -47,7 +49,7 @@ def write(
     entries,
     items,
     found,
-    grid=tried,
+    grid=list(tried.values()),
     rates=place.benchmark.rates,
     tuned={cell.method.name: cell.method.label for cell in grid},
     expected=expected,
@@ -57,12 +59,13 @@ def write(
   records = [record for cell in measured for record in results.hints(place.digest(cell))]
   unmeasured = [f"hints of {cell.name}" for cell in measured if not results.hints(place.digest(cell))]
   if records:
-    tables += study_files.hint_tables(records, unmeasured)
+    tables += study_files.hint_tables(records, unmeasured, items["unseen"])
     told = [record for record in records if record["modality"] != "all" and record["positive_rate"] is not None]
     figures["hints"] = study_checks.hints_figure(told, items["train_modality"], items["unseen"])
   study_files.write_tables(results.folder, tables)
   study_files.write_figures(results.folder, figures)
-  missing = [*study_tables.missing_cells(expected, entries), *unmeasured]
+  untried = [f"learning-rate grid of {cell.name}" for cell in grid if cell not in tried]
+  missing = [*study_tables.missing_cells(expected, entries), *unmeasured, *untried]
   shown = list(samples(study, place, known, items))
   page = study_page.study_page(
     study.title,
@@ -91,6 +94,9 @@ def planned(cells: Sequence[studies.Cell]) -> list[dict[str, Any]]:
   for cell in sorted(cells, key=lambda cell: cell.method.trained):  # start and teacher first
     student, teacher = cell.pair.student, cell.pair.teacher
     line = {"method": cell.method.name, "label": cell.method.label, "student": student, "teacher": teacher, "seeds": []}
+    if cell.method.times > 1 and cell.method.rate_of:
+      parent = studies.MAIN_METHODS[cell.method.rate_of].label
+      line["note"] = f"{cell.method.label}: at the rate of {parent}, chosen at 1/{cell.method.times} of its steps."
     lines.setdefault((cell.method.name, student, teacher), line)["seeds"].append(cell.seed)
   return list(lines.values())
 
@@ -99,10 +105,17 @@ def facts(entries: Sequence[Mapping[str, Any]], wanted: int, found: int) -> Iter
   """What the study has cost; runs that stand in several lines count once."""
   once = {entry["digest"]: entry for entry in entries}.values()
   spent = [entry["cost"]["cpu_seconds"] for entry in once if entry.get("cost", {}).get("cpu_seconds")]
-  yield pages.Fact("Runs", f"{found:,} of {wanted:,}", f"{len(once):,} are kept, those of the grid included")
+  mixed = any(entry.get("seed") in studies.GRID_SEEDS for entry in entries)
+  where = "those of all grids included" if mixed else "those of the grid in the main study"
+  # A process cannot have taken less than the steps of its run: what went on after an interruption has another part.
+  parts = [entry for entry in once if 0 < entry.get("cost", {}).get("cpu_seconds", 0) < entry["cost"].get("seconds", 0)]
+  least = "at least " if parts else ""
+  yield pages.Fact("Runs", f"{found:,} of {wanted:,}", f"{len(once):,} are kept, {where}")
   if spent:
     yield pages.Fact(
-      "CPU time", human_time(sum(spent)), f"of {len(spent):,} runs, {human_time(sum(spent) / len(spent))} each"
+      "CPU time",
+      f"{least}{human_time(sum(spent))}",
+      f"of {len(spent):,} runs, {human_time(sum(spent) / len(spent))} each",
     )
 
 

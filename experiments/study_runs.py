@@ -21,8 +21,10 @@ import numpy as np
 
 from experiments import studies
 from kepo_jax import evaluation, storage
+from kepo_jax.data import splits
 from kepo_jax.evaluation import journal
 from kepo_jax.evaluation import studies as study_statistics
+from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting.sinks import read_records
 from kepo_jax.training import checks
 
@@ -37,9 +39,9 @@ CURVES = (
 )  # fmt: skip
 _ACCEPTED = "hint/accept_rate@"
 # Sections and fields that change nothing of what is learnt.
-_IDLE_SECTIONS = ("checkpoint", "log", "profile")
+IDLE_SECTIONS = ("checkpoint", "log", "profile")
 _WHERE = "data.directory"  # data may be moved
-_UNTOLD = (_WHERE, *(f"{section}." for section in _IDLE_SECTIONS))
+_UNTOLD = (_WHERE, *(f"{section}." for section in IDLE_SECTIONS))
 _ASKED = ("data.", "model.", "eval.prompt", "eval.max_new_tokens")  # what an evaluation without training depends on
 TOKENS = {"student_tokens": ("sampled", "trained"), "teacher_tokens": ("written", "scored")}
 HINTED = 100  # questions per modality on which hints are measured
@@ -73,7 +75,7 @@ class Place:
     return {
       f"{section}.{name}": value
       for section, fields in config.items()
-      if section != "seed" and section not in _IDLE_SECTIONS
+      if section != "seed" and section not in IDLE_SECTIONS
       for name, value in fields.items()
       if f"{section}.{name}" != _WHERE
       and value != plain[section][name]
@@ -132,9 +134,32 @@ class Place:
 
 
 def _frozen(benchmark: studies.Benchmark) -> Any:
-  """What the embedded items and models are, so that new ones mean new runs."""
-  path = ROOT / "experiments" / "assets" / "phantom" / "frozen.json"
-  return json.loads(path.read_text()) if benchmark.name == "phantom" else None
+  """What questions and models are, so that new ones mean new runs: also where their paths stay the same."""
+  if benchmark.identity or benchmark.name != "phantom":
+    return dict(benchmark.identity) or None
+  return json.loads((ROOT / "experiments" / "assets" / "phantom" / "frozen.json").read_text())
+
+
+def identity_of(benchmark: studies.Benchmark) -> dict[str, str]:
+  """Fingerprints of what paths name: "model student" and the like, and "train questions" and those of other parts.
+
+  Empty for the embedded benchmark, whose items and models are frozen with the code.
+
+  Raises:
+    ValueError: data or a model cannot be read.
+    OSError: a remote folder cannot be read.
+  """
+  data = studies.plain_config(benchmark).data
+  if benchmark.name == "phantom" and not (data.directory or data.split_files):
+    return {}
+  found = {
+    f"model {name}": journal.model_hash(conversion.resolved_folder(path))[:16]
+    for name, path in benchmark.models.items()
+  }
+  for part, examples in splits.load(data).items():
+    told = (json.dumps([e.id, e.question, e.options, e.answer, e.modality, e.question_type]) for e in examples)
+    found[f"{part} questions"] = journal.digest(told)[:16]
+  return found
 
 
 def outputs_of(place: Place, cell: studies.Cell, items: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -170,7 +195,8 @@ def entry_of(place: Place, cell: studies.Cell, outputs: Sequence[Mapping[str, An
     outputs: of `outputs_of`.
 
   Raises:
-    ValueError: a file of the run is missing or damaged.
+    ValueError: a file of the run is damaged.
+    OSError: a file of the run is missing.
   """
   folder = place.folder(cell)
   entry: dict[str, Any] = _identity(cell) | {"digest": place.digest(cell), "commit": _commit(), "jax": jax.__version__}
@@ -354,8 +380,9 @@ class Workers:
         done.put((cell, time.monotonic() - start, cpu, fault))
 
   def _process(self, slot: Mapping[str, Any], cell: studies.Cell, place: Place) -> tuple[float, str]:
-    """CPU seconds of a cell's processes, and what went wrong."""
+    """CPU seconds of a cell's processes, 0 for one that goes on, of which a part is unknown; and what went wrong."""
     folder, cpu = place.folder(cell), 0.0
+    anew = not folder.exists()
     log = folder.parent / f"{folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     for command in place.commands(cell):
@@ -379,7 +406,7 @@ class Workers:
       cpu += usage.ru_utime + usage.ru_stime
       if process.returncode:
         return cpu, f"exit code {process.returncode}; {log} ends with: {_last_line(log)}"
-    return cpu, ""
+    return cpu if anew else 0.0, ""
 
   def _wait(self, over: threading.Event) -> None:
     # Not by joining the thread: until Python 3.13 one whose join was interrupted counts as ended.
@@ -402,6 +429,10 @@ def _last_line(log: pathlib.Path) -> str:
   return lines[-1][:300] if lines else "nothing"
 
 
+class OtherQuestions(ValueError):
+  """A run has answered other test questions than its study."""
+
+
 class Results:
   """runs.json, grid.json and items.json of one study."""
 
@@ -412,7 +443,8 @@ class Results:
       ValueError: a file is not of this study, or damaged.
     """
     told = {name: str(value) for name, value in benchmark.overrides.items() if not name.startswith(_UNTOLD)}
-    about = {"benchmark": benchmark.name, "set": told}
+    about: dict[str, Any] = {"benchmark": benchmark.name, "set": told}
+    about |= {"identity": dict(benchmark.identity)} if benchmark.identity else {}
     self.folder, self._head = folder, {"study": study, **about}
     self._entries: dict[str, dict[str, Any]] = {}
     self._known: dict[str, dict[str, Any]] = {}  # by digest, of all studies
@@ -424,14 +456,22 @@ class Results:
     for path in sorted(paths, key=lambda path: path.parent == folder):
       found = _read(path)
       if path.parent == folder:
-        if {name: found.get(name) for name in self._head} != self._head:
-          raise ValueError(
-            f"{path} is of another study or benchmark, or of other fields of --set; use another --output."
-          )
+        self._check_head(path, found)
         self._entries |= {_key(entry): entry for entry in found["runs"]}
-      if {name: found.get(name) for name in about} == about:
+      if _about(found) == _about(self._head):
         self._known |= {entry["digest"]: entry for entry in found["runs"]}
-        self.items = _read(path.parent / "items.json")
+        self.items = _items_beside(path)
+
+  def _check_head(self, path: pathlib.Path, found: Mapping[str, Any]) -> None:
+    if (found.get("study"), found.get("benchmark"), found.get("set")) != tuple(
+      self._head[name] for name in ("study", "benchmark", "set")
+    ):
+      raise ValueError(f"{path} is of another study or benchmark, or of other fields of --set; use another --output.")
+    theirs, ours = found.get("identity", {}), self._head.get("identity", {})
+    if changed := sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name)):
+      raise ValueError(
+        f"{path} was made with others than these: {', '.join(changed)}; use another --output and --workdir."
+      )
 
   @property
   def entries(self) -> list[dict[str, Any]]:
@@ -447,7 +487,9 @@ class Results:
       cpu: seconds of a run that was made in one go, 0 where that is not known.
 
     Raises:
-      ValueError: a file of the run is damaged, or about other questions than the study.
+      ValueError: a file of the run is damaged.
+      OSError: a file of the run is missing.
+      OtherQuestions: it is about other questions than the study.
     """
     digest = place.digest(cell)
     if cell.method.measures:
@@ -483,12 +525,16 @@ class Results:
 
   def entry(self, cell: studies.Cell, digest: str) -> dict[str, Any] | None:
     """`own`, also where another line or study has computed the same; None where nobody has."""
+    found = self.find(cell, digest)
+    if found and not self.own(cell, digest):
+      self.add(found)
+    return found
+
+  def find(self, cell: studies.Cell, digest: str) -> dict[str, Any] | None:
+    """`entry`, without writing anything."""
     if found := self.own(cell, digest):
       return found
-    if digest not in self._known:
-      return None
-    self.add({**self._known[digest], **_identity(cell)})
-    return self.entry(cell, digest)
+    return {**self._known[digest], **_identity(cell)} if digest in self._known else None
 
   def add(self, entry: Mapping[str, Any], items: Mapping[str, Any] | None = None) -> None:
     """Keeps an entry, at once.
@@ -498,11 +544,13 @@ class Results:
       items: its test questions; None: those of the study.
 
     Raises:
-      ValueError: its test questions are not those of the study.
+      OtherQuestions: its test questions are not those of the study.
     """
     items = items or self.items
     if self.items and items and self.items["ids"] != items["ids"]:
-      raise ValueError(f"{self.folder} is about other test questions than {entry['method']}; use another --output.")
+      raise OtherQuestions(
+        f"{self.folder} is about other test questions than {entry['method']}; use another --output and --workdir."
+      )
     self.items = dict(items or {})
     self._entries[_key(entry)] = self._known[entry["digest"]] = dict(entry)
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -511,6 +559,19 @@ class Results:
       lines = ",\n".join(json.dumps(each) for each in self.entries if _file_of(each) == name)
       if lines:
         storage.write_text(self.folder / name, f'{json.dumps(self._head)[:-1]}, "runs": [\n{lines}\n]}}\n')
+
+
+def _about(found: Mapping[str, Any]) -> list[Any]:
+  """What two studies share that may use each other's runs."""
+  return [found.get("benchmark"), found.get("set"), found.get("identity", {})]
+
+
+def _items_beside(path: pathlib.Path) -> Any:
+  """items.json, which says what the answers of a file of runs are about."""
+  items = path.parent / "items.json"
+  if not items.exists():
+    raise ValueError(f"{items} is not there, without which {path} says nothing; bring it back, or remove {path.name}.")
+  return _read(items)
 
 
 def _file_of(entry: Mapping[str, Any]) -> str:

@@ -162,7 +162,8 @@ def hint_records(per_pair=1):
         rate = float(np.clip(0.35 + 0.25 * gain + rng.normal(0, 0.05), 0.05, 0.98))
         prompts = int(rng.integers(20, 90))
         found.append(
-          {"student": student, "teacher": teacher, "hint_prompt": prompt, "modality": name, "prompts": prompts,
+          {"student": student, "teacher": teacher, "hint_prompt": prompt, "modality": name,
+           "questions": 100, "prompts": prompts,
            "candidates": prompts * 10, "gain": float(gain), "reliance": float(gain * 0.7 + rng.normal(0, 0.1)),
            "leak_rate": float(rng.uniform(0, 0.04)), "positive_rate": rate,
            "accept_rate": [1 - (1 - rate) ** b for b in range(1, 6)]}

@@ -1,16 +1,22 @@
-"""Validation accuracy of a study's methods at the same cost: seconds, or tokens of student and teacher together."""
+"""Validation accuracy of a study's methods at the same cost: tokens of student and teacher together, or seconds.
+
+Tokens are the same wherever and whenever a training runs. Seconds are not: see `SITTINGS`.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from kepo_jax.evaluation import studies
+from kepo_jax.evaluation import seeds, statistics, studies
 from kepo_jax.evaluation.studies import Entry
 
 # Quantity -> parts of a cost record that are added up.
 QUANTITIES = {"seconds": ("seconds",), "tokens": ("student_tokens", "teacher_tokens")}
 SLACK = 0.05  # share by which the costs of equal trainings differ without meaning anything
+# By how much the seconds of identical trainings of the phantom differed between two sittings, as shares of the smaller:
+# accuracy-0 and mean-0 of the study tau.
+SITTINGS = (0.23, 0.32)
 FIGURES = ("in_domain", "out_of_domain", "overall")
 
 
@@ -88,9 +94,55 @@ def accuracy_at_cost(
   }  # fmt: skip
 
 
+def differences_at_cost(
+  entries: Sequence[Entry],
+  reference: str,
+  figure: str,
+  quantity: str,
+  *,
+  budget: float,
+  resamples: int = statistics.RESAMPLES,
+) -> dict[str, dict[str, Any]]:
+  """Methods less a reference at the same cost, paired by seed.
+
+  Args:
+    entries: of one pair of student and teacher, "start" among them if the curves are to begin at 0.
+    reference: method.
+    figure: of `FIGURES`.
+    quantity: of `QUANTITIES`.
+    budget: in its unit.
+    resamples: of the bootstrap.
+
+  Returns:
+    method -> `seeds.seeds_alone` of the differences. Methods that end before the budget, as the reference may, and
+    those without a seed or a validation question in common with it, are left out.
+  """
+  found = studies.methods(entries)
+
+  def read(name: str) -> dict[int, float]:
+    curves = {each["seed"]: validation_curve(each, start_of(each, found), figure, quantity) for each in found[name]}
+    if not all(_reaches(curve, budget) for curve in curves.values()):
+      return {}
+    values = {number: float(np.interp(budget, *curve)) for number, curve in curves.items()}
+    return {number: value for number, value in values.items() if np.isfinite(value)}
+
+  trained = [name for name in found if name not in studies.UNTRAINED]
+  theirs = read(reference) if reference in trained else {}
+  gaps = {}
+  for name in trained:
+    mine = read(name) if name != reference else {}
+    if shared := [number for number in mine if number in theirs]:
+      gaps[name] = seeds.seeds_alone({number: mine[number] - theirs[number] for number in shared}, resamples=resamples)
+  return gaps
+
+
+def _reaches(curve: tuple[np.ndarray, np.ndarray], budget: float) -> bool:
+  return bool(len(curve[0])) and float(curve[0][-1]) >= budget * (1 - SLACK)
+
+
 def _read(curves: Sequence[tuple[np.ndarray, np.ndarray]], budget: float) -> dict[str, Any]:
   ends = [float(across[-1]) if len(across) else 0.0 for across, _ in curves]
-  if min(ends) < budget * (1 - SLACK):
+  if not all(_reaches(curve, budget) for curve in curves):
     return {"mean": None, "final": max(ends), "seeds": len(curves), "budget": budget}
   values = [float(np.interp(budget, *curve)) for curve in curves]
   return {"mean": float(np.mean(values)), "low": min(values), "high": max(values), "seeds": len(values),

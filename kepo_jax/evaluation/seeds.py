@@ -232,6 +232,26 @@ def bootstrap(
           "differences": differences}  # fmt: skip
 
 
+def seeds_alone(values: Mapping[int, float], *, resamples: int = statistics.RESAMPLES, seed: int = 0) -> dict[str, Any]:
+  """Mean of one figure per seed, where answers are not known question by question: the interval is over seeds alone.
+
+  Args:
+    values: seed -> figure, or difference of the figures of two methods.
+    resamples: R.
+    seed: of the draws.
+
+  Returns:
+    `mean`, `low`, `high` and `seeds` (how many); the bounds are None for one seed.
+  """
+  exact = np.array(list(values.values()), float)[:, None]
+  if len(exact) < 2:
+    return {"mean": float(exact.mean()), "low": None, "high": None, "seeds": len(exact)}
+  shifts = seed_shifts(list(values), resamples=resamples, seed=seed)
+  draws = mean_draws(exact, np.broadcast_to(exact, (resamples, *exact.shape)), shifts, widening(len(exact)))
+  low, high = statistics.percentile_interval(draws)
+  return {"mean": float(exact.mean()), "low": low, "high": high, "seeds": len(exact)}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Part:
   """Some seeds of a method, or their differences to those of another."""

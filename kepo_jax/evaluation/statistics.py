@@ -5,7 +5,7 @@ together, since what a model sees in a picture it sees for all of them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,25 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
   if not 1 <= k <= samples:
     raise ValueError(f"pass@{k} cannot be estimated from {samples} samples; k is at least 1 and at most their number.")
   return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def correlation(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+  """Pearson's r of n pairs with a 95 % interval by Fisher's z, which supposes pairs that are normally distributed.
+
+  Returns:
+    `r`, `low`, `high` and `count`; r is None for fewer than two pairs or where one side does not vary, the bounds are
+    None below four pairs.
+  """
+  count = len(first)
+  found: dict[str, Any] = {"r": None, "low": None, "high": None, "count": count}
+  if count < 2 or not (np.ptp(first) and np.ptp(second)):
+    return found
+  r = float(np.clip(np.corrcoef(first, second)[0, 1], -1, 1))
+  found["r"] = r
+  if count > 3 and abs(r) < 1:
+    half = NORMAL_QUANTILE / math.sqrt(count - 3)
+    found |= {"low": math.tanh(math.atanh(r) - half), "high": math.tanh(math.atanh(r) + half)}
+  return found
 
 
 def mcnemar(gained: int, lost: int) -> float:

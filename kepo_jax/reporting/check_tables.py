@@ -1,8 +1,9 @@
 """Tables of the checks of a study: what was varied beside what came of it, and the quality of hints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kepo_jax.evaluation import statistics
 from kepo_jax.reporting.study_tables import MISSING, headings, percent, planned
 from kepo_jax.reporting.tables import Row
 
@@ -10,6 +11,11 @@ STABILITY = (
   "Deviations are sample standard deviations, in percentage points, of the out-of-domain mean: of the test figure over "
   "seeds (95 % intervals by chi-square, for seeds that are normally distributed), and over the last three validations "
   "of a training, mean over seeds."
+)
+HINTS = "Brackets: 95 % intervals by a bootstrap over prompts."
+CORRELATIONS = (
+  "Pearson's r with the share of reward-positive candidates over the modalities, each of which counts the same; "
+  "brackets: 95 % intervals by Fisher's z. Points of a few prompts move by chance, and no r says what causes what."
 )
 
 
@@ -51,23 +57,57 @@ def hint_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
   """Quality of hints per student, teacher, hint prompt and modality.
 
   Args:
-    records: `student`, `teacher`, `hint_prompt`, `modality`, `prompts` and `candidates` (numbers), `gain` and
-      `reliance` (nats per token), `leak_rate`, `positive_rate` and `accept_rate` (by round, cumulative).
+    records: `student`, `teacher`, `hint_prompt`, `modality`, `questions`, `prompts` and `candidates` (numbers), `gain`
+      and `reliance` (nats per token), `leak_rate`, `positive_rate` and `accept_rate` (by round, cumulative), and
+      `gain_interval` and `positive_rate_interval`, None where there is none.
   """
   header = (
-    "student, teacher", "hint prompt", "modality", "prompts", "candidates", "gain, nats per token",
+    "student, teacher", "hint prompt", "modality", "questions", "prompts", "candidates", "gain, nats per token",
     "reliance, nats per token", "leak rate", "reward-positive", "accepted after 1 round", "after all",
   )  # fmt: skip
   rows: list[Row] = [header]
   for record in records:
     rounds = record["accept_rate"] or []
     rows.append(
-      (f"{record['student']}, {record['teacher']}", record["hint_prompt"], record["modality"], f"{record['prompts']:,}",
-       f"{record['candidates']:,}", _nats(record["gain"]), _nats(record["reliance"]),
-       *(_percentage(record[key]) for key in ("leak_rate", "positive_rate")),
+      (f"{record['student']}, {record['teacher']}", record["hint_prompt"], record["modality"],
+       *(f"{record[key]:,}" for key in ("questions", "prompts", "candidates")),
+       _nats(record["gain"]) + _bounds(record.get("gain_interval"), _nats), _nats(record["reliance"]),
+       _percentage(record["leak_rate"]),
+       _percentage(record["positive_rate"]) + _bounds(record.get("positive_rate_interval"), _percentage),
        *(_percentage(value) for value in (rounds[:1] or [None]) + (rounds[-1:] or [None])))
     )  # fmt: skip
   return rows
+
+
+def correlation_rows(records: Sequence[Mapping[str, Any]], unseen: Sequence[str] = ()) -> list[Row]:
+  """Over the modalities, how gain and reliance go with the share of reward-positive candidates.
+
+  Args:
+    records: as `hint_rows` takes them; those of all modalities together do not count.
+    unseen: modalities without which there is a second row for each student, teacher and hint prompt.
+  """
+  rows: list[Row] = [("student, teacher", "hint prompt", "modalities", "r of gain", "r of reliance")]
+  told = [each for each in records if each["modality"] != "all" and each["positive_rate"] is not None]
+  for who in dict.fromkeys((each["student"], each["teacher"], each["hint_prompt"]) for each in told):
+    mine = [each for each in told if (each["student"], each["teacher"], each["hint_prompt"]) == who]
+    seen = [each for each in mine if each["modality"] not in unseen]
+    for name, chosen in {"all": mine, f"without {', '.join(unseen)}": seen}.items():
+      if name == "all" or len(seen) < len(mine):
+        cells = [_correlation(chosen, key) for key in ("gain", "reliance")]
+        rows.append((f"{who[0]}, {who[1]}", who[2], f"{len(chosen)}, {name}", *cells))
+  return rows
+
+
+def _correlation(records: Sequence[Mapping[str, Any]], key: str) -> str:
+  pairs = [(each[key], each["positive_rate"]) for each in records if each[key] is not None]
+  found = statistics.correlation([value for value, _ in pairs], [rate for _, rate in pairs])
+  if found["r"] is None:
+    return "-"
+  return _nats(found["r"]) + _bounds(None if found["low"] is None else (found["low"], found["high"]), _nats)
+
+
+def _bounds(interval: Sequence[float] | None, shown: Callable[[float], str]) -> str:
+  return f" [{', '.join(map(shown, interval))}]" if interval else ""
 
 
 def _value(value: Any) -> str:
@@ -86,7 +126,7 @@ def _points(value: float | None) -> str:
 
 
 def _nats(value: float | None) -> str:
-  return "-" if value is None else f"{value:+.2f}"
+  return "-" if value is None else f"{round(value, 2) + 0.0:+.2f}"  # adding 0 takes the sign from a negative zero
 
 
 def _percentage(value: float | None) -> str:

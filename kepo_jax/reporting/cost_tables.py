@@ -16,7 +16,15 @@ GRID = (
   "* chosen among those that have finished; † chosen at an end of the grid, so that a rate beyond it might be better. "
   "Last column: the rate that validation questions of the training modality alone would have chosen."
 )
-RANGES = "Brackets: the lowest and the highest seed. What costs more is read inside its schedule, at a rate still high."
+RANGES = (
+  "Brackets: the lowest and the highest seed; of differences, which are paired by seed, 95 % intervals by a bootstrap "
+  "over seeds alone, because validations are not kept question by question. Tokens of student and teacher count alike, "
+  "whatever the sizes of the models. What costs more is read inside its schedule, at a rate still high."
+)
+SECONDS = (
+  "Seconds and CPU seconds compare only what ran at one sitting: identical trainings took "
+  f"{100 * equal_cost.SITTINGS[0]:.0f} to {100 * equal_cost.SITTINGS[1]:.0f} % more at another (phantom, study tau)."
+)
 
 
 def cost_rows(entries: Sequence[Entry], *, expected: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
@@ -39,9 +47,9 @@ def equal_cost_rows(
   figure: str = "out_of_domain",
   *,
   expected: Sequence[Mapping[str, Any]] = (),
-  reference: str = "grpo",
+  references: Sequence[str] = ("grpo",),
 ) -> list[Row]:
-  """Validation accuracy at the end, which is after equal steps where methods have equally many, and at equal cost.
+  """Validation accuracy after equal steps, at the end where some methods have more of them, and at equal cost.
 
   A method that costs more is read inside its schedule, before its learning rate has decayed.
 
@@ -49,21 +57,31 @@ def equal_cost_rows(
     entries: of one pair, "start" among them.
     figure: of `equal_cost.FIGURES`.
     expected: planned cells of this pair.
-    reference: method whose smallest final cost is the budget.
+    references: methods that the others are compared with; the smallest final cost of the first one is the budget.
   """
   found = studies.methods(entries)
   trained = _trained(found, expected)
-  steps = {entry["steps"] for name in trained for entry in found.get(name, [])}
-  same = f"after {steps.pop()} steps" if len(steps) == 1 else "at the end"
-  columns = [(same, {name: _at_the_end(found.get(name, []), figure) for name in trained})]
-  for quantity, unit in (("seconds", "s"), ("tokens", "tokens")):
-    own = [equal_cost.cost(entry["cost"], quantity) for entry in found.get(reference, [])]
-    if budget := min(own, default=0):
-      read = equal_cost.accuracy_at_cost(entries, quantity, budget=budget)
-      whose = f"{_amount(budget)} {unit}, {found[reference][0]['label']}'s"
-      columns.append((f"after {whose}", {name: each[figure] for name, each in read.items()}))
-  rows: list[Row] = [("method", *(heading for heading, _ in columns))]
-  rows += [(label, *(_read(cells.get(name)) for _, cells in columns)) for name, label in trained.items()]
+  steps = sorted({entry["steps"] for name in trained for entry in found.get(name, [])})
+  columns = [
+    (f"after {steps[0]} steps", {name: _after(found.get(name, []), figure, steps[0]) for name in trained})
+  ] if steps else []  # fmt: skip
+  if len(steps) != 1:
+    columns.append(("at the end", {name: _after(found.get(name, []), figure) for name in trained}))
+  gaps: list[tuple[str, str, Mapping[str, Any]]] = []
+  own = [equal_cost.cost(entry["cost"], "tokens") for entry in found.get(references[0], [])]
+  if budget := min(own, default=0):
+    read = equal_cost.accuracy_at_cost(entries, "tokens", budget=budget)
+    whose = f"after {_amount(budget)} tokens of both models, {found[references[0]][0]['label']}'s"
+    columns.append((whose, {name: each[figure] for name, each in read.items()}))
+    for other in [name for name in references if name in found]:
+      differences = equal_cost.differences_at_cost(entries, other, figure, "tokens", budget=budget)
+      gaps.append((f"there, less {found[other][0]['label']}", other, differences))
+  rows: list[Row] = [("method", *(heading for heading, _ in columns), *(heading for heading, _, _ in gaps))]
+  for name, label in trained.items():
+    cells = [_read(values.get(name)) for _, values in columns]
+    known = name in found
+    less = [_gap(differences.get(name), name == other) if known else MISSING for _, other, differences in gaps]
+    rows.append((label, *cells, *less))
   return rows
 
 
@@ -111,10 +129,24 @@ def _amount(value: float) -> str:
   return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _at_the_end(entries: Sequence[Entry], figure: str) -> dict[str, Any] | None:
-  last = [max(entry["validation"], key=lambda record: record["step"]) for entry in entries if entry["validation"]]
-  values = [record[figure] for record in last if record[figure] is not None]
+def _after(entries: Sequence[Entry], figure: str, step: int | None = None) -> dict[str, Any] | None:
+  """Of the validations after a step; None: of the last ones."""
+  taken = [
+    max(
+      (each for each in entry["validation"] if step in (None, each["step"])),
+      key=lambda each: each["step"],
+      default=None,
+    )
+    for entry in entries
+  ]
+  values = [record[figure] for record in taken if record and record[figure] is not None]
   return {"mean": float(np.mean(values)), "low": min(values), "high": max(values)} if values else None
+
+
+def _gap(entry: Mapping[str, Any] | None, itself: bool) -> str:
+  if itself or entry is None:
+    return "-"
+  return percent(entry, signed=True) if entry["low"] is not None else f"{100 * entry['mean']:+.1f}"
 
 
 def _read(entry: Mapping[str, Any] | None) -> str:

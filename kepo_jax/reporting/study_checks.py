@@ -24,11 +24,13 @@ _PAIR_MARKERS = ("o", "s", "^", "D", "v")
 
 
 def tau_figure(summary: Summary, points: Mapping[str, tuple[float, str]]) -> Figure:
-  """Test accuracy against the gate's threshold, one line per gate signal.
+  """Test accuracy against the gate's threshold, one line per gate signal and learning rate.
+
+  Points of different rates are not joined: what lies between them is a matter of the rate as much as of the threshold.
 
   Args:
     summary: of `studies.summarised`.
-    points: method -> (tau, gate signal).
+    points: method -> (tau, gate signal and learning rate).
   """
   return _lines_figure(summary, points, title="Threshold of the gate", across="tau", name="gate signal")
 
@@ -139,7 +141,7 @@ def _lines_figure(
     axis.set_xlabel(across, fontsize=8.5, color=TEXT)
   handles = [Line2D([], [], color=colours[group], marker="oDs^"[i % 4], linestyle="-" if i == 0 else "--",
                     label=f"{name}: {group}") for i, group in enumerate(series)]  # fmt: skip
-  study_style.legend_below(figure, handles)
+  study_style.legend_below(figure, handles, columns=4 if len(handles) < 4 else 2)
   study_style.heading(figure, f"{title}: test accuracy", f"{INTERVALS} Small dots: seeds.")
   return figure
 

@@ -93,7 +93,7 @@ def study_tables_of(
   tables: list[Table] = []
   for number, (pair, mine) in enumerate(studies.pairs(entries).items()):
     plan = [cell for cell in expected if (cell["student"], cell["teacher"]) == pair]
-    tables += _pair_tables(pair, mine, found[pair], plan, against, full=number == 0)
+    tables += _pair_tables(pair, mine, found[pair], plan, against, rates, full=number == 0)
     if number == 0:
       tables += _check_tables(study, pair, mine, items, found[pair], plan)
   if grid:
@@ -108,18 +108,20 @@ def study_tables_of(
 
 def _pair_tables(
   pair: tuple[str, str], mine: Sequence[Entry], summary: Mapping[str, Any], plan: Sequence[Mapping[str, Any]],
-  references: Sequence[str], *, full: bool,
+  references: Sequence[str], rates: Sequence[float], *, full: bool,
 ) -> list[Table]:  # fmt: skip
   suffix, who = ("" if full else "-" + "-".join(pair)), f"{pair[0]} taught by {pair[1]}"
   lost = study_tables.missing_cells(plan, mine) if plan else []
-  notes = (study_tables.INTERVALS, *([f"Missing: {'; '.join(lost)}."] if lost else []))
+  told = dict.fromkeys(cell["note"] for cell in plan if cell.get("note"))
+  notes = (study_tables.INTERVALS, *told, *([f"Missing: {'; '.join(lost)}."] if lost else []))
 
   def section(name: str) -> list[tuple[str, ...]]:
     return study_tables.section_rows(summary, name, expected=plan)
 
+  rows = study_tables.main_rows(summary, expected=plan, references=references, rates=rates)
+  ended = [study_tables.END] if any("†" in row[2] for row in rows) else []
   tables = [
-    Table(f"main{suffix}", f"Test accuracy, percent, {who}",
-          study_tables.main_rows(summary, expected=plan, references=references), notes),
+    Table(f"main{suffix}", f"Test accuracy, percent, {who}", rows, (*notes, *ended)),
     Table(f"modalities{suffix}", f"Test accuracy per modality, percent, {who}", section("modalities"), notes),
   ]  # fmt: skip
   if not full:
@@ -128,9 +130,9 @@ def _pair_tables(
     Table("question_types", f"Test accuracy per question type, percent, {who}", section("question_types"), notes)
   )
   tables.append(Table("cost", f"Cost of a training, mean over seeds, {who}", cost_tables.cost_rows(mine, expected=plan),
-                      notes[1:]))  # fmt: skip
+                      (cost_tables.SECONDS, *notes[1:])))  # fmt: skip
   for figure, name in (("out_of_domain", "out of domain"), ("in_domain", summary["train_modality"])):
-    rows = cost_tables.equal_cost_rows(mine, figure, expected=plan, reference=references[0])
+    rows = cost_tables.equal_cost_rows(mine, figure, expected=plan, references=references)
     title = f"Validation accuracy, {name}, at equal steps and at equal cost, percent, {who}"
     tables.append(Table(f"equal_cost_{figure}", title, rows, (cost_tables.RANGES, *notes[1:])))
   return tables
@@ -190,18 +192,32 @@ def _check_figures(
 ) -> dict[str, Figure]:  # fmt: skip
   values = varied(study, mine)
   if study == "tau" and values["tau"]:
-    return {
-      "tau": study_checks.tau_figure(summary, {m: (tau, values["gate signal"][m]) for m, tau in values["tau"].items()})
-    }
+    signal = studies.settings(mine, "objective.gate_signal", "accuracy")
+    rate = {entry["method"]: f"{entry['learning_rate']:g}" for entry in mine if entry["learning_rate"]}
+    points = {name: (tau, f"{signal[name]}, rate {rate[name]}") for name, tau in values["tau"].items()}
+    return {"tau": study_checks.tau_figure(summary, points)}
   if study == "budget" and values["B"]:
     return {"budget": study_checks.budget_figure(summary, values["B"], studies.stability(mine, items))}
   return {"gate": study_checks.gate_figure(summary, looks=looks)} if study == "gate" else {}
 
 
-def hint_tables(records: Sequence[Mapping[str, Any]], missing: Sequence[str] = ()) -> list[Table]:
-  """The table of the study of hints."""
+def hint_tables(
+  records: Sequence[Mapping[str, Any]], missing: Sequence[str] = (), unseen: Sequence[str] = ()
+) -> list[Table]:
+  """The tables of the study of hints.
+
+  Args:
+    records: as `check_tables.hint_rows` takes them.
+    missing: measurements that have not been made.
+    unseen: modalities that no model has seen.
+  """
   notes = (f"Missing: {'; '.join(missing)}.",) if missing else ()
-  return [Table("hints", "Quality of hints per modality; rates in percent", check_tables.hint_rows(records), notes)]
+  quality, related = check_tables.hint_rows(records), check_tables.correlation_rows(records, unseen)
+  return [
+    Table("hints", "Quality of hints per modality; rates in percent", quality, (check_tables.HINTS, *notes)),
+    Table("hint_correlations", "What goes with reward-positive candidates, over modalities", related,
+          (check_tables.CORRELATIONS, *notes)),
+  ]  # fmt: skip
 
 
 def write_tables(folder: epath.PathLike, tables: Sequence[Table]) -> list[str]:

@@ -15,7 +15,10 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
   "modalities": ("Test accuracy per modality", "95 % intervals; a modality that no model has seen is marked."),
   "question_types": ("Test accuracy per question type", "95 % intervals."),
   "validation_steps": ("Validation accuracy against steps", "Bands reach from the lowest to the highest seed."),
-  "validation_seconds": ("Validation accuracy against seconds", "Seconds of the steps alone."),
+  "validation_seconds": (
+    "Validation accuracy against seconds",
+    "Seconds of the steps alone; compare only what ran at one sitting, see the table of costs.",
+  ),
   "validation_tokens": (
     "Validation accuracy against tokens",
     "Tokens that both models wrote, scored or learnt.",
@@ -23,7 +26,10 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
   "validation_modalities": ("Validation accuracy per modality", "Few questions each: single points move by percents."),
   "training": ("The student's own rollouts during training", "Means over windows of steps and over seeds."),
   "exploration": ("Prompts that no rollout solves, and hints", "Acceptance after b hints, of the prompts that asked."),
-  "tau": ("Accuracy against the threshold of the gate", "For both signals that the gate may look at."),
+  "tau": (
+    "Accuracy against the threshold of the gate",
+    "One line per signal and learning rate; a point alone has no other threshold at its rate.",
+  ),
   "budget": ("Accuracy and stability against rounds of hints", "Spread over seeds and over the last validations."),
   "gate": ("Accuracy by the direction of the gate", "Which rollouts the teacher corrects."),
   "hints": ("What hints are worth, per modality", "Measured on the untrained student."),
@@ -31,7 +37,7 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
 
 # Heading -> the figures, and the tables behind them.
 _SECTIONS: Mapping[str, Sequence[str]] = {
-  "Result": ("tau", "budget", "gate", "hints", "accuracy", "differences", "main", "paper"),
+  "Result": ("tau", "budget", "gate", "hints", "hint_correlations", "accuracy", "differences", "main", "paper"),
   "Modalities and question types": ("modalities", "question_types"),
   "Validation during training": (
     "validation_steps", "validation_tokens", "validation_seconds", "validation_modalities", "equal_cost_out_of_domain",

@@ -16,6 +16,7 @@ MISSING = "missing"
 # Mean accuracy over the seven out-of-domain modalities of OmniMedVQA, Qwen3-VL-2B taught by 32B, in percent.
 PAPER = {"KEPO": 78.00, "GRPO": 74.33, "MM-GKD": 73.67}
 PAPER_SOURCE = "arXiv 2602.00400, Table 1; other data and models, one seed"
+END = "† at an end of the grid of learning rates, so that a rate beyond it might be better."
 INTERVALS = (
   "Brackets: 95 % intervals by a bootstrap over seeds and questions; of one seed or an untrained model over questions "
   "alone. They are not corrected for the number of comparisons."
@@ -74,6 +75,7 @@ def main_rows(
   *,
   expected: Sequence[Mapping[str, Any]] = (),
   references: Sequence[str] = studies.REFERENCES,
+  rates: Sequence[float] = (),
 ) -> list[Row]:
   """Accuracies, format, and the out-of-domain mean less that of each reference.
 
@@ -81,6 +83,7 @@ def main_rows(
     summary: of `studies.summarised`.
     expected: planned cells of this pair, see `missing_cells`.
     references: methods of `summary["differences"]`, each a column if it is present or planned.
+    rates: of the grid; a learning rate at one of its ends has a dagger.
   """
   methods, named = planned(summary, expected), headings(summary)
   references = [name for name in references if name in methods]
@@ -93,7 +96,9 @@ def main_rows(
       continue
     cells = [percent(entry["statistics"][key]) for key in named]
     gaps = [_gap(summary, reference, name) for reference in references]
-    rows.append((label, _seeds(entry, seeds), _rate(entry["learning_rate"]), *cells, _share(entry["format"]), *gaps))
+    rows.append(
+      (label, _seeds(entry, seeds), _rate(entry["learning_rate"], rates), *cells, _share(entry["format"]), *gaps)
+    )
   return rows
 
 
@@ -152,8 +157,10 @@ def _seeds(entry: Mapping[str, Any], planned_seeds: int) -> str:
   return f"{count} of {planned_seeds}" if count < planned_seeds else str(count)
 
 
-def _rate(value: float | None) -> str:
-  return "-" if value is None else f"{value:g}"
+def _rate(value: float | None, rates: Sequence[float]) -> str:
+  if value is None:
+    return "-"
+  return f"{value:g} †" if value in (min(rates, default=None), max(rates, default=None)) else f"{value:g}"
 
 
 def _share(value: float | None) -> str:

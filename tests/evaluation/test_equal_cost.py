@@ -82,3 +82,19 @@ def test_bands():
   np.testing.assert_allclose([found["low"], found["high"]], [[0.2, 0.6], [0.4, 0.6]])
   empty = equal_cost.banded([(np.zeros(1), np.array([np.nan]))])
   assert np.isnan([empty[name][0] for name in ("mean", "low", "high")]).all()
+
+
+def test_differences_at_the_same_cost_are_paired_by_seed():
+  dear = [training("dear", seed, [(10, 200, 0.8), (20, 400, 0.9)]) for seed in (1, 2)]
+  found = equal_cost.differences_at_cost([START, *CHEAP, *dear], "cheap", "in_domain", "tokens", budget=100)
+  # Of the seed that both have: half way from 0.2 to 0.8, less 0.7.
+  assert found == {"dear": {"mean": pytest.approx(-0.2), "low": None, "high": None, "seeds": 1}}
+  both = [training("dear", seed, [(10, 100, 0.5 - seed / 10)]) for seed in (0, 1)]
+  (gap,) = equal_cost.differences_at_cost([*CHEAP, *both], "cheap", "in_domain", "tokens", budget=100).values()
+  assert gap["mean"] == pytest.approx(-0.2) and gap["low"] < -0.3 and gap["high"] > -0.1 and gap["seeds"] == 2
+
+
+def test_what_ends_before_the_budget_is_compared_with_nothing():
+  assert equal_cost.differences_at_cost([START, *CHEAP, *DEAR], "cheap", "in_domain", "tokens", budget=300) == {}
+  assert equal_cost.differences_at_cost([START, *CHEAP, *DEAR], "dear", "in_domain", "tokens", budget=300) == {}
+  assert equal_cost.differences_at_cost([START, *CHEAP], "absent", "in_domain", "tokens", budget=100) == {}

@@ -217,3 +217,12 @@ def test_the_interval_of_a_deviation_covers_it(rng, count):
   low, high = np.transpose([seeds.deviation_interval(deviation, count) for deviation in deviations])
   assert np.mean((low <= 1) & (high >= 1)) == pytest.approx(0.95, abs=0.012)
   assert np.mean(low > 1) == pytest.approx(0.025, abs=0.009)
+
+
+def test_an_interval_over_seeds_alone_is_about_that_of_student():
+  values = {number: value for number, value in enumerate((0.02, 0.11, -0.01, 0.09, 0.05))}
+  found = seeds.seeds_alone(values)
+  half = 2.776 * np.std(list(values.values()), ddof=1) / 5**0.5
+  assert found["mean"] == pytest.approx(0.052) and found["seeds"] == 5
+  np.testing.assert_allclose([found["low"], found["high"]], [0.052 - half, 0.052 + half], atol=0.12 * half)
+  assert seeds.seeds_alone({3: 0.5}) == {"mean": 0.5, "low": None, "high": None, "seeds": 1}

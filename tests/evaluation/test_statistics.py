@@ -184,3 +184,13 @@ def test_holm_keeps_the_family_wise_error(rng):
   # 8 true hypotheses, p uniform: any rejection at 0.05 is an error.
   errors = [min(statistics.holm(dict(enumerate(rng.random(8)))).values()) < 0.05 for _ in range(4000)]
   assert np.mean(errors) < 0.06
+
+
+def test_correlation_with_fishers_interval():
+  found = statistics.correlation([1, 2, 3, 4, 5, 6, 7], [2, 1, 4, 3, 7, 5, 6])
+  # 1 - 6 * 10 / (7 * 48), ranks being the values; atanh +- 1.96 / 2.
+  assert found["r"] == pytest.approx(23 / 28) and found["count"] == 7
+  assert found["low"] == pytest.approx(np.tanh(np.arctanh(23 / 28) - 0.98), abs=1e-3)
+  assert found["high"] == pytest.approx(np.tanh(np.arctanh(23 / 28) + 0.98), abs=1e-3)
+  assert statistics.correlation([1, 2, 3], [1, 0, 1])["low"] is None
+  assert statistics.correlation([1, 2, 3], [1, 1, 1])["r"] is None and statistics.correlation([], [])["r"] is None

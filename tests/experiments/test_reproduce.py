@@ -10,6 +10,7 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import studies, study_report, study_runs
+from kepo_jax.training import lock
 from tests.conftest import ROOT
 from tests.experiments.test_study_runs import output, write_run
 
@@ -43,9 +44,9 @@ def made(monkeypatch):
         if cell.method.name in made.failing:
           finished(cell, 1.0, 0.0, "exit code 1")
         elif cell.method.trained:
-          write_run(folder, correct=(True, cell.learning_rate == 2e-4, True, True))
+          write_run(folder, correct=(True, cell.learning_rate == 3e-4, True, True))
           stored = json.loads((folder / "evaluation.json").read_text())
-          # The second rate is the best on validation; the test, which prefers the same, must not be asked.
+          # The second rate is the best on validation; the test, which prefers the third one, must not be asked.
           stored["validation"][-1]["overall"] = {"accuracy": {1e-4: 0.5, 2e-4: 0.75}.get(cell.learning_rate, 0.7)}
           (folder / "evaluation.json").write_text(json.dumps(stored))
           finished(cell, 1.0, 30.0, "")
@@ -119,6 +120,38 @@ def test_a_folder_that_cannot_be_read_is_a_fault_of_its_run(reproduce, made, tmp
   # The rate has one seed too few; the others are there, and so are the runs at the best of them.
   assert {each["seed"] for each in entries(tmp_path, "main")} == {0, 1}
   assert {each["seed"] for each in entries(tmp_path, "main", "grid.json")} == {100, 101}
+
+
+def test_a_finished_folder_without_figures_stops_nobody_else(reproduce, made, tmp_path):
+  cell, *_ = studies.grid(studies.STUDIES["main"].only(["grpo"]), studies.phantom(), 2)
+  folder = place_of(tmp_path).folder(cell)
+  write_run(folder)
+  (folder / "evaluation.json").unlink()
+  with (
+    flagsaver.flagsaver(study="main", methods=["grpo"]),
+    pytest.raises(SystemExit, match=r"evaluation\.json.*remove"),
+  ):
+    reproduce.main([])
+  assert len(entries(tmp_path, "main", "grid.json")) == 7
+
+
+def test_a_run_about_other_questions_is_not_to_be_removed(reproduce, made, tmp_path):
+  with flagsaver.flagsaver(study="main", methods=["grpo"]):
+    reproduce.main([])
+  rloo = next(iter(studies.grid(studies.STUDIES["main"].only(["rloo"]), studies.phantom(), 2)))
+  write_run(place_of(tmp_path).folder(rloo), correct=(True,) * 3)
+  with flagsaver.flagsaver(study="main", methods=["rloo"]), pytest.raises(SystemExit) as error:
+    reproduce.main([])
+  assert "other test questions than rloo; use another --output" in str(error.value)
+  assert "remove it" not in str(error.value)
+
+
+def test_one_command_at_a_time_writes_into_the_results(reproduce, made, tmp_path):
+  (tmp_path / "results").mkdir()
+  with lock.WorkdirLock(tmp_path / "results"), flagsaver.flagsaver(study="main", methods=["start"]):
+    with pytest.raises(ValueError, match="is in use by process .* pass another --output"):
+      reproduce.main([])
+  assert made() == []
 
 
 def test_a_finished_run_that_nobody_had_read_is_not_run_again(reproduce, made, tmp_path):
@@ -200,7 +233,10 @@ def test_tables_figures_and_page_are_written(module, made, monkeypatch, tmp_path
       module.main([])
   folder = tmp_path / "results" / "main"
   assert {"index.html", "main.md", "main.tex", "main.csv", "accuracy.png", "accuracy.svg"} <= set(os.listdir(folder))
-  assert "GKD, on-policy, confused taught by weak" in (folder / "index.html").read_text()  # as missing
+  page = (folder / "index.html").read_text()
+  assert "GKD, on-policy, confused taught by weak" in page  # as missing
+  assert "learning-rate grid of gkd-1 (confused, weak) rate 0.0001 seed 100" in page
+  assert "learning-rate grid of grpo" not in page
   assert "GRPO" in (folder / "main.md").read_text()
 
 
@@ -226,6 +262,7 @@ def test_from_raw_data_to_tables(shared_directory, tmp_path):
   assert result.returncode == 0, result.stderr[-2000:]
   folder = tmp_path / "results" / "omnimedvqa-main"
   assert f"{folder / 'index.html'}: 2 of 2 runs" in result.stdout and "missing" not in result.stdout
+  assert "model teacher" in json.loads((folder / "runs.json").read_text())["identity"]
   header, start, kepo = csv.reader((folder / "main.csv").read_text().splitlines())
   assert [start[0], kepo[0]] == ["start", "KEPO, τ = 1"]
   assert "MRI" in header and "out of domain, mean of 7" in header and not any("without" in name for name in header)

@@ -1,5 +1,6 @@
 """What a finished run leaves in runs.json, what is found again, and processes side by side."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import studies, study_runs
+from kepo_jax import types
 
 PHANTOM = studies.phantom()
 PAIR = PHANTOM.pairs[0]
@@ -156,7 +158,7 @@ def test_results_are_kept_and_found_again(place, tmp_path):
   sibling = study_runs.Results(tmp_path / "results" / "tau", "tau", PHANTOM)
   assert sibling.entry(cell(), place.digest(cell()))["method"] == "grpo"
   assert study_runs.Results(tmp_path / "results" / "tau", "tau", PHANTOM).items == items
-  with pytest.raises(ValueError, match="other test questions than grpo"):
+  with pytest.raises(study_runs.OtherQuestions, match="other test questions than grpo; use .* and --workdir"):
     sibling.add(entry(place, cell(seed=1)), {"ids": ["b", "a"]})
 
 
@@ -170,6 +172,59 @@ def test_results_of_something_else_are_refused(place, tmp_path):
   (tmp_path / "main" / "runs.json").write_text('{"study": ')
   with pytest.raises(ValueError, match=r"runs\.json is not JSON"):
     study_runs.Results(tmp_path / "main", "main", PHANTOM)
+
+
+def test_runs_without_their_questions_are_refused_by_name(place, tmp_path):
+  study_runs.Results(tmp_path / "main", "main", PHANTOM).add(entry(place, cell()), {"ids": []})
+  (tmp_path / "main" / "items.json").unlink()
+  with pytest.raises(ValueError, match=r"items\.json is not there, without which .*runs\.json says nothing; bring it"):
+    study_runs.Results(tmp_path / "main", "main", PHANTOM)
+
+
+def test_looking_for_a_run_writes_nothing(place, tmp_path):
+  study_runs.Results(tmp_path / "main", "main", PHANTOM).add(entry(place, cell()), {"ids": []})
+  results = study_runs.Results(tmp_path / "tau", "tau", PHANTOM)
+  assert results.find(cell(), place.digest(cell()))["method"] == "grpo" and results.find(cell(), "another") is None
+  assert not results.entries and not (tmp_path / "tau").exists()
+  assert results.entry(cell(), place.digest(cell())) == results.entries[0] and (tmp_path / "tau").exists()
+
+
+def model_folder(folder, weight):
+  folder.mkdir()
+  (folder / "config.json").write_text("{}")
+  (folder / "model.safetensors").write_bytes(bytes([weight]))
+  return str(folder)
+
+
+def test_other_data_or_weights_under_the_same_paths_are_other_runs(monkeypatch, tmp_path):
+  models = [model_folder(tmp_path / name, 1) for name in ("student", "teacher")]
+  benchmark = studies.omnimedvqa(*models, str(tmp_path))
+
+  def identified(question):
+    example = types.Example(id="q", question=question, options=("x", "y"), answer="A", images=(), modality="MRI")
+    monkeypatch.setattr(study_runs.splits, "load", lambda data: {"train": [], "test": [example]})
+    found = dataclasses.replace(benchmark, identity=study_runs.identity_of(benchmark))
+    return found, study_runs.Place(found, tmp_path / "runs")
+
+  first, place = identified("?")
+  assert list(first.identity) == ["model student", "model teacher", "train questions", "test questions"]
+  given = studies.Cell(studies.MAIN_METHODS["grpo"], first.pairs[0], 1e-4, 0)
+  study_runs.Results(tmp_path / "out", "main", first).add(entry(place, given), {"ids": []})
+  again, same = identified("?")
+  assert study_runs.Results(tmp_path / "out", "main", again).own(given, same.digest(given))
+  (tmp_path / "teacher" / "model.safetensors").write_bytes(b"2")
+  other, another = identified("!")
+  # Another digest means another folder, so that the same --workdir has nothing to offer.
+  assert another.digest(given) != place.digest(given)
+  said = "made with others than these: model teacher, test questions; use another --output and --workdir"
+  with pytest.raises(ValueError, match=said):
+    study_runs.Results(tmp_path / "out", "main", other)
+
+
+def test_the_embedded_benchmark_is_frozen_and_other_data_are_not(monkeypatch):
+  assert study_runs.identity_of(PHANTOM) == {}
+  monkeypatch.setattr(study_runs.splits, "load", lambda data: {"test": []})
+  assert "test questions" in study_runs.identity_of(studies.phantom({"data.directory": "D"}))
 
 
 class Commands:
@@ -200,6 +255,14 @@ def test_processes_run_side_by_side_and_faults_are_told(tmp_path):
   assert found[2][0] > 0  # CPU seconds
   assert "raw times" not in (tmp_path / "1.log").read_text() and "1 loop" in (tmp_path / "2.log").read_text()
   assert len(os.sched_getaffinity(0)) == len(cores)  # this thread's own cores are untouched
+
+
+def test_seconds_of_a_run_that_goes_on_are_not_known(tmp_path):
+  (tmp_path / "0").mkdir()  # of an earlier process, whose seconds nobody has
+  found = []
+  workers = study_runs.Workers([{}])
+  workers.run([cell(seed=0)], Commands(tmp_path, ["sum(range(3_000_000))"]), lambda *told: found.append(told[2:]))
+  assert found == [(0.0, "")]
 
 
 def test_an_interruption_stops_the_processes(tmp_path):

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kepo_jax.evaluation import studies
-from kepo_jax.reporting import cost_tables
+from kepo_jax.evaluation import equal_cost, studies
+from kepo_jax.reporting import cost_tables, study_tables
 from tests import studies_data
 
 ITEMS = studies_data.items(4)
@@ -28,14 +28,36 @@ def test_a_cost_that_was_not_measured_is_missing():
 def test_equal_steps_and_equal_cost():
   header, *rows = cost_tables.equal_cost_rows(ENTRIES, expected=EXPECTED)
   rows = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-  grpo = min(e["cost"]["seconds"] for e in ENTRIES if e["method"] == "grpo")
-  assert header == ("method", "after 80 steps", f"after {grpo:.3g} s, GRPO's", "after 96,000 tokens, GRPO's")
+  tokens = "after 96,000 tokens of both models, GRPO's"
+  assert header == ("method", "after 80 steps", tokens, "there, less GRPO")
   ends = [e["validation"][-1]["out_of_domain"] for e in ENTRIES if e["method"] == "grpo"]
   expected = f"{100 * np.mean(ends):.1f} [{100 * min(ends):.1f}, {100 * max(ends):.1f}]"
-  assert rows["GRPO"]["after 80 steps"] == rows["GRPO"]["after 96,000 tokens, GRPO's"] == expected
-  assert rows["SFT, gold answers"]["after 96,000 tokens, GRPO's"] == "beyond its budget"
-  assert rows["SFT, the teacher's answers"]["after 96,000 tokens, GRPO's"] == "beyond its budget"
+  assert rows["GRPO"]["after 80 steps"] == rows["GRPO"][tokens] == expected
+  assert rows["SFT, gold answers"][tokens] == "beyond its budget"
+  assert rows["SFT, the teacher's answers"][tokens] == "beyond its budget"
+  assert (rows["SFT, gold answers"]["there, less GRPO"], rows["GRPO"]["there, less GRPO"]) == ("-", "-")
+  gap = equal_cost.differences_at_cost(ENTRIES, "grpo", "out_of_domain", "tokens", budget=96e3)["kepo-tau1"]
+  assert rows["KEPO, tau = 1"]["there, less GRPO"] == study_tables.percent(gap, signed=True)
   assert set(rows["RLOO"].values()) == {"RLOO", "missing"}
+
+
+def test_methods_with_more_steps_are_read_at_equal_steps_as_well():
+  def longer(entry):
+    validation = [{**each, "step": 2 * each["step"]} for each in entry["validation"]]
+    return entry | {"method": "long", "label": "long", "steps": 160, "validation": validation}
+
+  entries = [*ENTRIES, *(longer(entry) for entry in ENTRIES if entry["method"] == "grpo")]
+  header, *rows = cost_tables.equal_cost_rows(entries, references=("grpo", "kepo-tau1", "absent"))
+  assert header[1:3] == ("after 80 steps", "at the end")
+  assert header[-2:] == ("there, less GRPO", "there, less KEPO, tau = 1")
+  rows = {row[0]: row for row in rows}
+  assert rows["long"][2] == rows["GRPO"][2] == rows["GRPO"][1] != rows["long"][1]
+
+
+def test_one_seed_has_no_interval():
+  alone = [entry for entry in ENTRIES if entry["seed"] in (None, 0)]
+  rows = {row[0]: row for row in cost_tables.equal_cost_rows(alone)}
+  assert rows["KEPO, tau = 1"][-1][0] in "+-" and "[" not in rows["KEPO, tau = 1"][-1]
 
 
 def test_the_chosen_rate_is_marked():

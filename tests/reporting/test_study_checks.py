@@ -30,6 +30,18 @@ def test_tau():
   assert readable.cut_texts(figure) == readable.overlapping_titles(figure) == []
 
 
+def test_lines_of_several_rates_fit():
+  points = {
+    f"kepo-{i}": (tau, f"{signal}, rate {rate}")
+    for i, (tau, signal, rate) in enumerate(
+      (tau, signal, rate) for signal in ("accuracy", "mean") for rate in ("0.0002", "0.0003") for tau in (0.0, 1.0)
+    )
+  }
+  _, summary = study(list(points))
+  figure = study_checks.tau_figure(summary, points)
+  assert len(figure.legends[0].get_texts()) == 4 and readable.cut_texts(figure) == []
+
+
 def test_budget():
   entries, summary = study(["kepo-b5", "kepo-b0", "kepo-b10"])
   spread = studies.stability(entries, ITEMS) | {"kepo-b10": {"seeds": None, "validations": 0.01}}

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from kepo_jax.reporting import study_files, study_style
+from kepo_jax.reporting import cost_tables, study_files, study_style, study_tables
 from kepo_jax.reporting.study_tables import Table
 from tests import studies_data
 
@@ -11,7 +11,9 @@ ITEMS = studies_data.items(6)
 SOME = {name: studies_data.METHODS[name] for name in ("grpo", "gkd-1", "kepo-tau1")}
 ENTRIES = studies_data.entries(ITEMS, methods=SOME, seeds=2)
 OTHER = studies_data.entries(ITEMS, methods={"grpo": SOME["grpo"]}, seeds=1, pair=("noisy", "weak"), free=False)
-EXPECTED = [{"method": "rloo", "label": "RLOO", "student": "confused", "teacher": "weak", "seeds": [0, 1]}]
+EXPECTED = [
+  {"method": "rloo", "label": "RLOO", "student": "confused", "teacher": "weak", "seeds": [0, 1], "note": "Half."}
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +23,15 @@ def found():
 
 def test_tables_of_the_main_study(found):
   grid = [entry | {"stage": "grid"} for entry in ENTRIES if entry["method"] == "grpo"]
-  tables = study_files.study_tables_of("main", [*ENTRIES, *OTHER], ITEMS, found, grid=grid, expected=EXPECTED)
+  tables = study_files.study_tables_of("main", [*ENTRIES, *OTHER], ITEMS, found, grid=grid, rates=(1e-4, 3e-4),
+                                       expected=EXPECTED)  # fmt: skip
   assert [table.name for table in tables] == [
     "main", "modalities", "question_types", "cost", "equal_cost_out_of_domain", "equal_cost_in_domain",
     "main-noisy-weak", "modalities-noisy-weak", "learning_rates", "paper",
   ]  # fmt: skip
   assert "Missing: RLOO, confused taught by weak: seeds 0, 1." in tables[0].notes
+  assert "Half." in tables[0].notes and tables[0].rows[-1][2] == "0.0003 †" and study_tables.END in tables[0].notes
+  assert cost_tables.SECONDS in tables[3].notes
   assert tables[-1].notes == ("arXiv 2602.00400, Table 1; other data and models, one seed",)
   assert not any("Missing" in note for note in tables[6].notes)
 
@@ -101,7 +106,8 @@ def test_written_tables(tmp_path):
   (tmp_path / "runs.json").write_text("{}")
   table = Table("main", "Accuracy", [("method", "MRI"), ("A", "61.3 [55.7, 66.7]")], ("Missing: B.",))
   names = study_files.write_tables(tmp_path, [table, *study_files.hint_tables(studies_data.hint_records())])
-  assert names == ["main.md", "main.csv", "main.tex", "hints.md", "hints.csv", "hints.tex"]
+  made = ("main", "hints", "hint_correlations")
+  assert names == [f"{name}.{ending}" for name in made for ending in ("md", "csv", "tex")]
   assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "runs.json"])
   text = (tmp_path / "main.md").read_text()
   assert text == "# Accuracy\n\n| method | MRI |\n|---|---:|\n| A | 61.3 [55.7, 66.7] |\n\nMissing: B.\n"
