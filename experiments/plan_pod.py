@@ -120,11 +120,14 @@ def _program_rows(plan: pods.PodPlan, title: str, columns: Sequence[str]) -> Tab
 
 def memory_table(plan: pods.PodPlan) -> Table:
   """Seconds of compilation and bytes per chip of each program."""
-  columns = ("compile s", "arguments GB", "temporaries GB", "results GB", "total GB", "% of HBM")
-  table = _program_rows(plan, f"{_title(plan)}; memory per chip, with everything that is there", columns)
+  columns = ("compile s", "arguments GB", "temporaries GB", "results GB", "code GB", "total GB", "% of HBM")
+  table = _program_rows(
+    plan, f"{_title(plan)}; memory per chip; in all, with everything that is there and all code", columns
+  )
   for each in plan.programs:
-    sizes = (each.arguments, each.temporaries, each.results, each.total)
-    share = 100 * each.total / plan.topology.chip.memory
+    total = each.total + plan.code
+    sizes = (each.arguments, each.temporaries, each.results, each.code, total)
+    share = 100 * total / plan.topology.chip.memory
     row = (f"{each.seconds:.0f}", *(f"{size / 1e9:.2f}" for size in sizes), f"{share:.0f}")
     table.add_row(f"{each.name} ({each.phase})", *row)
   return table
@@ -170,10 +173,10 @@ def verdict(plan: pods.PodPlan) -> list[str]:
     lines.append(f"fits: at most {gigabytes(plan.peak)} per chip, within {room}")
   elif not plan.failures:
     fullest = max(plan.programs, key=lambda each: each.total)
-    lines.append(
-      f"does not fit: {fullest.name} needs {gigabytes(fullest.total)} per chip ({gigabytes(fullest.resident)} that is "
-      f"there, {gigabytes(fullest.temporaries)} of its own), more than {room}"
-    )
+    sizes = {"that is there": fullest.resident, "of its own": fullest.temporaries, "of results": fullest.results}
+    sizes["of code of all programs"] = plan.code
+    parts = ", ".join(f"{gigabytes(size)} {what}" for what, size in sizes.items())
+    lines.append(f"does not fit: {fullest.name} needs {gigabytes(plan.peak)} per chip ({parts}), more than {room}")
   if not plan.failures:
     lines.append(f"a step takes {plan.step_seconds:.1f} s by this model; nothing overlapped, nothing measured")
     lines.append(f"not compiled: {'; '.join(pods.NOT_COMPILED)}")

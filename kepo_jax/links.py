@@ -19,7 +19,7 @@ import numpy as np
 
 Place = tuple[int, ...]
 Groups = tuple[tuple[int, ...], ...]
-_LARGEST = 512  # devices of a slice from which on not every layout is tried: seconds at the start of a run
+_LARGEST = 512  # devices of a slice; of a larger one not every layout is tried, which takes seconds here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Torus:
   lengths: tuple[int, ...]  # chips along each axis of a slice
   closed: bool  # each axis is a ring, and no open line
 
-  # A program has one torus, which lives as long as it does.
+  # Few tori are made, one for each slice and mesh, and live as long as the program.
   @functools.lru_cache(maxsize=10_000)  # noqa: B019
   def busiest(self, kind: str, groups: Groups) -> float:
     """Bytes that the busiest direction of a link carries for each byte of the array of a collective.

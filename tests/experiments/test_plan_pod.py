@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -67,8 +68,12 @@ def test_the_verdict_says_what_does_not_fit(plan_pod):
   )
   reason, step, left = plan_pod.verdict(plan_of(gradients(), gradients(15e9, "the optimizer")))
   assert reason.startswith(
-    "does not fit: the optimizer needs 15.0 GB per chip (11.0 GB that is there, 3.0 GB of its own"
+    "does not fit: the optimizer needs 15.0 GB per chip (11.0 GB that is there, 3.0 GB of its own, 1.0 GB of results"
   )
+  # Code alone may be what is too much.
+  coded = dataclasses.replace(gradients(13.5e9), code=5e8)
+  assert plan_pod.verdict(plan_of(coded))[0].startswith("does not fit: the gradients needs 14.0 GB per chip (9.5 GB")
+  assert "0.5 GB of code of all programs), more than 85% of the 16.0 GB" in plan_pod.verdict(plan_of(coded))[0]
   assert step.startswith("a step takes 5.0 s by this model")
   assert left.startswith("not compiled: hints and candidates for more than a quarter of the prompts; ")
   (refused,) = plan_pod.verdict(plan_of(gradients(), hints="compiling failed:\n  out of memory"))
@@ -81,7 +86,7 @@ def test_the_tables_hold_the_figures(plan_pod):
                                                           plan_pod.traffic_table))  # fmt: skip
   assert "2 x v5e:4x4, 32 x TPU v5e; data 2 x fsdp 2 x tensor 8" in memory
   row = next(line for line in memory.splitlines() if "gradients" in line)
-  assert [cell.strip() for cell in row.split("│")[2:-1]] == ["61", "2.00", "3.00", "1.00", "10.00", "62"]
+  assert [cell.strip() for cell in row.split("│")[2:-1]] == ["61", "2.00", "3.00", "1.00", "0.00", "10.00", "62"]
   # 3 GB gathered in rings of 4; 8 GB reduced in rings of 2, 4 GB of it between slices.
   row = next(line for line in time.splitlines() if "gradients" in line)
   cells = [cell.strip() for cell in row.split("│")[2:-1]]
