@@ -4,6 +4,7 @@ What a data sheet says of a chip is measured here instead, on all devices of the
 machine share its cores, its memory and what stands for links.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -150,7 +151,9 @@ class RunHere(pods.PodRun):
     """Takes its programs, and shapes in the place of its arrays."""
     hinted = bench.hinted.tokens.shape[1]
     self.sizes = pods.Sizes(bench.prompts.tokens.shape[1], hinted, bench.prompts.vision.patches.shape[1])
-    self.config, self.mesh, self.models, self.programs = bench.config, bench.mesh, bench.models, bench.programs
+    self.mesh, self.models, self.programs = bench.mesh, bench.models, bench.programs
+    self.config = copy.deepcopy(bench.config)
+    self.config.log.gradients_every = 0  # no turn of a benchmark compares gradients
     self.state = compiling.shapes_of(bench.state)
     batches = (compiling.shapes_of(batch) for batch in (bench.prompts, bench.few, bench.hinted))
     self._batches = {batch.tokens.shape: batch for batch in batches}

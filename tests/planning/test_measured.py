@@ -79,6 +79,8 @@ def test_a_plan_is_made_of_the_programs_and_shapes_of_the_benchmark(bench):
   # Over 2 devices; 4 image and 5 other tokens of 8 prompts.
   assert hlo.cost(scoring.executable.as_text()).flops == pytest.approx(work.flops / 2, rel=0.02)
   assert run.prompts(8, 9).tokens.sharding == bench.prompts.tokens.sharding
+  # The config compares gradients from time to time; a turn does not.
+  assert bench.config.log.gradients_every and run._runs("the gradients") == 1
 
 
 @pytest.mark.slow
