@@ -6,13 +6,16 @@ import pathlib
 import sys
 
 # Before jax is imported. The timeout keeps 8 virtual devices on 2 cores from aborting in a collective; programs here
-# run once on tiny shapes, so half of the compile time is worth more than optimised code.
+# run once on tiny shapes, so compile time is worth more than optimised code, and the emitters of fusions take most of
+# it. Cut into parts, programs that do the same arithmetic are no longer the same to the bit without those emitters.
 os.environ["XLA_FLAGS"] = " ".join(
   [
     "--xla_force_host_platform_device_count=8",
     os.environ.get("XLA_FLAGS", ""),  # the last of two counts holds: programs that tests start may ask for another
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
   ]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
