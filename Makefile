@@ -14,9 +14,14 @@ TPU := $(VENV)-tpu
 SERVICE ?= pypi
 TESTS ?= tests
 KILLS ?= 30
+MUTATE ?= kepo_jax/objectives kepo_jax/models/scoring.py kepo_jax/sampling.py
+KILLERS ?= tests/objectives tests/models/test_scoring.py tests/test_sampling.py
+MUTANTS := .cache/mutants
 # Compilation is one core's work: two processes use two cores.
 WORKERS ?= 2
 PYTEST := $(RUN)/python -m pytest -q
+# Neighbours stay in one process, which then compiles what they share once.
+SHARE := -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format parity test-slow test-tpu plan mutants kill-test audit install clean
@@ -28,11 +33,12 @@ demo: $(VENV)/.runtime ## train a tiny Qwen3-VL with KEPO on drawn images, evalu
 	$(RUN)/python -m experiments.kepo_medvqa $(ARGS)
 
 test: $(VENV)/.runtime ## everything but the slow tests and the oracles; 8 virtual devices
-	$(PYTEST) -n $(WORKERS) -m "not slow and not parity and not tpu" $(TESTS)
+	$(PYTEST) $(SHARE) -m "not slow and not parity and not tpu" $(TESTS)
 
-lint: $(VENV)/.dev ## formatting, lint and types
+lint: $(VENV)/.dev ## formatting, lint, imports and types
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
+	$(RUN)/lint-imports
 	$(RUN)/mypy
 
 format: $(VENV)/.dev ## rewrite the sources as lint wants them
@@ -40,10 +46,10 @@ format: $(VENV)/.dev ## rewrite the sources as lint wants them
 	$(RUN)/ruff check --fix .
 
 parity: $(VENV)/.oracle ## install the oracles (torch, trl, peft) and compare with them live
-	$(PYTEST) -n $(WORKERS) -m parity $(TESTS)
+	$(PYTEST) $(SHARE) -m parity $(TESTS)
 
 test-slow: $(VENV)/.runtime ## the long tests: whole trainings, resumption, exports
-	$(PYTEST) -n $(WORKERS) --dist loadscope -m slow $(TESTS)
+	$(PYTEST) $(SHARE) -m slow $(TESTS)
 
 test-tpu: $(TPU)/.ready ## compile for TPUs without a TPU (installs libtpu in an environment of its own)
 	$(TPU)/bin/python -m pytest -q -m tpu tests/planning
@@ -51,8 +57,16 @@ test-tpu: $(TPU)/.ready ## compile for TPUs without a TPU (installs libtpu in an
 plan: $(TPU)/.ready ## plan a run for TPU slices that are not here: the table of docs/pods.md; ARGS="..." for another
 	$(if $(ARGS),$(TPU)/bin/python -m experiments.plan_pod $(ARGS),$(TPU)/bin/python -m experiments.plan_pods)
 
-mutants: $(VENV)/.runtime ## break the model in known ways and see a test fail each time
-	$(RUN)/python -m tests.mutants
+# On a copy, since a mutation is written into its file.
+mutants: $(VENV)/.dev ## change MUTATE in one place after the other and list what KILLERS do not see: hours for all of it
+	rm -rf $(MUTANTS) && mkdir -p $(MUTANTS)
+	git ls-files -z kepo_jax experiments tests setup.cfg pyproject.toml | xargs -0 tar cf - | tar xf - -C $(MUTANTS)
+	printf '[cosmic-ray]\nmodule-path = [%s]\ntimeout = 600.0\ntest-command = "%s"\ndistributor = { name = "local" }\n' \
+	  "$$(printf '"%s", ' $(MUTATE))" "$(abspath $(RUN))/python -m pytest -q -x -p no:cacheprovider $(KILLERS)" \
+	  > $(MUTANTS)/config.toml
+	cd $(MUTANTS) && $(abspath $(RUN))/cosmic-ray init config.toml session.sqlite && \
+	  $(abspath $(RUN))/cosmic-ray baseline config.toml && $(abspath $(RUN))/cosmic-ray exec config.toml session.sqlite
+	$(RUN)/cr-report --surviving-only --show-diff $(MUTANTS)/session.sqlite
 
 kill-test: $(VENV)/.runtime ## kill -9 a run KILLS times in all its phases, and compare what it becomes
 	$(RUN)/python -m tests.training.kill --kills=$(KILLS)

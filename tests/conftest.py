@@ -1,5 +1,6 @@
 """Switches of the whole suite, and the fixtures that several rooms share."""
 
+import collections
 import importlib
 import os
 import pathlib
@@ -41,6 +42,8 @@ import numpy as np
 import pytest
 from absl import flags
 
+from kepo_jax.planning import resident
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # [P, T] * [T] becomes an error
@@ -48,9 +51,41 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure(config):
-  """Lets code that reads absl flags run without a command line."""
-  del config
+  """Lets code that reads absl flags run without a command line, and counts compilations."""
   flags.FLAGS.mark_as_parsed()
+  config.pluginmanager.register(Costs(config), "costs")
+
+
+class Costs:
+  """Counts compilations of each test file and the peak memory of each process, and says so at the end."""
+
+  def __init__(self, config):
+    self._config, self._file = config, "collection"
+    self._compilations, self._gigabytes = collections.Counter(), []
+    jax.monitoring.register_event_duration_secs_listener(self._count)
+
+  def _count(self, event, seconds, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      self._compilations[self._file] += 1
+
+  def pytest_runtest_logstart(self, nodeid, location):
+    self._file = location[0]
+
+  def pytest_sessionfinish(self):
+    self._gigabytes.append(resident.peak_resident_bytes() / 1e9)
+    if hasattr(self._config, "workeroutput"):
+      self._config.workeroutput["costs"] = (dict(self._compilations), self._gigabytes[0])
+
+  @pytest.hookimpl(optionalhook=True)
+  def pytest_testnodedown(self, node, error):
+    compilations, gigabytes = getattr(node, "workeroutput", {}).get("costs", ({}, 0.0))
+    self._compilations.update(compilations)
+    self._gigabytes.append(gigabytes)
+
+  def pytest_terminal_summary(self, terminalreporter):
+    most = ", ".join(f"{file} {count}" for file, count in self._compilations.most_common(5))
+    terminalreporter.write_line(f"{self._compilations.total()} compilations: {most}")
+    terminalreporter.write_line(f"peak memory of each process, GB: {', '.join(f'{x:.1f}' for x in self._gigabytes)}")
 
 
 @pytest.fixture(scope="session")
