@@ -18,13 +18,13 @@ from typing import Any
 import jax
 from absl import app, flags
 from ml_collections import config_flags
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from experiments import environment
 from kepo_jax import storage
 from kepo_jax.planning import benchmark, memory
+from kepo_jax.reporting import progress
 from kepo_jax.types import RunPlan
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
@@ -49,7 +49,7 @@ _WIDTH = 150
 def main(_: list[str]) -> None:
   """Runs the benchmark that the flags describe."""
   environment.prepare()
-  console = Console(width=_WIDTH)
+  console = progress.terminal(width=_WIDTH)
   before = json.loads(pathlib.Path(_BEFORE.value).read_text()) if _BEFORE.value else None
   config, sizes = _CONFIG.value, _sizes(_CONFIG.value)
   config.sampling.max_new_tokens = sizes.new_tokens
@@ -59,13 +59,13 @@ def main(_: list[str]) -> None:
   )
   ours = benchmark.Benchmark(config, student, teacher, sizes)
   rival = _rival(ours)
-  with Progress(console=console, transient=True) as progress:
-    task = progress.add_task("steps, the first one compiles", total=_REPEATS.value + 1)
+  with Progress(console=console, transient=True) as bar:
+    task = bar.add_task("steps, the first one compiles", total=_REPEATS.value + 1)
 
     def between(turn: int) -> None:
       if rival:
         rival.turn(timed=turn > 0)
-      progress.update(task, completed=turn + 1)
+      bar.update(task, completed=turn + 1)
 
     phases = ours.phases(_REPEATS.value, between)
   result = record(ours, phases)
@@ -76,7 +76,7 @@ def main(_: list[str]) -> None:
   if before:
     console.print(before_table(before, result))
   for line in remarks(result):
-    console.print(line, highlight=False)
+    console.print(line)
   if _JSON.value:
     storage.write_text(_JSON.value, json.dumps(result, indent=2) + "\n")
 

@@ -14,12 +14,11 @@ import pathlib
 from typing import Any
 
 from absl import app, flags
-from rich.console import Console
 
 from experiments import environment
 from kepo_jax import evaluation
 from kepo_jax.evaluation import comparison, journal
-from kepo_jax.reporting import tables
+from kepo_jax.reporting import progress, tables
 
 _FIELD = flags.DEFINE_enum("field", "correct", list(comparison.FIELDS), "Strict or forgiving parser.")
 _TRAIN_MODALITY = flags.DEFINE_string(
@@ -93,18 +92,16 @@ def main(argv: list[str]) -> None:
     notes.append(SHARED)
   notes += reservations(found, paths, settings)
   rows = tables.comparison_rows(found)
-  console = Console()
-  if not console.is_terminal:
-    console = Console(width=max(console.width, 120))  # a file or pipe has no width that a table should be cut to
   named = [f"{letter}: {path}" for letter, path in zip("AB", paths, strict=True)]
-  for line in named:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-  console.print(tables.rich_table(rows, title=f"accuracy, %, {_FIELD.value}"))
-  console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
   if _JSON.value:
     _write(_JSON.value, json.dumps({"first": paths[0], "second": paths[1], "notes": notes, **found}, indent=2) + "\n")
   if _MARKDOWN.value:
     _write(_MARKDOWN.value, "\n\n".join([*named, tables.markdown_table(rows), *notes]) + "\n")
+  console = progress.terminal()
+  for line in named:
+    console.print(line, soft_wrap=True)
+  console.print(tables.rich_table(rows, title=f"accuracy, %, {_FIELD.value}"))
+  console.print("\n".join(notes), soft_wrap=True)
 
 
 def _write(path: str, text: str) -> None:

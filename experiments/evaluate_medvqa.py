@@ -315,14 +315,12 @@ def run(check_lock: Callable[[], None]) -> None:
   Args:
     check_lock: called before each write of an answer; raises ValueError if another process has taken the folder.
   """
-  console = Console()
-  if not console.is_terminal:
-    console = Console(width=max(console.width, 120))  # a file or pipe has no width that a table should be cut to
+  console = progress.terminal()
   if not _RESUME.value:
     journal.Journal.check_fresh(_OUTPUT.value)
   display = progress.Display()
   examples, summary, how = questions(display)
-  console.print(f"{summary.text()}\n{how}", markup=False, highlight=False, soft_wrap=True)
+  console.print(f"{summary.text()}\n{how}", soft_wrap=True)
   copying = functools.partial(display.progress, "copying the model, bytes")
   model = conversion.resolved_folder(_MODEL.value, progress=copying)
   declared = tokenization.declared_templates(model) or "standard"
@@ -330,7 +328,7 @@ def run(check_lock: Callable[[], None]) -> None:
   if family not in prompts.TEMPLATES:
     raise ValueError(f"--templates={family} is unknown; use one of {sorted(prompts.TEMPLATES)}.")
   resize, why = image_size(model)
-  console.print(f"images: {resize}, {why}", markup=False, highlight=False, soft_wrap=True)
+  console.print(f"images: {resize}, {why}", soft_wrap=True)
   mesh = environment.device_mesh(_FSDP.value, _TENSOR.value)
   processor = pipeline.Processor.from_directory(
     model,
@@ -358,7 +356,7 @@ def run(check_lock: Callable[[], None]) -> None:
     "device": jax.devices()[0].device_kind,
   }
   notes = {"model": str(_MODEL.value), "data": summary.root}
-  console.print(", ".join(f"{k} {v}" for k, v in (notes | asked).items()), markup=False, highlight=False)
+  console.print(", ".join(f"{k} {v}" for k, v in (notes | asked).items()))
   if _OUTPUT.value:  # who writes nothing does not wait for the hashes
     asked |= {"model_hash": journal.model_hash(model)}
     asked |= journal.questions_identity(examples, processor.templates, _KIND.value)
@@ -371,7 +369,7 @@ def run(check_lock: Callable[[], None]) -> None:
     resume=_RESUME.value,
   )
   if record.resumed:
-    console.print(record.resumed, highlight=False)
+    console.print(record.resumed)
 
   def write(output: dict[str, Any]) -> None:
     check_lock()
@@ -395,11 +393,11 @@ def run(check_lock: Callable[[], None]) -> None:
         on_output=write,
       )
   display.close()
-  show(console, result)
-  console.print(f"{len(examples)} questions in {time.perf_counter() - start:.1f} s", highlight=False)
   record.finish(result)
+  show(console, result)
+  console.print(f"{len(examples)} questions in {time.perf_counter() - start:.1f} s")
   if _OUTPUT.value:
-    console.print(f"written to {_OUTPUT.value}", highlight=False)
+    console.print(f"written to {_OUTPUT.value}", markup=False)
 
 
 if __name__ == "__main__":

@@ -129,14 +129,14 @@ def show(report: Mapping[str, Any], console: Console) -> None:
   shown.append(group_table("modalities", "modality", found["modalities"] | {"all": found["overall"]}))
   shown.append(group_table("question types", "question type", found["question_types"]))
   for part in [*shown, image_lines(found, report.get("images"))]:
-    console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    console.print(part, soft_wrap=isinstance(part, str))
 
 
 def main(argv: list[str]) -> None:
   """Reads, opens, counts and prints."""
   if len(argv) < 2:
     raise ValueError("no PATH: name the folder or the files to check")
-  console = Console(stderr=_JSON.value)
+  console = progress.terminal(stderr=_JSON.value)
   display = progress.Display()
   result: dict[str, Any] = {"usable": True, "reports": [], "overlaps": []}
   read: dict[str, list[Example]] = {}
@@ -151,7 +151,7 @@ def main(argv: list[str]) -> None:
         result["overlaps"].append({"first": before, "second": path, "images": number, "share": share})
         if not _JSON.value:
           line = f"{number:,} images of {path}, {100 * share:.1f} %, are also in {before}"
-          console.print(rules.printable(line), markup=False, highlight=False, soft_wrap=True)
+          console.print(rules.printable(line), soft_wrap=True)
       read[path] = examples
   except (ValueError, OSError) as error:
     result |= {"usable": False, "error": str(error)}

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
-from rich.console import Console
 from rich.table import Table
 
 from experiments import environment, phantom_folder
@@ -31,7 +30,7 @@ from experiments.configs import grpo
 from kepo_jax import storage, training
 from kepo_jax.models.qwen3_vl import conversion, model, side_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
-from kepo_jax.reporting import RunReporter
+from kepo_jax.reporting import RunReporter, progress
 from kepo_jax.training import checkpoints, manifest
 from kepo_jax.types import Example, Hook, StepReport
 
@@ -276,7 +275,7 @@ def main(_: Sequence[str]) -> None:
       state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
       disk_bytes=sum(path.stat().length for path in storage.files_under(newest)),
     )
-  Console(width=_CONSOLE_WIDTH).print(table(found))
+  progress.terminal(width=_CONSOLE_WIDTH).print(table(found))
   if _JSON.value:
     storage.write_text(_JSON.value, json.dumps(found, indent=2) + "\n")
 

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from rich.console import Console
 
 from experiments import environment
 from experiments.configs import kepo
@@ -27,6 +26,7 @@ from kepo_jax.models import scoring
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.objectives import losses
 from kepo_jax.planning import benchmark, chips, flops
+from kepo_jax.reporting import progress
 from kepo_jax.training import assembly, inputs, step
 from kepo_jax.training.forward import Target
 from kepo_jax.types import Experience
@@ -40,7 +40,7 @@ CHUNK = kepo.get_config().objective.chunk
 def main(_: list[str]) -> None:
   """Measures and prints."""
   environment.prepare()
-  console = Console(width=120)
+  console = progress.terminal(width=120)
   result: dict[str, dict[str, Any]] = {"memory": loss_memory()}
   console.print(
     "temporaries of the loss, 64 x 1,024 tokens, vocabulary 151,936: "

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from etils import epath
-from rich.console import Console
 
 from experiments import environment
 from experiments.configs import kepo
@@ -189,15 +188,13 @@ def main(_: list[str]) -> None:
   display.close()
   names = {role: epath.Path(config.model[role]).name for role in ("student", "teacher")}
   records = [names | {"hint_prompt": _HINT_PROMPT.value} | record for record in records]
-  console = Console()
-  if not console.is_terminal:
-    console = Console(width=max(console.width, 120))  # a file or pipe has no width that a table should be cut to
-  title = f"{names['student']} helped by {names['teacher']}, {_HINT_PROMPT.value}"
-  console.print(tables.rich_table(tables.hint_rows(records), title=title))
-  console.print(f"{len(examples)} questions in {time.perf_counter() - begun:.0f} s", highlight=False)
   result = {"settings": described(config, dtype, mesh), "records": records}
   storage.write_text(_OUTPUT.value, json.dumps(result, indent=2, allow_nan=False) + "\n")
-  console.print(f"written to {_OUTPUT.value}", highlight=False)
+  console = progress.terminal()
+  title = f"{names['student']} helped by {names['teacher']}, {_HINT_PROMPT.value}"
+  console.print(tables.rich_table(tables.hint_rows(records), title=title))
+  console.print(f"{len(examples)} questions in {time.perf_counter() - begun:.0f} s")
+  console.print(f"written to {_OUTPUT.value}")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ from typing import Any
 import jax
 from absl import app, flags
 from ml_collections import config_flags
-from rich.console import Console
 from rich.table import Table
 
 from experiments import environment
 from kepo_jax import storage
 from kepo_jax.planning import benchmark, chips, measured
+from kepo_jax.reporting import progress
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 with environment.config_errors():
@@ -52,7 +52,7 @@ def main(_: list[str]) -> None:
   """Compares, prints, and keeps the figures."""
   environment.prepare()
   chips.clock = {"wall": time.perf_counter, "processor": time.process_time}[_CLOCK.value]
-  console = Console(width=_WIDTH)
+  console = progress.terminal(width=_WIDTH)
   config = _CONFIG.value
   config.sampling.max_new_tokens = _NEW_TOKENS.value or config.sampling.max_new_tokens
   sizes = benchmark.Sizes(_IMAGE_TOKENS.value, _TEXT_TOKENS.value, config.sampling.max_new_tokens)
@@ -62,7 +62,7 @@ def main(_: list[str]) -> None:
   )
 
   def compiled(name: str, seconds: float) -> None:
-    console.print(f"compiled {name} in {seconds:.0f} s", style="dim", highlight=False)
+    console.print(f"compiled {name} in {seconds:.0f} s", style="dim")
 
   with console.status("compiling, then running"):
     bench = benchmark.Benchmark(config, student, teacher, sizes)
@@ -70,7 +70,7 @@ def main(_: list[str]) -> None:
   result = record(config, comparisons, rates)
   console.print(table(result))
   for line in remarks(result):
-    console.print(line, highlight=False)
+    console.print(line)
   if _JSON.value:
     storage.write_text(_JSON.value, json.dumps(result, indent=2) + "\n")
 

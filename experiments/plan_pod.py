@@ -28,6 +28,7 @@ from rich.table import Table
 from experiments import environment
 from kepo_jax import storage
 from kepo_jax.planning import memory, pods, topologies
+from kepo_jax.reporting import progress
 
 with environment.config_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/kepo_medvqa.py", "of the run")
@@ -49,7 +50,7 @@ def main(_: list[str]) -> None:
   environment.prepare()
   jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other devices cannot be read back
   jax.config.update("jax_platforms", "cpu")  # what is here runs nothing
-  console = Console(width=_WIDTH)
+  console = progress.terminal(width=_WIDTH)
   place = topologies.topology(_TOPOLOGY.value, _SLICES.value)
   config = _CONFIG.value
   config.model.student = _STUDENT.value or config.model.student
@@ -60,7 +61,7 @@ def main(_: list[str]) -> None:
   for table in (memory_table(plan), time_table(plan), traffic_table(plan)):
     console.print(table)
   for line in verdict(plan):
-    console.print(line, highlight=False)
+    console.print(line)
   if not plan.fits:
     if _SUGGEST.value:
       keep(result | {"suggestion": suggested(config, plan, console)})
@@ -78,7 +79,7 @@ def planned(config: Any, place: topologies.Topology, console: Console) -> pods.P
   with console.status(f"compiling for {place.label}"):
 
     def compiled(name: str, seconds: float) -> None:
-      console.print(f"compiled {name} in {seconds:.0f} s", style="dim", highlight=False)
+      console.print(f"compiled {name} in {seconds:.0f} s", style="dim")
 
     return pods.plan(config, place, hint_rounds=_HINT_ROUNDS.value, compiled=compiled)
 
@@ -93,14 +94,14 @@ def suggested(config: Any, plan: pods.PodPlan, console: Console) -> dict[str, An
   tries = 0
   for fields, changed in itertools.islice(pods.suggestion(config, estimated, plan), _TRIES):
     words = " ".join(f"--config.{name}={value}" for name, value in fields.items())
-    console.print(f"trying {words}", highlight=False)
+    console.print(f"trying {words}")
     tried = planned(changed, place, console)
     if tried.fits:
       console.print(f"fits with {words}: {gigabytes(tried.peak)} of {gigabytes(place.chip.memory)} per chip")
       return {"fields": fields, **pods.record(changed, tried)}
     tries += 1
   what = f"none of the {tries} changes that were tried is enough" if tries else "no change should be enough by estimate"
-  console.print(f"{what}; take more chips, or fewer prompts, rollouts or new tokens.", highlight=False)
+  console.print(f"{what}; take more chips, or fewer prompts, rollouts or new tokens.")
   return None
 
 

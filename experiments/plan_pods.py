@@ -20,6 +20,7 @@ from experiments import environment
 from experiments.configs import kepo_medvqa
 from kepo_jax import storage
 from kepo_jax.planning import pods, topologies
+from kepo_jax.reporting import progress
 
 _OUTPUT = flags.DEFINE_string("output", "", "Folder for one file per plan; by default a temporary one.")
 _AGAIN = flags.DEFINE_bool("again", False, "Make plans that --output has again.")
@@ -41,7 +42,7 @@ def main(_: list[str]) -> None:
   environment.prepare()
   jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other devices cannot be read back
   jax.config.update("jax_platforms", "cpu")
-  console = Console()
+  console = progress.terminal()
   folder = pathlib.Path(_OUTPUT.value or tempfile.mkdtemp(prefix="plans-"))
   folder.mkdir(parents=True, exist_ok=True)
   records = []
@@ -52,7 +53,7 @@ def main(_: list[str]) -> None:
     made_with = origin(config)
     kept = json.loads(path.read_text()) if path.exists() and not _AGAIN.value else {}
     if kept.get("made_with") == made_with:
-      console.print(f"{name}: kept {path}", style="dim", highlight=False)
+      console.print(f"{name}: kept {path}", style="dim")
     else:
       kept = {"made_with": made_with, **planned(name, config, console)}
       storage.write_text(path, json.dumps(kept, indent=2) + "\n")
@@ -78,7 +79,7 @@ def planned(name: str, config: Any, console: Console) -> dict[str, Any]:
   with console.status(f"compiling for {name}"):
 
     def compiled(program: str, seconds: float) -> None:
-      console.print(f"{name}: compiled {program} in {seconds:.0f} s", style="dim", highlight=False)
+      console.print(f"{name}: compiled {program} in {seconds:.0f} s", style="dim")
 
     return pods.record(config, pods.plan(config, topologies.topology(name), compiled=compiled))
 

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments import environment, studies, study_report, study_runs
 from kepo_jax.evaluation import studies as study_statistics
+from kepo_jax.reporting import progress
 from kepo_jax.reporting.panels import human_time
 from kepo_jax.training import lock
 
@@ -74,7 +75,7 @@ def main(_: list[str]) -> None:
     try:
       # Studies rewrite files of each other: the grids of all of them are the main study's.
       with lock.WorkdirLock(place.workdir), lock.WorkdirLock(output, flag="--output"):
-        faults = run_study(study, place, Console(stderr=True))
+        faults = run_study(study, place, progress.terminal(stderr=True))
     except KeyboardInterrupt:
       raise SystemExit("stopped; what was finished is kept, and the same command goes on.") from None
   report(study, place)
@@ -308,7 +309,7 @@ class Overview:
 
   def say(self, line: str) -> None:
     """Shows a line above the bar."""
-    self._console.print(line, style="dim", highlight=False, soft_wrap=True)
+    self._console.print(line, style="dim", soft_wrap=True)
 
   def skip(self, count: int) -> None:
     """Counts runs that need not be made."""

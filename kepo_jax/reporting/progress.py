@@ -14,6 +14,7 @@ from rich.text import Text
 
 from kepo_jax.reporting.panels import human_time
 
+_PIPE = 120  # columns in a file or pipe, which has no width of its own
 # What the display shows of a step: label, name of the metric, format.
 FIGURES = (
   ("reward", "reward/mean", "{:.2f}"),
@@ -22,6 +23,19 @@ FIGURES = (
   ("gate", "gate/frac", "{:.2f}"),
   ("nll", "supervised/nll", "{:.3f}"),
 )
+
+
+def terminal(*, stderr: bool = False, width: int | None = None) -> Console:
+  """A console that shows names as they are: brackets in them are no markup.
+
+  Args:
+    stderr: write there instead of to the standard output.
+    width: columns; by default those of the terminal, and at least 120 in a file or pipe, which has none.
+  """
+  console = Console(stderr=stderr, width=width, markup=False, highlight=False)
+  if width is None and not console.is_terminal:
+    console.width = max(console.width, _PIPE)
+  return console
 
 
 class Display:
@@ -34,7 +48,7 @@ class Display:
       console: where to write, standard error by default so that standard output stays free.
       clock: seconds; tests pass their own.
     """
-    self._console = console or Console(stderr=True)
+    self._console = console or terminal(stderr=True)
     self._clock = clock
     self._total = 0
     self._last = clock()
@@ -44,7 +58,7 @@ class Display:
     self._live: Live | None = None
     if self._console.is_terminal and not os.environ.get("CI"):
       self._bars = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[left]}"),

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 Row = tuple[str, ...]
 
@@ -157,16 +158,22 @@ def rich_table(rows: Sequence[Row], *, title: str = "") -> Table:
 
   Where that is enough for a terminal of 80 columns, names wrap and figures do not.
   """
-  table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+  table = Table(
+    title=Text(title) if title else None,
+    title_justify="left",
+    box=box.SIMPLE_HEAD,
+    show_edge=False,
+    padding=(0, 1, 0, 0),
+  )
   lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   left = _TERMINAL - sum(length + 2 for length in lengths[1:]) - 3  # for names, beside columns with their gaps
   table.add_column(
-    rows[0][0], overflow="fold", min_width=_NAMES, max_width=left if _NAMES <= left < lengths[0] else None
+    Text(rows[0][0]), overflow="fold", min_width=_NAMES, max_width=left if _NAMES <= left < lengths[0] else None
   )
   for name in rows[0][1:]:
-    table.add_column(name, justify="right", overflow="fold")
+    table.add_column(Text(name), justify="right", overflow="fold")
   for row in rows[1:]:
-    table.add_row(*row)
+    table.add_row(*map(Text, row))
   return table
 
 
