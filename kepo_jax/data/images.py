@@ -20,6 +20,7 @@ from PIL import Image
 MAX_PIXELS = 89_478_485  # Pillow's own limit before it speaks of a decompression bomb
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # no format that starts a program, such as EPS
 MAX_ASPECT_RATIO = 200  # the reference refuses more
+_BOUNDS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))  # old and new name of an area in pixels
 RESIZES = {"native": None, "squash384": 384}  # side of a square that ignores the aspect ratio, before all else
 
 # What Pillow's decoders raise on damaged files, besides OSError.
@@ -101,15 +102,15 @@ def resized_size(height: int, width: int, *, factor: int, min_pixels: int, max_p
 
 
 def _read_settings(directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
-  """The image settings of a checkpoint folder: a file of their own, or a part of `processor_config.json`."""
-  for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+  """The image settings of a checkpoint folder, from where transformers takes them first."""
+  for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
     path = directory / name
     if not path.is_file():
       continue
     try:
       settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-      raise ValueError(f"{path}: not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"{path}: not valid JSON ({str(error)[:200]})") from error
     settings = settings.get(part) if part and isinstance(settings, dict) else settings
     if isinstance(settings, dict):
       return path, settings
@@ -152,19 +153,24 @@ class ImageProcessor:
     for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
       if settings.get(key) is False:
         raise ValueError(f"{path}: {key}=false is not supported; Qwen-VL preprocessing has every step on")
-    size = settings.get("size") or {}
+    size = settings.get("size")
+    size = {} if size is None else size
+    if not isinstance(size, dict) or size and not all(settings.get(a) or size.get(b) for a, b in _BOUNDS):
+      raise ValueError(f"{path}: size is {str(size)[:50]}, expected areas in pixels as shortest_edge and longest_edge")
     given = {
       "patch_size": settings.get("patch_size"),
       "merge_size": settings.get("merge_size"),
       "temporal_patch_size": settings.get("temporal_patch_size"),
-      "min_pixels": _first(settings.get("min_pixels"), size.get("shortest_edge")),
-      "max_pixels": _first(settings.get("max_pixels"), size.get("longest_edge")),
+      **{name: _first(settings.get(name), size.get(edge)) for name, edge in _BOUNDS},
       "mean": settings.get("image_mean"),
       "std": settings.get("image_std"),
       "scale": settings.get("rescale_factor"),
       "resample": settings.get("resample"),
     }
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    if wrong := [key for key, value in given.items() if kinds[key] is int and type(value) not in (int, type(None))]:
+      raise ValueError(f"{path}: {wrong[0]} is {str(given[wrong[0]])[:50]}, expected a whole number")
     try:
       return cls(resize=resize, **{key: value for key, value in given.items() if value is not None})
     except (TypeError, ValueError) as error:

@@ -3,11 +3,14 @@
 Loaded by transformers from the files of the folder; no code of the folder is run and nothing is downloaded.
 """
 
+import contextlib
 import json
 import pathlib
 import re
+import shutil
+import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -20,8 +23,9 @@ from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<hint>", "</hint>")  # a decoded completion must keep them
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+_MOST_IDS = 2**24  # a larger id is refused once it is compared with the rows of the model
+_FILLER = "\0no token "  # begins the content of entries that only number those behind them
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError)
 
 
 def load(directory: pathlib.Path) -> Any:
@@ -34,9 +38,44 @@ def load(directory: pathlib.Path) -> Any:
   if directory.is_dir() and not any((directory / name).is_file() for name in VOCABULARY_FILES):
     raise ValueError(f"{directory}: no usable tokenizer (no {' or '.join(VOCABULARY_FILES)})")
   try:
-    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-  except _READ_ERRORS as error:
-    raise ValueError(f"{directory}: no usable tokenizer ({error}); copy the checkpoint's tokenizer files") from error
+    with _without_gaps(directory) as folder:
+      return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+  except Exception as error:  # noqa: BLE001 (the tokenizers library raises Exception itself)
+    raise ValueError(
+      f"{directory}: no usable tokenizer ({_short(error)}); copy the checkpoint's tokenizer files, or install a newer "
+      f"version of tokenizers and transformers."
+    ) from error
+
+
+@contextlib.contextmanager
+def _without_gaps(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+  """The folder, or a copy of its tokenizer in which every id up to the largest has an entry.
+
+  The tokenizers library numbers the entries behind a gap anew, without a word; the rows of the model stay as they are.
+  """
+  content = _read_json(directory / "tokenizer.json")
+  vocabulary, added = content.get("model", {}).get("vocab", {}), content.get("added_tokens", [])
+  used = {token["id"] for token in added}
+  used |= set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+  missing = set(range(min(max(used, default=0), _MOST_IDS))) - used
+  if not missing:
+    yield directory
+    return
+  filler = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+  added = [*added, *({"id": number, "content": f"{_FILLER}{number}"} | filler for number in missing)]
+  content["added_tokens"] = sorted(added, key=lambda token: token["id"])
+  with tempfile.TemporaryDirectory(prefix="kepo_jax-") as name:
+    folder = pathlib.Path(name)
+    for file in directory.iterdir():
+      if file.suffix in (".json", ".jinja", ".txt") and file.is_file():
+        shutil.copy(file, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    yield folder
+
+
+def _short(error: Exception) -> str:
+  """The first line of an error, cut where it is long."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _read_json(path: pathlib.Path) -> dict:
@@ -44,8 +83,8 @@ def _read_json(path: pathlib.Path) -> dict:
     return {}
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: not valid JSON ({error})") from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path}: not valid JSON ({_short(error)})") from error
   if not isinstance(content, dict):
     raise ValueError(f"{path}: expected a JSON object")
   return content
@@ -105,13 +144,46 @@ def _as_ids(value: Any) -> tuple[int, ...]:
   return tuple(value) if isinstance(value, list) else (value,)
 
 
+def _ids_of(generation: Mapping[str, Any], key: str, size: int, name: str) -> tuple[int, ...]:
+  """Token ids that generation_config.json names under a key.
+
+  Raises:
+    ValueError: they are none of the vocabulary.
+  """
+  ids = _as_ids(generation.get(key))
+  if not all(type(i) is int and 0 <= i < size for i in ids):
+    raise ValueError(
+      f"{name}/generation_config.json: {key} is {str(generation[key])[:50]}, expected ids below vocab_size {size}; "
+      f"copy the checkpoint's own."
+    )
+  return ids
+
+
+def _chat_template(directory: pathlib.Path, tokenizer: Any) -> Any:
+  """The chat template of a folder, from where transformers' AutoProcessor takes it first.
+
+  Raises:
+    ValueError: it is no text, or several templates without a default.
+  """
+  places = ("processor_config.json", "chat_template.json")
+  found = {name: _read_json(directory / name).get("chat_template") for name in places}
+  found["tokenizer_config.json"] = tokenizer.chat_template  # with chat_template.jinja, which counts before it
+  name, template = next(((name, text) for name, text in found.items() if text), ("", None))
+  if isinstance(template, dict):
+    template = template.get("default", template)
+  if not isinstance(template, str | None):
+    raise ValueError(f"{directory}/{name}: chat_template is neither a text nor has one named default.")
+  return template
+
+
 class Tokenizer:
   """Tokenizer, chat template, end ids, padding id and mask of allowed ids; see `from_directory`."""
 
   def __init__(self, tokenizer: Any, config: Qwen3VLConfig, generation: dict, name: str):
-    if len(tokenizer) > config.text.vocab_size:
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.text.vocab_size:
       raise ValueError(
-        f"{name}: the tokenizer has {len(tokenizer)} entries and the model only {config.text.vocab_size} rows; "
+        f"{name}: the tokenizer has an entry of id {largest} and the model only {config.text.vocab_size} rows; "
         "tokenizer and config.json belong to different checkpoints."
       )
     if not tokenizer.chat_template:
@@ -119,27 +191,28 @@ class Tokenizer:
     self._tokenizer = tokenizer
     self._config = config
     self._lock = threading.Lock()  # fast tokenizers refuse to be used from two threads at once
-    self.end_ids = _as_ids(generation.get("eos_token_id")) or _as_ids(tokenizer.eos_token_id)
+    size = config.text.vocab_size
+    self.end_ids = _ids_of(generation, "eos_token_id", size, name) or _as_ids(tokenizer.eos_token_id)
     if not self.end_ids:
       raise ValueError(f"{name}: neither generation_config.json nor the tokenizer names an end token.")
-    pad_ids = _as_ids(tokenizer.pad_token_id) or _as_ids(generation.get("pad_token_id")) or self.end_ids
+    pad_ids = _as_ids(tokenizer.pad_token_id) or _ids_of(generation, "pad_token_id", size, name) or self.end_ids
     self.pad_id: int = pad_ids[0]
     self.allowed = self._allowed_ids()
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    added = tokenizer.added_tokens_decoder.values()
+    specials = [token.content for token in added if token.special or token.content in VISION_TOKENS]
     self._specials = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
     self._check_tags(name)
     self._check_template(name)
 
   @classmethod
   def from_directory(cls, directory: pathlib.Path, config: Qwen3VLConfig) -> "Tokenizer":
-    """Reads the tokenizer files, `generation_config.json` and, for older checkpoints, `chat_template.json`.
+    """Reads the tokenizer files, `generation_config.json` and the chat template.
 
     Raises:
       ValueError: files are missing or contradict each other; names the folder or file.
     """
     tokenizer = load(directory)
-    if not tokenizer.chat_template:
-      tokenizer.chat_template = _read_json(directory / "chat_template.json").get("chat_template")
+    tokenizer.chat_template = _chat_template(directory, tokenizer)
     return cls(tokenizer, config, _read_json(directory / "generation_config.json"), str(directory))
 
   @property
@@ -151,7 +224,8 @@ class Tokenizer:
   def _allowed_ids(self) -> np.ndarray:
     """bool[V]: false for vision tokens and for head rows without a tokenizer entry."""
     config, vocabulary = self._config, self._tokenizer.get_vocab()
-    allowed = np.arange(config.text.vocab_size) < len(self._tokenizer)
+    allowed = np.zeros(config.text.vocab_size, bool)
+    allowed[[i for text, i in vocabulary.items() if not text.startswith(_FILLER)]] = True
     named = [vocabulary[name] for name in VISION_TOKENS if name in vocabulary]
     ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
     allowed[[i for i in (*named, *ids) if i < len(allowed)]] = False
@@ -169,7 +243,9 @@ class Tokenizer:
     try:
       rendered = self.render("?", images=0)
     except (jinja2.TemplateError, TypeError) as error:  # a template runs in a sandbox without files
-      raise ValueError(f"{name}: the chat template cannot be used ({error}); copy the checkpoint's own.") from error
+      raise ValueError(
+        f"{name}: the chat template cannot be used ({_short(error)}); copy the checkpoint's own."
+      ) from error
     if rendered.rstrip().endswith("<think>"):
       logging.warning(
         "%s: the chat template opens a think block itself, so completions lack their <think> tag and no format reward "

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 _RELATIVES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe")
+# Far above any model, and small enough that a damaged file cannot fill the memory before it meets the weights.
+_MOST, _MOST_LAYERS = 2**24, 1_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +105,24 @@ class Qwen3VLConfig:
     Raises:
       ValueError: another architecture, a missing field, or an option that is not supported.
     """
+    if not isinstance(record, Mapping):
+      raise ValueError(f"{name} holds a {type(record).__name__}, expected a JSON object")
     _check_architecture(record, name)
     text = _section(record, "text_config", name)
     vision = _section(record, "vision_config", name)
-    tied = record.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return cls(
-      text=_text_config(text, name),
-      vision=_vision_config(vision, name),
-      tie_word_embeddings=bool(tied),
-      **{token: record[token] for token in tokens if token in record},
-    )
+    top = {"tie_word_embeddings": record.get("tie_word_embeddings", text.get("tie_word_embeddings", False))}
+    top |= {token: record[token] for token in tokens if token in record}
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    top = {key: _checked(key, value, kinds[key], name) for key, value in top.items()}
+    sizes = _text_config(text, name), _vision_config(vision, name)
+    try:
+      config = cls(*sizes, **top)
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from None
+    if beyond := [token for token in tokens if getattr(config, token) >= config.text.vocab_size]:
+      raise ValueError(f"{name}: {', '.join(beyond)} not below vocab_size {config.text.vocab_size}")
+    return config
 
   @classmethod
   def from_directory(cls, path: str | epath.PathLike) -> "Qwen3VLConfig":
@@ -125,9 +135,9 @@ class Qwen3VLConfig:
     if not file.exists():
       raise ValueError(f"{file} does not exist; expected a Hugging Face folder of a Qwen3-VL")
     try:
-      record = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-      raise ValueError(f"{file} is not JSON: {error}") from error
+      record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"{file} is not JSON: {str(error)[:100]}") from error
     return cls.from_dict(record, str(file))
 
 
@@ -135,9 +145,9 @@ def _check_architecture(record: Mapping[str, Any], name: str) -> None:
   model_type = record.get("model_type")
   if model_type == "qwen3_vl":
     return
-  relative = " (a relative that is not supported)" if model_type in _RELATIVES else ""
+  relative = " (a relative that is not supported)" if str(model_type) in _RELATIVES else ""
   raise ValueError(
-    f"{name}: model_type is {model_type!r}{relative}; supported is 'qwen3_vl', the dense Qwen3-VL "
+    f"{name}: model_type is {str(model_type)[:50]!r}{relative}; supported is 'qwen3_vl', the dense Qwen3-VL "
     f"(2B, 4B, 8B, 32B or any other size)."
   )
 
@@ -149,48 +159,75 @@ def _section(record: Mapping[str, Any], key: str, name: str) -> Mapping[str, Any
   return section
 
 
+def _optional_section(section: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
+  found = section.get(key)
+  if not isinstance(found, Mapping | None):
+    raise ValueError(f"{name}: {key} is {str(found)[:50]}, expected a JSON object")
+  return dict(found or {})
+
+
 def _known_fields(kind: type, section: Mapping[str, Any], name: str) -> dict[str, Any]:
   """The fields of `kind` found in `section`; those without a default must be there."""
   fields = dataclasses.fields(kind)
   missing = [f.name for f in fields if f.default is dataclasses.MISSING and section.get(f.name) is None]
   if missing:
     raise ValueError(f"{name}: missing {', '.join(missing)}")
-  return {f.name: section[f.name] for f in fields if section.get(f.name) is not None}
+  return {f.name: _checked(f.name, section[f.name], f.type, name) for f in fields if section.get(f.name) is not None}
+
+
+def _checked(key: str, value: Any, kind: Any, name: str) -> Any:
+  """A value of a config.json, of the type of its field and of a size that a model can have.
+
+  Raises:
+    ValueError: it is not.
+  """
+  if kind is bool:
+    fits, expected = isinstance(value, bool), "true or false"
+  elif kind is float:
+    fits, expected = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
+  elif kind is int and key.endswith("_id"):
+    fits, expected = type(value) is int and value >= 0, "a token id"
+  elif kind is int:
+    most = _MOST_LAYERS if key in ("depth", "num_hidden_layers") else _MOST
+    fits, expected = type(value) is int and 0 < value <= most, f"a number from 1 to {most:,}"
+  else:
+    fits = isinstance(value, list | tuple) and all(type(each) is int and 0 <= each <= _MOST for each in value)
+    expected = "a list of numbers"
+  if not fits:
+    raise ValueError(f"{name}: {key} is {str(value)[:50]}, expected {expected}")
+  return tuple(value) if isinstance(value, list) else value
 
 
 def _refuse_unless(value: Any, expected: Any, what: str, name: str) -> None:
   if value != expected:
-    raise ValueError(f"{name}: {what} is {value!r}, supported is {expected!r}")
+    raise ValueError(f"{name}: {what} is {str(value)[:50]!r}, supported is {str(expected)[:50]!r}")
 
 
 def _text_config(section: Mapping[str, Any], name: str) -> TextConfig:
   name = f"{name}: text_config"
   # Published checkpoints have rope_theta beside rope_scaling; transformers 5 writes rope_parameters.
-  rope = dict(section.get("rope_scaling") or {}) | dict(section.get("rope_parameters") or {})
+  rope = _optional_section(section, "rope_scaling", name) | _optional_section(section, "rope_parameters", name)
   _refuse_unless(section.get("hidden_act", "silu"), "silu", "hidden_act", name)
   _refuse_unless(rope.get("rope_type", rope.get("type", "default")), "default", "rope_type", name)
   _refuse_unless(rope.get("mrope_interleaved", True), True, "mrope_interleaved", name)
   values = dict(section)
   values.setdefault("num_key_value_heads", section.get("num_attention_heads"))
   values["rope_theta"] = rope.get("rope_theta", section.get("rope_theta"))
-  if "mrope_section" in rope:
-    values["mrope_section"] = tuple(rope["mrope_section"])
+  values["mrope_section"] = rope.get("mrope_section")
   return TextConfig(**_known_fields(TextConfig, values, name))
 
 
 def _vision_config(section: Mapping[str, Any], name: str) -> VisionConfig:
   name = f"{name}: vision_config"
   _refuse_unless(section.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh", "hidden_act", name)
-  rope = section.get("rope_parameters") or {}
+  rope = _optional_section(section, "rope_parameters", name)
   values = dict(section)
   values["rope_theta"] = rope.get("rope_theta", section.get("rope_theta"))
   for key in ("patch_size", "temporal_patch_size"):
     # transformers allows a list where the published files have a number.
-    if isinstance(values.get(key), list | tuple):
-      _refuse_unless(len(set(values[key])), 1, f"number of different values of {key}", name)
+    if isinstance(values.get(key), list | tuple) and values[key]:
+      _refuse_unless(values[key], [values[key][0]] * len(values[key]), key, name)
       values[key] = values[key][0]
-  if values.get("deepstack_visual_indexes") is not None:
-    values["deepstack_visual_indexes"] = tuple(values["deepstack_visual_indexes"])
   return VisionConfig(**_known_fields(VisionConfig, values, name))
 
 
@@ -212,7 +249,7 @@ def _check(config: Qwen3VLConfig) -> None:
   }
   broken = [rule for rule, violated in rules.items() if violated]
   if broken:
-    raise ValueError(f"Qwen3-VL config: {'; '.join(broken)}: {config}")
+    raise ValueError("; ".join(broken))
 
 
 def _size(hidden: int, mlp: int, layers: int, heads: int, tied: bool, large_tower: bool) -> Qwen3VLConfig:

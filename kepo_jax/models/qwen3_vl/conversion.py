@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
 from kepo_jax import processes, sharding, storage
@@ -25,7 +26,9 @@ from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.models.qwen3_vl.layers import Params
 
 _STACKS = ("blocks", "layers", "deepstack_merger_list")
-_HEAD = "lm_head.weight"
+_HEAD, _PREFIX = "lm_head.weight", "model."
+_QUANTISED_NAMES = (".weight_scale", ".weight_scale_inv", ".qweight", ".qzeros", ".quant_state", ".weight_packed")
+_QUANTISED_TYPES = ("F8", "F4", "F6", "I8", "U8", "I4", "U4")
 _ORBAX = "params"  # subfolder of a converted checkpoint
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -96,11 +99,25 @@ def resolved_folder(
     raise ValueError(f"{name} is no folder, and the Hugging Face Hub did not deliver it: {reason}") from error
 
 
+def _stored_tensors(folder: pathlib.Path) -> dict[str, safetensors_files.Stored]:
+  """Every tensor of a folder by its published name; `Qwen3VLModel.save_pretrained` leaves `model.` out."""
+  stored = safetensors_files.stored_tensors(folder)
+  if any(name.startswith(_PREFIX) for name in stored):
+    return stored
+  return {name if name == _HEAD else _PREFIX + name: tensor for name, tensor in stored.items()}
+
+
 def _check_names(directory: pathlib.Path, leaves, stored: Mapping[str, safetensors_files.Stored], tied: bool) -> None:
-  """One error for everything that does not fit."""
+  """One error for everything that does not fit, with a few names of each kind."""
   expected = {name: leaf.stored_shape for leaf in leaves.values() for name in leaf.names}
   # A tied checkpoint may repeat the embedding under the name of the head.
   unknown = sorted(stored.keys() - expected.keys() - ({_HEAD} if tied else set()))
+  quantised = sorted(name for name, tensor in stored.items() if _is_quantised(name, tensor))
+  if quantised:
+    raise ValueError(
+      f"{directory} holds quantised weights ({stored[quantised[0]].dtype}: {safetensors_files.few(quantised)}), which "
+      f"cannot be trained or read here; take the checkpoint in bfloat16."
+    )
   present = {name: stored[name] for name in expected if name in stored}
   problems = {
     "missing": sorted(expected.keys() - stored.keys()),
@@ -111,9 +128,33 @@ def _check_names(directory: pathlib.Path, leaves, stored: Mapping[str, safetenso
       f"{n} {t.dtype}" for n, t in present.items() if t.dtype not in safetensors_files.DTYPES
     ],
   }
-  report = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+  report = [f"{len(names):,} {kind}: {safetensors_files.few(names)}" for kind, names in problems.items() if names]
   if report:
-    raise ValueError(f"{directory} does not hold the weights that its config.json describes; " + "; ".join(report))
+    ending = "visual.patch_embed.proj.weight"
+    prefix = next((name.removesuffix(ending) for name in unknown if name.endswith(ending)), "")
+    other = f"its names begin with {prefix!r} instead of {_PREFIX!r}: save it with transformers 5; " if prefix else ""
+    raise ValueError(
+      f"{directory} does not hold the weights that its config.json describes; {other}" + "; ".join(report)
+    )
+
+
+def _is_quantised(name: str, tensor: safetensors_files.Stored) -> bool:
+  return name.endswith(_QUANTISED_NAMES) or tensor.dtype.startswith(_QUANTISED_TYPES)
+
+
+def _check_head(directory: pathlib.Path, stored: Mapping[str, safetensors_files.Stored]) -> None:
+  """Refuses a head of its own beside `tie_word_embeddings`: it would be dropped.
+
+  Raises:
+    ValueError: its values are not those of the embedding.
+  """
+  head, embedding = stored[_HEAD], stored[f"{_PREFIX}language_model.embed_tokens.weight"]
+  readable = head.complete and head.dtype in safetensors_files.DTYPES and head.shape == embedding.shape
+  if not (readable and np.array_equal(head.array(), embedding.array())):
+    raise ValueError(
+      f"{directory}: {_HEAD} differs from the embedding although config.json has tie_word_embeddings=true; set that to "
+      f"false to use this head, or remove the tensor to use the embedding."
+    )
 
 
 def _read(leaf: _Leaf, stored, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
@@ -180,8 +221,16 @@ def load_pretrained(
     params = _restored(folder, shapes, places)
     return config, _taken_apart(config, params, mesh, layout) if separate else params
   leaves = _leaves(config, shapes)
-  stored = safetensors_files.stored_tensors(folder)
+  stored = _stored_tensors(folder)
   _check_names(folder, leaves, stored, config.tie_word_embeddings)
+  if config.tie_word_embeddings and _HEAD in stored:
+    _check_head(folder, stored)
+  if (folder / adapters.CONFIG).exists():
+    logging.warning(
+      "%s has a PEFT adapter (%s) beside whole weights: it is not put on. Merge it first where it is not part of them.",
+      folder,
+      adapters.CONFIG,
+    )
   flat_places = [None] * len(leaves) if places is None else jax.tree.leaves(places)
   flat = {}
   for (path, leaf), place in zip(leaves.items(), flat_places, strict=True):

@@ -6,12 +6,14 @@ are read through a memory map, so a slice touches only its own bytes; bfloat16 n
 
 import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 
 DTYPES = {
   "F64": np.dtype(np.float64),
@@ -20,7 +22,9 @@ DTYPES = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,44 +50,77 @@ def _header(file: pathlib.Path) -> tuple[dict, int]:
   """
   with file.open("rb") as stream:
     length = int.from_bytes(stream.read(8), "little")
-    if not 0 < length <= file.stat().st_size - 8:
-      raise ValueError(f"{file} is truncated or not a safetensors file")
+    if not 0 < length <= min(file.stat().st_size - 8, _MAX_HEADER):
+      raise ValueError(f"{file} is truncated or not a safetensors file; download it again")
     try:
       header = json.loads(stream.read(length))
-    except ValueError as error:
-      raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"{file} is not a safetensors file ({str(error)[:100]}); download it again") from error
+  if not isinstance(header, dict):
+    raise ValueError(f"{file} is not a safetensors file (its header is no JSON object); download it again")
   header.pop("__metadata__", None)
   return header, 8 + length
 
 
 def tensors_in(file: pathlib.Path) -> dict[str, Stored]:
-  """Every tensor of one file by name."""
+  """Every tensor of one file by name.
+
+  Raises:
+    ValueError: the file is not safetensors, or an entry of its header is damaged.
+  """
   header, start = _header(file)
   size = file.stat().st_size
   found = {}
   for name, entry in header.items():
+    if not _is_entry(entry):
+      raise ValueError(f"{file}: the entry of {name[:100]} in its header is damaged; download it again")
     begin, end = entry["data_offsets"]
     found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), start + begin, start + end <= size)
   return found
 
 
+def _is_entry(entry: Any) -> bool:
+  """Whether an entry of a header has a dtype, a shape and the byte range that both ask for."""
+  if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+    return False
+  shape, offsets = entry.get("shape"), entry.get("data_offsets")
+  if not all(isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x) for x in (shape, offsets)):
+    return False
+  if len(offsets) != 2 or offsets[0] > offsets[1]:
+    return False
+  dtype = DTYPES.get(entry["dtype"])  # of others the sizes are not known here, and they are refused by name
+  return dtype is None or math.prod(shape) * dtype.itemsize == offsets[1] - offsets[0]
+
+
 def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-  """The safetensors files of a checkpoint: those its index names, else model.safetensors.
+  """The safetensors files of a checkpoint: model.safetensors, else those that the index names, as transformers has it.
 
   Raises:
-    ValueError: there are none, or files that the index names are missing.
+    ValueError: there are none, the index is damaged, or files that it names are missing.
   """
-  index = directory / INDEX
-  single = directory / "model.safetensors"
-  if index.exists():
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [name for name in names if not (directory / name).exists()]
-    if missing:
-      raise ValueError(f"{index} names files that do not exist: {', '.join(missing)}; download the folder again")
-    return [directory / name for name in names]
+  index, single = directory / INDEX, directory / SINGLE
   if single.exists():
+    if index.exists():
+      logging.warning("%s has %s beside %s; the single file is read.", directory, INDEX, SINGLE)
     return [single]
-  raise ValueError(f"{directory} holds neither model.safetensors nor {INDEX}; only safetensors weights are read")
+  if not index.exists():
+    raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}; only safetensors weights are read")
+  try:
+    places = json.loads(index.read_text())["weight_map"].values()
+    names = sorted({name for name in places if pathlib.PurePath(name).name == name})
+    if len(names) < len(set(places)):
+      raise ValueError("it names files outside of the folder")
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise ValueError(f"{index} has no usable weight_map ({str(error)[:100]}); download it again") from error
+  missing = [name for name in names if not (directory / name).exists()]
+  if missing:
+    raise ValueError(f"{index} names files that do not exist: {few(missing)}; download the folder again")
+  return [directory / name for name in names]
+
+
+def few(names: Sequence[str]) -> str:
+  """At most five names, and how many more there are."""
+  return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def stored_tensors(directory: pathlib.Path) -> dict[str, Stored]:
@@ -154,7 +191,7 @@ def write(
   """
   shards = list(_shards(shapes, dtype.itemsize, max_shard_bytes))
   if len(shards) == 1:
-    write_file(directory / "model.safetensors", shards[0], dtype, tensor)
+    write_file(directory / SINGLE, shards[0], dtype, tensor)
     return
   weight_map: dict[str, str] = {}
   for number, shard in enumerate(shards, start=1):

@@ -12,6 +12,7 @@ from etils import epath
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 
 _WRITTEN_HERE = ("config.json", "README.md")
+_NOT_CARRIED = ("adapter_config.json",)  # its weights stay behind as well
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 _CODE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle")  # nothing here runs them, and an export hands none on
 
@@ -72,11 +73,11 @@ def _states_dtype(record: dict[str, Any]) -> bool:
 
 
 def is_side_file(file: pathlib.Path) -> bool:
-  """True for tokenizer, template, processor and generation files; false for weights, code and what an export writes."""
+  """True for tokenizer, template, processor and generation files; false for weights, code and what is written here."""
   return (
     file.is_file()
     and not file.name.startswith(".")
-    and file.name not in _WRITTEN_HERE
+    and file.name not in _WRITTEN_HERE + _NOT_CARRIED
     and not file.name.endswith(_WEIGHT_SUFFIXES + _CODE_SUFFIXES)
   )
 
