@@ -16,7 +16,7 @@ import platform
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.progress import Progress
 from rich.table import Table
@@ -28,7 +28,7 @@ from kepo_jax.reporting import progress
 from kepo_jax.types import RunPlan
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
-with environment.config_errors():
+with environment.flag_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "kepo.py"), "The experiment: a file of configs/.")
 _STUDENT = flags.DEFINE_string("student", "", "Sizes of the student; by default those of the config's.")
 _TEACHER = flags.DEFINE_string("teacher", "", "Sizes of the teacher; by default those of the config's.")
@@ -208,4 +208,4 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)
+  environment.run(main)

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from experiments import environment
 from experiments.configs import grpo
@@ -71,4 +71,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main))
+  environment.run(main)

@@ -13,7 +13,7 @@ import json
 import pathlib
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments import environment
 from kepo_jax import evaluation
@@ -111,4 +111,4 @@ def _write(path: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main))
+  environment.run(main, arguments=True)

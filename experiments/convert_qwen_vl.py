@@ -13,9 +13,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from etils import epath
 
+from experiments import environment
 from kepo_jax import sharding, storage
 from kepo_jax.models.qwen3_vl import conversion, side_files
 from kepo_jax.reporting import progress
@@ -26,27 +27,26 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype 
 
 def main(argv: list[str]) -> None:
   if len(argv) != 3:
-    raise app.UsageError("give a source and a destination: SRC DST --to=orbax|hf")
+    raise ValueError("give a source and a destination: SRC DST --to=orbax|hf")
   _, source, destination = argv
   dtype = jnp.dtype(_DTYPE.value)
   mesh = sharding.make_mesh(fsdp=jax.device_count())
-  try:
-    storage.check_bucket(destination)
-    side_files.check_replaceable(epath.Path(destination))
-    with contextlib.closing(progress.Display()) as display:
-      copying = functools.partial(display.progress, "copying the source, bytes")
-      folder = conversion.resolved_folder(source, progress=copying)
-    config, params = conversion.load_pretrained(folder, dtype, mesh)
-    # A folder without config.json is no model.
-    with storage.written_locally(destination, last="config.json") as local:
-      if _TO.value == "orbax":
-        conversion.save_orbax(local, config, params, source=folder)
-      else:
-        conversion.save_pretrained(local, config, params, source=folder, dtype=dtype)
-  except (ValueError, OSError) as error:
-    raise SystemExit(f"convert_qwen_vl: {error}") from error
+  storage.check_bucket(destination)
+  side_files.check_replaceable(epath.Path(destination))
+  if _TO.value == "orbax":
+    storage.check_restorable(destination)
+  with contextlib.closing(progress.Display()) as display:
+    copying = functools.partial(display.progress, "copying the source, bytes")
+    folder = conversion.resolved_folder(source, progress=copying)
+  config, params = conversion.load_pretrained(folder, dtype, mesh)
+  # A folder without config.json is no model.
+  with storage.written_locally(destination, last="config.json") as local:
+    if _TO.value == "orbax":
+      conversion.save_orbax(local, config, params, source=folder)
+    else:
+      conversion.save_pretrained(local, config, params, source=folder, dtype=dtype)
   print(f"wrote {destination}")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  environment.run(main, arguments=True)

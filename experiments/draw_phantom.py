@@ -5,9 +5,10 @@ python -m experiments.draw_phantom --sheet=docs/phantom.png          # all modal
 """
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from PIL import Image, ImageDraw, ImageFont
 
+from experiments import environment
 from kepo_jax.data.phantom import build, drawing, questions, scenes
 
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where to write the data set.")
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
   """Writes what the flags ask for."""
   del argv
   if not (_DIRECTORY.value or _SHEET.value):
-    raise app.UsageError("Give --directory, --sheet or both.")
+    raise ValueError("give --directory, --sheet or both.")
   if _SHEET.value:
     contact_sheet().save(_SHEET.value)
   if _DIRECTORY.value:
@@ -69,4 +70,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  environment.run(main)

@@ -1,16 +1,19 @@
 """What every entry point sets up: the compilation cache, quiet logs, errors in one line."""
 
 import contextlib
-import functools
 import os
+import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 
 from experiments import clusters
 from kepo_jax import sharding, storage
+
+CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 
 def prepare() -> None:
@@ -85,35 +88,53 @@ def join_processes() -> bool:
 
 
 @contextlib.contextmanager
-def config_errors() -> Iterator[None]:
-  """An unknown field of --config, or a value of another type, as one line; fields are looked up as flags are made."""
+def flag_errors() -> Iterator[None]:
+  """What is wrong with the flags as one line; fields of --config are looked up as flags are made, or parsed."""
   try:
     yield
-  except (AttributeError, KeyError, TypeError, flags.Error) as error:
-    given = " ".join(argument for argument in sys.argv[1:] if argument.startswith("--"))
+  except (AttributeError, KeyError, TypeError, OSError, flags.Error) as error:
+    given = [argument for argument in sys.argv[1:] if argument.startswith("--")]
     said = str(error).rpartition("\nValueError: ")[2]  # what a config refuses comes inside a traceback
     reason = " ".join(said.replace("\\n", " ").replace("\\'", "'").split()).strip('" ')
-    raise SystemExit(
-      f"error: {reason} (in {given}); experiments/configs/grpo.py lists every field of --config with its unit."
-    ) from None
+    if missing := re.search(r"Flag --(\w+) must have a value", reason):
+      reason = f"--{missing[1]} is missing: {flags.FLAGS[missing[1]].help}"
+    way_out = "--help lists the flags"
+    if any(argument.startswith("--config") for argument in given):
+      reason += f" (in {' '.join(given)})"
+      way_out = "experiments/configs/grpo.py lists every field of --config with its unit"
+    if isinstance(error, OSError):
+      names = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+      way_out = f"--config takes a file, or one of {', '.join(names)}"
+    raise SystemExit(f"error: {reason}; {way_out}.") from None
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser under `config_errors`."""
-  with config_errors():
-    return flags.FLAGS(argv)
+  """absl's parser under `flag_errors`; --config=NAME stands for experiments/configs/NAME.py."""
+  with flag_errors():
+    return flags.FLAGS([_with_config_path(argument) for argument in argv])
 
 
-def reporting_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-  """`main` with the user's errors as one line; --verbosity=1 shows where they came from."""
+def _with_config_path(argument: str) -> str:
+  name = re.fullmatch(r"--config=(\w+)((?::\w+)?)", argument)
+  return f"--config={CONFIGS / name[1]}.py{name[2]}" if name else argument
 
-  @functools.wraps(main)
-  def run(argv: list[str]) -> None:
+
+def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
+  """Starts an entry point; the user's errors are one line, and --verbosity=1 shows where they came from.
+
+  Args:
+    main: of the command line.
+    arguments: whether it takes words that are no flags; else they are refused.
+  """
+
+  def started(argv: list[str]) -> None:
     try:
+      if len(argv) > 1 and not arguments:
+        raise ValueError(f"{argv[1]} is no flag; flags begin with --, fields with --config, as --config.train.steps=4.")
       main(argv)
     except (ValueError, OSError) as error:
       if logging.get_verbosity() > logging.INFO:
         raise
       raise SystemExit(f"error: {error}") from None
 
-  return run
+  app.run(started, flags_parser=parse_flags)

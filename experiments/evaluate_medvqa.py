@@ -30,7 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from etils import epath
 from rich.console import Console
 
@@ -401,4 +401,4 @@ def run(check_lock: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main))
+  environment.run(main)

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from experiments import environment
@@ -124,4 +124,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main))
+  environment.run(main)

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from rich.console import Console, RenderableType
 from rich.table import Table
 
@@ -163,4 +163,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main))
+  environment.run(main, arguments=True)

@@ -13,7 +13,7 @@ import pathlib
 import sys
 import time
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
@@ -22,9 +22,10 @@ from kepo_jax import training
 from kepo_jax.planning import memory
 from kepo_jax.reporting import RunReporter
 
-CONFIGS = pathlib.Path(__file__).parent / "configs"
-with environment.config_errors():
-  _CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "kepo.py"), "The experiment: a file of configs/.")
+with environment.flag_errors():
+  _CONFIG = config_flags.DEFINE_config_file(
+    "config", str(environment.CONFIGS / "kepo.py"), "The experiment: a file of configs/."
+  )
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; by default a new one under runs/.")
 _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --workdir from its newest intact checkpoint.")
 _AUTO_RESUME = flags.DEFINE_bool("auto_resume", False, "Continue the run in --workdir if there is one, else start it.")
@@ -64,4 +65,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)
+  environment.run(main)

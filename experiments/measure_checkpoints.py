@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.table import Table
 
 from experiments import environment, phantom_folder
@@ -281,4 +281,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main))
+  environment.run(main)

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from experiments import environment
 from experiments.configs import kepo
@@ -168,4 +168,4 @@ def _experience(rows: tuple[int, int, int], prompts: Any) -> Experience:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)
+  environment.run(main)

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from experiments import environment
@@ -198,4 +198,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)
+  environment.run(main)

@@ -12,7 +12,7 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments import environment
 from kepo_jax import exploration, rewards
@@ -149,4 +149,4 @@ def measure(mesh: jax.sharding.Mesh) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  environment.run(main)

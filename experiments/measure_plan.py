@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.table import Table
 
@@ -29,7 +29,7 @@ from kepo_jax.planning import benchmark, chips, measured
 from kepo_jax.reporting import progress
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
-with environment.config_errors():
+with environment.flag_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "kepo.py"), "of the run")
 _STUDENT = flags.DEFINE_string("student", "", "Sizes of the student; by default those of the config's.")
 _TEACHER = flags.DEFINE_string("teacher", "", "Sizes of the teacher; by default those of the config's.")
@@ -142,4 +142,4 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)
+  environment.run(main)

@@ -11,14 +11,14 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from experiments import environment
 from kepo_jax.planning import memory
 from kepo_jax.training import checks
 
-with environment.config_errors():
+with environment.flag_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/kepo_medvqa.py", "of the run")
 _COMPARE = flags.DEFINE_bool("compare", False, "add the options that save memory")
 
@@ -58,17 +58,11 @@ def table(estimates: dict[str, dict[str, int]]) -> str:
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(arguments: Sequence[str]) -> None:
-  """Prints the table.
-
-  Raises:
-    UsageError: arguments that are no flags.
-  """
-  if len(arguments) > 1:
-    raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
+def main(_: Sequence[str]) -> None:
+  """Prints the table."""
   checks.check_config(_CONFIG.value)
   print(table(rows(_CONFIG.value, compare=_COMPARE.value)))
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)
+  environment.run(main)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +30,7 @@ from kepo_jax import storage
 from kepo_jax.planning import memory, pods, topologies
 from kepo_jax.reporting import progress
 
-with environment.config_errors():
+with environment.flag_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/kepo_medvqa.py", "of the run")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:8x8", "Generation and chips along each axis of a slice.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices, joined by the data-centre network.", lower_bound=1)
@@ -190,4 +190,4 @@ def gigabytes(size: float) -> str:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)
+  environment.run(main)

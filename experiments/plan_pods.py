@@ -13,7 +13,7 @@ import tempfile
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 
 from experiments import environment
@@ -153,4 +153,4 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)
+  environment.run(main)

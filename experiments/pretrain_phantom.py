@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 
-from experiments import phantom_corpus, phantom_folder, phantom_pool, phantom_tower
+from experiments import environment, phantom_corpus, phantom_folder, phantom_pool, phantom_tower
 from experiments.phantom_pool import Pool
 from experiments.phantom_recipes import RECIPES, SIZES, Recipe
 from kepo_jax.models.qwen3_vl import conversion, model, positions
@@ -227,4 +227,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  environment.run(main)

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -327,4 +327,4 @@ class Overview:
 
 
 if __name__ == "__main__":
-  app.run(environment.reporting_errors(main), flags_parser=environment.parse_flags)
+  environment.run(main)

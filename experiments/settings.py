@@ -4,6 +4,7 @@ A config file states a method; `--config=experiments/configs/kepo.py:medvqa` run
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 # Peak rates: the grid that a comparison gives to every method; the defaults of the configs are among them.
 LEARNING_RATES = {"phantom": (1e-4, 2e-4, 3e-4, 6e-4), "medvqa": (1e-6, 2e-6)}
@@ -31,6 +32,8 @@ def _medvqa(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.model.compute_dtype = "bfloat16"
   config.model.teacher_dtype = "bfloat16"
   config.model.remat = "full"
+  with config.ignore_type():
+    config.data.directory = config_dict.placeholder(str)  # not the phantom: a run without data of its own is refused
   config.data.resize = "squash384"  # 144 visual tokens, as in the released code
   config.data.templates = "standard"
   config.data.prompt_buckets = (256, 512, 1024, 2048)

@@ -106,6 +106,19 @@ def check_bucket(path: epath.PathLike) -> None:
       raise ValueError(f"{path}: there is no bucket {bucket}; check the name, or make it.") from error
 
 
+def check_restorable(path: epath.PathLike) -> None:
+  """Refuses a folder in which Orbax could save and never restore: it looks for its own files by pattern.
+
+  Raises:
+    ValueError: the path has a character of a pattern.
+  """
+  name = os.fspath(path) if is_remote(path) else os.path.abspath(path)
+  if found := sorted(set(name) & set("[]*?")):
+    raise ValueError(
+      f"{path}: a checkpoint below a path with {' '.join(found)} cannot be restored; choose another name."
+    )
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
   """Writes a file as a whole: after a crash it holds the old bytes or the new ones, never a part.
 

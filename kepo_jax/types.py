@@ -101,6 +101,7 @@ class RunPlan:
   questions: dict[str, int]  # split -> number of questions
   programs: tuple[str, ...]  # jitted programs that will be compiled, at least once each
   start_step: int  # steps already done
+  data: str = ""  # in words which questions these are
   images: str = ""  # in words how images are brought to size, and what one costs
   positions: dict[str, int] = dataclasses.field(default_factory=dict)  # what `Hook.position` gave at that step
 

@@ -45,6 +45,19 @@ def split_roots(directory: str | os.PathLike) -> dict[str, pathlib.Path]:
   return {name: top / name for name in SPLITS if (top / name / "QA_information").is_dir()}
 
 
+def check_named(data: Any) -> None:
+  """Refuses a setting for real data that names none.
+
+  Raises:
+    ValueError: `directory` is None.
+  """
+  if data.directory is None and not data.split_files:
+    raise ValueError(
+      "data.directory is not given, and this setting is for real data: pass --config.data.directory=DIR "
+      "(docs/data.md), or take experiments/configs/kepo.py, which runs on the embedded benchmark."
+    )
+
+
 def load(
   data: Any,
   *,
@@ -54,7 +67,7 @@ def load(
   """The questions of a run; which rules were applied in reading them is logged, as a warning where there were any.
 
   Args:
-    data: record with `directory` ("" for the phantom benchmark; else any format of `formats.read_any`),
+    data: record with `directory` ("" for the embedded phantom benchmark; else any format of `formats.read_any`),
       `split_files` ("", or the folder of a published split), `train_modality`, `train_items`, `validation_items` and
       `test_items` (both per modality), `split_seed`, and `lenient` (leave out and count what cannot be used, and let
       other questions take the place of those whose images cannot be decoded).
@@ -70,6 +83,7 @@ def load(
     ValueError: the data cannot be read, or hold too few questions; names the folder or the field.
     OSError: a remote folder cannot be read.
   """
+  check_named(data)
   directory = os.fspath(storage.staged(data.directory, progress=progress)) if data.directory else ""
   if data.split_files:
     return _given_split(data, storage.staged(data.split_files, progress=progress), directory, report)

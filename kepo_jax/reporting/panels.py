@@ -53,13 +53,21 @@ def start_panel(
     memory: part -> bytes on one device and "peak", an estimate; left out when None.
   """
   config = plan.config
-  rows: list[tuple[str, str]] = [(role, _model_line(model, parameters[role])) for role, model in plan.models.items()]
+  rows: list[tuple[str, str]] = [
+    (
+      role,
+      f"{config.model.teacher if role == 'teacher' else config.model.student}: {_model_line(model, parameters[role])}",
+    )
+    for role, model in plan.models.items()
+  ]
   if config.model.lora_rank:
     rows.append(("trained", _lora_line(config.model)))
   devices = math.prod(plan.mesh.values())
   axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
   rows.append(("mesh", f"{devices} x {jax.devices()[0].device_kind} ({axes})"))
   rows.append(("questions", ", ".join(f"{split} {count:,}" for split, count in plan.questions.items())))
+  if plan.data:
+    rows.append(("data", plan.data))
   if plan.images:
     rows.append(("images", plan.images))
   rows += method_rows(config)

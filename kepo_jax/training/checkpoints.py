@@ -196,6 +196,7 @@ class Checkpoints:
     with storage.reaching(self.directory):
       manager.wait_until_finished()
       if processes.is_first():
+        check_opens(self.directory / str(step) / "state")
         manifest.write(self.directory / str(step))
         self._delete_old()
     return step
@@ -245,6 +246,21 @@ class Checkpoints:
       f"the checkpoint of step {step} could not be written to {self.directory} ({reason}); {newest}. "
       f"Make room or mend the storage, then go on with --resume."
     )
+
+
+def check_opens(place: epath.PathLike) -> None:
+  """Opens every array of a saved state through Orbax, without reading it.
+
+  Raises:
+    OSError: what was written is no state.
+  """
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      opened = checkpointer.metadata(place).item_metadata
+  except (ValueError, KeyError, TypeError) as error:
+    raise OSError(f"{place} was written and cannot be opened: {str(error).strip().splitlines()[0]}") from error
+  if opened is None:
+    raise OSError(f"{place} was written and cannot be opened")
 
 
 def restored_params(folder: epath.PathLike, like: Any) -> Any:

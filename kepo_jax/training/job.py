@@ -97,11 +97,12 @@ def stopping(hooks: Sequence[Hook]) -> Iterator[None]:
 def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, given: bool) -> Result:
   """Everything after the preparations, from the first step, or the one after the checkpoint, to the export."""
   config = run.config
-  files.begin(run.questions, rule=setup.split_rule(config, given=given), models=run.folders)
+  rule = setup.split_rule(config, given=given)
+  files.begin(run.questions, rule=rule, models=run.folders)
   processes.together(lambda: files.record_summaries(run.summaries))
   state = files.restored(run.state)
   start, steps, ahead = int(state.step), config.train.steps, Ahead(run)
-  processes.together(lambda: announce(run, files, start))
+  processes.together(lambda: announce(run, files, start, rule))
   if config.train.compile_ahead and start < steps:
     compile_ahead(run, files, state, start)
   if config.eval.test and config.eval.before and start == 0:
@@ -125,10 +126,10 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
   return Result(state=state, evaluations=files.evaluations, workdir=files.workdir)
 
 
-def announce(run: setup.Run, files: RunFiles, start: int) -> None:
-  """Tells the hooks what the run is about to do."""
+def announce(run: setup.Run, files: RunFiles, start: int, rule: str) -> None:
+  """Tells the hooks what the run is about to do; `rule` says in words how its questions were chosen."""
   for hook in run.hooks:
-    hook.start(run.plan(files.workdir, start, files.positions))
+    hook.start(run.plan(files.workdir, start, files.positions, rule))
 
 
 def finish(run: setup.Run) -> None:

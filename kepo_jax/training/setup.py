@@ -146,8 +146,8 @@ class Run:
     """Sizes of the files that the hooks write, which are on the disk by then."""
     return {name: size for hook in self.hooks for name, size in hook.position().items()}
 
-  def plan(self, workdir: str, start: int, positions: Mapping[str, int]) -> RunPlan:
-    """What the run is about to do."""
+  def plan(self, workdir: str, start: int, positions: Mapping[str, int], data: str) -> RunPlan:
+    """What the run is about to do; `data` says in words which questions it has."""
     names = ["evaluation", *(["rollout"] if self.own_rollouts else []), "inputs", "gradients", "update"]
     names += ["hint", "hinted rollout"] if checks.explores(self.config) else []
     names += ["teacher's answers"] if checks.teacher_answers(self.config) else []
@@ -160,6 +160,7 @@ class Run:
       questions={split: len(examples) for split, examples in self.questions.items()},
       programs=tuple(names),
       start_step=start,
+      data=data,
       images=self.image_cost(),
       positions=dict(positions),
     )
@@ -228,6 +229,8 @@ def prepare(
     OSError: a file cannot be read, or another process has failed.
     Interrupted: the run was asked to stop meanwhile.
   """
+  if records is None:
+    splits.check_named(config.data)  # before a model is fetched
   scorer, mesh, student, processor = processes.together(lambda: checked_parts(config, rewards, hooks))
   questions, summaries = usable_questions(config, processor, records, hooks)
   folders = processes.together(lambda: model_folders(config, student, processor, hooks))

@@ -404,6 +404,7 @@ def save_orbax(
   Every process writes its own shards; all of them must see the folder. Arguments and errors as `save_pretrained`.
   """
   directory = pathlib.Path(directory)
+  storage.check_restorable(directory)
   _check_params(config, params)
   origin = pathlib.PurePath(source).name if source else ""
   source, partial = processes.together(lambda: _prepared(source, lora.base(config), directory))
