@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ Reward = Callable[[str, Example], float]
 WeightedRewards = Mapping[str, tuple[Reward, float]]  # name -> (function, weight in the total)
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_ANSWER_ANY_CASE = re.compile(_ANSWER.pattern, re.DOTALL | re.IGNORECASE)
+_ANSWER_ANY_CASE = re.compile(r"<answer(?:\s[^<>]*)?>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _STRICT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 _ANSWER_ALONE = re.compile(r"<answer>[^<]*</answer>")
 _EVALUATED = re.compile(r"<answer>\s*(\w+)\s*</answer>")
@@ -26,20 +27,30 @@ _ISOLATED_LETTER = re.compile(r"(?<![A-Za-z])[A-J](?![A-Za-z])")
 # What may stand around a letter, as in "(B)", "**B**" and "'B'"; and "option B".
 _OPENING = " \t\n\"'“‘`*_$([{<"
 _LEAD_IN = re.compile(r"(?:the\s+)?(?:answer|option|choice|letter)\b[" + re.escape(_OPENING) + "]*", re.IGNORECASE)
-# A letter that begins no word: neither "Abdomen" nor "A-lines" nor "B's".
-_FIRST_LETTER = re.compile(r"([A-J])(?!['’-]?\w)", re.IGNORECASE)
+# A letter that begins no word: neither "Abdomen" nor "A-lines" nor "B's". Chinese and its relatives write no space
+# behind a letter, so their signs begin no word here.
+_WORD = r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]"
+_FIRST_LETTER = re.compile(rf"([A-J])(?!['’-]?{_WORD})", re.IGNORECASE)
 # The same anywhere, in capitals; an "A" or "I" before a word is an article or a pronoun.
 _OTHER_LETTER = re.compile(r"(?<!\w)(?<!\w['’-])(?:[B-HJ](?!['’-]?\w)|[AI](?!['’-]?\w|\s+\w))")
 # What ends an answer behind its letter: no word, a bracket or another mark, a line, "because", "is correct".
 _ENDING = re.compile(
   r"\W*$|\s*[)\]}>:;,—–]|[\"'”’`*_$]*\.(?!\w)|[\"'”’`*_$]*[ \t]*\n|\s+-\s"
-  r"|\s+(?:because|since|as|based|given)\b|\s+is\s+(?:the\s+)?(?:correct|right|best)\b",
+  r"|\s+(?:because|since|as|based|given)\b|\s+is\s+(?:the\s+)?(?:correct|right|best)\b|\s*(?:选项|選項|です|입니다)",
   re.IGNORECASE,
 )
+# What states an answer: "the answer is", "would be", a colon, a dash, or a heading on a line of its own.
 _STATEMENT = re.compile(
-  r"(?<!wrong )(?<!incorrect )\b(?:answer|(?:correct|right|best)\s+(?:option|choice))[*_]*\s*(?:is\b\s*:?|:)[*_]*\s*",
+  r"(?:(?<!wrong )(?<!incorrect )\b(?:answer|(?:correct|right|best)\s+(?:option|choice)|respuesta(?:\s+correcta)?"
+  r"|r[ée]ponse(?:\s+correcte)?|antwort|resposta(?:\s+correta)?|risposta(?:\s+corretta)?|ответ)"
+  r"|答案|答え|正解|정답)[*_]*\s*"
+  r"(?:(?:is|(?:would|should|must|will|can|could|may|might)\s+be|es|est|ist|lautet|é|è)\b\s*:?"
+  r"|[是为為は은는]\s*:?|:|\s[-–—]\s|\n)[*_]*\s*",
   re.IGNORECASE,
 )
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+_JSON_FIELD = re.compile(r"\"(?:final[_ ])?(?:answer|choice|option|letter)\"\s*:\s*\"([^\"]*)\"", re.IGNORECASE)
 
 
 def accuracy(completion: str, example: Example) -> float:
@@ -90,12 +101,14 @@ def lenient_letter(completion: str, example: Example) -> str | None:
   """The option that a forgiving reader would see in a completion, None where there is none.
 
   What the strict parser (`answer_letter`) reads as one of the letters is kept. Otherwise the first answer block is
-  read, or, where there is none, what stands outside of think blocks, in this order:
+  read, or, where there is none, what stands outside of think blocks, with full-width letters as plain ones, in this
+  order:
 
   1. it is the text of one option, but for case and punctuation;
-  2. it states an answer, "the answer is ..", "correct option: ..", anywhere: letters or texts of options, all the same,
+  2. it has boxed answers, or the field "answer" of a JSON object: letters or texts of options, all the same;
+  3. it states an answer, "the answer is ..", "correct option: ..", anywhere: letters or texts of options, all the same,
      none of them in a sentence that names other letters;
-  3. it begins with a letter, or "option B", and names no other.
+  4. it begins with a letter, or "option B", and names no other.
 
   A letter, in either case, must be followed by nothing, by punctuation, by its option's own text or by words such as
   "is correct", and not by the text of another option: "A mass is visible" has an article. At the beginning a lower-case
@@ -109,16 +122,33 @@ def lenient_letter(completion: str, example: Example) -> str | None:
   strict = answer_letter(completion)
   if strict in letters:
     return strict
+  completion = _plain_signs(completion)
+  example = dataclasses.replace(example, options=tuple(map(_plain_signs, example.options)))
   found = _ANSWER_ANY_CASE.search(completion)
   content = found.group(1) if found else _outside_thought(completion)
-  content = re.sub(r"</?answer>", " ", content, flags=re.IGNORECASE).strip()
+  content = re.sub(r"</?answer(?:\s[^<>]*)?>", " ", content, flags=re.IGNORECASE).strip()
   texts = {letter: _plain(option) for letter, option in zip(letters, example.options, strict=True)}
   if option := _option_of(content, texts, example):
     return option
+  if marked := _BOXED.findall(content) or _JSON_FIELD.findall(content):
+    named = {_named(_COMMAND.sub(r"\1", text), texts, example) for text in marked}
+    return named.pop() if len(named) == 1 else None
   stated = {_stated(told, texts, example) for told in _STATEMENT.split(content)[1:]} - {None}
   if stated:
     return stated.pop() if len(stated) == 1 else None
   return _leading(content, texts)
+
+
+def _plain_signs(text: str) -> str:
+  """A text with full-width and other compatible signs as plain ones, and without invisible ones."""
+  if text.isascii():
+    return text
+  return "".join(sign for sign in unicodedata.normalize("NFKC", text) if unicodedata.category(sign) != "Cf")
+
+
+def _named(text: str, texts: Mapping[str, str], example: Example) -> str | None:
+  """The option that a short text names: its letter, its own text, or both."""
+  return _option_of(text, texts, example) or _leading(text, texts)
 
 
 def _outside_thought(completion: str) -> str:
