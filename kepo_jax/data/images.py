@@ -15,7 +15,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit before it speaks of a decompression bomb
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # no format that starts a program, such as EPS
@@ -40,10 +40,10 @@ DECODER_ERRORS = (
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-  """The decoded image of a file, 8 bits per channel; orientation tags are not applied, as in the released code.
+  """The decoded image of a file, 8 bits per channel, turned as its EXIF orientation says.
 
-  Greyscale of more than 8 bits is mapped linearly from its own minimum and maximum, where Pillow would clip
-  nearly everything to white.
+  Greyscale of more than 8 bits is mapped linearly from its own least and greatest finite value, where Pillow would
+  clip nearly everything to white.
 
   Raises:
     ValueError: the file is missing, damaged, of another format or too large; the message names it.
@@ -53,7 +53,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
       if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
       image.load()
-      return _eight_bit(image)
+      return _eight_bit(ImageOps.exif_transpose(image))
   except FileNotFoundError as error:
     raise ValueError(f"image {path}: no such file; check the data directory") from error
   except Image.DecompressionBombError as error:
@@ -67,9 +67,13 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
   if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
     return image.copy()
-  grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-  span = grey.max() - grey.min()
-  return Image.fromarray(np.round((grey - grey.min()) * (255 / span if span else 0.0)).astype(np.uint8))
+  grey = np.asarray(image, dtype=np.float64)
+  finite = grey[np.isfinite(grey)]
+  if not finite.size:
+    raise ValueError("no pixel is a finite number")
+  low, high = finite.min(), finite.max()
+  grey = np.nan_to_num(grey, nan=low, posinf=high, neginf=low)
+  return Image.fromarray(np.round((grey - low) * (255 / (high - low) if high > low else 0.0)).astype(np.uint8))
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -139,6 +139,9 @@ class _Reader:
       self._summary.count("dataset_from_file", place)
       dataset = stem
     options = self._options(record, place)
+    if bare := records.without_letters(options):
+      self._summary.count("option_letters", place)
+      answer, options = bare[options.index(answer)] if answer in options else answer, bare
     return self._collector.example(
       place,
       name=f"{dataset}/{question_id}",

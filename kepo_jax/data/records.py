@@ -11,6 +11,8 @@ from kepo_jax.types import Example
 
 LETTERS = "ABCDEFGHIJ"  # of answers
 LONGEST = 10_000  # characters of a question with its options; the longest real one has about 1,200
+IMAGE = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands in a question or option for one of its images, in their order
+_PLACEHOLDER = re.compile(r"<image(?:[ _]?(\d+))?>", re.IGNORECASE)
 UNKNOWN = "unknown"  # modality of a record that does not tell
 
 
@@ -62,6 +64,7 @@ class Collector:
       Rejected: nothing to choose, too long, or the same as an earlier record.
     """
     check_length(question, options)
+    question, options, images = self._with_images_in_place(question, options, images, place)
     kept, letter = self._different(options, gold, place)
     # Eight bytes instead of all texts again; two records of 100,000 collide by chance once in 10^9 readings.
     content = hash((images, question, kept, letter))
@@ -104,6 +107,35 @@ class Collector:
       self.summary.count("modality_spelling", place)
     return name or spelling or UNKNOWN
 
+  def _with_images_in_place(
+    self, question: str, options: Sequence[str], images: tuple[str, ...], place: str
+  ) -> tuple[str, list[str], tuple[str, ...]]:
+    """Texts with IMAGE in place of `<image>` or `<image 1>`, and the images in the order in which they stand there.
+
+    A single one at the beginning goes: that is where images stand anyway.
+    """
+    texts = [question, *options]
+    named = [found[1] for text in texts for found in _PLACEHOLDER.finditer(text)]
+    if not named:
+      return question, list(options), images
+    order = list(dict.fromkeys(int(number) - 1 if number else i for i, number in enumerate(named)))
+    if sorted(order) != list(range(len(images))):
+      raise Rejected("image_unplaced", f"{len(set(order))} places for {len(images)} images in {question[:200]!r}")
+    self.summary.count("image_placed", place)
+    seen: set[str] = set()
+
+    def mark(found: re.Match[str]) -> str:
+      again = found[1] in seen
+      seen.update({found[1]} - {None})
+      return f"image {found[1]}" if again else IMAGE  # a picture is shown once
+
+    question, *options = (_PLACEHOLDER.sub(mark, text).strip() for text in texts)
+    if len(images) == 1 and question.startswith(IMAGE):
+      question = question.removeprefix(IMAGE).lstrip()
+    if not question.strip(IMAGE + " \n"):
+      raise Rejected("malformed_record", "the question is empty but for its images")
+    return question, options, tuple(images[i] for i in order)
+
   def _different(self, options: Sequence[str], gold: int, place: str) -> tuple[tuple[str, ...], str]:
     if len(options) > len(LETTERS):
       raise Rejected("too_many_options", f"{len(options)} options, more than {len(LETTERS)}")
@@ -132,13 +164,31 @@ class Collector:
     return unique
 
 
-# How the three families write options. `first` begins the row, `further` marks each next one by its letter.
+def _on_lines(opening: str, closing: str, first: str = "A", further: str = "B-Z"):
+  line = rf"\r?\n[ \t]*{opening}"
+  return re.compile(f"{line}({first}){closing}"), re.compile(f"{line}([{further}]){closing}"), False
+
+
+# How options are written. `first` begins the row, `further` marks each next one by its letter.
 # On one line a letter in brackets may also be part of the text, `type (A), `: see `_markers`.
+_INLINE = r"(?:^|(?<=[\s?:.]))(A)\)"
 _SYNTAXES = (
-  (re.compile(r"\r?\n[ \t]*(A)\)"), re.compile(r"\r?\n[ \t]*([B-Z])\)"), False),
-  (re.compile(r"\r?\n[ \t]*(A):"), re.compile(r"\r?\n[ \t]*([B-Z]):"), False),
-  (re.compile(r"(?:^|(?<=[\s?:.]))(A)\)"), re.compile(r",\s*([B-Z])\)"), True),
+  _on_lines("", r"\)"),
+  _on_lines("", ":"),
+  (re.compile(_INLINE), re.compile(r",\s*([B-Z])\)"), True),
+  _on_lines("", r"\.(?=\s)"),
+  _on_lines(r"\(", r"\)"),
+  _on_lines("", r"\)", "a", "b-z"),
+  (re.compile(_INLINE), re.compile(r"\s([B-Z])\)"), True),
 )
+
+
+def without_letters(options: Sequence[str]) -> list[str] | None:
+  """Options without the letters that they begin with, `A. x`, `(B) y`; None unless each begins with its own."""
+  found = [re.fullmatch(r"\(?([A-Za-z])\s?[).:、]\s*(.*)", option.strip(), re.DOTALL) for option in options]
+  if not found or any(each is None or each[1].upper() != LETTERS[i : i + 1] for i, each in enumerate(found)):
+    return None
+  return [each[2] for each in found if each]
 
 
 class _Marker(NamedTuple):
@@ -157,7 +207,8 @@ class _Marker(NamedTuple):
 def cut(problem: str) -> tuple[str, list[str], bool]:
   """A question text taken apart: (stem, options in the order of their letters, whether it could be read otherwise).
 
-  Three syntaxes are known: `stem A)x, B)y` on one line, and `A) x` or `A: x` on lines of their own. Each option ends
+  Known are `stem A)x, B)y` on one line, with commas or without, and on lines of their own `A) x`, `A: x`, `A. x`,
+  `(A) x` and `a) x`. Each option ends
   where the next expected letter stands behind the syntax's separator; options may contain commas, brackets and other
   letters, stems anything that looks like an option. The row that begins last is used.
 
@@ -201,7 +252,7 @@ def _markers(problem: str, pattern: re.Pattern[str], inline: bool) -> list[_Mark
         opened.pop()
       bracket = next(brackets, None)
     free = re.match(r"[^\W_]", problem[match.end() : match.end() + 1])
-    found.append(_Marker(match[1], match.start(), match.end(), -1 if free or not opened else opened[-1]))
+    found.append(_Marker(match[1].upper(), match.start(), match.end(), -1 if free or not opened else opened[-1]))
   return found
 
 

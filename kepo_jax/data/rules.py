@@ -19,8 +19,10 @@ RULES: Mapping[str, str] = {
   "null_option": "repaired: an option that is null or empty counts as absent",
   "option_gap": "repaired: a letter between two options is absent; the following options move up",
   "options_ambiguous": "kept: the letters that begin options stand in the text more than once; the last row is used",
+  "option_letters": "repaired: options of the record's list begin with their own letters, which are taken off",
   "options_listed": "repaired: the options cut from the text differ from the record's own list, which is used",
   "answer_normalised": "repaired: the answer equals an option except for case, spaces, quotes or a final period",
+  "solution_letter": "repaired: the solution names a letter as `(B)`, `b` or `B) kidney`",
   "solution_text": "repaired: the solution is the text of an option instead of its letter",
   "repeated_answer": "repaired: the right answer stood among the options more than once; one is left",
   "repeated_distractor": "kept: a wrong option stands there more than once",
@@ -28,11 +30,14 @@ RULES: Mapping[str, str] = {
   "class_spelling": "kept: the right answer is an odd spelling of its class, such as `x_ray.` or `Dermoscopy.`",
   "nonsense_option": "kept: an option without meaning, such as `ABC DEF` or `123 456`",
   "leaked_label": "kept: an option repeats a folder's label, such as `Intra type of radimageNet dataset.`",
+  "image_placed": "kept: the text says with `<image>` where its pictures stand",
   "duplicate_id": "repaired: another record has the same question id; a number is added",
   "duplicate_record": "dropped: image, question, options and answer equal an earlier record's",
+  "image_unplaced": "dropped: the text has another number of `<image>` than the record has images",
   "answer_unmatched": "dropped: the answer is none of the options",
   "answer_contradicted": "dropped: the record's answer text is not the option that its letter names",
-  "options_not_found": "dropped: no two options can be cut from the text",
+  "options_not_found": "dropped: no two options can be cut from the text: `A) x, B) y` on one line, or `A) x`, `A. x`, "
+  "`A: x` or `(A) x` on lines of their own",
   "too_few_options": "dropped: fewer than two different options",
   "too_many_options": "dropped: more than ten options; answers are the letters A to J",
   "file_skipped": "dropped: a file of another kind lies beside those of the format; nothing of it is read",
@@ -133,7 +138,10 @@ class Summary:
         "with lenient=True (--lenient), which drops and counts them"
       )
     if not self.kept:
-      raise ValueError(f"{self.root}: none of {self.records} records is usable: {dict(self.rules)}")
+      told = "; ".join(
+        f"{count} {rule}: {RULES[rule]} (first: {self.first[rule]})" for rule, count in self.rules.items()
+      )
+      raise ValueError(f"{self.root}: none of {self.records} records is usable: {told}")
 
 
 def printable(text: str) -> str:

@@ -30,6 +30,7 @@ PARTS = {
 }  # fmt: skip
 _ENDING = re.compile(r"(?:_filtered)?_(?:train|test|val|validation|eval)(?:_\d+)?$", re.IGNORECASE)
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_BOXED = re.compile(r"^\s*\\boxed\s*\{(?:\\text\s*\{)?([^{}]*)\}+\s*$")
 _CLIMB = 5  # folders above a file that are searched for its images
 
 
@@ -196,6 +197,9 @@ class RecordReader:
       question, options, ambiguous = "", [], False
     if ambiguous:
       self._summary.count("options_ambiguous", place)
+    if bare := listed and records.without_letters(listed):
+      self._summary.count("option_letters", place)
+      listed = bare
     if listed and [text.strip() for text in listed] != options:
       self._summary.count("options_listed", place)
       options = [rules.text_field({"options": text}, "options", required=False) for text in listed]
@@ -205,8 +209,11 @@ class RecordReader:
     return question, options
 
   def _gold(self, record: Mapping[str, Any], solution: str, options: Sequence[str], place: str) -> int:
-    tagged = _TAGS.search(solution)
+    tagged = _TAGS.search(solution) or _BOXED.search(solution)
     content = (tagged.group(1) if tagged else solution).strip()
+    if letter := _letter_of(content, options):
+      self._summary.count("solution_letter", place)
+      content = letter
     if len(content) == 1 and content in records.LETTERS and records.LETTERS.index(content) < len(options):
       gold = records.LETTERS.index(content)
       if not options[gold]:
@@ -217,9 +224,22 @@ class RecordReader:
         raise Rejected("answer_unmatched", "the solution is empty")
       self._summary.count("solution_text", place)
     answer = rules.text_field(record, "answer", required=False)
-    if answer and rules.normalised(answer) not in (rules.normalised(options[gold]), content.casefold()):
+    told = (rules.normalised(options[gold]), content.casefold(), records.LETTERS[gold].casefold())
+    if answer and rules.normalised(_letter_of(answer, options) or answer) not in told:
       raise Rejected("answer_contradicted", f"answer {answer!r}, but solution {content!r} is {options[gold]!r}"[:400])
     return gold
+
+
+def _letter_of(content: str, options: Sequence[str]) -> str:
+  """The letter that a solution names beyond doubt, `(B)`, `b`, `B.` or `B) kidney`; "" for others and a bare letter."""
+  if content in records.LETTERS or any(rules.normalised(content) == rules.normalised(option) for option in options):
+    return ""
+  found = re.fullmatch(r"\(?([A-Ja-j])\s?[).:]?\s*(.*)", content, re.DOTALL)
+  number = records.LETTERS.index(found[1].upper()) if found else len(options)
+  if not found or number >= len(options):
+    return ""
+  named = rules.normalised(found[2]) in ("", rules.normalised(options[number]))
+  return records.LETTERS[number] if named else ""
 
 
 def image_entries(record: Mapping[str, Any]) -> list[Any]:

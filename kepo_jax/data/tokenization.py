@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from transformers import AutoTokenizer
 
+from kepo_jax.data import records
 from kepo_jax.data.images import RESIZES
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 
@@ -256,10 +257,16 @@ class Tokenizer:
   def render(self, text: str, images: int) -> str:
     """The chat with one user turn of `images` images and a text, up to where the assistant begins.
 
+    Images stand where the text has `records.IMAGE`, else before it.
+
     Special tokens inside the text are broken up: neither a data set nor a hint can end a turn or add an image.
     """
     text = self._specials.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
-    content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
+    *parts, last = text.split(records.IMAGE, maxsplit=images)
+    content = [{"type": "image"}] * (images - len(parts))  # what has no place in the text stands before it
+    for part in parts:
+      content += [*([{"type": "text", "text": part}] if part else []), {"type": "image"}]
+    content.append({"type": "text", "text": last.replace(records.IMAGE, "")})
     with self._lock:
       return self._tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
