@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 
 import pytest
 from PIL import Image
@@ -32,10 +31,10 @@ def test_a_record_becomes_an_example(layout):
   assert (summary.files, summary.records, summary.kept, summary.dropped, rules(summary)) == (1, 1, 1, 0, {})
 
 
-@pytest.mark.parametrize("above", ["", "OmniMedVQA", "download/OmniMedVQA"])
-def test_nested_roots(above, tmp_path):
-  Layout(tmp_path / above / "OmniMedVQA").write(RECORD)
-  assert len(omnimedvqa.read(tmp_path / "OmniMedVQA" if not above else tmp_path / above)[0]) == 1
+def test_nested_roots(tmp_path):
+  Layout(tmp_path / "download" / "OmniMedVQA").write(RECORD)
+  for place in (tmp_path, tmp_path / "download", tmp_path / "download" / "OmniMedVQA"):
+    assert len(omnimedvqa.read(place)[0]) == 1, place
 
 
 def test_no_root_and_several_roots(tmp_path, layout):
@@ -53,28 +52,26 @@ def test_no_root_and_several_roots(tmp_path, layout):
     omnimedvqa.read(layout.root, access="Restricted-access")
 
 
-@pytest.mark.parametrize(
-  "spelling, name",
-  [
-    ("MR (Mag-netic Resonance Imaging)", "MRI"),
-    ("CT(Computed Tomography)", "CT"),
-    ("X-Ray", "X-Ray"),
-    ("x_ray", "X-Ray"),
-    ("ultrasound", "Ultrasound"),
-    ("Dermoscopy", "Dermoscopy"),
-    ("Fundus Photography", "Fundus"),
-    ("OCT (Optical Coherence Tomography", "OCT"),
-    ("Microscopy Images", "Microscopy"),
-    ("Infrared Reflectance Imaging", None),
-  ],
-)
-def test_modality_spellings(spelling, name, layout):
-  layout.write(record(modality_type=spelling))
-  (example,), summary = omnimedvqa.read(layout.root)
-  assert omnimedvqa.modality_name(spelling) == name
-  assert example.modality == (name or spelling)
-  rule = {None: {"modality_unlisted": 1}, spelling: {}}.get(name, {"modality_spelling": 1})
-  assert rules(summary) == rule
+SPELLINGS = {
+  "MR (Mag-netic Resonance Imaging)": "MRI",
+  "CT(Computed Tomography)": "CT",
+  "X-Ray": "X-Ray",
+  "x_ray": "X-Ray",
+  "ultrasound": "Ultrasound",
+  "Dermoscopy": "Dermoscopy",
+  "Fundus Photography": "Fundus",
+  "OCT (Optical Coherence Tomography": "OCT",
+  "Microscopy Images": "Microscopy",
+  "Infrared Reflectance Imaging": None,
+}
+
+
+def test_modality_spellings(layout):
+  layout.write(*(record(number, modality_type=spelling) for number, spelling in enumerate(SPELLINGS)))
+  examples, summary = omnimedvqa.read(layout.root)
+  assert [omnimedvqa.modality_name(spelling) for spelling in SPELLINGS] == [*SPELLINGS.values()]
+  assert [example.modality for example in examples] == [name or spelling for spelling, name in SPELLINGS.items()]
+  assert rules(summary) == {"modality_unlisted": 1, "modality_spelling": 7}
 
 
 # Changed fields -> options and answer of the example, and the rules that applied; `...` takes a field away.
@@ -94,17 +91,16 @@ REPAIRS = {
 }
 
 
-@pytest.mark.parametrize("case", REPAIRS)
-def test_repairs(case, layout):
-  changes, options, answer, expected = REPAIRS[case]
-  layout.write(record(**changes))
-  (example,), summary = omnimedvqa.read(layout.root)
-  assert example.options == tuple(options.split()) and example.answer == answer
-  assert example.modality == "X-Ray" and example.dataset == "Set A"
-  assert rules(summary) == expected
+def test_repairs(layout):
+  for case, (changes, options, answer, expected) in REPAIRS.items():
+    layout.write(record(**changes))
+    (example,), summary = omnimedvqa.read(layout.root)
+    assert (example.options, example.answer) == (tuple(options.split()), answer), case
+    assert (example.modality, example.dataset, rules(summary)) == ("X-Ray", "Set A", expected), case
 
 
 def test_drops_are_counted_by_rule(layout):
+  layout.image("Images/other.png")
   layout.write(
     record(0),
     record(0),  # the same again
@@ -112,9 +108,12 @@ def test_drops_are_counted_by_rule(layout):
     record(2, option_A="brain", option_C=..., option_D=...),
     record(0, question="Another question under the same id?"),
     record(0, question="And a third?"),
+    record(0, question_id="other", image_path="Images/other.png"),  # the same about another image
   )
   examples, summary = omnimedvqa.read(layout.root)
-  assert [example.id for example in examples] == ["Set A/Set A_0000", "Set A/Set A_0000#2", "Set A/Set A_0000#3"]
+  assert [example.id for example in examples] == [
+    f"Set A/{x}" for x in ("Set A_0000", "Set A_0000#2", "Set A_0000#3", "other")
+  ]
   assert rules(summary) == {
     "duplicate_record": 1,
     "answer_unmatched": 1,
@@ -122,9 +121,9 @@ def test_drops_are_counted_by_rule(layout):
     "repeated_answer": 1,
     "duplicate_id": 2,
   }
-  assert (summary.records, summary.kept, summary.dropped) == (6, 3, 3)
+  assert (summary.records, summary.kept, summary.dropped) == (7, 4, 3)
   text = summary.text()
-  assert "3 of 6 records kept" in text and "answer_unmatched 1" in text and "record 2 'Set A_0001'" in text
+  assert "4 of 7 records kept" in text and "answer_unmatched 1" in text and "record 2 'Set A_0001'" in text
   assert json.loads(json.dumps(summary.to_dict()))["rules"] == rules(summary)
 
 
@@ -177,25 +176,26 @@ def test_bad_records_are_dropped_and_counted_when_lenient(layout, tmp_path):
   assert summary.dropped == 24
 
 
-@pytest.mark.parametrize("rule", ["unsafe_path", "missing_image", "malformed_record", "question_too_long"])
-def test_each_bad_record_stops_a_strict_read(rule, layout, tmp_path):
-  for entry in bad_records(layout, tmp_path)[rule]:
-    layout.write(record(0), entry)
-    with pytest.raises(ValueError, match=rf"Set A\.json, record 1.*'{rule}': 1"):
-      omnimedvqa.read(layout.root)
+def test_each_bad_record_stops_a_strict_read(layout, tmp_path):
+  for rule, entries in bad_records(layout, tmp_path).items():
+    for entry in entries:
+      layout.write(record(0), entry)
+      with pytest.raises(ValueError, match=rf"Set A\.json, record 1.*'{rule}': 1"):
+        omnimedvqa.read(layout.root)
 
 
-@pytest.mark.parametrize(
-  "content", [b"{", b'{"a": 1}', b"\xff\xfe\x00", b"", b"[" * 100_000, b"1" * 5000, b'[{"question": NaN'], ids=range(7)
-)
-def test_broken_files_are_named(content, layout):
+def test_broken_files_are_named(layout):
   layout.write(record(0))
   broken = layout.root / "QA_information" / "Open-access" / "Broken.json"
-  broken.write_bytes(content)
-  with pytest.raises(ValueError, match=r"Broken\.json: .*malformed_file"):
-    omnimedvqa.read(layout.root)
-  examples, summary = omnimedvqa.read(layout.root, lenient=True)
-  assert len(examples) == 1 and rules(summary) == {"malformed_file": 1}
+  for content in (
+    b"{", b'{"a": 1}', b"\xff\xfe\x00", b"", b"[" * 100_000, b"1" * 5000, b'[{"question": NaN', b"[{]}", b'"text"',
+    b"[1e999999, " + b"9" * 5000 + b"]",
+  ):  # fmt: skip
+    broken.write_bytes(content)
+    with pytest.raises(ValueError, match=r"Broken\.json: .*malformed_file"):
+      omnimedvqa.read(layout.root)
+    examples, summary = omnimedvqa.read(layout.root, lenient=True)
+    assert len(examples) == 1 and rules(summary) == {"malformed_file": 1}, content[:20]
 
 
 def test_byte_order_mark_and_no_usable_record(layout):
@@ -222,13 +222,6 @@ def test_text_without_images_can_be_read(layout):
   layout.write(record(image_path="../not here.png"))
   with pytest.raises(ValueError, match="unsafe_path"):
     omnimedvqa.read(layout.root, check_images=False)
-
-
-def test_speed(layout):
-  layout.write(*(record(i) for i in range(4000)))
-  start = time.perf_counter()
-  assert len(omnimedvqa.read(layout.root)[0]) == 4000
-  assert time.perf_counter() - start < 4  # 0.2 s when nothing else runs; 89,000 records must stay below 20 s
 
 
 def test_the_real_sample(shared_directory):
