@@ -86,7 +86,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 def encoded(number=0, kind="PNG"):
   """Bytes of a drawn image."""
   stream = io.BytesIO()
-  Image.fromarray(np.full((8, 10 + number, 3), 20 * number, np.uint8)).save(stream, format=kind)
+  Image.fromarray(np.full((8, 10 + number, 3), 20 * number % 256, np.uint8)).save(stream, format=kind)
   return stream.getvalue()
 
 

@@ -8,17 +8,12 @@ import pytest
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from kepo_jax.data import pipeline, prompts
 from kepo_jax.types import Example
 
-SPECIAL = (
-  "<|endoftext|>",
-  "<|im_start|>",
-  "<|im_end|>",
-  "<|vision_start|>",
-  "<|vision_end|>",
-  "<|image_pad|>",
-  "<|video_pad|>",
-)
+SMALL = {"templates": prompts.BRIEF, "prompt_buckets": (72, 128, 512), "patch_buckets": (16, 48, 128)}
+NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL = tuple(f"<|{name}|>" for name in NAMES)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 TEMPLATE = (
   "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -112,6 +107,12 @@ def make_checkpoint():
 def checkpoint(tmp_path_factory) -> pathlib.Path:
   """A checkpoint folder without weights."""
   return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def processor(checkpoint) -> pipeline.Processor:
+  """The processor of that folder, with small buckets."""
+  return pipeline.Processor.from_directory(checkpoint, **SMALL)
 
 
 @pytest.fixture(scope="session")

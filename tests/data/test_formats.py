@@ -29,21 +29,18 @@ def dict_folder(folder):
   (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
 
 
-FOLDERS = {
-  "OmniMedVQA layout": (layout, "Set A/Set A_0000"),
-  "split files": (split_folder, "MRI_test/0"),
-  "Hugging Face, parquet": (lambda folder: cases.write_parquet(folder / "data" / "a.parquet"), "here/a/0"),
-  "Hugging Face, saved to disk": (dict_folder, "here/train/0"),
-}
-
-
-@pytest.mark.parametrize("kind", FOLDERS)
-def test_folders(kind, tmp_path):
-  make, first = FOLDERS[kind]
-  (tmp_path / "here").mkdir()
-  make(tmp_path / "here")
-  examples, summary = formats.read_any(tmp_path / "here", check_images=kind != "split files")
-  assert summary.format == kind and f"({kind})" in summary.text() and examples[0].id == first
+def test_folders(tmp_path):
+  for kind, make, first in [
+    ("OmniMedVQA layout", layout, "Set A/Set A_0000"),
+    ("split files", split_folder, "MRI_test/0"),
+    ("Hugging Face, parquet", lambda folder: cases.write_parquet(folder / "data" / "a.parquet"), "here/a/0"),
+    ("Hugging Face, saved to disk", dict_folder, "here/train/0"),
+  ]:
+    folder = tmp_path / kind / "here"
+    folder.mkdir(parents=True)
+    make(folder)
+    examples, summary = formats.read_any(folder, check_images=kind != "split files")
+    assert summary.format == kind and f"({kind})" in summary.text() and examples[0].id == first
 
 
 def test_files(tmp_path):

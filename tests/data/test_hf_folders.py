@@ -61,23 +61,28 @@ def test_images_are_written_once(tmp_path, cache):
 
 
 def test_the_number_of_shards_does_not_change_ids(tmp_path):
-  write_parquet(tmp_path / "one" / "x" / "train-00000-of-00001.parquet", count=6)
+  write_parquet(tmp_path / "one" / "x" / "train-00000-of-00001.parquet", count=200)  # more rows than are held at a time
   for i in range(2):
-    part = {key: column[3 * i : 3 * i + 3] for key, column in rows(6).items()}
+    part = {key: column[100 * i : 100 * (i + 1)] for key, column in rows(200).items()}
     (tmp_path / "two" / "x").mkdir(parents=True, exist_ok=True)
     pa.parquet.write_table(table(part), tmp_path / "two" / "x" / f"train-{i:05d}-of-00002.parquet")
   whole, halves = (hf_folders.read(tmp_path / name / "x")[0] for name in ("one", "two"))
-  assert whole == halves and whole[5].id == "x/train/5"
+  assert whole == halves and [example.id for example in whole] == [f"x/train/{i}" for i in range(200)]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP"])
-def test_suffixes(kind, tmp_path):
-  file = write_parquet(tmp_path / "a.parquet", count=1, image=[{"bytes": encoded(0, kind), "path": "x/odd name"}])
-  (example,), _ = hf_folders.read(file)
-  assert (
-    pathlib.Path(example.images[0]).suffix
-    == f".{kind[:3].lower() if kind != 'JPEG' else 'jpg'}{'p' * (kind == 'WEBP')}"
-  )
+def test_suffixes(tmp_path):
+  kinds = {"PNG": ".png", "JPEG": ".jpg", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "WEBP": ".webp"}
+  stored = [{"bytes": encoded(i, kind), "path": "x/odd name"} for i, kind in enumerate(kinds)]
+  examples, _ = hf_folders.read(write_parquet(tmp_path / "a.parquet", count=len(kinds), image=stored))
+  assert [pathlib.Path(example.images[0]).suffix for example in examples] == [*kinds.values()]
+
+
+def two_parts(top):
+  """Training and test questions in one folder saved to disk."""
+  write_saved(top / "train")
+  write_saved(top / "test", problem=[f"{i}?\nA: x\nB: y" for i in range(3)])
+  (top / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+  return top
 
 
 def test_saved_to_disk(tmp_path):
@@ -86,10 +91,7 @@ def test_saved_to_disk(tmp_path):
   assert [example.id for example in examples] == [f"CT_train_5/{i}" for i in range(5)]
   assert {example.modality for example in examples} == {"CT"} and not summary.rules
   assert (summary.files, summary.format) == (2, "Hugging Face, saved to disk")
-  write_saved(tmp_path / "both" / "train")
-  write_saved(tmp_path / "both" / "test", problem=[f"{i}?\nA: x\nB: y" for i in range(3)])
-  (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-  examples, summary = hf_folders.read(tmp_path / "both")
+  examples, summary = hf_folders.read(two_parts(tmp_path / "both"))
   assert [example.id for example in examples] == [f"both/{split}/{i}" for split in ("train", "test") for i in range(3)]
 
 
@@ -97,12 +99,10 @@ def test_a_part_alone_has_the_ids_of_the_whole(tmp_path):
   top = tmp_path / "modality_MRI_train_600"
   for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
     write_parquet(top / "data" / f"{name}.PARQUET", problem=[f"{number}/{i}?\nA: x\nB: y" for i in range(3)])
-  write_saved(tmp_path / "CT_600" / "train")
-  write_saved(tmp_path / "CT_600" / "test", problem=[f"{i}?\nA: x\nB: y" for i in range(3)])
-  (tmp_path / "CT_600" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+  saved = two_parts(tmp_path / "CT_600")
   for modality, whole, train, test in (
     ("MRI", top, top / "data" / "train-*.parquet", top / "data" / "test-*.parquet"),
-    ("CT", tmp_path / "CT_600", tmp_path / "CT_600" / "train", tmp_path / "CT_600" / "test"),
+    ("CT", saved, saved / "train", saved / "test"),
   ):
     parts = {name: hf_folders.read(place) for name, place in (("train", train), ("test", test))}
     together = [example for examples, _ in parts.values() for example in examples]
@@ -168,19 +168,16 @@ def test_rows_that_lack_something(tmp_path):
   assert [example.id for example in examples] == ["a/2"] and summary.rules["malformed_record"] == 4
 
 
-@pytest.mark.parametrize(
-  ("columns", "message"),
-  [
+def test_other_columns(tmp_path):
+  for columns, message in [
     ({"image": [encoded()], "problem": ["x"]}, r"has columns \['image', 'problem'\] but not \['solution'\]"),
     ({"problem": ["x"], "solution": ["x"]}, r"but not \['image'\]"),
     ({"image": [encoded()], "problem": [3], "solution": ["x"]}, "column problem is int64, expected string"),
     ({"image": [encoded()], "problem": [b"x"], "solution": ["x"]}, "column problem is binary"),
-  ],
-)
-def test_other_columns(columns, message, tmp_path):
-  pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
-  with pytest.raises(ValueError, match=rf"a\.parquet: .*{message}.*malformed_file"):
-    hf_folders.read(tmp_path / "a.parquet")
+  ]:
+    pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=rf"a\.parquet: .*{message}.*malformed_file"):
+      hf_folders.read(tmp_path / "a.parquet")
 
 
 def test_damaged_files(tmp_path):
@@ -206,9 +203,9 @@ def test_cut_off_streams(tmp_path):
       hf_folders.read(whole)
 
 
-@pytest.mark.parametrize(
-  ("state", "message"),
-  [
+def test_what_a_saved_folder_may_list(tmp_path):
+  folder = write_saved(tmp_path / "saved")
+  for state, message in [
     ({"_data_files": [{"filename": "../x/data.arrow"}]}, "not the name of a file beside it"),
     ({"_data_files": [{"filename": "/etc/hostname"}]}, "not the name of a file beside it"),
     ({"_data_files": ["absent.arrow"]}, "cannot be opened"),
@@ -216,13 +213,10 @@ def test_cut_off_streams(tmp_path):
     ({"_data_files": 3}, "expected an object with a list _data_files"),
     ([], "expected an object"),
     ({"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}, "flatten_indices"),
-  ],
-)
-def test_what_a_saved_folder_may_list(state, message, tmp_path):
-  folder = write_saved(tmp_path / "saved")
-  (folder / "state.json").write_text(json.dumps(state))
-  with pytest.raises(ValueError, match=message):
-    hf_folders.read(folder)
+  ]:
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=message):
+      hf_folders.read(folder)
   (tmp_path / "dataset_dict.json").write_text('{"splits": ["../saved"]}')
   with pytest.raises(ValueError, match="not the name of a file"):
     hf_folders.read(tmp_path)

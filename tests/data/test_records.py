@@ -96,26 +96,23 @@ def cut_or_none(problem):
 
 
 PIECES = [
-  "A)",
-  "B)",
-  "C)",
-  "D)",
   "A: ",
   "B: ",
   ", ",
-  "\n",
-  "\r\n",
   " ",
-  "(",
-  ")",
-  "x",
-  "Z)",
   ", B)",
   ", C)",
   "? A)",
-  "_",
+  "\nA) ",
+  "\nB) ",
+  "\nA: ",
+  "\nB: ",
+  "(type A)",
+  "\n",
+  "\r\n",
+  "\t",
 ]
-PIECES += ["\nA) ", "\nB) ", "\nA: ", "\nB: ", "(type A)", "\t", "É"]
+PIECES += "A) B) C) D) Z) ( ) x _ É".split()
 
 
 def test_the_same_as_row_by_row():
