@@ -1,6 +1,7 @@
 """Prompts as device arrays: tokens, positions, buckets, order of batches, and text back from tokens."""
 
 import dataclasses
+import hashlib
 import json
 import threading
 import zlib
@@ -15,13 +16,7 @@ from kepo_jax import rewards
 from kepo_jax.data import images, pipeline, prompts
 from kepo_jax.models.qwen3_vl import positions
 from tests.conftest import ROOT
-
-SMALL = {"templates": prompts.BRIEF, "prompt_buckets": (72, 128, 512), "patch_buckets": (16, 48, 128)}
-
-
-@pytest.fixture(scope="module")
-def processor(checkpoint):
-  return pipeline.Processor.from_directory(checkpoint, **SMALL)
+from tests.data.conftest import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +38,10 @@ def slow_prompt(example, tokenizer, processor):
 
 
 def test_rows_equal_prompts_made_one_by_one(processor, tokenizer, questions):
+  turned = dataclasses.replace(questions[2], id="turned", images=questions[2].images[::-1])
+  questions = [*questions, turned]
   batch = processor.prompts(questions, "think")
-  assert batch.tokens.shape == (5, 128)
+  assert batch.tokens.shape == (6, 128)
   for i, example in enumerate(questions):
     ids = slow_prompt(example, tokenizer, processor)
     grids = [processor.image_processor.patches(images.load_image(path))[1] for path in example.images]
@@ -56,6 +53,7 @@ def test_rows_equal_prompts_made_one_by_one(processor, tokenizer, questions):
     np.testing.assert_array_equal(batch.image_slot[i, :n], slot)
     assert (batch.image_slot[i, n:] == -1).all() and (batch.positions[i, :, n:] == 0).all()
     assert batch.next_position[i] == following
+    assert batch.row[i] == zlib.crc32(example.id.encode())
   # Both images of the third prompt: 2 x 2 merged tokens of the square one, then those of the tall one.
   slots = batch.image_slot[2][batch.image_slot[2] >= 0]
   np.testing.assert_array_equal(slots, np.arange(len(slots)))
@@ -107,26 +105,19 @@ def test_what_an_image_costs(processor, questions, monkeypatch):
   assert set(processor.image_tokens(questions, resize="squash384")) == {(384 // wide.factor) ** 2}
 
 
-def test_a_batch_without_images_has_no_rows(processor, questions):
-  batch = processor.prompts(questions[3:4], "think")
-  assert batch.vision.patches.shape == (1, 0, 384)
-  assert batch.image_slot.max() == -1
-
-
 def test_a_row_does_not_depend_on_its_batch(processor, questions):
   together = processor.prompts(questions, "think")
   alone = processor.prompts(questions[:1], "think")
   assert alone.tokens.shape == (1, 72) and alone.vision.patches.shape[1] == 16
   n = int(alone.mask.sum())
   np.testing.assert_array_equal(together.tokens[0, :n], alone.tokens[0, :n])
-  assert together.row[0] == alone.row[0] == zlib.crc32(b"set/0")
-  assert alone.row.dtype == np.uint32
+  without_image = processor.prompts(questions[3:4], "think")
+  assert without_image.vision.patches.shape == (1, 0, 384) and without_image.image_slot.max() == -1
 
 
 def test_dtypes(processor, questions):
   batch = processor.prompts(questions, "think", rows=[0, 1, 2, 3, 2**32 - 1])
-  found = {name: str(value.dtype) for name, value in batch.items() if name != "vision"}
-  found |= {name: str(value.dtype) for name, value in batch.vision.items()}
+  found = {name: str(value.dtype) for name, value in [*batch.items(), *batch.vision.items()] if name != "vision"}
   expected = dict.fromkeys(("tokens", "positions", "next_position", "image_slot"), "int32")
   expected |= dict.fromkeys(("segments", "coordinates", "table_index"), "int32")
   expected |= {"mask": "bool", "row": "uint32", "patches": "float32", "table_weight": "float32"}
@@ -170,18 +161,27 @@ def test_ids_come_from_the_folder(processor, tokenizer):
   assert set(np.flatnonzero(~processor.allowed)) == banned
 
 
-@pytest.mark.parametrize(
-  "stored, expected", [({"eos_token_id": 5}, (5,)), ({}, ("<|im_end|>",)), (None, ("<|im_end|>",))]
-)
-def test_end_ids_as_number_list_or_from_the_tokenizer(stored, expected, make_checkpoint, tmp_path, tokenizer):
-  make_checkpoint(tmp_path)
-  if stored is None:
-    (tmp_path / "generation_config.json").unlink()
-  else:
-    (tmp_path / "generation_config.json").write_text(json.dumps(stored))
-  vocabulary = tokenizer.get_vocab()
-  expected = tuple(vocabulary.get(entry, entry) for entry in expected)
-  assert pipeline.Processor.from_directory(tmp_path, **SMALL).end_ids == expected
+def test_end_and_padding_ids_as_number_list_or_from_the_tokenizer(make_checkpoint, tmp_path, tokenizer):
+  path = make_checkpoint(tmp_path) / "generation_config.json"
+  end, padding = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+  # The tokenizer's own end token ends a completion, wherever it stands in the list; the first if it is not among them.
+  for stored, expected, last in [
+    ({"eos_token_id": 5}, (5,), 5),
+    ({"eos_token_id": [padding, end]}, (padding, end), end),
+    ({"eos_token_id": [padding]}, (padding,), padding),
+    ({}, (end,), end),
+    (None, (end,), end),
+  ]:
+    path.unlink() if stored is None else path.write_text(json.dumps(stored))
+    made = pipeline.Processor.from_directory(tmp_path, **SMALL)
+    assert (made.end_ids, made.pad_id) == (expected, padding), stored
+    assert made.tokenizer.completion("B") == [tokenizer.convert_tokens_to_ids("B"), last], stored
+  settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  del settings["pad_token"]
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  for stored, expected in [({"eos_token_id": 5, "pad_token_id": 7}, 7), ({"eos_token_id": [6, 5]}, 6)]:
+    path.write_text(json.dumps(stored))
+    assert pipeline.Processor.from_directory(tmp_path, **SMALL).pad_id == expected
 
 
 def test_decoding_keeps_tags_and_drops_specials(processor, tokenizer):
@@ -207,24 +207,9 @@ def test_completions_are_texts_with_an_end_token(processor, tokenizer):
     assert keep.tolist() == [True] * n + [False] * (length - n)
   assert processor.decode(tokens, mask) == texts
 
-
-def test_completions_are_never_cut(processor):
-  text = "<answer>B</answer>"
-  assert processor.completions([text], 4)[1].all()  # tag, letter, tag and end token
+  assert processor.completions([texts[2]], 4)[1].all()  # tag, letter, tag and end token
   with pytest.raises(ValueError, match=r"'<answer>B</answer>' needs 4 tokens; raise sampling.max_new_tokens=3\."):
-    processor.completions(["", text], 3)
-
-
-@pytest.mark.parametrize(
-  ("stored", "end"), [(["<|endoftext|>", "<|im_end|>"], "<|im_end|>"), (["<|endoftext|>"], "<|endoftext|>")]
-)
-def test_a_completion_ends_as_the_model_ends_it(stored, end, make_checkpoint, tmp_path, tokenizer):
-  # The tokenizer's own end token, <|im_end|>, wherever it stands in the list; the first where it is not among them.
-  vocabulary = tokenizer.get_vocab()
-  make_checkpoint(tmp_path)
-  (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [vocabulary[name] for name in stored]}))
-  made = pipeline.Processor.from_directory(tmp_path, **SMALL)
-  assert made.tokenizer.completion("B") == [vocabulary["B"], vocabulary[end]]
+    processor.completions(texts[1:], 3)
 
 
 @pytest.fixture(scope="module")
@@ -249,8 +234,14 @@ def test_the_gold_completion_is_accurate(family, model, questions, request):
 
 
 def test_a_tokenizer_that_drops_the_tags_is_refused(make_checkpoint, tmp_path):
-  with pytest.raises(ValueError, match="rewards need these tags"):
-    pipeline.Processor.from_directory(make_checkpoint(tmp_path, special_tags=True), **SMALL)
+  hints = make_checkpoint(tmp_path / "hints") / "tokenizer.json"
+  content = json.loads(hints.read_text())
+  number = max(token["id"] for token in content["added_tokens"])
+  content["added_tokens"].append(content["added_tokens"][0] | {"id": number + 1, "content": "</hint>"})
+  hints.write_text(json.dumps(content))
+  for folder in (make_checkpoint(tmp_path / "answers", special_tags=True), hints.parent):
+    with pytest.raises(ValueError, match=f"{folder}: .*rewards need these tags"):
+      pipeline.Processor.from_directory(folder, **SMALL)
 
 
 def test_a_template_that_opens_a_think_block_is_reported(make_checkpoint, tmp_path, monkeypatch):
@@ -287,13 +278,20 @@ def test_chat_template_of_older_checkpoints(make_checkpoint, checkpoint, tmp_pat
   np.testing.assert_array_equal(older.prompts(questions, "think").tokens, expected.tokens)
 
 
-def test_same_vocabulary(processor, make_checkpoint, tmp_path):
+def test_the_same_vocabulary_has_the_same_words_with_the_same_ids(processor, make_checkpoint, tmp_path):
   assert processor.same_vocabulary(make_checkpoint(tmp_path / "same"))
-  other = make_checkpoint(tmp_path / "other")
-  content = (other / "tokenizer.json").read_text()
-  (other / "tokenizer.json").write_text(content.replace("<|video_pad|>", "<|video_bad|>"))
-  (other / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-  assert not processor.same_vocabulary(other)
+  content = (tmp_path / "same" / "tokenizer.json").read_text()
+  renamed = content.replace("<|video_pad|>", "<|video_bad|>")
+  exchanged = (
+    content.replace("<|video_pad|>", "<|held|>")
+    .replace("<|image_pad|>", "<|video_pad|>")
+    .replace("<|held|>", "<|image_pad|>")
+  )
+  for name, text in (("renamed", renamed), ("exchanged", exchanged)):
+    other = make_checkpoint(tmp_path / name)
+    (other / "tokenizer.json").write_text(text)
+    (other / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert not processor.same_vocabulary(other), name
 
 
 def test_unreadable_images_are_named(processor, questions, tmp_path):
@@ -320,6 +318,14 @@ def test_image_cache_is_bounded_and_keeps_what_is_used(tmp_path, monkeypatch):
     assert pixels[0, 0] == i and grid == (1, 4, 4)
     assert cache.bytes <= 2 * 32 * 32 * 3
   assert loaded == [0, 1, 2, 1]
+
+
+def test_the_order_is_that_of_a_hash_of_salt_and_id(questions):
+  """Anybody can make the published split again, and no two salts mean the same."""
+  examples = [dataclasses.replace(questions[0], id=f"e{i}") for i in range(12)]
+  expected = sorted(examples, key=lambda example: hashlib.sha256(f"1/12/{example.id}".encode()).digest())
+  assert pipeline.shuffled(examples, 1, 12) == pipeline.shuffled(examples[::-1], 1, 12) == expected
+  assert pipeline.shuffled(examples, 11, 2) != expected
 
 
 def test_batches_are_random_access_and_cover_each_epoch(questions):
