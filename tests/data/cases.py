@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 
+import ml_collections
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
@@ -153,3 +154,9 @@ def question(modality, number, image, *more):
     modality=modality,
     dataset=modality,
   )
+
+
+def settings(directory, **changes):
+  """What a config says of its data: few questions of a folder."""
+  values = {"directory": str(directory), "split_files": "", "lenient": False, "train_modality": "MRI", "split_seed": 0}
+  return ml_collections.ConfigDict(values | {"train_items": 6, "validation_items": 2, "test_items": 3} | changes)

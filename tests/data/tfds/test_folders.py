@@ -18,6 +18,8 @@ def test_the_version_itself_or_the_only_one(tmp_path):
   folder = version(tmp_path)
   assert folders.find(folder) == folder and folders.find(tmp_path) == folder
   assert folders.find(tmp_path, "phantom") == folder and folders.find(tmp_path, "omnimedvqa") is None
+  version(tmp_path / "unfinished", files=("features.json", "a.array_record"))
+  assert folders.find(tmp_path / "unfinished") is None
 
 
 def test_several_are_named(tmp_path):
@@ -25,11 +27,6 @@ def test_several_are_named(tmp_path):
   with pytest.raises(ValueError, match=r"several built data sets .*omnimedvqa/1\.0\.0, .*phantom/1\.0\.0\); name one"):
     folders.find(tmp_path)
   assert folders.find(tmp_path, "phantom").parent.name == "phantom"
-
-
-def test_an_unfinished_build_is_none(tmp_path):
-  version(tmp_path, files=("features.json", "a.array_record"))
-  assert folders.find(tmp_path) is None
 
 
 def test_another_format_is_refused(tmp_path):
