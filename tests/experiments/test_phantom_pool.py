@@ -1,5 +1,7 @@
 """Pools of training data: the same sequences and pixels that a prompt per dialogue would give."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,17 +21,14 @@ def processor(tmp_path_factory):
   return Processor.from_directory(folder, templates=prompts.BRIEF)
 
 
+def make_pool(seed=1):
+  options = {"size": 500, "group": 2, "drills": 0, "kinds": {"think": 1.0}, "beliefs": phantom_corpus.TRUTH}
+  return phantom_pool.make_pool(phantom_folder.make_tokenizer(), seed=seed, **options)
+
+
 @pytest.fixture(scope="module")
 def pool():
-  return phantom_pool.make_pool(
-    phantom_folder.make_tokenizer(),
-    seed=1,
-    size=500,
-    group=2,
-    drills=0,
-    kinds={"think": 1.0},
-    beliefs=phantom_corpus.TRUTH,
-  )
+  return make_pool()
 
 
 def test_training_and_use_see_the_same_prompt(processor, tmp_path):
@@ -40,7 +39,7 @@ def test_training_and_use_see_the_same_prompt(processor, tmp_path):
   question = questions.ask("health", scene, rng)
   user, _ = phantom_corpus.dialogue(scene, question, "think", phantom_corpus.TRUTH, rng)
   example = phantom_corpus.as_example(scene, question)
-  example = type(example)(**{**vars(example), "images": (str(tmp_path / "a.png"),), "id": "x"})
+  example = dataclasses.replace(example, images=(str(tmp_path / "a.png"),), id="x")
   batch = processor.prompts([example], "think")
   tokenizer = phantom_folder.make_tokenizer()
   ours = tokenizer.encode(phantom_pool.prefix_text()).ids + tokenizer.encode(user + phantom_pool.TURN_END).ids
@@ -60,9 +59,8 @@ def test_answers_are_where_the_index_says(pool):
     assert kinds.index(2) == kinds.index(1) + 1
 
 
-def test_pools_are_the_same_on_every_call_and_differ_by_seed(pool):
-  options = {"size": 500, "group": 2, "drills": 0, "kinds": {"think": 1.0}, "beliefs": phantom_corpus.TRUTH}
-  again = phantom_pool.make_pool(phantom_folder.make_tokenizer(), seed=1, **options)
+def test_pools_are_the_same_on_every_call(pool):
+  again = make_pool()
   np.testing.assert_array_equal(pool.images, again.images)
   np.testing.assert_array_equal(pool.tokens, again.tokens)
 
