@@ -43,9 +43,7 @@ def test_parquet(tmp_path, cache):
   checked(examples, summary)
   assert examples[2].id == "MRI_train_600/train/2" and examples[0].modality == "MRI"
   assert examples[0].dataset == "MRI_train_600" and not summary.rules
-  assert sorted(path.name for path in cache.iterdir()) == sorted(
-    f"{hashlib.sha256(encoded(i)).hexdigest()}.png" for i in range(3)
-  )
+  assert {path.name for path in cache.iterdir()} == {f"{hashlib.sha256(encoded(i)).hexdigest()}.png" for i in range(3)}
 
 
 def test_images_are_written_once(tmp_path, cache):
@@ -112,23 +110,15 @@ def test_a_part_alone_has_the_ids_of_the_whole(tmp_path):
       assert {(each.modality, each.dataset) for each in examples} == {(modality, whole.name)} and not summary.rules
 
 
-def test_what_is_no_pattern(tmp_path):
-  file = write_parquet(tmp_path / "x" / "train-0.parquet")
-  assert hf_folders.part_files(file) == hf_folders.part_files(tmp_path / "x" / "test-*.parquet") == []
-  assert hf_folders.part_files(tmp_path / "x" / "train-*.parquet") == [file]
-  assert hf_folders.part_files(tmp_path / "absent" / "train-*.parquet") == []
-
-
 def test_what_lies_beside(tmp_path):
   write_parquet(tmp_path / "x" / "a.parquet")
   for name in ("a.json", "b.csv", "c.png", ".gitattributes"):
     (tmp_path / "x" / name).write_text("[]")
-  _, summary = hf_folders.read(tmp_path / "x")
-  assert summary.rules["file_skipped"] == 2 and summary.first["file_skipped"] == f"{tmp_path / 'x'}: a.json, b.csv"
-  folder = write_saved(tmp_path / "MRI_saved")
-  (folder / "cache-1.arrow").write_bytes(b"")
-  _, summary = hf_folders.read(folder)
-  assert dict(summary.rules) == {"file_skipped": 1} and summary.first["file_skipped"].endswith(": cache-1.arrow")
+  (write_saved(tmp_path / "MRI_saved") / "cache-1.arrow").write_bytes(b"")
+  for folder, count, names in (("x", 2, "a.json, b.csv"), ("MRI_saved", 1, "cache-1.arrow")):
+    _, summary = hf_folders.read(tmp_path / folder)
+    assert dict(summary.rules) == {"file_skipped": count} | ({"modality_unknown": 3} if folder == "x" else {})
+    assert summary.first["file_skipped"] == f"{tmp_path / folder}: {names}"
 
 
 def test_paths_instead_of_bytes(tmp_path):
@@ -158,12 +148,10 @@ def test_bytes_that_are_no_image(tmp_path, cache):
 
 def test_rows_that_lack_something(tmp_path):
   changes = {"image": [None, {"bytes": None, "path": None}, {"bytes": encoded(), "path": None}] + [None] * 2}
-  changes |= {"problem": ["x?\nA: x\nB: y"] * 3 + [None, ""], "solution": "A"}
-  columns = {**rows(5), **{key: value if isinstance(value, list) else [value] * 5 for key, value in changes.items()}}
-  pa.parquet.write_table(
-    pa.table({key: pa.array(column, type=IMAGE if key == "image" else pa.string()) for key, column in columns.items()}),
-    tmp_path / "a.parquet",
-  )
+  changes |= {"problem": ["x?\nA: x\nB: y"] * 3 + [None, ""], "solution": ["A"] * 5}
+  kinds = {"image": IMAGE, "problem": pa.string(), "solution": pa.string()}
+  columns = {name: pa.array(column, type=kinds[name]) for name, column in changes.items()}
+  pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
   examples, summary = hf_folders.read(tmp_path / "a.parquet", lenient=True)
   assert [example.id for example in examples] == ["a/2"] and summary.rules["malformed_record"] == 4
 
@@ -180,27 +168,24 @@ def test_other_columns(tmp_path):
       hf_folders.read(tmp_path / "a.parquet")
 
 
-def test_damaged_files(tmp_path):
-  good = write_parquet(tmp_path / "x" / "a.parquet").read_bytes()
+def test_damaged_and_cut_off_files(tmp_path):
+  file = write_parquet(tmp_path / "x" / "b.parquet")
+  write_parquet(tmp_path / "x" / "a.parquet", problem=[f"{i}?\nA: x\nB: y" for i in range(3)])
+  good = file.read_bytes()
   for number, data in enumerate((b"", b"PAR1", good[:-10], good[: len(good) // 2], b"x" * 100)):
-    (tmp_path / "x" / "b.parquet").write_bytes(data)
+    file.write_bytes(data)
     with pytest.raises(ValueError, match=r"b\.parquet: .*'malformed_file': 1"):
       hf_folders.read(tmp_path / "x")
     examples, summary = hf_folders.read(tmp_path / "x", lenient=True)
     assert len(examples) == 3 and summary.rules["malformed_file"] == 1, number
-
-
-def test_cut_off_streams(tmp_path):
-  folder = write_saved(tmp_path / "cut", closed=False)
   with pytest.raises(ValueError, match="truncated: the end of the Arrow stream is missing"):
-    hf_folders.read(folder)
-  whole = write_saved(tmp_path / "whole")
-  file = whole / "data-00000-of-00001.arrow"
+    hf_folders.read(write_saved(tmp_path / "cut", closed=False))
+  file = write_saved(tmp_path / "whole") / "data-00000-of-00001.arrow"
   data = file.read_bytes()
   for size in (0, 4, 8, 100, len(data) // 2, len(data) - 1):
     file.write_bytes(data[:size])
     with pytest.raises(ValueError, match=r"\.arrow: .*'malformed_file': 1"):
-      hf_folders.read(whole)
+      hf_folders.read(file.parent)
 
 
 def test_what_a_saved_folder_may_list(tmp_path):

@@ -7,7 +7,7 @@ import re
 import pytest
 from PIL import Image
 
-from kepo_jax.data import omnimedvqa, split_files, splits
+from kepo_jax.data import omnimedvqa, split_files
 from tests.data.cases import MEDR1, MEDVLM, write_records
 
 
@@ -40,14 +40,11 @@ def test_medvlm_r1(root):
 
 def test_what_a_name_tells():
   for stem, modality, kind in [
-    ("MR (Mag-netic Resonance Imaging)_train", "MR (Mag-netic Resonance Imaging)", ""),
     ("OCT (Optical Coherence Tomography_test", "OCT (Optical Coherence Tomography", ""),
-    ("MRI_test", "MRI", ""),
     ("Fundus_test_300", "Fundus", ""),
     ("X-Ray_test", "X-Ray", ""),
     ("modality_MRI_train_600", "MRI", ""),
     ("Lesion Grading_train", "", "Lesion Grading"),
-    ("Other Biological Attributes_test", "", "Other Biological Attributes"),
     ("MRI_CT_XRAY_300each_dataset", "", ""),
     ("ACRIMA_filtered_test", "", ""),
     ("unknown_train", "", ""),
@@ -102,15 +99,13 @@ BAD = {
     {"solution": None}, {"options": "AB"}, {"options": [1, 2]}, {"problem": "A)x, B)Brain", "options": ...},
     {"subset": 7}, {"problem": "x" * 20_000}, {"answer": {"deep": []}},
   ],
-  "unsafe_path": [{"image": "/etc/hostname"}, {"image": "../a.png"}, {"image": ["images/a.png", "images/../../a.png"]},
-                  {"image": ""}, {"image": "a\ud800.png"}],
-  "missing_image": [{"image": "images/b.png"}, {"image": "images"}],
+  "unsafe_path": [{"image": ["images/a.png", "images/../../a.png"]}, {"image": ""}, {"image": "a\ud800.png"}],
+  "missing_image": [{"image": "images/b.png"}],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", BAD)
-def test_bad_records(rule, root):
-  for changes in BAD[rule]:
+def test_bad_records(root):
+  for rule, changes in ((rule, changes) for rule, entries in BAD.items() for changes in entries):
     file = write_records(root / "file.json", MEDVLM, changed(changes))
     examples, summary = split_files.read(file, lenient=True)
     assert [example.id for example in examples] == ["file/0"], changes
@@ -153,14 +148,15 @@ def test_endings_and_lines(root):
   assert summary.rules["file_skipped"] == 13 and summary.first["file_skipped"].endswith("07.txt and 5 more")
 
 
-def test_the_folder_tells_the_modality(root):
-  for name in ("modality_MRI_train_600/records.json", "set_MRI_600/train/a.json", "set_MRI_600/data/a.json"):
+def test_the_folder_tells_the_modality_that_record_and_file_do_not(root):
+  for name, modality in (
+    ("modality_MRI_train_600/records.json", "MRI"), ("set_MRI_600/train/a.json", "MRI"),
+    ("set_MRI_600/data/a.json", "MRI"), ("MRI_600/CT_test.json", "CT"),
+  ):  # fmt: skip
     (example,), summary = split_files.read(write_records(root / name, MEDVLM | {"subset": ""}), image_root=root)
-    assert example.modality == "MRI" and not summary.rules, name
+    assert example.modality == modality and not summary.rules, name
     (example,), _ = split_files.read(write_records(root / name, MEDVLM), image_root=root)
-    assert example.modality == "X-Ray", name  # as the record says
-  other = write_records(root / "MRI_600" / "CT_test.json", MEDVLM | {"subset": ""})
-  assert split_files.read(other, image_root=root)[0][0].modality == "CT"
+    assert example.modality == "X-Ray", name
 
 
 def test_files_that_are_links_or_no_files(root, tmp_path_factory):
@@ -250,11 +246,3 @@ def test_the_real_sample_of_medvlm_r1(shared_directory):
   for example, entry in zip(examples, stored, strict=True):
     assert (example.question, list(example.options)) == (entry["question"], entry["options"])
     assert example.answer == entry["solution"] and example.answer_text == entry["answer"]
-
-
-def test_images_of_both_parts_of_the_real_sample(shared_directory):
-  folder = shared_directory / "omnimedvqa-qa-sample" / "med-r1" / "modality"
-  train, _ = split_files.read(folder / "train", check_images=False, image_root=folder)
-  test, _ = split_files.read(folder / "test", check_images=False, image_root=folder)
-  number, share = splits.overlap(train, test)
-  assert (len(train), len(test), number) == (218, 872, 2) and round(share * len({e.images for e in test})) == 2
