@@ -35,12 +35,12 @@ def test_nested_no_and_several_roots(tmp_path):
   Layout(tmp_path / "download" / "OmniMedVQA").write(RECORD)
   for place in (tmp_path, tmp_path / "download", tmp_path / "download" / "OmniMedVQA"):
     assert len(omnimedvqa.read(place)[0]) == 1, place
-  other = Layout(tmp_path / "other").root
+  other = Layout(tmp_path / "download" / "other").root
   (tmp_path / "empty").mkdir()
   for place, settings, message in [
     (tmp_path / "absent", {}, "no such directory"),
     (tmp_path / "empty", {}, "no QA_information folder"),
-    (tmp_path, {}, "holds several data sets .*; name one"),
+    (tmp_path / "download", {}, "holds several data sets .*; name one"),
     (other, {}, r"no JSON files; QA_information has \['Open-access'\]"),
     (other, {"access": "Restricted-access"}, "Restricted-access: no JSON files"),
   ]:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 
 import pytest
 from absl.testing import flagsaver
@@ -61,8 +62,7 @@ def test_tables_fit_a_terminal_of_80_columns(inspect_medvqa):
 
 def test_a_bucket(inspect_medvqa, download, tmp_path, capsys, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  (tmp_path / "cloud" / "bucket").mkdir(parents=True)
-  download.rename(tmp_path / "cloud" / "bucket" / "download")
+  shutil.copytree(download, tmp_path / "cloud" / "bucket" / "download")
   with fake_bucket.served(tmp_path / "cloud"):
     inspect_medvqa.main(["", "gs://bucket/download"])
   captured = capsys.readouterr()

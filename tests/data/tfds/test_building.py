@@ -63,18 +63,17 @@ def test_the_builder_alone_writes_what_needs_no_tensorflow(download, small, tmp_
 
 
 def test_a_missing_download_is_named(tmp_path):
-  way_out = "Download OmniMedVQA.zip from https://huggingface.co/.*QA_information"
-  with pytest.raises(ValueError, match=f"manual_dir is not set: .*{way_out}"):
-    building.build(tmp_path)
-  with pytest.raises(ValueError, match=f"manual_dir .*absent: no such directory. {way_out}"):
-    building.build(tmp_path, manual_dir=tmp_path / "absent")
   (tmp_path / "empty").mkdir()
-  with pytest.raises(ValueError, match=f"manual_dir .*empty: is empty. {way_out}"):
-    building.build(tmp_path, manual_dir=tmp_path / "empty")
-  with pytest.raises(ValueError, match="no QA_information folder here or below"):
-    building.build(tmp_path, manual_dir=tmp_path)
-  with pytest.raises(ValueError, match=r"config 'other'; choose from \['omnimedvqa', 'phantom'\]"):
-    building.build(tmp_path, config="other")
+  way_out = "Download OmniMedVQA.zip from https://huggingface.co/.*QA_information"
+  for settings, message in [
+    ({}, f"manual_dir is not set: .*{way_out}"),
+    ({"manual_dir": tmp_path / "absent"}, f"absent: no such directory. {way_out}"),
+    ({"manual_dir": tmp_path / "empty"}, f"empty: is empty. {way_out}"),
+    ({"manual_dir": tmp_path}, "no QA_information folder here or below"),
+    ({"config": "other"}, r"config 'other'; choose from \['omnimedvqa', 'phantom'\]"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      building.build(tmp_path, **settings)
   assert written(tmp_path) == []
 
 
@@ -111,15 +110,12 @@ def test_names_of_configs():
   assert lenient.name == "omnimedvqa-MRI-600-40-300-0-My_part-lenient"
 
 
-def test_shards_hold_about_the_limit(download):
+def test_shards_hold_about_the_limit_and_keep_the_order(download, small, tmp_path, monkeypatch):
   examples, _ = omnimedvqa.read(download)
   runs = builder.shards(examples, limit=5000)
   assert [example for run in runs for example in run] == examples
   sizes = [[pathlib.Path(example.images[0]).stat().st_size for example in run] for run in runs]
   assert len(runs) > 2 and all(sum(run[:-1]) < 5000 for run in sizes) and all(sum(run) >= 5000 for run in sizes[:-1])
-
-
-def test_several_shards_keep_the_order(download, small, tmp_path, monkeypatch):
   monkeypatch.setattr(builder, "shards", lambda part: [part[:2], part[2:3], part[3:]])
   built = building.build(tmp_path, manual_dir=download, config=small)
   assert len(list(built.directory.glob("*-train.array_record-*-of-00003"))) == 3
@@ -134,12 +130,11 @@ def test_the_phantom(tmp_path, monkeypatch):
   monkeypatch.setattr(splits, "phantom_roots", lambda: roots)
   built = building.build(tmp_path / "data", config="phantom")
   assert built.questions == {"train": 3, "validation": 3, "test": 3}
+  assert built.directory.parts[-2:] == ("phantom", f"{phantom.VERSION}.0.0")
   for name, root in roots.items():
-    expected, _ = omnimedvqa.read(root)
-    found = reading.read(tmp_path / "data", "phantom", name)
-    assert [each.id for each in found] == [each.id for each in expected]
-    assert [each.answer_text for each in found] == [each.answer_text for each in expected]
+    found, (expected, _) = reading.read(tmp_path / "data", "phantom", name), omnimedvqa.read(root)
     for a, b in zip(found, expected, strict=True):
+      assert (a.id, a.answer_text) == (b.id, b.answer_text)
       assert np.array_equal(Image.open(a.images[0]), Image.open(b.images[0]))
 
 
