@@ -15,18 +15,10 @@ from PIL import Image
 from kepo_jax.types import Example
 
 RECORD = {
-  "dataset": "Set A",
-  "question_id": "Set A_0000",
-  "question_type": "Anatomy Identification",
-  "question": "Which organ is shown?",
-  "gt_answer": "Brain",
-  "image_path": "Images/Set A/test (1)/left.lower & x.png",
-  "option_A": "Chest",
-  "option_B": "Brain",
-  "option_C": "Knee",
-  "option_D": "Hand",
-  "modality_type": "X-Ray",
-}
+  "dataset": "Set A", "question_id": "Set A_0000", "question_type": "Anatomy Identification",
+  "question": "Which organ is shown?", "gt_answer": "Brain", "image_path": "Images/Set A/test (1)/left.lower & x.png",
+  "option_A": "Chest", "option_B": "Brain", "option_C": "Knee", "option_D": "Hand", "modality_type": "X-Ray",
+}  # fmt: skip
 
 
 class Layout:
@@ -63,15 +55,10 @@ MEDR1 = {
   "solution": "<answer> B </answer>",
 }
 MEDVLM = {
-  "image": ["images/a.png"],
-  "problem": "Which organ?\nA) Chest\nB) Brain",
-  "solution": "B",
-  "question": "Which organ?",
-  "options": ["Chest", "Brain"],
-  "answer": "Brain",
+  "image": ["images/a.png"], "problem": "Which organ?\nA) Chest\nB) Brain", "solution": "B",
+  "question": "Which organ?", "options": ["Chest", "Brain"], "answer": "Brain", "subset": "X-Ray",
   "dataset": "OmniMedVQA",
-  "subset": "X-Ray",
-}
+}  # fmt: skip
 
 
 def write_records(path, *records):
@@ -145,15 +132,8 @@ def bomb(side):
 
 def question(modality, number, image, *more):
   """A question about an image of its modality, given by number, and more of them by path."""
-  return Example(
-    id=f"{modality}/{number:04d}",
-    question="?",
-    options=("a", "b"),
-    answer="A",
-    images=(f"/{modality}/{image}.png", *more),
-    modality=modality,
-    dataset=modality,
-  )
+  texts = {"question": "?", "options": ("a", "b"), "answer": "A", "modality": modality, "dataset": modality}
+  return Example(id=f"{modality}/{number:04d}", images=(f"/{modality}/{image}.png", *more), **texts)
 
 
 def settings(directory, **changes):

@@ -175,34 +175,31 @@ def test_published_tables_are_read_part_by_part(tmp_path, monkeypatch, caplog):
     caplog.clear()
 
 
-@pytest.mark.parametrize("kind", ["layout", "parts", "published", "parquet", "saved"])
+@pytest.mark.parametrize("kind", ["parts", "published", "saved"])
 def test_a_bucket_is_read_like_a_disk(published, tmp_path, monkeypatch, kind):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   bucket = tmp_path / "cloud" / "bucket"
   if kind == "published":
     for name in ("data", "split"):
       shutil.copytree(published / name, bucket / name)
-  elif kind == "parquet":
-    write_parquet(bucket / "data" / "modality_MRI_train_600.parquet", count=12)
   elif kind == "saved":
     write_saved(bucket / "data" / "modality_MRI_train_600", count=12)
   else:
-    for part in splits.SPLITS if kind == "parts" else ("",):
-      layout = Layout(bucket / "data" / part)
-      layout.write(*(record(n, modality_type="MR (Mag-netic Resonance Imaging)") for n in range(12)))
+    write_parts(bucket / "data", dict.fromkeys(splits.SPLITS, ["0"]))
   changes = {"split_files": f"{bucket}/split"} if kind == "published" else {}
-  changes |= {"train_items": 1, "validation_items": 0, "test_items": 0}
-  here = splits.load(settings(bucket / "data", **changes))
-  assert here["train"]
-  told, summaries = [], []
+  here = settings(bucket / "data", train_items=1, validation_items=0, test_items=0, **changes)
+  found, told, summaries = splits.load(here), [], []
+  assert found["train"]
+  remote = here.copy_and_resolve_references()
+  remote.directory, remote.split_files = (
+    here[name].replace(str(bucket), "gs://bucket") for name in ("directory", "split_files")
+  )
   with fake_bucket.served(tmp_path / "cloud"):
-    remote = settings("gs://bucket/data", **changes)
-    remote.split_files = remote.split_files.replace(str(bucket), "gs://bucket")
     there = splits.load(remote, report=summaries.append, progress=lambda *of: told.append(of))
   assert told[-1][0] == told[-1][1] > 0
   # Images that are bytes inside other files lie in the cache in both cases.
   origin = lambda image: storage.origin(image).replace("gs://bucket", str(bucket))  # noqa: E731
-  assert here == {
+  assert found == {
     name: [dataclasses.replace(each, images=tuple(map(origin, each.images))) for each in part]
     for name, part in there.items()
   }
@@ -228,13 +225,12 @@ def test_unusable_records_stop_a_run_unless_it_is_lenient(published):
 
 def test_every_repair_is_warned_of_and_told(tmp_path, caplog):
   """A repair alone, without a dropped record, must not go unseen."""
-  layout = Layout(tmp_path)
-  paths = [f"Images/Set A/{number}.png" for number in range(12)]
-  for grey, path in enumerate(paths):
-    layout.image(path, grey)  # the same picture under two names would be one
-  found = []
+  layout, found = Layout(tmp_path), []
+  for n in range(12):
+    layout.image(f"Images/{n}.png", n)  # the same picture under two names would be one
   for answer, rules in (("Brain", {}), ("brain.", {"answer_normalised": 12})):
-    layout.write(*(record(n, modality_type="MRI", gt_answer=answer, image_path=path) for n, path in enumerate(paths)))
+    made = (record(n, modality_type="MRI", gt_answer=answer, image_path=f"Images/{n}.png") for n in range(12))
+    layout.write(*made)
     caplog.clear()
     with caplog.at_level("INFO"):
       assert len(splits.load(settings(tmp_path), report=found.append)["train"]) == 6

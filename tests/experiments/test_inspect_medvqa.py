@@ -1,6 +1,5 @@
 """The entry point: drawn downloads, from flags to the exit status."""
 
-import io
 import json
 import os
 import shutil
@@ -8,10 +7,8 @@ import shutil
 import pytest
 from absl.testing import flagsaver
 from PIL import Image
-from rich.console import Console
 
 from experiments import environment
-from kepo_jax.data import rules
 from tests import fake_bucket
 from tests.data import cases
 
@@ -42,22 +39,6 @@ def test_what_is_printed(inspect_medvqa, download, capsys):
   assert f"first answer_normalised: {download}/QA_information/Open-access/Set A.json, record 1" in printed
   assert "2 images, 1 of them with several questions\nformats: JPEG 1, PNG 1; 0.0 MB" in printed
   assert "sizes: 2, 40 to 60 wide, 30 to 40 high; " in printed
-
-
-def test_tables_fit_a_terminal_of_80_columns(inspect_medvqa):
-  # The largest figures of the real thing, every number of options, and as many letters as there may be.
-  group = {"questions": 123_450, "chance": 0.25, "options": dict.fromkeys("2345", 30_862)}
-  group["letters"] = dict.fromkeys("ABCDEFGHIJ", 12_345)
-  long = "Q~" * 24  # a name may have no place to break
-  groups = {name: group for name in ("Other Biological Attributes", "Microscopy", long, "all")}
-  every_rule = {"rules": dict.fromkeys(rules.RULES, 88_996), "first": {}}
-  console = Console(file=io.StringIO(), width=80)
-  console.print(inspect_medvqa.group_table("modalities", "modality", groups), inspect_medvqa.rule_table(every_rule))
-  printed = console.file.getvalue()
-  assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
-  assert printed.count("Q") == printed.count("~") == len(long) / 2
-  words = [*rules.RULES, "88,996", "123,450", "Microscopy", "J:12,345", "5:30,862"]
-  assert [word for word in words if word not in printed] == []  # whole, on one line
 
 
 def test_a_bucket(inspect_medvqa, download, tmp_path, capsys, monkeypatch):

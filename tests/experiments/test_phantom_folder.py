@@ -1,7 +1,5 @@
 """Tokenizer and side files of the phantom models."""
 
-import json
-
 import numpy as np
 import pytest
 from transformers import AutoConfig, AutoTokenizer
@@ -57,12 +55,6 @@ def test_tags_survive_decoding_and_specials_do_not(tokenizer):
   assert [tokenizer.convert_ids_to_tokens(i) for i in ids] == [
     "<think>", "Ġcyst", "</think>", "<answer>", "ĠB", "</answer>", "<|im_end|>",
   ]  # fmt: skip
-
-
-def test_two_makings_are_the_same(folder, tmp_path):
-  phantom_folder.write_folder(tmp_path, json.loads((folder / "config.json").read_text()))
-  for path in folder.iterdir():
-    assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
 def test_transformers_and_our_processor_read_the_folder(folder):
