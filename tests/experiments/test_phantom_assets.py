@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -14,8 +13,9 @@ from kepo_jax.data.phantom import build, drawing, questions, scenes
 from kepo_jax.data.pipeline import Processor
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from tests.conftest import ROOT
 
-ASSETS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "assets" / "phantom"
+ASSETS = ROOT / "experiments" / "assets" / "phantom"
 NAMES = ("confused", "noisy", "strong", "weak")
 
 

@@ -7,18 +7,10 @@ import pytest
 from PIL import Image
 
 from experiments import phantom_corpus, phantom_folder, phantom_pool
-from experiments.phantom_recipes import SIZES
 from kepo_jax.data import prompts
 from kepo_jax.data.phantom import questions
 from kepo_jax.data.pipeline import Processor
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("phantom")
-  tokenizer = phantom_folder.make_tokenizer()
-  phantom_folder.write_folder(folder, phantom_folder.model_config(tokenizer, **SIZES["student"]))
-  return Processor.from_directory(folder, templates=prompts.BRIEF)
+from tests.experiments.test_phantom_assets import ASSETS
 
 
 def make_pool(seed=1):
@@ -31,7 +23,8 @@ def pool():
   return make_pool()
 
 
-def test_training_and_use_see_the_same_prompt(processor, tmp_path):
+def test_training_and_use_see_the_same_prompt(tmp_path):
+  processor = Processor.from_directory(ASSETS / "confused", templates=prompts.BRIEF)
   rng = np.random.default_rng(3)
   scene = phantom_pool.draw_training_scene(rng)
   picture = phantom_pool.drawing.draw(scene)
