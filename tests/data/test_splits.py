@@ -21,8 +21,14 @@ def test_load_from_the_mini_set(shared_directory):
   assert {example.modality for example in found["train"]} == {"MRI"}
 
 
-def test_load_the_phantom(tmp_path_factory, monkeypatch, caplog):
+@pytest.fixture
+def phantom_cache(tmp_path_factory, monkeypatch):
+  """A cache folder in which the phantom is drawn once for all test processes."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp().parent / "phantom-cache"))
+
+
+@pytest.mark.usefixtures("phantom_cache")
+def test_load_the_phantom(caplog):
   told = []
   with caplog.at_level("WARNING"):
     found = splits.load(settings(""), report=told.append)
@@ -124,13 +130,13 @@ def test_images_in_two_parts_of_folders_are_warned_of(tmp_path, caplog, monkeypa
     assert len(said) == bool(warned) and all(warned in line for line in said), number
 
 
-def test_only_images_of_questions_that_are_used_are_compared(tmp_path, caplog, monkeypatch):
+@pytest.mark.usefixtures("phantom_cache")
+def test_only_images_of_questions_that_are_used_are_compared(tmp_path, monkeypatch):
   top = write_parts(tmp_path, {"train": ["0", "1", "2"], "validation": ["7"], "test": ["2b", "8", "1b"]})
   looked = set()
   repeats = same_images.repeats
   monkeypatch.setattr(same_images, "repeats", lambda paths: looked.update(paths) or repeats(paths))
-  with caplog.at_level("WARNING"):
-    found = splits.load(settings(top, train_items=1, validation_items=1, test_items=1))
+  found = splits.load(settings(top, train_items=1, validation_items=1, test_items=1))
   assert looked == {image for part in found.values() for example in part for image in example.images}
   assert len(looked) == 3
   looked.clear()
@@ -138,27 +144,17 @@ def test_only_images_of_questions_that_are_used_are_compared(tmp_path, caplog, m
   assert not looked  # the phantom is known
 
 
-def test_a_published_split_is_not_mixed(published, tmp_path):
-  with pytest.raises(ValueError, match="holds a published split, .* name it as split_files"):
-    splits.load(settings(published / "split"))
-
-
-def hub(top):
-  """Six training and four test questions in parquet files of one folder; records do not tell their modality."""
-  for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 3), ("test-00000-of-00001", 4)):
-    write_parquet(top / f"{name}.parquet", count=count, problem=[f"{name}, {i}?\nA: a\nB: b" for i in range(count)])
-  return top
-
-
 def test_published_tables_are_read_part_by_part(tmp_path, monkeypatch, caplog):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  hub(tmp_path / "hub" / "KEPO_modality_MRI_train_600" / "data")
-  saved = tmp_path / "saved" / "modality_MRI_train_600"
-  write_saved(saved / "train", count=6, problem=[f"train {i}?\nA: a\nB: b" for i in range(6)])
-  write_saved(saved / "test", count=4, problem=[f"test {i}?\nA: a\nB: b" for i in range(4)])
+  hub, saved = (tmp_path / name / "modality_MRI_train_600" for name in ("hub", "saved"))
+  asked = lambda name, count: [f"{name}, {i}?\nA: a\nB: b" for i in range(count)]  # noqa: E731
+  for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 3), ("test-00000-of-00001", 4)):
+    write_parquet(hub / "data" / f"{name}.parquet", count=count, problem=asked(name, count))
+  for name, count in (("train", 6), ("test", 4)):
+    write_saved(saved / name, count=count, problem=asked(name, count))
   (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-  for folder in (tmp_path / "hub" / "KEPO_modality_MRI_train_600", saved.parent):
-    with pytest.raises(ValueError, match="holds a published split"):
+  for folder in (hub, saved.parent):
+    with pytest.raises(ValueError, match="holds a published split, .* name it as split_files"):
       splits.load(settings(folder))
     wanted = settings("", split_files=str(folder), validation_items=0)
     for all_items in (0, None):
