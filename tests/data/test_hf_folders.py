@@ -128,10 +128,9 @@ def test_paths_instead_of_bytes(tmp_path):
   for column in ("Images/set/a.png", {"bytes": None, "path": "Images/set/a.png"}):
     (example,), _ = hf_folders.read(write_parquet(tmp_path / "data" / "a.parquet", count=1, image=[column]))
     assert example.images == (inside,) and example.dataset == "set"
-  write_parquet(
-    tmp_path / "data" / "a.parquet", count=1, image=[None], images=[[{"bytes": encoded(), "path": None}] * 2]
-  )
-  assert len(hf_folders.read(tmp_path / "data" / "a.parquet")[0][0].images) == 2
+  two = [[{"bytes": encoded(), "path": None}] * 2]
+  (example,), _ = hf_folders.read(write_parquet(tmp_path / "data" / "a.parquet", count=1, image=[None], images=two))
+  assert len(example.images) == 2
   bad = ["/etc/hostname", "../x.png", "Images/b.png", ""]
   write_parquet(tmp_path / "data" / "a.parquet", count=4, image=[{"bytes": None, "path": path} for path in bad])
   with pytest.raises(ValueError, match=r"a\.parquet, record 0.*'unsafe_path': 3, 'missing_image': 1"):

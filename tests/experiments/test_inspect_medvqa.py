@@ -91,12 +91,11 @@ def test_unreadable_images(inspect_medvqa, download, capsys):
   assert "images: not opened (--noimages)" in printed and "2 images" not in printed and "formats" not in printed
 
 
-def test_other_folders_and_names(inspect_medvqa, download, capsys):
+def test_other_folders_and_no_name(inspect_medvqa, download):
   os.rename(download / "QA_information" / "Open-access", download / "QA_information" / "Mine")
   os.rename(download / "Images", download.parent / "Images")
   with flagsaver.flagsaver(access="Mine", images_root=str(download.parent)):
     inspect_medvqa.main(["", str(download)])
-  assert "3 kept" in capsys.readouterr().out
   with pytest.raises(ValueError, match="no PATH"):
     inspect_medvqa.main([""])
 

@@ -9,6 +9,8 @@ from kepo_jax.data.phantom.questions import Question
 
 pytestmark = pytest.mark.slow  # the items are frozen
 
+STEPS, RATE, DECAY = 150, 4.0, 1e-4
+
 
 def drawn_questions(total: int, seed: int) -> list[Question]:
   rng = np.random.default_rng(seed)
@@ -18,41 +20,49 @@ def drawn_questions(total: int, seed: int) -> list[Question]:
   return [questions.ask(t, scene(t, i), rng, p) for i, (t, p) in enumerate(zip(topics, places, strict=True))]
 
 
-def clues(item: Question, place: int) -> set:
-  """What the text says for an option: its place and words, the question, and what else is on offer."""
-  option, letter = item.options[place], "ABCD"[place]
-  others = [(option, other, i) for i, other in enumerate(item.options)]
-  return {
-    letter,
-    option,
-    (letter, option),
-    (item.stem, option),
-    (item.stem, letter),
-    (item.stem, letter, option),
-    *others,
-  }
+def grams(question: Question) -> set[str]:
+  """Words and pairs of words of the question with its lettered options."""
+  letters = [f"{letter}: {option}" for letter, option in zip("ABCD", question.options, strict=False)]
+  words = " ".join([question.stem, *letters]).split()
+  return {*words, *map(" ".join, zip(words, words[1:], strict=False))}
 
 
 class Guesser:
-  """Ridge regression of being right on the clues for an option."""
+  """Multinomial logistic regression on letters from n-grams, plus a weight per (question, option)."""
 
   def __init__(self, items: list[Question]):
-    pairs = [(item, place) for item in items for place in range(len(item.options))]
-    self.columns = {clue: i for i, clue in enumerate(dict.fromkeys(c for pair in pairs for c in clues(*pair)))}
-    features = np.stack([self.features(*pair) for pair in pairs])
-    right = np.array([item.options[place] == item.answer for item, place in pairs], np.float32)
-    chance = np.array([1 / len(item.options) for item, _ in pairs], np.float32)
-    penalty = 5 * np.eye(len(self.columns), dtype=np.float32)
-    self.weights = np.linalg.solve(features.T @ features + penalty, features.T @ (right - chance))
+    self.columns = {gram: i for i, gram in enumerate(sorted({gram for item in items for gram in grams(item)}))}
+    self.pairs = {pair: i for i, pair in enumerate(sorted({p for item in items for p in self._pairs(item)}))}
+    features, pairs, real, gold = self._arrays(items)
+    self.weights, self.biases = np.zeros((4, features.shape[1]), np.float32), np.zeros(len(self.pairs) + 1)
+    for _ in range(STEPS):
+      error = ((self._shares(features, pairs, real) - gold) / len(items)).astype(np.float32)
+      self.weights -= RATE * (error.T @ features + DECAY * self.weights)
+      gradient = np.bincount(pairs.ravel(), error.ravel(), len(self.biases))
+      self.biases -= 10 * RATE * (gradient + DECAY * self.biases)
 
-  def features(self, item: Question, place: int) -> np.ndarray:
-    row = np.zeros(len(self.columns), np.float32)
-    row[[self.columns[clue] for clue in clues(item, place) if clue in self.columns]] = 1
-    return row
+  def _pairs(self, item: Question) -> list[tuple[str, str]]:
+    return [(item.stem, option) for option in item.options]
+
+  def _arrays(self, items):
+    features = np.zeros((len(items), len(self.columns)), np.float32)
+    pairs = np.full((len(items), 4), len(self.pairs))
+    real, gold = np.zeros((len(items), 4), bool), np.zeros((len(items), 4))
+    for row, item in enumerate(items):
+      features[row, [self.columns[gram] for gram in grams(item) if gram in self.columns]] = 1
+      known = [self.pairs.get(pair, len(self.pairs)) for pair in self._pairs(item)]
+      pairs[row, : len(known)], real[row, : len(known)] = known, True
+      gold[row, item.options.index(item.answer)] = 1
+    return features, pairs, real, gold
+
+  def _shares(self, features, pairs, real):
+    scores = np.where(real, features @ self.weights.T + self.biases[pairs], -np.inf)
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
 
   def accuracy(self, items: list[Question]) -> float:
-    guesses = [np.argmax([self.features(i, place) @ self.weights for place in range(len(i.options))]) for i in items]
-    return float(np.mean([item.options[guess] == item.answer for item, guess in zip(items, guesses, strict=True)]))
+    features, pairs, real, gold = self._arrays(items)
+    return float((self._shares(features, pairs, real).argmax(axis=1) == gold.argmax(axis=1)).mean())
 
 
 def test_text_alone_stays_at_chance():
