@@ -39,8 +39,9 @@ def slow_prompt(example, tokenizer, processor):
 
 
 def test_rows_equal_prompts_made_one_by_one(processor, tokenizer, questions):
-  turned = dataclasses.replace(questions[2], id="turned", images=questions[2].images[::-1])
-  questions = [*questions, turned]
+  # A wide image before a square one: their marks differ in number.
+  two = dataclasses.replace(questions[2], id="two", images=questions[1].images + questions[0].images)
+  questions = [*questions, two]
   batch = processor.prompts(questions, "think")
   assert batch.tokens.shape == (6, 128)
   for i, example in enumerate(questions):
