@@ -101,9 +101,9 @@ SETTINGS = {
 }
 
 
-def batch(rng: np.random.Generator, shape: tuple[int, int, int] = (P, G, T)) -> dict[str, jax.Array]:
+def batch(rng: np.random.Generator) -> dict[str, jax.Array]:
   """Random values of everything that a setting may ask for; rows are ragged and may be empty."""
-  rows = shape[:2]
+  shape, rows = (P, G, T), (P, G)
 
   def near(spread):
     # Log-probabilities that a policy over 10 ids could have, some far from the student's.

@@ -15,9 +15,10 @@ from tests.objectives import cases
 
 
 def log_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-  """Log-probabilities over the allowed ids."""
+  """Log-probabilities over the allowed ids: logits [..., V]."""
   logits = np.where(cases.ALLOWED, np.float64(logits) / temperature, -np.inf)
-  return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+  logits = logits - logits.max(-1, keepdims=True)
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
