@@ -137,56 +137,42 @@ def test_unknown_names_are_refused():
 
 
 def test_each_prompt_stops_when_it_has_enough_and_gets_a_new_hint_each_round():
-  student = Student({2: 1, 5: 3})
+  student = Student({2: 1, 5: 3}, candidates=3)
   outcome = explore(student, [2, 5])
-  assert [rows for rows, _ in student.calls] == [(2, 5), (5,), (5,)]
-  assert student.calls[2][1] == ("round 3 for 5",)
-  assert [c.attempt for c in outcome.accepted[2]] == [1, 1]
-  assert [c.attempt for c in outcome.accepted[5]] == [3, 3]
-  assert outcome.hints_asked == 4 and student.asked == [(2, 5), (5,), (5,)]
-
-
-def test_everything_that_was_tried_is_kept():
-  student = Student({2: 1, 5: 2}, candidates=3)
-  outcome = explore(student, [2, 5])
-  assert outcome.hints == {2: ["<hint> round 1 for 2 </hint>"], 5: [f"<hint> round {b} for 5 </hint>" for b in (1, 2)]}
-  tried = {row: [(c.attempt, c.accurate) for c in candidates] for row, candidates in outcome.candidates.items()}
-  assert tried == {2: [(1, True)] * 3, 5: [(1, False)] * 3 + [(2, True)] * 3}
-  # The two that are wanted are among them, as the same objects.
-  assert [len(outcome.accepted[row]) for row in (2, 5)] == [2, 2]
-  assert all(any(c is each for each in outcome.candidates[row]) for row in (2, 5) for c in outcome.accepted[row])
-
-
-def test_what_is_accepted_is_up_to_the_rule():
-  student = Student({0: 1}, candidates=3)
-  student.sample_hinted = lambda rows, hints, attempt: [
-    [candidate(well_formed=False), candidate(), candidate(accurate=attempt == 2, well_formed=False)]
+  assert student.asked == [(2, 5), (5,), (5,)] and outcome.hints_asked == 4
+  assert student.calls == [
+    ((2, 5), ("round 1 for 2", "round 1 for 5")),
+    *(((5,), (f"round {b} for 5",)) for b in (2, 3)),
   ]
-  # Per round: by default the second alone; by accuracy the first two; together none (the first is never well formed),
-  # or, by accuracy, all three of the second round, of which two are wanted.
-  attempts = {
-    rule: [c.attempt for c in explore(student, [0], rounds=2, accept=exploration.Acceptance(rule)).accepted[0]]
-    for rule in exploration.RULES
+  # Two are wanted; everything that was tried is kept, the accepted ones as the same objects.
+  assert outcome.hints == {
+    row: [f"<hint> round {b} for {row} </hint>" for b in range(1, n)] for row, n in ((2, 2), (5, 4))
   }
-  assert attempts == {
-    "accurate_and_formatted": [1, 2],
-    "accurate": [1, 1],
-    "all_or_none": [],
-    "all_or_none_accurate": [2, 2],
-  }
+  tried = {row: [(c.attempt, c.accurate) for c in candidates] for row, candidates in outcome.candidates.items()}
+  assert tried == {2: [(1, True)] * 3, 5: [(1, False)] * 3 + [(2, False)] * 3 + [(3, True)] * 3}
+  for row, first in ((2, 0), (5, 6)):
+    kept, accepted = outcome.candidates[row][first : first + 2], outcome.accepted[row]
+    assert len(accepted) == 2 and all(x is y for x, y in zip(kept, accepted, strict=True))
 
 
-def test_all_or_none_looks_at_each_prompt_and_round_alone():
-  student = Student({0: 1, 1: 2}, candidates=3)
-  outcome = explore(student, [0, 1], accept=exploration.Acceptance("all_or_none"))
-  assert [c.attempt for c in outcome.accepted[0]] == [1, 1]  # three were good, two are wanted
-  assert [c.attempt for c in outcome.accepted[1]] == [2, 2]
+def test_what_is_accepted_is_up_to_the_rule_for_each_prompt_and_round():
+  def sample_hinted(rows, hints, attempt):
+    right = attempt == 2
+    mixed = [candidate(well_formed=False), candidate(), candidate(accurate=right, well_formed=False)]
+    return [[mixed, [candidate(accurate=right)] * 3][row] for row in rows]
 
-
-def test_nothing_accepted_leaves_the_group():
-  outcome = explore(Student({0: 9}), [0])
-  assert outcome.accepted == {0: []}
-  assert exploration.injections(outcome, 8, seed=(0, 0)) == []
+  student = Student({})
+  student.sample_hinted = sample_hinted
+  # Of the first prompt, by default the second candidate of each round; by accuracy the first two; together none (the
+  # first is never well formed), or, by accuracy, all three of the second round, of which two are wanted.
+  for rule, expected in (
+    ("accurate_and_formatted", [[1, 2], [2, 2]]),
+    ("accurate", [[1, 1], [2, 2]]),
+    ("all_or_none", [[], [2, 2]]),
+    ("all_or_none_accurate", [[2, 2], [2, 2]]),
+  ):
+    accepted = explore(student, [0, 1], rounds=2, accept=exploration.Acceptance(rule)).accepted
+    assert [[c.attempt for c in accepted[row]] for row in (0, 1)] == expected, rule
 
 
 def test_no_budget_asks_for_nothing():

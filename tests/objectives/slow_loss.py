@@ -31,7 +31,7 @@ def divergence(teacher: np.ndarray, student: np.ndarray, token: int, loss: losse
   if loss.divergence == "sampled_k2":
     return float((student[token] - teacher[token]) ** 2 / 2)
   p, q = teacher[cases.ALLOWED], student[cases.ALLOWED]
-  if loss.top_k:
+  if 0 < loss.top_k < len(p):
     order = np.argsort(-p)
     top, rest = order[: loss.top_k], order[loss.top_k :]
     p, q = (np.append(x[top], np.log(np.exp(x[rest]).sum())) for x in (p, q))

@@ -43,12 +43,6 @@ def test_gradients_are_finite_and_zero_at_banned_ids(rng):
   np.testing.assert_allclose((gradient * direction).sum(), difference / 2e-2, rtol=2e-3)
 
 
-def test_select_token_is_a_gather(rng):
-  values, tokens = rng.normal(size=(3, 2, 7)).astype(np.float32), rng.integers(0, 7, (3, 2))
-  expected = np.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
-  np.testing.assert_array_equal(distributions.select_token(jnp.array(values), jnp.array(tokens)), expected)
-
-
 # Shares 0.1 0.4 0 0.2 0.2 0.1, the third id banned; 0.2 and 0.1 are tied.
 SHARES = np.float32([0.1, 0.4, 0.0, 0.2, 0.2, 0.1])
 LOGPS = jnp.log(jnp.array(SHARES))
@@ -96,17 +90,6 @@ def test_bucket_worked_example():
   kept, tail = distributions.with_tail(LOGPS, jnp.array(SHARES > 0))
   np.testing.assert_array_equal(kept, LOGPS)
   np.testing.assert_array_equal(tail, [-np.inf])
-
-
-def test_bucket_equals_a_slow_loop(rng):
-  allowed = np.arange(12) % 4 > 0
-  logps = distributions.masked_log_softmax(jnp.array(rng.normal(size=(20, 12)) * 3, jnp.float32), jnp.array(allowed))
-  top = rng.integers(0, 2, (20, 12)).astype(bool)
-  kept, tail = distributions.with_tail(logps, jnp.array(top))
-  for row, chosen, stays, bucket in zip(np.float64(logps), top, kept, tail, strict=True):
-    outside = sum(np.exp(logp) for logp, inside in zip(row, chosen, strict=True) if not inside)
-    np.testing.assert_allclose(bucket, np.log(outside), rtol=1e-5)
-    np.testing.assert_array_equal(stays, np.where(chosen, row, -np.inf))
 
 
 def test_gradient_of_the_bucket(rng):

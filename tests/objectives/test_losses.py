@@ -99,13 +99,14 @@ def by_hand(case, **changes):
 
 def test_aggregations_by_hand():
   # -(1/2) [1 + (1/2) (-2 - 2)], -(1/3) [1 - 2 - 2], -(1/2) (1/4) [1 - 2 - 2], and with T = 2 in place of the 4.
-  for inputs, expected in (
-    ({"aggregation": "sequence_mean", "max_tokens": 4}, 1 / 2),
-    ({"aggregation": "token_mean", "max_tokens": 4}, 1.0),
-    ({"aggregation": "constant_length", "max_tokens": 4}, 3 / 8),
-    ({"aggregation": "constant_length"}, 3 / 4),
+  for aggregation, most, expected in (
+    ("sequence_mean", 4, 1 / 2),
+    ("token_mean", 4, 1.0),
+    ("constant_length", 4, 3 / 8),
+    ("constant_length", None, 3 / 4),
   ):
-    np.testing.assert_allclose(by_hand(setting(distill_coefficient=0, inputs=inputs)), expected, rtol=1e-6)
+    case = setting(distill_coefficient=0, aggregation=aggregation, max_tokens=most)
+    np.testing.assert_allclose(by_hand(case), expected, rtol=1e-6, err_msg=f"{aggregation} {most}")
 
 
 def test_policy_terms_by_hand():
@@ -133,9 +134,7 @@ def test_normalisers_by_hand():
   teacher = jnp.broadcast_to(jnp.zeros(V).at[1].set(3.0), (1, 2, 2, V))
   gap = -np.log(10) - (np.where(np.arange(10) == 1, 3.0, 0.0) - np.log(np.exp(3) + 9))
   for normaliser, share in (("gated_tokens", 1.0), ("group_mean", 0.5)):
-    case = setting(
-      divergence="reverse_kl", policy_coefficient=0, distill_coefficient=2.0, inputs={"normaliser": normaliser}
-    )
+    case = setting(divergence="reverse_kl", policy_coefficient=0, distill_coefficient=2.0, normaliser=normaliser)
     np.testing.assert_allclose(by_hand(case, teacher=teacher), 2 * share * gap.mean(), rtol=1e-5)
 
 

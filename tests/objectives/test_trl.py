@@ -14,11 +14,6 @@ from tests.objectives import trl_oracle
 ALLOWED = np.ones(trl_oracle.V, bool)
 
 
-@functools.cache
-def golden():
-  return json.loads(trl_oracle.GOLDEN.read_text())
-
-
 @functools.partial(jax.jit, static_argnames="weight")
 def jsd_and_gradient(student, teacher, mask, temperature, *, weight):
   token_weights = weights.gated_token_weights(mask[None], jnp.ones((1, trl_oracle.N), bool))[0]
@@ -103,9 +98,10 @@ OURS = {"jsd": our_jsd, "top_k": our_top_k, "grpo": our_grpo}
 
 @pytest.mark.parametrize("objective", OURS)
 def test_stored_answers(objective):
-  values = {name: np.array(x, np.float32) for name, x in golden()["inputs"].items()}
+  golden = json.loads(trl_oracle.GOLDEN.read_text())
+  values = {name: np.array(x, np.float32) for name, x in golden["inputs"].items()}
   values["tokens"] = values["tokens"].astype(np.int32)
-  stored, cases = golden()[objective], trl_oracle.ORACLES[objective][1]
+  stored, cases = golden[objective], trl_oracle.ORACLES[objective][1]
   assert list(stored) == [trl_oracle.named(case) for case in cases]
   for case in cases:
     expected = np.array(stored[trl_oracle.named(case)])
