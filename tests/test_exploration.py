@@ -158,13 +158,13 @@ def test_each_prompt_stops_when_it_has_enough_and_gets_a_new_hint_each_round():
 def test_what_is_accepted_is_up_to_the_rule_for_each_prompt_and_round():
   def sample_hinted(rows, hints, attempt):
     right = attempt == 2
-    mixed = [candidate(well_formed=False), candidate(), candidate(accurate=right, well_formed=False)]
+    mixed = [candidate(well_formed=False), candidate(), candidate(accurate=right)]
     return [[mixed, [candidate(accurate=right)] * 3][row] for row in rows]
 
   student = Student({})
   student.sample_hinted = sample_hinted
-  # Of the first prompt, by default the second candidate of each round; by accuracy the first two; together none (the
-  # first is never well formed), or, by accuracy, all three of the second round, of which two are wanted.
+  # Of the first prompt, by default the second candidate of each round (two are wanted: no room for the third); by
+  # accuracy the first two; together none (the first is never well formed), or, by accuracy, those of the second round.
   for rule, expected in (
     ("accurate_and_formatted", [[1, 2], [2, 2]]),
     ("accurate", [[1, 1], [2, 2]]),

@@ -86,11 +86,11 @@ def dropped_rows_of(values):
 
 def by_hand(case, **changes):
   """The loss of two rollouts of 1 and 2 tokens with advantages 1 and -2; the student gives each of ten ids 1/10."""
-  zeros = jnp.zeros((1, 2, 2, V))
+  zeros = jnp.zeros((1, 2, 3, V))
   values = {
     **dict.fromkeys(cases.LOGITS, zeros),
-    "tokens": jnp.ones((1, 2, 2), int),
-    "mask": jnp.array([[[1, 0], [1, 1]]], bool),
+    "tokens": jnp.ones((1, 2, 3), int),
+    "mask": jnp.array([[[1, 0, 0], [1, 1, 0]]], bool),
     "advantages": jnp.array([[1.0, -2.0]]),
     "gate": jnp.array([[True, False]]),
   } | changes
@@ -98,12 +98,12 @@ def by_hand(case, **changes):
 
 
 def test_aggregations_by_hand():
-  # -(1/2) [1 + (1/2) (-2 - 2)], -(1/3) [1 - 2 - 2], -(1/2) (1/4) [1 - 2 - 2], and with T = 2 in place of the 4.
+  # -(1/2) [1 + (1/2) (-2 - 2)], -(1/3) [1 - 2 - 2], -(1/2) (1/4) [1 - 2 - 2], and with T = 3 in place of the 4.
   for aggregation, most, expected in (
     ("sequence_mean", 4, 1 / 2),
     ("token_mean", 4, 1.0),
     ("constant_length", 4, 3 / 8),
-    ("constant_length", None, 3 / 4),
+    ("constant_length", None, 1 / 2),
   ):
     case = setting(distill_coefficient=0, aggregation=aggregation, max_tokens=most)
     np.testing.assert_allclose(by_hand(case), expected, rtol=1e-6, err_msg=f"{aggregation} {most}")
@@ -111,16 +111,16 @@ def test_aggregations_by_hand():
 
 def test_policy_terms_by_hand():
   # pi_old was 1/20: a ratio of 2, cut to 1.2 for the first rollout and not for the second: -(1/2) [1.2 - 2 * 2].
-  old = {"old_logps": jnp.full((1, 2, 2), np.log(1 / 20))}
+  old = {"old_logps": jnp.full((1, 2, 3), np.log(1 / 20))}
   np.testing.assert_allclose(by_hand(setting("old", distill_coefficient=0), **old), 1.4, rtol=1e-6)
   # The sampler had 1/20 and 1/5: weights 2, cut to 1.5, and 1/2: -(1/2) [1.5 - 2 / 2]. Injected, the first has 1.
-  sampler = {"sampler_logps": jnp.log(jnp.array([[[1 / 20] * 2, [1 / 5] * 2]]))}
+  sampler = {"sampler_logps": jnp.log(jnp.array([[[1 / 20] * 3, [1 / 5] * 3]]))}
   sampler["injected"] = jnp.array([[True, False]])
   options = {"importance_cap": 1.5, "distill_coefficient": 0}
   np.testing.assert_allclose(by_hand(setting("sampler", **options), **sampler), -0.25, rtol=1e-5)
   np.testing.assert_allclose(by_hand(setting("sampler injected", **options), **sampler), 0.0, atol=1e-6)
   # gamma mu = 1/10, as probable as the token: half of the advantage, for the injected rollout alone: -(1/2) [1 - 1].
-  shaping = {"shaping_logps": jnp.full((1, 2, 2), np.log(0.1)), "injected": jnp.array([[False, True]])}
+  shaping = {"shaping_logps": jnp.full((1, 2, 3), np.log(0.1)), "injected": jnp.array([[False, True]])}
   np.testing.assert_allclose(by_hand(setting("shaping injected", distill_coefficient=0), **shaping), 0.0, atol=1e-6)
   # The second rollout is supervised: the first keeps its half, and the likelihood is (1/2) log 10.
   case = setting("supervised", supervised_coefficient=0.3, distill_coefficient=0)
@@ -131,7 +131,7 @@ def test_policy_terms_by_hand():
 def test_normalisers_by_hand():
   # The teacher has one id in mind, so KL(student || teacher) is large and known: sum of 1/10 (log 1/10 - log q).
   # Only the first rollout, of one token, is distilled: its whole divergence, or half of it.
-  teacher = jnp.broadcast_to(jnp.zeros(V).at[1].set(3.0), (1, 2, 2, V))
+  teacher = jnp.broadcast_to(jnp.zeros(V).at[1].set(3.0), (1, 2, 3, V))
   gap = -np.log(10) - (np.where(np.arange(10) == 1, 3.0, 0.0) - np.log(np.exp(3) + 9))
   for normaliser, share in (("gated_tokens", 1.0), ("group_mean", 0.5)):
     case = setting(divergence="reverse_kl", policy_coefficient=0, distill_coefficient=2.0, normaliser=normaliser)

@@ -22,17 +22,18 @@ def all_weights(mask, gate, most=MOST):
 
 
 def test_worked_examples():
-  # Four rollouts of 1, 3, 2 and 0 tokens, six in all, of at most 5 each; the first and the third are gated.
-  mask = np.array([[[1, 0, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0]]], bool)
+  # Four prompts with one rollout each, of 1, 3, 2 and 0 tokens out of at most 5; the first and the third are gated.
+  mask = np.array([[[1, 0, 0]], [[1, 1, 1]], [[1, 1, 0]], [[0, 0, 0]]], bool)
+  gate = np.array([[True], [False], [True], [False]])
   expected = {
-    "sequence_mean": [[[1 / 4, 0, 0], [1 / 12] * 3], [[1 / 8, 1 / 8, 0], [0, 0, 0]]],  # the empty one counts in N
-    "token_mean": mask / 6,
-    "constant_length": mask / (4 * 5),  # such weights need not add to 1
-    "gated_tokens": [[[1 / 3, 0, 0], [0, 0, 0]], [[1 / 3, 1 / 3, 0], [0, 0, 0]]],
-    "group_mean": [[[1 / 4, 0, 0], [0, 0, 0]], [[1 / 8, 1 / 8, 0], [0, 0, 0]]],  # whether or not others are gated
+    "sequence_mean": [[1 / 4, 0, 0], [1 / 12] * 3, [1 / 8, 1 / 8, 0], [0, 0, 0]],  # the empty one counts in N
+    "token_mean": mask[:, 0] / 6,
+    "constant_length": mask[:, 0] / (4 * 5),  # such weights need not add to 1
+    "gated_tokens": [[1 / 3, 0, 0], [0, 0, 0], [1 / 3, 1 / 3, 0], [0, 0, 0]],
+    "group_mean": [[1 / 4, 0, 0], [0, 0, 0], [1 / 8, 1 / 8, 0], [0, 0, 0]],  # whether or not others are gated
   }
-  for name, actual in all_weights(mask, np.array([[True, False], [True, False]]), most=5).items():
-    np.testing.assert_allclose(actual, expected[name], rtol=1e-6, err_msg=name)
+  for name, actual in all_weights(mask, gate, most=5).items():
+    np.testing.assert_allclose(actual[:, 0], expected[name], rtol=1e-6, err_msg=name)
 
 
 def test_padding_changes_nothing():
