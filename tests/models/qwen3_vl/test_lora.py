@@ -23,14 +23,19 @@ def adapted(targets=ALL, alpha=ALPHA):
   return dataclasses.replace(CASE.config, lora=LoraConfig(rank=RANK, alpha=alpha, targets=targets))
 
 
+@functools.cache
+def _initial(config):
+  return lora.initial(config, jax.random.key(2))
+
+
 def drawn(config, *, start=False):
   """Parameters with matrices: as at the start, or with B as large as A."""
-  params = cases.redrawn(model.init_params(lora.base(config), jax.random.key(0)), 1)
-  matrices = lora.initial(config, jax.random.key(2))
-  if not start:
-    numbers = np.random.RandomState(3)
-    matrices = jax.tree.map(lambda x: jnp.asarray(0.2 * numbers.standard_normal(x.shape), jnp.float32), matrices)
-  return params | {lora.PART: matrices}
+  params = cases.redrawn(model.abstract_params(lora.base(config)), 1)
+  if start:
+    return params | {lora.PART: _initial(config)}
+  numbers = np.random.RandomState(3)
+  shapes = model.abstract_params(config)[lora.PART]
+  return params | {lora.PART: jax.tree.map(lambda x: np.float32(0.2 * numbers.standard_normal(x.shape)), shapes)}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +45,8 @@ def batch():
   return prompts, jnp.asarray(cases.completions(CASE))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def hidden(config, params, prompts, tokens, remat="none"):
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(config, params, prompts, tokens, remat="full"):
   prefix = model.prefill(config, params, prompts, remat=remat)
   return model.completion_hidden(config, params, prefix, tokens, remat=remat)
 
