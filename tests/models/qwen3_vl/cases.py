@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from kepo_jax.models.qwen3_vl import conversion, positions
+from kepo_jax.models.qwen3_vl import conversion, model, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Prompts, VisionInputs
 
@@ -154,6 +155,23 @@ class Case:
     """The config of the record."""
     return Qwen3VLConfig.from_dict(self.record)
 
+  @property
+  def stored(self) -> pathlib.Path:
+    """What transformers made of a case of `GOLDEN`."""
+    return pathlib.Path(__file__).parent / "golden" / f"{self.name}.npz"
+
+  def params(self) -> Any:
+    """Parameters under which errors show."""
+    return redrawn(model.abstract_params(self.config), seed=20)
+
+  def prompts(self) -> tuple[Prompts, list[list[int]], list[list]]:
+    """The prompts, with token ids and grids of each."""
+    return make_prompts(self.config, list(self.layouts), extra=self.extra)
+
+  def completions(self, rollouts: int = 2, length: int = 6) -> np.ndarray:
+    """int32[P, G, T]: random completions."""
+    return np.random.RandomState(3).randint(1, 90, (len(self.layouts), rollouts, length)).astype(np.int32)
+
 
 _SHIPPED_ROPE = {"rope_theta": 5_000_000.0}
 _SQUARE = {"num_position_embeddings": 49}
@@ -165,10 +183,49 @@ def _sections(*sections: int, **text: Any) -> dict[str, Any]:
   return {"rope_scaling": rope, **text}
 
 
-# As many traps as possible in few models: each model is compiled four times and run by transformers.
+# Two layers and two blocks, with prompts of every kind.
+SMALL = Qwen3VLConfig.from_dict(
+  config_record(text={"num_hidden_layers": 2}, vision={"depth": 2, "deepstack_visual_indexes": [0, 1]})
+)
+SMALL_PROMPTS = [(3, (4, 4), 2), (2, (4, 2), 1, (2, 4), 1), (6,), (1, (2, 6), 1)]
+
+
+def as_json(record: dict[str, Any]) -> str:
+  """The text of config.json; fields that are None are left out."""
+  kept = {
+    key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+    for key, value in record.items()
+  }
+  return json.dumps(kept)
+
+
+def as_tensors(config: Qwen3VLConfig, tree: Any) -> dict[str, np.ndarray]:
+  """A tree like the parameters as tensors with the names and shapes of the checkpoint."""
+  tensor = conversion._tensor_source(conversion._leaves(config), tree, np.dtype(np.float32))
+  return {name: tensor(name) for leaf in conversion._leaves(config).values() for name in leaf.names}
+
+
+# Stored as golden vectors: every trap in as few models as possible, so that few programs are compiled.
+GOLDEN = (
+  Case(
+    "images",
+    config_record(text=_sections(3, 2, 3), vision={"depth": 5, "deepstack_visual_indexes": [0, 2, 3], **_SQUARE}),
+    ((3, (4, 6), 2, (6, 2), 2), (2, (2, 8), 3), (5,)),
+    extra=(2, 4),
+  ),
+  Case(
+    "text_untied",
+    config_record(
+      text={"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, **_SHIPPED_ROPE},
+      tie_word_embeddings=False,
+    ),
+    ((7,), (4,)),
+  ),
+)
+# Further traps, compared with transformers live.
 CASES = (
   Case(
-    "images",  # several in a prompt, none, not square, and padding; uneven sections; taps spread over a deeper tower
+    "several_images",  # in a prompt, none, not square, and padding; uneven sections; taps spread over a deeper tower
     config_record(
       text=_sections(2, 3, 3, **_SHIPPED_ROPE),
       vision={"depth": 6, "deepstack_visual_indexes": [1, 3, 4], **_SQUARE},
@@ -198,56 +255,6 @@ CASES = (
       vision={"model_type": "qwen3_vl_vision", "hidden_size": 144},
     ),
     ((2, (6, 6), 3),),
-  ),
-  Case("text_only", config_record(text=_SHIPPED_ROPE), ((9,), (4,))),
-)
-ROLLOUTS, LENGTH = 2, 6
-
-
-def completions(case: Case, seed: int = 3) -> np.ndarray:
-  """int32[P, G, T]: random completions for the prompts of a case."""
-  rng = np.random.RandomState(seed)
-  return rng.randint(1, 90, (len(case.layouts), ROLLOUTS, LENGTH)).astype(np.int32)
-
-
-# Two layers and two blocks, with prompts of every kind.
-SMALL = Qwen3VLConfig.from_dict(
-  config_record(text={"num_hidden_layers": 2}, vision={"depth": 2, "deepstack_visual_indexes": [0, 1]})
-)
-SMALL_PROMPTS = [(3, (4, 4), 2), (2, (4, 2), 1, (2, 4), 1), (6,), (1, (2, 6), 1)]
-
-
-def as_json(record: dict[str, Any]) -> str:
-  """The text of config.json; fields that are None are left out."""
-  kept = {
-    key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-    for key, value in record.items()
-  }
-  return json.dumps(kept)
-
-
-def as_tensors(config: Qwen3VLConfig, tree: Any) -> dict[str, np.ndarray]:
-  """A tree like the parameters as tensors with the names and shapes of the checkpoint."""
-  tensor = conversion._tensor_source(conversion._leaves(config), tree, np.dtype(np.float32))
-  return {name: tensor(name) for leaf in conversion._leaves(config).values() for name in leaf.names}
-
-
-# Stored as golden vectors: every trap in as few models as possible, so that few programs are compiled.
-GOLDEN_SEED = 20
-GOLDEN = (
-  Case(
-    "images",
-    config_record(text=_sections(3, 2, 3), vision={"depth": 5, "deepstack_visual_indexes": [0, 2, 3], **_SQUARE}),
-    ((3, (4, 6), 2, (6, 2), 2), (2, (2, 8), 3), (5,)),
-    extra=(2, 4),
-  ),
-  Case(
-    "text_untied",
-    config_record(
-      text={"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, **_SHIPPED_ROPE},
-      tie_word_embeddings=False,
-    ),
-    ((7,), (4,)),
   ),
 )
 

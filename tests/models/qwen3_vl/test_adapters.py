@@ -9,7 +9,6 @@ import pytest
 
 from kepo_jax.models.qwen3_vl import adapters, conversion, lora, model, safetensors_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from tests.models.qwen3_vl import cases
 from tests.models.qwen3_vl.test_lora import ALPHA, CASE, RANK, adapted, drawn
 
 SOME = ("v_proj", "up_proj")
@@ -106,8 +105,8 @@ def test_peft_says_the_same(exported, base):
   from tests.models.qwen3_vl.oracle import Oracle
 
   config, params, folder = exported
-  prompts, tokens, grids = cases.make_prompts(CASE.config, list(CASE.layouts))
-  completions = cases.completions(CASE)
+  prompts, tokens, grids = CASE.prompts()
+  completions = CASE.completions()
   plain, merged = (Oracle(each, CASE, prompts, tokens, grids) for each in (base, folder))
   untrained = plain.loss_and_logits(completions)[1]
   adapter = peft.PeftModel.from_pretrained(plain.model, folder / "adapter")

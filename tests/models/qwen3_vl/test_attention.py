@@ -255,11 +255,11 @@ def hidden_and_gradient(form, params, prompts, tokens):
 def test_the_model_computes_the_same_with_a_fused_kernel(emulate, mesh_of):
   prompts = cases.make_prompts(cases.SMALL, cases.SMALL_PROMPTS)[0]
   tokens = np.random.RandomState(1).randint(1, 90, (len(cases.SMALL_PROMPTS), 2, 5)).astype(np.int32)
-  expected = runs.fast_jit(functools.partial(hidden_and_gradient, "plain"))(PARAMS, prompts, tokens)
+  expected = jax.jit(functools.partial(hidden_and_gradient, "plain"))(PARAMS, prompts, tokens)
   for name in EMULATED:
     emulate(name)
     with jax.set_mesh(mesh_of(2, 1, 2)):
-      assert_near(runs.fast_jit(functools.partial(hidden_and_gradient, "fused"))(PARAMS, prompts, tokens), expected)
+      assert_near(jax.jit(functools.partial(hidden_and_gradient, "fused"))(PARAMS, prompts, tokens), expected)
 
 
 def test_no_score_per_query_and_key_is_held_by_a_fused_kernel(emulate):

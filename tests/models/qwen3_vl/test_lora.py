@@ -41,8 +41,8 @@ def drawn(config, *, start=False):
 @pytest.fixture(scope="module")
 def batch():
   """Prompts of the case and their completions."""
-  prompts, _, _ = cases.make_prompts(CASE.config, list(CASE.layouts))
-  return prompts, jnp.asarray(cases.completions(CASE))
+  prompts, _, _ = CASE.prompts()
+  return prompts, jnp.asarray(CASE.completions())
 
 
 def states(config, params, prompts, tokens):

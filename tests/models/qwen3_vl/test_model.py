@@ -19,7 +19,7 @@ P, G, T = len(LAYOUTS), 4, 5
 TOKENS = np.random.RandomState(1).randint(1, 90, (P, G, T)).astype(np.int32)
 
 
-@runs.fast_jit
+@jax.jit
 def completion_hidden(params, prompts, tokens):
   """[P, G, T, D], and the same of completions of one token, which come from the prompt alone: [P, G, 1, D]."""
   prefix = model.prefill(CONFIG, params, prompts)
@@ -68,7 +68,7 @@ def test_completions_of_a_group_equal_longer_prompts(padded, hidden):
 
 @pytest.mark.parametrize("layers", ["stacked", "separate"])
 def test_decoding_token_by_token_equals_the_whole(layers, prompts, hidden):
-  @runs.fast_jit
+  @jax.jit
   def decoded(params, prompts, tokens):
     prefix = model.prefill(CONFIG, params, prompts)
 
@@ -112,7 +112,7 @@ def test_bfloat16_parameters_compute_in_bfloat16(prompts, hidden):
 
 
 def test_initial_parameters():
-  params = runs.fast_jit(model.init_params, static_argnums=(0, 2))(CONFIG, jax.random.key(0), jnp.bfloat16)
+  params = jax.jit(model.init_params, static_argnums=(0, 2))(CONFIG, jax.random.key(0), jnp.bfloat16)
   chex.assert_trees_all_equal_shapes_and_dtypes(params, model.abstract_params(CONFIG, jnp.bfloat16))
   layer = params["language_model"]["layers"]
   np.testing.assert_array_equal(layer["input_layernorm"]["weight"], 1)
