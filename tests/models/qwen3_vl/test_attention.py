@@ -39,18 +39,16 @@ def emulate(monkeypatch):
 
 def dense(query, sources):
   """Attention over concatenated keys: the slow form."""
-  groups = query.shape[2]
 
-  def per_rollout(x):
-    return x if x.ndim == 5 else jnp.repeat(x[:, :, None], groups, axis=2)
+  def joined(part):
+    per_rollout = [x if x.ndim == 5 else jnp.repeat(x[:, :, None], query.shape[2], axis=2) for x in part]
+    return jnp.concatenate(per_rollout, axis=3)
 
-  keys = jnp.concatenate([per_rollout(k) for k, _, _ in sources], axis=3)
-  values = jnp.concatenate([per_rollout(v) for _, v, _ in sources], axis=3)
-  shape = query.shape[:-1]
-  masks = [jnp.broadcast_to(m, (*shape, k.shape[-2])) for k, _, m in sources]
-  scores = jnp.einsum("pkgtjh,pkgsh->pkgtjs", query, keys)
+  keys, values, masks = zip(*sources, strict=True)
+  masks = [jnp.broadcast_to(m, (*query.shape[:-1], k.shape[-2])) for k, m in zip(keys, masks, strict=True)]
+  scores = jnp.einsum("pkgtjh,pkgsh->pkgtjs", query, joined(keys))
   weights = jax.nn.softmax(jnp.where(jnp.concatenate(masks, axis=-1), scores, -jnp.inf), axis=-1)
-  return jnp.einsum("pkgtjs,pkgsh->pkgtjh", weights, values)
+  return jnp.einsum("pkgtjs,pkgsh->pkgtjh", weights, joined(values))
 
 
 @pytest.fixture
@@ -95,7 +93,7 @@ PROMPTS, ROLLOUTS, K, J, H = 4, 2, 2, 2, 64
 
 
 class Uses:
-  """Random inputs of the three uses: `arrays[use]`, a function of them and a form, and where its result has a meaning.
+  """Random inputs of the three uses: `arrays[use]`, a function of a form and them, and where its result has a meaning.
 
   Lengths are no multiples of the kernels' blocks, prompts have pads (one of them nothing else), and patch rows two
   images and pads.
@@ -122,44 +120,33 @@ class Uses:
     }
 
   def __getitem__(self, use):
-    return functools.partial(getattr(self, use), self.real, self.segments)
+    return getattr(self, use)
 
-  @staticmethod
-  def prompts(real, segments, form, query, key, value):
-    del segments
-    seen = real[:, None, None, None, None, :]
-    visible = text.causal_mask(real.shape[1]) & seen
-    mixed = attention.over_prompts(query, [(key, value, visible)], real=real, form=form)
-    return jnp.where(real[:, None, None, :, None, None], mixed, 0)  # what pads get is nobody's
+  def prompts(self, form, query, key, value):
+    visible = text.causal_mask(self.real.shape[1]) & self.real[:, None, None, None, None, :]
+    mixed = attention.over_prompts(query, [(key, value, visible)], real=self.real, form=form)
+    return jnp.where(self.real[:, None, None, :, None, None], mixed, 0)  # what pads get is nobody's
 
-  @staticmethod
-  def completions(real, segments, form, query, prefix_key, prefix_value, key, value):
-    del segments
-    prefix = (prefix_key, prefix_value, real[:, None, None, None, None, :])
+  def completions(self, form, query, prefix_key, prefix_value, key, value):
+    prefix = (prefix_key, prefix_value, self.real[:, None, None, None, None, :])
     own = (key, value, text.causal_mask(key.shape[3]))
-    return attention.over_completions(query, [prefix, own], real=real, form=form)
+    return attention.over_completions(query, [prefix, own], real=self.real, form=form)
 
-  @staticmethod
-  def images(real, segments, form, query, key, value):
-    del real
-    mixed = attention.inside_images(segments, form)(query, key, value)
-    return jnp.where((segments >= 0)[:, :, None, None], mixed, 0)
+  def images(self, form, query, key, value):
+    mixed = attention.inside_images(self.segments, form)(query, key, value)
+    return jnp.where((self.segments >= 0)[:, :, None, None], mixed, 0)
 
 
 def value_and_gradients(function, form, arrays):
   """The result, and gradients of a sum of it in which no two terms weigh the same."""
 
-  @jax.jit
-  def both(*arrays):
-    def total(*arrays):
-      mixed = function(form, *arrays)
-      wide = mixed.astype(jnp.float32)
-      return (wide * jnp.cos(jnp.arange(wide.size, dtype=jnp.float32)).reshape(wide.shape)).sum(), mixed
+  def total(*arrays):
+    mixed = function(form, *arrays)
+    wide = mixed.astype(jnp.float32)
+    return (wide * jnp.cos(jnp.arange(wide.size, dtype=jnp.float32)).reshape(wide.shape)).sum(), mixed
 
-    gradients, mixed = jax.grad(total, tuple(range(len(arrays))), has_aux=True)(*arrays)
-    return mixed, *gradients
-
-  return both(*arrays)
+  gradients, mixed = jax.jit(jax.grad(total, tuple(range(len(arrays))), has_aux=True))(*arrays)
+  return mixed, *gradients
 
 
 def assert_near(actual, expected):

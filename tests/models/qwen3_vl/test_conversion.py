@@ -1,6 +1,8 @@
 """Checkpoints in and out: what is read is what is stored, and everything that does not fit is said."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import pathlib
 import shutil
@@ -112,27 +114,38 @@ def test_export_keeps_the_source_but_for_the_dtype(source, tmp_path):
 
 def test_an_export_says_how_the_model_was_trained(source, tmp_path):
   declared = {"kepo_templates": "standard", "kepo_resize": "native"}
-  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source, declared=declared)
-  path = tmp_path / "out" / "tokenizer_config.json"
-  assert json.loads(path.read_text()) == declared  # the source has no such file
-  path.write_text('{"eos_token": "é", "kepo_resize": "squash384"}', encoding="utf-8")
-  conversion.save_pretrained(tmp_path / "again", CONFIG, PARAMS, source=tmp_path / "out", declared=declared)
-  found = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text(encoding="utf-8"))
-  assert found == {"eos_token": "é"} | declared
-  conversion.save_pretrained(tmp_path / "copy", CONFIG, PARAMS, source=tmp_path / "out")
-  assert (tmp_path / "copy" / "tokenizer_config.json").read_bytes() == path.read_bytes()  # verbatim
+
+  def exported(name, source, **options):
+    conversion.save_pretrained(tmp_path / name, CONFIG, PARAMS, source=source, **options)
+    return tmp_path / name / "tokenizer_config.json"
+
+  first = exported("first", source, declared=declared)
+  assert json.loads(first.read_text()) == declared  # the source has no such file
+  first.write_text('{"eos_token": "é", "kepo_resize": "squash384"}', encoding="utf-8")
+  again = exported("again", first.parent, declared=declared)
+  assert json.loads(again.read_text(encoding="utf-8")) == {"eos_token": "é"} | declared
+  assert exported("copy", first.parent).read_bytes() == first.read_bytes()
   for content in ("[]", "{"):
-    path.write_text(content)
+    first.write_text(content)
     with pytest.raises(ValueError, match="tokenizer_config.json of the source is no"):
-      conversion.save_pretrained(tmp_path / "bad", CONFIG, PARAMS, source=tmp_path / "out", declared=declared)
+      exported("bad", first.parent, declared=declared)
   assert not (tmp_path / "bad").exists()
 
 
-def test_an_export_does_not_replace_other_things(source, tmp_path):
+def test_what_does_not_fit_is_not_written(source, tmp_path):
   (tmp_path / "thesis.tex").write_text("years of work")
   with pytest.raises(ValueError, match="no earlier export"):
     conversion.save_pretrained(tmp_path, CONFIG, PARAMS, source=source)
   assert (tmp_path / "thesis.tex").exists()
+  params = PARAMS | {"lm_head": {"weight": np.zeros((96, 32), np.float32)}}
+  with pytest.raises(ValueError, match=r"lm_head.*instead of None"):
+    conversion.save_pretrained(tmp_path / "out", CONFIG, params)
+  with pytest.raises(ValueError, match="is the source itself"):
+    conversion.save_pretrained(source, CONFIG, PARAMS, source=source)
+  other = dataclasses.replace(CONFIG, image_token_id=89)
+  with pytest.raises(ValueError, match="describes another model"):
+    conversion.save_pretrained(tmp_path / "out", other, PARAMS, source=source)
+  assert not (tmp_path / "out").exists()
 
 
 class Killed(BaseException):
@@ -144,14 +157,16 @@ class Killed(BaseException):
 def test_an_export_that_was_killed_is_finished_by_the_next(source, tmp_path, monkeypatch, call, after):
   """Killed before or after each renaming and deleting; half of a folder may be gone by then."""
   directory, later = tmp_path / "out", jax.tree.map(lambda x: x + 1, PARAMS)
-  conversion.save_pretrained(directory, CONFIG, PARAMS, source=source, dtype=np.float32)
+  export = functools.partial(conversion.save_pretrained, directory, CONFIG, source=source, dtype=np.float32)
+  export(PARAMS)
   old = {path.name for path in directory.iterdir()}
-  calls = iter(range(100))
+  calls = itertools.count()
 
-  def mortal(original, half):
+  def mortal(original):
     def run(path, *args, **kwargs):
       if (fatal := next(calls) == call) and not after:
-        half(path)
+        if original is delete:
+          (path / "README.md").unlink(missing_ok=True)
         raise Killed
       original(path, *args, **kwargs)
       if fatal:
@@ -159,20 +174,17 @@ def test_an_export_that_was_killed_is_finished_by_the_next(source, tmp_path, mon
 
     return run
 
-  def remove_card(path):
-    (path / "README.md").unlink(missing_ok=True)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(shutil, "rmtree", mortal(shutil.rmtree, remove_card))
-    patch.setattr(pathlib.Path, "rename", mortal(pathlib.Path.rename, lambda path: None))
-    with pytest.raises(Killed):
-      conversion.save_pretrained(directory, CONFIG, later, source=source, dtype=np.float32)
+  delete = shutil.rmtree
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(shutil, "rmtree", mortal(delete))
+    patch.setattr(pathlib.Path, "rename", mortal(pathlib.Path.rename))
+    export(later)
   if directory.exists():  # a whole model, old or new
     assert {path.name for path in directory.iterdir()} == old
     found = jax.tree.leaves(conversion.load_pretrained(directory)[1])
-    assert any(all(map(np.array_equal, found, jax.tree.leaves(each))) for each in (PARAMS, later))
+    assert any(all(map(np.array_equal, found, jax.tree.leaves(params))) for params in (PARAMS, later))
   side_files.check_replaceable(directory)
-  conversion.save_pretrained(directory, CONFIG, later, source=source, dtype=np.float32)
+  export(later)
   assert_same(conversion.load_pretrained(directory)[1], later)
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -187,13 +199,6 @@ def test_the_old_model_comes_back_if_no_new_one_took_its_place(source, tmp_path,
   assert_same(conversion.load_pretrained(directory)[1], PARAMS)
 
 
-def test_parameters_of_another_model_are_not_saved(tmp_path):
-  params = PARAMS | {"lm_head": {"weight": np.zeros((96, 32), np.float32)}}
-  with pytest.raises(ValueError, match=r"lm_head.*instead of None"):
-    conversion.save_pretrained(tmp_path / "out", CONFIG, params)
-  assert not (tmp_path / "out").exists()
-
-
 def test_one_error_lists_everything_that_does_not_fit(broken):
   def change(tensors):
     del tensors["model.language_model.norm.weight"]
@@ -203,11 +208,13 @@ def test_one_error_lists_everything_that_does_not_fit(broken):
 
   with pytest.raises(ValueError) as caught:
     conversion.load_pretrained(broken(change))
-  message = str(caught.value)
-  assert "1 missing: model.language_model.norm.weight" in message
-  assert "1 unknown: model.visual.extra" in message
-  assert "1 misshaped: model.visual.merger.linear_fc2.bias (31,) instead of (32,)" in message
-  assert "1 not of a floating-point type: model.visual.pos_embed.weight I8" in message
+  for problem in (
+    "1 missing: model.language_model.norm.weight",
+    "1 unknown: model.visual.extra",
+    "1 misshaped: model.visual.merger.linear_fc2.bias (31,) instead of (32,)",
+    "1 not of a floating-point type: model.visual.pos_embed.weight I8",
+  ):
+    assert problem in str(caught.value)
 
 
 def test_truncated_tensors_are_listed(broken):

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import LoraConfig
 from tests.models.qwen3_vl import cases
@@ -140,46 +140,19 @@ def test_states_and_gradients_follow_from_the_merged_weights(batch):
       assert np.linalg.norm(got - closed) < 1e-5 * np.linalg.norm(closed), target
 
 
-def products(jaxpr):
-  """Shapes of all matrix products of a program, those inside of loops and calls included."""
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
-      yield equation.outvars[0].aval.shape
-    for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-      if inner := getattr(part, "jaxpr", part if hasattr(part, "eqns") else None):
-        yield from products(inner)
-
-
 def test_no_gradient_of_a_weight_is_computed(batch):
   config = adapted()
   params = drawn(config)
-  weights = jax.tree.leaves(params["language_model"]["layers"])
-  sides = {tuple(sorted(leaf.shape[1:])) for leaf in weights if leaf.ndim == 3}
+  shapes = {leaf.shape[1:] for leaf in jax.tree.leaves(params["language_model"]["layers"]) if leaf.ndim == 3}
 
   def of_size_of_weights(moving, fixed):
-    program = jax.make_jaxpr(functools.partial(gradients, config))(moving, fixed, *batch)
-    return [shape for shape in products(program.jaxpr) if tuple(sorted(shape)) in sides]
+    program = str(jax.make_jaxpr(functools.partial(gradients, config))(moving, fixed, *batch))
+    products = {tuple(map(int, sizes)) for sizes in re.findall(r":f32\[(\d+),(\d+)\] = dot_general", program)}
+    return products & (shapes | {shape[::-1] for shape in shapes})
 
-  assert of_size_of_weights({lora.PART: params[lora.PART]}, lora.without(params)) == []
+  assert of_size_of_weights({lora.PART: params[lora.PART]}, lora.without(params)) == set()
   # The same look at a program that has them.
-  assert len(of_size_of_weights(params, {})) >= len(lora.TARGETS)
-
-
-@pytest.mark.slow
-def test_the_mesh_changes_nothing(batch, mesh_of):
-  config = adapted()
-  params = drawn(config)
-  expected = of_matrices(config, params, batch)
-  mesh = mesh_of(2, 2, 2)
-  places = sharding.weight_shardings(mesh, params, model.logical_axes(config))
-  with jax.set_mesh(mesh):
-    placed = jax.device_put(params, places)
-    found = of_matrices(config, placed, sharding.place(mesh, batch))
-    decode = sharding.weight_shardings(mesh, lora.without(params), model.logical_axes(CASE.config), "decode")
-    merged = jax.jit(functools.partial(lora.merged, config, dtype=jnp.float32), out_shardings=decode)(placed)
-  for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    assert np.linalg.norm(got - wanted) < 1e-5 * np.linalg.norm(wanted)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, lora.merged(config, params, "float32"))
+  assert {tuple(sorted(shape)) for shape in of_size_of_weights(params, {})} == {tuple(sorted(s)) for s in shapes}
 
 
 def test_the_matrices_are_sharded_as_their_weight():
