@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -60,12 +59,12 @@ TINY = {
 
 
 def config_record(text: dict[str, Any] = {}, vision: dict[str, Any] = {}, **top: Any) -> dict[str, Any]:  # noqa: B006
-  """The parsed config.json of a tiny model, with changes."""
-  record = copy.deepcopy(TINY)
-  record["text_config"].update(copy.deepcopy(text))
-  record["vision_config"].update(copy.deepcopy(vision))
-  record.update(top)
-  record["vision_config"]["out_hidden_size"] = record["text_config"]["hidden_size"]
+  """The parsed config.json of a tiny model, with changes; None removes a field."""
+  record = copy.deepcopy(TINY | top)
+  for section, changes in (("text_config", text), ("vision_config", vision)):
+    changed = record[section] | copy.deepcopy(changes)
+    record[section] = {name: value for name, value in changed.items() if value is not None}
+  record["vision_config"]["out_hidden_size"] = record["text_config"].get("hidden_size")
   return record
 
 
@@ -188,15 +187,6 @@ SMALL = Qwen3VLConfig.from_dict(
   config_record(text={"num_hidden_layers": 2}, vision={"depth": 2, "deepstack_visual_indexes": [0, 1]})
 )
 SMALL_PROMPTS = [(3, (4, 4), 2), (2, (4, 2), 1, (2, 4), 1), (6,), (1, (2, 6), 1)]
-
-
-def as_json(record: dict[str, Any]) -> str:
-  """The text of config.json; fields that are None are left out."""
-  kept = {
-    key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-    for key, value in record.items()
-  }
-  return json.dumps(kept)
 
 
 def as_tensors(config: Qwen3VLConfig, tree: Any) -> dict[str, np.ndarray]:

@@ -318,34 +318,28 @@ def convert_qwen_vl(program):
   return program("experiments.convert_qwen_vl")
 
 
-def test_orbax_copy_and_back(convert_qwen_vl, source, tmp_path, capsys):
-  copy, back = tmp_path / "orbax", tmp_path / "back"
-  for to, origin, target in (("orbax", source, copy), ("hf", copy, back)):
-    with flagsaver.flagsaver(to=to, dtype="float32"):
-      convert_qwen_vl.main(["", str(origin), str(target)])
-    assert (target / "tokenizer.json").exists() and f"wrote {target}" in capsys.readouterr().out
-  assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-  assert_same(conversion.load_pretrained(copy, mesh=sharding.make_mesh(data=2, fsdp=4))[1], PARAMS)
-
-
 def test_a_bucket_is_converted_like_a_disk(convert_qwen_vl, source, tmp_path, monkeypatch):
+  """From a folder to a sharded copy in a bucket, and back into a bucket and a folder."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   bucket = tmp_path / "cloud" / "bucket"
-  shutil.copytree(source, bucket / "source")
-  (bucket / "mine").mkdir()
+  (bucket / "mine").mkdir(parents=True)
   (bucket / "mine" / "thesis.txt").write_text("of somebody")
+
+  def convert(origin, target, to="hf"):
+    with flagsaver.flagsaver(to=to, dtype="float32"):
+      convert_qwen_vl.main(["", str(origin), str(target)])
+
   with fake_bucket.served(tmp_path / "cloud") as store:
-    with flagsaver.flagsaver(to="orbax", dtype="float32"):
-      convert_qwen_vl.main(["", "gs://bucket/source", "gs://bucket/orbax"])
-    assert store.uploads[-1] == "bucket/orbax/config.json"
-    with flagsaver.flagsaver(to="hf", dtype="float32"):
-      convert_qwen_vl.main(["", "gs://bucket/orbax", "gs://bucket/back"])
-      with pytest.raises(SystemExit, match="convert_qwen_vl: gs://bucket/mine exists and is no earlier export"):
-        convert_qwen_vl.main(["", "gs://bucket/source", "gs://bucket/mine"])
-      with pytest.raises(SystemExit, match="gs://bucket/sauce: no such folder"):
-        convert_qwen_vl.main(["", "gs://bucket/sauce", "gs://bucket/new"])
-    assert (bucket / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    convert(source, "gs://bucket/orbax", "orbax")
+    assert store.uploads[-1] == "bucket/orbax/config.json" and (bucket / "orbax" / "tokenizer.json").exists()
+    for target, back in (("gs://bucket/back", bucket / "back"), (tmp_path / "back", tmp_path / "back")):
+      convert("gs://bucket/orbax", target)
+      assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert_same(conversion.load_pretrained("gs://bucket/back")[1], PARAMS)
+    with pytest.raises(SystemExit, match="convert_qwen_vl: gs://bucket/mine exists and is no earlier export"):
+      convert(source, "gs://bucket/mine")
+    with pytest.raises(SystemExit, match="gs://bucket/sauce: no such folder"):
+      convert("gs://bucket/sauce", "gs://bucket/new")
   assert (bucket / "mine" / "thesis.txt").exists()
 
 
