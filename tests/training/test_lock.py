@@ -12,8 +12,12 @@ import pytest
 from kepo_jax.training import lock
 from kepo_jax.training.lock import WorkdirLock
 
+# Without the import of everything that trains.
 HOLD = """
-import sys, time
+import sys, time, types
+import kepo_jax
+sys.modules["kepo_jax.training"] = package = types.ModuleType("kepo_jax.training")
+package.__path__ = [kepo_jax.__path__[0] + "/training"]
 from kepo_jax.training.lock import WorkdirLock
 with WorkdirLock(sys.argv[1]):
   print("held", flush=True)
