@@ -176,7 +176,7 @@ def test_two_updates_have_the_ratio_of_the_policy_that_sampled(reference, twice)
 # ---- what changes nothing ----
 
 
-@pytest.mark.parametrize("axes", [(), ALL_AXES], ids=["one device", "eight"])
+@pytest.mark.parametrize("axes", [(), ALL_AXES], ids=["one", "eight"])
 def test_neither_micro_batches_nor_the_mesh_change_an_update(update, reference, axes):
   state, figures = update(axes=axes, parts=2)
   assert difference(reference[0].params, state.params) < 1e-5
@@ -235,7 +235,7 @@ def test_the_mesh_changes_nothing_of_the_options(update, hinted, options):
 # ---- updates that are not finite ----
 
 
-@pytest.mark.parametrize("form", [{"updates": 2}, {"axes": ALL_AXES, "parts": 2}], ids=["two updates", "eight devices"])
+@pytest.mark.parametrize("form", [{"updates": 2}, {"axes": ALL_AXES, "parts": 2}], ids=["twice", "eight"])
 def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(update, tiny_params, tiny_experience, form):
   for broken in (np.nan, np.inf):
     advantages = tiny_experience.advantages.copy()
