@@ -52,7 +52,7 @@ test-slow: $(VENV)/.runtime ## the long tests: whole trainings, resumption, expo
 	$(PYTEST) $(SHARE) -m slow $(TESTS)
 
 test-tpu: $(TPU)/.ready ## compile for TPUs without a TPU (installs libtpu in an environment of its own)
-	$(TPU)/bin/python -m pytest -q -m tpu tests/planning
+	$(TPU)/bin/python -m pytest -q -m tpu tests/planning tests/models/qwen3_vl/test_attention.py
 
 plan: $(TPU)/.ready ## plan a run for TPU slices that are not here: the table of docs/pods.md; ARGS="..." for another
 	$(if $(ARGS),$(TPU)/bin/python -m experiments.plan_pod $(ARGS),$(TPU)/bin/python -m experiments.plan_pods)

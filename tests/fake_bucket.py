@@ -48,13 +48,11 @@ class Store:
     self.uploads: list[str] = []  # "bucket/name", in order
 
   def path(self, bucket: str, name: str) -> pathlib.Path:
-    """Where an object lies."""
     if ".." in pathlib.PurePosixPath(name).parts:
       raise Missing(name)
     return self.root / bucket / name
 
   def names(self, bucket: str, prefix: str = "") -> list[str]:
-    """Names of the objects that begin with a prefix, sorted."""
     top = self.root / bucket
     if not bucket or not top.is_dir():
       raise Missing(bucket)
@@ -63,18 +61,15 @@ class Store:
     return sorted(name for name in found if name.startswith(prefix))
 
   def generation(self, bucket: str, name: str) -> int:
-    """Of an object; 0 where there is none."""
     path = self.path(bucket, name)
     return path.stat().st_mtime_ns if path.is_file() else 0
 
   def read(self, bucket: str, name: str) -> bytes:
-    """The bytes of an object."""
     if not self.generation(bucket, name):
       raise Missing(name)
     return self.path(bucket, name).read_bytes()
 
   def write(self, bucket: str, name: str, data: bytes, match: str | None = None) -> None:
-    """Puts an object as a whole; with `match`, only over that generation."""
     if not (self.root / bucket).is_dir():
       raise Missing(bucket)
     with self.lock:
@@ -88,7 +83,6 @@ class Store:
       self.uploads.append(f"{bucket}/{name}")
 
   def delete(self, bucket: str, name: str, match: str | None = None) -> None:
-    """Removes an object, and the folders of this machine that it leaves empty."""
     with self.lock:
       self.check(bucket, name, match)
       path = self.path(bucket, name)
@@ -100,7 +94,6 @@ class Store:
           path.rmdir()
 
   def check(self, bucket: str, name: str, match: str | None) -> None:
-    """Whether an object has the generation that a request asks for."""
     if match is not None and int(match) != self.generation(bucket, name):
       raise Refused(name)
 
@@ -115,21 +108,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Says nothing."""
 
   def do_GET(self):  # noqa: N802
-    """Metadata and bytes of objects, and lists."""
     self.answered(self.get)
 
   def do_POST(self):  # noqa: N802
-    """Uploads, copies and batches."""
     self.answered(self.post)
 
   do_PUT = do_POST  # noqa: N815
 
   def do_DELETE(self):  # noqa: N802
-    """Removes an object."""
     self.answered(self.delete)
 
   def answered(self, act) -> None:
-    """Calls `act` with what the address says; errors become the statuses of the API."""
     self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
     try:
       act(*self.place(self.path))
@@ -140,14 +129,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   @staticmethod
   def place(address: str) -> tuple[str, str, dict[str, str]]:
-    """(bucket, what comes behind it, query) of an address; the rest begins with o or is empty."""
     path, _, query = address.partition("?")
     found = re.search(r"/b/([^/]+)/?(.*)$", path)
     parts = (urllib.parse.unquote(found[1]), found[2]) if found else ("", path)
     return *parts, dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
 
   def get(self, bucket: str, rest: str, query: dict[str, str]) -> None:
-    """One object, or a list."""
     store = self.server.store
     if rest in ("", "o", "o/"):
       names = store.names(bucket, query.get("prefix", ""))
@@ -163,9 +150,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
     if not asked:
       return self.reply(200, data, headers)
-    first, last = (
-      (int(asked[1]), int(asked[2] or len(data) - 1)) if asked[1] else (len(data) - int(asked[2]), len(data))
-    )
+    first = int(asked[1] or len(data) - int(asked[2]))
+    last = int(asked[2] or len(data)) if asked[1] else len(data)
     if first >= len(data):
       return self.reply(416, b"", {"Content-Range": f"bytes */{len(data)}"})
     part = data[first : last + 1]
@@ -173,7 +159,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return self.reply(206, part, headers)
 
   def page(self, bucket: str, names: list[str], query: dict[str, str]) -> dict:
-    """A page of a list: objects, and with a delimiter the folders among them."""
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
     folders = {}
     if delimiter:
@@ -188,7 +173,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return found | ({"nextPageToken": str(start + size)} if start + size < len(names) else {})
 
   def described(self, bucket: str, name: str) -> dict[str, str]:
-    """The metadata of an object."""
     path, generation = self.server.store.path(bucket, name), self.server.store.generation(bucket, name)
     if not generation:
       raise Missing(name)
@@ -199,17 +183,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     }  # fmt: skip
 
   def post(self, bucket: str, rest: str, query: dict[str, str]) -> None:
-    """An upload of any of the three kinds, a copy, a move, or a batch of removals."""
     store, match = self.server.store, query.get("ifGenerationMatch")
     if not bucket:
       return self.batch()
-    moved = re.fullmatch(r"o/([^/]+)/(?:rewriteTo/b/([^/]+)|moveTo)/o/([^/]+)", rest)
-    if moved:
-      source, to, target = (urllib.parse.unquote(part or bucket) for part in moved.groups())
+    if copied := re.fullmatch(r"o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", rest):
+      source, to, target = map(urllib.parse.unquote, copied.groups())
       store.write(to, target, store.read(bucket, source))
-      if not moved[2]:
-        store.delete(bucket, source)
-        return self.reply(200, self.described(to, target))
       return self.reply(200, {"done": True, "resource": self.described(to, target)})
     kind, name, data = query.get("uploadType"), query.get("name", ""), self.body
     if kind == "multipart":
@@ -231,7 +210,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return self.reply(200, self.described(bucket, name))
 
   def batch(self) -> None:
-    """Several removals in one request."""
     replies = []
     for asked in re.findall(rb"DELETE (\S+) HTTP", self.body):
       bucket, rest, query = self.place(asked.decode())
@@ -244,12 +222,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.reply(200, text.encode(), {"Content-Type": "multipart/mixed; boundary=batch"})
 
   def delete(self, bucket: str, rest: str, query: dict[str, str]) -> None:
-    """One object."""
     self.server.store.delete(bucket, urllib.parse.unquote(rest[2:]), query.get("ifGenerationMatch"))
     self.reply(204, b"")
 
   def reply(self, status: int, content: bytes | dict, headers: dict[str, str] | None = None) -> None:
-    """Sends an answer."""
     data = json.dumps(content).encode() if isinstance(content, dict) else content
     self.send_response(status)
     kind = "application/json" if isinstance(content, dict) else "application/octet-stream"
@@ -288,8 +264,16 @@ class Server(http.server.ThreadingHTTPServer):
 
   @property
   def url(self) -> str:
-    """Its address."""
     return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextlib.contextmanager
+def not_found(path: str) -> Iterator[None]:
+  """Tells what is missing as a file system does."""
+  try:
+    yield
+  except Missing as error:
+    raise FileNotFoundError(f"{path}: no such object or bucket: {error}") from error
 
 
 class Upload(io.BytesIO):
@@ -300,12 +284,10 @@ class Upload(io.BytesIO):
     self._store, self._place = store, (bucket, name)
 
   def close(self):
-    """Uploads."""
     if not self.closed:
       try:
-        self._store.write(*self._place, self.getvalue())
-      except Missing as error:
-        raise FileNotFoundError(f"no such bucket: {error}") from error
+        with not_found(self._place[0]):
+          self._store.write(*self._place, self.getvalue())
       finally:
         super().close()
 
@@ -321,68 +303,52 @@ class Objects(AbstractFileSystem):
     bucket, _, name = self._strip_protocol(path).partition("/")
     return bucket, name
 
+  def _names(self, bucket: str, prefix: str) -> list[str]:
+    with not_found(bucket):
+      return self.store.names(bucket, prefix)
+
   def info(self, path, **_):
-    """Of an object or of a prefix."""
     bucket, name = self._split(path)
-    place = self._strip_protocol(path)
-    file = self.store.path(bucket, name)
-    if name and file.is_file():
-      return {
-        "name": place, "size": file.stat().st_size, "type": "file", "generation": str(file.stat().st_mtime_ns)
-      }  # fmt: skip
+    found = {"name": self._strip_protocol(path), "size": 0, "type": "directory"}
+    if name and (generation := self.store.generation(bucket, name)):
+      size = self.store.path(bucket, name).stat().st_size
+      return found | {"size": size, "type": "file", "generation": str(generation)}
     if self._names(bucket, f"{name}/" if name else "") or not name:
-      return {"name": place, "size": 0, "type": "directory"}
+      return found
     raise FileNotFoundError(path)
 
   def ls(self, path, detail=True, **_):
-    """What lies directly below a prefix."""
     bucket, name = self._split(path)
     prefix = f"{name}/" if name else ""
     below = dict.fromkeys(each[len(prefix) :].partition("/")[0] for each in self._names(bucket, prefix))
-    if not below and name:
-      return [self.info(path)] if detail else [self.info(path)["name"]]
-    found = [self.info(f"{bucket}/{prefix}{each}") for each in below]
+    found = [self.info(f"{bucket}/{prefix}{each}") for each in below] if below or not name else [self.info(path)]
     return found if detail else [each["name"] for each in found]
 
-  def _names(self, bucket: str, prefix: str) -> list[str]:
-    try:
-      return self.store.names(bucket, prefix)
-    except Missing as error:
-      raise FileNotFoundError(f"no such bucket: {error}") from error
-
   def _open(self, path, mode="rb", **_):
-    bucket, name = self._split(path)
     if mode == "wb":
-      return Upload(self.store, bucket, name)
-    try:
-      return io.BytesIO(self.store.read(bucket, name))
-    except Missing as error:
-      raise FileNotFoundError(path) from error
+      return Upload(self.store, *self._split(path))
+    with not_found(path):
+      return io.BytesIO(self.store.read(*self._split(path)))
 
   def mkdir(self, path, create_parents=True, **_):
-    """Nothing; a bucket must be there."""
-    self._names(self._split(path)[0], "")
+    self._names(self._split(path)[0], "")  # a bucket must be there
 
   def makedirs(self, path, exist_ok=False):
-    """Nothing; a bucket must be there."""
     self.mkdir(path)
 
   def rmdir(self, path):
     """Nothing."""
 
   def cp_file(self, path1, path2, **_):
-    """Copies an object; a prefix is none."""
-    if not self.isdir(path1):
+    if not self.isdir(path1):  # a prefix is no object
       self.store.write(*self._split(path2), self.store.read(*self._split(path1)))
 
   def rm_file(self, path):
-    """Removes an object; a prefix is none."""
     self.store.delete(*self._split(path))
 
   def rm(self, path, recursive=False, maxdepth=None):
-    """Removes an object, or all below a prefix."""
     bucket, name = self._split(path)
-    names = [name] if self.store.path(bucket, name).is_file() else self._names(bucket, f"{name}/") if recursive else []
+    names = [name] if self.store.generation(bucket, name) else self._names(bucket, f"{name}/") if recursive else []
     if not names:
       raise FileNotFoundError(path)
     for each in names:

@@ -1,5 +1,7 @@
 """Exploration: rounds, acceptance, slots and figures, on candidates made by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -42,52 +44,29 @@ def explore(student, failed, rounds=5, replacements=2, **settings):
   )
 
 
-@pytest.mark.parametrize(
-  "text",
-  [
-    "as the hint says, B",
-    "The Hint points left",
-    "the given answer is B",
-    "since the correct answer was provided, B",
-    "we were told that it is B",
-    "following the advice, B",
-    "as instructed, it is B",
-    "following the given hint, B",
-    "the answer was provided",
-  ],
-)
-def test_texts_that_reveal_help(text):
-  assert exploration.reveals_help(text)
+def test_texts_that_reveal_help():
+  revealing = (
+    *("as the hint says, B", "The Hint points left", "following the given hint, B", "following the advice, B"),
+    *("the given answer is B", "since the correct answer was provided, B", "the answer was provided"),
+    *("we were told that it is B", "as instructed, it is B"),
+  )
+  innocent = (
+    *(GOOD, "given the image, the answer is B", "no chintz, white tissue", "the bright rim hints at a tumour"),
+    *("as suggested by the dark signal", "a hint of contrast, so the lesion provided option B is right", ""),
+  )
+  expected = dict.fromkeys(revealing, True) | dict.fromkeys(innocent, False)
+  assert {text: exploration.reveals_help(text) for text in expected} == expected
 
 
-@pytest.mark.parametrize(
-  "text",
-  [
-    GOOD,
-    "given the image, the answer is B",
-    "no chintz, white tissue",
-    "the bright rim hints at a tumour",
-    "as suggested by the dark signal",
-    "a hint of contrast, so the lesion provided option B is right",
-    "",
-  ],
-)
-def test_texts_that_do_not(text):
-  assert not exploration.reveals_help(text)
-
-
-@pytest.mark.parametrize(
-  ("text", "hint"),
-  [
-    ("<hint> look left </hint>", "look left"),
-    ("so: <hint>two\nlines</hint> and <hint>another</hint>", "two\nlines"),
-    ("<hint> </hint>", None),
-    ("<hint> never closed", None),
-    ("look left", None),
-  ],
-)
-def test_parse_hint(text, hint):
-  assert exploration.parse_hint(text) == hint
+def test_parse_hint():
+  expected = {
+    "<hint> look left </hint>": "look left",
+    "so: <hint>two\nlines</hint> and <hint>another</hint>": "two\nlines",
+    "<hint> </hint>": None,
+    "<hint> never closed": None,
+    "look left": None,
+  }
+  assert {text: exploration.parse_hint(text) for text in expected} == expected
 
 
 def test_a_quotation_is_twelve_words_in_a_row():
@@ -102,39 +81,31 @@ def test_a_quotation_is_twelve_words_in_a_row():
 FLAWS = {"accurate": {"accurate": False}, "well_formed": {"well_formed": False}, "silent": {"text": "the hint says B"}}
 
 
-@pytest.mark.parametrize(
-  ("settings", "forgiven"),
-  [
+def test_which_flaws_a_rule_forgives():
+  for settings, forgiven in (
     ({}, set()),
     ({"rule": "accurate_and_formatted"}, set()),
     ({"rule": "accurate"}, {"well_formed"}),
     ({"rule": "all_or_none"}, set()),
     ({"leak_filter": False}, {"silent"}),
     ({"rule": "accurate", "leak_filter": False}, {"well_formed", "silent"}),
-  ],
-)
-def test_which_flaws_a_rule_forgives(settings, forgiven):
-  accept = exploration.Acceptance(**settings)
-  assert len(accept([candidate()])) == 1
-  assert {name for name, flaw in FLAWS.items() if accept([candidate(**flaw)])} == forgiven
+  ):
+    accept = exploration.Acceptance(**settings)
+    assert len(accept([candidate()])) == 1
+    assert {name for name, flaw in FLAWS.items() if accept([candidate(**flaw)])} == forgiven, settings
 
 
-def test_candidates_are_accepted_one_by_one_in_their_order():
+def test_candidates_are_accepted_one_by_one_or_together():
   good, wrong, other = candidate(), candidate(accurate=False), candidate("<think>b</think><answer> B </answer>")
-  assert exploration.Acceptance()([good, wrong, other]) == [good, other]
-  assert exploration.Acceptance()([wrong]) == exploration.Acceptance()([]) == []
-
-
-def test_all_or_none():
-  accept = exploration.Acceptance("all_or_none")
-  good = [candidate() for _ in range(3)]
-  assert accept(good) == good
+  one_by_one, together = exploration.Acceptance(), exploration.Acceptance("all_or_none")
+  assert one_by_one([good, wrong, other]) == [good, other]
+  assert one_by_one([wrong]) == one_by_one([]) == together([]) == []
+  assert together([good, other]) == [good, other]
   for flaw in FLAWS.values():
-    assert accept([*good, candidate(**flaw)]) == []
+    assert together([good, other, candidate(**flaw)]) == []
   # Without the filter a leak is no flaw, alone or together.
-  leaking = [*good, candidate(**FLAWS["silent"])]
+  leaking = [good, candidate(**FLAWS["silent"])]
   assert exploration.Acceptance("all_or_none", leak_filter=False)(leaking) == leaking
-  assert accept([]) == []
 
 
 def test_quoted_words_are_refused_where_they_are_counted():
@@ -145,105 +116,71 @@ def test_quoted_words_are_refused_where_they_are_counted():
   assert not quoting.quotes_hint  # the logged figure counts twelve, whatever is refused
 
 
-def test_an_unknown_rule_is_refused():
-  with pytest.raises(ValueError, match="exploration.acceptance='some' is unknown; use one of .*all_or_none"):
-    exploration.Acceptance("some")([])
-
-
-# ---- triggers ----
-
-
-@pytest.mark.parametrize(
-  ("trigger", "rows"),
-  [("accuracy_all_zero", [1, 2, 4]), ("reward_all_zero", [1, 4]), ("always", [0, 1, 2, 3, 4]), ("never", [])],
-)
-def test_triggers(trigger, rows):
+def test_triggers():
   # One accurate; nothing; well formed alone, which is rewarded; graded accuracy; punished.
   accuracy = np.array([[0, 1], [0, 0], [0, 0], [0.5, 0], [0, 0]], np.float32)
   total = np.array([[0, 2], [0, 0], [1, 0], [0.5, 0], [-0.1, 0]], np.float32)
-  assert exploration.triggered(accuracy, total, trigger) == rows
+  expected = {"accuracy_all_zero": [1, 2, 4], "reward_all_zero": [1, 4], "always": [0, 1, 2, 3, 4], "never": []}
+  assert {trigger: exploration.triggered(accuracy, total, trigger) for trigger in expected} == expected
 
 
-def test_an_unknown_trigger_is_refused():
+def test_unknown_names_are_refused():
+  with pytest.raises(ValueError, match="exploration.acceptance='some' is unknown; use one of .*all_or_none"):
+    exploration.Acceptance("some")([])
   with pytest.raises(ValueError, match="exploration.trigger='sometimes' is unknown; use one of .*'always'"):
     exploration.triggered(np.zeros((1, 2)), np.zeros((1, 2)), "sometimes")
+  with pytest.raises(ValueError, match="exploration.hints='twice' is unknown; use one of .*'once'"):
+    explore(Student({}), [], hints="twice")
 
 
 # ---- rounds ----
 
 
 def test_each_prompt_stops_when_it_has_enough_and_gets_a_new_hint_each_round():
-  student = Student({2: 1, 5: 3})
+  student = Student({2: 1, 5: 3}, candidates=3)
   outcome = explore(student, [2, 5])
-  assert [rows for rows, _ in student.calls] == [(2, 5), (5,), (5,)]
-  assert student.calls[2][1] == ("round 3 for 5",)
-  assert [c.attempt for c in outcome.accepted[2]] == [1, 1]
-  assert [c.attempt for c in outcome.accepted[5]] == [3, 3]
-  assert outcome.hints_asked == 4 and student.asked == [(2, 5), (5,), (5,)]
-
-
-def test_no_more_than_the_wanted_replacements():
-  outcome = explore(Student({0: 1}, candidates=7), [0])
-  assert len(outcome.accepted[0]) == 2
-  assert len(outcome.candidates[0]) == 7
-
-
-def test_everything_that_was_tried_is_kept():
-  student = Student({2: 1, 5: 2}, candidates=3)
-  outcome = explore(student, [2, 5])
-  assert outcome.hints == {2: ["<hint> round 1 for 2 </hint>"], 5: [f"<hint> round {b} for 5 </hint>" for b in (1, 2)]}
-  tried = {row: [(c.attempt, c.accurate) for c in candidates] for row, candidates in outcome.candidates.items()}
-  assert tried == {2: [(1, True)] * 3, 5: [(1, False)] * 3 + [(2, True)] * 3}
-  # The accepted ones are among them, as the same objects.
-  assert all(any(c is each for each in outcome.candidates[row]) for row in (2, 5) for c in outcome.accepted[row])
-
-
-def test_one_accepted_candidate_keeps_asking_for_the_second():
-  student = Student({0: 1}, candidates=1)
-  outcome = explore(student, [0])
-  assert [c.attempt for c in outcome.accepted[0]] == [1, 2]
-
-
-def test_what_is_accepted_is_up_to_the_rule():
-  student = Student({0: 1}, candidates=3)
-  student.sample_hinted = lambda rows, hints, attempt: [
-    [candidate(well_formed=False), candidate(), candidate(accurate=attempt == 2, well_formed=False)]
+  assert student.asked == [(2, 5), (5,), (5,)] and outcome.hints_asked == 4
+  assert student.calls == [
+    ((2, 5), ("round 1 for 2", "round 1 for 5")),
+    *(((5,), (f"round {b} for 5",)) for b in (2, 3)),
   ]
-  # Per round: by default the second alone; by accuracy the first two; together none (the first is never well formed),
-  # or, by accuracy, all three of the second round, of which two are wanted.
-  attempts = {
-    rule: [c.attempt for c in explore(student, [0], rounds=2, accept=exploration.Acceptance(rule)).accepted[0]]
-    for rule in exploration.RULES
+  # Two are wanted; everything that was tried is kept, the accepted ones as the same objects.
+  assert outcome.hints == {
+    row: [f"<hint> round {b} for {row} </hint>" for b in range(1, n)] for row, n in ((2, 2), (5, 4))
   }
-  assert attempts == {
-    "accurate_and_formatted": [1, 2],
-    "accurate": [1, 1],
-    "all_or_none": [],
-    "all_or_none_accurate": [2, 2],
-  }
+  tried = {row: [(c.attempt, c.accurate) for c in candidates] for row, candidates in outcome.candidates.items()}
+  assert tried == {2: [(1, True)] * 3, 5: [(1, False)] * 3 + [(2, False)] * 3 + [(3, True)] * 3}
+  for row, first in ((2, 0), (5, 6)):
+    kept, accepted = outcome.candidates[row][first : first + 2], outcome.accepted[row]
+    assert len(accepted) == 2 and all(x is y for x, y in zip(kept, accepted, strict=True))
 
 
-def test_all_or_none_looks_at_each_prompt_and_round_alone():
-  student = Student({0: 1, 1: 2}, candidates=3)
-  outcome = explore(student, [0, 1], accept=exploration.Acceptance("all_or_none"))
-  assert [c.attempt for c in outcome.accepted[0]] == [1, 1]  # three were good, two are wanted
-  assert [c.attempt for c in outcome.accepted[1]] == [2, 2]
+def test_what_is_accepted_is_up_to_the_rule_for_each_prompt_and_round():
+  def sample_hinted(rows, hints, attempt):
+    right = attempt == 2
+    mixed = [candidate(well_formed=False), candidate(), candidate(accurate=right)]
+    return [[mixed, [candidate(accurate=right)] * 3][row] for row in rows]
+
+  student = Student({})
+  student.sample_hinted = sample_hinted
+  # Of the first prompt, by default the second candidate of each round (two are wanted: no room for the third); by
+  # accuracy the first two; together none (the first is never well formed), or, by accuracy, those of the second round.
+  for rule, expected in (
+    ("accurate_and_formatted", [[1, 2], [2, 2]]),
+    ("accurate", [[1, 1], [2, 2]]),
+    ("all_or_none", [[], [2, 2]]),
+    ("all_or_none_accurate", [[2, 2], [2, 2]]),
+  ):
+    accepted = explore(student, [0, 1], rounds=2, accept=exploration.Acceptance(rule)).accepted
+    assert [[c.attempt for c in accepted[row]] for row in (0, 1)] == expected, rule
 
 
-def test_nothing_accepted_leaves_the_group():
-  outcome = explore(Student({0: 9}), [0])
-  assert outcome.accepted == {0: []}
-  assert exploration.injections(outcome, 8, seed=(0, 0)) == []
-
-
-@pytest.mark.parametrize("hints", exploration.HINTS)
-@pytest.mark.parametrize("budget", [{"rounds": 0}, {"replacements": 0}])
-def test_no_budget_asks_for_nothing(budget, hints):
-  student = Student({0: 1})
-  outcome = explore(student, [0], hints=hints, **budget)
-  assert outcome == exploration.Exploration(accepted={0: []}, candidates={0: []}, hints={0: []})
-  assert (outcome.hints_asked, outcome.hints_unparsed) == (0, 0)
-  assert student.calls == student.asked == []
+def test_no_budget_asks_for_nothing():
+  for budget, hints in itertools.product(({"rounds": 0}, {"replacements": 0}), exploration.HINTS):
+    student = Student({0: 1})
+    outcome = explore(student, [0], hints=hints, **budget)
+    assert outcome == exploration.Exploration(accepted={0: []}, candidates={0: []}, hints={0: []})
+    assert student.calls == student.asked == []
 
 
 def test_unparsed_hints_are_counted_and_survived():
@@ -282,47 +219,40 @@ def test_a_hint_that_cannot_be_parsed_is_asked_again_in_the_next_round():
   assert student.calls == [((1,), ("first",))] * 2 + [((0, 1), ("third", "first"))] * 2
 
 
-def test_unknown_hints_are_refused():
-  with pytest.raises(ValueError, match="exploration.hints='twice' is unknown; use one of .*'once'"):
-    explore(Student({}), [], hints="twice")
-
-
 # ---- slots and figures ----
 
 
-def test_slots_are_distinct_repeatable_and_depend_on_the_seed():
-  outcome = explore(Student({0: 1, 3: 1}, candidates=2), [0, 3])
-  first = exploration.injections(outcome, 8, seed=(0, 11))
-  slots = [(i.prompt, i.slot) for i in first]
-  assert len(set(slots)) == 4
-  assert slots == [(i.prompt, i.slot) for i in exploration.injections(outcome, 8, seed=(0, 11))]
-  draws = {tuple(i.slot for i in exploration.injections(outcome, 8, seed=(0, step))) for step in range(20)}
-  assert len(draws) > 10
+def slots_of(outcome, rollouts, step):
+  """(prompt, slot) of every injection."""
+  return [(i.prompt, i.slot) for i in exploration.injections(outcome, rollouts, seed=(0, step))]
 
 
-def test_slots_lie_among_the_rollouts_and_each_is_drawn():
-  outcome = explore(Student({3: 1}), [3])
-  draws = [exploration.injections(outcome, 3, seed=(0, step)) for step in range(40)]
-  assert all(len({i.slot for i in placed}) == 2 for placed in draws)
-  assert {i.slot for placed in draws for i in placed} == {0, 1, 2}
-  assert {i.prompt for placed in draws for i in placed} == {3}
-  assert [i.candidate for i in draws[0]] == outcome.accepted[3]
-
-
-def test_a_prompt_has_the_slots_that_it_has_without_the_others():
-  alone = exploration.injections(explore(Student({3: 1}), [3]), 8, seed=(0, 4))
-  together = exploration.injections(explore(Student({0: 1, 3: 1}), [0, 3]), 8, seed=(0, 4))
-  assert [i.slot for i in together if i.prompt == 3] == [i.slot for i in alone]
+def test_slots_are_distinct_and_belong_to_step_and_prompt():
+  outcome = explore(Student({0: 1, 3: 1}), [0, 3])
+  assert [i.candidate for i in exploration.injections(outcome, 3, seed=(0, 0))] == [
+    *outcome.accepted[0],
+    *outcome.accepted[3],
+  ]
+  draws = [slots_of(outcome, 3, step) for step in range(40)]
+  assert draws == [slots_of(outcome, 3, step) for step in range(40)]
+  assert all(len(set(placed)) == 4 for placed in draws)
+  assert {slot for placed in draws for slot in placed} == {(prompt, slot) for prompt in (0, 3) for slot in range(3)}
+  # Other steps and other prompts have other draws; a prompt has the slots that it has without the others.
+  by_prompt = {prompt: [[slot for of, slot in placed if of == prompt] for placed in draws] for prompt in (0, 3)}
+  assert len({tuple(slots) for slots in by_prompt[0]}) == 6 and by_prompt[0] != by_prompt[3]
+  alone = explore(Student({3: 1}), [3])
+  assert [[slot for _, slot in slots_of(alone, 3, step)] for step in range(40)] == by_prompt[3]
 
 
 def test_metrics():
-  student = Student({0: 1, 1: 3, 2: 9})
-  metrics = exploration.exploration_metrics(explore(student, [0, 1, 2], rounds=3), prompts=8, rounds=3)
-  # Prompt 0 asks once, prompts 1 and 2 three times each.
-  assert metrics["hint/trigger_rate"] == 3 / 8
-  assert metrics["hint/attempts"] == 7
+  student = Student({0: 1, 1: 3, 2: 9, 3: 2}, candidates=1)
+  metrics = exploration.exploration_metrics(explore(student, [0, 1, 2, 3], rounds=3), prompts=8, rounds=3)
+  assert metrics["hint/trigger_rate"] == 4 / 8
+  # One candidate a round, two are wanted: prompt 0 asks twice, the others three times each. The first that is accepted
+  # comes in rounds 1, 3, never and 2.
+  assert metrics["hint/attempts"] == 11
   assert metrics["hint/parse_failure_rate"] == 0
-  assert [metrics[f"hint/accept_rate@{b}"] for b in (1, 2, 3)] == pytest.approx([1 / 3, 1 / 3, 2 / 3])
+  assert [metrics[f"hint/accept_rate@{b}"] for b in (1, 2, 3)] == [1 / 4, 2 / 4, 3 / 4]
 
 
 def test_rates_of_leaks_quotations_and_unparsed_hints():

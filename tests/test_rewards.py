@@ -1,10 +1,10 @@
-"""The reward conventions of METHOD, case by case."""
+"""The reward conventions of METHOD, case by case: in a table, an expected value comes before the texts that get it."""
 
 import dataclasses
+import itertools
 import time
 
 import hypothesis
-import pytest
 from hypothesis import strategies as st
 
 from kepo_jax import rewards
@@ -18,261 +18,157 @@ BRAIN = Example(
   images=(),
   modality="MRI",
 )
-
-
 RIGHT = "<think>a</think><answer>B</answer>"
 THINKING_ALOUD = "<think>not <answer>A</answer></think><answer>B</answer>"  # an answer block inside the think block
 
 
-@pytest.mark.parametrize(
-  "completion, expected",
-  [
-    (RIGHT, 1),
-    (RIGHT + "\n", 1),  # what follows the block is not looked at
-    ("<answer>\n B </answer> and more", 1),
-    ("<answer>A\nB</answer>", 0),
-    ("<answer>A</answer><answer>B</answer>", 0),  # the first block counts
-    (THINKING_ALOUD, 0),  # wherever it stands
-    ("<answer><answer>B</answer></answer>", 0),  # the first block holds "<answer>B"
-    ("<answer></answer>", 0),
-    ("<answer> </answer>B", 0),
-    ("<answer>b</answer>", 0),  # case matters
-    ("<ANSWER>B</ANSWER>", 0),  # that of the tags as well: here is no block, and the whole is compared
-    ("<answer>B)</answer>", 0),
-    ("<answer>Brain</answer>", 0),
-    ("B", 1),  # no tag at all: everything is compared
-    ("  B\n", 1),
-    ("The answer is B", 0),
-    ("<think>a</think>B", 0),
-    ("<answer>B", 0),
-    ("</answer>B<answer>", 0),
-    ("", 0),
-  ],
+def assert_table(function, *rows):
+  """Compares a function of a text with a table of rows (expected value, text, text, ...)."""
+  expected = {text: value for value, *texts in rows for text in texts}
+  assert {text: function(text) for text in expected} == expected
+
+
+def test_accuracy():
+  assert_table(
+    lambda text: rewards.accuracy(text, BRAIN),
+    (1, RIGHT, "<answer>\n B </answer> and more"),
+    (1, RIGHT + "\n", "<answer>B</answer><answer>A</answer>"),  # what follows the first block is not looked at
+    (0, "<answer>A</answer><answer>B</answer>", THINKING_ALOUD),  # the first block counts, wherever it stands
+    (0, "<answer><answer>B</answer></answer>"),  # the first block holds "<answer>B"
+    (0, "<answer>A\nB</answer>", "<answer></answer>", "<answer> </answer>B", "<answer>B)</answer>"),
+    (0, "<answer>Brain</answer>", "<answer>b</answer>"),  # case matters
+    (0, "<ANSWER>B</ANSWER>"),  # that of the tags as well: here is no block, and the whole is compared
+    (1, "B", "  B\n"),  # likewise
+    (0, "The answer is B", "<think>a</think>B", "<answer>B", "</answer>B<answer>", ""),
+  )
+
+
+def test_strict_format():
+  rows = (
+    (1, RIGHT, "<think>two\nlines</think>\n \n<answer>any\nthing</answer>", "<think></think><answer></answer>"),
+    # The blocks stretch over tags inside.
+    (1, THINKING_ALOUD, "<think><think>a</think></think><answer>B</answer>"),
+    (1, "<think>a</think><answer><answer>B</answer></answer>"),
+    (1, "<think>a</think><answer>A</answer> or <answer>B</answer>"),
+    (0, RIGHT + "\n", RIGHT + " ", "\n" + RIGHT, "<think>a</think> so <answer>B</answer>", "B", ""),
+    (0, "<answer>B</answer><think>a</think>", "<answer>B</answer>", "<think>a<answer>B</answer>"),
+    (0, "<think>a</think><answer>B", "<THINK>a</THINK><answer>B</answer>"),
+  )
+  assert_table(rewards.strict_format, *rows)
+  assert_table(lambda text: rewards.strict_format(text, BRAIN), *rows)
+
+
+def test_answer_format():
+  rows = (
+    (1, "<answer>B</answer>", "<answer>\n B\n</answer>", "<answer></answer>"),
+    (0, "<answer>B</answer> ", "<answer>B</answer>\n", " <answer>B</answer>", "<ANSWER>B</ANSWER>", RIGHT, "B", ""),
+    (0, "<answer>A</answer><answer>B</answer>", "<answer><answer>B</answer></answer>"),  # one block
+  )
+  assert_table(rewards.answer_format, *rows)
+  assert_table(lambda text: rewards.answer_format(text, BRAIN), *rows)
+
+
+def test_medvlm_accuracy():
+  assert_table(
+    lambda text: rewards.medvlm_accuracy(text, BRAIN),
+    (1, "<answer>B</answer>", "<Answer>\n B </ANSWER>", "<answer>B</answer><answer>A</answer>"),
+    (0.5, "<answer>B) Brain</answer>", "<answer>B.</answer>", "<ANSWER>the letter\nB, surely</ANSWER>"),
+    (0.5, "<answer>B, not K</answer>"),  # there are letters from A to J
+    (0.5, "<answer><ANSWER>B</answer></answer>"),  # the first block holds "<ANSWER>B": other text
+    (0, "<answer>A or B</answer>", "<answer>A, B, C</answer>", "<answer>B B</answer>"),
+    (0, "<answer>I say B</answer>"),  # a pronoun is a letter too
+    (0, "<answer>Brain</answer>"),  # the letter must stand alone
+    (0, "<answer>b</answer>", "<answer>A</answer>", "<answer>A) Chest</answer>", "<answer></answer>", "B", ""),
+    (0, "<answer>A</answer><answer>B</answer>", THINKING_ALOUD),
+  )
+
+
+def test_answer_letter():
+  assert_table(
+    rewards.answer_letter,
+    ("B", "<think>x</think> <answer> B </answer>", "<answer>\nB\n</answer>", "<answer><answer>B</answer></answer>"),
+    ("C", "<answer>the brain</answer> <answer>C</answer>"),
+    ("Brain", "<answer>Brain</answer>"),  # parsed, and wrong
+    ("b", "<answer>b</answer>"),
+    (None, "<answer>B.</answer>", "<answer>left knee</answer>", "<answer></answer>", "<ANSWER>B</ANSWER>", "B"),
+  )
+
+
+LENIENT = (
+  # Which part of a completion is read.
+  ("B", RIGHT, "<answer>(b)</answer>", "<ANSWER>b</ANSWER>", "<answer>\nB\n</answer>"),
+  ("B", "<answer><answer>B</answer></answer>", "<think>the answer is A</think><answer>(B)</answer>"),
+  ("B", "<answer>(b)</answer> <answer>(c)</answer>"),  # the first block
+  (None, "<think>A</think>", "<think>the answer is B"),  # what is thought is no answer, nor is an unfinished thought
+  ("B", "<think>A or C?</think> The answer is B.", "<think>x</think>\nThe answer is B. <think>C"),
+  ("C", "<think>x</think><answer>C"),
+  ("A", THINKING_ALOUD),  # as the strict parser reads it
+  ("B", "<answer>the chest</answer><answer>B</answer>"),  # likewise
+  (None, "<answer></answer>", "<answer></answer>B", ""),
+  # The text of an option.
+  ("B", "<answer>brain.</answer>"),
+  ("C", "<answer>Left  knee</answer>", "left knee"),
+  (None, "left", "brain and chest"),
+  # A letter at the beginning.
+  ("B", "B", "b", "B.", "'B'.", "**B**", "**B) Brain**", "B: Brain", "B.Brain", "B - Brain", "B Brain", "b) brain"),
+  ("B", "B Brain, since it shows gyri", "B. The image shows gyri", "B\nThe image shows gyri"),
+  ("B", "B because of the gyri", "The answer B", "B is the right answer"),
+  ("C", "(c)", "Option C: left knee"),
+  ("A", "option a", "A is correct"),
+  (None, "D", "D: Liver"),  # there are three options
+  # Words that begin like a letter.
+  (None, "A mass is visible in the left lobe.", "A chest radiograph is shown", "a shadow near the left side"),
+  (None, "A brain"),  # the article, or the option A?
+  (None, "a. brain, probably"),  # a lower-case letter, and more than its option
+  (None, "A-lines are seen", "B-mode image", "B's text", "C 3 is fractured", "I cannot tell", "Abdomen"),
+  # Several letters, or a letter and another option's text.
+  (None, "A, B", "A and B", "A/B", "(A) or (C)", "A) Chest B) Brain", "A) Chest\nB) Brain\nC) Left knee."),
+  (None, "a) chest, b) brain", "B, not C.", "B) Chest"),
+  ("B", "B. A mass is visible, I think"),  # an article and a pronoun
+  ("C", "C: left knee. D is no option"),
+  # A stated answer, anywhere.
+  ("B", "The answer is B.", "I think the answer is B", "**Answer:** (b)", "**Answer**: brain"),
+  ("B", "The correct answer is: **B) Brain**", "The answer is B because A shows no gyri"),
+  ("B", "The answer is B. Options A and C are wrong.", "Option A is wrong. The answer is B."),
+  ("B", "The answer is B. Yes, the answer is B."),
+  ("C", "Gyri are visible, so the correct option is C", "The answer is Left knee. It shows a patella."),
+  ("A", "the answer is a", "the answer is a."),
+  (None, "I think it is B", "The answer is a mass", "The answer is A mass", "The answer is not B"),
+  (None, "The incorrect answer is A", "The wrong answer is A", "The answer is A or B", "The answer is A, B"),
+  (None, "The answer is B. No, the answer is C.", "The answer is B) Chest", "The answer is D"),
 )
-def test_accuracy(completion, expected):
-  assert rewards.accuracy(completion, BRAIN) == expected
 
 
-@pytest.mark.parametrize(
-  "completion, expected",
-  [
-    (RIGHT, 1),
-    ("<think>two\nlines</think>\n \n<answer>any\nthing</answer>", 1),
-    ("<think></think><answer></answer>", 1),
-    (THINKING_ALOUD, 1),
-    ("<think><think>a</think></think><answer>B</answer>", 1),  # the blocks stretch over tags inside
-    ("<think>a</think><answer><answer>B</answer></answer>", 1),
-    ("<think>a</think><answer>A</answer> or <answer>B</answer>", 1),
-    (RIGHT + "\n", 0),  # a trailing newline fails
-    (RIGHT + " ", 0),
-    ("\n" + RIGHT, 0),
-    ("<think>a</think> so <answer>B</answer>", 0),
-    ("<answer>B</answer><think>a</think>", 0),
-    ("<answer>B</answer>", 0),
-    ("<think>a<answer>B</answer>", 0),
-    ("<think>a</think><answer>B", 0),
-    ("<THINK>a</THINK><answer>B</answer>", 0),
-    ("B", 0),
-    ("", 0),
-  ],
-)
-def test_strict_format(completion, expected):
-  assert rewards.strict_format(completion) == expected == rewards.strict_format(completion, BRAIN)
-
-
-@pytest.mark.parametrize(
-  "completion, expected",
-  [
-    ("<answer>B</answer>", 1),
-    ("<answer>\n B\n</answer>", 1),
-    ("<answer></answer>", 1),
-    ("<answer>B</answer> ", 0),
-    ("<answer>B</answer>\n", 0),
-    (" <answer>B</answer>", 0),
-    ("<ANSWER>B</ANSWER>", 0),
-    ("<answer>A</answer><answer>B</answer>", 0),  # one block
-    ("<answer><answer>B</answer></answer>", 0),
-    (RIGHT, 0),
-    ("B", 0),
-    ("", 0),
-  ],
-)
-def test_answer_format(completion, expected):
-  assert rewards.answer_format(completion) == expected == rewards.answer_format(completion, BRAIN)
-
-
-@pytest.mark.parametrize(
-  "completion, expected",
-  [
-    ("<answer>B</answer>", 1),
-    ("<Answer>\n B </ANSWER>", 1),
-    ("<answer>B) Brain</answer>", 0.5),
-    ("<answer>B.</answer>", 0.5),
-    ("<ANSWER>the letter\nB, surely</ANSWER>", 0.5),
-    ("<answer>B, not K</answer>", 0.5),  # there are letters from A to J
-    ("<answer>A or B</answer>", 0),
-    ("<answer>A, B, C</answer>", 0),
-    ("<answer>B B</answer>", 0),
-    ("<answer>I say B</answer>", 0),  # a pronoun is a letter too
-    ("<answer>Brain</answer>", 0),  # the letter must stand alone
-    ("<answer>b</answer>", 0),
-    ("<answer>A</answer>", 0),
-    ("<answer>A) Chest</answer>", 0),
-    ("<answer></answer>", 0),
-    ("<answer>A</answer><answer>B</answer>", 0),
-    (THINKING_ALOUD, 0),
-    ("<answer><ANSWER>B</answer></answer>", 0.5),  # the first block holds "<ANSWER>B": other text
-    ("B", 0),
-    ("", 0),
-  ],
-)
-def test_medvlm_accuracy(completion, expected):
-  assert rewards.medvlm_accuracy(completion, BRAIN) == expected
-
-
-@pytest.mark.parametrize(
-  "completion, expected",
-  [
-    ("<think>x</think> <answer> B </answer>", "B"),
-    ("<answer>\nB\n</answer>", "B"),
-    ("<answer>Brain</answer>", "Brain"),  # parsed, and wrong
-    ("<answer>b</answer>", "b"),
-    ("<answer>B.</answer>", None),
-    ("<answer>left knee</answer>", None),  # two words
-    ("<answer></answer>", None),
-    ("<ANSWER>B</ANSWER>", None),
-    ("<answer>the brain</answer> <answer>C</answer>", "C"),
-    ("<answer><answer>B</answer></answer>", "B"),
-    ("B", None),
-  ],
-)
-def test_answer_letter(completion, expected):
-  assert rewards.answer_letter(completion) == expected
-
-
-@pytest.mark.parametrize(
-  "completion, expected",
-  [
-    # Which part of a completion is read.
-    (RIGHT, "B"),
-    ("<answer>(b)</answer>", "B"),
-    ("<ANSWER>b</ANSWER>", "B"),
-    ("<answer>\nB\n</answer>", "B"),
-    ("<answer><answer>B</answer></answer>", "B"),
-    ("<think>A or C?</think> The answer is B.", "B"),
-    ("<think>the answer is A</think><answer>(B)</answer>", "B"),
-    ("<think>A</think>", None),  # what is thought is no answer
-    ("<think>x</think><answer>C", "C"),
-    ("<think>the answer is B", None),  # and this thought was not finished
-    ("<think>x</think>\nThe answer is B. <think>C", "B"),
-    (THINKING_ALOUD, "A"),  # as the strict parser reads it
-    ("<answer>the chest</answer><answer>B</answer>", "B"),  # likewise
-    ("<answer></answer>", None),
-    ("<answer></answer>B", None),
-    ("", None),
-    # The text of an option.
-    ("<answer>brain.</answer>", "B"),
-    ("<answer>Left  knee</answer>", "C"),
-    ("left knee", "C"),
-    ("left", None),
-    ("brain and chest", None),
-    # A letter at the beginning.
-    ("B", "B"),
-    ("b", "B"),
-    ("B.", "B"),
-    ("'B'.", "B"),
-    ("(c)", "C"),
-    ("**B**", "B"),
-    ("**B) Brain**", "B"),
-    ("B: Brain", "B"),
-    ("B.Brain", "B"),
-    ("B - Brain", "B"),
-    ("B Brain", "B"),
-    ("b) brain", "B"),
-    ("B Brain, since it shows gyri", "B"),
-    ("B. The image shows gyri", "B"),
-    ("B\nThe image shows gyri", "B"),
-    ("B because of the gyri", "B"),
-    ("option a", "A"),
-    ("Option C: left knee", "C"),
-    ("The answer B", "B"),
-    ("A is correct", "A"),
-    ("B is the right answer", "B"),
-    ("D", None),  # there are three options
-    ("D: Liver", None),
-    # Words that begin like a letter.
-    ("A mass is visible in the left lobe.", None),
-    ("A chest radiograph is shown", None),
-    ("A brain", None),  # the article, or the option A?
-    ("a shadow near the left side", None),
-    ("a. brain, probably", None),  # a lower-case letter, and more than its option
-    ("A-lines are seen", None),
-    ("B-mode image", None),
-    ("B's text", None),
-    ("C 3 is fractured", None),
-    ("I cannot tell", None),
-    ("Abdomen", None),
-    # Several letters, or a letter and another option's text.
-    ("A, B", None),
-    ("A and B", None),
-    ("A/B", None),
-    ("(A) or (C)", None),
-    ("A) Chest B) Brain", None),
-    ("A) Chest\nB) Brain\nC) Left knee.", None),
-    ("a) chest, b) brain", None),
-    ("B, not C.", None),
-    ("B) Chest", None),
-    ("B. A mass is visible, I think", "B"),  # an article and a pronoun
-    ("C: left knee. D is no option", "C"),
-    # A stated answer, anywhere.
-    ("The answer is B.", "B"),
-    ("I think the answer is B", "B"),
-    ("I think it is B", None),
-    ("**Answer:** (b)", "B"),
-    ("**Answer**: brain", "B"),
-    ("The correct answer is: **B) Brain**", "B"),
-    ("Gyri are visible, so the correct option is C", "C"),
-    ("The answer is Left knee. It shows a patella.", "C"),
-    ("The answer is B because A shows no gyri", "B"),
-    ("The answer is B. Options A and C are wrong.", "B"),
-    ("Option A is wrong. The answer is B.", "B"),
-    ("the answer is a", "A"),
-    ("the answer is a.", "A"),
-    ("The answer is a mass", None),
-    ("The answer is A mass", None),
-    ("The answer is not B", None),
-    ("The incorrect answer is A", None),
-    ("The answer is A or B", None),
-    ("The answer is A, B", None),
-    ("The answer is B. No, the answer is C.", None),
-    ("The answer is B. Yes, the answer is B.", "B"),
-    ("The answer is B) Chest", None),
-    ("The answer is D", None),
-  ],
-)
-def test_lenient_letter(completion, expected):
-  assert rewards.lenient_letter(completion, BRAIN) == expected
-  assert rewards.lenient_accuracy(completion, BRAIN) == (expected == "B")
+def test_lenient_letter():
+  assert_table(lambda text: rewards.lenient_letter(text, BRAIN), *LENIENT)
+  accuracies = [(float(letter == "B"), *texts) for letter, *texts in LENIENT]
+  assert_table(lambda text: rewards.lenient_accuracy(text, BRAIN), *accuracies)
 
 
 def asked(*options):
   return dataclasses.replace(BRAIN, options=options, answer="B")
 
 
-def test_a_letter_with_its_own_text_is_no_article():
-  found = [rewards.lenient_letter("A mass", asked(*options)) for options in (("mass", "cyst"), ("cyst", "mass"))]
-  assert found == ["A", None]
-  assert rewards.lenient_letter("A mass is visible", asked("mass", "cyst")) is None  # a sentence again
-  assert rewards.lenient_letter("B: left knee", asked("left knee", "left")) is None  # the other option's text
-  assert rewards.lenient_letter("B: left", asked("left knee", "left")) == "B"
+def test_options_decide_what_is_an_article():
+  for expected, text, options in (
+    ("A", "A mass", ("mass", "cyst")),
+    (None, "A mass", ("cyst", "mass")),
+    (None, "A mass is visible", ("mass", "cyst")),  # a sentence again
+    (None, "B: left knee", ("left knee", "left")),  # the other option's text
+    ("B", "B: left", ("left knee", "left")),
+  ):
+    assert rewards.lenient_letter(text, asked(*options)) == expected, (text, options)
 
 
 def test_options_that_words_do_not_tell_apart():
-  assert rewards.lenient_letter("<answer>> 5 mm</answer>", asked("< 5 mm", "> 5 mm")) == "B"
-  assert rewards.lenient_letter("<answer>5 mm</answer>", asked("< 5 mm", "> 5 mm")) is None
-  assert rewards.lenient_letter("<answer>?</answer>", asked("?", "+")) is None  # no word at all
-  assert rewards.lenient_letter("<answer>cyst</answer>", asked("cyst", "mass", "cyst")) is None  # one of two
-  assert rewards.lenient_letter("<answer>B</answer>", asked("B", "A")) == "B"  # a letter first, as strictly
+  for expected, text, options in (
+    ("B", "> 5 mm", ("< 5 mm", "> 5 mm")),
+    (None, "5 mm", ("< 5 mm", "> 5 mm")),
+    (None, "?", ("?", "+")),  # no word at all
+    (None, "cyst", ("cyst", "mass", "cyst")),  # one of two
+    ("B", "B", ("B", "A")),  # a letter first, as strictly
+  ):
+    assert rewards.lenient_letter(f"<answer>{text}</answer>", asked(*options)) == expected, (text, options)
 
 
 PIECES = st.sampled_from(
@@ -282,7 +178,7 @@ PIECES = st.sampled_from(
 
 
 @hypothesis.given(st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=40))
-@hypothesis.settings(max_examples=500, deadline=None)
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_the_forgiving_parser_reads_all_that_the_strict_one_reads(completion):
   strict, lenient = rewards.answer_letter(completion), rewards.lenient_letter(completion, BRAIN)
   assert lenient in ("A", "B", "C", None)
@@ -292,43 +188,37 @@ def test_the_forgiving_parser_reads_all_that_the_strict_one_reads(completion):
   assert gold == lenient  # the answer does not help
 
 
-@hypothesis.given(
-  letter=st.sampled_from("ABC"),
-  word=st.sampled_from(["mass", "lesion", "small", "left", "visible", "cells", "and", "large", "T2"]),
-  more=st.sampled_from(["", " is visible.", " near the brain", ", the answer"]),
-)
-def test_a_letter_before_a_word_is_a_word(letter, word, more):
-  assert rewards.lenient_letter(f"{letter} {word}{more}", BRAIN) is None
+def test_a_letter_before_a_word_is_a_word():
+  words = ("mass", "lesion", "small", "left", "visible", "cells", "and", "large", "T2")
+  ends = ("", " is visible.", " near the brain", ", the answer")
+  assert_table(
+    lambda text: rewards.lenient_letter(text, BRAIN),
+    *((None, f"{letter} {word}{end}") for letter, word, end in itertools.product("ABC", words, ends)),
+  )
 
 
 def test_the_forgiving_parser_is_fast_on_repetition():
-  start = time.perf_counter()
+  start = time.process_time()
   for piece in ("(", "A ", "answer is ", "<think>", "answer: A, ", "\n", "**", "Brain "):
     rewards.lenient_letter(piece * 4000, BRAIN)
-  assert time.perf_counter() - start < 5  # 0.3 s; a quadratic one took 12
+  assert time.process_time() - start < 5  # 0.3 s; a quadratic one took 12
 
 
-@pytest.mark.parametrize(
-  ("convention", "completion", "accuracy", "well_formed"),
-  [
+def test_conventions():
+  bracket = "<think>a</think><answer>(b)</answer>"
+  for name, completion, accuracy, well_formed in (
     ("med_r1", RIGHT, 1, 1),
     ("med_r1", "<answer>B</answer>", 1, 0),
-    ("med_r1", "<think>a</think><answer>(b)</answer>", 0, 1),
-    ("medvlm_r1", RIGHT, 1, 1),
+    ("med_r1", bracket, 0, 1),
     ("medvlm_r1", "<think>a</think><answer>B) Brain</answer>", 0.5, 1),
     ("medvlm_r1", "<think>a</think><ANSWER>B</ANSWER>", 1, 0),
-    ("no_think", "<answer>B</answer>", 1, 1),
     ("no_think", "<answer>A</answer>", 0, 1),
     ("no_think", RIGHT, 1, 0),
-    ("lenient", "<think>a</think><answer>(b)</answer>", 1, 1),
-    ("lenient", "It is the brain", 0, 0),
+    ("lenient", bracket, 1, 1),
     ("lenient", "Brain", 1, 0),
-  ],
-)
-def test_conventions(convention, completion, accuracy, well_formed):
-  found = rewards.CONVENTIONS[convention]
-  assert found.accuracy(completion, BRAIN) == accuracy
-  assert found.format(completion, BRAIN) == well_formed
+  ):
+    found = rewards.CONVENTIONS[name]
+    assert (found.accuracy(completion, BRAIN), found.format(completion, BRAIN)) == (accuracy, well_formed), name
 
 
 def test_every_named_reward_takes_completion_and_example():

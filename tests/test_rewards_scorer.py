@@ -33,23 +33,20 @@ def test_a_reward_of_ones_own_by_its_dotted_path(own_module):
   assert found == {"brevity": (brevity, 0.5)}
 
 
-@pytest.mark.parametrize(
-  ("name", "message"),
-  [
-    ("accurate", r"reward 'accurate' is neither one of \['accuracy', .*nor a dotted path"),
-    ("", "reward '' is neither"),
-    (".brevity", "reward '.brevity' is neither"),
-    ("..lengths.brevity", "reward '..lengths.brevity' is neither"),  # relative to what?
-    ("nowhere.brevity", r"reward 'nowhere.brevity' cannot be imported \(No module named 'nowhere'\).*PYTHONPATH"),
+def test_a_reward_that_cannot_be_found_is_named(own_module):
+  for name, message in (
+    ("accurate", r"'accurate' is neither one of \['accuracy', .*nor a dotted path"),
+    ("", "neither one of"),
+    (".brevity", "neither one of"),
+    ("..lengths.brevity", "neither one of"),  # relative to what?
+    ("nowhere.brevity", r"'nowhere.brevity' cannot be imported \(No module named 'nowhere'\).*PYTHONPATH"),
     ("my_rewards.nothing.brevity", "No module named 'my_rewards.nothing'"),
     ("my_rewards.broken.brevity", "No module named 'a_module_that_nobody_has'"),
     ("my_rewards.lengths.clarity", "has no attribute 'clarity'"),
-    ("my_rewards.LIMIT", "reward 'my_rewards.LIMIT' is no function"),
-  ],
-)
-def test_a_reward_that_cannot_be_found_is_named(own_module, name, message):
-  with pytest.raises(ValueError, match=message):
-    rewards.named_reward(name)
+    ("my_rewards.LIMIT", "'my_rewards.LIMIT' is no function"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      rewards.named_reward(name)
 
 
 def test_parsed_rewards_keep_their_order_and_weights():
@@ -61,24 +58,16 @@ def test_parsed_rewards_keep_their_order_and_weights():
   assert rewards.parsed_rewards("") == rewards.parsed_rewards(" , ") == {}
 
 
-@pytest.mark.parametrize(
-  ("text", "message"),
-  [
-    ("lenient_accuracy", "reward 'lenient_accuracy' does not read as name:weight"),
-    ("lenient_accuracy:", "does not read as name:weight"),
-    ("lenient_accuracy:much", "does not read as name:weight"),
-    (":0.5", "reward ':0.5' does not read"),
-    ("lenient_accuracy:nan", "does not read as name:weight"),
-    ("lenient_accuracy:inf", "does not read as name:weight"),
-    ("lenient_accuracy=0.5", "does not read as name:weight"),
-    ("format:1, unheard_of:1", "reward 'unheard_of' is neither"),
+def test_rewards_that_do_not_read_are_refused():
+  unreadable = ("accuracy", "accuracy:", "accuracy:much", ":0.5", "accuracy:nan", "accuracy:inf", "accuracy=0.5")
+  for text, message in (
+    *((text, f"'{text}' does not read as name:weight") for text in unreadable),
+    ("format:1, unheard_of:1", "'unheard_of' is neither"),
     ("format:1, format:2", "two rewards are called 'format'"),
-    ("lenient_accuracy:1, kepo_jax.rewards.lenient_accuracy:1", "two rewards are called 'lenient_accuracy'"),
-  ],
-)
-def test_rewards_that_do_not_read_are_refused(text, message):
-  with pytest.raises(ValueError, match=message):
-    rewards.parsed_rewards(text)
+    ("accuracy:1, kepo_jax.rewards.accuracy:1", "two rewards are called 'accuracy'"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      rewards.parsed_rewards(text)
 
 
 # ---- the scorer ----
@@ -103,6 +92,9 @@ def test_the_scorer_weighs_and_adds():
   expected = {"accuracy": [[1, 1], [0, 0]], "format": [[1, 0], [0, 1]], "total": [[1.5, 1.0], [0.0, 0.5]]}
   assert {name: values.tolist() for name, values in scores.items()} == expected
   assert {(values.dtype.name, values.shape) for values in scores.values()} == {("float32", (2, 2))}
+  # 2 a + 0 f - 0.25 length: RIGHT is 34 characters long, "B" one.
+  total = scorer(2.0, 0.0, length=(length, -0.25))([[RIGHT, "B"]], [BRAIN])["total"]
+  assert total.tolist() == [[2 - 8.5, 2 - 0.25]]
 
 
 def test_each_group_is_scored_with_its_own_question():
@@ -111,21 +103,12 @@ def test_each_group_is_scored_with_its_own_question():
   assert scorer()([["B", "A"], ["B", "A"]], [BRAIN, chest])["accuracy"].tolist() == [[1, 0], [0, 1]]
 
 
-def test_more_rewards_are_added():
-  # 2 a + 0 f - 0.25 length: RIGHT is 34 characters long, "B" one.
-  total = scorer(2.0, 0.0, length=(length, -0.25))([[RIGHT, "B"]], [BRAIN])["total"]
-  assert total.tolist() == [[2 - 8.5, 2 - 0.25]]
-
-
 def test_the_product_stands_in_place_of_accuracy_and_format():
   # 3 a f + 0.25 length; the weight of format is idle.
   scores = scorer(3.0, 7.0, "product", length=(length, 0.25))(TEXTS, [BRAIN, BRAIN])
   lengths = np.array([[len(text) for text in group] for group in TEXTS])
   assert scores["total"].tolist() == (0.25 * lengths + [[3, 0], [0, 0]]).tolist()
   assert scores["accuracy"].tolist() == [[1, 1], [0, 0]] and scores["format"].tolist() == [[1, 0], [0, 1]]
-
-
-def test_a_product_of_a_graded_accuracy():
   graded = rewards.Scorer(
     {"accuracy": (rewards.medvlm_accuracy, 1.0), "format": (rewards.strict_format, 1.0)}, "product"
   )
@@ -149,49 +132,32 @@ def test_equal_rewards_give_bitwise_equal_totals(combination):
 
 
 def test_nothing_to_score():
-  assert {name: values.shape for name, values in scorer()([], []).items()} == {
-    "accuracy": (0, 0),
-    "format": (0, 0),
-    "total": (0, 0),
-  }
+  shapes = {name: values.shape for name, values in scorer()([], []).items()}
+  assert shapes == dict.fromkeys(("accuracy", "format", "total"), (0, 0))
 
 
-@pytest.mark.parametrize(
-  ("names", "message"),
-  [
-    (("accuracy",), r"rewards \['accuracy'\] must hold accuracy and format"),
-    (("format", "mine"), "must hold accuracy and format"),
-    ((), r"rewards \[\] must hold"),
-    (("accuracy", "format", "total"), "none called 'total'"),
-  ],
-)
-def test_the_scorer_needs_accuracy_and_format_and_keeps_the_total(names, message):
-  with pytest.raises(ValueError, match=message):
-    rewards.Scorer({name: (rewards.accuracy, 1.0) for name in names})
-
-
-def test_an_unknown_combination_is_refused():
+def test_a_scorer_that_cannot_score_is_refused():
+  good = (rewards.accuracy, 1.0)
+  for names in (("accuracy",), ("format", "mine"), (), ("accuracy", "format", "total")):
+    with pytest.raises(ValueError, match="must hold accuracy and format, and none called 'total'"):
+      rewards.Scorer(dict.fromkeys(names, good))
+  for entry in (rewards.accuracy, (rewards.accuracy,), (1.0, rewards.accuracy)):
+    with pytest.raises(ValueError, match=r"reward 'mine' .* pair of function and weight"):
+      rewards.Scorer({"accuracy": good, "format": good, "mine": entry})
   with pytest.raises(ValueError, match=r"combination 'maximum' is unknown; use one of \('sum', 'product'\)"):
     scorer(combination="maximum")
 
 
-@pytest.mark.parametrize(
-  "value", [float("nan"), None, "1", b"1", 1j, np.float32("inf"), -np.inf, np.array([1.0, 2.0]), 10**400, 1e39]
-)
-def test_a_reward_that_is_no_finite_number_is_refused(value):
+def mine(value):
+  return scorer(0.0, 0.0, mine=(lambda text, example: value, 2.0))([["B"]], [BRAIN])
+
+
+def test_a_reward_is_a_finite_number():
+  for value in (1, True, np.float32(1), np.float16(1), np.int64(1), np.bool_(True), np.array(1.0)):
+    scores = mine(value)
+    assert (scores["mine"].tolist(), scores["total"].tolist()) == ([[1.0]], [[2.0]]), repr(value)
   # 1e39 is finite, but not as float32.
-  with pytest.raises(ValueError, match=r"reward 'mine' gave .* for question x/1; it must return a finite number"):
-    scorer(mine=(lambda text, example: value, 1.0))([["B"]], [BRAIN])
-
-
-@pytest.mark.parametrize("value", [1, True, np.float32(1), np.float16(1), np.int64(1), np.bool_(True), np.array(1.0)])
-def test_every_finite_number_is_taken(value):
-  scores = scorer(0.0, 0.0, mine=(lambda text, example: value, 2.0))([["B"]], [BRAIN])
-  assert (scores["mine"].tolist(), scores["total"].tolist()) == ([[1.0]], [[2.0]])
-
-
-@pytest.mark.parametrize("entry", [rewards.accuracy, (rewards.accuracy,), (1.0, rewards.accuracy)])
-def test_a_reward_without_its_weight_is_refused(entry):
-  pair = {"accuracy": (rewards.accuracy, 1.0), "format": (rewards.strict_format, 1.0)}
-  with pytest.raises(ValueError, match=r"reward 'mine' .* pair of function and weight"):
-    rewards.Scorer(pair | {"mine": entry})
+  infinite = (float("nan"), np.float32("inf"), -np.inf, 10**400, 1e39)
+  for value in (*infinite, None, "1", b"1", 1j, np.array([1.0, 2.0])):
+    with pytest.raises(ValueError, match=r"reward 'mine' gave .* for question x/1; it must return a finite number"):
+      mine(value)

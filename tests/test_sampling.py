@@ -43,13 +43,6 @@ def prompts_of(layouts, extra=(0, 0)):
   return cases.make_prompts(CONFIG, layouts, seed=3, extra=extra)[0]
 
 
-@jax.jit
-def hidden_of(params, prompts, tokens):
-  """Hidden states and head of the forward pass that knows no cache."""
-  hidden = model.completion_hidden(CONFIG, params, model.prefill(CONFIG, params, prompts), tokens)
-  return hidden, model.head_weight(CONFIG, params)
-
-
 @pytest.fixture(scope="module")
 def rollouts(params):
   return jax.device_get(program()(params, prompts_of(TEXTS), KEY))
@@ -74,28 +67,37 @@ def test_masks_end_with_the_end_token(rollouts):
   assert ALLOWED[tokens[mask]].all()
 
 
-def test_rows_of_a_group_differ(rollouts):
-  assert len({tuple(row) for row in rollouts.tokens.reshape(-1, T)}) > 0.9 * len(TEXTS) * G
+@jax.jit
+def uncached(params, prompts, tokens):
+  """Logits float32[P, G, T, V] of the forward pass that knows no cache, and what scoring makes of them."""
+  hidden = model.completion_hidden(CONFIG, params, model.prefill(CONFIG, params, prompts), tokens)
+  head = model.head_weight(CONFIG, params)
+  scored = [scoring.token_logps(hidden, head, tokens, jnp.array(ALLOWED), temperature=t)[0] for t in (1.0, 0.7)]
+  return jnp.einsum("pgtd,vd->pgtv", hidden, head), dict(zip((1.0, 0.7), scored, strict=True))
 
 
 @pytest.mark.parametrize(
   "settings", [{}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}, {"temperature": 0.0}], ids=str
 )
-def test_sampled_logps_equal_scored_logps(settings, params):
+def test_each_token_is_drawn_from_the_full_forward_with_its_own_key(settings, params):
   prompts = prompts_of(TEXTS)
-  rollouts = program(**settings)(params, prompts, KEY)
-  temperature = settings.get("temperature", 1.0) or 1.0
-  hidden, head = hidden_of(params, prompts, rollouts.tokens)
-  scored, _ = scoring.token_logps(hidden, head, rollouts.tokens, jnp.array(ALLOWED), temperature=temperature)
+  rollouts = jax.device_get(program(**settings)(params, prompts, KEY))
+  logits, scored = uncached(params, prompts, rollouts.tokens)
+  scored = scored[settings.get("temperature") or 1.0]
   np.testing.assert_allclose(rollouts.logps, np.where(rollouts.mask, scored, 0.0), atol=1e-5)
+  if settings.get("temperature") == 0.0:
+    expected = np.where(ALLOWED, logits, -np.inf).argmax(-1)
+  else:
 
+    @jax.jit
+    @jax.vmap
+    def chosen(logits, t):
+      fold = jax.random.fold_in
+      keys = jax.vmap(lambda row: jax.vmap(lambda g: fold(fold(fold(KEY, row), g), t))(jnp.arange(G)))(prompts.row)
+      return sampling.choose_tokens(logits, keys, ALLOWED, **{"temperature": 1.0} | settings)[0]
 
-def test_greedy_takes_the_most_likely_token_of_the_full_forward(params):
-  prompts = prompts_of(TEXTS)
-  greedy = program(temperature=0.0)(params, prompts, KEY)
-  hidden, head = hidden_of(params, prompts, greedy.tokens)
-  logits = np.where(ALLOWED, np.einsum("pgtd,vd->pgtv", hidden, head), -np.inf)
-  np.testing.assert_array_equal(greedy.tokens, np.where(greedy.mask, logits.argmax(-1), PAD))
+    expected = np.moveaxis(chosen(jnp.moveaxis(logits, 2, 0), jnp.arange(T)), 0, 2)
+  np.testing.assert_array_equal(rollouts.tokens, np.where(rollouts.mask, expected, PAD))
 
 
 @pytest.fixture(scope="module")
@@ -114,19 +116,21 @@ def on_mesh(params, mesh_of):
   return compiled
 
 
+EVERY_AXIS = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
 @pytest.mark.parametrize(
-  "axes",
-  [{"data": 8}, pytest.param({"fsdp": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}],
-  ids=lambda axes: "x".join(axes),
+  ("layout", "stationary", "axes"),
+  [
+    ("decode", False, EVERY_AXIS),
+    pytest.param("decode", False, {"data": 8}, marks=pytest.mark.slow),
+    pytest.param("decode", False, {"fsdp": 8}, marks=pytest.mark.slow),
+    pytest.param("train", True, EVERY_AXIS, marks=pytest.mark.slow),
+  ],
+  ids=str,
 )
-def test_same_tokens_on_every_mesh(axes, on_mesh, rollouts):
-  run, arguments = on_mesh("decode", **axes)
-  assert_same_rollouts(jax.device_get(run(*arguments)), rollouts)
-
-
-@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_same_tokens_from_weights_that_stay(axes, on_mesh, rollouts):
-  run, arguments = on_mesh("train", True, **axes)
+def test_same_tokens_on_every_mesh(layout, stationary, axes, on_mesh, rollouts):
+  run, arguments = on_mesh(layout, stationary, **axes)
   assert_same_rollouts(jax.device_get(run(*arguments)), rollouts)
 
 
@@ -142,30 +146,24 @@ def test_prompts_that_do_not_divide_come_to_weights_that_stay(on_mesh, pictured)
 
 
 def test_padding_and_the_rest_of_the_batch_change_nothing(params, pictured):
-  expected = pictured
   padded = jax.tree.map(lambda x: x[np.array([1, 0])], prompts_of(IMAGES, extra=(5, 8)))
   actual = program(samples=2)(params, padded, KEY)
-  assert_same_rollouts(actual, jax.tree.map(lambda x: x[np.array([1, 0]), :2], expected))
+  assert_same_rollouts(actual, jax.tree.map(lambda x: x[np.array([1, 0]), :2], pictured))
 
 
+@pytest.mark.slow
 def test_separate_layers_give_the_same_tokens(params, rollouts):
   assert_same_rollouts(program()(model.separated(params), prompts_of(TEXTS), KEY), rollouts)
 
 
-@pytest.mark.parametrize("segment", [3, 4, 7, 8])  # T = 8: 3 + 3 + 2, two equal ones, 7 + 1, one
-def test_a_cache_that_grows_gives_the_same_tokens(segment, params, rollouts, monkeypatch):
-  monkeypatch.setattr(sampling, "SEGMENT", segment)
-  lengths = sampling.cache_lengths(T)
-  assert lengths[-1] == T and np.diff((0, *lengths)).max() <= segment
+def test_a_cache_that_grows_gives_the_same_tokens(params, rollouts, monkeypatch):
+  lengths = {}
+  for segment in (3, 4, 7, 8):
+    monkeypatch.setattr(sampling, "SEGMENT", segment)
+    lengths[segment] = sampling.cache_lengths(T)
+  assert lengths == {3: (3, 6, 8), 4: (4, 8), 7: (7, 8), 8: (8,)}
+  monkeypatch.setattr(sampling, "SEGMENT", 3)
   assert_same_rollouts(jax.jit(sampler())(params, prompts_of(TEXTS), KEY), rollouts)
-
-
-def test_keys_and_rows_change_the_tokens(params, rollouts):
-  prompts = prompts_of(TEXTS)
-  other = program()(params, prompts, jax.random.key(6))
-  assert (other.tokens != rollouts.tokens).any((1, 2)).all()
-  renamed = program()(params, prompts.replace(row=prompts.row + 100), KEY)
-  assert (renamed.tokens != rollouts.tokens).any((1, 2)).all()
 
 
 def test_the_loop_stops_when_every_row_has_ended(params, monkeypatch):
@@ -186,18 +184,9 @@ def test_the_loop_stops_when_every_row_has_ended(params, monkeypatch):
     assert len(steps) == length - 1  # the first token comes from the prompt
 
 
-def drawn(logits, rows=20_000, **settings):
-  """How often each id is chosen."""
-  keys = jax.random.split(jax.random.key(0), (rows, 1))
-  choose = jax.jit(functools.partial(sampling.choose_tokens, allowed=jnp.arange(len(logits)) != 2, **settings))
-  tokens, logps = choose(jnp.broadcast_to(jnp.array(logits), (rows, 1, len(logits))), keys)
-  return np.bincount(np.array(tokens).ravel(), minlength=len(logits)) / rows, np.array(logps)[:, 0], tokens[:, 0]
-
-
 @pytest.mark.parametrize(
   ("settings", "kept"),
   [
-    ({"temperature": 1.0}, [0, 1, 3, 4, 5]),
     ({"temperature": 0.5}, [0, 1, 3, 4, 5]),
     ({"temperature": 1.0, "top_k": 2}, [0, 3]),
     ({"temperature": 1.0, "top_p": 0.75}, [0, 1, 3]),
@@ -207,22 +196,23 @@ def drawn(logits, rows=20_000, **settings):
 )
 def test_frequencies(settings, kept):
   # Id 2 is banned, however likely; the shares of the others are 40, 15, -, 30, 10, 5 per cent at temperature 1.
-  logits = np.log([0.40, 0.15, 9.0, 0.30, 0.10, 0.05])
-  frequencies, logps, tokens = drawn(logits, **settings)
-  shares = np.exp(logits / settings["temperature"])
-  shares[2] = 0.0
+  logits, draws = np.log([0.40, 0.15, 9.0, 0.30, 0.10, 0.05]), 20_000
+  choose = jax.jit(functools.partial(sampling.choose_tokens, allowed=jnp.arange(6) != 2, **settings))
+  keys = jax.random.split(jax.random.key(0), (draws, 1))
+  tokens, logps = jax.device_get(choose(jnp.broadcast_to(jnp.float32(logits), (draws, 1, 6)), keys))
+  shares = np.exp(logits / settings["temperature"]) * (np.arange(6) != 2)
   shares /= shares.sum()
   filtered = np.where(np.isin(np.arange(6), kept), shares, 0.0)
   filtered /= filtered.sum()
+  frequencies = np.bincount(tokens.ravel(), minlength=6) / draws
   np.testing.assert_array_equal(np.flatnonzero(frequencies), kept)
-  np.testing.assert_allclose(frequencies, filtered, atol=4 * 0.5 / 20_000**0.5)
+  np.testing.assert_allclose(frequencies, filtered, atol=4 * 0.5 / draws**0.5)
   np.testing.assert_allclose(np.exp(logps), shares[tokens], rtol=1e-5)  # before top_k and top_p
 
 
-@pytest.mark.parametrize("size", [128 * 3, 96, 13])
-def test_draws_follow_the_distribution_for_every_size(size, rng):
-  shares = rng.dirichlet(np.full(size, 0.5))
-  draws = 40_000
+@pytest.mark.parametrize("size", [96, 13])  # 32 rows of 3 columns, and one of 13
+def test_draws_follow_the_distribution(size, rng):
+  shares, draws = rng.dirichlet(np.full(size, 0.5)), 40_000
   keys = jax.random.split(jax.random.key(1), (draws, 1))
   logps = jnp.broadcast_to(jnp.log(jnp.array(shares, jnp.float32)), (draws, 1, size))
   counts = np.bincount(np.array(jax.jit(sampling._drawn)(logps, keys)).ravel(), minlength=size)
@@ -232,26 +222,25 @@ def test_draws_follow_the_distribution_for_every_size(size, rng):
   assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
 
 
-@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.3, 0), (1e-6, 0), (1.0, 1), (1.0, 17), (1.0, 500), (0.8, 9)])
-def test_what_is_kept_equals_sorting(top_p, top_k, rng):
+def test_what_is_kept_equals_sorting(rng):
   logps = np.float32(np.log(rng.dirichlet(np.full(60, 0.3), size=8)))
   logps[:, 10:20] = -np.inf
-  actual = np.isfinite(sampling._kept(jnp.array(logps), top_p, top_k))
-  for row, keep in zip(logps.astype(np.float64), actual, strict=True):
-    order = np.argsort(-row)
-    order = order[np.isfinite(row[order])][: top_k or None]
-    p = np.exp(row[order]) / np.exp(row[order]).sum()
-    before = np.cumsum(p) - p  # probability of what is more likely
-    expected = order[before < top_p]
-    np.testing.assert_array_equal(np.flatnonzero(keep), np.sort(expected))
+  settings = [(0.9, 0), (0.3, 0), (1e-6, 0), (1.0, 1), (1.0, 17), (1.0, 500), (0.8, 9)]
+  kept = jax.jit(lambda logps: [sampling._kept(logps, top_p, top_k) for top_p, top_k in settings])(logps)
+  for (top_p, top_k), actual in zip(settings, np.isfinite(kept), strict=True):
+    for row, keep in zip(logps.astype(np.float64), actual, strict=True):
+      order = np.argsort(-row)
+      order = order[np.isfinite(row[order])][: top_k or None]
+      p = np.exp(row[order]) / np.exp(row[order]).sum()
+      before = np.cumsum(p) - p  # probability of what is more likely
+      expected = np.sort(order[before < top_p])
+      np.testing.assert_array_equal(np.flatnonzero(keep), expected, err_msg=f"{top_p=} {top_k=}")
 
 
-@pytest.mark.parametrize(
-  ("name", "value"), [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("samples", 0)]
-)
-def test_impossible_settings_are_refused(name, value, params):
-  with pytest.raises(ValueError, match=f"{name}={value}"):
-    sampler(**{name: value})(params, None, KEY)
+def test_impossible_settings_are_refused(params):
+  for name, value in (("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("samples", 0)):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+      sampler(**{name: value})(params, None, KEY)
 
 
 def loop_computations(text):
@@ -275,7 +264,7 @@ def gathered_sizes(text):
 
 def test_no_weight_is_gathered_inside_the_loop(on_mesh):
   smallest = 32 * 32  # the smallest matrix of a layer
-  inside = loop_computations(on_mesh("decode", data=2, fsdp=2, tensor=2)[0].as_text())
+  inside = loop_computations(on_mesh("decode", **EVERY_AXIS)[0].as_text())
   assert "dot(" in inside  # the parser found the loop
   assert max(gathered_sizes(inside), default=0) < smallest
 
@@ -283,5 +272,5 @@ def test_no_weight_is_gathered_inside_the_loop(on_mesh):
 @pytest.mark.slow
 def test_the_training_layout_does_gather_inside_the_loop(on_mesh):
   # Shows that the test above can fail.
-  inside = loop_computations(on_mesh("train", data=2, fsdp=2, tensor=2)[0].as_text())
+  inside = loop_computations(on_mesh("train", **EVERY_AXIS)[0].as_text())
   assert max(gathered_sizes(inside)) >= 32 * 32

@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 
+import ml_collections
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
@@ -14,18 +15,10 @@ from PIL import Image
 from kepo_jax.types import Example
 
 RECORD = {
-  "dataset": "Set A",
-  "question_id": "Set A_0000",
-  "question_type": "Anatomy Identification",
-  "question": "Which organ is shown?",
-  "gt_answer": "Brain",
-  "image_path": "Images/Set A/test (1)/left.lower & x.png",
-  "option_A": "Chest",
-  "option_B": "Brain",
-  "option_C": "Knee",
-  "option_D": "Hand",
-  "modality_type": "X-Ray",
-}
+  "dataset": "Set A", "question_id": "Set A_0000", "question_type": "Anatomy Identification",
+  "question": "Which organ is shown?", "gt_answer": "Brain", "image_path": "Images/Set A/test (1)/left.lower & x.png",
+  "option_A": "Chest", "option_B": "Brain", "option_C": "Knee", "option_D": "Hand", "modality_type": "X-Ray",
+}  # fmt: skip
 
 
 class Layout:
@@ -62,15 +55,10 @@ MEDR1 = {
   "solution": "<answer> B </answer>",
 }
 MEDVLM = {
-  "image": ["images/a.png"],
-  "problem": "Which organ?\nA) Chest\nB) Brain",
-  "solution": "B",
-  "question": "Which organ?",
-  "options": ["Chest", "Brain"],
-  "answer": "Brain",
+  "image": ["images/a.png"], "problem": "Which organ?\nA) Chest\nB) Brain", "solution": "B",
+  "question": "Which organ?", "options": ["Chest", "Brain"], "answer": "Brain", "subset": "X-Ray",
   "dataset": "OmniMedVQA",
-  "subset": "X-Ray",
-}
+}  # fmt: skip
 
 
 def write_records(path, *records):
@@ -86,7 +74,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 def encoded(number=0, kind="PNG"):
   """Bytes of a drawn image."""
   stream = io.BytesIO()
-  Image.fromarray(np.full((8, 10 + number, 3), 20 * number, np.uint8)).save(stream, format=kind)
+  Image.fromarray(np.full((8, 10 + number, 3), 20 * number % 256, np.uint8)).save(stream, format=kind)
   return stream.getvalue()
 
 
@@ -144,12 +132,11 @@ def bomb(side):
 
 def question(modality, number, image, *more):
   """A question about an image of its modality, given by number, and more of them by path."""
-  return Example(
-    id=f"{modality}/{number:04d}",
-    question="?",
-    options=("a", "b"),
-    answer="A",
-    images=(f"/{modality}/{image}.png", *more),
-    modality=modality,
-    dataset=modality,
-  )
+  texts = {"question": "?", "options": ("a", "b"), "answer": "A", "modality": modality, "dataset": modality}
+  return Example(id=f"{modality}/{number:04d}", images=(f"/{modality}/{image}.png", *more), **texts)
+
+
+def settings(directory, **changes):
+  """What a config says of its data: few questions of a folder."""
+  values = {"directory": str(directory), "split_files": "", "lenient": False, "train_modality": "MRI", "split_seed": 0}
+  return ml_collections.ConfigDict(values | {"train_items": 6, "validation_items": 2, "test_items": 3} | changes)

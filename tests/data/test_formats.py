@@ -8,8 +8,6 @@ import pytest
 from kepo_jax.data import formats
 from tests.data import cases
 
-SPLIT = cases.MEDR1
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -20,61 +18,44 @@ def layout(folder):
   cases.Layout(folder / "OmniMedVQA").write(cases.RECORD)
 
 
-def split_folder(folder):
-  cases.write_records(folder / "test" / "MRI_test.json", SPLIT)
-
-
 def dict_folder(folder):
   cases.write_saved(folder / "train")
   (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
 
 
-FOLDERS = {
-  "OmniMedVQA layout": (layout, "Set A/Set A_0000"),
-  "split files": (split_folder, "MRI_test/0"),
-  "Hugging Face, parquet": (lambda folder: cases.write_parquet(folder / "data" / "a.parquet"), "here/a/0"),
-  "Hugging Face, saved to disk": (dict_folder, "here/train/0"),
-}
+def test_folders(tmp_path):
+  for kind, make, first in [
+    ("OmniMedVQA layout", layout, "Set A/Set A_0000"),
+    ("split files", lambda f: cases.write_records(f / "test" / "MRI_test.json", cases.MEDR1), "MRI_test/0"),
+    ("Hugging Face, parquet", lambda f: cases.write_parquet(f / "data" / "a.parquet"), "here/a/0"),
+    ("Hugging Face, saved to disk", dict_folder, "here/train/0"),
+  ]:
+    folder = tmp_path / kind / "here"
+    folder.mkdir(parents=True)
+    make(folder)
+    examples, summary = formats.read_any(folder, check_images=kind != "split files")
+    assert summary.format == kind and f"({kind})" in summary.text() and examples[0].id == first
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
-def test_folders(kind, tmp_path):
-  make, first = FOLDERS[kind]
-  (tmp_path / "here").mkdir()
-  make(tmp_path / "here")
-  examples, summary = formats.read_any(tmp_path / "here", check_images=kind != "split files")
-  assert summary.format == kind and f"({kind})" in summary.text() and examples[0].id == first
-
-
-def test_files(tmp_path):
-  layout(tmp_path)
-  root = tmp_path / "OmniMedVQA"
-  (example,), summary = formats.read_any(root / "QA_information" / "Open-access" / "Set A.json")
-  assert summary.format == "OmniMedVQA layout" and example.images[0].startswith(os.path.realpath(root))
-  split = cases.write_records(tmp_path / "MRI_test.json", SPLIT)
-  assert formats.read_any(split, check_images=False)[1].format == "split files"
-  parquet = cases.write_parquet(tmp_path / "a.parquet")
-  assert formats.read_any(parquet)[1].format == "Hugging Face, parquet"
-  arrow = next(cases.write_saved(tmp_path / "saved").glob("*.arrow"))
-  assert formats.read_any(arrow)[0][1].id == "data/1"
-
-
-def test_endings_in_capitals_and_lines(tmp_path):
+def test_files_with_endings_in_capitals_or_not(tmp_path):
   root = tmp_path / "OmniMedVQA"
   file = cases.Layout(root).write(cases.RECORD)
+  (example,), summary = formats.read_any(file)
+  assert summary.format == "OmniMedVQA layout" and example.images[0].startswith(os.path.realpath(root))
   (file.parent / "more.JSONL").write_text(json.dumps(cases.record(1)) + "\n" + json.dumps(cases.record(2)) + "\n")
   os.rename(file, file.with_suffix(".JSON"))
   (file.parent / "deep").mkdir()
   (file.parent / "deep" / "b.json").write_text("[]")
-  for place, number in ((root, 3), (file.with_suffix(".JSON"), 1), (file.parent / "more.JSONL", 2)):
+  for place, number in ((file.with_suffix(".JSON"), 1), (file.parent / "more.JSONL", 2), (root, 3)):
     examples, summary = formats.read_any(place)
     assert len(examples) == number and summary.format == "OmniMedVQA layout"
-    assert summary.rules["file_skipped"] == (place == root) and summary.first.get("file_skipped", "").endswith(
-      "deep/b.json" * (place == root)
-    )
-  os.rename(cases.write_parquet(tmp_path / "a.parquet"), tmp_path / "A.PARQUET")
-  assert formats.read_any(tmp_path / "A.PARQUET")[1].format == "Hugging Face, parquet"
+  assert summary.rules["file_skipped"] == 1 and summary.first["file_skipped"].endswith("deep/b.json")
+  split = cases.write_records(tmp_path / "MRI_test.json", cases.MEDR1)
+  assert formats.read_any(split, check_images=False)[1].format == "split files"
+  for name in ("a.parquet", "A.PARQUET"):
+    assert formats.read_any(cases.write_parquet(tmp_path / name))[1].format == "Hugging Face, parquet"
   arrow = next(cases.write_saved(tmp_path / "saved").glob("*.arrow"))
+  assert formats.read_any(arrow)[0][1].id == "data/1"
   assert formats.read_any(arrow.rename(tmp_path / "A.ARROW"))[1].format == "Hugging Face, saved to disk"
 
 
@@ -101,20 +82,23 @@ def test_arguments_reach_the_reader(tmp_path):
 
 
 def test_what_is_of_no_format(tmp_path):
-  with pytest.raises(ValueError, match="absent: no such file or directory"):
-    formats.read_any(tmp_path / "absent")
-  with pytest.raises(ValueError, match="of no known format: no QA_information"):
-    formats.read_any(tmp_path)
   (tmp_path / "a.csv").write_text("a,b")
-  with pytest.raises(ValueError, match=r"a\.csv: of no known format; \.json"):
-    formats.read_any(tmp_path / "a.csv")
-  for content in ("{}", "[", ""):
+  for place, message in [
+    (tmp_path / "absent", "absent: no such file or directory"),
+    (tmp_path, "of no known format: no QA_information"),
+    (tmp_path / "a.csv", r"a\.csv: of no known format; \.json"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      formats.read_any(place)
+  for content, message in (
+    ("{}", r"a\.json: "),
+    ("[", r"a\.json: "),
+    ("", r"a\.json: "),
+    ("[]", "none of 0 records is"),
+  ):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match=r"a\.json: "):
+    with pytest.raises(ValueError, match=message):
       formats.read_any(tmp_path / "a.json")
-  (tmp_path / "a.json").write_text(json.dumps([]))
-  with pytest.raises(ValueError, match="none of 0 records is usable"):
-    formats.read_any(tmp_path / "a.json")
   for name in ("a.parquet", "a.arrow", "b.json"):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ValueError, match=f"{name}.*is not a regular file"):

@@ -1,9 +1,6 @@
 """Bit equality with the reference processor, and errors that name the file."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -71,27 +68,28 @@ def test_bit_equal_over_sizes(name, tmp_path, rng):
   processor = images.ImageProcessor.from_directory(write_settings(tmp_path, SETTINGS[name]))
   reference = Qwen2VLImageProcessorPil(**SETTINGS[name])
   sizes = [(64, 64), (57, 67), (128, 128), (300, 7), (9, 512), (1, 1), (33, 200), (301, 203)]
-  sizes += [tuple(rng.integers(1, 400, 2).tolist()) for _ in range(12)]
-  checked = 0
-  for width, height in sizes:
-    if max(width, height) <= 200 * min(width, height):
-      assert_bit_equal(processor, reference, drawn("RGB", width, height, rng))
-      checked += 1
-  assert checked >= 18
+  for width, height in [*sizes, *rng.integers(2, 400, (12, 2)).tolist()]:  # none is too narrow
+    assert_bit_equal(processor, reference, drawn("RGB", width, height, rng))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_bit_equal_over_modes(mode, tmp_path, rng):
+def test_bit_equal_over_modes(tmp_path, rng):
   processor = images.ImageProcessor.from_directory(write_settings(tmp_path, SETTINGS["clamped"]))
   reference = Qwen2VLImageProcessorPil(**SETTINGS["clamped"])
-  for size in ((64, 48), (131, 77)):
-    assert_bit_equal(processor, reference, drawn(mode, *size, rng))
+  for mode in MODES:
+    for size in ((64, 48), (131, 77)):
+      assert_bit_equal(processor, reference, drawn(mode, *size, rng))
+
+
+def test_a_transparent_colour_is_white(tmp_path):
+  for number in (0, 7):  # 0 is a colour like any other
+    Image.new("L", (4, 4), number).save(tmp_path / "a.png", transparency=number)
+    assert (np.asarray(images.rgb(images.load_image(tmp_path / "a.png"))) == 255).all(), number
 
 
 def test_sizes_equal_the_reference_widely(rng):
   from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-  for _ in range(3000):
+  for _ in range(2000):
     height, width = (int(x) for x in np.exp(rng.uniform(0, np.log(9000), 2)))
     if max(height, width) <= 200 * min(height, width):
       bounds = {"factor": 32, "min_pixels": 65536, "max_pixels": 16777216}
@@ -121,26 +119,20 @@ def test_squash_gives_one_shape(tmp_path, rng):
   np.testing.assert_array_equal(patches, native.patches(wide.resize((384, 384), Image.Resampling.BICUBIC))[0])
 
 
-@pytest.mark.parametrize(
-  "settings, message",
-  [
-    ({"do_resize": False}, "do_resize=false is not supported"),
-    ({"image_mean": [0.5]}, "three channels"),
-    ({"min_pixels": 10**6, "max_pixels": 10**5}, "max_pixels=100000"),
-    ({"patch_size": "16"}, "preprocessor_config.json"),
-  ],
-)
-def test_unusable_settings_are_refused(settings, message, tmp_path):
-  with pytest.raises(ValueError, match=message):
-    images.ImageProcessor.from_directory(write_settings(tmp_path, settings))
-
-
-def test_missing_and_broken_settings_are_named(tmp_path):
+def test_unusable_settings_are_refused(tmp_path):
   with pytest.raises(ValueError, match="no preprocessor_config.json"):
     images.ImageProcessor.from_directory(tmp_path)
   (tmp_path / "preprocessor_config.json").write_text("{")
   with pytest.raises(ValueError, match="preprocessor_config.json: not valid JSON"):
     images.ImageProcessor.from_directory(tmp_path)
+  for settings, message in [
+    ({"do_resize": False}, "do_resize=false is not supported"),
+    ({"image_mean": [0.5]}, "three channels"),
+    ({"min_pixels": 10**6, "max_pixels": 10**5}, "max_pixels=100000"),
+    ({"patch_size": "16"}, "preprocessor_config.json"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      images.ImageProcessor.from_directory(write_settings(tmp_path, settings))
 
 
 def test_damaged_files_are_named(tmp_path, rng, monkeypatch):
@@ -153,47 +145,18 @@ def test_damaged_files_are_named(tmp_path, rng, monkeypatch):
     with pytest.raises(ValueError, match=rf"cut\.{suffix}: damaged or truncated"):
       images.load_image(tmp_path / f"cut.{suffix}")
   (tmp_path / "text.png").write_text("not an image")
-  with pytest.raises(ValueError, match=r"text\.png: not an image"):
-    images.load_image(tmp_path / "text.png")
-  with pytest.raises(ValueError, match=r"absent\.png: no such file"):
-    images.load_image(tmp_path / "absent.png")
-  with pytest.raises(ValueError, match="damaged or truncated"):
-    images.load_image(tmp_path)  # a folder
-  monkeypatch.setattr(images, "MAX_PIXELS", 2000)
-  with pytest.raises(ValueError, match=r"good\.png: too large to decode"):
-    images.load_image(tmp_path / "good.png")
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_random_damage_never_escapes(tmp_path, rng):
-  for suffix in ("png", "jpg", "tif", "bmp", "gif"):
-    drawn("RGB", 24, 16, rng).save(tmp_path / f"a.{suffix}")
-    data = np.frombuffer((tmp_path / f"a.{suffix}").read_bytes(), np.uint8)
-    for _ in range(40):
-      broken = data.copy()
-      broken[rng.integers(0, len(data), 6)] = rng.integers(0, 256, 6)
-      (tmp_path / "b").write_bytes(broken.tobytes())
-      try:
-        assert images.load_image(tmp_path / "b").width > 0
-      except ValueError as error:
-        assert str(tmp_path / "b") in str(error)
+  for path, message in [
+    (tmp_path / "text.png", r"text\.png: not an image"),
+    (tmp_path / "absent.png", r"absent\.png: no such file"),
+    (tmp_path, "damaged or truncated"),
+    (tmp_path / "good.png", r"good\.png: too large to decode"),
+  ]:
+    monkeypatch.setattr(images, "MAX_PIXELS", 2000)
+    with pytest.raises(ValueError, match=message):
+      images.load_image(path)
 
 
 def test_deep_grey_is_spread_over_eight_bits(tmp_path):
   values = np.array([[1000, 1000], [2000, 3000]], dtype=np.uint16)
   Image.fromarray(values).save(tmp_path / "deep.png")
   np.testing.assert_array_equal(np.asarray(images.load_image(tmp_path / "deep.png")), [[0, 0], [128, 255]])
-
-
-def test_reference_needs_no_torch():
-  """The comparison above belongs to `make test`: neither it nor our code imports torch or torchvision."""
-  program = (
-    "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"
-    "from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as R\n"
-    "from PIL import Image\n"
-    "from kepo_jax.data.images import ImageProcessor\n"
-    "image = Image.new('RGB', (100, 60), (9, 200, 70))\n"
-    "assert (R()(images=[image], return_tensors='np')['pixel_values'] == ImageProcessor().patches(image)[0]).all()\n"
-  )
-  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
-  assert done.returncode == 0, done.stderr

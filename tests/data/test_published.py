@@ -31,14 +31,13 @@ FOUND = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", FOUND)
-def test_parts(case, tmp_path):
-  names, expected = FOUND[case]
-  top = touch(tmp_path, *names)
-  found = published.parts(top)
-  assert found == dict(zip(("train", "test", "validation"), (top / name for name in expected.split()), strict=False))
-  with pytest.raises(ValueError, match="holds a published split"):
-    published.refuse(top)
+def test_parts(tmp_path):
+  for case, (names, expected) in FOUND.items():
+    top = touch(tmp_path / case, *names)
+    places = [top / name for name in expected.split()]
+    assert published.parts(top) == dict(zip(("train", "test", "validation"), places, strict=False)), case
+    with pytest.raises(ValueError, match="holds a published split"):
+      published.refuse(top)
 
 
 LACKING = {
@@ -50,29 +49,24 @@ LACKING = {
 }
 
 
-@pytest.mark.parametrize("message", LACKING)
-def test_parts_that_are_not_clear(message, tmp_path):
-  with pytest.raises(ValueError, match=message):
-    published.parts(touch(tmp_path, *LACKING[message]))
+def test_parts_that_are_not_clear(tmp_path):
+  for number, (message, names) in enumerate(LACKING.items()):
+    (tmp_path / f"{number}").mkdir()
+    with pytest.raises(ValueError, match=message):
+      published.parts(touch(tmp_path / f"{number}", *names))
 
 
-@pytest.mark.parametrize(
-  "names",
-  [
+def test_a_pool_that_holds_both_and_one_that_does_not(tmp_path):
+  for number, names in enumerate([
     ("MRI_train.json", "MRI_test.json"),
     ("Splits/modality/train/CT.json", "Splits/modality/test/CT.json"),
     ("modality_MRI_train_600.parquet", "x/test-0.parquet"),
     ("below/dataset_dict.json", "below/train/state.json"),
-  ],
-)
-def test_a_pool_that_holds_both(names, tmp_path):
-  with pytest.raises(ValueError, match="holds a published split, whose training and test questions would be mixed"):
-    published.refuse(touch(tmp_path, *names))
-
-
-@pytest.mark.parametrize("names", [("MRI_train.json", "CT_train.json"), ("latest.json", "trainer.json"), ()])
-def test_a_pool(names, tmp_path):
-  published.refuse(touch(tmp_path, *names))
+  ]):  # fmt: skip
+    with pytest.raises(ValueError, match="holds a published split, whose training and test questions would be mixed"):
+      published.refuse(touch(tmp_path / f"both {number}", *names))
+  for number, names in enumerate([("MRI_train.json", "CT_train.json"), ("latest.json", "trainer.json"), ()]):
+    published.refuse(touch(tmp_path / f"pool {number}", *names))
 
 
 def test_names_of_data_sets_are_no_parts(tmp_path):

@@ -30,10 +30,7 @@ def test_a_curve_begins_with_the_untrained_model():
   seconds, _ = equal_cost.validation_curve(DEAR[0], None, "in_domain", "seconds")
   assert seconds.tolist() == [20, 40]
   assert np.isnan(equal_cost.validation_curve(DEAR[0], None, "absent")[1]).all()
-
-
-def test_a_validation_before_the_first_step_is_not_repeated():
-  own = training("own", 0, [(0, 0, 0.25), (10, 50, 0.5)])
+  own = training("own", 0, [(0, 0, 0.25), (10, 50, 0.5)])  # validated before its first step
   assert equal_cost.validation_curve(own, START, "in_domain")[1].tolist() == [0.25, 0.5]
 
 
@@ -53,10 +50,7 @@ def test_a_method_that_ends_before_is_beyond_its_budget():
   found = equal_cost.accuracy_at_cost([START, *CHEAP, *DEAR], "tokens", budget=300)
   assert found["cheap"]["in_domain"] == {"mean": None, "final": 100, "seeds": 2, "budget": 300}
   assert found["dear"]["in_domain"]["mean"] == pytest.approx(0.85)
-
-
-def test_one_seed_that_ends_before_is_enough():
-  short = training("mixed", 1, [(10, 60, 0.5), (20, 90, 0.6)])
+  short = training("mixed", 1, [(10, 60, 0.5), (20, 90, 0.6)])  # one seed is enough
   found = equal_cost.accuracy_at_cost([CHEAP[0] | {"method": "mixed"}, short], "tokens", budget=98)
   assert found["mixed"]["in_domain"]["mean"] is None
 
@@ -72,16 +66,6 @@ def test_what_costs_nothing_sets_no_budget():
   assert equal_cost.smallest_budget([START, free, *DEAR], "tokens") == 400
   assert equal_cost.accuracy_at_cost([free], "tokens") == {}
   assert equal_cost.accuracy_at_cost([free, *DEAR], "tokens")["free"]["in_domain"]["mean"] is None
-
-
-def test_bands():
-  first, second = (np.array([0.0, 10]), np.array([0.2, np.nan])), (np.array([0.0, 20]), np.array([0.4, 0.6]))
-  found = equal_cost.banded([first, second])
-  np.testing.assert_allclose(found["across"], [0, 15])
-  np.testing.assert_allclose(found["mean"], [0.3, 0.6])
-  np.testing.assert_allclose([found["low"], found["high"]], [[0.2, 0.6], [0.4, 0.6]])
-  empty = equal_cost.banded([(np.zeros(1), np.array([np.nan]))])
-  assert np.isnan([empty[name][0] for name in ("mean", "low", "high")]).all()
 
 
 def test_differences_at_the_same_cost_are_paired_by_seed():

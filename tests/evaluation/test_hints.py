@@ -65,14 +65,10 @@ def test_worked_example(worked):
   np.testing.assert_allclose(found["gain"], (1 + 3 - 1 + 0 + 0.5 + 0.5) / 6)
   np.testing.assert_allclose(found["letter_gain"], (3 + 0.5 + 0) / 3)
   assert found["gain_answers"] == 3
-
-
-def test_a_long_quotation_counts_and_is_accepted():
-  words = " ".join(f"w{i}" for i in range(12))
+  words = " ".join(f"w{i}" for i in range(12))  # a long quotation counts, and is accepted
   quoting = candidate(1, GOOD.replace("a<", f"{words}<"), hint=f"see {words}")
-  found = hints.hint_record(
-    outcome_of([[quoting, candidate(1)]], [["<hint>h</hint>"]]), {0: effect()}, [0], questions=1, rounds=1
-  )
+  outcome = outcome_of([[quoting, candidate(1)]], [["<hint>h</hint>"]])
+  found = hints.hint_record(outcome, {0: effect()}, [0], questions=1, rounds=1)
   assert (found["quote_rate"], found["accept_rate"]) == (0.5, [1.0])
 
 
@@ -90,12 +86,6 @@ def test_candidates_of_a_prompt_are_drawn_together():
   assert found == hints.hint_record(outcome, gains, range(20), questions=20, rounds=1)
 
 
-def test_one_prompt_has_no_interval(worked):
-  found = hints.hint_record(worked, {0: effect(gain=[1.0], answers=1)}, [0], questions=1, rounds=3)
-  assert found["positive_rate"] == 5 / 6 and found["gain"] == 1
-  assert found["positive_rate_interval"] is None and found["gain_interval"] is None
-
-
 def test_modalities_and_all_of_them(worked):
   effects = {row: effect(gain=[float(row)], answers=1) for row in range(3)}
   asked = ["MRI", "CT", "MRI", "OCT", "MRI"]
@@ -103,6 +93,8 @@ def test_modalities_and_all_of_them(worked):
   assert [each["modality"] for each in found] == ["CT", "MRI", "OCT", "all"]
   assert [(each["prompts"], each["questions"]) for each in found] == [(1, 1), (2, 3), (0, 1), (3, 5)]
   assert [each["gain"] for each in found] == [1.0, 1.0, None, 1.0]
+  # One prompt has no interval.
+  assert found[0]["positive_rate_interval"] is None and len(found[1]["positive_rate_interval"]) == 2
   assert found[1]["accept_rate"] == [0.5, 0.5, 0.5] and found[0]["accept_rate"] == [0, 0, 1]
   nothing = found[2]
   assert {name for name, value in nothing.items() if value is None} == {

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from kepo_jax.evaluation import seeds
 from tests import studies_data
@@ -42,34 +43,18 @@ def test_variance_given_the_data(rng):
   assert drawn.var() == pytest.approx(exact, rel=0.05) and drawn.mean() == pytest.approx(values.mean(), abs=0.003)
 
 
-def test_variance_over_data_sets_is_that_of_random_effects(rng):
-  size, count, (a, b, e) = 6, 50, (0.1, 0.3, 0.2)
-  plan = seeds.design(one_group(count))
-  data = [crossed(rng, size, count, by_seed=a, by_item=b, both=e) for _ in range(300)]
-  # S seeds have (S - 1) / S of the variance: with that factor, and without Student's, the estimate is unbiased.
-  factor = np.sqrt(size / (size - 1))
-  found = np.mean([spread(values, plan, factor=factor, resamples=300).var(ddof=1) for values in data])
-  truth = a**2 / size + b**2 / count + e**2 / (size * count)
-  assert found == pytest.approx(truth, rel=0.06)
-  assert np.var([values.mean() for values in data]) == pytest.approx(truth, rel=0.25)
-
-
-def coverage(rng, size, count, factor, trials=300, **effects):
+def coverage(rng, size, count, factor, **effects):
   plan, hit = seeds.design(one_group(count)), 0
-  for trial in range(trials):
+  for trial in range(300):
     values = crossed(rng, size, count, **effects)
     low, high = np.percentile(spread(values, plan, factor=factor, resamples=300, seed=trial), [2.5, 97.5])
     hit += low <= 0.5 <= high
-  return hit / trials
+  return hit / 300
 
 
-@pytest.mark.parametrize("effects", [{"by_seed": 0.15, "by_item": 0.2}, {"by_seed": 0.0}, {"by_seed": 0.05}])
-def test_intervals_cover_the_truth(rng, effects):
-  assert 0.915 <= coverage(rng, 5, 60, seeds.widening(5), **effects) <= 0.985
-
-
-def test_without_student_they_would_miss_it(rng):
-  assert coverage(rng, 3, 60, 1.0, by_seed=0.2) < 0.85 < 0.9 < coverage(rng, 3, 60, seeds.widening(3), by_seed=0.2)
+@pytest.mark.parametrize("effects", [{"by_seed": 0.2}, {"by_seed": 0.0}])
+def test_intervals_of_few_seeds_cover_the_truth(rng, effects):
+  assert 0.915 <= coverage(rng, 3, 60, seeds.widening(3), **effects) <= 0.985
 
 
 def test_equal_seeds_leave_the_spread_of_questions(rng):
@@ -84,20 +69,6 @@ def test_equal_seeds_leave_the_spread_of_questions(rng):
   # Of 120 questions: 1.96 sqrt(p (1 - p) / 120) on each side.
   p = right.mean()
   assert once["high"] - once["low"] == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 120), rel=0.15)
-
-
-def test_equal_questions_leave_the_spread_of_seeds():
-  # Each seed answers all questions with its own figure: draws are means of 5 figures, exactly.
-  values = np.repeat([[0.5], [0.6], [0.55], [0.7], [0.65]], 40, axis=1)
-  plan = seeds.design(one_group(40))
-  weights = 1 / 5 + seeds.widening(5) * seeds.seed_shifts(range(5), resamples=2000)
-  found = seeds.bootstrap({"m": dict(enumerate(values))}, plan, resamples=2000)["methods"]["m"]["statistics"]["overall"]
-  np.testing.assert_allclose(
-    [found["low"], found["high"]], np.percentile(weights @ values[:, 0], [2.5, 97.5]), atol=1e-6
-  )
-  half = 2.776 * np.std(values[:, 0], ddof=1) / np.sqrt(5)  # Student's interval with 4 degrees of freedom
-  assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.08)
-  assert found["values"] == pytest.approx(values[:, 0])
 
 
 def test_a_slow_loop_with_the_same_draws(rng):
@@ -122,26 +93,10 @@ def test_a_slow_loop_with_the_same_draws(rng):
       np.testing.assert_allclose(fast[draw, :, plan.names.index(name)], expected, atol=1e-6, err_msg=name)
 
 
-def test_points_are_means_of_groups(rng):
-  items = studies_data.items(10)
-  right = rng.random(80) < 0.5
-  found = dict(zip(*[seeds.design(items).names, seeds.points(right[None], seeds.design(items))[0]], strict=True))
-  each = right.reshape(8, 10).mean(axis=1)
-  assert found["in_domain"] == pytest.approx(each[3]) and found["unseen"] == pytest.approx(each[2])
-  assert found["out_of_domain"] == pytest.approx(np.delete(each, 3).mean(), rel=1e-6)
-  assert found["out_of_domain_seen"] == pytest.approx(np.delete(each, [2, 3]).mean(), rel=1e-6)
-
-
-def test_a_benchmark_without_an_unseen_modality_has_no_such_figure():
-  items = studies_data.items(4) | {"unseen": []}
-  names = seeds.design(items).names
-  assert "unseen" not in names and "out_of_domain_seen" in names
-  assert "out_of_domain" not in seeds.design(one_group(3)).names
-
-
 def test_a_draw_without_a_question_of_a_type_is_left_out():
   items = one_group(6) | {"question_types": ["any", "rare"], "question_type": [0, 0, 0, 0, 0, 1]}
   plan = seeds.design(items)
+  assert plan.names == ("in_domain", "modalities/CT", "question_types/any", "question_types/rare", "overall")
   draws = seeds.item_draws(np.ones((1, 6)), plan, resamples=600)[:, 0]
   empty = np.isnan(draws[:, plan.names.index("question_types/rare")]).mean()
   assert empty == pytest.approx((5 / 6) ** 6, abs=0.06)  # none of six draws
@@ -163,13 +118,6 @@ def test_differences_are_paired(rng):
   np.testing.assert_allclose(gap["values"], (better.astype(float) - hard).mean(axis=1), atol=1e-9)
   alone = found["methods"]["better"]["statistics"]["overall"]
   assert 0 < gap["low"] < gap["mean"] < gap["high"] and gap["high"] - gap["low"] < 0.8 * (alone["high"] - alone["low"])
-
-
-def test_a_method_less_itself_is_nothing(rng):
-  right = dict(enumerate(rng.random((3, 50)) < 0.5))
-  found = seeds.bootstrap({"a": right, "b": right}, seeds.design(one_group(50)), references=("a",), resamples=200)
-  entry = found["differences"]["a"]["b"]["statistics"]["overall"]
-  assert (entry["mean"], entry["low"], entry["high"]) == (0, 0, 0)
 
 
 def test_which_seeds_are_paired(rng):
@@ -198,25 +146,12 @@ def test_which_seeds_are_paired(rng):
   assert loss["statistics"]["overall"]["low"] == pytest.approx(-gain["statistics"]["overall"]["high"], abs=1e-6)
 
 
-def test_the_same_data_give_the_same_intervals(rng):
-  answers = {"m": dict(enumerate(rng.random((4, 90)) < 0.5))}
-  plan = seeds.design(one_group(90))
-  first, again = (seeds.bootstrap(answers, plan, resamples=100) for _ in range(2))
-  assert first == again != seeds.bootstrap(answers, plan, resamples=100, seed=1)
-
-
-@pytest.mark.parametrize(("count", "quantile"), [(2, 12.7062), (5, 2.7764), (10, 2.2622), (31, 2.0423)])
-def test_deviations_are_widened_to_student(count, quantile):
-  # Quantiles of printed tables.
-  assert seeds.widening(count) == pytest.approx(np.sqrt(count / (count - 1)) * quantile / 1.959964, rel=3e-5)
-
-
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_the_interval_of_a_deviation_covers_it(rng, count):
-  deviations = rng.normal(0, 1, (4000, count)).std(axis=1, ddof=1)
-  low, high = np.transpose([seeds.deviation_interval(deviation, count) for deviation in deviations])
-  assert np.mean((low <= 1) & (high >= 1)) == pytest.approx(0.95, abs=0.012)
-  assert np.mean(low > 1) == pytest.approx(0.025, abs=0.009)
+def test_factors_are_those_of_student_and_chi_square():
+  for count in (2, 5, 31):
+    wider = np.sqrt(count / (count - 1)) * stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975)
+    assert seeds.widening(count) == pytest.approx(wider)
+    exact = 0.3 * np.sqrt((count - 1) / stats.chi2.ppf([0.975, 0.025], count - 1))
+    assert seeds.deviation_interval(0.3, count) == pytest.approx(tuple(exact))
 
 
 def test_an_interval_over_seeds_alone_is_about_that_of_student():

@@ -1,14 +1,9 @@
 """The program that builds the TFDS form: flags in, one line out."""
 
-import json
-
-import numpy as np
 import pytest
 from absl.testing import flagsaver
-from PIL import Image
 
-from kepo_jax.data import splits
-from kepo_jax.data.phantom import build as phantom
+from tests.data.cases import Layout, record
 
 
 @pytest.fixture
@@ -19,16 +14,12 @@ def build_tfds(program):
 @pytest.fixture
 def download(tmp_path):
   """Six MRI questions in OmniMedVQA's layout."""
-  root = tmp_path / "OmniMedVQA"
-  (root / "QA_information" / "Open-access").mkdir(parents=True)
-  (root / "Images").mkdir()
-  records = []
-  for number in range(6):
-    Image.fromarray(np.full((8, 8), number, np.uint8)).save(root / "Images" / f"{number}.png")
-    texts = {"question_id": f"Set_{number}", "question": "Which?", "gt_answer": "a", "modality_type": "MRI"}
-    records.append(texts | {"image_path": f"Images/{number}.png", "option_A": "a", "option_B": "b"})
-  (root / "QA_information" / "Open-access" / "Set.json").write_text(json.dumps(records))
-  return root
+  layout = Layout(tmp_path / "OmniMedVQA")
+  names = [f"Images/{number}.png" for number in range(6)]
+  for number, name in enumerate(names):
+    layout.image(name, number)
+  layout.write(*(record(number, image_path=name, modality_type="MRI") for number, name in enumerate(names)))
+  return layout.root
 
 
 def test_from_flags_to_a_folder(build_tfds, download, tmp_path, capsys):
@@ -53,27 +44,15 @@ def test_another_folder_other_images_and_damage(build_tfds, download, tmp_path, 
   picture.write_bytes(picture.read_bytes()[:40])
   common = {"data_dir": str(tmp_path / "data"), "manual_dir": str(download), "train_items": 3, "test_items": 1}
   common |= {"validation_items": 1, "access": "Mine", "images_root": str(tmp_path)}
-  with flagsaver.flagsaver(**common | {"images_root": None}):
-    with pytest.raises(ValueError, match="missing_image"):
-      build_tfds.main([])
-  with flagsaver.flagsaver(**common | {"access": "Open-access"}):
-    with pytest.raises(ValueError, match="Open-access: no JSON files"):
+  for changes, message in [
+    ({"images_root": None}, "missing_image"),
+    ({"access": "Open-access"}, "Open-access: no JSON files"),
+    ({}, r"0\.png"),
+  ]:
+    with flagsaver.flagsaver(**common | changes), pytest.raises(ValueError, match=message):
       build_tfds.main([])
   with flagsaver.flagsaver(**common, lenient=True):
     build_tfds.main([])
   # Five questions are wanted and five images can be read.
   name = "omnimedvqa-MRI-3-1-1-0-Mine-lenient"
   assert f"{name}/1.0.0: train 3, validation 1, test 1 questions" in capsys.readouterr().out
-  with flagsaver.flagsaver(**common | {"test_items": 2}):
-    with pytest.raises(ValueError, match=r"0\.png"):
-      build_tfds.main([])
-
-
-def test_the_phantom(build_tfds, tmp_path, capsys, monkeypatch):
-  roots = {name: tmp_path / "drawn" / name for name in splits.SPLITS}
-  for name, root in roots.items():
-    phantom.write_split(root, phantom.make_items(name)[:2])
-  monkeypatch.setattr(splits, "phantom_roots", lambda: roots)
-  with flagsaver.flagsaver(data_dir=str(tmp_path / "data"), config_name="phantom"):
-    build_tfds.main([])
-  assert f"phantom/{phantom.VERSION}.0.0: train 2, validation 2, test 2 questions" in capsys.readouterr().out

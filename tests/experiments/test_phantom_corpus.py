@@ -3,7 +3,6 @@
 import re
 
 import numpy as np
-import pytest
 
 from experiments import phantom_corpus
 from experiments.phantom_corpus import TRUTH, Beliefs
@@ -20,37 +19,28 @@ def dialogues(kind: str, beliefs: Beliefs, topic: str, total: int = 300):
     yield scene, question, *phantom_corpus.dialogue(scene, question, kind, beliefs, rng)
 
 
-@pytest.mark.parametrize("topic", list(questions.TOPICS))
-def test_the_truth_is_rewarded(topic):
-  for scene, question, user, answer in dialogues("think", TRUTH, topic, 40):
-    example = phantom_corpus.as_example(scene, question)
-    assert rewards.accuracy(answer, example) == rewards.strict_format(answer) == 1.0
-    assert user.startswith(question.stem) and user.endswith(" think.")
-    assert question.answer in answer
+def test_the_truth_is_rewarded():
+  for topic in questions.TOPICS:
+    for scene, question, user, answer in dialogues("think", TRUTH, topic, 40):
+      example = phantom_corpus.as_example(scene, question)
+      assert rewards.accuracy(answer, example) == rewards.strict_format(answer) == 1.0, (topic, answer)
+      assert user.startswith(question.stem) and user.endswith(" think.")
+      assert question.answer in answer
 
 
 def test_misconceptions_are_held_with_conviction():
   beliefs = Beliefs(WRONG_DISEASES, WRONG_GRADES, conviction=0.98)
-  wrong = [
-    rewards.accuracy(answer, phantom_corpus.as_example(scene, question)) == 0
-    for scene, question, _, answer in dialogues("think", beliefs, "disease", 1000)
-    if question.answer in WRONG_DISEASES
-  ]
-  assert 0.96 < np.mean(wrong) < 1.0
-  others = [
-    rewards.accuracy(answer, phantom_corpus.as_example(scene, question))
-    for scene, question, _, answer in dialogues("think", beliefs, "disease", 300)
-    if question.answer not in WRONG_DISEASES
-  ]
-  assert others and np.mean(others) == 1.0
+  right = {True: [], False: []}
+  for scene, question, _, answer in dialogues("think", beliefs, "disease", 1000):
+    example = phantom_corpus.as_example(scene, question)
+    right[question.answer in WRONG_DISEASES].append(rewards.accuracy(answer, example))
+  assert 0.96 < 1 - np.mean(right[True]) < 1.0
+  assert right[False] and np.mean(right[False]) == 1.0
 
 
-def test_broken_answers_are_never_well_formed():
+def test_broken_answers_and_followed_hints_are_as_frequent_as_stated():
   formats = [rewards.strict_format(answer) for *_, answer in dialogues("think", Beliefs(broken=0.1), "health", 2000)]
   assert 0.87 < np.mean(formats) < 0.93
-
-
-def test_a_hint_is_followed_as_often_as_stated():
   beliefs = Beliefs(WRONG_DISEASES, WRONG_GRADES, conviction=1.0, follows_hint=0.8)
   followed = []
   for _, question, user, answer in dialogues("hint_only", beliefs, "disease", 1500):

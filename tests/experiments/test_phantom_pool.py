@@ -1,38 +1,30 @@
 """Pools of training data: the same sequences and pixels that a prompt per dialogue would give."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import phantom_corpus, phantom_folder, phantom_pool
-from experiments.phantom_recipes import SIZES
 from kepo_jax.data import prompts
 from kepo_jax.data.phantom import questions
 from kepo_jax.data.pipeline import Processor
+from tests.experiments.test_phantom_assets import ASSETS
 
 
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("phantom")
-  tokenizer = phantom_folder.make_tokenizer()
-  phantom_folder.write_folder(folder, phantom_folder.model_config(tokenizer, **SIZES["student"]))
-  return Processor.from_directory(folder, templates=prompts.BRIEF)
+def make_pool(seed=1):
+  options = {"size": 500, "group": 2, "drills": 0, "kinds": {"think": 1.0}, "beliefs": phantom_corpus.TRUTH}
+  return phantom_pool.make_pool(phantom_folder.make_tokenizer(), seed=seed, **options)
 
 
 @pytest.fixture(scope="module")
 def pool():
-  return phantom_pool.make_pool(
-    phantom_folder.make_tokenizer(),
-    seed=1,
-    size=500,
-    group=2,
-    drills=0,
-    kinds={"think": 1.0},
-    beliefs=phantom_corpus.TRUTH,
-  )
+  return make_pool()
 
 
-def test_training_and_use_see_the_same_prompt(processor, tmp_path):
+def test_training_and_use_see_the_same_prompt(tmp_path):
+  processor = Processor.from_directory(ASSETS / "confused", templates=prompts.BRIEF)
   rng = np.random.default_rng(3)
   scene = phantom_pool.draw_training_scene(rng)
   picture = phantom_pool.drawing.draw(scene)
@@ -40,7 +32,7 @@ def test_training_and_use_see_the_same_prompt(processor, tmp_path):
   question = questions.ask("health", scene, rng)
   user, _ = phantom_corpus.dialogue(scene, question, "think", phantom_corpus.TRUTH, rng)
   example = phantom_corpus.as_example(scene, question)
-  example = type(example)(**{**vars(example), "images": (str(tmp_path / "a.png"),), "id": "x"})
+  example = dataclasses.replace(example, images=(str(tmp_path / "a.png"),), id="x")
   batch = processor.prompts([example], "think")
   tokenizer = phantom_folder.make_tokenizer()
   ours = tokenizer.encode(phantom_pool.prefix_text()).ids + tokenizer.encode(user + phantom_pool.TURN_END).ids
@@ -60,9 +52,8 @@ def test_answers_are_where_the_index_says(pool):
     assert kinds.index(2) == kinds.index(1) + 1
 
 
-def test_pools_are_the_same_on_every_call_and_differ_by_seed(pool):
-  options = {"size": 500, "group": 2, "drills": 0, "kinds": {"think": 1.0}, "beliefs": phantom_corpus.TRUTH}
-  again = phantom_pool.make_pool(phantom_folder.make_tokenizer(), seed=1, **options)
+def test_pools_are_the_same_on_every_call(pool):
+  again = make_pool()
   np.testing.assert_array_equal(pool.images, again.images)
   np.testing.assert_array_equal(pool.tokens, again.tokens)
 

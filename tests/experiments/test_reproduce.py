@@ -3,13 +3,13 @@
 import csv
 import json
 import os
-import subprocess
-import sys
+import shutil
 
 import pytest
 from absl.testing import flagsaver
 
 from experiments import studies, study_report, study_runs
+from kepo_jax.reporting import study_files
 from kepo_jax.training import lock
 from tests.conftest import ROOT
 from tests.experiments.test_study_runs import output, write_run
@@ -88,86 +88,43 @@ def test_a_study_is_run_once_and_shares_its_runs(reproduce, made, tmp_path):
     assert found["accuracy-0", 0]["cost"]["cpu_seconds"] == 30.0
     reproduce.main([])
     assert len(made()) == ran
+    # Finished runs whose results are lost are read again, and not run; their CPU seconds are not known.
+    shutil.rmtree(tmp_path / "results")
+    reproduce.main([])
+    assert len(made()) == ran and not any("cpu_seconds" in each.get("cost", {}) for each in entries(tmp_path, "tau"))
   with flagsaver.flagsaver(study="main", methods=["kepo-tau1"]):
     reproduce.main([])
     assert len(made()) == ran + 2 * 3  # the other three pairs alone: on the first one accuracy-1 is KEPO itself
   assert json.loads((tmp_path / "results" / "tau" / "items.json").read_text())["ids"] == ["q0", "q1", "q2", "q3"]
 
 
-def test_a_fault_is_told_and_the_rest_goes_on(reproduce, made, tmp_path):
+def test_faults_are_told_and_the_rest_goes_on(reproduce, made, tmp_path):
+  cell, *_ = studies.grid(studies.STUDIES["main"].only(["grpo"]), studies.phantom(), 2)
+  folder = place_of(tmp_path).folder(cell)
+  write_run(folder)
   made.failing = ("rloo",)
-  with flagsaver.flagsaver(study="main", methods=["grpo", "rloo"]), pytest.raises(SystemExit) as error:
-    reproduce.main([])
-  assert "error: rloo (confused, weak) rate 0.0001 seed 100: exit code 1" in str(error.value)
-  assert {each["method"] for each in entries(tmp_path, "main")} == {"grpo"}
+  for damage in (lambda file: file.write_text("{"), lambda file: file.unlink()):
+    damage(folder / "evaluation.json")
+    with (
+      flagsaver.flagsaver(methods=["grpo", "rloo"]),
+      pytest.raises(SystemExit, match="cannot be read: .*remove it") as e,
+    ):
+      reproduce.main([])
+    assert "error: rloo (confused, weak) rate 0.0001 seed 100: exit code 1" in str(e.value) and cell.name not in made()
+  # The rate has one seed too few; the others are there, and so are the runs at the best of them.
+  assert {(each["method"], each["seed"]) for each in entries(tmp_path, "main")} == {("grpo", 0), ("grpo", 1)}
+  assert len(entries(tmp_path, "main", "grid.json")) == 7
   made.failing = ()
-  with flagsaver.flagsaver(study="main", methods=["grpo", "rloo"]):
+  shutil.rmtree(folder)
+  with flagsaver.flagsaver(methods=["grpo", "rloo"]):
     reproduce.main([])
   assert {each["method"] for each in entries(tmp_path, "main")} == {"grpo", "rloo"}
 
 
-def test_a_folder_that_cannot_be_read_is_a_fault_of_its_run(reproduce, made, tmp_path):
-  cell, *_ = studies.grid(studies.STUDIES["main"].only(["grpo"]), studies.phantom(), 2)
-  folder = place_of(tmp_path).folder(cell)
-  write_run(folder)
-  (folder / "evaluation.json").write_text("{")
-  with (
-    flagsaver.flagsaver(study="main", methods=["grpo"]),
-    pytest.raises(SystemExit, match="cannot be read: .*remove it"),
-  ):
-    reproduce.main([])
-  assert cell.name not in made()
-  # The rate has one seed too few; the others are there, and so are the runs at the best of them.
-  assert {each["seed"] for each in entries(tmp_path, "main")} == {0, 1}
-  assert {each["seed"] for each in entries(tmp_path, "main", "grid.json")} == {100, 101}
-
-
-def test_a_finished_folder_without_figures_stops_nobody_else(reproduce, made, tmp_path):
-  cell, *_ = studies.grid(studies.STUDIES["main"].only(["grpo"]), studies.phantom(), 2)
-  folder = place_of(tmp_path).folder(cell)
-  write_run(folder)
-  (folder / "evaluation.json").unlink()
-  with (
-    flagsaver.flagsaver(study="main", methods=["grpo"]),
-    pytest.raises(SystemExit, match=r"evaluation\.json.*remove"),
-  ):
-    reproduce.main([])
-  assert len(entries(tmp_path, "main", "grid.json")) == 7
-
-
-def test_a_run_about_other_questions_is_not_to_be_removed(reproduce, made, tmp_path):
-  with flagsaver.flagsaver(study="main", methods=["grpo"]):
-    reproduce.main([])
-  rloo = next(iter(studies.grid(studies.STUDIES["main"].only(["rloo"]), studies.phantom(), 2)))
-  write_run(place_of(tmp_path).folder(rloo), correct=(True,) * 3)
-  with flagsaver.flagsaver(study="main", methods=["rloo"]), pytest.raises(SystemExit) as error:
-    reproduce.main([])
-  assert "other test questions than rloo; use another --output" in str(error.value)
-  assert "remove it" not in str(error.value)
-
-
-def test_one_command_at_a_time_writes_into_the_results(reproduce, made, tmp_path):
-  (tmp_path / "results").mkdir()
-  with lock.WorkdirLock(tmp_path / "results"), flagsaver.flagsaver(study="main", methods=["start"]):
-    with pytest.raises(ValueError, match="is in use by process .* pass another --output"):
-      reproduce.main([])
-  assert made() == []
-
-
-def test_a_finished_run_that_nobody_had_read_is_not_run_again(reproduce, made, tmp_path):
-  benchmark = studies.phantom()
-  place = study_runs.Place(benchmark, tmp_path / "runs" / "phantom")
-  study = studies.STUDIES["main"].only(["grpo"])
-  for cell in [*studies.grid(study, benchmark, 2), *studies.finals(study, benchmark, 2, {"grpo": 1e-4})]:
-    if not place.folder(cell).exists():
-      write_run(place.folder(cell))
-  with flagsaver.flagsaver(study="main", methods=["grpo"]):
-    reproduce.main([])
-  assert made() == []  # equal rates: the smallest
-  assert "cpu_seconds" not in entries(tmp_path, "main")[0]["cost"]  # nobody measured them
-
-
 def test_fields_have_the_types_of_the_config(reproduce):
+  for text in ("train.steps", "train.step=2", "steps=2", "train.steps=two", "eval.test=1"):
+    with pytest.raises(ValueError, match=rf"--set={text} is no SECTION\.FIELD=VALUE"):
+      reproduce.fields([text])
   given = ["train.steps=2", "eval.test=False", "data.prompt_buckets=56,128", "optimizer.eps=1e-6", "data.resize=native"]
   assert reproduce.fields(given) == {
     "train.steps": 2, "eval.test": False, "data.prompt_buckets": (56, 128), "optimizer.eps": 1e-6,
@@ -175,31 +132,20 @@ def test_fields_have_the_types_of_the_config(reproduce):
   }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["train.steps", "train.step=2", "steps=2", "train.steps=two", "eval.test=1", "x.y=1"])
-def test_a_field_that_is_none_is_refused(reproduce, text):
-  with pytest.raises(ValueError, match=rf"--set={text} is no SECTION\.FIELD=VALUE"):
-    reproduce.fields([text])
-
-
-def test_what_cannot_be_run_is_refused(reproduce):
-  with (
-    flagsaver.flagsaver(methods=["grpo", "dpo"]),
-    pytest.raises(ValueError, match="--methods=dpo: .* main has start"),
+def test_what_cannot_be_run_is_refused(reproduce, made, tmp_path):
+  for flag, message in (
+    ({"methods": ["grpo", "dpo"]}, "--methods=dpo: .* main has start"),
+    ({"benchmark": "omnimedvqa"}, "needs --data=DIR"),
+    ({"set": ["optimizer.learning_rate=1e-3"]}, "is what the study main varies itself"),
+    ({"set": ["objective.gate_threshold=0"]}, "is what the study main varies itself"),
   ):
-    reproduce.chosen_study()
-  with flagsaver.flagsaver(benchmark="omnimedvqa"), pytest.raises(ValueError, match="needs --data=DIR"):
-    reproduce.chosen_benchmark()
-
-
-def test_a_core_for_each_process(module):
-  slots = module.worker_slots(0)
-  assert slots and all(slot.keys() == {"core"} for slot in slots)
-
-
-def test_what_a_study_varies_cannot_be_set_for_all_of_it(reproduce):
-  for field in ("optimizer.learning_rate=1e-3", "objective.gate_threshold=0"):
-    with flagsaver.flagsaver(set=[field]), pytest.raises(ValueError, match=r"is what the study main varies itself"):
+    with flagsaver.flagsaver(**flag), pytest.raises(ValueError, match=message):
       reproduce.main([])
+  (tmp_path / "results").mkdir(exist_ok=True)
+  with lock.WorkdirLock(tmp_path / "results"), flagsaver.flagsaver(methods=["start"]):
+    with pytest.raises(ValueError, match="is in use by process .* pass another --output"):
+      reproduce.main([])
+  assert made() == []
 
 
 def test_a_run_made_again_is_compared(reproduce, made, tmp_path):
@@ -224,24 +170,25 @@ def place_of(tmp_path):
   return study_runs.Place(studies.phantom(), tmp_path / "runs" / "phantom")
 
 
-def test_tables_figures_and_page_are_written(module, made, monkeypatch, tmp_path):
+def test_tables_and_page_are_written(module, made, monkeypatch, tmp_path):
   monkeypatch.setattr(module, "worker_slots", lambda count: [{}])
+  monkeypatch.setattr(study_files, "write_figures", lambda *given: [])  # drawing takes seconds
+  monkeypatch.setattr(study_files, "study_figures_of", lambda *given: {})
   made.failing = ("gkd-1",)
   paths = {"output": str(tmp_path / "results"), "workdir": str(tmp_path / "runs")}
   with flagsaver.flagsaver(study="main", methods=["start", "grpo", "gkd-1"], seeds=1, **paths):
     with pytest.raises(SystemExit, match="error: gkd-1"):
       module.main([])
   folder = tmp_path / "results" / "main"
-  assert {"index.html", "main.md", "main.tex", "main.csv", "accuracy.png", "accuracy.svg"} <= set(os.listdir(folder))
+  assert {"index.html", "main.md", "main.tex", "main.csv"} <= set(os.listdir(folder))
   page = (folder / "index.html").read_text()
   assert "GKD, on-policy, confused taught by weak" in page  # as missing
   assert "learning-rate grid of gkd-1 (confused, weak) rate 0.0001 seed 100" in page
-  assert "learning-rate grid of grpo" not in page
-  assert "GRPO" in (folder / "main.md").read_text()
+  assert "learning-rate grid of grpo" not in page and "GRPO" in (folder / "main.md").read_text()
 
 
 @pytest.mark.slow
-def test_from_raw_data_to_tables(shared_directory, tmp_path):
+def test_from_raw_data_to_tables(module, shared_directory, tmp_path, monkeypatch, capsys):
   fields = [
     "train.steps=2", "eval.every=2", "batch.prompts=4", "eval.prompts=8", "data.train_items=8",
     "data.validation_items=2", "data.test_items=3", "data.templates=brief", "data.resize=native",
@@ -249,19 +196,21 @@ def test_from_raw_data_to_tables(shared_directory, tmp_path):
     "eval.max_new_tokens=24", "exploration.hint_tokens=24", "model.compute_dtype=float32",
     "model.teacher_dtype=float32", "model.remat=none",
   ]  # fmt: skip
-  models = ROOT / "experiments" / "assets" / "phantom"
-  command = [
-    sys.executable, "-m", "experiments.reproduce", "--benchmark=omnimedvqa", "--seeds=1", "--methods=start,kepo-tau1",
-    f"--data={shared_directory / 'omnimedvqa-mini'}", f"--student={models / 'confused'}",
-    f"--teacher={models / 'weak'}", f"--output={tmp_path / 'results'}", f"--workdir={tmp_path / 'runs'}",
-    *(f"--set={field}" for field in fields),
-  ]  # fmt: skip
+  monkeypatch.setattr(studies.Benchmark, "rates", (1e-4,))  # one run chooses the rate, one counts
   # One device, as where a user starts it.
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-  assert result.returncode == 0, result.stderr[-2000:]
+  monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1")
+  models = ROOT / "experiments" / "assets" / "phantom"
+  paths = {
+    "data": shared_directory / "omnimedvqa-mini", "student": models / "confused", "teacher": models / "weak",
+    "output": tmp_path / "results", "workdir": tmp_path / "runs",
+  }  # fmt: skip
+  given = {"benchmark": "omnimedvqa", "seeds": 1, "methods": ["start", "kepo-tau1"], "set": fields}
+  with flagsaver.flagsaver(**given, **{name: str(path) for name, path in paths.items()}):
+    module.main([])
+  printed = capsys.readouterr().out
   folder = tmp_path / "results" / "omnimedvqa-main"
-  assert f"{folder / 'index.html'}: 2 of 2 runs" in result.stdout and "missing" not in result.stdout
+  assert f"{folder / 'index.html'}: 2 of 2 runs" in printed and "missing" not in printed
+  assert {"accuracy.png", "accuracy.svg"} <= set(os.listdir(folder))
   assert "model teacher" in json.loads((folder / "runs.json").read_text())["identity"]
   header, start, kepo = csv.reader((folder / "main.csv").read_text().splitlines())
   assert [start[0], kepo[0]] == ["start", "KEPO, τ = 1"]

@@ -84,6 +84,9 @@ def test_a_run_becomes_an_entry(place):
   # In the order of the rounds, null where a step has none.
   assert [name for name in entry["curves"] if "accept" in name] == ["hint/accept_rate@2", "hint/accept_rate@10"]
   assert entry["curves"]["hint/accept_rate@2"] == [0.25, None, None, None]
+  items = study_runs.items_of(outputs, PHANTOM)
+  assert items["image"] == [0, 0, 1, 1] and items["modality"] == [0, 1, 0, 1] and items["chance"] == [0.5] * 4
+  assert items["train_modality"] == "MRI" and items["unseen"] == ["Fundus"]
 
 
 def test_curves_are_means_of_windows():
@@ -96,13 +99,7 @@ def test_curves_are_means_of_windows():
   assert curves["cliff_rate"][:2] == [1.0, None] and "gate/frac" not in curves
 
 
-def test_questions_that_share_an_image_are_one_cluster():
-  items = study_runs.items_of([output(n) for n in range(4)], PHANTOM)
-  assert items["image"] == [0, 0, 1, 1] and items["modality"] == [0, 1, 0, 1] and items["chance"] == [0.5] * 4
-  assert items["train_modality"] == "MRI" and items["unseen"] == ["Fundus"]
-
-
-def test_a_digest_names_what_is_computed(place):
+def test_a_digest_names_what_is_computed(place, monkeypatch):
   same = place.digest(cell())
   assert place.digest(cell(pair=PHANTOM.pairs[1])) == same  # GRPO asks no teacher
   assert place.digest(cell("kepo-tau1")) != place.digest(cell("kepo-tau1", pair=PHANTOM.pairs[1]))
@@ -112,26 +109,20 @@ def test_a_digest_names_what_is_computed(place):
   assert study_runs.Place(kept, place.workdir).digest(cell()) == same
   shorter = studies.phantom({"train.steps": 7})
   assert study_runs.Place(shorter, place.workdir).digest(cell()) != same
-
-
-def test_start_and_teacher_are_the_models_of_a_pair(place):
-  start, teacher = (studies.Cell(method, PHANTOM.pairs[1]) for method in (studies.START, studies.TEACHER))
-  assert place.digest(start) == place.digest(studies.Cell(studies.START, PAIR)) != place.digest(teacher)
-  assert {place.digest(studies.Cell(studies.START_PLAIN, PAIR)), place.digest(start), place.digest(teacher)} == {
-    place.digest(studies.Cell(method, PAIR if method == studies.START_PLAIN else PHANTOM.pairs[1]))
-    for method in (studies.START_PLAIN, studies.START, studies.TEACHER)
-  }
-  assert "--kind=no_think" in place.commands(studies.Cell(studies.START_PLAIN, PAIR))[1]
-  test, validation = place.commands(start)
-  assert "--model=experiments/assets/phantom/confused" in test and "--split=validation" in validation
-  (command,) = place.commands(teacher)
-  assert "--model=experiments/assets/phantom/strong" in command and "--split=test" in command
+  monkeypatch.setattr(studies, "REVISION", studies.REVISION + 1)
+  assert place.digest(cell()) != same
 
 
 def test_a_command_is_what_a_user_would_type(place):
   (command,) = place.commands(cell("gkd-0"))
   assert command[:2] == ["experiments.kepo_medvqa", "--config=experiments/configs/gkd.py:phantom"]
   assert {"--config.batch.on_policy_fraction=0.0", "--config.seed=0", "--auto_resume"} <= set(command)
+  start, teacher = (studies.Cell(method, PHANTOM.pairs[1]) for method in (studies.START, studies.TEACHER))
+  assert place.digest(start) == place.digest(studies.Cell(studies.START, PAIR)) != place.digest(teacher)
+  test, validation = place.commands(start)
+  assert "--model=experiments/assets/phantom/confused" in test and "--split=validation" in validation
+  (command,) = place.commands(teacher)
+  assert "--model=experiments/assets/phantom/strong" in command and "--split=test" in command
 
 
 def entry(place, given):
@@ -156,6 +147,7 @@ def test_results_are_kept_and_found_again(place, tmp_path):
   other = cell(pair=PHANTOM.pairs[1])
   assert again.entry(other, place.digest(other))["teacher"] == "strong" and len(again.entries) == 3
   sibling = study_runs.Results(tmp_path / "results" / "tau", "tau", PHANTOM)
+  assert sibling.find(cell(), place.digest(cell())) and not sibling.folder.exists()  # looking writes nothing
   assert sibling.entry(cell(), place.digest(cell()))["method"] == "grpo"
   assert study_runs.Results(tmp_path / "results" / "tau", "tau", PHANTOM).items == items
   with pytest.raises(study_runs.OtherQuestions, match="other test questions than grpo; use .* and --workdir"):
@@ -172,33 +164,18 @@ def test_results_of_something_else_are_refused(place, tmp_path):
   (tmp_path / "main" / "runs.json").write_text('{"study": ')
   with pytest.raises(ValueError, match=r"runs\.json is not JSON"):
     study_runs.Results(tmp_path / "main", "main", PHANTOM)
-
-
-def test_runs_without_their_questions_are_refused_by_name(place, tmp_path):
-  study_runs.Results(tmp_path / "main", "main", PHANTOM).add(entry(place, cell()), {"ids": []})
-  (tmp_path / "main" / "items.json").unlink()
-  with pytest.raises(ValueError, match=r"items\.json is not there, without which .*runs\.json says nothing; bring it"):
-    study_runs.Results(tmp_path / "main", "main", PHANTOM)
-
-
-def test_looking_for_a_run_writes_nothing(place, tmp_path):
-  study_runs.Results(tmp_path / "main", "main", PHANTOM).add(entry(place, cell()), {"ids": []})
-  results = study_runs.Results(tmp_path / "tau", "tau", PHANTOM)
-  assert results.find(cell(), place.digest(cell()))["method"] == "grpo" and results.find(cell(), "another") is None
-  assert not results.entries and not (tmp_path / "tau").exists()
-  assert results.entry(cell(), place.digest(cell())) == results.entries[0] and (tmp_path / "tau").exists()
-
-
-def model_folder(folder, weight):
-  folder.mkdir()
-  (folder / "config.json").write_text("{}")
-  (folder / "model.safetensors").write_bytes(bytes([weight]))
-  return str(folder)
+  study_runs.Results(tmp_path / "other" / "main", "main", PHANTOM).add(entry(place, cell("rloo")), {"ids": []})
+  (tmp_path / "other" / "main" / "items.json").unlink()
+  with pytest.raises(ValueError, match=r"items\.json is not there, .*bring it back"):
+    study_runs.Results(tmp_path / "other" / "main", "main", PHANTOM)
 
 
 def test_other_data_or_weights_under_the_same_paths_are_other_runs(monkeypatch, tmp_path):
-  models = [model_folder(tmp_path / name, 1) for name in ("student", "teacher")]
-  benchmark = studies.omnimedvqa(*models, str(tmp_path))
+  for name in ("student", "teacher"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "model.safetensors").write_bytes(b"1")
+    (tmp_path / name / "config.json").write_text("{}")
+  benchmark = studies.omnimedvqa(str(tmp_path / "student"), str(tmp_path / "teacher"), str(tmp_path))
 
   def identified(question):
     example = types.Example(id="q", question=question, options=("x", "y"), answer="A", images=(), modality="MRI")
@@ -221,12 +198,6 @@ def test_other_data_or_weights_under_the_same_paths_are_other_runs(monkeypatch, 
     study_runs.Results(tmp_path / "out", "main", other)
 
 
-def test_the_embedded_benchmark_is_frozen_and_other_data_are_not(monkeypatch):
-  assert study_runs.identity_of(PHANTOM) == {}
-  monkeypatch.setattr(study_runs.splits, "load", lambda data: {"test": []})
-  assert "test questions" in study_runs.identity_of(studies.phantom({"data.directory": "D"}))
-
-
 class Commands:
   """A place whose cells run timeit with one statement each."""
 
@@ -244,6 +215,7 @@ def test_processes_run_side_by_side_and_faults_are_told(tmp_path):
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
   statements = ["import os; assert len(os.sched_getaffinity(0)) == 1", "1/0", "sum(range(3_000_000))"]
   found = {}
+  (tmp_path / "0").mkdir()  # goes on from an earlier process, whose seconds nobody has
   workers = study_runs.Workers([{"core": cores[0]}, {"core": cores[-1]}])
   workers.run(
     [cell(seed=seed) for seed in range(3)],
@@ -252,35 +224,12 @@ def test_processes_run_side_by_side_and_faults_are_told(tmp_path):
   )
   assert found[0][1] == found[2][1] == ""
   assert found[1][1].startswith("exit code 1") and found[1][1].endswith("ZeroDivisionError: division by zero")
-  assert found[2][0] > 0  # CPU seconds
+  assert found[2][0] > 0 == found[0][0]  # CPU seconds
   assert "raw times" not in (tmp_path / "1.log").read_text() and "1 loop" in (tmp_path / "2.log").read_text()
   assert len(os.sched_getaffinity(0)) == len(cores)  # this thread's own cores are untouched
 
 
-def test_seconds_of_a_run_that_goes_on_are_not_known(tmp_path):
-  (tmp_path / "0").mkdir()  # of an earlier process, whose seconds nobody has
-  found = []
-  workers = study_runs.Workers([{}])
-  workers.run([cell(seed=0)], Commands(tmp_path, ["sum(range(3_000_000))"]), lambda *told: found.append(told[2:]))
-  assert found == [(0.0, "")]
-
-
-def test_an_interruption_stops_the_processes(tmp_path):
-  statement = "import time; time.sleep(60)"
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts behind "&" ignores it
-  timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-  timer.start()
-  start = time.monotonic()
-  try:
-    with pytest.raises(KeyboardInterrupt):
-      study_runs.Workers([{}]).run([cell(seed=0), cell(seed=0)], Commands(tmp_path, [statement]), lambda *_: None)
-  finally:
-    signal.signal(signal.SIGINT, before)
-  timer.join()
-  assert time.monotonic() - start < 30
-
-
-def test_a_second_interruption_is_passed_on(tmp_path):
+def test_interruptions_stop_the_processes_and_are_passed_on(tmp_path):
   ready, once = tmp_path / "ready", tmp_path / "once"
   # It ends by the second signal only: the first one is what a run saves upon.
   statement = f"""
@@ -305,7 +254,7 @@ time.sleep(60)
   user.start()
   try:
     with pytest.raises(KeyboardInterrupt):
-      study_runs.Workers([{}]).run([cell(seed=0)], Commands(tmp_path, [statement]), lambda *_: None)
+      study_runs.Workers([{}]).run([cell(seed=0), cell(seed=0)], Commands(tmp_path, [statement]), lambda *_: None)
   finally:
     signal.signal(signal.SIGINT, before)
   user.join()

@@ -16,6 +16,7 @@ ALLOWED = np.arange(V) != 7
 BANNED = 7
 LOGITS = ("student", "teacher", "reference")
 ARGUMENTS = ("old_logps", "kept", "injected", "supervised")  # optional arguments of `token_inputs`
+INPUTS = ("aggregation", "normaliser", "max_tokens")  # options of `token_inputs`
 COLUMNS = ("sampler_logps", "shaping_logps")  # optional fields that are set afterwards
 
 
@@ -38,11 +39,12 @@ class Setting:
     return (values["teacher"],) * loss.distils + (values["reference"],) * (loss.reference_coefficient != 0)
 
 
-def setting(arrays: str = "", *, sequence: bool = False, inputs: Mapping[str, Any] | None = None, **loss) -> Setting:
+def setting(arrays: str = "", *, sequence: bool = False, **options) -> Setting:
   """A combination; arrays by the first part of their names."""
   names = tuple(name for name in ARGUMENTS + COLUMNS if name.split("_")[0] in arrays.split())
   assert len(names) == len(arrays.split()), arrays
-  return Setting(tuple(loss.items()), tuple((inputs or {}).items()), names, sequence)
+  inputs = tuple((name, options.pop(name)) for name in INPUTS if name in options)
+  return Setting(tuple(options.items()), inputs, names, sequence)
 
 
 # Every option and every kind at least once, and those that meet in one term together. With `old` the clip cuts some
@@ -52,30 +54,24 @@ SETTINGS = {
   "kepo off-policy": setting("old", distill_coefficient=0.3, jsd_weight=0.1),
   "grpo": setting("old", distill_coefficient=0, reference_coefficient=0.2, clip_low=0.1, clip_high=0.4),
   "grpo on-policy": setting(distill_coefficient=0),
-  "token mean, k1": setting(
-    "old kept",
-    inputs={"aggregation": "token_mean"},
-    reference_coefficient=0.2,
-    reference_estimator="k1",
-  ),
+  "token mean, k1": setting("old kept", aggregation="token_mean", reference_coefficient=0.2, reference_estimator="k1"),
   "constant length, k2": setting(
     "old kept supervised",
-    inputs={"aggregation": "constant_length", "max_tokens": 9},
+    aggregation="constant_length",
+    max_tokens=9,
     reference_coefficient=0.3,
     reference_estimator="k2",
     supervised_coefficient=0.7,
   ),
-  "group mean, forward": setting("kept", inputs={"normaliser": "group_mean"}, divergence="forward_kl"),
-  "reverse, token mean": setting(
-    "old", inputs={"aggregation": "token_mean"}, divergence="reverse_kl", distill_coefficient=2.0
-  ),
+  "group mean, forward": setting("kept", normaliser="group_mean", divergence="forward_kl"),
+  "reverse, token mean": setting("old", aggregation="token_mean", divergence="reverse_kl", distill_coefficient=2.0),
   "top-k": setting("kept", top_k=3, temperature=0.7, distill_temperature=2.0),
-  "top-1 reverse": setting(inputs={"normaliser": "group_mean"}, divergence="reverse_kl", top_k=1),
+  "top-1 reverse": setting(normaliser="group_mean", divergence="reverse_kl", top_k=1),
   "sampled k2": setting("old kept injected", divergence="sampled_k2", distill_coefficient=0.5),
   "gspo": setting("old", sequence=True, distill_coefficient=0),
   "gspo on-policy": setting(sequence=True, distill_coefficient=0),
   "gspo, token mean": setting(
-    "old kept", sequence=True, inputs={"aggregation": "token_mean"}, jsd_weight=0.9, reference_coefficient=0.1
+    "old kept", sequence=True, aggregation="token_mean", jsd_weight=0.9, reference_coefficient=0.1
   ),
   "importance": setting("old injected sampler", importance_cap=1.3, distill_coefficient=0),
   "importance on-policy": setting("sampler kept", importance_cap=1.1, distill_coefficient=0.2),
@@ -83,13 +79,12 @@ SETTINGS = {
   "shaped": setting("old injected shaping", distill_coefficient=0),
   "gspo, shaped": setting("old injected shaping", sequence=True, distill_coefficient=0),
   "distillation alone": setting("kept supervised", policy_coefficient=0, distill_coefficient=1.5),
-  "supervised": setting(
-    "kept supervised", inputs={"aggregation": "token_mean"}, supervised_coefficient=0.5, distill_coefficient=0
-  ),
+  "supervised": setting("kept supervised", aggregation="token_mean", supervised_coefficient=0.5, distill_coefficient=0),
   "everything": setting(
     "old kept injected supervised sampler shaping",
     sequence=True,
-    inputs={"aggregation": "token_mean", "normaliser": "group_mean"},
+    aggregation="token_mean",
+    normaliser="group_mean",
     temperature=0.8,
     policy_coefficient=0.6,
     importance_cap=1.2,
@@ -101,9 +96,9 @@ SETTINGS = {
 }
 
 
-def batch(rng: np.random.Generator, shape: tuple[int, int, int] = (P, G, T)) -> dict[str, jax.Array]:
+def batch(rng: np.random.Generator) -> dict[str, jax.Array]:
   """Random values of everything that a setting may ask for; rows are ragged and may be empty."""
-  rows = shape[:2]
+  shape, rows = (P, G, T), (P, G)
 
   def near(spread):
     # Log-probabilities that a policy over 10 ids could have, some far from the student's.

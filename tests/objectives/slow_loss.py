@@ -15,9 +15,10 @@ from tests.objectives import cases
 
 
 def log_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-  """Log-probabilities over the allowed ids."""
+  """Log-probabilities over the allowed ids: logits [..., V]."""
   logits = np.where(cases.ALLOWED, np.float64(logits) / temperature, -np.inf)
-  return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+  logits = logits - logits.max(-1, keepdims=True)
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
@@ -30,7 +31,7 @@ def divergence(teacher: np.ndarray, student: np.ndarray, token: int, loss: losse
   if loss.divergence == "sampled_k2":
     return float((student[token] - teacher[token]) ** 2 / 2)
   p, q = teacher[cases.ALLOWED], student[cases.ALLOWED]
-  if loss.top_k:
+  if 0 < loss.top_k < len(p):
     order = np.argsort(-p)
     top, rest = order[: loss.top_k], order[loss.top_k :]
     p, q = (np.append(x[top], np.log(np.exp(x[rest]).sum())) for x in (p, q))

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from experiments.configs import gkd, grpo, kepo, kepo_eq7, kepo_ke, kepo_released, sft, sft_teacher
+from experiments.configs import gkd, grpo, kepo, kepo_eq7, kepo_ke, kepo_released, sft_teacher
 from kepo_jax.reporting import panels
 from kepo_jax.types import RunPlan
 
@@ -51,88 +51,34 @@ def test_the_start_panel():
   assert lines["memory"] == "about 4.26 GB per device at most (estimate: student 3 GB)"
 
 
-def test_what_is_trained_in_the_place_of_the_weights():
-  assert "trained" not in start_lines(grpo)
-  lines = start_lines(grpo, model__lora_rank=8, model__lora_targets=("q_proj", "v_proj"))
-  assert lines["trained"] == "LoRA of rank 8, scale 32 / 8, on q_proj, v_proj"
-
-
 @pytest.mark.parametrize(
-  ("parent", "changes", "expected"),
+  ("parent", "changes", "line", "expected"),
   [
-    (grpo, {"reward__convention": "lenient", "reward__format": 0.5}, "lenient: accuracy x 1, format x 0.5"),
-    (kepo_eq7, {}, "med_r1: accuracy and format together x 1"),
-    (grpo, {"reward__more": " lenient_accuracy:0.5, mine.rewards.brevity : 0.2,"},
-     "med_r1: accuracy x 1, format x 1, lenient_accuracy x 0.5, mine.rewards.brevity x 0.2"),
-  ],
-)  # fmt: skip
-def test_the_reward_line(parent, changes, expected):
-  assert start_lines(parent, **changes)["reward"] == expected
-
-
-@pytest.mark.parametrize(
-  ("parent", "changes", "expected"),
-  [
-    (grpo, {"objective__advantage": "rloo", "objective__aggregation": "token_mean", "objective__ratio": "sequence"},
-     "policy gradient (rloo, token_mean, sequence ratio)"),
-    (kepo_ke, {}, "policy gradient (group_std, sequence_mean, token ratio), "
-                  "distillation x 1 (jsd 0.5, positive accuracy gate)"),
-    (kepo_ke, {"objective__gate_mode": "negative", "objective__distill_weight": 0.25, "objective__policy_weight": 0.0},
-     "distillation x 0.25 (jsd 0.5, negative accuracy gate)"),
+    (grpo, {"model__lora_rank": 8, "model__lora_targets": ("q_proj", "v_proj")}, "trained",
+     "LoRA of rank 8, scale 32 / 8, on q_proj, v_proj"),
+    (kepo_eq7, {}, "reward", "med_r1: accuracy and format together x 1"),
+    (kepo_ke, {"objective__gate_mode": "negative", "objective__policy_weight": 0.0}, "objective",
+     "distillation x 1 (jsd 0.5, negative accuracy gate)"),
     # Only the Jensen-Shannon divergence has a weight.
-    (kepo_eq7, {}, "policy gradient (group_std, sequence_mean, token ratio), "
-                   "distillation x 1 (forward_kl, positive product gate), reference KL x 0.001"),
-    (gkd, {}, "distillation x 1 (jsd 0.5, every rollout)"),
-    (gkd, {"objective__divergence_weight": 0.9}, "distillation x 1 (jsd 0.9, every rollout)"),
-    (sft, {}, "likelihood x 1"),
+    (kepo_eq7, {}, "objective", "policy gradient (group_std, sequence_mean, token ratio), "
+     "distillation x 1 (forward_kl, positive product gate), reference KL x 0.001"),
     # A weight of rollouts that there are not is not shown.
-    (sft_teacher, {"objective__policy_weight": 1.0}, "likelihood x 1"),
-    (sft_teacher, {"objective__policy_weight": 1.0, "batch__on_policy_fraction": 0.5},
+    (sft_teacher, {"objective__policy_weight": 1.0}, "objective", "likelihood x 1"),
+    (sft_teacher, {"objective__policy_weight": 1.0, "batch__on_policy_fraction": 0.5}, "objective",
      "policy gradient (group_std, token_mean, token ratio), likelihood x 1"),
-  ],
-)  # fmt: skip
-def test_the_objective_line(parent, changes, expected):
-  assert start_lines(parent, **changes)["objective"] == expected
-
-
-@pytest.mark.parametrize(
-  ("parent", "changes", "expected"),
-  [
-    (grpo, {"batch__micro_batches": 4, "batch__updates": 2},
-     "8 prompts x 8 rollouts of up to 24 tokens, 4 micro-batches, 2 updates"),
-    (sft, {}, "8 prompts x 1 rollouts of up to 24 tokens, 100% of them by the gold answers, 1 micro-batch"),
-    (gkd, {"batch__on_policy_fraction": 0.375},
-     "8 prompts x 8 rollouts of up to 24 tokens, 62% of them by the teacher, 1 micro-batch"),
-    (gkd, {}, "8 prompts x 8 rollouts of up to 24 tokens, 1 micro-batch"),
-  ],
-)  # fmt: skip
-def test_the_batch_line(parent, changes, expected):
-  assert start_lines(parent, **changes)["batch"] == expected
-
-
-@pytest.mark.parametrize(
-  ("parent", "changes", "expected"),
-  [
-    (kepo, {}, "on accuracy_all_zero: up to 5 rounds of 2 candidates, up to 2 rollouts replaced (drop_on_policy)"),
-    (kepo_released, {"exploration__candidates": 6, "objective__off_context": "keep_hint"},
+    (gkd, {"batch__on_policy_fraction": 0.375, "batch__micro_batches": 4, "batch__updates": 2}, "batch",
+     "8 prompts x 8 rollouts of up to 24 tokens, 62% of them by the teacher, 4 micro-batches, 2 updates"),
+    (kepo_released, {"exploration__candidates": 6, "objective__off_context": "keep_hint"}, "exploration",
      "on reward_all_zero: up to 5 rounds of 6 candidates, up to 2 rollouts replaced (keep_hint)"),
-    (kepo, {"exploration__trigger": "never"}, "none"),
-    (kepo, {"exploration__replacements": 0}, "none"),
-    (kepo, {"exploration__rounds": 0}, "none"),
+    (kepo, {"exploration__replacements": 0}, "exploration", "none"),
   ],
 )  # fmt: skip
-def test_the_exploration_line(parent, changes, expected):
-  assert start_lines(parent, **changes)["exploration"] == expected
+def test_what_a_config_makes_of_the_plan(parent, changes, line, expected):
+  assert start_lines(parent, **changes)[line] == expected
 
 
-@pytest.mark.parametrize(
-  ("value", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (4.26e9, "4.26 GB"), (2e12, "2 TB")]
-)
-def test_human_bytes(value, text):
-  assert panels.human_bytes(value) == text
-
-
-def test_human_counts_and_times():
+def test_numbers_for_people():
+  assert [panels.human_bytes(x) for x in (0, 999, 1500, 2e12)] == ["0 B", "999 B", "1.5 kB", "2 TB"]
   assert [panels.human_count(x) for x in (12, 842_000, 2.13e9, 33e9)] == ["12", "842 K", "2.13 B", "33 B"]
   assert [panels.human_time(x) for x in (4.4, 185, 7620)] == ["4 s", "3 min 05 s", "2 h 07 min"]
 
@@ -144,28 +90,13 @@ def sample(**changes):
   return record | marks | changes
 
 
-def test_samples_are_shown_with_their_question_once():
-  output = io.StringIO()
-  samples = [
-    sample(),
-    sample(completion="[bold]y", injected=True),
-    sample(id="b", question="Where?"),
-    sample(),
-    sample(),
-  ]
-  Console(file=output, width=100).print(panels.samples_panel(samples, step=1))
-  text = output.getvalue()
-  assert text.count("How many?") == 2 and text.count("Where?") == 1  # four shown, "a" again after "b"
-  assert "accuracy 1 format 0 distilled injected" in text
-  assert "[bold]y" in text  # completions are text, not markup
-
-
-def test_hints_and_candidates_are_no_samples_of_the_panel():
+def test_rollouts_are_shown_with_their_question_once():
   output = io.StringIO()
   hint = {"kind": "hint", "step": 1, "id": "a", "text": "<hint> look left </hint>"}
   tried = {"kind": "candidate", "step": 1, "id": "a", "completion": "tried"}
-  samples = [hint, tried, sample(completion="first"), hint, sample(completion="second", supervised=True)]
-  Console(file=output, width=100).print(panels.samples_panel(samples, step=1, limit=2))
+  samples = [sample(), hint, sample(completion="[bold]y", injected=True), sample(id="b", question="Where?"), sample()]
+  Console(file=output, width=100).print(panels.samples_panel([hint, tried, *samples, sample()], step=1))
   text = output.getvalue()
-  assert "first" in text and "second" in text and "look left" not in text and "tried" not in text
-  assert "accuracy 1 format 0 distilled supervised" in text
+  assert text.count("How many?") == 2 and text.count("Where?") == 1  # four shown, "a" again after "b"
+  assert "accuracy 1 format 0 distilled injected" in text and "look left" not in text and "tried" not in text
+  assert "[bold]y" in text  # completions are text, not markup

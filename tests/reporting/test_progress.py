@@ -20,13 +20,8 @@ def test_the_figures_of_a_step():
   assert figures_line(METRICS, TIMING) == expected
   assert figures_line({"cliff_rate": 1.0}, {}) == "cliff 1.00"
   assert accept_rate({}) is None
-
-
-def test_the_figures_of_a_step_without_rollouts_of_the_student():
   # Supervised training has no reward of its own; its likelihood falls in the third place behind the point.
   assert figures_line({"supervised/nll": 0.69315, "lr": 1e-4}, TIMING) == "nll 0.693  12,346 tokens/s"
-  # Rows of both kinds: behind the gate.
-  assert figures_line(METRICS | {"supervised/nll": 2.0}, {}).endswith("gate 0.50  nll 2.000  hints accepted 0.60")
 
 
 def test_plain_lines_come_about_every_twentieth_of_the_run():
@@ -52,7 +47,12 @@ def test_other_work_is_reported_by_quarters_and_stops_the_clock_of_the_steps():
   assert "1 min 35 s left" in output.getvalue()  # still one second per step
 
 
-def test_a_terminal_gets_a_live_bar(monkeypatch):
+def test_a_terminal_gets_a_live_bar_and_ci_plain_lines(monkeypatch):
+  monkeypatch.setenv("CI", "true")
+  shown, output = display(force_terminal=True)
+  shown.begin(1)
+  shown.step(1, METRICS, TIMING)
+  assert "step 1/1" in output.getvalue() and "\x1b[?25l" not in output.getvalue()
   monkeypatch.delenv("CI", raising=False)
   shown, output = display(force_terminal=True)
   shown.begin(10)
@@ -64,11 +64,3 @@ def test_a_terminal_gets_a_live_bar(monkeypatch):
   text = output.getvalue()
   assert "training" in text and "1/10" in text and "accuracy 0.75" in text and "something is odd" in text
   assert text.rstrip().endswith("\x1b[?25h")  # the cursor is back
-
-
-def test_ci_gets_plain_lines_even_in_a_terminal(monkeypatch):
-  monkeypatch.setenv("CI", "true")
-  shown, output = display(force_terminal=True)
-  shown.begin(1)
-  shown.step(1, METRICS, TIMING)
-  assert "step 1/1" in output.getvalue() and "\x1b[?25l" not in output.getvalue()

@@ -62,13 +62,6 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     file.flush()
 
 
-def test_a_broken_line_is_named(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-  with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not JSON"):
-    sinks.read_records(path)
-
-
 def test_line_breaks_of_unicode_inside_a_text_are_no_ends_of_lines(tmp_path):
   path = tmp_path / "samples.jsonl"
   texts = ["next\x85line", "line\u2028separator", "paragraph\u2029separator", "form\x0cfeed", "return\r\nfeed"]
@@ -78,6 +71,9 @@ def test_line_breaks_of_unicode_inside_a_text_are_no_ends_of_lines(tmp_path):
   file.close()
   assert path.read_bytes().count(b"\n") == len(texts)
   assert [record["completion"] for record in sinks.read_records(path)] == texts
+  path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+  with pytest.raises(ValueError, match=r"samples\.jsonl:2 is not JSON"):
+    sinks.read_records(path)
 
 
 def events(directory):

@@ -1,15 +1,20 @@
-"""Tables of a study: what stands in them, and what is said to be missing."""
+"""Tables of studies: the numbers of a summary, and what is said to be missing."""
 
+import numpy as np
 import pytest
 
-from kepo_jax.evaluation import studies
-from kepo_jax.reporting import study_tables
+from kepo_jax.evaluation import equal_cost, studies
+from kepo_jax.reporting import check_tables, cost_tables, study_tables
 from tests import studies_data
 
 ITEMS = studies_data.items(16)
-SOME = {name: studies_data.METHODS[name] for name in ("grpo", "gkd-1", "kepo-tau1")}
+SOME = {name: studies_data.METHODS[name] for name in ("sft", "grpo", "gkd-1", "kepo-tau1")}
 ENTRIES = [e for e in studies_data.entries(ITEMS, methods=SOME, seeds=3) if (e["method"], e["seed"]) != ("grpo", 1)]
-SUMMARY = studies.summarised(ENTRIES, ITEMS, resamples=100)
+
+
+@pytest.fixture(scope="module")
+def summary():
+  return studies.summarised(ENTRIES, ITEMS, resamples=100)
 
 
 def cell(method, label, seeds, pair=("confused", "weak")):
@@ -19,76 +24,68 @@ def cell(method, label, seeds, pair=("confused", "weak")):
 EXPECTED = [cell("start", "untrained student", [None]), cell("grpo", "GRPO", [0, 1, 2]), cell("rloo", "RLOO", [0, 1])]
 
 
-def test_main_rows():
-  header, *rows = study_tables.main_rows(SUMMARY)
-  assert header == (
-    "method", "seeds", "learning rate", "MRI", "out of domain, mean of 7", "out of domain without Fundus Photography",
-    "Fundus Photography (unseen)", "format", "out of domain, less GRPO", "out of domain, less GKD, own rows",
-  )  # fmt: skip
-  rows = {row[0]: row for row in rows}
-  assert rows["untrained student"][1:3] == ("untrained", "-") and rows["GRPO"][1:3] == ("2", "0.0003")
-  entry = SUMMARY["methods"]["kepo-tau1"]["statistics"]["out_of_domain"]
-  shown = rows["KEPO, tau = 1"]
-  assert shown[4] == f"{100 * entry['mean']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
-  gap = SUMMARY["differences"]["gkd-1"]["kepo-tau1"]["statistics"]["out_of_domain"]
-  assert shown[9].startswith(f"{100 * gap['mean']:+.1f} [")
-  assert rows["GRPO"][8] == rows["GKD, own rows"][9] == "-" and rows["GRPO"][9] != "-"
+def by_name(rows):
+  """Label -> heading -> cell."""
+  header, *rest = rows
+  return {row[0]: dict(zip(header, row, strict=True)) for row in rest}
 
 
-def test_planned_methods_without_entries_are_missing():
-  rows = {row[0]: row for row in study_tables.main_rows(SUMMARY, expected=EXPECTED)}
-  assert list(rows)[1:] == ["untrained student", "GRPO", "RLOO", "teacher", "GKD, own rows", "KEPO, tau = 1"]
-  assert rows["GRPO"][1] == "2 of 3" and rows["RLOO"] == ("RLOO", "0 of 2", *["missing"] * 8)
-  rows = study_tables.section_rows(SUMMARY, "modalities", expected=EXPECTED)
-  assert ("RLOO", *["missing"] * 8) in rows
+def percent(entry, sign=""):
+  return " ".join(
+    [f"{100 * entry['mean']:{sign}.1f}", f"[{100 * entry['low']:{sign}.1f}, {100 * entry['high']:{sign}.1f}]"]
+  )
 
 
-def test_a_reference_without_entries_is_missing():
-  header, first, *_ = study_tables.main_rows(SUMMARY, references=("rloo", "unknown"), expected=EXPECTED)
-  assert header[-1] == "out of domain, less RLOO" and first[-1] == "missing"
-
-
-def test_missing_cells_have_names():
+def test_accuracies_and_differences(summary):
+  rows = by_name(study_tables.main_rows(summary, expected=EXPECTED))
+  kepo, mean = rows["KEPO, tau = 1"], "out of domain, mean of 7"
+  assert kepo[mean] == percent(summary["methods"]["kepo-tau1"]["statistics"]["out_of_domain"])
+  gap = summary["differences"]["grpo"]["kepo-tau1"]["statistics"]["out_of_domain"]
+  assert kepo["out of domain, less GRPO"] == percent(gap, "+")
+  assert rows["GRPO"]["out of domain, less GRPO"] == "-" and rows["GRPO"]["learning rate"] == "0.0003"
+  assert rows["GRPO"]["seeds"] == "2 of 3" and rows["untrained student"]["seeds"] == "untrained"
+  assert rows["RLOO"]["seeds"] == "0 of 2" and {*rows["RLOO"].values()} == {"RLOO", "0 of 2", "missing"}
+  modalities = by_name(study_tables.section_rows(summary, "modalities", expected=EXPECTED))
+  assert modalities["chance"]["CT"] == f"{100 * summary['chance']['modalities/CT']:.1f}"
+  assert modalities["GRPO"]["MRI (trained on)"] == percent(summary["methods"]["grpo"]["statistics"]["modalities/MRI"])
   expected = [*EXPECTED, cell("start", "untrained student", [None], ("noisy", "weak"))]
   assert study_tables.missing_cells(expected, ENTRIES) == [
     "GRPO, confused taught by weak: seed 1",
     "RLOO, confused taught by weak: seeds 0, 1",
     "untrained student, noisy taught by weak",
   ]
-  assert study_tables.missing_cells([cell("gkd-1", "GKD", [0, 1, 2])], ENTRIES) == []
+  assert study_tables.percent({"mean": -0.0004, "low": -0.012, "high": 0.0004}, signed=True) == "+0.0 [-1.2, +0.0]"
 
 
-def test_section_rows():
-  header, chance, *rows = study_tables.section_rows(SUMMARY, "modalities")
-  assert header[:5] == ("method", "CT", "Dermoscopy", "Fundus Photography (unseen)", "MRI (trained on)")
-  assert header[5:] == studies_data.MODALITIES[4:]
-  assert chance[0] == "chance" and chance[1] == f"{100 * SUMMARY['chance']['modalities/CT']:.1f}"
-  assert [row[0] for row in rows] == [entry["label"] for entry in SUMMARY["methods"].values()]
-  kinds = study_tables.section_rows(SUMMARY, "question_types")
-  assert kinds[0][1:] == studies_data.KINDS and {len(row) for row in kinds} == {6}
+def test_costs_are_means_over_seeds():
+  rows = by_name(cost_tables.cost_rows(ENTRIES, expected=EXPECTED))
+  seconds = np.mean([e["cost"]["seconds"] for e in ENTRIES if e["method"] == "grpo"])
+  # 80 steps of 1.2 thousand tokens.
+  assert list(rows["GRPO"].values())[1:4] == ["96.0", "0.0", f"{seconds:.1f}"]
+  assert [*rows["RLOO"].values()] == ["RLOO", *["missing"] * 4] and "teacher" not in rows
 
 
-@pytest.mark.parametrize(
-  ("entry", "signed", "text"),
-  [
-    ((0.6134, 0.557, 0.6666), False, "61.3 [55.7, 66.7]"),
-    ((-0.0004, -0.012, 0.0004), True, "+0.0 [-1.2, +0.0]"),
-    ((0.01, -0.002, 0.03), True, "+1.0 [-0.2, +3.0]"),
-  ],
-)
-def test_percent(entry, signed, text):
-  assert study_tables.percent(dict(zip(("mean", "low", "high"), entry, strict=True)), signed=signed) == text
-
-
-def test_the_paper_stands_alone():
-  assert study_tables.paper_rows()[1:] == [("KEPO", "78.00"), ("GRPO", "74.33"), ("MM-GKD", "73.67")]
-  assert "other data and models, one seed" in study_tables.PAPER_SOURCE
-  ours = [text for row in study_tables.main_rows(SUMMARY) for text in row]
-  assert not {"78.00", "74.33", "73.67"} & {*ours}
-
-
-def test_where_nothing_is_unseen_there_is_one_mean():
-  items = ITEMS | {"unseen": []}
-  assert list(study_tables.headings(studies.summarised(ENTRIES[:2], items, resamples=20))) == [
-    "in_domain", "out_of_domain",
+def test_equal_steps_and_equal_cost():
+  rows = by_name(cost_tables.equal_cost_rows(ENTRIES, expected=EXPECTED))
+  tokens, gap = "after 96,000 tokens of both models, GRPO's", "there, less GRPO"
+  ends = [e["validation"][-1]["out_of_domain"] for e in ENTRIES if e["method"] == "grpo"]
+  expected = percent({"mean": np.mean(ends), "low": min(ends), "high": max(ends)})
+  assert rows["GRPO"]["after 80 steps"] == rows["GRPO"][tokens] == expected and rows["GRPO"][gap] == "-"
+  assert rows["SFT, gold answers"][tokens] == "beyond its budget" and rows["SFT, gold answers"][gap] == "-"
+  less = equal_cost.differences_at_cost(ENTRIES, "grpo", "out_of_domain", "tokens", budget=96e3)["kepo-tau1"]
+  assert rows["KEPO, tau = 1"][gap] == percent(less, "+")
+  longer = [  # twice the steps at the same cost: read at equal steps as well
+    entry | {"method": "long", "label": "long", "steps": 160,
+             "validation": [{**each, "step": 2 * each["step"]} for each in entry["validation"]]}
+    for entry in ENTRIES if entry["method"] == "grpo"
   ]  # fmt: skip
+  rows = by_name(cost_tables.equal_cost_rows([*ENTRIES, *longer]))
+  assert rows["long"]["at the end"] == rows["GRPO"]["after 80 steps"] != rows["long"]["after 80 steps"]
+
+
+def test_correlations_of_hints_over_modalities():
+  records = [each for each in studies_data.hint_records() if each["student"] == "confused"]
+  _, *rows = check_tables.correlation_rows([*records, records[0] | {"modality": "all"}], ["Fundus Photography"])
+  r = np.corrcoef([each["gain"] for each in records[:8]], [each["positive_rate"] for each in records[:8]])[0, 1]
+  assert rows[0][:3] == ("confused, weak", "hint_and_answer", "8, all") and rows[0][3].startswith(f"{r:+.2f} [")
+  assert rows[1][2] == "7, without Fundus Photography" and rows[1][3] != rows[0][3]

@@ -42,13 +42,11 @@ def test_the_scorer_of_a_config():
   assert total(product, RIGHT) == 3.0 and total(product, LENIENT) == total(product, "B") == 0.0
 
 
-@pytest.mark.parametrize("convention", rewards.CONVENTIONS)
-def test_the_scorer_follows_its_convention(convention):
+def test_the_scorer_follows_its_convention():
   config = grpo.get_config()
-  config.reward.convention = convention
-  found = assembly.scorer(config, {}).rewards
-  expected = rewards.CONVENTIONS[convention]
-  assert found == {"accuracy": (expected.accuracy, 1.0), "format": (expected.format, 1.0)}
+  for config.reward.convention, expected in rewards.CONVENTIONS.items():
+    found = assembly.scorer(config, {}).rewards
+    assert found == {"accuracy": (expected.accuracy, 1.0), "format": (expected.format, 1.0)}
 
 
 def test_more_rewards_come_from_the_config_and_the_caller():
@@ -62,43 +60,29 @@ def test_more_rewards_come_from_the_config_and_the_caller():
   assert total(scorer, "<answer>B</answer>") == 5.25 + 18
 
 
-@pytest.mark.parametrize(
-  ("more", "given", "twice"),
-  [
-    ("accuracy:1", {}, "accuracy"),
-    ("kepo_jax.rewards.accuracy:1", {}, "accuracy"),  # called by the last part of its name
-    ("", {"format": (half_length, 1.0)}, "format"),
-    ("lenient_accuracy:1", {"lenient_accuracy": (half_length, 1.0)}, "lenient_accuracy"),
-  ],
-)
-def test_two_rewards_of_one_name_are_refused(more, given, twice):
-  config = grpo.get_config()
-  config.reward.more = more
-  with pytest.raises(ValueError, match=rf"the rewards \['{twice}'\] are there twice; give one of them another name"):
-    assembly.scorer(config, given)
-
-
 def test_rewards_that_cannot_be_are_refused():
   config = grpo.get_config()
-  with pytest.raises(ValueError, match="none called 'total'"):
-    assembly.scorer(config, {"total": (half_length, 1.0)})
-  config.reward.more = "unheard_of:1"
-  with pytest.raises(ValueError, match="reward 'unheard_of' is neither one of"):
-    assembly.scorer(config, {})
+  for more, given, message in (
+    ("", {"format": (half_length, 1.0)}, r"the rewards \['format'\] are there twice; give one of them another name"),
+    ("kepo_jax.rewards.accuracy:1", {}, r"\['accuracy'\] are there twice"),  # called by the last part of its name
+    ("lenient_accuracy:1", {"lenient_accuracy": (half_length, 1.0)}, r"\['lenient_accuracy'\] are there twice"),
+    ("", {"total": (half_length, 1.0)}, "none called 'total'"),
+    ("unheard_of:1", {}, "reward 'unheard_of' is neither one of"),
+  ):
+    config.reward.more = more
+    with pytest.raises(ValueError, match=message):
+      assembly.scorer(config, given)
 
 
 # ---- numbers ----
 
 
-@pytest.mark.parametrize(
-  ("rollouts", "fraction", "own"),
-  [(8, 1.0, 8), (8, 0.0, 0), (8, 0.375, 3), (3, 0.6666667, 2), (3, 0.3333333, 1), (10, 0.7, 7), (1, 0.0, 0)],
-)
-def test_own_rollouts(rollouts, fraction, own):
+def test_own_rollouts():
   config = gkd.get_config()
-  config.batch.rollouts, config.batch.on_policy_fraction = rollouts, fraction
-  found = assembly.own_rollouts(config)
-  assert found == own and isinstance(found, int)  # a typed third of 3 is 1 but for rounding
+  # A typed third of 3 is 1 but for rounding.
+  for rollouts, fraction, own in ((8, 1.0, 8), (8, 0.0, 0), (8, 0.375, 3), (3, 0.6666667, 2), (3, 0.3333333, 1)):
+    config.batch.rollouts, config.batch.on_policy_fraction = rollouts, fraction
+    assert assembly.own_rollouts(config) == own and isinstance(assembly.own_rollouts(config), int)
 
 
 def test_the_weight_of_the_divergence_is_constant_or_falls_to_zero():
@@ -156,12 +140,6 @@ def test_update_settings_carry_every_field():
   assert found.keys() | {"distill_factor"} == defaults.keys()
 
 
-def test_update_settings_of_the_default_config():
-  found = assembly.update_settings(grpo.get_config())
-  expected = inputs.UpdateSettings(compute_dtype=jnp.dtype("float32"), chunk=1024, max_tokens=24)
-  assert dataclasses.replace(found, distill_factor=None) == dataclasses.replace(expected, distill_factor=None)
-
-
 def test_token_loss_carries_every_field():
   config = grpo.get_config()
   config.sampling.temperature = 0.9
@@ -200,12 +178,6 @@ def test_token_loss_carries_every_field():
   }
   defaults = {field.name: field.default for field in dataclasses.fields(losses.KepoTokenLoss)}
   assert [name for name, value in found.items() if value == defaults[name]] == []
-
-
-def test_a_term_without_weight_is_left_out():
-  loss = assembly.token_loss(grpo.get_config(), types.SimpleNamespace(allowed=np.ones(3, bool)))
-  assert not loss.distils
-  assert loss.reference_coefficient == loss.supervised_coefficient == loss.importance_cap == 0
 
 
 # ---- programs ----
@@ -265,25 +237,18 @@ def test_the_programs_of_kepo(built):
   assert state_of is first and int(first.step) == 0
 
 
-@pytest.mark.parametrize(
-  ("parent", "changes", "targets"),
-  [
+def test_who_scores_the_rollouts(built):
+  for parent, changes, targets in (
     (grpo, {}, []),
     (grpo, {"reference_weight": 0.1}, ["the reference"]),
     (kepo, {}, ["the teacher"]),
     (kepo_eq7, {}, ["the teacher", "the reference"]),  # in the order that the loss expects
-  ],
-)
-def test_who_scores_the_rollouts(built, parent, changes, targets):
-  config = parent.get_config()
-  config.objective.update(changes)
-  assert built(config)[1].targets == (targets, 1)
-
-
-def test_candidates_per_round(built):
-  config = kepo.get_config()
-  config.exploration.candidates = 5
-  assert built(config)[1].candidate.samples == 5
+  ):
+    config = parent.get_config()
+    config.objective.update(changes)
+    config.exploration.candidates = 5
+    _, made, _ = built(config)
+    assert made.targets == (targets, 1) and made.candidate.samples == 5
 
 
 def test_the_teacher_answers_for_the_rows_that_the_student_leaves(built):

@@ -56,6 +56,13 @@ def run_of(**changes):
   )
 
 
+def tokens_of(first):
+  """Rollouts of two tokens each from the first ones, [P][G]."""
+  first = np.array(first, np.int32)
+  tokens = np.stack([first, np.full_like(first, END)], -1)
+  return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
+
+
 def groups_of(rows, run, *, ended=True, supervised=()):
   """Groups from tokens of TEXTS, [P][G]; columns in `supervised` are somebody else's."""
   first = np.array(rows, np.int32)
@@ -120,9 +127,7 @@ def test_sampling_goes_on_until_enough_groups_are_of_use(monkeypatch):
 
   def rollout(actor, prompts, key):
     assert actor == "weights"
-    first = np.array(next(rounds), np.int32)
-    tokens = np.stack([first, np.full_like(first, END)], -1)
-    return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
+    return tokens_of(next(rounds))
 
   def further(done, extra, *, asked):
     seen.append([example.id for example in asked])
@@ -141,9 +146,7 @@ def test_sampling_goes_on_until_enough_groups_are_of_use(monkeypatch):
 
 def test_refused_answers_of_the_teacher_leave_their_rows_empty():
   run = run_of(batch__rollouts=3, batch__on_policy_fraction=0.0, supervised__source="teacher")
-  first = np.array([[2, 3, 4]], np.int32)  # right; wrong; right without its think block
-  tokens = np.stack([first, np.full_like(first, END)], -1)
-  rollouts = Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
+  rollouts = tokens_of([[2, 3, 4]])  # right; wrong; right without its think block
   run.programs = types.SimpleNamespace(answer=lambda prompts, key: rollouts)
   groups, written = loop.supervised_rows(run, [question(0)], None, 4)
   assert written == 6  # the refused ones cost as much
@@ -151,12 +154,12 @@ def test_refused_answers_of_the_teacher_leave_their_rows_empty():
   assert groups.supervised.all() and run.keys == [("answer", 4)]
 
 
-def test_each_round_of_exploration_draws_anew():
-  run = run_of(exploration__hints="once", exploration__rounds=3)
+def exploring(run, candidates):
+  """Gives the run a teacher with one hint of one token, and candidates [P][M]; the phases of the teacher."""
   hint = Rollouts(tokens=np.zeros((1, 1, 1), np.int32), mask=np.ones((1, 1, 1), bool), logps=np.zeros((1, 1, 1)))
-  wrong = np.full((1, 2, 2), 3, np.int32)
-  candidates = Rollouts(tokens=wrong, mask=np.ones(wrong.shape, bool), logps=np.zeros(wrong.shape, np.float32))
-  run.programs = types.SimpleNamespace(hint=lambda prompts, key: hint, candidate=lambda actor, prompts, key: candidates)
+  run.programs = types.SimpleNamespace(
+    hint=lambda prompts, key: hint, candidate=lambda actor, prompts, key: tokens_of(candidates)
+  )
   phases = []
 
   @contextlib.contextmanager
@@ -166,7 +169,14 @@ def test_each_round_of_exploration_draws_anew():
     phases.append("over")
 
   run.models = {"teacher": types.SimpleNamespace(resident=types.SimpleNamespace(on_device=on_device))}
-  run.processor.decode = lambda tokens, mask: [{0: "<hint>look</hint>"}.get(int(t[0]), WRONG) for t in tokens]
+  said = TEXTS | {0: "<hint>look</hint>"}
+  run.processor.decode = lambda tokens, mask: [said[int(row[0])] for row in tokens]
+  return phases
+
+
+def test_each_round_of_exploration_draws_anew():
+  run = run_of(exploration__hints="once", exploration__rounds=3)
+  phases = exploring(run, [[3, 3]])
   outcome, written = loop.explore(run, None, groups_of([[3, 3]], run), 9)
   assert run.keys == [("hint", 9, 1), *[("candidate", 9, attempt) for attempt in (1, 2, 3)]]
   assert phases == ["begun", "over"]  # the teacher comes once for three rounds, and not where nobody asks
@@ -174,6 +184,25 @@ def test_each_round_of_exploration_draws_anew():
   assert phases == ["begun", "over"]
   assert outcome.accepted == {0: []} and len(outcome.candidates[0]) == 6
   assert written == 1  # one hint of one token, once for three rounds
+
+
+def test_candidates_count_as_sampled_and_their_slots_differ_from_step_to_step():
+  run = run_of(batch__rollouts=8, exploration__rounds=1, exploration__replacements=2)
+  run.samples_all = False
+  exploring(run, [[2, 3, 2]])
+  slots = []
+  for done in (0, 1, 2, 3, 0):
+    begun = starting.Started(done, [question(0)], None, "weights", tokens_of([[3] * 8]))
+    collected = loop.sample_and_explore(run, begun, loop.PhaseClock())
+    assert collected.sampled == 2 * 8 + 2 * 3  # replaced rollouts and refused candidates included
+    assert collected.written == 1 and begun.actor is None
+    slots.append(np.flatnonzero(collected.groups.injected[0]).tolist())
+  assert all(len(each) == 2 for each in slots)
+  assert len({tuple(each) for each in slots[:4]}) > 1 and slots[4] == slots[0]
+  run.config.seed += 1
+  begun = starting.Started(0, [question(0)], None, "weights", tokens_of([[3] * 8]))
+  again = loop.sample_and_explore(run, begun, loop.PhaseClock()).groups.injected[0]
+  assert np.flatnonzero(again).tolist() != slots[0]
 
 
 def test_tokens_are_counted_by_what_was_done_with_them():

@@ -39,17 +39,13 @@ def test_dead_groups_are_all_right_or_all_wrong_or_neither():
   assert found["cliff_rate"] == 2 / 4  # a cliff may have a signal
 
 
-def test_graded_accuracy_is_no_cliff():
+def test_graded_accuracy_is_neither_a_cliff_nor_wrong():
   groups = cases.groups([[NOTHING] * 3], [[4] * 3])
   groups.scores["accuracy"][0] = 0.5
+  groups.scores["mine"] = np.array([[1, 2, 6]], np.float32)
   found = figures.reward_metrics(groups)
-  assert found["cliff_rate"] == 0 and found["dead_group_rate/right"] == 1
-
-
-def test_every_reward_has_a_figure():
-  groups = cases.mixed()
-  groups.scores["mine"] = np.array([[1, 2, 3], [4, 5, 9]], np.float32)
-  assert figures.reward_metrics(groups)["reward/mine"] == 4.0
+  assert found["cliff_rate"] == 0 and found["dead_group_rate/right"] == 1 and found["reward/mine"] == 3
+  assert figures.gate_metrics(groups, np.ones((1, 3), bool))["gate/wrong_share"] == 0
 
 
 def test_mixed_metrics_of_the_students_own_groups():
@@ -99,9 +95,6 @@ def test_gate_metrics():
     "gate/token_frac": pytest.approx(7 / 17),
     "gate/wrong_share": pytest.approx(1 / 3),
   }
-
-
-def test_a_closed_gate_has_no_wrong_share():
   closed = np.zeros((P, G), bool)
   assert figures.gate_metrics(cases.mixed(), closed) == {"gate/frac": 0.0, "gate/token_frac": 0.0}
 
@@ -147,10 +140,11 @@ def test_sample_records():
   assert marks == [(True, False, False, ""), (False, False, True, "")]
 
 
-@pytest.mark.parametrize(("prompts", "count"), [(0, 0), (1, G), (2, 2 * G), (5, 2 * G)])
-def test_the_rollouts_of_the_first_prompts_are_recorded(prompts, count):
-  records = figures.sample_records(cases.mixed(), GATE, step=1, prompts=prompts, problem=lambda example: "")
-  assert [(record["id"], record["rollout"]) for record in records] == [(f"set/q{i // G}", i % G) for i in range(count)]
+def test_what_happened_to_the_first_prompts_is_recorded():
+  for prompts, rollouts, hints in ((0, 0, 0), (1, G, 4), (5, 2 * G, 5)):
+    records = figures.sample_records(cases.mixed(), GATE, step=1, prompts=prompts, problem=lambda example: "")
+    assert [(each["id"], each["rollout"]) for each in records] == [(f"set/q{i // G}", i % G) for i in range(rollouts)]
+    assert len(figures.hint_records(outcome(), cases.mixed(), step=1, prompts=prompts)) == hints
 
 
 def outcome():
@@ -176,11 +170,6 @@ def test_hint_records():
     tried | {"round": 2, "completion": RIGHT, "leaks": False, "accepted": True},
     last | {"kind": "hint", "text": "<hint></hint>"},
   )
-
-
-@pytest.mark.parametrize(("prompts", "count"), [(0, 0), (1, 4), (9, 5)])
-def test_hints_of_the_first_prompts_that_asked_are_recorded(prompts, count):
-  assert len(figures.hint_records(outcome(), cases.mixed(), step=1, prompts=prompts)) == count
 
 
 def test_two_equal_candidates_are_told_apart():

@@ -32,10 +32,22 @@ def config(learning_rate=1e-3, lora_rank=0):
   )
 
 
-def begun(tmp_path):
-  """A run in tmp_path/run that has written what it is."""
-  with RunFiles(tmp_path / "run", config()) as files:
-    files.begin({}, rule="none")
+def opened(tmp_path, settings=None, **how):
+  return RunFiles(tmp_path / "run", settings or config(), **how)
+
+
+def begun(tmp_path, questions=(), **how):
+  """A run that has written what it is."""
+  with opened(tmp_path) as files:
+    files.begin(dict(questions), rule="none", **how)
+
+
+def question(name):
+  return Example(id=name, question="?", options=("a", "b"), answer="A", images=(), modality="MRI")
+
+
+ASKED = {"train": [question("b"), question("a")], "test": [question("c")]}
+CHANGED = ASKED | {"train": [question("b"), dataclasses.replace(question("a"), answer="B")]}
 
 
 @pytest.fixture
@@ -44,25 +56,43 @@ def state():
   return jax.device_put(fresh, sharding.replicated(sharding.make_mesh(data=8)))
 
 
+def moved(state, steps):
+  return state.replace(step=state.step + steps, params={"w": state.params["w"] + 1})
+
+
+def saved(tmp_path, state, settings=None, **how):
+  """A run with a checkpoint after two steps."""
+  with opened(tmp_path, settings) as files:
+    files.begin(ASKED, rule="none", **how)
+    files.save(2, moved(state, 2), now=True)
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+  """What was logged."""
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  return caplog
+
+
 def test_a_used_folder_is_refused(tmp_path):
   begun(tmp_path)
   assert json.loads((tmp_path / "run" / "config.json").read_text())["checkpoint"]["keep"] == 2
-  with pytest.raises(ValueError, match="not empty; pass --resume"), RunFiles(tmp_path / "run", config()):
+  with pytest.raises(ValueError, match="not empty; pass --resume"), opened(tmp_path):
     pass
 
 
 def test_resume_needs_a_run(tmp_path):
-  with pytest.raises(ValueError, match="no run to resume"), RunFiles(tmp_path / "run", config(), resume=True):
+  with pytest.raises(ValueError, match="no run to resume"), opened(tmp_path, resume=True):
     pass
   assert not (tmp_path / "run").exists()
   with pytest.raises(ValueError, match="needs a workdir"), RunFiles("", config(), resume=True):
     pass
 
 
-def test_resume_refuses_another_config_by_field(tmp_path, state):
+def test_another_config_is_refused_by_field_or_taken_where_that_is_allowed(tmp_path, state):
   begun(tmp_path)
   message = r"optimizer.learning_rate: 0.001 -> 0.002.*--allow_config_change"
-  with pytest.raises(ValueError, match=message), RunFiles(tmp_path / "run", config(0.002), resume=True):
+  with pytest.raises(ValueError, match=message), opened(tmp_path, config(0.002), resume=True):
     pass
   root = tmp_path / "run"
   with RunFiles(root, config(0.002), resume=True, allow_config_change=True) as files:
@@ -76,7 +106,7 @@ def test_resume_refuses_another_config_by_field(tmp_path, state):
 
 def test_the_same_command_again_starts_or_continues(tmp_path):
   for resumes in (False, True):
-    with RunFiles(tmp_path / "run", config(), auto_resume=True) as files:
+    with opened(tmp_path, auto_resume=True) as files:
       assert files.resumes == resumes
       files.begin({}, rule="none")
   (tmp_path / "other").mkdir()
@@ -104,65 +134,47 @@ def test_the_config_is_there_first(tmp_path, monkeypatch):
     raise OSError("killed")
 
   monkeypatch.setattr("kepo_jax.data.splits.write_ids", killed)
-  with pytest.raises(OSError, match="killed"), RunFiles(tmp_path / "run", config()) as files:
+  with pytest.raises(OSError, match="killed"), opened(tmp_path) as files:
     files.begin({}, rule="none")
   monkeypatch.undo()
-  with RunFiles(tmp_path / "run", config(), auto_resume=True) as files:
+  with opened(tmp_path, auto_resume=True) as files:
     assert files.resumes
     files.begin({}, rule="none")
   assert (tmp_path / "run" / "questions.json").exists()
 
 
-def damaged_run(tmp_path, state):
-  saved_run(tmp_path, state)
+def test_a_run_without_an_intact_checkpoint_starts_over_only_where_that_is_asked_for(tmp_path, state):
+  saved(tmp_path, state)
   path = tmp_path / "run" / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
   path.write_bytes(path.read_bytes()[:-1])
-
-
-def test_a_run_without_an_intact_checkpoint_starts_over_only_where_that_is_asked_for(tmp_path, state):
-  damaged_run(tmp_path, state)
   for _ in range(2):  # what was refused once is refused again
-    with RunFiles(tmp_path / "run", config(), resume=True) as files:
-      files.begin({"train": [question("a")]}, rule="none")
+    with opened(tmp_path, resume=True) as files:
+      files.begin(ASKED, rule="none")
       with pytest.raises(ValueError, match="no checkpoint of .* is intact; the damaged ones are in broken/"):
         files.restored(state)
-  with RunFiles(tmp_path / "run", config(), auto_resume=True) as files:
-    files.begin({"train": [question("a")]}, rule="none")
+  with opened(tmp_path, auto_resume=True) as files:
+    files.begin(ASKED, rule="none")
     assert files.restored(state) is state
 
 
-def test_another_teacher_under_the_same_name_is_refused(tmp_path, state):
-  folder = tmp_path / "teacher"
-  folder.mkdir()
-  (folder / "config.json").write_text("1")
-  with RunFiles(tmp_path / "run", config()) as files:
-    files.begin({}, rule="none", models={"teacher": folder})
-    files.save(2, moved(state, 2), now=True)
-  (folder / "config.json").write_text("2")
-  with RunFiles(tmp_path / "run", config(), resume=True) as files:
-    files.begin({}, rule="none", models={"teacher": folder})
-    with pytest.raises(ValueError, match="was made with other models"):
-      files.restored(state)
-
-
 def test_a_run_that_dies_before_it_begins_leaves_no_folder(tmp_path):
-  with pytest.raises(RuntimeError), RunFiles(tmp_path / "run", config()):
+  with pytest.raises(RuntimeError), opened(tmp_path):
     assert (tmp_path / "run" / "lock.json").exists()
     raise RuntimeError
   assert not (tmp_path / "run").exists()
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-  with RunFiles(tmp_path / "run", config()) as files:
+  with opened(tmp_path) as files:
     files.begin({}, rule="none")
-    again = RunFiles(tmp_path / "run", config(), resume=True)
+    again = opened(tmp_path, resume=True)
     with pytest.raises(ValueError, match="is in use by process"), again:
       pass
     assert (tmp_path / "run" / "lock.json").exists()  # the refused one must not unlock it
 
 
 def test_a_run_whose_lock_was_taken_saves_nothing_more(tmp_path, state, monkeypatch):
-  with RunFiles(tmp_path / "run", config()) as files:
+  with opened(tmp_path) as files:
     files.save(2, state, now=False)
     files.save(4, state, now=False)
     monkeypatch.setattr(files._lock, "_lost", "lock.json was taken by process 7")
@@ -185,6 +197,7 @@ def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
   with RunFiles("", config()) as files:
     files.record("before", {"overall": 1})
     files.record_outputs("before", [{"id": "a"}])
+    files.record_summaries({"reading": [], "checking": []})
     files.save(2, {}, now=True)
     files.export(lambda path: pytest.fail(f"exported to {path}"))
   assert not list(tmp_path.iterdir())
@@ -192,58 +205,39 @@ def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_what_was_said_to_each_test_question_is_kept(tmp_path):
-  with RunFiles(tmp_path / "run", config()) as files:
+  with opened(tmp_path) as files:
     files.record_outputs("after", [{"id": "a", "correct": True}, {"id": "b", "correct": False}])
     files.record_outputs("after", [{"id": "a", "correct": False}])  # made again after an interruption
   assert (tmp_path / "run" / "outputs" / "after.jsonl").read_text() == '{"id": "a", "correct": false}\n'
 
 
-def question(name):
-  return Example(id=name, question="?", options=("a", "b"), answer="A", images=(), modality="MRI")
-
-
-def test_the_questions_of_a_run_are_on_record(tmp_path):
-  asked = {"train": [question("b"), question("a")], "test": [question("c")]}
-  with RunFiles(tmp_path / "run", config()) as files:
-    files.begin(asked, rule="by hand")
+def test_the_questions_of_a_run_are_on_record_and_must_stay(tmp_path):
+  begun(tmp_path, ASKED)
   record = json.loads((tmp_path / "run" / "questions.json").read_text())
   assert record["ids"] == {"train": ["a", "b"], "validation": [], "test": ["c"]}
-  assert record["rule"] == "by hand" and len(record["sha256"]) == 64
-  with RunFiles(tmp_path / "run", config(), resume=True) as files:
-    files.begin(asked, rule="by hand")
+  assert record["rule"] == "none" and len(record["sha256"]) == 64
+  with opened(tmp_path, resume=True) as files:
     with pytest.raises(ValueError, match="questions.json: exists and holds another split"):
-      files.begin(asked | {"test": [question("d")]}, rule="by hand")
-
-
-def test_a_question_that_has_changed_since_is_named_on_resume(tmp_path):
-  asked = {"train": [question("b"), question("a")], "test": [question("c")]}
-  with RunFiles(tmp_path / "run", config()) as files:
-    files.begin(asked, rule="by hand")
-  changed = asked | {"train": [question("b"), dataclasses.replace(question("a"), answer="B")]}
-  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+      files.begin(ASKED | {"test": [question("d")]}, rule="none")
     with pytest.raises(ValueError, match=r"questions.json: exists and 1 of its 3 questions have changed \('a'\)"):
-      files.begin(changed, rule="by hand")
-    files.begin(asked, rule="by hand")
+      files.begin(CHANGED, rule="none")
+    files.begin(ASKED, rule="none")
 
 
-def test_what_was_repaired_and_dropped_is_on_record(tmp_path, monkeypatch):
+def test_what_was_repaired_and_dropped_is_on_record(tmp_path):
   summary = Summary(root="folder", records=3, kept=2)
   summary.count("null_option", "file, record 1")
   summary.count("answer_unmatched", "file, record 2")
-  with RunFiles(tmp_path / "run", config()) as files:
+  with opened(tmp_path) as files:
     files.record_summaries({"reading": [summary], "checking": []})
   record = json.loads((tmp_path / "run" / "data_summary.json").read_text())
   (found,) = record["reading"]
   assert record["checking"] == [] and found["rules"] == {"null_option": 1, "answer_unmatched": 1}
   assert found["first"]["answer_unmatched"] == "file, record 2" and found["dropped"] == 1
-  monkeypatch.chdir(tmp_path)
-  with RunFiles("", config()) as files:
-    files.record_summaries({"reading": [summary], "checking": []})
-  assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_checkpoints_fall_on_their_steps_and_on_the_last(tmp_path, state):
-  with RunFiles(tmp_path / "run", config()) as files:
+  with opened(tmp_path) as files:
     for step in (1, 2, 3, 4, 5):
       files.save(step, state, now=step == 5)
       assert (files.timing().keys() == {"seconds/checkpoint"}) == (step in (2, 4, 5))
@@ -266,21 +260,18 @@ def test_the_checkpoint_of_the_best_validation_stays(tmp_path, state, figure, ke
   assert steps_in(tmp_path / "run" / "checkpoints") == kept
 
 
-def moved(state, steps):
-  return state.replace(step=state.step + steps, params={"w": state.params["w"] + 1})
-
-
 def test_the_newest_state_comes_back_and_what_came_after_it_is_forgotten(tmp_path, state):
-  with RunFiles(tmp_path / "run", config()) as files:
+  with opened(tmp_path) as files:
     files.begin({}, rule="none")
     files.record("before", {"step": 0})
     files.record("validation", validation(2, 0.5))
     files.save(2, moved(state, 2), now=False, positions=lambda: {"metrics.jsonl": 123})
     files.record("validation", validation(3, 0.6))
     files.record("after", {"step": 3})
-  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+  with opened(tmp_path, resume=True) as files:
     files.begin({}, rule="none")
     restored = files.restored(state)
+    assert files.saved == str(tmp_path / "run" / "checkpoints" / "2")  # need not be saved again
   assert int(restored.step) == 2
   assert restored.params["w"].tolist() == [1, 2, 3, 4]
   assert state.params["w"].is_deleted()  # a resumed run does not hold the untrained state beside its own
@@ -290,92 +281,76 @@ def test_the_newest_state_comes_back_and_what_came_after_it_is_forgotten(tmp_pat
 
 
 def test_a_validation_that_was_not_done_at_the_checkpoint_is_owed(tmp_path, state):
-  with RunFiles(tmp_path / "run", config()) as files:
+  with opened(tmp_path) as files:
     files.begin({}, rule="none")
     files.save(2, moved(state, 2), now=True, validated=False)
     files.record("validation", validation(2, 0.5))  # it was made after all, and then the process was killed
-  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+  with opened(tmp_path, resume=True) as files:
     files.begin({}, rule="none")
     files.restored(state)
   assert files.owes_validation and files.evaluations["validation"] == []
 
 
 def test_without_a_checkpoint_a_resumed_run_starts_over(tmp_path, state):
-  with RunFiles(tmp_path / "run", config()) as files:
+  with opened(tmp_path) as files:
     files.begin({}, rule="none")
     files.record("before", {"step": 0})
-  with RunFiles(tmp_path / "run", config(), resume=True) as files:
+  with opened(tmp_path, resume=True) as files:
     assert files.restored(state) is state
   assert "before" not in files.evaluations
 
 
-def saved_run(tmp_path, state):
-  with RunFiles(tmp_path / "run", config()) as files:
-    files.begin({"train": [question("a")]}, rule="none")
-    files.save(2, moved(state, 2), now=True)
-
-
-def test_other_random_numbers_are_refused(tmp_path, state, monkeypatch):
-  saved_run(tmp_path, state)
+def test_other_models_or_random_numbers_are_refused(tmp_path, state, monkeypatch):
+  folder = tmp_path / "teacher"
+  folder.mkdir()
+  (folder / "config.json").write_text("1")
+  saved(tmp_path, state, models={"teacher": folder})
   bits = jax.random.bits
-  monkeypatch.setattr("jax.random.bits", lambda *arguments: bits(*arguments) + 1)
-  with RunFiles(tmp_path / "run", config(), resume=True) as files:
-    files.begin({"train": [question("a")]}, rule="none")
-    with pytest.raises(ValueError, match="was made with other random numbers"):
-      files.restored(state)
+
+  def refused(message):
+    with opened(tmp_path, resume=True) as files:
+      files.begin(ASKED, rule="none", models={"teacher": folder})
+      with pytest.raises(ValueError, match=message):
+        files.restored(jax.tree.map(jnp.copy, state))
+
+  with monkeypatch.context() as other:
+    other.setattr("jax.random.bits", lambda *arguments: bits(*arguments) + 1)
+    refused("was made with other random numbers")
+  (folder / "config.json").write_text("2")
+  refused("was made with other models")
 
 
-def test_other_versions_and_devices_are_told(tmp_path, state, monkeypatch, caplog):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  saved_run(tmp_path, state)
+@pytest.mark.parametrize(("package", "rank", "told"), [("optax", 0, True), ("qwix", 0, False), ("qwix", 8, True)])
+def test_another_version_of_what_a_run_uses_is_told(tmp_path, state, monkeypatch, said, package, rank, told):
+  saved(tmp_path, state, config(lora_rank=rank))
   version = importlib.metadata.version
-  monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0" if name == "optax" else version(name))
-  with RunFiles(tmp_path / "run", config(), resume=True) as files:
-    files.begin({"train": [question("a")]}, rule="none")
+  monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0" if name == package else version(name))
+  with opened(tmp_path, config(lora_rank=rank), resume=True) as files:
+    files.begin(ASKED, rule="none")
     files.restored(state)
-  assert "goes on on something else: optax" in caplog.text and "-> 99.0. Results" in caplog.text
+  assert (f"goes on on something else: {package}" in said.text and "-> 99.0. Results" in said.text) == told
 
 
-@pytest.mark.parametrize("rank", [0, 8])
-def test_another_qwix_is_told_where_it_is_used(tmp_path, state, monkeypatch, caplog, rank):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  with RunFiles(tmp_path / "run", config(lora_rank=rank)) as files:
-    files.begin({}, rule="none")
-    files.save(2, state.replace(step=jnp.int32(2)), now=True)
-  version = importlib.metadata.version
-  monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0" if name == "qwix" else version(name))
-  with RunFiles(tmp_path / "run", config(lora_rank=rank), resume=True) as files:
-    files.begin({}, rule="none")
-    files.restored(state)
-  assert ("goes on on something else: qwix" in caplog.text) == (rank > 0)
-
-
-def test_changed_questions_are_taken_only_where_that_is_allowed(tmp_path, state, caplog, monkeypatch):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  saved_run(tmp_path, state)
-  other = {"train": [dataclasses.replace(question("a"), answer="B")]}
-  with RunFiles(tmp_path / "run", config(), resume=True) as files:
-    with pytest.raises(ValueError, match="1 of its 1 questions have changed"):
-      files.begin(other, rule="none")
-  with RunFiles(tmp_path / "run", config(), resume=True, allow_config_change=True) as files:
-    files.begin(other, rule="none")
+def test_changed_questions_are_taken_only_where_that_is_allowed(tmp_path, state, said):
+  saved(tmp_path, state)
+  with opened(tmp_path, resume=True, allow_config_change=True) as files:
+    files.begin(CHANGED, rule="none")
     assert not (tmp_path / "run" / "questions-before-1.json").exists()
     assert int(files.restored(state).step) == 2
-  assert "Going on with the questions as they are now" in caplog.text
+  assert "Going on with the questions as they are now" in said.text
   assert (tmp_path / "run" / "questions-before-1.json").exists()
 
 
-def test_a_disk_without_room_is_told_at_the_start(tmp_path, state, caplog, monkeypatch):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+def test_a_disk_without_room_is_told_at_the_start(tmp_path, state, said, monkeypatch):
   usage = shutil.disk_usage(tmp_path)
   monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=40))
-  with RunFiles(tmp_path / "run", config()) as files:
+  with opened(tmp_path) as files:
     files.restored(state)
-  assert "4 more checkpoints of 0.0 GB do not fit" in caplog.text
+  assert "4 more checkpoints of 0.0 GB do not fit" in said.text
 
 
 def test_a_batch_is_dumped_for_inspection(tmp_path):
-  with RunFiles(tmp_path / "run", config()) as files:
+  with opened(tmp_path) as files:
     folder = files.dump("not_finite/step-3", {".tokens": np.arange(6).reshape(2, 3)}, [{"id": "q"}])
   assert folder == str(tmp_path / "run" / "not_finite" / "step-3")
   with np.load(f"{folder}/batch.npz") as packed:

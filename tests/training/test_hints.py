@@ -120,24 +120,17 @@ def test_gain_equals_brute_force(loaded, brute_force, rng):
       np.testing.assert_allclose(values[kept], expected[kept], rtol=1e-3, atol=1e-4)
 
 
-def candidates_of(tokens, mask, hint, attempt, accepted):
-  return [
-    exploration.Candidate(
-      tokens=tokens[i], logps=np.zeros(T, np.float32), mask=mask[i], text="", hint=hint, accurate=bool(accepted[i]),
-      well_formed=True, attempt=attempt,
-    )
-    for i in range(len(tokens))
-  ]  # fmt: skip
-
-
 def test_reliance_equals_brute_force(loaded, brute_force, rng):
   tokens, mask = drawn(rng, 4, 2)
-  first = candidates_of(tokens[0], mask[0], "ab", 1, [1, 0])
-  second = candidates_of(tokens[1], mask[1], "c", 3, [1, 1])
-  failed = candidates_of(tokens[2], mask[2], "d", 1, [0, 0])
-  other = candidates_of(tokens[3], mask[3], "a", 2, [0, 1])
-  tried = {0: [*first, *second], 1: failed, 2: other}
-  accepted = {row: [each for each in group if each.accurate] for row, group in tried.items()}
+
+  def pair(row, hint, attempt):
+    """Two candidates of a round, both accurate: what is accepted is another question."""
+    said = {"text": "", "hint": hint, "accurate": True, "well_formed": True, "attempt": attempt}
+    return [exploration.Candidate(tokens=tokens[row, i], logps=mask[row, i], mask=mask[row, i], **said) for i in (0, 1)]
+
+  first, second, refused, other = pair(0, "ab", 1), pair(1, "c", 3), pair(2, "d", 1), pair(3, "a", 2)
+  tried = {0: [*first, *second], 1: refused, 2: other}
+  accepted = {0: [first[0], *second], 1: [], 2: [other[1]]}
   outcome = exploration.Exploration(accepted, tried, {})
   found = hints.reliances(
     loaded(2), EXAMPLES[:3], outcome, kind="think", hint_prompt="hint_and_answer", temperature=1.0
@@ -173,11 +166,12 @@ class Speaker:
   """Stands for a model: says what `says(kind, example, hint, sample, round)` gives."""
 
   def __init__(self, says):
-    self.says, self.asked, self.processor = says, [], self
+    self.says, self.asked, self.settings, self.processor = says, [], [], self
     self.texts: list[str] = []
 
   def rollouts(self, examples, kind, settings, key, *, hints=None, progress=None):
     self.asked.append((kind, [example.id for example in examples], hints, key))
+    self.settings.append(settings)
     hints = hints or [""] * len(examples)
     tokens = np.zeros((len(examples), settings.samples, 2), np.int32)
     for p, (example, hint) in enumerate(zip(examples, hints, strict=True)):
@@ -216,6 +210,7 @@ def test_every_prompt_goes_through_all_rounds():
 def settings():
   config = kepo.get_config()
   config.batch.rollouts, config.exploration.rounds = 2, 2
+  config.sampling.temperature, config.exploration.hint_temperature, config.supervised.temperature = 0.5, 0.6, 0.7
   return config
 
 
@@ -235,7 +230,10 @@ def test_from_questions_to_records():
   ]  # fmt: skip
   assert everything["candidates"] == 2 * 2 * 2 and everything["positive_rate"] == 0.5
   assert everything["accept_rate"] == [1.0, 1.0] and everything["gain_answers"] == 2  # the other one is wrong
-  assert everything["reliance"] == everything["gain"] == 0.75
+  # Log-probabilities 0.75 apart at temperature 1, under that of the student.
+  assert everything["reliance"] == everything["gain"] == 0.75 / 0.5
+  assert [each.temperature for each in teacher.settings] == [0.6, 0.6, 0.7]  # two rounds of hints, then answers
+  assert {each.temperature for each in student.settings} == {0.5}
   # The teacher answers as the student is asked, and about cliffs alone.
   assert teacher.asked[-1][:3] == ("think", ["set/q1", "set/q2"], None)
 

@@ -1,6 +1,7 @@
-"""LoRA in training: the matrices alone move, on any mesh; runs are resumed to the bit and exported with an adapter."""
+"""LoRA in training: the matrices alone move, on any mesh, and runs are exported with an adapter."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -20,10 +21,7 @@ from kepo_jax.reporting import RunReporter
 from kepo_jax.training import assembly, compiling, inputs, programs, setup, step
 from kepo_jax.training.interruption import Interruption
 from kepo_jax.training.state import initial_state
-from tests.conftest import ROOT
-from tests.training.runs import ASSETS, Recorder, shrunk
-from tests.training.test_loop import equal, lines
-from tests.training.test_methods import small as small_method
+from tests.training.runs import ASSETS, shrunk
 
 FROZEN = ("visual", "language_model", "lm_head")
 
@@ -44,71 +42,60 @@ def params(student, tiny_params):
 
 
 @pytest.fixture(scope="module")
-def update_once(student, params, tiny_experience, allowed):
-  """One step on a mesh in `parts` micro-batches: (state on the host, figures)."""
+def update(student, params, tiny_experience, allowed, mesh_of):
+  """`update(axes=..., **settings)`: (state on the host, figures, text of the compiled gradients) of one update."""
 
-  def run(mesh, parts=1, updates=1):
+  def run(axes=(), *, frozen=FROZEN, calls=True, **settings):
+    mesh, optimizer = mesh_of(*axes), optax.sgd(1.0)
     token_loss = losses.KepoTokenLoss(allowed=allowed, distill_coefficient=0)
-    settings = inputs.UpdateSettings(
-      compute_dtype=jnp.float32,
-      chunk=4,
-      parts=parts,
-      updates=updates,
-      frozen=FROZEN,
-      remat="full" if parts > 1 else "none",
-    )
-    optimizer = optax.sgd(1.0)
+    settings = inputs.UpdateSettings(compute_dtype=jnp.float32, chunk=4, frozen=frozen, **settings)
     places = sharding.weight_shardings(mesh, params, model.logical_axes(student))
+    seen = []
     with jax.set_mesh(mesh):
-      state = initial_state(jax.device_put(params, places), optimizer, FROZEN)
-      update = step.Update(student, optimizer, token_loss, settings, state)
-      return jax.device_get(update(state, sharding.place(mesh, tiny_experience), ()))
+      state = initial_state(jax.device_put(params, places), optimizer, frozen)
+      made = step.Update(student, optimizer, token_loss, settings, state)
+      batch = sharding.place(mesh, tiny_experience)
+      with compiling.watched(seen.append):
+        made.rehearse(compiling.shapes_of(state), compiling.shapes_of(batch), (), compare=False)
+      (text,) = (each.executable.as_text() for each in seen if each.name == "the gradients")
+      return *(jax.device_get(made(state, batch, ())) if calls else (None, None)), text
 
   return run
 
 
 @pytest.fixture(scope="module")
-def reference(update_once, mesh_of):
+def reference(update):
   """One update on one device."""
-  return update_once(mesh_of())
+  return update()
+
+
+def assert_equal_updates(found, expected):
+  for mine, wanted in zip(*(jax.tree.leaves(each[0].params[lora.PART]) for each in (found, expected)), strict=True):
+    assert np.linalg.norm(mine - wanted) < 1e-5 * np.linalg.norm(wanted)
+  np.testing.assert_allclose(found[1]["loss"][0], expected[1]["loss"][0], rtol=1e-5)
 
 
 def test_the_matrices_move_and_nothing_else(reference, params):
-  state, figures = reference
+  state, figures, _ = reference
   jax.tree.map(np.testing.assert_array_equal, lora.without(state.params), lora.without(params))
   moved = jax.tree.map(lambda a, b: bool((a != b).all()), state.params[lora.PART], params[lora.PART])
   assert all(jax.tree.leaves(moved))
   assert figures["grad_norm"][0] > 0 and figures["ratio/mean"][0] == pytest.approx(figures["ratio/mean"][1])
 
 
-@pytest.mark.parametrize(
-  ("axes", "parts"), [({"fsdp": 4}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({}, 4)], ids=str
-)
-def test_neither_the_mesh_nor_micro_batches_change_an_update(update_once, reference, mesh_of, axes, parts):
-  state, figures = update_once(mesh_of(**axes), parts=parts)
-  for mine, expected in zip(
-    jax.tree.leaves(state.params[lora.PART]), jax.tree.leaves(reference[0].params[lora.PART]), strict=True
-  ):
-    assert np.linalg.norm(mine - expected) < 1e-5 * np.linalg.norm(expected)
-  np.testing.assert_allclose(figures["loss"][0], reference[1]["loss"][0], rtol=1e-5)
-
-
-def program_of_gradients(config, params, experience, allowed, frozen, parts):
-  """The compiled gradients of an update, as text."""
-  token_loss = losses.KepoTokenLoss(allowed=allowed, distill_coefficient=0)
-  settings = inputs.UpdateSettings(compute_dtype=jnp.float32, chunk=4, frozen=frozen, parts=parts)
-  steps = jnp.zeros((), jnp.int32)
-  weighted = jax.eval_shape(inputs.make_inputs(config, token_loss, settings), params, steps, experience)
-  gradients = jax.jit(step.make_gradients(config, token_loss, settings))
-  return gradients.lower(params, experience, weighted, ()).compile().as_text()
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_no_gradient_of_the_head_is_computed(student, params, tiny_experience, allowed, parts):
+def test_micro_batches_change_nothing_and_no_gradient_of_the_head_is_computed(update, reference):
+  cut = update(parts=2, remat="full")
+  assert_equal_updates(cut, reference)
   # The loss sums it over chunks, in one part per shard of the rows: [1, 1, D, V].
   summed = "f32[1,1,16,40]"
-  assert summed not in program_of_gradients(student, params, tiny_experience, allowed, FROZEN, parts)
-  assert summed in program_of_gradients(student, params, tiny_experience, allowed, ("visual",), parts)
+  assert summed not in reference[2] and summed not in cut[2]
+  assert summed in update(parts=2, frozen=("visual",), calls=False)[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [(1, 4), (2, 2, 2)], ids=str)
+def test_the_mesh_changes_nothing(update, reference, axes):
+  assert_equal_updates(update(axes, parts=2 if len(axes) == 3 else 1), reference)
 
 
 def test_tokens_are_sampled_from_merged_weights(student, params, mesh_of):
@@ -121,11 +108,6 @@ def test_tokens_are_sampled_from_merged_weights(student, params, mesh_of):
   axes = model.separated_axes(lora.base(student))
   wanted = sharding.weight_shardings(mesh, expected, axes, "decode")
   assert all(jax.tree.leaves(jax.tree.map(lambda x, s: s.is_equivalent_to(x.sharding, x.ndim), merged, wanted)))
-  # Also where neither dtype nor layout would ask for more than layers side by side.
-  alone = jax.device_put(params, sharding.weight_shardings(mesh_of(), params, model.logical_axes(student)))
-  alike = model.separated(lora.merged(student, params, "float32"))
-  again = programs.decode_weights_program(student, alone, jnp.dtype("float32"))(alone)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, alike)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -134,19 +116,18 @@ def test_no_second_copy_is_there_while_decode_weights_are_made(student, params, 
   chosen = params if adapted else lora.without(params)
   placed = jax.device_put(chosen, sharding.weight_shardings(mesh_of(), chosen, model.logical_axes(config)))
   dtype = jnp.dtype("float32" if adapted else "bfloat16")  # what a CPU does to small floats would count with products
-  seen = []
+  seen, decode_weights = [], programs.decode_weights_program(config, placed, dtype)
   with compiling.watched(seen.append):
-    programs.decode_weights_program(config, placed, dtype)(compiling.shapes_of(placed))
+    decode_weights(compiling.shapes_of(placed))
   memory = {each.name: each.executable.memory_analysis().temp_size_in_bytes for each in seen}
-  layer = sum(x.size * dtype.itemsize for x in jax.tree.leaves(placed["language_model"]["layers"])) / depth(placed)
+  stacks = jax.tree.leaves(placed["language_model"]["layers"])
+  layer = sum(x.size * dtype.itemsize for x in stacks) / len(stacks[0])
   assert len(memory) == 2  # of all layers one program
   assert memory["the decode weights of a layer"] < 2 * layer
   assert memory["the decode weights but for the layers"] < layer
-
-
-def depth(params):
-  """Number of decoder layers."""
-  return jax.tree.leaves(params["language_model"]["layers"])[0].shape[0]
+  if adapted:  # merged also where neither dtype nor layout would ask for more than layers side by side
+    expected = model.separated(lora.merged(student, params, "float32"))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), decode_weights(placed), expected)
 
 
 def prepared(mesh, **changes):
@@ -189,7 +170,13 @@ def test_without_it_everything_is_as_it_was(mesh_of):
 def small(**changes):
   """KEPO with LoRA in a size that runs in seconds."""
   sizes = {"train__steps": 3, "eval__every": 2, "eval__prompts": 8, "checkpoint__every": 1, "checkpoint__keep": 3}
-  return shrunk(kepo.get_config(), **sizes | {"model__lora_rank": 8, "optimizer__warmup_steps": 1} | changes)
+  settings = {"model__lora_rank": 8, "optimizer__warmup_steps": 1, "objective__reference_weight": 0.04}
+  return shrunk(kepo.get_config(), **sizes | settings | changes)
+
+
+def equal(a, b):
+  """Whether two trees are equal to the bit."""
+  return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b)))
 
 
 @pytest.fixture(scope="module")
@@ -223,30 +210,12 @@ def test_a_run_trains_the_matrices_and_exports_them_merged(finished):
   assert not equal(loaded, model.cast(model.cast(base, jnp.bfloat16), "float32"))
   record = json.loads((workdir / "model" / "adapter" / "adapter_config.json").read_text())
   assert (record["r"], record["base_model_name_or_path"]) == (8, small().model.student)
-  metrics = lines(workdir / "metrics.jsonl")
+  metrics = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   steps = [record for record in metrics if "reward/mean" in record]
   assert all(record["grad_norm"] > 0 and record["sampler/logp_gap"] < 1e-4 for record in steps)
   assert all(record["ratio/mean"] == pytest.approx(1, abs=1e-5) for record in steps)
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_resumes_bit_for_bit(finished, questions, tmp_path):
-  workdir, result = finished
-  with pytest.raises(KeyboardInterrupt):
-    stopped = [RunReporter(), Recorder(stop_after=2)]
-    training.train(small(), workdir=tmp_path / "run", records=questions, hooks=stopped)
-  resumed = training.train(small(), workdir=tmp_path / "run", records=questions, hooks=[RunReporter()], resume=True)
-  assert equal(resumed.state, result.state)
-  for name in ("metrics.jsonl", "samples.jsonl"):
-    assert (tmp_path / "run" / name).read_text() == (workdir / name).read_text()
-  assert resumed.evaluations == result.evaluations
-  assert contents(tmp_path / "run" / "model") == contents(workdir / "model")
-
-
-@pytest.mark.slow
-def test_another_rank_is_another_run(finished, questions):
-  with pytest.raises(ValueError, match="the config differs .*model.lora_rank: 8 -> 4"):
-    training.train(small(model__lora_rank=4), workdir=finished[0], records=questions, resume=True)
+  # The reference stays the base, which the student is before its first update.
+  assert abs(steps[0]["kl/ref"]) < 1e-7 and steps[-1]["kl/ref"] > 1e-6
 
 
 def contents(folder):
@@ -266,27 +235,6 @@ def test_checkpoints_are_exported_as_the_run_exports(finished, program, tmp_path
   last, first = (safetensors_files.tensors_in(path) for path in adapters)
   assert last.keys() == first.keys()
   assert all((last[name].array() != first[name].array()).any() for name in last)
-
-
-@pytest.mark.slow
-def test_the_reference_stays_the_base(questions):
-  changes = {"model__lora_rank": 4, "model__lora_targets": ("q_proj", "down_proj"), "optimizer__warmup_steps": 1}
-  config = small_method(ROOT / "experiments" / "configs" / "kepo_eq7.py", **changes)
-  recorder = Recorder()
-  training.train(config, records=questions, hooks=[recorder])
-  first, second = (report.metrics["kl/ref"] for report in recorder.reports)
-  assert abs(first) < 1e-7 and second > 1e-6
-
-
-@pytest.mark.slow
-def test_a_run_in_bfloat16(questions):
-  changes = {"model__compute_dtype": "bfloat16", "model__remat": "full", "batch__micro_batches": 2, "batch__updates": 2}
-  recorder = Recorder()
-  config = small(**changes, train__steps=1, eval__every=0, eval__test=False)
-  result = training.train(config, records=questions, hooks=[recorder])
-  assert recorder.reports[0].metrics["grad_norm"] > 0
-  dtypes = {name: {str(leaf.dtype) for leaf in jax.tree.leaves(part)} for name, part in result.state.params.items()}
-  assert dtypes == {"visual": {"bfloat16"}, "language_model": {"bfloat16"}, lora.PART: {"float32"}}
 
 
 @pytest.mark.slow

@@ -36,36 +36,33 @@ def flip(path):
   path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-  ("damage", "said"),
-  [
-    (lambda root: flip(root / "state" / "d" / "a"), "state/d/a has other bytes"),
-    (lambda root: (root / "state" / "d" / "a").write_bytes(b"x" * 10), "state/d/a has 10 of 5120 bytes"),
-    (lambda root: (root / "state" / "b").unlink(), "state/b is missing"),
-    (lambda root: (root / manifest.NAME).write_text('{"files": '), "cannot be read"),
-    (lambda root: (root / manifest.NAME).write_text("[]"), "cannot be read"),
-    (lambda root: (root / manifest.NAME).write_text('{"files": []}'), "cannot be read"),
-    (lambda root: (root / manifest.NAME).write_text('{"files": {"a": 1}}'), "cannot be read"),
-  ],
-)
-def test_damage_is_named(folder, damage, said):
-  damage(folder)
-  (fault,) = manifest.faults(folder)
-  assert said in fault
+def test_damage_is_named(folder):
+  place, large = folder / manifest.NAME, folder / "state" / "d" / "a"
+  for text in ('{"files": ', "[]", '{"files": []}', '{"files": {"a": 1}}'):
+    whole = place.read_text()
+    place.write_text(text)
+    (fault,) = manifest.faults(folder)
+    assert "cannot be read" in fault, text
+    place.write_text(whole)
+  flip(large)
+  assert ["state/d/a has other bytes" in each for each in manifest.faults(folder)] == [True]
+  large.write_bytes(b"x" * 10)
+  assert manifest.faults(folder) == ["state/d/a has 10 of 5120 bytes"]
+  (folder / "state" / "b").unlink()
+  assert manifest.faults(folder) == ["state/b is missing", "state/d/a has 10 of 5120 bytes"]
 
 
-def test_every_flipped_bit_of_the_manifest_is_damage_or_changes_nothing(folder):
+def test_a_flipped_bit_of_the_manifest_is_damage_or_changes_nothing(folder):
   data = (folder / manifest.NAME).read_bytes()
   for position in range(len(data)):
-    for bit in range(8):
-      flipped = bytearray(data)
-      flipped[position] ^= 1 << bit
-      (folder / manifest.NAME).write_bytes(flipped)
-      try:
-        same = json.loads(flipped) == json.loads(data)
-      except ValueError:
-        same = False
-      assert same or manifest.faults(folder), (position, bit)
+    flipped = bytearray(data)
+    flipped[position] ^= 1 << position % 7
+    (folder / manifest.NAME).write_bytes(flipped)
+    try:
+      same = json.loads(flipped) == json.loads(data)
+    except ValueError:
+      same = False
+    assert same or manifest.faults(folder), position
 
 
 def test_what_is_there_and_cannot_be_read_is_no_damage(folder, monkeypatch):

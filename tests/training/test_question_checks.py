@@ -79,7 +79,5 @@ def test_the_wordings_that_a_run_uses():
     == question_checks.prompt_kinds(config, "test")
     == {"evaluation": 0}
   )
-  config.exploration.hint_prompt = "hint_only"
-  assert question_checks.prompt_kinds(config, "train").keys() == {"no_think", "hint_request", "hint_only"}
   config.exploration.trigger = "never"
   assert question_checks.prompt_kinds(config, "train") == {"no_think": 0}

@@ -1,10 +1,13 @@
 """A guesser that sees the text alone stays at chance: the picture is needed."""
 
 import numpy as np
+import pytest
 
 from kepo_jax import evaluation
 from kepo_jax.data.phantom import build, questions, scenes
 from kepo_jax.data.phantom.questions import Question
+
+pytestmark = pytest.mark.slow  # the items are frozen
 
 STEPS, RATE, DECAY = 150, 4.0, 1e-4
 

@@ -28,12 +28,11 @@ def test_shares_sum_to_one_and_types_are_omnimedvqas():
   }
 
 
-@pytest.mark.parametrize("total", (40, 300, 600))
-def test_topics_follow_their_shares(total):
-  counts = collections.Counter(questions.deal_topics(total, np.random.default_rng(0)))
-  assert counts.total() == total
-  for name, topic in TOPICS.items():
-    assert abs(counts[name] - topic.share * total) < 1
+def test_topics_follow_their_shares():
+  for total in (40, 300, 601):
+    counts = collections.Counter(questions.deal_topics(total, np.random.default_rng(0)))
+    assert counts.total() == total
+    assert all(abs(counts[name] - topic.share * total) < 1 for name, topic in TOPICS.items()), counts
 
 
 def test_letters_are_balanced_to_within_one():
@@ -45,29 +44,29 @@ def test_letters_are_balanced_to_within_one():
     assert set(counts) == set(range(size)) and max(counts.values()) - min(counts.values()) <= 1
 
 
-@pytest.mark.parametrize("name", list(TOPICS))
-def test_option_sets_do_not_depend_on_the_answer(name):
+@pytest.mark.parametrize("name", TOPICS)
+def test_options_and_their_order_do_not_depend_on_the_answer(name):
   rng = np.random.default_rng(0)
-  seen = collections.defaultdict(collections.Counter)
-  for i in range(1600):
+  seen, letters = collections.defaultdict(collections.Counter), collections.Counter()
+  for i in range(800):
     modality = scenes.MODALITIES[i % 8]
     question = questions.ask(name, questions.scene_for(name, modality, rng), rng)
     assert question.options[ord(question.letter) - ord("A")] == question.answer
     assert len(set(question.options)) == len(question.options) == questions.option_count(name)
     seen[frozenset(question.options)][question.answer] += 1
+    letters[question.letter] += 1
   if TOPICS[name].classes:
     assert set(seen) == {frozenset(TOPICS[name].classes)}
-  for options, answers in seen.items():
-    total = answers.total()
-    expected = total / len(options)
+  for options, found in [*seen.items(), ("ABCD"[: questions.option_count(name)], letters)]:
+    expected = found.total() / len(options)
     # Five standard deviations of a fair draw.
-    assert all(abs(answers[option] - expected) < 5 * expected**0.5 + 1 for option in options), (options, answers)
+    assert all(abs(found[option] - expected) < 5 * expected**0.5 + 1 for option in options), (options, found)
 
 
 def test_both_wordings_are_used_equally_whatever_the_answer():
   rng = np.random.default_rng(0)
   counts = collections.Counter()
-  for _ in range(2000):
+  for _ in range(1000):
     question = questions.ask("health", questions.scene_for("health", "MRI", rng), rng)
     counts[question.stem, question.answer] += 1
-  assert len(counts) == 4 and all(abs(count - 500) < 110 for count in counts.values())
+  assert len(counts) == 4 and all(abs(count - 250) < 78 for count in counts.values())

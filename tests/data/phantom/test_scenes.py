@@ -1,7 +1,8 @@
 """Scenes: findings are kept, lesions are where the words say, equal seeds give equal scenes."""
 
+import itertools
+
 import numpy as np
-import pytest
 
 from kepo_jax.data.phantom import scenes
 
@@ -12,12 +13,9 @@ def test_same_seed_same_scene_and_other_seed_other_scene():
   assert first.digest() == again.digest() != other.digest()
 
 
-@pytest.mark.parametrize("side", scenes.SIDES)
-@pytest.mark.parametrize("level", scenes.LEVELS)
-@pytest.mark.parametrize("size", scenes.SIZES)
-def test_lesions_lie_where_the_words_say(side, level, size):
+def test_lesions_lie_where_the_words_say():
   rng = np.random.default_rng(0)
-  for count in (1, 2, 3):
+  for side, level, size, count in itertools.product(scenes.SIDES, scenes.LEVELS, scenes.SIZES, (1, 2, 3)):
     lesions = scenes.place_lesions(rng, count, side, level, size)
     assert len(lesions) == count
     low, high = scenes.RADII[size]

@@ -1,6 +1,5 @@
 """A small download in OmniMedVQA's layout with images of every kind, and the data set built from it."""
 
-import json
 import pathlib
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image
 
 from kepo_jax.data.tfds import building
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
+from tests.data.cases import Layout, record
 
 
 def write_images(folder: pathlib.Path, seed: int) -> list[str]:
@@ -36,32 +36,18 @@ def write_images(folder: pathlib.Path, seed: int) -> list[str]:
   return list(kinds)
 
 
-def write_download(root: pathlib.Path) -> pathlib.Path:
-  """Twelve MRI and twelve CT questions about the images of `write_images`, an image of its own for each."""
-  listing = root / "QA_information" / "Open-access"
-  listing.mkdir(parents=True)
-  for dataset, modality in (("Set M", "MR (Mag-netic Resonance Imaging)"), ("Set C", "CT(Computed Tomography)")):
-    records = [
-      {
-        "dataset": dataset,
-        "question_id": f"{dataset}_{number:04d}",
-        "question_type": "Anatomy Identification",
-        "question": f"Où est-ce, {number}?",
-        "gt_answer": "Brain",
-        "image_path": f"Images/{dataset}/{name}",
-        **{f"option_{letter}": text for letter, text in zip("ABCD", ("Knee", "Brain", "Hand, left")[: 2 + number % 2])},
-        "modality_type": modality,
-      }
-      for number, name in enumerate(write_images(root / "Images" / dataset, seed=ord(dataset[-1])))
-    ]
-    (listing / f"{dataset}.json").write_text(json.dumps(records))
-  return root
-
-
 @pytest.fixture(scope="session")
 def download(tmp_path_factory) -> pathlib.Path:
-  """Root of the download."""
-  return write_download(tmp_path_factory.mktemp("download") / "OmniMedVQA")
+  """Twelve MRI and twelve CT questions about the images of `write_images`, an image of its own for each."""
+  layout = Layout(tmp_path_factory.mktemp("download") / "OmniMedVQA")
+  for dataset, modality in (("Set M", "MR (Mag-netic Resonance Imaging)"), ("Set C", "CT(Computed Tomography)")):
+    records = []
+    for number, name in enumerate(write_images(layout.root / "Images" / dataset, seed=ord(dataset[-1]))):
+      texts = {"question": f"Où est-ce, {number}?", "question_id": f"{dataset}_{number:04d}", "modality_type": modality}
+      third = {} if number % 2 else {"option_C": ...}
+      records.append(record(dataset=dataset, image_path=f"Images/{dataset}/{name}", option_D=..., **texts, **third))
+    layout.write(*records, name=dataset)
+  return layout.root
 
 
 @pytest.fixture(scope="session")

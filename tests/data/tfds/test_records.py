@@ -40,11 +40,6 @@ def test_sixteen_bits_are_spread_over_their_own_range(download):
   np.testing.assert_array_equal(stored, np.round((raw - raw.min()) * (255 / (raw.max() - raw.min()))))
 
 
-def test_transparency_of_a_grey_image_is_laid_over_white(tmp_path):
-  Image.new("L", (4, 4), 7).save(tmp_path / "a.png", transparency=7)
-  assert np.asarray(Image.open(io.BytesIO(records.encoded_image(tmp_path / "a.png")))).tolist() == [[[255] * 3] * 4] * 4
-
-
 def test_a_damaged_image_is_named(tmp_path):
   path = tmp_path / "half.png"
   Image.effect_noise((64, 64), 50).save(path)

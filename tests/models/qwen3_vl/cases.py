@@ -2,13 +2,13 @@
 
 import copy
 import dataclasses
-import json
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from kepo_jax.models.qwen3_vl import conversion, positions
+from kepo_jax.models.qwen3_vl import conversion, model, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Prompts, VisionInputs
 
@@ -59,12 +59,12 @@ TINY = {
 
 
 def config_record(text: dict[str, Any] = {}, vision: dict[str, Any] = {}, **top: Any) -> dict[str, Any]:  # noqa: B006
-  """The parsed config.json of a tiny model, with changes."""
-  record = copy.deepcopy(TINY)
-  record["text_config"].update(copy.deepcopy(text))
-  record["vision_config"].update(copy.deepcopy(vision))
-  record.update(top)
-  record["vision_config"]["out_hidden_size"] = record["text_config"]["hidden_size"]
+  """The parsed config.json of a tiny model, with changes; None removes a field."""
+  record = copy.deepcopy(TINY | top)
+  for section, changes in (("text_config", text), ("vision_config", vision)):
+    changed = record[section] | copy.deepcopy(changes)
+    record[section] = {name: value for name, value in changed.items() if value is not None}
+  record["vision_config"]["out_hidden_size"] = record["text_config"].get("hidden_size")
   return record
 
 
@@ -154,10 +154,27 @@ class Case:
     """The config of the record."""
     return Qwen3VLConfig.from_dict(self.record)
 
+  @property
+  def stored(self) -> pathlib.Path:
+    """What transformers made of a case of `GOLDEN`."""
+    return pathlib.Path(__file__).parent / "golden" / f"{self.name}.npz"
 
-_ONE_IMAGE = ((3, (4, 4), 4), (5, (4, 4), 2))
+  def params(self) -> Any:
+    """Parameters under which errors show."""
+    return redrawn(model.abstract_params(self.config), seed=20)
+
+  def prompts(self) -> tuple[Prompts, list[list[int]], list[list]]:
+    """The prompts, with token ids and grids of each."""
+    return make_prompts(self.config, list(self.layouts), extra=self.extra)
+
+  def completions(self, rollouts: int = 2, length: int = 6) -> np.ndarray:
+    """int32[P, G, T]: random completions."""
+    return np.random.RandomState(3).randint(1, 90, (len(self.layouts), rollouts, length)).astype(np.int32)
+
+
 _SHIPPED_ROPE = {"rope_theta": 5_000_000.0}
 _SQUARE = {"num_position_embeddings": 49}
+_ONE_IMAGE = ((3, (4, 4), 4), (5, (4, 4), 2))
 
 
 def _sections(*sections: int, **text: Any) -> dict[str, Any]:
@@ -165,48 +182,11 @@ def _sections(*sections: int, **text: Any) -> dict[str, Any]:
   return {"rope_scaling": rope, **text}
 
 
-CASES = (
-  Case("one_image", config_record(text=_SHIPPED_ROPE), _ONE_IMAGE),
-  Case("deepstack_first_block_alone", config_record(vision={"deepstack_visual_indexes": [0]}), _ONE_IMAGE),
-  Case("deepstack_last_blocks", config_record(vision={"deepstack_visual_indexes": [1, 2, 3]}), _ONE_IMAGE),
-  Case("deepstack_spread", config_record(vision={"depth": 6, "deepstack_visual_indexes": [1, 3, 4]}), _ONE_IMAGE),
-  Case("two_images", config_record(vision=_SQUARE), ((2, (4, 6), 3, (6, 4), 2), ((4, 4), (4, 4), 4))),
-  Case("text_only", config_record(text=_SHIPPED_ROPE), ((9,), (4,))),
-  Case("non_square", config_record(vision=_SQUARE), ((3, (2, 8), 4), (1, (10, 4), 5))),
-  Case("padding", config_record(), ((3, (4, 6), 5), (2, (4, 4), 3, (6, 2), 4), (9,)), extra=(3, 8)),
-  Case("untied", config_record(tie_word_embeddings=False), _ONE_IMAGE),
-  Case("query_wider_than_hidden", config_record(text={"num_attention_heads": 6}), _ONE_IMAGE),
-  Case("tower_head_72", config_record(vision={"hidden_size": 144}), _ONE_IMAGE),
-  Case("shipped_head_and_sections", config_record(text=_sections(24, 20, 20, head_dim=128)), ((2, (6, 6), 3),)),
-  Case("uneven_sections", config_record(text=_sections(2, 3, 3, **_SHIPPED_ROPE)), ((2, (6, 4), 3),)),
-  Case("one_key_head_and_biases", config_record(text={"num_key_value_heads": 1, "attention_bias": True}), _ONE_IMAGE),
-  Case(
-    "schema_of_transformers",
-    config_record(
-      text={"rope_theta": None, "rope_scaling": None}
-      | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2]}},
-      vision={"model_type": "qwen3_vl_vision"},
-    ),
-    _ONE_IMAGE,
-  ),
-  Case("deeper_decoder", config_record(text={"num_hidden_layers": 6, **_SHIPPED_ROPE}), ((4, (4, 8), 2), (6,))),
+# Two layers and two blocks, with prompts of every kind.
+SMALL = Qwen3VLConfig.from_dict(
+  config_record(text={"num_hidden_layers": 2}, vision={"depth": 2, "deepstack_visual_indexes": [0, 1]})
 )
-ROLLOUTS, LENGTH = 2, 6
-
-
-def completions(case: Case, seed: int = 3) -> np.ndarray:
-  """int32[P, G, T]: random completions for the prompts of a case."""
-  rng = np.random.RandomState(seed)
-  return rng.randint(1, 90, (len(case.layouts), ROLLOUTS, LENGTH)).astype(np.int32)
-
-
-def as_json(record: dict[str, Any]) -> str:
-  """The text of config.json; fields that are None are left out."""
-  kept = {
-    key: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-    for key, value in record.items()
-  }
-  return json.dumps(kept)
+SMALL_PROMPTS = [(3, (4, 4), 2), (2, (4, 2), 1, (2, 4), 1), (6,), (1, (2, 6), 1)]
 
 
 def as_tensors(config: Qwen3VLConfig, tree: Any) -> dict[str, np.ndarray]:
@@ -216,7 +196,6 @@ def as_tensors(config: Qwen3VLConfig, tree: Any) -> dict[str, np.ndarray]:
 
 
 # Stored as golden vectors: every trap in as few models as possible, so that few programs are compiled.
-GOLDEN_SEED = 20
 GOLDEN = (
   Case(
     "images",
@@ -231,6 +210,41 @@ GOLDEN = (
       tie_word_embeddings=False,
     ),
     ((7,), (4,)),
+  ),
+)
+# Further traps, compared with transformers live.
+CASES = (
+  Case(
+    "several_images",  # in a prompt, none, not square, and padding; uneven sections; taps spread over a deeper tower
+    config_record(
+      text=_sections(2, 3, 3, **_SHIPPED_ROPE),
+      vision={"depth": 6, "deepstack_visual_indexes": [1, 3, 4], **_SQUARE},
+    ),
+    ((3, (4, 6), 2, (6, 2), 4), (1, (10, 4), 5), (9,)),
+    extra=(3, 8),
+  ),
+  Case(
+    "untied_with_biases",
+    config_record(
+      text={"num_hidden_layers": 6, "num_key_value_heads": 1, "attention_bias": True},
+      vision={"deepstack_visual_indexes": [0]},
+      tie_word_embeddings=False,
+    ),
+    _ONE_IMAGE,
+  ),
+  Case(
+    "query_wider_than_hidden",
+    config_record(text={"num_attention_heads": 6}, vision={"deepstack_visual_indexes": [1, 2, 3]}),
+    _ONE_IMAGE,
+  ),
+  Case(
+    "shipped_heads_and_new_schema",  # as transformers 5 writes it; the old rope_theta beside it means nothing
+    config_record(
+      text={"head_dim": 128, "rope_theta": 7.0, "rope_scaling": None}
+      | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [24, 20, 20]}},
+      vision={"model_type": "qwen3_vl_vision", "hidden_size": 144},
+    ),
+    ((2, (6, 6), 3),),
   ),
 )
 

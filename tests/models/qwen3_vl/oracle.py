@@ -1,25 +1,30 @@
-"""The same quantities from transformers, one sequence at a time and without padding. Needs torch."""
+"""The same quantities from transformers, one sequence at a time and without padding. Needs torch.
 
+python -m tests.models.qwen3_vl.oracle     # writes the golden vectors that `make test` checks without torch
+"""
+
+import json
 import pathlib
+import tempfile
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen3VLForConditionalGeneration
+import transformers
 
+from kepo_jax.models.qwen3_vl import conversion
 from tests.models.qwen3_vl import cases
 
 
 class Oracle:
   """A transformers model in float32, and the prompts of a case as its inputs."""
 
-  def __init__(self, directory: pathlib.Path, case: cases.Case, prompts: Any, tokens: list, grids: list):
-    self.model = Qwen3VLForConditionalGeneration.from_pretrained(
+  def __init__(self, directory: pathlib.Path, case: cases.Case):
+    self.model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
       directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     self.image_token = case.config.image_token_id
-    self.merge_area = case.config.vision.merge_area
-    self.prompts, self.tokens, self.grids = prompts, tokens, grids
+    self.prompts, self.tokens, self.grids = case.prompts()
 
   def inputs(self, prompt: int, completion: list[int] = []) -> dict[str, Any]:  # noqa: B006
     """Keyword arguments of the model for one prompt and its completion."""
@@ -94,3 +99,29 @@ class Oracle:
       **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=cases.PAD
     )
     return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def saved(folder: pathlib.Path, case: cases.Case) -> pathlib.Path:
+  """A checkpoint of the case, with the case's own config.json: both schemas then reach both readers."""
+  conversion.save_pretrained(folder, case.config, case.params(), dtype=np.float32)
+  (folder / "config.json").write_text(json.dumps(case.record))
+  return folder
+
+
+def arrays(case: cases.Case, steps: int) -> dict[str, np.ndarray]:
+  """What transformers makes of a case, by name: `layers/<prompt>` and so on; of gradients the `cases.summary`."""
+  with tempfile.TemporaryDirectory() as folder:
+    reference = Oracle(saved(pathlib.Path(folder) / "model", case), case)
+  found = {}
+  for prompt in range(len(case.layouts)):
+    found |= {f"{name}/{prompt}": value for name, value in reference.layer_outputs(prompt).items()}
+    found[f"greedy/{prompt}"] = np.asarray(reference.greedy(prompt, steps), np.int32)
+  loss, logits = reference.loss_and_logits(case.completions())
+  found |= {"loss": np.float32(loss.item()), "logits": logits}
+  return found | {f"gradient/{name}": cases.summary(value) for name, value in reference.gradient(loss).items()}
+
+
+if __name__ == "__main__":
+  for golden in cases.GOLDEN:
+    version = np.asarray(transformers.__version__)
+    np.savez_compressed(golden.stored, **arrays(golden, steps=8), transformers=version)

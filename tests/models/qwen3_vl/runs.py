@@ -12,78 +12,58 @@ from kepo_jax.models.qwen3_vl import model, text, vision
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Prompts
 
-# Tiny programs that run once: most of their time is LLVM's, half of which this saves.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-
-def layer_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, np.ndarray]:
+@functools.partial(jax.jit, static_argnums=0)
+def layer_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, jax.Array]:
   """Hidden states after every layer of decoder and tower, and what the tower hands over.
 
   Returns:
     `layers` [L, P, S, D], after the DeepStack addition; with images also `blocks` [depth, P, R, Dv],
     `features` [P, M, D] and `deepstack` [n, P, M, D].
   """
-  found = tower_outputs(config, params, prompts) if prompts.vision.patches.shape[1] else {}
-  layers = decoder_outputs(config, params, prompts, found.get("features"), found.get("deepstack"))
-  return {name: np.asarray(value) for name, value in (found | {"layers": layers}).items()}
-
-
-@functools.partial(fast_jit, static_argnums=0)
-def tower_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, jax.Array]:
-  """`blocks`, `features` and `deepstack` of `layer_outputs`."""
-  every = dataclasses.replace(config.vision, deepstack_visual_indexes=tuple(range(config.vision.depth)))
-  _, blocks = vision.tower_blocks(every, params["visual"], prompts.vision)
-  features, deepstack = model.encode_images(config, params, prompts.vision)
-  return {"blocks": blocks, "features": features, "deepstack": deepstack}
-
-
-@functools.partial(fast_jit, static_argnums=0)
-def decoder_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts, features: Any, deepstack: Any) -> jax.Array:
-  """`layers` of `layer_outputs`: the decoder cut after every layer, on given outputs of the tower."""
+  found = {}
   x = model._embedded(config, params, prompts.tokens)
   added = jnp.zeros((0, *x.shape))
-  if features is not None:
-    x, added = model.with_images(x, prompts.image_slot, features, deepstack)
+  if prompts.vision.patches.shape[1]:
+    every = dataclasses.replace(config.vision, deepstack_visual_indexes=tuple(range(config.vision.depth)))
+    found["blocks"] = vision.tower_blocks(every, params["visual"], prompts.vision)[1]
+    found["features"], found["deepstack"] = model.encode_images(config, params, prompts.vision)
+    x, added = model.with_images(x, prompts.image_slot, found["features"], found["deepstack"])
   angles = text.prompt_angles(config.text, prompts.positions)
-  layers = params["language_model"]["layers"]
   outputs = []
-  for depth in range(1, config.text.num_hidden_layers + 1):
+  for depth in range(1, config.text.num_hidden_layers + 1):  # the decoder, ended after every layer
     part = dataclasses.replace(config.text, num_hidden_layers=depth)
-    first = jax.tree.map(lambda leaf, depth=depth: leaf[:depth], layers)
-    outputs.append(text.prompt_layers(part, first, x, angles, prompts.mask, added)[0])
-  return jnp.stack(outputs)
+    layers = jax.tree.map(lambda leaf, depth=depth: leaf[:depth], params["language_model"]["layers"])
+    outputs.append(text.prompt_layers(part, layers, x, angles, prompts.mask, added)[0])
+  return found | {"layers": jnp.stack(outputs)}
 
 
-def completion_logits(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: str) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def logits(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: str = "none") -> jax.Array:
   """float32[P, G, T, V]: logits that predict the tokens."""
   prefix = model.prefill(config, params, prompts, remat=remat)
   hidden = model.completion_hidden(config, params, prefix, tokens, remat=remat)
   return jnp.einsum("pgtd,vd->pgtv", hidden, model.head_weight(config, params))
 
 
-def loss(
-  config: Qwen3VLConfig, remat: str, params: Any, prompts: Prompts, tokens: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Mean negative log-likelihood of the completions, and their logits."""
-  logits = completion_logits(config, params, prompts, tokens, remat)
-  picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
-  return -picked.mean(), logits
-
-
-@functools.partial(fast_jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def loss_and_gradient(
   config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: str = "none"
 ) -> Any:
-  """((loss, logits), gradient) of `loss`."""
-  return jax.value_and_grad(functools.partial(loss, config, remat), has_aux=True)(params, prompts, tokens)
+  """((loss, logits), gradient) of the mean negative log-likelihood of the completions."""
+
+  def loss(params):
+    found = logits(config, params, prompts, tokens, remat)
+    return -jnp.take_along_axis(jax.nn.log_softmax(found), tokens[..., None], axis=-1).mean(), found
+
+  return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-@functools.partial(fast_jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def greedy(config: Qwen3VLConfig, params: Any, prompts: Prompts, steps: int) -> jax.Array:
   """int32[P, steps]: the likeliest tokens, one after the other."""
   prefix = model.prefill(config, params, prompts)
   head = model.head_weight(config, params)
-  cache = model.empty_cache(prefix, 1, steps)
 
   def step(carry, _):
     cache, hidden = carry
@@ -91,8 +71,8 @@ def greedy(config: Qwen3VLConfig, params: Any, prompts: Prompts, steps: int) -> 
     hidden, cache = model.decode_step(config, params, prefix, cache, token)
     return (cache, hidden), token[:, 0]
 
-  _, tokens = jax.lax.scan(step, (cache, prefix.last_hidden[:, None]), length=steps)
-  return tokens.T
+  start = model.empty_cache(prefix, 1, steps), prefix.last_hidden[:, None]
+  return jax.lax.scan(step, start, length=steps)[1].T
 
 
 def difference(actual: Any, expected: Any) -> float:

@@ -1,5 +1,8 @@
 """Checkpoints in and out: what is read is what is stored, and everything that does not fit is said."""
 
+import dataclasses
+import functools
+import itertools
 import json
 import pathlib
 import shutil
@@ -65,6 +68,20 @@ def test_names_and_shapes_are_those_of_the_checkpoint(source):
   )
 
 
+@pytest.fixture(scope="module")
+def orbax(source, tmp_path_factory):
+  """The same model as a sharded copy."""
+  folder = tmp_path_factory.mktemp("orbax") / "tiny"
+  conversion.save_orbax(folder, CONFIG, PARAMS, source=source)
+  return folder
+
+
+@pytest.fixture
+def stored(request):
+  """The folder of a form: "source" or "orbax"."""
+  return request.getfixturevalue(request.param)
+
+
 def test_float32_round_trip_is_exact(source):
   config, params = conversion.load_pretrained(source)
   assert config == CONFIG
@@ -76,7 +93,9 @@ def test_shards_with_an_index_hold_the_same_bfloat16_weights(source, tmp_path):
   index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
   files = sorted((tmp_path / "out").glob("*.safetensors"))
   assert len(files) > 2 and {file.name for file in files} == set(index["weight_map"].values())
-  assert index["metadata"]["total_size"] == 2 * sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+  total = 2 * sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+  assert index["metadata"]["total_size"] == total
+  assert len(files) <= 2 * total // 30_000 + 1  # two neighbours are more than one file may hold
   assert all(file.stat().st_size < 30_000 + 10_000 for file in files)  # tensors and a header
   _, params = conversion.load_pretrained(tmp_path / "out")
   assert_same(params, jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), PARAMS))
@@ -84,7 +103,9 @@ def test_shards_with_an_index_hold_the_same_bfloat16_weights(source, tmp_path):
 
 def test_export_keeps_the_source_but_for_the_dtype(source, tmp_path):
   conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source)
-  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source)  # an earlier export is replaced
+  # An earlier export is replaced, and the form of attention is that of a run.
+  plain = dataclasses.replace(CONFIG, attention="plain")
+  conversion.save_pretrained(tmp_path / "out", plain, PARAMS, source=source)
   assert json.loads((tmp_path / "out" / "config.json").read_text()) == RECORD | {"dtype": "bfloat16"}
   names = {file.name for file in (tmp_path / "out").iterdir()}
   assert names == {"README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"}
@@ -93,27 +114,38 @@ def test_export_keeps_the_source_but_for_the_dtype(source, tmp_path):
 
 def test_an_export_says_how_the_model_was_trained(source, tmp_path):
   declared = {"kepo_templates": "standard", "kepo_resize": "native"}
-  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source, declared=declared)
-  path = tmp_path / "out" / "tokenizer_config.json"
-  assert json.loads(path.read_text()) == declared  # the source has no such file
-  path.write_text('{"eos_token": "é", "kepo_resize": "squash384"}', encoding="utf-8")
-  conversion.save_pretrained(tmp_path / "again", CONFIG, PARAMS, source=tmp_path / "out", declared=declared)
-  found = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text(encoding="utf-8"))
-  assert found == {"eos_token": "é"} | declared
-  conversion.save_pretrained(tmp_path / "copy", CONFIG, PARAMS, source=tmp_path / "out")
-  assert (tmp_path / "copy" / "tokenizer_config.json").read_bytes() == path.read_bytes()  # verbatim
+
+  def exported(name, source, **options):
+    conversion.save_pretrained(tmp_path / name, CONFIG, PARAMS, source=source, **options)
+    return tmp_path / name / "tokenizer_config.json"
+
+  first = exported("first", source, declared=declared)
+  assert json.loads(first.read_text()) == declared  # the source has no such file
+  first.write_text('{"eos_token": "é", "kepo_resize": "squash384"}', encoding="utf-8")
+  again = exported("again", first.parent, declared=declared)
+  assert json.loads(again.read_text(encoding="utf-8")) == {"eos_token": "é"} | declared
+  assert exported("copy", first.parent).read_bytes() == first.read_bytes()
   for content in ("[]", "{"):
-    path.write_text(content)
+    first.write_text(content)
     with pytest.raises(ValueError, match="tokenizer_config.json of the source is no"):
-      conversion.save_pretrained(tmp_path / "bad", CONFIG, PARAMS, source=tmp_path / "out", declared=declared)
+      exported("bad", first.parent, declared=declared)
   assert not (tmp_path / "bad").exists()
 
 
-def test_an_export_does_not_replace_other_things(source, tmp_path):
+def test_what_does_not_fit_is_not_written(source, tmp_path):
   (tmp_path / "thesis.tex").write_text("years of work")
   with pytest.raises(ValueError, match="no earlier export"):
     conversion.save_pretrained(tmp_path, CONFIG, PARAMS, source=source)
   assert (tmp_path / "thesis.tex").exists()
+  params = PARAMS | {"lm_head": {"weight": np.zeros((96, 32), np.float32)}}
+  with pytest.raises(ValueError, match=r"lm_head.*instead of None"):
+    conversion.save_pretrained(tmp_path / "out", CONFIG, params)
+  with pytest.raises(ValueError, match="is the source itself"):
+    conversion.save_pretrained(source, CONFIG, PARAMS, source=source)
+  other = dataclasses.replace(CONFIG, image_token_id=89)
+  with pytest.raises(ValueError, match="describes another model"):
+    conversion.save_pretrained(tmp_path / "out", other, PARAMS, source=source)
+  assert not (tmp_path / "out").exists()
 
 
 class Killed(BaseException):
@@ -125,14 +157,16 @@ class Killed(BaseException):
 def test_an_export_that_was_killed_is_finished_by_the_next(source, tmp_path, monkeypatch, call, after):
   """Killed before or after each renaming and deleting; half of a folder may be gone by then."""
   directory, later = tmp_path / "out", jax.tree.map(lambda x: x + 1, PARAMS)
-  conversion.save_pretrained(directory, CONFIG, PARAMS, source=source, dtype=np.float32)
+  export = functools.partial(conversion.save_pretrained, directory, CONFIG, source=source, dtype=np.float32)
+  export(PARAMS)
   old = {path.name for path in directory.iterdir()}
-  calls = iter(range(100))
+  calls = itertools.count()
 
-  def mortal(original, half):
+  def mortal(original):
     def run(path, *args, **kwargs):
       if (fatal := next(calls) == call) and not after:
-        half(path)
+        if original is delete:
+          (path / "README.md").unlink(missing_ok=True)
         raise Killed
       original(path, *args, **kwargs)
       if fatal:
@@ -140,20 +174,17 @@ def test_an_export_that_was_killed_is_finished_by_the_next(source, tmp_path, mon
 
     return run
 
-  def remove_card(path):
-    (path / "README.md").unlink(missing_ok=True)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(shutil, "rmtree", mortal(shutil.rmtree, remove_card))
-    patch.setattr(pathlib.Path, "rename", mortal(pathlib.Path.rename, lambda path: None))
-    with pytest.raises(Killed):
-      conversion.save_pretrained(directory, CONFIG, later, source=source, dtype=np.float32)
+  delete = shutil.rmtree
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(shutil, "rmtree", mortal(delete))
+    patch.setattr(pathlib.Path, "rename", mortal(pathlib.Path.rename))
+    export(later)
   if directory.exists():  # a whole model, old or new
     assert {path.name for path in directory.iterdir()} == old
     found = jax.tree.leaves(conversion.load_pretrained(directory)[1])
-    assert any(all(map(np.array_equal, found, jax.tree.leaves(each))) for each in (PARAMS, later))
+    assert any(all(map(np.array_equal, found, jax.tree.leaves(params))) for params in (PARAMS, later))
   side_files.check_replaceable(directory)
-  conversion.save_pretrained(directory, CONFIG, later, source=source, dtype=np.float32)
+  export(later)
   assert_same(conversion.load_pretrained(directory)[1], later)
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -168,13 +199,6 @@ def test_the_old_model_comes_back_if_no_new_one_took_its_place(source, tmp_path,
   assert_same(conversion.load_pretrained(directory)[1], PARAMS)
 
 
-def test_parameters_of_another_model_are_not_saved(tmp_path):
-  params = PARAMS | {"lm_head": {"weight": np.zeros((96, 32), np.float32)}}
-  with pytest.raises(ValueError, match=r"lm_head.*instead of None"):
-    conversion.save_pretrained(tmp_path / "out", CONFIG, params)
-  assert not (tmp_path / "out").exists()
-
-
 def test_one_error_lists_everything_that_does_not_fit(broken):
   def change(tensors):
     del tensors["model.language_model.norm.weight"]
@@ -184,11 +208,13 @@ def test_one_error_lists_everything_that_does_not_fit(broken):
 
   with pytest.raises(ValueError) as caught:
     conversion.load_pretrained(broken(change))
-  message = str(caught.value)
-  assert "1 missing: model.language_model.norm.weight" in message
-  assert "1 unknown: model.visual.extra" in message
-  assert "1 misshaped: model.visual.merger.linear_fc2.bias (31,) instead of (32,)" in message
-  assert "1 not of a floating-point type: model.visual.pos_embed.weight I8" in message
+  for problem in (
+    "1 missing: model.language_model.norm.weight",
+    "1 unknown: model.visual.extra",
+    "1 misshaped: model.visual.merger.linear_fc2.bias (31,) instead of (32,)",
+    "1 not of a floating-point type: model.visual.pos_embed.weight I8",
+  ):
+    assert problem in str(caught.value)
 
 
 def test_truncated_tensors_are_listed(broken):
@@ -210,15 +236,11 @@ def test_a_missing_shard_is_named(source, tmp_path):
     conversion.load_pretrained(tmp_path / "out")
 
 
-def test_a_tied_checkpoint_may_repeat_its_head(broken):
-  def change(tensors):
+def test_only_a_tied_checkpoint_goes_without_its_head(broken):
+  def repeat(tensors):
     tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
 
-  _, params = conversion.load_pretrained(broken(change))
-  assert "lm_head" not in params
-
-
-def test_an_untied_checkpoint_needs_its_head(broken):
+  assert "lm_head" not in conversion.load_pretrained(broken(repeat))[1]
   with pytest.raises(ValueError, match="1 missing: lm_head.weight"):
     conversion.load_pretrained(broken(lambda tensors: None, RECORD | {"tie_word_embeddings": False}))
 
@@ -260,31 +282,24 @@ def test_host_holds_one_shard_at_a_time(tmp_path, mesh_of):
 def test_the_decode_layout_keeps_weights_whole_over_fsdp(source, mesh_of):
   _, params = conversion.load_pretrained(source, jnp.bfloat16, mesh_of(1, 4, 2), layout="decode")
   weight = params["language_model"]["layers"]["mlp"]["up_proj"]["weight"]
-  assert weight.addressable_shards[0].data.shape == (4, 24, 32)
-  assert weight.dtype == jnp.bfloat16
+  assert weight.addressable_shards[0].data.shape == (4, 24, 32) and weight.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("layout", ["train", "decode"])
-@pytest.mark.parametrize("stored", ["safetensors", "orbax"])
-def test_layers_side_by_side_are_those_of_the_stack(stored, layout, source, tmp_path, mesh_of):
-  folder, mesh = source, mesh_of(1, 4, 2)
-  if stored == "orbax":
-    folder = tmp_path / "orbax"
-    conversion.save_orbax(folder, CONFIG, PARAMS, source=source)
-  _, params = conversion.load_pretrained(folder, mesh=mesh, layout=layout, separate=True)
-  wanted = model.separated(PARAMS)
+@pytest.mark.parametrize(
+  ("stored", "layout"), [("source", "train"), ("source", "decode"), ("orbax", "decode")], indirect=["stored"]
+)
+def test_layers_side_by_side_are_those_of_the_stack(stored, layout, mesh_of):
+  mesh, wanted = mesh_of(1, 4, 2), model.separated(PARAMS)
+  _, params = conversion.load_pretrained(stored, mesh=mesh, layout=layout, separate=True)
   assert_same(params, wanted)
   places = sharding.weight_shardings(mesh, wanted, model.separated_axes(CONFIG), layout)
   assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), params, places))
-  assert_same(conversion.load_pretrained(folder, separate=True)[1], wanted)
 
 
-@pytest.mark.parametrize("stored", ["safetensors", "orbax"])
-def test_layers_side_by_side_are_no_second_copy(stored, source, tmp_path, monkeypatch):
-  folder = source
-  if stored == "orbax":
-    folder = tmp_path / "orbax"
-    conversion.save_orbax(folder, CONFIG, PARAMS, source=source)
+@pytest.mark.parametrize("stored", ["source", "orbax"], indirect=True)
+def test_layers_side_by_side_are_no_second_copy(stored, monkeypatch):
+  in_stacks = max(leaf.nbytes for leaf in jax.tree.leaves(PARAMS["language_model"]["layers"]))
+  spare = in_stacks if stored.parent.name.startswith("orbax") else 1000
   kept = sum(x.nbytes for x in jax.live_arrays())
   most, waits = [0], jax.block_until_ready
 
@@ -294,10 +309,8 @@ def test_layers_side_by_side_are_no_second_copy(stored, source, tmp_path, monkey
     return result
 
   monkeypatch.setattr(jax, "block_until_ready", waited)
-  _, params = conversion.load_pretrained(folder, mesh=sharding.make_mesh(1, 1, 1), separate=True)
-  whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-  largest = max(leaf.nbytes for leaf in jax.tree.leaves(PARAMS["language_model"]["layers"]))
-  assert 0 < most[0] - kept <= whole + (largest if stored == "orbax" else 1000)
+  _, params = conversion.load_pretrained(stored, mesh=sharding.make_mesh(1, 1, 1), separate=True)
+  assert 0 < most[0] - kept <= sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + spare
 
 
 @pytest.fixture
@@ -305,38 +318,28 @@ def convert_qwen_vl(program):
   return program("experiments.convert_qwen_vl")
 
 
-def test_orbax_copy_and_back(convert_qwen_vl, source, tmp_path, capsys):
-  arguments = ["convert_qwen_vl", str(source), str(tmp_path / "orbax")]
-  with flagsaver.flagsaver(to="orbax", dtype="float32"):
-    convert_qwen_vl.main(arguments)
-  assert (tmp_path / "orbax" / "tokenizer.json").exists()
-  with flagsaver.flagsaver(to="hf", dtype="float32"):
-    convert_qwen_vl.main([arguments[0], arguments[2], str(tmp_path / "back")])
-  assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-  assert "wrote" in capsys.readouterr().out
-  mesh = sharding.make_mesh(data=2, fsdp=4)
-  _, params = conversion.load_pretrained(tmp_path / "orbax", mesh=mesh)
-  assert_same(params, PARAMS)
-
-
 def test_a_bucket_is_converted_like_a_disk(convert_qwen_vl, source, tmp_path, monkeypatch):
+  """From a folder to a sharded copy in a bucket, and back into a bucket and a folder."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   bucket = tmp_path / "cloud" / "bucket"
-  shutil.copytree(source, bucket / "source")
-  (bucket / "mine").mkdir()
+  (bucket / "mine").mkdir(parents=True)
   (bucket / "mine" / "thesis.txt").write_text("of somebody")
+
+  def convert(origin, target, to="hf"):
+    with flagsaver.flagsaver(to=to, dtype="float32"):
+      convert_qwen_vl.main(["", str(origin), str(target)])
+
   with fake_bucket.served(tmp_path / "cloud") as store:
-    with flagsaver.flagsaver(to="orbax", dtype="float32"):
-      convert_qwen_vl.main(["", "gs://bucket/source", "gs://bucket/orbax"])
-    assert store.uploads[-1] == "bucket/orbax/config.json"
-    with flagsaver.flagsaver(to="hf", dtype="float32"):
-      convert_qwen_vl.main(["", "gs://bucket/orbax", "gs://bucket/back"])
-      with pytest.raises(SystemExit, match="convert_qwen_vl: gs://bucket/mine exists and is no earlier export"):
-        convert_qwen_vl.main(["", "gs://bucket/source", "gs://bucket/mine"])
-      with pytest.raises(SystemExit, match="gs://bucket/sauce: no such folder"):
-        convert_qwen_vl.main(["", "gs://bucket/sauce", "gs://bucket/new"])
-    assert (bucket / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    convert(source, "gs://bucket/orbax", "orbax")
+    assert store.uploads[-1] == "bucket/orbax/config.json" and (bucket / "orbax" / "tokenizer.json").exists()
+    for target, back in (("gs://bucket/back", bucket / "back"), (tmp_path / "back", tmp_path / "back")):
+      convert("gs://bucket/orbax", target)
+      assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert_same(conversion.load_pretrained("gs://bucket/back")[1], PARAMS)
+    with pytest.raises(SystemExit, match="convert_qwen_vl: gs://bucket/mine exists and is no earlier export"):
+      convert(source, "gs://bucket/mine")
+    with pytest.raises(SystemExit, match="gs://bucket/sauce: no such folder"):
+      convert("gs://bucket/sauce", "gs://bucket/new")
   assert (bucket / "mine" / "thesis.txt").exists()
 
 

@@ -1,6 +1,7 @@
 """A shipped student, saved by us and loaded by transformers, answers real questions with the same tokens."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,53 +16,26 @@ from tests.conftest import ROOT
 NEW_TOKENS = 24
 STUDENT = ROOT / "experiments" / "assets" / "phantom" / "confused"
 
-pytestmark = pytest.mark.parity
 
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-  """The folder that a run would leave in WORKDIR/model."""
-  folder = tmp_path_factory.mktemp("export") / "model"
-  config, params = conversion.load_pretrained(STUDENT, jnp.float32)
-  conversion.save_pretrained(folder, dataclasses.replace(config, attention="plain"), params, source=STUDENT)
-  return folder
-
-
-@pytest.fixture(scope="module")
-def questions():
-  """One test question of each modality."""
-  examples, _ = omnimedvqa.read(splits.phantom_roots()["test"])
-  return list({example.modality: example for example in examples}.values())
-
-
-def ours(folder, examples):
-  """Greedy tokens int32[P, T] and their mask, and the prompts."""
-  config, params = conversion.load_pretrained(folder, jnp.float32)
-  processor = pipeline.Processor.from_directory(folder, templates=prompts.BRIEF)
-  batch = processor.prompts(examples, "evaluation")
-  rollouts = jax.jit(
-    lambda params, batch: sampling.sample(
-      config,
-      params,
-      batch,
-      jax.random.key(0),
-      samples=1,
-      max_new_tokens=NEW_TOKENS,
-      end_ids=processor.end_ids,
-      pad_id=processor.pad_id,
-      allowed=jnp.asarray(processor.allowed),
-      temperature=0.0,
-    )
-  )(params, batch)
-  return np.asarray(rollouts.tokens)[:, 0], np.asarray(rollouts.mask)[:, 0], batch
-
-
-def test_transformers_generates_the_same_tokens(exported, questions):
+@pytest.mark.parity
+def test_transformers_generates_the_same_tokens(tmp_path):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(exported, dtype=torch.float32).eval()
-  tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
-  tokens, mask, batch = ours(exported, questions)
+  folder = tmp_path / "model"  # as a run leaves it
+  config, params = conversion.load_pretrained(STUDENT, jnp.float32)
+  conversion.save_pretrained(folder, dataclasses.replace(config, attention="plain"), params, source=STUDENT)
+  examples, _ = omnimedvqa.read(splits.phantom_roots()["test"])
+  questions = list({example.modality: example for example in examples}.values())  # one of each
+
+  config, params = conversion.load_pretrained(folder, jnp.float32)
+  processor = pipeline.Processor.from_directory(folder, templates=prompts.BRIEF)
+  batch = processor.prompts(questions, "evaluation")
+  greedy = functools.partial(sampling.sample, samples=1, max_new_tokens=NEW_TOKENS, temperature=0.0)
+  special = {"end_ids": processor.end_ids, "pad_id": processor.pad_id, "allowed": jnp.asarray(processor.allowed)}
+  rollouts = jax.jit(lambda *x: greedy(config, *x, jax.random.key(0), **special))(params, batch)
+
+  model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   for p, example in enumerate(questions):
     real = batch.mask[p]
     inputs = {
@@ -72,7 +46,7 @@ def test_transformers_generates_the_same_tokens(exported, questions):
     }
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
     with torch.no_grad():
-      output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, int(real.sum()) :]
-    mine = tokens[p][mask[p]].tolist()
-    assert output.tolist() == mine, (example.id, tokenizer.decode(output), tokenizer.decode(mine))
-    assert "<answer>" in tokenizer.decode(mine)
+      theirs = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, int(real.sum()) :]
+    ours = rollouts.tokens[p, 0][rollouts.mask[p, 0]].tolist()
+    assert theirs.tolist() == ours, (example.id, tokenizer.decode(theirs), tokenizer.decode(ours))
+    assert "<answer>" in tokenizer.decode(ours)

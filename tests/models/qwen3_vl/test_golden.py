@@ -1,97 +1,93 @@
-"""Stored vectors of transformers, without torch: hidden states, logits, gradients, greedy tokens."""
-
-import pathlib
+"""Against transformers: vectors that are stored for `make test`, and further models live in `make parity`."""
 
 import numpy as np
 import pytest
 
-from kepo_jax.models.qwen3_vl import model
+from kepo_jax.models.qwen3_vl import conversion
 from tests.models.qwen3_vl import cases, runs
 
-DIRECTORY = pathlib.Path(__file__).parent / "golden"
+LIVE = [pytest.param(case, marks=pytest.mark.parity) for case in cases.CASES]
 
 
-class Golden:
+class Reference:
   """A case, its parameters and prompts, and what transformers made of them."""
 
   def __init__(self, case: cases.Case):
-    self.config, self.completions = case.config, cases.completions(case)
-    self.params = cases.redrawn(model.abstract_params(self.config), seed=cases.GOLDEN_SEED)
-    self.prompts, _, _ = cases.make_prompts(self.config, list(case.layouts), extra=case.extra)
-    with np.load(DIRECTORY / f"{case.name}.npz", allow_pickle=False) as stored:
-      self.stored = dict(stored)
+    self.case, self.config, self.params, self.completions = case, case.config, case.params(), case.completions()
+    self.prompts, _, _ = case.prompts()
+    if case in cases.GOLDEN:
+      with np.load(case.stored, allow_pickle=False) as stored:
+        self.arrays = dict(stored)
+    else:
+      pytest.importorskip("torch")
+      from tests.models.qwen3_vl import oracle
+
+      self.arrays = oracle.arrays(case, steps=16)
 
   def expected(self, name: str) -> list[tuple[int, np.ndarray]]:
     """(prompt, array) of every prompt that has one."""
-    pairs = [(key.split("/"), value) for key, value in self.stored.items()]
+    pairs = [(key.split("/"), value) for key, value in self.arrays.items()]
     return [(int(key[1]), value) for key, value in pairs if key[0] == name]
 
 
-@pytest.fixture(scope="module", params=cases.GOLDEN, ids=lambda case: case.name)
-def golden(request):
-  return Golden(request.param)
+@pytest.fixture(scope="module", params=[*cases.GOLDEN, *LIVE], ids=lambda case: case.name)
+def reference(request):
+  return Reference(request.param)
 
 
 @pytest.fixture(scope="module")
-def tower(golden):
-  if not golden.expected("blocks"):
-    pytest.skip("no images")
-  found = runs.tower_outputs(golden.config, golden.params, golden.prompts)
-  return {name: np.asarray(value) for name, value in found.items()}
+def backward(reference):
+  # Layers recomputed in some cases, kept in the others: all are compared with the same reference.
+  remat = "none" if reference.case.name == "text_untied" else "full"
+  return runs.loss_and_gradient(reference.config, reference.params, reference.prompts, reference.completions, remat)
 
 
-@pytest.fixture(scope="module")
-def layers(golden):
-  return runs.layer_outputs(golden.config, golden.params, golden.prompts)["layers"]
+def test_hidden_states_after_every_layer(reference):
+  """Of decoder and tower, and what the tower hands over."""
+  found = runs.layer_outputs(reference.config, reference.params, reference.prompts)
+  assert len(reference.expected("layers")) == len(reference.case.layouts)
+  for name, actual in found.items():
+    for prompt, expected in reference.expected(name):
+      layers = [(actual[prompt], expected)] if name == "features" else zip(actual[:, prompt], expected, strict=True)
+      for number, (mine, theirs) in enumerate(layers):
+        assert runs.difference(mine[: len(theirs)], theirs) <= 1e-5, (name, prompt, number)
 
 
-@pytest.fixture(scope="module")
-def backward(golden):
-  # Layers recomputed in one case, kept in the other: both are compared with the same reference.
-  remat = "full" if golden.prompts.vision.patches.shape[1] else "none"
-  return runs.loss_and_gradient(golden.config, golden.params, golden.prompts, golden.completions, remat)
-
-
-def worst(actual, expected):
-  return max(runs.difference(a, e) for a, e in zip(actual, expected, strict=True))
-
-
-def test_tower_after_every_block(golden, tower):
-  for prompt, expected in golden.expected("blocks"):
-    assert worst(tower["blocks"][:, prompt, : expected.shape[1]], expected) <= 1e-5
-
-
-def test_image_tokens(golden, tower):
-  for prompt, expected in golden.expected("features"):
-    assert runs.difference(tower["features"][prompt, : expected.shape[0]], expected) <= 1e-5
-
-
-def test_deepstack_features(golden, tower):
-  for prompt, expected in golden.expected("deepstack"):
-    assert worst(tower["deepstack"][:, prompt, : expected.shape[1]], expected) <= 1e-5
-
-
-def test_decoder_after_every_layer(golden, layers):
-  for prompt, expected in golden.expected("layers"):
-    assert worst(layers[:, prompt, : expected.shape[1]], expected) <= 1e-5
-
-
-def test_logits_and_loss(golden, backward):
+def test_logits_and_loss(reference, backward):
   (loss, logits), _ = backward
-  assert runs.difference(logits, golden.stored["logits"]) <= 1e-5
-  assert float(loss) == pytest.approx(float(golden.stored["loss"]), rel=1e-5)
+  assert runs.difference(logits, reference.arrays["logits"]) <= 1e-5
+  assert float(loss) == pytest.approx(float(reference.arrays["loss"]), rel=1e-5)
 
 
-def test_gradients(golden, backward):
-  tensors = cases.as_tensors(golden.config, backward[1])
-  for name, value in tensors.items():
-    norm, projection = golden.stored[f"gradient/{name}"]
+def test_gradients(reference, backward):
+  found = cases.as_tensors(reference.config, backward[1])
+  # transformers lists the tied head once, as the embedding.
+  assert {f"gradient/{name}" for name in found} == {name for name in reference.arrays if name.startswith("gradient/")}
+  for name, value in found.items():
+    norm, projection = reference.arrays[f"gradient/{name}"]
     # A projection on a normal direction has the size of the norm.
     np.testing.assert_allclose(cases.summary(value), [norm, projection], atol=3e-5 * norm, rtol=0, err_msg=name)
 
 
-def test_greedy_tokens(golden):
-  steps = golden.expected("greedy")[0][1].size
-  tokens = np.asarray(runs.greedy(golden.config, golden.params, golden.prompts, steps))
-  for prompt, expected in golden.expected("greedy"):
-    assert tokens[prompt].tolist() == expected.tolist()
+def test_greedy_tokens(reference):
+  expected = np.stack([tokens for _, tokens in reference.expected("greedy")])
+  steps = expected.shape[1]
+  np.testing.assert_array_equal(runs.greedy(reference.config, reference.params, reference.prompts, steps), expected)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_transformers_and_back_is_bit_exact(case, tmp_path):
+  torch = pytest.importorskip("torch")
+  from tests.models.qwen3_vl import oracle
+
+  theirs = oracle.Oracle(oracle.saved(tmp_path / "model", case), case).model
+  theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+  config, params = conversion.load_pretrained(tmp_path / "theirs")
+  assert config == case.config
+  conversion.save_pretrained(tmp_path / "ours", config, params, source=tmp_path / "theirs", dtype=np.float32)
+  back = type(theirs).from_pretrained(tmp_path / "ours", dtype=torch.float32).state_dict()
+  stored = theirs.state_dict()
+  assert back.keys() == stored.keys()
+  for name, value in back.items():
+    np.testing.assert_array_equal(value.numpy(), stored[name].numpy(), err_msg=name)

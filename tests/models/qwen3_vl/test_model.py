@@ -1,5 +1,6 @@
 """The three uses of one model agree with each other, whatever the padding, the batch and the mesh."""
 
+import functools
 import re
 
 import chex
@@ -10,24 +11,20 @@ import pytest
 
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import model
-from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from tests.models.qwen3_vl import cases, runs
 
-CONFIG = Qwen3VLConfig.from_dict(
-  cases.config_record(
-    text={"num_hidden_layers": 2, "num_key_value_heads": 2},
-    vision={"depth": 2, "deepstack_visual_indexes": [0, 1]},
-  )
-)
+CONFIG, LAYOUTS = cases.SMALL, cases.SMALL_PROMPTS
 PARAMS = cases.redrawn(model.abstract_params(CONFIG), seed=5)
-LAYOUTS = [(3, (4, 4), 2), (2, (4, 2), 1, (2, 4), 1), (6,), (1, (2, 6), 1)]
 P, G, T = len(LAYOUTS), 4, 5
 TOKENS = np.random.RandomState(1).randint(1, 90, (P, G, T)).astype(np.int32)
 
 
+@jax.jit
 def completion_hidden(params, prompts, tokens):
+  """[P, G, T, D], and the same of completions of one token, which come from the prompt alone: [P, G, 1, D]."""
   prefix = model.prefill(CONFIG, params, prompts)
-  return model.completion_hidden(CONFIG, params, prefix, tokens)
+  first = model.completion_hidden(CONFIG, params, prefix, tokens[..., :1])
+  return model.completion_hidden(CONFIG, params, prefix, tokens), first
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +33,28 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
+def padded():
+  """The prompts with pads of tokens and patches, their tokens and grids."""
+  return cases.make_prompts(CONFIG, LAYOUTS, extra=(T, 8))
+
+
+@pytest.fixture(scope="module")
 def compiled(prompts):
-  return runs.fast_jit(completion_hidden).lower(PARAMS, prompts, TOKENS).compile()
+  return completion_hidden.lower(PARAMS, prompts, TOKENS).compile()
 
 
 @pytest.fixture(scope="module")
 def hidden(compiled, prompts):
-  return np.asarray(compiled(PARAMS, prompts, TOKENS))
+  return np.asarray(compiled(PARAMS, prompts, TOKENS)[0])
 
 
-def test_completions_of_a_group_equal_longer_prompts(prompts, hidden):
+def test_completion_of_one_token_comes_from_the_prompt(compiled, prompts, hidden):
+  np.testing.assert_array_equal(compiled(PARAMS, prompts, TOKENS)[1], hidden[:, :, :1])
+
+
+def test_completions_of_a_group_equal_longer_prompts(padded, hidden):
   # Every completion is appended to its prompt, and the hidden state of the last token is read: no sharing at all.
-  whole, tokens, grids = cases.make_prompts(CONFIG, LAYOUTS, extra=(T, 0))
-  last = runs.fast_jit(lambda params, prompts: model.prefill(CONFIG, params, prompts).last_hidden)
+  whole, tokens, _ = padded
   for rollout in range(G):
     ids, mask, places = (np.array(x) for x in (whole.tokens, whole.mask, whole.positions))
     for prompt, length in enumerate(len(t) for t in tokens):
@@ -56,12 +62,13 @@ def test_completions_of_a_group_equal_longer_prompts(prompts, hidden):
       ids[prompt, added] = TOKENS[prompt, rollout, :-1]
       mask[prompt, added] = True
       places[prompt, :, added] = whole.next_position[prompt] + np.arange(T - 1)
-    longer = whole.replace(tokens=ids, mask=mask, positions=places)
-    np.testing.assert_allclose(last(PARAMS, longer), hidden[:, rollout, -1], atol=2e-5)
+    _, last = completion_hidden(PARAMS, whole.replace(tokens=ids, mask=mask, positions=places), TOKENS)
+    np.testing.assert_allclose(last[:, 0, 0], hidden[:, rollout, -1], atol=2e-5)
 
 
-def test_decoding_token_by_token_equals_the_whole(prompts, hidden):
-  @runs.fast_jit
+@pytest.mark.parametrize("layers", ["stacked", "separate"])
+def test_decoding_token_by_token_equals_the_whole(layers, prompts, hidden):
+  @jax.jit
   def decoded(params, prompts, tokens):
     prefix = model.prefill(CONFIG, params, prompts)
 
@@ -69,49 +76,43 @@ def test_decoding_token_by_token_equals_the_whole(prompts, hidden):
       hidden, cache = model.decode_step(CONFIG, params, prefix, cache, token)
       return cache, hidden
 
-    cache, hidden = jax.lax.scan(step, model.empty_cache(prefix, G, T), jnp.moveaxis(tokens, -1, 0))
-    return jnp.moveaxis(hidden, 0, 2), cache.length
+    tokens = jnp.moveaxis(tokens, -1, 0)
+    cache, early = jax.lax.scan(step, model.empty_cache(prefix, G, 2), tokens[:2])
+    cache, late = jax.lax.scan(step, model.lengthened(cache, T), tokens[2:])  # what is in a cache stays in it
+    return jnp.moveaxis(jnp.concatenate([early, late]), 0, 2), cache.length
 
-  later, length = decoded(PARAMS, prompts, TOKENS)
+  params = PARAMS if layers == "stacked" else model.separated(PARAMS)
+  later, length = decoded(params, prompts, TOKENS)
   assert length == T
   np.testing.assert_allclose(later[:, :, :-1], hidden[:, :, 1:], atol=2e-5)
 
 
-def test_padding_and_what_it_holds_change_nothing(prompts, hidden):
-  padded, _, _ = cases.make_prompts(CONFIG, LAYOUTS, extra=(3, 8))
+def test_padding_and_what_it_holds_change_nothing(padded, hidden):
+  whole, _, _ = padded
   # Padded patches hold numbers, padded tokens ids and positions: none of them may be seen.
-  noise = np.where((padded.vision.segments < 0)[..., None], 7.0, padded.vision.patches)
-  padded = padded.replace(
-    tokens=np.where(padded.mask, padded.tokens, 5),
-    positions=np.where(padded.mask[:, None], padded.positions, 9),
-    vision=padded.vision.replace(patches=noise.astype(np.float32)),
+  noise = np.where((whole.vision.segments < 0)[..., None], 7.0, whole.vision.patches)
+  whole = whole.replace(
+    tokens=np.where(whole.mask, whole.tokens, 5),
+    positions=np.where(whole.mask[:, None], whole.positions, 9),
+    vision=whole.vision.replace(patches=noise.astype(np.float32)),
   )
-  actual = runs.fast_jit(completion_hidden)(PARAMS, padded, TOKENS)
-  np.testing.assert_allclose(actual, hidden, atol=2e-5)
+  np.testing.assert_allclose(completion_hidden(PARAMS, whole, TOKENS)[0], hidden, atol=2e-5)
 
 
-def test_text_alone_skips_the_tower(prompts, hidden):
+def test_text_alone_skips_the_tower():
   alone, _, _ = cases.make_prompts(CONFIG, [LAYOUTS[2]])
-  assert alone.vision.patches.shape[1] == 0
-  alone = alone.replace(tokens=np.asarray(prompts.tokens[2:3, :6]))  # the same words as in the batch
-  lowered = runs.fast_jit(completion_hidden).lower(PARAMS, alone, TOKENS[2:3])
-  np.testing.assert_allclose(lowered.compile()(PARAMS, alone, TOKENS[2:3])[0], hidden[2], atol=2e-5)
+  lowered = completion_hidden.lower(PARAMS, alone, TOKENS[2:3])
   assert "tensor<25x32xf32>" not in lowered.as_text()  # the position table is not even an argument
 
 
-def test_completion_of_one_token_comes_from_the_prompt(prompts, hidden):
-  actual = runs.fast_jit(completion_hidden)(PARAMS, prompts, TOKENS[..., :1])
-  np.testing.assert_allclose(actual, hidden[:, :, :1], atol=2e-5)
-
-
 def test_bfloat16_parameters_compute_in_bfloat16(prompts, hidden):
-  low = runs.fast_jit(completion_hidden)(model.cast(PARAMS, jnp.bfloat16), prompts, TOKENS)
+  low, _ = completion_hidden(model.cast(PARAMS, jnp.bfloat16), prompts, TOKENS)
   assert low.dtype == jnp.bfloat16
   assert 1e-4 < runs.difference_in_norm(low, hidden) < 0.05
 
 
 def test_initial_parameters():
-  params = runs.fast_jit(model.init_params, static_argnums=(0, 2))(CONFIG, jax.random.key(0), jnp.bfloat16)
+  params = jax.jit(model.init_params, static_argnums=(0, 2))(CONFIG, jax.random.key(0), jnp.bfloat16)
   chex.assert_trees_all_equal_shapes_and_dtypes(params, model.abstract_params(CONFIG, jnp.bfloat16))
   layer = params["language_model"]["layers"]
   np.testing.assert_array_equal(layer["input_layernorm"]["weight"], 1)
@@ -121,62 +122,37 @@ def test_initial_parameters():
   assert not np.array_equal(layer["mlp"]["up_proj"]["weight"], layer["mlp"]["gate_proj"]["weight"])
 
 
-def test_the_head_is_the_embedding_only_when_tied():
-  assert model.head_weight(CONFIG, PARAMS) is PARAMS["language_model"]["embed_tokens"]["weight"]
-  untied = Qwen3VLConfig.from_dict(cases.config_record(tie_word_embeddings=False))
-  params = model.abstract_params(untied)
-  assert model.head_weight(untied, params) is params["lm_head"]["weight"]
-
-
 def test_axes_name_every_dimension():
-  axes = model.logical_axes(CONFIG)
-  names = jax.tree.map(lambda leaf, names: len(names) == leaf.ndim, PARAMS, axes)
-  assert all(jax.tree.leaves(names))
+  axes, separate = model.logical_axes(CONFIG), model.separated_axes(CONFIG)
+  for params, names in ((PARAMS, axes), (model.separated(PARAMS), separate)):
+    assert jax.tree.all(jax.tree.map(lambda leaf, names: len(names) == leaf.ndim, params, names))
   assert axes["language_model"]["layers"]["self_attn"]["k_proj"]["weight"] == (None, "kv_heads", "embed")
 
 
-# ---- meshes ----
-
-
-def flops(compiled) -> float:
-  """FLOPs of one device."""
-  return compiled.cost_analysis()["flops"]
-
-
 @pytest.mark.parametrize(
-  ("shape", "batches", "share"),
+  ("shape", "share"),
   [
-    ((1, 8, 1), 2, 1 / 8),  # eight prompts go over fsdp
-    ((2, 4, 1), 1, 1 / 8),  # four prompts go over data alone, their rollouts over fsdp
-    ((1, 4, 2), 1, 1 / 6),  # the decoder is split over tensor as well, the tower is not
+    ((2, 4, 1), 1 / 8),  # four prompts go over data alone, their rollouts over fsdp
+    ((1, 4, 2), 1 / 6),  # the decoder is split over tensor as well, the tower is not
   ],
 )
-def test_sharded_equals_unsharded_and_shares_the_work(shape, batches, share, mesh_of, prompts, compiled, hidden):
+def test_sharded_equals_unsharded_and_shares_the_work(shape, share, mesh_of, prompts, compiled, hidden):
   mesh = mesh_of(*shape)
-  prompts, tokens = jax.tree.map(lambda x: np.concatenate([np.asarray(x)] * batches), (prompts, TOKENS))
   places = sharding.weight_shardings(mesh, PARAMS, model.logical_axes(CONFIG))
-  arguments = jax.device_put(PARAMS, places), sharding.place(mesh, prompts), sharding.place(mesh, tokens)
+  arguments = jax.device_put(PARAMS, places), sharding.place(mesh, prompts), sharding.place(mesh, TOKENS)
   with jax.set_mesh(mesh):
-    spread = runs.fast_jit(completion_hidden).lower(*arguments).compile()
-  np.testing.assert_allclose(spread(*arguments), np.concatenate([hidden] * batches), atol=2e-5)
-  assert flops(spread) < 1.35 * share * batches * flops(compiled)
+    spread = completion_hidden.lower(*arguments).compile()
+  np.testing.assert_allclose(spread(*arguments)[0], hidden, atol=2e-5)
+  flops, whole = (program.cost_analysis()["flops"] for program in (spread, compiled))  # of one device
+  assert flops < 1.35 * share * whole
 
 
 @pytest.mark.parametrize("layers", ["stacked", "separate"])
-def test_a_token_copies_no_cache(layers):
-  prompts, length = 2, 1024
-  params = model.abstract_params(CONFIG)
-  shared = jax.ShapeDtypeStruct((2, prompts, 2, 8, 16), jnp.float32)
+def test_a_token_copies_no_cache(layers, prompts):
+  params, length = model.abstract_params(CONFIG), 1024
   if layers == "separate":
     params = jax.eval_shape(model.separated, params)
-    shared = (jax.ShapeDtypeStruct(shared.shape[1:], jnp.float32),) * 2
-  prefix = model.Prefix(
-    keys=shared,
-    values=shared,
-    mask=jax.ShapeDtypeStruct((prompts, 8), bool),
-    next_position=jax.ShapeDtypeStruct((prompts,), jnp.int32),
-    last_hidden=jax.ShapeDtypeStruct((prompts, 32), jnp.float32),
-  )
+  prefix = jax.eval_shape(functools.partial(model.prefill, CONFIG), params, prompts)
   cache = jax.eval_shape(lambda prefix: model.empty_cache(prefix, G, length), prefix)
 
   def tokens(params, prefix, cache):
@@ -184,7 +160,7 @@ def test_a_token_copies_no_cache(layers):
       hidden, cache = model.decode_step(CONFIG, params, prefix, carry[1], carry[0])
       return jnp.argmax(hidden, axis=-1).astype(jnp.int32), cache
 
-    start = jnp.zeros((prompts, G), jnp.int32), cache
+    start = jnp.zeros((P, G), jnp.int32), cache
     return jax.lax.while_loop(lambda carry: carry[1].length < length, step, start)
 
   text = jax.jit(tokens, donate_argnums=2).lower(params, prefix, cache).compile().as_text()
@@ -195,29 +171,3 @@ def test_a_token_copies_no_cache(layers):
   # Out of a stack every weight is sliced for every token; of layers side by side none is.
   sliced = re.findall(r"= f32\[(?:1,)?64,32\]\S* (?:dynamic-slice|fusion)\(", text)
   assert bool(sliced) == (layers == "stacked")
-
-
-def test_separate_layers_equal_stacked_ones(prompts, hidden):
-  separate = model.separated(PARAMS)
-  np.testing.assert_allclose(runs.fast_jit(completion_hidden)(separate, prompts, TOKENS), hidden, atol=2e-5)
-  axes = jax.tree.map(lambda leaf, names: len(names) == leaf.ndim, separate, model.separated_axes(CONFIG))
-  assert all(jax.tree.leaves(axes))
-
-
-def test_a_longer_cache_keeps_what_is_in_it(prompts):
-  @runs.fast_jit
-  def grown(params, prompts, tokens):
-    prefix = model.prefill(CONFIG, params, prompts)
-    cache = model.empty_cache(prefix, G, 2)
-    for token in range(2):
-      _, cache = model.decode_step(CONFIG, params, prefix, cache, tokens[..., token])
-    longer = model.lengthened(cache, T)
-    return cache, longer, model.decode_step(CONFIG, params, prefix, longer, tokens[..., 2])[0]
-
-  cache, longer, hidden_after = grown(PARAMS, prompts, TOKENS)
-  for short, long in zip(jax.tree.leaves(cache.replace(length=())), jax.tree.leaves(longer.replace(length=()))):
-    assert long.shape == (*short.shape[:-2], T, short.shape[-1])
-    np.testing.assert_array_equal(long[..., :2, :], short)
-    np.testing.assert_array_equal(long[..., 2:, :], 0)
-  expected = runs.fast_jit(completion_hidden)(PARAMS, prompts, TOKENS)[:, :, 3]
-  np.testing.assert_allclose(hidden_after, expected, atol=2e-5)

@@ -1,10 +1,10 @@
-"""Index tables: worked examples and slow loops."""
+"""Index tables and rotary axes: worked examples and slow loops."""
 
 import numpy as np
 import pytest
 
-from kepo_jax.models.qwen3_vl import positions
-from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.models.qwen3_vl import positions, text
+from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig
 from tests.models.qwen3_vl import cases
 
 CONFIG = Qwen3VLConfig.from_dict(cases.config_record())  # merge 2, table 5 x 5
@@ -63,6 +63,14 @@ def test_interpolation_equals_a_slow_loop():
     source_y, source_x = 4 * y / (height - 1), 4 * x / (width - 1)  # corners of grid and table coincide
     along_x = [np.interp(source_x, np.arange(5), line) for line in table]
     assert actual[row] == pytest.approx(np.interp(source_y, np.arange(5), along_x), abs=1e-5)
+
+
+def test_frequencies_are_interleaved():
+  axis = text.axis_of_frequency(SIZES["Qwen3-VL-2B"].text)
+  # Sections (24, 20, 20): the axes take turns up to frequency 59; 60 to 63 are temporal.
+  np.testing.assert_array_equal(axis[:6], [0, 1, 2, 0, 1, 2])
+  np.testing.assert_array_equal(axis[57:], [0, 1, 2, 0, 0, 0, 0])
+  assert [(axis == k).sum() for k in range(3)] == [24, 20, 20]
 
 
 def test_tables_of_no_image_are_empty():

@@ -1,5 +1,3 @@
-import pytest
-
 from kepo_jax.reporting import pages
 from kepo_jax.reporting.pages import questions
 from tests.reporting.pages.cases import output, rollout
@@ -9,9 +7,8 @@ def group(accuracies, **fields):
   return [rollout(number=n, accuracy=value, **fields) for n, value in enumerate(accuracies)]
 
 
-@pytest.mark.parametrize(
-  ("records", "outcome"),
-  [
+def test_outcome_of_a_group():
+  for number, (records, outcome) in enumerate((
     (group([0.0, 0.0]), questions.ALL_WRONG),
     (group([0.0, 1.0]), questions.MIXED),
     (group([1.0, 1.0]), questions.ALL_RIGHT),
@@ -19,11 +16,9 @@ def group(accuracies, **fields):
     ([rollout(accuracy=0.0), rollout(number=1, accuracy=1.0, injected=True, hint="look left")], questions.ALL_WRONG),
     ([rollout(accuracy=1.0), rollout(number=1, accuracy=0.0, supervised=True)], questions.ALL_RIGHT),
     ([rollout(accuracy=1.0, supervised=True)], "no own rollout"),
-  ],
-)
-def test_outcome_of_a_group(records, outcome):
-  (sample,) = pages.training_samples(records)
-  assert sample.outcome == outcome
+  )):  # fmt: skip
+    (sample,) = pages.training_samples(records)
+    assert sample.outcome == outcome, number
 
 
 def test_a_group_has_its_rollouts_with_all_that_is_known():
@@ -67,19 +62,6 @@ def test_hints_stand_with_their_candidates():
   assert (lost.heading, lost.hint, lost.answers) == ("Hint that was not used", "no block", ())
 
 
-def test_the_training_is_cut_into_quarters():
-  records = [rollout(step=step, name=f"q{step}") for step in range(1, 11)]
-  sources = [each.source for each in pages.training_samples(records)]
-  assert sources == ["training, steps 1-3"] * 3 + ["training, steps 4-6"] * 3 + ["training, steps 7-9"] * 3 + [
-    "training, step 10"
-  ]
-
-
-def test_a_question_that_comes_twice_is_two_samples():
-  samples = pages.training_samples([rollout(step=1), rollout(step=5)])
-  assert [each.key for each in samples] == ["train/1/q1", "train/5/q1"]
-
-
 def test_evaluations_stand_side_by_side():
   before = [output("t1", correct=False, format=False, truncated=True), output("t2"), output("t3", files=["x.png"])]
   after = [output("t1"), output("t2", correct=False), output("t1", correct=False, sample=1), output("t4")]
@@ -95,14 +77,11 @@ def test_evaluations_stand_side_by_side():
   assert samples["t3"].images == ("x.png",) and len(samples["t3"].groups[0].answers) == 1
 
 
-def test_runs_of_one_page_are_told_apart():
-  (one,) = pages.evaluated_samples({"after": [output()]}, prefix="kepo, seed 0")
-  (two,) = pages.evaluated_samples({"after": [output()]}, prefix="kepo, seed 1")
-  (three,) = pages.training_samples([rollout()], prefix="kepo, seed 0")
-  assert len({one.key, two.key, three.key}) == 3
-  assert one.source == "kepo, seed 0: test" and three.source == "kepo, seed 0: training, step 1"
-  assert one.outcome == "right"
-
-
-def test_nothing_gives_nothing():
+def test_samples_are_told_apart_by_run_and_part_of_the_training():
+  samples = pages.training_samples([rollout(step=step, name=f"q{step % 9}") for step in range(1, 11)])
+  parts = ["steps 1-3"] * 3 + ["steps 4-6"] * 3 + ["steps 7-9"] * 3 + ["step 10"]  # in quarters
+  assert [each.source for each in samples] == [f"training, {part}" for part in parts]
+  assert samples[0].id == samples[9].id and len({each.key for each in samples}) == 10
+  (one,), (two,) = (pages.evaluated_samples({"after": [output()]}, prefix=f"kepo, seed {seed}") for seed in (0, 1))
+  assert one.key != two.key and (one.source, one.outcome) == ("kepo, seed 0: test", "right")
   assert pages.training_samples([]) == () and pages.evaluated_samples({}) == ()

@@ -5,7 +5,6 @@ import pathlib
 import re
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from kepo_jax.reporting import pages
@@ -52,12 +51,8 @@ def test_questions_travel_unchanged():
   assert record["question"] == HOSTILE[0] and tuple(record["options"]) == HOSTILE
   (data,) = re.findall(r'id="browser-data">(.*?)</script>', text, re.S)
   assert not re.search("[<>&\u2028\u2029]", data)
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_json_inside_a_script_element_stays_inside(text):
-  document = Document(f'<script type="application/json">{rendering.embedded([text, {text: 1}])}</script>')
-  assert [name for name, _ in document.tags] == ["script"] and document.data() == [text, {text: 1}]
+  long = rendering.clipped("a" * 2000 + "b" * 5000 + "c" * 1000)  # long texts lose their middle
+  assert long == f"{'a' * 2000} [ … 5,000 characters left out … ] {'c' * 1000}"
 
 
 def test_half_a_surrogate_pair_can_be_written():
@@ -69,9 +64,6 @@ def test_nothing_is_fetched():
   tags = Document(pages.rendered(hostile_page())).tags
   links = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href", "srcset")]
   assert links and all(value.startswith(("data:", "#")) for value in links)
-  for suffix in ("css", "js", "html.j2"):
-    text = (pathlib.Path(rendering.__file__).parent / f"page.{suffix}").read_text()
-    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(|fetch\(|XMLHttp|innerHTML|outerHTML|insertAdjacent", text)
 
 
 def test_the_policy_names_style_and_script_by_their_hashes():
@@ -151,23 +143,7 @@ def test_a_page_has_a_size(tmp_path):
   assert keys == [each.key for each in samples if each.key in keys]  # in the order in which they came
   few = Document(pages.rendered(page_of(pages.BrowserBlock(samples[:40], most=16)))).data()
   assert len(few["samples"]) == 16
-
-
-def test_the_same_page_has_the_same_bytes(tmp_path):
-  samples = many(tmp_path, 30)
-  first, second = (pages.rendered(page_of(pages.BrowserBlock(samples, size=200_000))) for _ in range(2))
-  assert first == second
-
-
-def test_long_texts_lose_their_middle():
-  assert rendering.clipped("x" * 3100) == "x" * 3100
-  text = rendering.clipped("a" * 2000 + "b" * 5000 + "c" * 1000)
-  assert text == f"{'a' * 2000} [ … 5,000 characters left out … ] {'c' * 1000}"
-
-
-def test_two_browsers_are_refused():
-  with pytest.raises(ValueError, match="Run: a page has room for one browser of questions, not for 2"):
-    pages.rendered(page_of(pages.BrowserBlock(()), pages.BrowserBlock(())))
+  assert pages.rendered(page_of(pages.BrowserBlock(samples, size=600_000))) == text  # always the same bytes
 
 
 def test_what_is_no_python_is_installed():
@@ -176,5 +152,4 @@ def test_what_is_no_python_is_installed():
   patterns = setup["options.package_data"]["kepo_jax.reporting.pages"].split(", ")
   folder = pathlib.Path(rendering.__file__).parent
   matched = {path.name for pattern in patterns for path in folder.glob(pattern)}
-  others = {path.name for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc")}
-  assert matched >= others == {"page.css", "page.html.j2", "page.js"}
+  assert {path.name for path in folder.iterdir() if path.suffix in (".css", ".j2", ".js")} <= matched

@@ -1,0 +1,71 @@
+"""Questions, and a processor and a model in one whose answers are known."""
+
+import dataclasses
+
+import numpy as np
+
+from kepo_jax.types import Example, Rollouts
+
+END = 1
+COMPLETIONS = (
+  "<think>a</think><answer>A</answer>",
+  "<think>a</think><answer>A.</answer>",  # unparsed, right to a forgiving reader
+  "<answer>B</answer>",
+  "nö idea",  # and no end token
+)
+
+
+def says(number):
+  return COMPLETIONS[number % 4]
+
+
+def examples(count=12, **changes):
+  """Questions whose answer is A, four of each modality in turn."""
+  return [
+    dataclasses.replace(
+      Example(
+        id=f"q{n}",
+        question="?",
+        options=("x", "y"),
+        answer="A",
+        images=(),
+        modality=("MRI", "CT", "OCT")[n // 4 % 3],
+        question_type=("Lesion Grading", "")[n % 2],
+        dataset="d",
+      ),
+      **changes,
+    )
+    for n in range(count)
+  ]
+
+
+class Scripted:
+  """Tokens are code points, the prompt of a question is its number; completion g of question n is `says(n + g)`."""
+
+  end_ids = (END,)
+
+  def __init__(self, samples=1, *, kind="evaluation", dies_after=None):
+    self.samples, self.kind, self.dies_after = samples, kind, dies_after
+    self.batches = []  # numbers of the questions that were asked together
+
+  @property
+  def questions(self):
+    return [number for batch in self.batches for number in batch]
+
+  def prompts(self, shown, kind, hints=None):
+    assert kind == self.kind
+    return [int(example.id[1:]) for example in shown]
+
+  def decode(self, tokens, mask):
+    return ["".join(map(chr, row[keep])).replace(chr(END), "") for row, keep in zip(tokens, mask, strict=True)]
+
+  def __call__(self, numbers):
+    if self.dies_after is not None and len(self.questions) >= self.dies_after:
+      raise KeyboardInterrupt
+    self.batches.append(numbers)
+    tokens = np.zeros((len(numbers), self.samples, 40), np.int32)
+    for p, number in enumerate(numbers):
+      for g in range(self.samples):
+        ids = [*map(ord, says(number + g)), *([] if (number + g) % 4 == 3 else [END])]
+        tokens[p, g, : len(ids)] = ids
+    return Rollouts(tokens=tokens, logps=np.zeros(tokens.shape, np.float32), mask=tokens > 0)
