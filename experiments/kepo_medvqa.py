@@ -9,10 +9,12 @@ Differs from arXiv 2602.00400 where docs/method.md says so, above all: the gate 
 asked for when no rollout is accurate, and candidates are accepted one by one.
 """
 
+import json
 import pathlib
 import sys
 import time
 
+import ml_collections
 from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
@@ -20,7 +22,7 @@ from ml_collections import config_flags
 from experiments import environment
 from kepo_jax import training
 from kepo_jax.planning import memory
-from kepo_jax.reporting import RunReporter
+from kepo_jax.reporting import RunReporter, panels
 
 with environment.flag_errors():
   _CONFIG = config_flags.DEFINE_config_file(
@@ -35,6 +37,37 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 environment.define_process_flags()
 
 
+def resumed_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+  """The config of the run in a folder with the fields of this command line; that of the flags alone without a run.
+
+  --config=FILE asks for the config of the file instead, which is compared with that of the run.
+
+  Raises:
+    ValueError: config.json of the folder cannot be read.
+  """
+  config, path = _CONFIG.value, workdir / "config.json"
+  if flags.FLAGS["config"].present or not path.exists():
+    return config
+  try:
+    stored = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON ({error}); --config=FILE says what to go on with") from error
+  given = config_flags.get_override_values(flags.FLAGS["config"])
+  fields = [
+    (f"{section}.{name}", value)
+    for section in stored
+    if isinstance(stored[section], dict)
+    for name, value in stored[section].items()
+  ]
+  with config.ignore_type():
+    for name, value in [*fields, ("seed", stored.get("seed", config.seed))]:
+      section, _, field = name.rpartition(".")
+      target = config[section] if section in config else config
+      if field in target and name not in given:
+        target[field] = tuple(value) if isinstance(value, list) else value
+  return config
+
+
 def main(_: list[str]) -> None:
   """Runs the experiment that the flags describe."""
   environment.prepare()
@@ -46,11 +79,14 @@ def main(_: list[str]) -> None:
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = str(epath.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
   logging.info("workdir %s", workdir)
+  config = _CONFIG.value
+  if _RESUME.value or _AUTO_RESUME.value:
+    config = resumed_config(epath.Path(workdir))
   reporter = RunReporter(memory=memory.estimate)
   with training.Interruption() as interruption:
     try:
       training.train(
-        _CONFIG.value,
+        config,
         workdir=workdir,
         hooks=[reporter],
         resume=_RESUME.value,
@@ -58,6 +94,9 @@ def main(_: list[str]) -> None:
         allow_config_change=_ALLOW_CONFIG_CHANGE.value,
         interruption=interruption,
       )
+    except training.OutOfMemory as error:
+      planned = f"; the plan's largest parts: {panels.largest_parts(reporter.memory)}" if reporter.memory else ""
+      raise ValueError(f"{error}{planned}. {panels.MEMORY_FIELDS}") from error
     except training.Interrupted as error:
       resume = "--resume" if error.saved else "--auto_resume"  # without a checkpoint there may be no run to resume yet
       print(f"{error} Go on with --workdir={workdir} {resume}.", file=sys.stderr)

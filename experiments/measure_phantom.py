@@ -107,7 +107,7 @@ def with_hints(student: Model, teacher: Model, train: list[Example], kind: str) 
   )
   figures: dict[str, float] = {"cliffs": len(cliffs)}
   if cliffs:
-    metrics = exploration.exploration_metrics(outcome, prompts=len(train), rounds=5)
+    metrics = exploration.exploration_metrics(outcome, prompts=len(train), rounds=5, examples=cliffs)
     first = [each for tried in outcome.candidates.values() for each in tried if each.attempt == 1]
     good = [each.accurate and each.well_formed for each in first]
     parsed = [exploration.parse_hint(texts[0]) is not None for texts in outcome.hints.values()]

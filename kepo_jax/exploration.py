@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kepo_jax import rewards
+from kepo_jax.types import Example
+
 QUOTED_WORDS = 12  # consecutive words of a hint that make a quotation, in the figure that is always logged
 TRIGGERS = ("accuracy_all_zero", "reward_all_zero", "always", "never")
 RULES = ("accurate_and_formatted", "accurate", "all_or_none", "all_or_none_accurate")
@@ -222,12 +225,29 @@ def injections(outcome: Exploration, rollouts: int, seed: Sequence[int]) -> list
   return placed
 
 
-def exploration_metrics(outcome: Exploration, *, prompts: int, rounds: int) -> dict[str, float]:
-  """The `hint/*` figures of one step; rates without a denominator are left out."""
+def names_answer(text: str, example: Example) -> bool:
+  """Whether a hint holds the text of the gold option, in any case and punctuation, or its letter."""
+  said, answer = (" ".join(re.findall(r"\w+", each.lower())) for each in (text, example.answer_text))
+  return (bool(answer) and f" {answer} " in f" {said} ") or example.answer in rewards.named_letters(text)
+
+
+def exploration_metrics(
+  outcome: Exploration, *, prompts: int, rounds: int, examples: Sequence[Example]
+) -> dict[str, float]:
+  """The `hint/*` figures of one step; rates without a denominator are left out.
+
+  Args:
+    outcome: of the rounds.
+    prompts: of the step.
+    rounds: B.
+    examples: the questions by row of the outcome.
+  """
   failed = len(outcome.accepted)
   metrics = {"hint/trigger_rate": failed / prompts, "hint/attempts": float(outcome.hints_asked)}
   if outcome.hints_asked:
     metrics["hint/parse_failure_rate"] = outcome.hints_unparsed / outcome.hints_asked
+    told = [names_answer(text, examples[row]) for row, texts in outcome.hints.items() for text in texts]
+    metrics["hint/answer_rate"] = sum(told) / len(told)
   if candidates := [candidate for row in outcome.candidates.values() for candidate in row]:
     metrics["hint/leak_rate"] = sum(candidate.leaks for candidate in candidates) / len(candidates)
     metrics["hint/quote_rate"] = sum(candidate.quotes_hint for candidate in candidates) / len(candidates)

@@ -217,9 +217,14 @@ def _begins_with(text: str, option: str) -> bool:
   return bool(words) and re.match(rf"\W*{words}\s*(?:[^\w\s]|$)", text, re.IGNORECASE) is not None
 
 
+def named_letters(text: str) -> set[str]:
+  """Letters of options that a text names; an "A" or "I" before a word is an article or a pronoun."""
+  return {*_OTHER_LETTER.findall(text)}
+
+
 def _others(letter: str, text: str, texts: Mapping[str, str]) -> set[str]:
   """Letters of other options that a text names."""
-  return ({*_OTHER_LETTER.findall(text)} & texts.keys()) - {letter}
+  return (named_letters(text) & texts.keys()) - {letter}
 
 
 def lenient_accuracy(completion: str, example: Example) -> float:

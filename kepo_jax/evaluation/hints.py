@@ -1,6 +1,7 @@
 """How good hints are: rates of the candidates sampled under them, and what they do to the student's likelihoods."""
 
 import bisect
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 
 from kepo_jax import exploration
 from kepo_jax.evaluation.statistics import percentile_interval, resampled_means
+from kepo_jax.types import Example
 
 _LETTER_BEGUN = re.compile(r"<answer>\s*\w")
 
@@ -49,6 +51,7 @@ def letter_place(tokens: np.ndarray, decode: Callable[[np.ndarray], str]) -> int
 def hint_record(
   outcome: exploration.Exploration,
   effects: Mapping[int, HintEffect],
+  cliffs: Sequence[Example],
   rows: Sequence[int],
   *,
   questions: int,
@@ -60,6 +63,7 @@ def hint_record(
   Args:
     outcome: of the rounds; every accepted candidate is in it, however many there are.
     effects: row -> what its hints do.
+    cliffs: the questions by row of the outcome.
     rows: the cliffs to count, of `outcome`; the figures of none are null.
     questions: asked, of which these are the cliffs.
     rounds: B.
@@ -72,7 +76,7 @@ def hint_record(
   part = exploration.Exploration(
     **{name: {row: getattr(outcome, name)[row] for row in rows} for name in ("accepted", "candidates", "hints")}
   )
-  figures = exploration.exploration_metrics(part, prompts=max(1, questions), rounds=rounds)
+  figures = exploration.exploration_metrics(part, prompts=max(1, questions), rounds=rounds, examples=cliffs)
   candidates = [part.candidates[row] for row in rows]
   found = [effects[row] for row in rows]
   positive, positive_interval = _mean(
@@ -90,6 +94,7 @@ def hint_record(
     "gain_answers": sum(effect.answers for effect in found),
     "letter_gain": _mean([effect.letter_gain for effect in found], seed)[0],
     "reliance": _mean([effect.reliance for effect in found], seed)[0],
+    "answer_rate": figures.get("hint/answer_rate"),
     "leak_rate": figures.get("hint/leak_rate"),
     "quote_rate": figures.get("hint/quote_rate"),
     "parse_failure_rate": figures.get("hint/parse_failure_rate"),
@@ -104,8 +109,8 @@ def hint_record(
 def hint_records(
   outcome: exploration.Exploration,
   effects: Mapping[int, HintEffect],
-  cliffs: Sequence[str],
-  asked: Sequence[str],
+  cliffs: Sequence[Example],
+  asked: Sequence[Example],
   *,
   rounds: int,
   seed: int = 0,
@@ -115,17 +120,19 @@ def hint_records(
   Args:
     outcome: rows 0 to n - 1 are the cliffs.
     effects: row -> what its hints do.
-    cliffs: modality of each of the n cliffs.
-    asked: modality of each question that was asked.
+    cliffs: the n questions.
+    asked: every question that was asked.
     rounds: B.
     seed: of the bootstrap.
   """
 
   def record(name: str, rows: Sequence[int], questions: int) -> dict[str, Any]:
-    return {"modality": name} | hint_record(outcome, effects, rows, questions=questions, rounds=rounds, seed=seed)
+    figures = hint_record(outcome, effects, cliffs, rows, questions=questions, rounds=rounds, seed=seed)
+    return {"modality": name} | figures
 
-  names = sorted(set(asked))
-  records = [record(name, [i for i, m in enumerate(cliffs) if m == name], list(asked).count(name)) for name in names]
+  counts = collections.Counter(example.modality for example in asked)
+  rows_of = {name: [i for i, example in enumerate(cliffs) if example.modality == name] for name in sorted(counts)}
+  records = [record(name, rows, counts[name]) for name, rows in rows_of.items()]
   return [*records, record("all", range(len(cliffs)), len(asked))]
 
 

@@ -36,11 +36,11 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   The peak is what stays (student with the moments of what it trains, frozen models) plus the largest of what sampling
   needs (decode copy, caches, logits), what hints need (caches and logits of the teacher, which decodes from the weights
   that it has, beside the student's decode copy), what scoring by a frozen model needs (a layer's activations on one
-  micro-batch), what the update needs (gradients and, one after the other, the backward pass with compute copy,
-  activations of one micro-batch and logits of one chunk, and the optimizer) and what evaluation needs (as sampling,
-  with one completion for each question of a batch). Frozen models in host memory count in the phases that use them, and
-  their heads in the update. It assumes prompts that fill the second prompt bucket and images that fill the first patch
-  bucket; longer ones need more. Fragmentation and the runtime's own buffers are left out.
+  micro-batch, and a copy of the head), what the update needs (gradients and, one after the other, the backward pass
+  with compute copy, activations of one micro-batch and logits of one chunk, and the optimizer) and what evaluation
+  needs (as sampling, with one completion for each question of a batch). Frozen models in host memory count in the phases
+  that use them, and the copies of their heads in the update. It assumes prompts that fill the second prompt bucket and
+  images that fill the first patch bucket; longer ones need more. Fragmentation and the runtime's own buffers are left out.
 
   Args:
     plan: as the hooks receive it.
@@ -75,12 +75,13 @@ def estimate(plan: RunPlan) -> dict[str, int]:
     if on_host:  # it stays for all rounds, so candidates are sampled beside it
       parts["hints"] = visiting["teacher"] + max(parts["hints"], parts["sampling"])
   hidden = sum(_hidden(other, shape, frozen) for other in others.values())
+  # A target holds a copy of the head that it was made with.
+  heads = sum(frozen * _head_per_device(other, plan.mesh) for other in others.values())
   if others:
     parts["scoring"] = (
-      sum(visiting.values()) + hidden + max(_one_layer(other, shape, frozen) for other in others.values())
+      sum(visiting.values()) + hidden + heads + max(_one_layer(other, shape, frozen) for other in others.values())
     )
   terms = config.objective.policy_weight and config.objective.distill_weight
-  heads = sum(frozen * _head_per_device(other, plan.mesh) for other in others.values()) if on_host else 0
   backward = (
     (4 * trained if config.log.gradients_every and terms else 0)  # gradients of one term and another, if compared
     + compute * ((weights - trained if compute < stored else 0) + (trained if compute < 4 else 0))

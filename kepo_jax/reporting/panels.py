@@ -1,6 +1,7 @@
 """What a run shows of itself in a terminal: its plan before the first step, and decoded samples."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,30 @@ def human_time(seconds: float) -> str:
   if seconds < 3600:
     return f"{seconds // 60} min {seconds % 60:02d} s"
   return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+# What a user can change where a run does not fit.
+MEMORY_FIELDS = (
+  "Raise batch.micro_batches; lower sampling.max_new_tokens or batch.rollouts; set model.remat=full or "
+  "model.teacher_memory=host; or share the models out with mesh.fsdp and mesh.tensor."
+)
+
+
+def device_bytes() -> int | None:
+  """Memory of one device in bytes; on a CPU its share of the machine's. None where nobody tells."""
+  device = jax.local_devices()[0]
+  if device.platform != "cpu":
+    return (device.memory_stats() or {}).get("bytes_limit")
+  try:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+  except (ValueError, OSError):
+    return None
+
+
+def largest_parts(memory: Mapping[str, int]) -> str:
+  """The three largest parts of a plan of memory, in words."""
+  parts = sorted(((size, name) for name, size in memory.items() if name != "peak"), reverse=True)[:3]
+  return ", ".join(f"{name} {human_bytes(size)}" for size, name in parts)
 
 
 def start_panel(

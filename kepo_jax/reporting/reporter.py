@@ -39,6 +39,7 @@ class RunReporter(Hook):
       console: where to show, standard error by default.
     """
     self._memory = memory
+    self.memory: dict[str, int] = {}  # part of the plan -> bytes per device; known once the run starts
     # Every host follows the run; only the first one shows and writes anything.
     self._first_host = jax.process_index() == 0
     self._display = Display(console if self._first_host else Console(quiet=True))
@@ -61,9 +62,14 @@ class RunReporter(Hook):
     self._first_step = plan.start_step + 1
     if self._workdir:
       self._open(plan)
-    memory = self._memory(plan) if self._memory else None
+    self.memory = self._memory(plan) if self._memory else {}
     parameters = {role: parameter_count(config) for role, config in plan.models.items()}
-    self._display.show(panels.start_panel(plan, parameters, memory))
+    self._display.show(panels.start_panel(plan, parameters, self.memory))
+    if self.memory and (room := panels.device_bytes()) and self.memory["peak"] > room:
+      self._display.warn(
+        f"the plan needs about {panels.human_bytes(self.memory['peak'])} per device, which has "
+        f"{panels.human_bytes(room)}: it will not fit. {panels.MEMORY_FIELDS}"
+      )
     self._display.begin(plan.config.train.steps)
 
   def step(self, report: StepReport) -> None:

@@ -24,6 +24,17 @@ from kepo_jax.types import Example
 
 # Files that may be there although the run has not begun.
 _BEFORE = {lock.NAME, "stalls"}
+# What a run writes before its first step.
+_BEGINNING = {
+  "config.json",
+  "questions.json",
+  "data_summary.json",
+  "metrics.jsonl",
+  "timing.jsonl",
+  "samples.jsonl",
+  "tensorboard",
+  "checkpoints",
+}
 
 
 class RunFiles:
@@ -308,6 +319,10 @@ class RunFiles:
       self._check_config()
       path = root / "evaluation.json"
       return {"resumes": True, "evaluations": json.loads(path.read_text()) if path.exists() else {}}
+    if not self._resume and {*names} - _BEFORE <= _BEGINNING and _did_nothing(root):
+      for name in {*names} & _BEGINNING:  # of a start that failed
+        (root / name).rmtree() if (root / name).is_dir() else (root / name).unlink()
+      names = []
     # What a run may leave that was killed before it began.
     there = [name for name in names if name not in _BEFORE and not (name.startswith(".") and name.endswith(".partial"))]
     if self._resume:
@@ -389,6 +404,12 @@ class RunFiles:
         more,
         need / 1e9,
       )
+
+
+def _did_nothing(root: epath.Path) -> bool:
+  """Whether a folder with no more than _BEGINNING holds neither a step nor a checkpoint."""
+  steps = root / "metrics.jsonl"
+  return not (steps.exists() and steps.read_text()) and not steps_in(root / "checkpoints")
 
 
 def best_step(evaluations: Mapping[str, Any], figure: str) -> int | None:

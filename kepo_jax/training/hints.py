@@ -242,5 +242,4 @@ def measured(
     relied = reliances(student, cliffs, outcome, kind=config.data.prompt, **scoring)
     gained = gains(student, answers, outcome, kind=config.data.prompt, **scoring)
     found = effects(student.processor, answers, gained, relied)
-  modalities = [[example.modality for example in which] for which in (cliffs, examples)]
-  return figures.hint_records(outcome, found, *modalities, rounds=explored.rounds, seed=config.seed)
+  return figures.hint_records(outcome, found, cliffs, examples, rounds=explored.rounds, seed=config.seed)

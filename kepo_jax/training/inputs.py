@@ -142,8 +142,9 @@ def make_inputs(
 def _log_gamma(log_ratio: jax.Array, rows: losses.TokenInputs) -> jax.Array:
   """float32[], log of the 0.9-quantile of rho over injected tokens; 0 without any."""
   injected = rows.mask & rows.injected
-  quantile = jnp.nanquantile(jnp.where(injected, log_ratio, jnp.nan), BEHAVIOUR_QUANTILE)
-  return jnp.where(injected.any(), quantile, 0.0)
+  top = jnp.where(injected, log_ratio, -jnp.inf).max()  # taken out, so that no rho overflows
+  rho = jnp.exp(jnp.where(injected, log_ratio - top, jnp.nan))
+  return jnp.where(injected.any(), top + jnp.log(jnp.nanquantile(rho, BEHAVIOUR_QUANTILE)), 0.0)
 
 
 def _hinted_inputs(rows: losses.TokenInputs, hinted: HintedRows) -> losses.TokenInputs:

@@ -70,18 +70,39 @@ def train(
       loss or gradient were not finite in `optimizer.skip_limit` updates in a row.
     OSError: the workdir cannot be written.
     Interrupted: the run was asked to stop, and did after a step.
+    OutOfMemory: the memory of a device ran out; names the phase.
   """
   interruption = interruption or Interruption()
   files = RunFiles(workdir, config, resume=resume, auto_resume=auto_resume, allow_config_change=allow_config_change)
   watchdog = Watchdog(config.log.stall_seconds, files.workdir)
   hooks = [*hooks, watchdog, *([Profiler()] if config.profile.steps else [])]
-  with files, watchdog, contextlib.closing(CompileCounter()) as compiled, stopping(hooks):
+  counter = contextlib.closing(CompileCounter())
+  with files, watchdog, counter as compiled, stopping(hooks), telling_out_of_memory():
     try:
       run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks, interruption=interruption)
     except Interrupted:
       raise Interrupted(*files.newest()) from None
     with jax.set_mesh(run.mesh):
       return run_steps(run, files, compiled, given=records is not None)
+
+
+class OutOfMemory(Exception):
+  """The memory of a device ran out."""
+
+  def __init__(self, phase: str):
+    super().__init__(f"out of memory in {phase}")
+    self.phase = phase
+
+
+@contextlib.contextmanager
+def telling_out_of_memory() -> Iterator[None]:
+  """Turns what jax raises where a device has no room into OutOfMemory with the phase of the step."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error) and "ut of memory" not in str(error):
+      raise
+    raise OutOfMemory(next(iter(getattr(error, "__notes__", [])), "the preparations or an evaluation")) from error
 
 
 @contextlib.contextmanager

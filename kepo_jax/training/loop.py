@@ -150,7 +150,9 @@ def sample_and_explore(run: setup.Run, begun: Started, clock: "PhaseClock") -> C
     slots = exploration.injections(outcome, run.own_rollouts, seed=(config.seed, done))
     grouping.inject(groups, slots, run.scorer)
   begun.release()  # the memory of the decode copy is free before the update needs it
-  explored = exploration.exploration_metrics(outcome, prompts=len(groups.examples), rounds=config.exploration.rounds)
+  explored = exploration.exploration_metrics(
+    outcome, prompts=len(groups.examples), rounds=config.exploration.rounds, examples=groups.examples
+  )
   records = figures.hint_records(outcome, groups, step=done + 1, prompts=config.log.samples)
   return Collected(groups, prompts, metrics | explored, sampled, written, records, targets)
 
@@ -293,7 +295,11 @@ class PhaseClock:
   def __call__(self, phase: str) -> Iterator[None]:
     """Adds the seconds inside the block to `phase`."""
     start = time.perf_counter()
-    yield
+    try:
+      yield
+    except jax.errors.JaxRuntimeError as error:
+      error.add_note(phase)  # for who tells that memory ran out
+      raise
     self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
   def timing(self, *, tokens: int) -> dict[str, float]:

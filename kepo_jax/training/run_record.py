@@ -73,10 +73,15 @@ def check(before: Mapping[str, Any], now: Mapping[str, Any], run: str, *, allow_
     )
 
 
+# Sections that decide what is shown and kept, and nothing of what is trained.
+_INCIDENTAL = ("log.", "profile.")
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-  """In words which fields of two configs differ; "" if none does."""
+  """In words which fields of two configs differ that make them different runs; "" if none does."""
   old, new = _flat(before), _flat(now)
   names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+  names = [name for name in names if not name.startswith(_INCIDENTAL)]
   return ", ".join(f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names)
 
 

@@ -101,7 +101,13 @@ def _build(
     _require(manual_dir)
   builder.progress, builder.images_root = progress, images_root
   settings = tfds.download.DownloadConfig(manual_dir=os.path.abspath(manual_dir) if manual_dir else None)
-  builder.download_and_prepare(download_config=settings, file_format=builder_module.FILE_FORMAT)
+  try:
+    builder.download_and_prepare(download_config=settings, file_format=builder_module.FILE_FORMAT)
+  except OSError:
+    if reused or not (directory / _INFO).exists():
+      raise
+    # Another process has built the same meanwhile, and its folder stands in the way of ours.
+    builder, reused = Builder(data_dir=os.path.abspath(data_dir), config=config), True
   splits = builder.info.splits
   questions = {name: split.num_examples for name, split in splits.items()}
   return Built(directory, questions, sum(split.num_bytes for split in splits.values()), reused)

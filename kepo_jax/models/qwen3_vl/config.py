@@ -205,8 +205,9 @@ def _refuse_unless(value: Any, expected: Any, what: str, name: str) -> None:
 
 def _text_config(section: Mapping[str, Any], name: str) -> TextConfig:
   name = f"{name}: text_config"
-  # Published checkpoints have rope_theta beside rope_scaling; transformers 5 writes rope_parameters.
-  rope = _optional_section(section, "rope_scaling", name) | _optional_section(section, "rope_parameters", name)
+  # Published checkpoints have rope_theta beside rope_scaling; transformers 5 writes rope_parameters, and of both it
+  # reads rope_scaling.
+  rope = _optional_section(section, "rope_scaling", name) or _optional_section(section, "rope_parameters", name)
   _refuse_unless(section.get("hidden_act", "silu"), "silu", "hidden_act", name)
   _refuse_unless(rope.get("rope_type", rope.get("type", "default")), "default", "rope_type", name)
   _refuse_unless(rope.get("mrope_interleaved", True), True, "mrope_interleaved", name)
