@@ -34,13 +34,14 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   """Bytes per device of the parts of a run, and their peak.
 
   The peak is what stays (student with the moments of what it trains, frozen models) plus the largest of what sampling
-  needs (decode copy, caches, logits), what hints need (caches and logits of the teacher, which decodes from the weights
-  that it has, beside the student's decode copy), what scoring by a frozen model needs (a layer's activations on one
-  micro-batch, and a copy of the head), what the update needs (gradients and, one after the other, the backward pass
-  with compute copy, activations of one micro-batch and logits of one chunk, and the optimizer) and what evaluation
-  needs (as sampling, with one completion for each question of a batch). Frozen models in host memory count in the phases
-  that use them, and the copies of their heads in the update. It assumes prompts that fill the second prompt bucket and
-  images that fill the first patch bucket; longer ones need more. Fragmentation and the runtime's own buffers are left out.
+  needs (decode copy, caches, logits), what hints need (caches and logits of the teacher, which decodes from the
+  weights that it has, beside the student's decode copy), what scoring by a frozen model needs (a layer's activations
+  on one micro-batch, and a copy of the head), what the update needs (gradients and, one after the other, the backward
+  pass with compute copy, activations of one micro-batch and logits of one chunk, and the optimizer) and what
+  evaluation needs (as sampling, with one completion for each question of a batch). Frozen models in host memory count
+  in the phases that use them, and the copies of their heads in the update. It assumes prompts that fill the second
+  prompt bucket and images that fill the first patch bucket; longer ones need more. Fragmentation and the runtime's
+  own buffers are left out.
 
   Args:
     plan: as the hooks receive it.
