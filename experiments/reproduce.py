@@ -4,8 +4,10 @@
   python -m experiments.reproduce --study=gate --seeds=3
   python -m experiments.reproduce --benchmark=omnimedvqa --data=DIR --student=DIR --teacher=DIR
 
-One process per free core or device; a finished run is kept at once in docs/results/STUDY/runs.json, and the same
-command goes on after an interruption. Learning rates are chosen per method on validation questions, by two seeds each.
+One process per free core or device; a finished run is kept at once in runs/results/STUDY/runs.json, and the same
+command goes on after an interruption. At the end it is compared with docs/results, the results that the project ships;
+those change only with --output=docs/results. Learning rates are chosen per method on validation questions, by two
+seeds each.
 """
 
 import dataclasses
@@ -37,7 +39,7 @@ _DATA = flags.DEFINE_string("data", "", "omnimedvqa: the data, in a format of do
 _STUDENT = flags.DEFINE_string("student", "Qwen/Qwen3-VL-2B-Instruct", "omnimedvqa: Qwen3-VL folder or Hub id.")
 _TEACHER = flags.DEFINE_string("teacher", "Qwen/Qwen3-VL-32B-Instruct", "omnimedvqa: Qwen3-VL folder or Hub id.")
 _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of every config, such as train.steps=2; may be repeated.")
-_OUTPUT = flags.DEFINE_string("output", "docs/results", "Where the folder of the study is.")
+_OUTPUT = flags.DEFINE_string("output", "runs/results", "Where the folder of the study is.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Where the folders of the runs are.")
 _DEVICES = flags.DEFINE_integer(
   "devices", 1, "GPUs of each process, for --set=mesh.fsdp=2 and the like.", lower_bound=1
@@ -48,6 +50,8 @@ _VERIFY = flags.DEFINE_string(
 )
 _RUN = flags.DEFINE_bool("run", True, "False only writes tables, figures and page from what there is.")
 
+SHIPPED = pathlib.Path(__file__).resolve().parent.parent / "docs" / "results"
+_SHOWN = ("test", "curves")  # of an entry: what a run gives again to the last digit
 # In a process of its own: one that has asked for a GPU keeps its memory from the runs.
 _PROBE = "import jax; print(jax.default_backend(), jax.local_device_count())"
 
@@ -108,8 +112,7 @@ def verified(study: studies.Study, place: study_runs.Place) -> str:
     if any(faults):
       raise ValueError(f"{cells[0].name} could not be made again: {faults[0]}")
     made = study_runs.entry_of(again, cells[0], study_runs.outputs_of(again, cells[0]))
-  shown = ("test", "curves")
-  if different := [part for part in shown if json.loads(json.dumps(made[part])) != known[part]]:
+  if different := [part for part in _SHOWN if json.loads(json.dumps(made[part])) != known[part]]:
     raise ValueError(f"{cells[0].name} came out otherwise: {' and '.join(different)} differ from {results.folder}.")
   return f"{cells[0].name}: all answers to the test questions and all curves are the same, to the last digit"
 
@@ -128,6 +131,22 @@ def report(study: studies.Study, place: study_runs.Place) -> None:
   rates = chosen_rates(grid, place, chosen_on)
   written = study_report.write(study, place, results, chosen_on=chosen_on, grid=grid, rates=rates, seeds=_SEEDS.value)
   print(written)
+  print(compared_with_shipped(study, place, results, rates))
+
+
+def compared_with_shipped(
+  study: studies.Study, place: study_runs.Place, results: study_runs.Results, rates: Mapping[str, float]
+) -> str:
+  """In words how finished runs compare with the same runs of the results that the project ships."""
+  shipped = study_runs.Results(SHIPPED / results.folder.name, study.name, place.benchmark)
+  if results.folder.resolve() == shipped.folder.resolve():
+    return f"written to {results.folder}, the shipped results"
+  cells = studies.finals(study, place.benchmark, _SEEDS.value, rates)
+  found = [(cell.name, results.own(cell, place.digest(cell)), shipped.own(cell, place.digest(cell))) for cell in cells]
+  both = [(name, mine, theirs) for name, mine, theirs in found if mine and theirs]
+  other = [name for name, mine, theirs in both if any(mine[part] != theirs[part] for part in _SHOWN)]
+  said = f"{len(both) - len(other)} of {len(both)} runs that are also in docs/results have the same answers and curves"
+  return said + (f"; others than shipped: {', '.join(other)}" if other else "")
 
 
 def _interrupt() -> None:
