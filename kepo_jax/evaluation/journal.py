@@ -92,7 +92,7 @@ def questions_identity(examples: Sequence[Example], templates: prompts.Templates
 
 
 def read_outputs(path: epath.PathLike) -> list[dict[str, Any]]:
-  """The records of a finished outputs.jsonl, or of that of a folder, local or remote.
+  """The records of a finished outputs.jsonl, or of that of a folder, local or remote; of a run, its last evaluation.
 
   How many there should be stands in about.json beside it; without one, that cannot be checked.
 
@@ -101,9 +101,11 @@ def read_outputs(path: epath.PathLike) -> list[dict[str, Any]]:
   """
   file = epath.Path(path)
   with storage.reaching(file):
-    file = file / OUTPUTS if file.is_dir() else file
+    file = _outputs_file(file)
     if not file.is_file():
-      raise ValueError(f"{file} does not exist; give the --output of an evaluation, or its {OUTPUTS}.")
+      raise ValueError(
+        f"{file} does not exist; give the --output of an evaluation, its {OUTPUTS}, or the folder of a finished run."
+      )
     records, kept = _whole_lines(file)
     if kept != file.stat().length:
       raise ValueError(f"the last line of {file} is cut short; --resume finishes the evaluation.")
@@ -115,6 +117,14 @@ def read_outputs(path: epath.PathLike) -> list[dict[str, Any]]:
     if about.is_file():
       _check_whole(file, len(records), about)
   return records
+
+
+def _outputs_file(path: epath.Path) -> epath.Path:
+  """The file of outputs that a folder of an evaluation or of a run has; a file itself."""
+  if not path.is_dir():
+    return path
+  after = path / "outputs" / "after.jsonl"
+  return after if after.is_file() else path / OUTPUTS
 
 
 def _check_whole(file: epath.Path, found: int, about: epath.Path) -> None:
@@ -136,8 +146,7 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
   Raises:
     ValueError: one of them is damaged, or of something else.
   """
-  given = epath.Path(path)
-  folder = given if given.is_dir() else given.parent
+  folder = _outputs_file(epath.Path(path)).parent
   found = [_read_object(folder / name) for name in (ABOUT, RESULT) if (folder / name).is_file()]
   settings = {key: value for each in found for key, value in each.items()}
   if not isinstance(settings.get("train_modality", ""), str):

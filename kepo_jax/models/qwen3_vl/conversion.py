@@ -72,7 +72,7 @@ def _leaves(config: Qwen3VLConfig, shapes: Any = None) -> dict[tuple[str | int, 
 def resolved_folder(
   name: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None
 ) -> pathlib.Path:
-  """The local folder of a checkpoint: `name` itself, or a copy in the cache.
+  """The local folder of a checkpoint: `name` itself, `model/` in the folder of a run, or a copy in the cache.
 
   Args:
     name: a folder, a remote one such as gs://bucket/model, or a Hub id such as "org/name".
@@ -86,7 +86,7 @@ def resolved_folder(
     return storage.staged(name, progress=progress)
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
-    return path
+    return _exported(path) if (path / "questions.json").is_file() else path
   if not _HUB_NAME.fullmatch(str(name)):
     raise ValueError(f"{name} is no folder; give a Hugging Face folder of a Qwen3-VL, or a Hub id such as org/name")
   import huggingface_hub  # slow to import, and not needed for folders
@@ -97,6 +97,20 @@ def resolved_folder(
   except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
     reason = str(error).strip().splitlines()[0]
     raise ValueError(f"{name} is no folder, and the Hugging Face Hub did not deliver it: {reason}") from error
+
+
+def _exported(run: pathlib.Path) -> pathlib.Path:
+  """The model that a run has exported.
+
+  Raises:
+    ValueError: none yet.
+  """
+  if not (run / "model" / "config.json").is_file():
+    raise ValueError(
+      f"{run} is the folder of a run that has exported no model yet; let it finish, or take a checkpoint with "
+      f"python -m experiments.export_checkpoint --workdir={run} --output=DIR"
+    )
+  return run / "model"
 
 
 def _stored_tensors(folder: pathlib.Path) -> dict[str, safetensors_files.Stored]:
