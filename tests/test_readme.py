@@ -1,16 +1,16 @@
 """The example of the README is a program: it runs as printed, on drawn images and for fewer steps."""
 
 import json
-import pathlib
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from experiments.configs import kepo
+from tests.conftest import ROOT
+
 README = (ROOT / "README.md").read_text()
-ASSETS = ROOT / "experiments" / "assets" / "phantom"
 
 
 def block(containing: str) -> str:
@@ -19,24 +19,17 @@ def block(containing: str) -> str:
   return found
 
 
-def test_every_target_of_the_readme_exists():
-  makefile = (ROOT / "Makefile").read_text()
+def test_every_target_and_field_of_the_readme_exists():
+  makefile, config = (ROOT / "Makefile").read_text(), kepo.get_config()
   targets = set(re.findall(r"\bmake ([a-z-]+)", README))
   assert {"demo", "test"} <= targets
   assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
-
-
-def test_every_field_of_the_readme_exists():
-  from experiments.configs import kepo
-
-  config = kepo.get_config()
   fields = re.findall(r"--config\.([a-z_]+)\.([a-z_]+)=", README)
   assert len(fields) > 5
   assert [field for field in fields if field[1] not in config[field[0]]] == []
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ASSETS.is_dir(), reason="the embedded checkpoints are not in this checkout")
 def test_the_example_trains_on_other_data_with_another_reward(tmp_path, monkeypatch, rng):
   for split in ("train", "validation", "test"):
     for number in range(64):

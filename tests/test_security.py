@@ -47,7 +47,7 @@ from kepo_jax.data.pipeline import Processor
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting import RunReporter
 from tests.training.runs import ASSETS, shrunk
-config = shrunk(kepo.get_config(), train__steps=2, eval__every=2, eval__prompts=8, checkpoint__every=1)
+config = shrunk(kepo.get_config(), train__steps=1, eval__every=1, eval__prompts=8, eval__before=False)
 for folder in (config.model.student, config.model.teacher):
   Processor.from_directory(pathlib.Path(folder), templates=prompts.TEMPLATES["brief"])
   conversion.load_pretrained(folder)
@@ -59,22 +59,14 @@ flags.FLAGS(["export", f"--workdir={workdir}", f"--output={workdir}-export"])
 export_checkpoint.main([])
 """
 # What a library would do: it asks, and goes on without an answer.
-ATTEMPTS = {
-  "huggingface_hub": """
+ATTEMPTS = """
+import contextlib, socket
 import huggingface_hub
-try:
-  huggingface_hub.model_info("gpt2")
-except Exception:
-  pass
-""",
-  "a socket": """
-import socket
-try:
+with contextlib.suppress(OSError):
   socket.create_connection(("127.0.0.1", 9), timeout=1)
-except OSError:
-  pass
-""",
-}
+with contextlib.suppress(Exception):
+  huggingface_hub.model_info("gpt2")
+"""
 
 
 def reached(program: str, *arguments) -> str:
@@ -89,15 +81,17 @@ def reached(program: str, *arguments) -> str:
   return found.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_loading_training_and_exporting_reach_for_nothing(tmp_path):
   assert reached(TRAINING, tmp_path / "run") == "reached []"
   assert (tmp_path / "run" / "model" / "config.json").exists()
   assert (tmp_path / "run-export" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("attempt", ATTEMPTS)
-def test_an_attempt_is_seen(attempt):
-  assert "socket." in reached(ATTEMPTS[attempt])
+def test_an_attempt_is_seen():
+  said = reached(ATTEMPTS)
+  assert "socket.connect ('127.0.0.1', 9)" in said or "socket.connect (('127.0.0.1', 9),)" in said
+  assert "socket.getaddrinfo ('huggingface.co'" in said
 
 
 # ---- code and pickles in a folder ----
@@ -179,25 +173,27 @@ def test_the_plants_work(folder, marker):
   assert marker.exists()
 
 
-def test_code_and_pickles_of_a_model_folder_are_ignored(folder, marker):
+def test_code_and_pickles_of_a_model_folder_are_ignored(folder, marker, tmp_path):
   load(folder)
+  assert not marker.exists()
+  config, params = conversion.load_pretrained(folder)
+  conversion.save_pretrained(tmp_path / "export", config, params, source=folder)
+  suffixes = {path.suffix for path in (tmp_path / "export").iterdir()}
+  assert suffixes <= {".json", ".jinja", ".md", ".safetensors", ".txt"}
   assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["evil.EvilTokenizer", "someone/evil--evil.EvilTokenizer"])
-def test_a_tokenizer_class_of_the_folder_s_own_is_ignored(folder, marker, name):
-  name_tokenizer(folder, name)
-  load(folder)
-  assert not marker.exists()
+def test_a_tokenizer_class_of_the_folder_s_own_is_ignored(folder, marker):
   text = "Which finding does the image show? <think>"
-  mine, genuine = (tokenization.load(path)(text)["input_ids"] for path in (folder, ASSETS / "confused"))
-  assert mine == genuine
-
-
-def test_an_unknown_tokenizer_class_runs_nothing(folder, marker):
+  genuine = tokenization.load(ASSETS / "confused")(text)["input_ids"]
   change(folder / "tokenizer_config.json", tokenizer_class="evil.EvilTokenizer")
   load(folder)  # tokenizer.json says all that is needed
   assert not marker.exists()
+  for name in ("evil.EvilTokenizer", "someone/evil--evil.EvilTokenizer"):
+    name_tokenizer(folder, name)
+    load(folder)
+    assert not marker.exists(), name
+    assert tokenization.load(folder)(text)["input_ids"] == genuine
 
 
 def test_pickled_weights_are_refused(folder, marker):
@@ -210,19 +206,11 @@ def test_pickled_weights_are_refused(folder, marker):
   assert not marker.exists()
 
 
-@pytest.mark.parametrize("template", ESCAPES)
-def test_a_chat_template_cannot_leave_its_sandbox(folder, template):
-  (folder / "chat_template.jinja").write_text(template)
-  with pytest.raises(ValueError, match="chat template"):
-    load(folder)
-
-
-def test_an_export_carries_no_code_and_no_pickle(folder, marker, tmp_path):
-  config, params = conversion.load_pretrained(folder)
-  conversion.save_pretrained(tmp_path / "export", config, params, source=folder)
-  suffixes = {path.suffix for path in (tmp_path / "export").iterdir()}
-  assert suffixes <= {".json", ".jinja", ".md", ".safetensors", ".txt"}
-  assert not marker.exists()
+def test_a_chat_template_cannot_leave_its_sandbox(folder):
+  for template in ESCAPES:
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="chat template"):
+      load(folder)
 
 
 def test_code_and_pickles_of_a_checkpoint_are_ignored(tmp_path, marker):
