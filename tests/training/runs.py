@@ -60,9 +60,9 @@ def _build_once(config, processor, models):
   fields = config.to_dict()
   for name in ("checkpoint", "log"):
     del fields[name]
-  for section, names in {"eval": ("every", "test", "before", "prompts"), "optimizer": ("skip_limit",)}.items():
-    for name in names:
-      del fields[section][name]
+  for name in ("eval.every", "eval.test", "eval.before", "eval.prompts", "optimizer.skip_limit", "data.directory"):
+    section, field = name.split(".")
+    del fields[section][field]
   return state, _MADE.setdefault(json.dumps(fields, sort_keys=True), programs)
 
 
