@@ -65,7 +65,9 @@ def evaluated(workdir, **steps):
 
 
 @pytest.mark.parametrize(("wanted", "step"), [("last", 3), ("1", 1)])
-def test_the_weights_are_those_of_the_step_and_nothing_else_is_read(workdir, exported, tmp_path, monkeypatch, wanted, step):
+def test_the_weights_are_those_of_the_step_and_nothing_else_is_read(
+  workdir, exported, tmp_path, monkeypatch, wanted, step
+):
   asked, original = [], ocp.PyTreeCheckpointHandler.restore
 
   def restore(self, directory, *args, **kwargs):

@@ -26,9 +26,7 @@ with Interruption() as interruption:
 
 
 def test_the_first_signal_asks_and_the_second_ends_the_process_at_once():
-  process = subprocess.Popen(
-    [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
+  process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   for number in (signal.SIGTERM, signal.SIGINT):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)

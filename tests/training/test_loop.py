@@ -78,7 +78,9 @@ def test_the_export_is_the_trained_student(whole, program, tmp_path):
   for name, value in {"workdir": str(workdir), "step": "last", "output": str(tmp_path / "model")}.items():
     setattr(flags.FLAGS, name, value)
   module.main([])
-  mine, theirs = ({path.name: path.read_bytes() for path in root.iterdir()} for root in (tmp_path / "model", workdir / "model"))
+  mine, theirs = (
+    {path.name: path.read_bytes() for path in root.iterdir()} for root in (tmp_path / "model", workdir / "model")
+  )
   assert mine == theirs and "model.safetensors" in mine
 
 
