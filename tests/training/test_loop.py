@@ -12,7 +12,7 @@ from experiments.configs import kepo
 from kepo_jax import training
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.training import checkpoints, compiling
-from tests.training.runs import ASSETS, STEPS, Signal, assert_the_same, equal, lines, small, train
+from tests.training.runs import ASSETS, STEPS, Recorder, Signal, assert_the_same, equal, lines, small, train
 
 
 def test_the_workdir(whole):
@@ -91,7 +91,9 @@ def test_a_run_that_a_signal_ends_is_resumed_to_the_bit(whole, questions, tmp_pa
   saved = tmp_path / "run" / "checkpoints" / "2"
   assert (caught.value.step, caught.value.saved) == (2, str(saved))
   assert (saved / "manifest.json").exists() and not (tmp_path / "run" / "lock.json").exists()
-  resumed = train(small(), tmp_path / "run", records=questions, resume=True)
+  recorder = Recorder()
+  resumed = train(small(), tmp_path / "run", records=questions, resume=True, hooks=[recorder])
+  assert [report.step for report in recorder.reports] == [3, 4]
   assert_the_same(tmp_path / "run", resumed, whole)
   assert resumed.evaluations == whole[1].evaluations
 

@@ -8,7 +8,7 @@ from tests.training.runs import Recorder, shrunk, train
 
 
 def small(method, *arguments, **changes):
-  """The config of a method on the phantom's models, in a size that runs in seconds; changes as `section__field=value`."""
+  """The config of a method on the phantom's models, in seconds; changes as `section__field=value`."""
   config = importlib.import_module(f"experiments.configs.{method}").get_config(*arguments)
   # What the paper's sizes would make of drawn pictures: other buckets, the phantom's wordings and its lengths.
   config.data.resize, config.data.templates = "native", "brief"
