@@ -10,7 +10,7 @@ import numpy as np
 from experiments.configs import kepo
 from kepo_jax import training
 from kepo_jax.reporting import RunReporter
-from kepo_jax.training import assembly
+from kepo_jax.training import assembly, checkpoints
 from kepo_jax.types import Hook
 from tests.conftest import ROOT
 
@@ -58,11 +58,12 @@ def _build_once(config, processor, models):
   """`assembly.build_programs`, with the programs of the first run of the same config: they are compiled already."""
   state, programs = _BUILD(config, processor, models)
   fields = config.to_dict()
-  for name in ("checkpoint", "log"):
+  for name in ("checkpoint", "log", "data"):  # all runs here have the same models and tokenizer, wherever they lie
     del fields[name]
-  for name in ("eval.every", "eval.test", "eval.before", "eval.prompts", "optimizer.skip_limit", "data.directory"):
-    section, field = name.split(".")
-    del fields[section][field]
+  del fields["optimizer"]["skip_limit"]
+  for section, names in (("eval", ("every", "test", "before", "prompts")), ("model", ("student", "teacher"))):
+    for name in names:
+      del fields[section][name]
   return state, _MADE.setdefault(json.dumps(fields, sort_keys=True), programs)
 
 
@@ -75,8 +76,9 @@ def train(config, workdir="", *, hooks=(), **settings):
 def copied(run, folder, last=STEPS):
   """A copy of the folder of a run, as if it had been killed before its checkpoint after step `last` + 1."""
   shutil.copytree(run, folder)
-  for step in range(last + 1, STEPS + 1):
-    shutil.rmtree(folder / "checkpoints" / str(step))
+  for step in checkpoints.steps_in(folder / "checkpoints"):
+    if step > last:
+      shutil.rmtree(folder / "checkpoints" / str(step))
   return folder
 
 

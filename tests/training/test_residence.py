@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.configs import kepo, kepo_eq7
+from experiments.configs import kepo, kepo_eq7, kepo_ke
 from kepo_jax import sharding
 from kepo_jax.data import splits
 from kepo_jax.models.qwen3_vl import model
@@ -137,8 +137,8 @@ def test_a_run_is_the_same_to_the_bit():
 @pytest.mark.slow
 def test_all_that_saves_memory_at_once_and_a_resume(questions, tmp_path):
   saves = {"optimizer__moments": "float8", "model__remat": "dots_offloaded", "model__teacher_memory": "host"}
-  config = small(eval__every=0, eval__test=False, **saves)
+  config = small(kepo_ke, train__steps=2, eval__every=0, eval__test=False, **saves)
   whole = train(config, tmp_path / "whole", records=questions)
   assert jnp.dtype(jnp.float8_e4m3fn) in {leaf.dtype for leaf in jax.tree.leaves(whole.state.opt_state)}
-  run = copied(tmp_path / "whole", tmp_path / "run", last=2)
+  run = copied(tmp_path / "whole", tmp_path / "run", last=1)
   assert equal(train(config, run, records=questions, resume=True).state, whole.state)
