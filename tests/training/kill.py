@@ -8,7 +8,6 @@ and another one is started until all kills are done.
 
 import argparse
 import collections
-import contextlib
 import hashlib
 import json
 import os
@@ -179,17 +178,12 @@ if __name__ == "__main__":
     run(pathlib.Path(arguments.run))
     sys.exit()
   begun = time.monotonic()
-  with contextlib.ExitStack() as stack:
-    runs, different, lines = main(
-      arguments.kills, arguments.seed, pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    )
-  for number, name, phase, resumed, step in lines:
+  with tempfile.TemporaryDirectory() as name:
+    runs, different, lines = main(arguments.kills, arguments.seed, pathlib.Path(name))
+  for number, run_number, phase, start_step, step in lines:
     print(
       f"kill {number:3}  run {name}  in {phase:<12} from the checkpoint of step {resumed}, killed after step {step}"
     )
-  counted = collections.Counter(phase for _, _, phase, _, _ in lines)
-  print(f"{len(lines)} kills ({', '.join(f'{name} {count}' for name, count in counted.items())})")
-  print(
-    f"{runs} runs finished in {time.monotonic() - begun:.0f} s; different from the undisturbed one: {different or 0}"
-  )
+  print(f"{len(lines)} kills ({dict(collections.Counter(phase for _, _, phase, _, _ in lines))})")
+  print(f"{runs} runs finished in {time.monotonic() - begun:.0f} s; not as the undisturbed one: {different or 0}")
   sys.exit(bool(different))
