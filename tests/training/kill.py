@@ -182,7 +182,7 @@ if __name__ == "__main__":
     runs, different, lines = main(arguments.kills, arguments.seed, pathlib.Path(name))
   for number, run_number, phase, start_step, step in lines:
     print(
-      f"kill {number:3}  run {run_number}  in {phase:<12} from the checkpoint of step {start_step}, killed after step {step}"
+      f"kill {number:3}  run {run_number}  in {phase:<12} from the checkpoint of {start_step}, killed after step {step}"
     )
   print(f"{len(lines)} kills ({dict(collections.Counter(phase for _, _, phase, _, _ in lines))})")
   print(f"{runs} runs finished in {time.monotonic() - begun:.0f} s; not as the undisturbed one: {different or 0}")
