@@ -1,13 +1,13 @@
 """What processes tell each other: everything arrives, in one shape, and an error on one of them ends all."""
 
+import collections
 import contextlib
 import json
 import os
-import pathlib
 import socket
 import subprocess
 import sys
-import tempfile
+import time
 
 import jax
 import numpy as np
@@ -15,59 +15,96 @@ import numpy as np
 from kepo_jax import processes, sharding
 from tests.conftest import ROOT
 
+SECONDS = 300
 
-def two(what):
-  """What each of two processes of `tests.several` says, line by line; both must succeed."""
+
+def two(folder):
+  """What two processes of `tests.several` say: of each, what it is about -> lines; and their logs."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    port = str(free.getsockname()[1])
+  environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))} | {
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
+    "JAX_COORDINATOR_PORT": port,
+    "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "127.0.0.1,other",
+    "SLURM_NTASKS": "2",
+  }
+  files, logs = [folder / "0", folder / "1"], [folder / "0.log", folder / "1.log"]
   with contextlib.ExitStack() as stack:
-    folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    files, running = [folder / "0", folder / "1"], []
-    for number, file in enumerate(files):
-      command = [sys.executable, "-m", "tests.several", what, address, str(number), str(file)]
-      pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-      process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, **pipes)
+    running = []
+    for number, (file, log) in enumerate(zip(files, logs, strict=True)):
+      file.touch()
+      process = subprocess.Popen(
+        [sys.executable, "-m", "tests.several", str(number), str(file)],
+        cwd=ROOT,
+        env=environ | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)},
+        stdin=subprocess.PIPE,
+        stderr=stack.enter_context(log.open("w")),
+        stdout=subprocess.DEVNULL,
+      )
       stack.callback(process.wait)
       stack.callback(process.kill)
       running.append(process)
-    for process in reversed(running):  # the first one serves the connection, and must leave last
-      _, log = process.communicate(timeout=120)
-      assert process.returncode == 0, log[-3000:]
-    return [[json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files]
+    deadline = time.monotonic() + SECONDS
+    # Where one has failed, the other one waits for it.
+    while time.monotonic() < deadline and not any(process.poll() for process in running):
+      if all('"end"' in file.read_text("utf-8") for file in files):
+        for process in reversed(running):  # the first one serves the connection, and must leave last
+          process.communicate()
+        break
+      time.sleep(0.05)
+  said = []
+  for file in files:
+    said.append(collections.defaultdict(list))
+    for line in file.read_text("utf-8").splitlines():
+      about = json.loads(line)
+      said[-1][about.pop("about")].append(about)
+  return said, "\n".join(log.read_text()[-3000:] for log in logs)
 
 
-def test_values_of_any_size_are_gathered_by_the_same_programs():
-  for (said,) in two("gather"):
-    first, *others = said["compiled"]
-    assert first > 0 and others == [first, first]
+def test_two_processes_act_as_one(tmp_path):
+  (first, second), logs = two(tmp_path)
+  # Joined as SLURM says.
+  assert first["join"] + second["join"] == [{"several": True, "number": n, "count": 2} for n in range(2)], logs
+  # Values of any size are gathered by the same programs.
+  for said in (first, second):
+    assert len(said["gather"]) == 2, logs
+    compiled, *others = said["gather"][0]["compiled"]
+    assert compiled > 0 and others == [compiled, compiled]
+    assert said["gather"][1]["flags"] == [True, False, True]
+  assert_an_error_ends_all(first["fail"], second["fail"])
+  assert_scored_by_the_lowest_that_holds_it(first["score"], second["score"])
+  (refused,), (other,) = first["refuse"], second["refuse"]
+  assert refused["error"] == "OSError" and "another process" in refused["text"]
+  assert other["error"] == "ValueError" and "set/q6" in other["text"]
+  assert_bad_images_are_left_out_by_all(first["look"], second["look"])
+  # An export for which there is no room ends all, and leaves nobody behind.
+  full, room = zip(first["export"], second["export"], strict=True)
+  assert "File too large" in full[0]["error"] and "another process" in full[1]["error"]
+  assert [each["there"] for each in full] == [False, False]
+  assert [each["error"] for each in room] == ["", ""] and room[0]["there"]
+  assert "end" in first and "end" in second, logs
 
 
-def test_an_error_on_one_process_ends_all():
-  assert two("fail") == [[{"error": "OSError"}], [{"error": "KeyError"}]]
+def assert_an_error_ends_all(first, second):
+  errors = [[each.get("error") for each in said] for said in (first, second)]
+  assert errors == [["OSError", "OSError", "KeyError", None], ["KeyError", "KeyError", "ValueError", None]]
+  assert first[-1]["first"] == second[-1]["first"] == "é0"
 
 
-def test_a_reward_that_is_no_number_on_one_process_ends_all():
-  ((first,), (second,)) = two("refuse")
-  assert first["error"] == "OSError" and "another process" in first["text"]
-  assert second["error"] == "ValueError" and "set/q6" in second["text"]
-
-
-def test_each_rollout_is_scored_by_the_lowest_process_that_holds_it():
-  whole, rest = two("score")
-  expected = [
+def assert_scored_by_the_lowest_that_holds_it(first, second):
+  assert [(a["scored"], b["scored"]) for a, b in zip(first, second, strict=True)] == [
     ([*range(8)], [*range(8, 16)]),  # four prompts of eight each
     ([0, 1, 2, 3], [4, 5, 6, 7]),  # one prompt of two each, its rollouts over fsdp
     ([0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]),  # half of each group
     ([0, 1, 2, 3], []),  # both hold all
     ([0, 1, 2, 3, 4, 5], []),  # three prompts on eight devices: both hold all
   ]
-  assert [(a["scored"], b["scored"]) for a, b in zip(whole, rest, strict=True)] == expected
 
 
-def test_an_image_that_one_process_cannot_read_is_left_out_by_all():
-  first, second = two("look")
+def assert_bad_images_are_left_out_by_all(first, second):
   assert [first[1], second[1]] == [{"decoded": [[1, 3], [2, 3], [3, 3]]}, {"decoded": [[1, 2], [2, 2]]}]
   # Without the damaged one four are left to be measured.
   assert [first[0], second[0]] == [{"measured": ["set/q0", "set/q2"]}, {"measured": ["set/q1", "set/q4"]}]
@@ -77,13 +114,6 @@ def test_an_image_that_one_process_cannot_read_is_left_out_by_all():
     assert said["first"]["prompt_too_long"] == "question set/q1: 9 tokens"
     assert "question set/q3: image" in said["first"]["unreadable_image"]
     assert "images-1/3.png: damaged" in said["first"]["unreadable_image"]
-
-
-def test_an_export_for_which_there_is_no_room_ends_all_and_leaves_nobody_behind():
-  first, second = two("export")
-  assert "File too large" in first[0]["error"] and "another process" in second[0]["error"]
-  assert [each["there"] for each in (first[0], second[0])] == [False, False]
-  assert first[1]["error"] == second[1]["error"] == "" and first[1]["there"]
 
 
 def test_what_is_shared_out_comes_back_in_its_order(monkeypatch):
@@ -102,8 +132,7 @@ def test_what_is_shared_out_comes_back_in_its_order(monkeypatch):
 
 def test_a_lone_process_hands_over_what_it_made():
   value = {"not": ("JSON", object())}
-  assert processes.gathered(lambda: value) == [value]
-  assert processes.gathered(lambda: value)[0] is value
+  assert processes.gathered(lambda: value)[0] is value and processes.together(lambda: value) is value
 
 
 def test_a_lone_process_reads_every_rollout_but_not_the_padding(mesh_of):
@@ -114,7 +143,3 @@ def test_a_lone_process_reads_every_rollout_but_not_the_padding(mesh_of):
   assert read == [0, 1, 2] and found.shape == (3, 2)
   assert found.tolist() == [[(p, g) for g in range(2)] for p in range(3)]
   assert sharding.row_holders(2, 3).tolist() == np.zeros((2, 3), int).tolist()  # nor is a mesh needed
-
-
-def test_what_is_done_together_comes_back():
-  assert processes.together(lambda: 3) == 3
