@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.training.hosts import MANY, PROMPTS, ROLLOUTS, STEPS
+from tests.training.hosts import ASKING, PROMPTS, ROLLOUTS, STEPS
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5  # of a loss, and of a tensor in norm, relative to one device
@@ -106,7 +106,7 @@ def test_hosts_share_the_work_and_report_the_same(one_process, hosts):
   for host, said in enumerate(both):
     # In every step more prompts failed on the second host than on the first one, and compiled nothing anew.
     assert [sum(row // half == host for row in rows) for rows in said["failed"]] == [1 + host] * STEPS
-    assert said["compiled by steps"] > 5 and said["compiled"][1:] == [0] * len(MANY)
+    assert said["compiled by steps"] > 5 and said["compiled"][1:] == [0] * len(ASKING)
     # Images are decoded by the host that holds their rows; batches of exploration are among them.
     assert said["images"][0] == list(range(host * half, (host + 1) * half)) and len(said["images"]) > STEPS
   assert noted["images"][0] == list(range(PROMPTS))
