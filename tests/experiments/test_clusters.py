@@ -5,10 +5,11 @@ import os
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
 
-from experiments import clusters
+from experiments import clusters, environment
 from tests.conftest import ROOT
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1,other", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -84,52 +85,70 @@ print(several, jax.distributed.is_initialized(), jax.process_index(), jax.proces
 """
 
 
-def said(environments, *arguments):
+def said(*environments):
   """(what is printed, what is said of errors) by one process in each environment."""
   base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
   with contextlib.ExitStack() as stack:
     running = []
     for environ in environments:
       pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-      command = [sys.executable, "-c", PROGRAM, *arguments]
-      process = subprocess.Popen(command, cwd=ROOT, env=base | environ, **pipes)
+      process = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, env=base | environ, **pipes)
       stack.callback(process.wait)
       stack.callback(process.kill)
       running.append(process)
-    return [tuple(text.strip() for text in process.communicate(timeout=120)) for process in running]
+    return [tuple(text.strip() for text in process.communicate(timeout=300)) for process in running]
 
 
-def free_port():
+@pytest.mark.slow
+def test_two_processes_that_open_mpi_started_find_each_other():  # with SLURM: tests/test_processes.py
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    return str(free.getsockname()[1])
-
-
-@pytest.mark.parametrize("launcher", ["slurm", "mpi"])
-def test_two_started_processes_find_each_other(launcher):
-  port = free_port()
+    port = str(free.getsockname()[1])
   shared = {"JAX_COORDINATOR_PORT": port, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
-  numbered = {
-    "slurm": lambda i: SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": i, "SLURM_LOCALID": i},
-    "mpi": lambda i: MPI | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": i, "OMPI_COMM_WORLD_LOCAL_RANK": i},
-  }[launcher]
-  found = said([shared | numbered(str(number)) for number in range(2)])
+  shared |= MPI | {"OMPI_COMM_WORLD_SIZE": "2"}
+  found = said(*(shared | {"OMPI_COMM_WORLD_RANK": i, "OMPI_COMM_WORLD_LOCAL_RANK": i} for i in "01"))
   assert [out.splitlines()[-1:] for out, _ in found] == [["True True 0 2"], ["True True 1 2"]], found
 
 
-def test_a_lone_process_and_one_that_is_told_so_open_nothing():
-  two = SLURM | {"SLURM_NTASKS": "2"}
-  assert said([{}])[0][0] == "False False 0 1"
-  assert said([two], "--distributed=off")[0][0] == "False False 0 1"
-
-
-def test_flags_that_contradict_each_other_are_refused():
-  ((_, error),) = said([{}], "--distributed=off", "--coordinator=127.0.0.1:1")
-  assert "error: --distributed=off and --coordinator contradict each other" in error
-
-
-def test_what_cannot_be_joined_is_one_line_with_the_way_out():
+@pytest.mark.slow
+def test_a_lone_process_opens_nothing_and_one_that_cannot_join_says_the_way_out():
   # A count of processes that does not hold this one's number.
-  ((_, error),) = said([SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": "5"}])
+  (alone, _), (_, error) = said({}, SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": "5"})
+  assert alone == "False False 0 1"
   assert error.splitlines()[-1].startswith("error: SLURM started several processes, which cannot be joined: ")
   assert "--distributed=off" in error
+
+
+@pytest.fixture
+def join(monkeypatch):
+  """Flags -> whether this process is one of several, and with what it joined the others; none is started."""
+
+  def joined(**given):
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *arguments, **settings: calls.append(arguments))
+    monkeypatch.setattr(clusters, "announced", lambda: "SLURM")
+    values = {"distributed": "auto", "coordinator": "", "processes": 1, "process_id": 0} | given
+    monkeypatch.setattr(environment, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(**values)))
+    return environment.join_processes(), calls
+
+  return joined
+
+
+def test_flags_say_which_processes_are_joined(join):
+  assert join() == (True, [()])
+  assert join(distributed="off") == (False, [])
+  assert join(coordinator="a:1", processes=2, process_id=1) == (True, [("a:1", 2, 1)])
+  assert join(coordinator="a:1") == (False, [("a:1", 1, 0)])
+
+
+@pytest.mark.parametrize(
+  ("given", "match"),
+  [
+    ({"distributed": "off", "coordinator": "a:1"}, "--distributed=off and --coordinator contradict each other"),
+    ({"processes": 2}, "--processes and --process_id need --coordinator=HOST:PORT"),
+    ({"coordinator": "a:1", "processes": 2, "process_id": 2}, "--process_id=2 is none of the 2 of --processes"),
+  ],
+)
+def test_flags_that_do_not_fit_together_are_refused(join, given, match):
+  with pytest.raises(ValueError, match=match):
+    join(**given)
