@@ -1,16 +1,11 @@
 """Several processes are joined where something announces them; a lone machine asks nobody and opens nothing."""
 
-import contextlib
-import os
 import socket
-import subprocess
-import sys
 import types
 
 import pytest
 
 from experiments import clusters, environment
-from tests.conftest import ROOT
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1,other", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_RANK": "0"}
@@ -48,11 +43,11 @@ def test_what_announces_several_processes(environ, tpu, metadata, expected):
   assert clusters.announced(environ, tpu=tpu, ask=metadata.__getitem__ if metadata else nobody) == expected
 
 
-@pytest.mark.parametrize(("found", "expected"), [(None, ""), (object(), "Kubernetes")])
-def test_an_indexed_job_needs_the_package(monkeypatch, found, expected):
-  monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+def test_an_indexed_job_needs_the_package(monkeypatch):
   environ = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
-  assert clusters.announced(environ, tpu=False, ask=nobody) == expected
+  for found, expected in ((None, ""), (object(), "Kubernetes")):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+    assert clusters.announced(environ, tpu=False, ask=nobody) == expected
 
 
 def test_processes_that_jax_cannot_find_are_refused():
@@ -70,63 +65,14 @@ def test_a_machine_without_a_metadata_service_is_soon_told_so(monkeypatch):
   assert clusters.attribute("tpu-env") == ""  # refused by now
 
 
-PROGRAM = """
-import sys
-from absl import flags
-from experiments import environment
-environment.define_process_flags()
-flags.FLAGS(sys.argv)
-try:
-  several = environment.join_processes()
-except ValueError as error:
-  sys.exit(f"error: {error}")
-import jax
-print(several, jax.distributed.is_initialized(), jax.process_index(), jax.process_count(), flush=True)
-"""
-
-
-def said(*environments):
-  """(what is printed, what is said of errors) by one process in each environment."""
-  base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
-  with contextlib.ExitStack() as stack:
-    running = []
-    for environ in environments:
-      pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-      process = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, env=base | environ, **pipes)
-      stack.callback(process.wait)
-      stack.callback(process.kill)
-      running.append(process)
-    return [tuple(text.strip() for text in process.communicate(timeout=300)) for process in running]
-
-
-@pytest.mark.slow
-def test_two_processes_that_open_mpi_started_find_each_other():  # with SLURM: tests/test_processes.py
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = str(free.getsockname()[1])
-  shared = {"JAX_COORDINATOR_PORT": port, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
-  shared |= MPI | {"OMPI_COMM_WORLD_SIZE": "2"}
-  found = said(*(shared | {"OMPI_COMM_WORLD_RANK": i, "OMPI_COMM_WORLD_LOCAL_RANK": i} for i in "01"))
-  assert [out.splitlines()[-1:] for out, _ in found] == [["True True 0 2"], ["True True 1 2"]], found
-
-
-@pytest.mark.slow
-def test_a_lone_process_opens_nothing_and_one_that_cannot_join_says_the_way_out():
-  # A count of processes that does not hold this one's number.
-  (alone, _), (_, error) = said({}, SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": "5"})
-  assert alone == "False False 0 1"
-  assert error.splitlines()[-1].startswith("error: SLURM started several processes, which cannot be joined: ")
-  assert "--distributed=off" in error
-
-
 @pytest.fixture
 def join(monkeypatch):
   """Flags -> whether this process is one of several, and with what it joined the others; none is started."""
 
-  def joined(**given):
+  def joined(announced="SLURM", **given):
     calls = []
     monkeypatch.setattr("jax.distributed.initialize", lambda *arguments, **settings: calls.append(arguments))
-    monkeypatch.setattr(clusters, "announced", lambda: "SLURM")
+    monkeypatch.setattr(clusters, "announced", lambda: announced)
     values = {"distributed": "auto", "coordinator": "", "processes": 1, "process_id": 0} | given
     monkeypatch.setattr(environment, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(**values)))
     return environment.join_processes(), calls
@@ -135,7 +81,8 @@ def join(monkeypatch):
 
 
 def test_flags_say_which_processes_are_joined(join):
-  assert join() == (True, [()])
+  assert join() == (True, [()])  # with real processes: tests/test_processes.py
+  assert join(announced="") == (False, [])  # a lone process opens nothing
   assert join(distributed="off") == (False, [])
   assert join(coordinator="a:1", processes=2, process_id=1) == (True, [("a:1", 2, 1)])
   assert join(coordinator="a:1") == (False, [("a:1", 1, 0)])
@@ -152,3 +99,19 @@ def test_flags_say_which_processes_are_joined(join):
 def test_flags_that_do_not_fit_together_are_refused(join, given, match):
   with pytest.raises(ValueError, match=match):
     join(**given)
+
+
+def test_what_cannot_be_joined_says_the_way_out(monkeypatch):
+  for name, value in (SLURM | {"SLURM_NTASKS": "2"}).items():
+    monkeypatch.setenv(name, value)
+  values = types.SimpleNamespace(distributed="auto", coordinator="", processes=1, process_id=0)
+  monkeypatch.setattr(environment, "flags", types.SimpleNamespace(FLAGS=values))
+
+  def refused():
+    raise RuntimeError("none of 2")
+
+  monkeypatch.setattr("jax.distributed.initialize", refused)
+  with pytest.raises(
+    ValueError, match=r"SLURM started several processes, which cannot be joined: none.*distributed=off"
+  ):
+    environment.join_processes()
