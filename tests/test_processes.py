@@ -15,7 +15,7 @@ import numpy as np
 from kepo_jax import processes, sharding
 from tests.conftest import ROOT
 
-SECONDS = 300
+SECONDS = 180
 
 
 def two(folder):

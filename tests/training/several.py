@@ -20,12 +20,13 @@ from kepo_jax.reporting import RunReporter
 from kepo_jax.types import Hook
 from tests.training.runs import ASSETS, shrunk
 
-STEPS = 6
+STEPS = 5
 
 
 def config(devices):
   """A few steps over all devices, with a checkpoint after every second."""
-  sizes = {"train__steps": STEPS, "eval__every": 3, "eval__prompts": 8, "checkpoint__every": 2, "mesh__data": devices}
+  sizes = {"train__steps": STEPS, "eval__every": 3, "eval__prompts": 8, "checkpoint__every": 2}
+  sizes |= {"exploration__rounds": 1, "mesh__data": devices}
   return shrunk(kepo.get_config(), **sizes)
 
 
