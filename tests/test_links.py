@@ -50,6 +50,8 @@ def test_only_what_stays_in_a_slice_is_on_its_links():
   both = (tuple(range(8)),)  # 4 chips of each of two slices
   assert torus(4, slices=2).busiest(GATHER, both) == torus(4).busiest(GATHER, rows(1, 4))
   assert torus(4, slices=2).busiest(REDUCE, tuple((n, n + 4) for n in range(4))) == 0
+  # A part for each of 8 members: those of the own slice alone.
+  assert torus(4, slices=2).busiest("all-to-all", both) == 4 / 8
 
 
 @dataclasses.dataclass(eq=False)
@@ -106,3 +108,5 @@ def test_cores_of_a_chip_belong_together():
   devices = devices_of("TPU7x", 2, 2, 1, cores=2)
   found = links.arranged(devices, (1, 4, 2), np.array(devices, object).reshape(2, 4).T.reshape(1, 4, 2))
   assert all(first.coords == second.coords for first, second in found.reshape(-1, 2))
+  part = np.array(devices[:3], object).reshape(1, 3, 1)
+  assert links.arranged(devices[:3], (1, 3, 1), part) is part  # of a slice: left as it is

@@ -1,52 +1,28 @@
 """What processes tell each other: everything arrives, in one shape, and an error on one of them ends all."""
 
 import collections
-import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 
 from kepo_jax import processes, sharding
-from tests.conftest import ROOT
+from tests.started import free_address, logs, started
 
 SECONDS = 180
 
 
 def two(folder):
-  """What two processes of `tests.several` say: of each, what it is about -> lines; and their logs."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = str(free.getsockname()[1])
-  environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))} | {
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
-    "JAX_COORDINATOR_PORT": port,
-    "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_NODELIST": "127.0.0.1,other",
-    "SLURM_NTASKS": "2",
-  }
-  files, logs = [folder / "0", folder / "1"], [folder / "0.log", folder / "1.log"]
-  with contextlib.ExitStack() as stack:
-    running = []
-    for number, (file, log) in enumerate(zip(files, logs, strict=True)):
-      file.touch()
-      process = subprocess.Popen(
-        [sys.executable, "-m", "tests.several", str(number), str(file)],
-        cwd=ROOT,
-        env=environ | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)},
-        stdin=subprocess.PIPE,
-        stderr=stack.enter_context(log.open("w")),
-        stdout=subprocess.DEVNULL,
-      )
-      stack.callback(process.wait)
-      stack.callback(process.kill)
-      running.append(process)
+  """What two processes of `tests.several` say, of each: what it is about -> lines."""
+  address, files = free_address(), [folder / "0", folder / "1"]
+  slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1,other", "SLURM_NTASKS": "2"}
+  slurm |= {"JAX_COORDINATOR_PORT": address.partition(":")[2], "JAX_COORDINATOR_BIND_ADDRESS": address}
+  environ = [slurm | {"SLURM_PROCID": number, "SLURM_LOCALID": number} for number in "01"]
+  commands = [("tests.several", number, file) for number, file in enumerate(files)]
+  for file in files:
+    file.touch()
+  with started(folder, *commands, devices=4, environ=environ) as running:
     deadline = time.monotonic() + SECONDS
     # Where one has failed, the other one waits for it.
     while time.monotonic() < deadline and not any(process.poll() for process in running):
@@ -55,22 +31,21 @@ def two(folder):
           process.communicate()
         break
       time.sleep(0.05)
-  said = []
-  for file in files:
-    said.append(collections.defaultdict(list))
-    for line in file.read_text("utf-8").splitlines():
-      about = json.loads(line)
-      said[-1][about.pop("about")].append(about)
-  return said, "\n".join(log.read_text()[-3000:] for log in logs)
+  said = [collections.defaultdict(list) for _ in files]
+  for lines, file in zip(said, files, strict=True):
+    for line in map(json.loads, file.read_text("utf-8").splitlines()):
+      lines[line.pop("about")].append(line)
+  return said
 
 
 def test_two_processes_act_as_one(tmp_path):
-  (first, second), logs = two(tmp_path)
+  first, second = two(tmp_path)
+  log = logs(tmp_path)
   # Joined as SLURM says.
-  assert first["join"] + second["join"] == [{"several": True, "number": n, "count": 2} for n in range(2)], logs
+  assert first["join"] + second["join"] == [{"several": True, "number": n, "count": 2} for n in range(2)], log
   # Values of any size are gathered by the same programs.
   for said in (first, second):
-    assert len(said["gather"]) == 2, logs
+    assert len(said["gather"]) == 2, log
     compiled, *others = said["gather"][0]["compiled"]
     assert compiled > 0 and others == [compiled, compiled]
     assert said["gather"][1]["flags"] == [True, False, True]
@@ -85,7 +60,7 @@ def test_two_processes_act_as_one(tmp_path):
   assert "File too large" in full[0]["error"] and "another process" in full[1]["error"]
   assert [each["there"] for each in full] == [False, False]
   assert [each["error"] for each in room] == ["", ""] and room[0]["there"]
-  assert "end" in first and "end" in second, logs
+  assert "end" in first and "end" in second, log
 
 
 def assert_an_error_ends_all(first, second):

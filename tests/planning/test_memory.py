@@ -246,7 +246,6 @@ def test_what_the_optimizer_needs_is_what_is_compiled():
   [
     (1000, 4, "none", 1, False, 0),
     (1000, 4, "dots", 1, True, 0),
-    (20_000, 2, "full", 1, False, 0),
     (20_000, 2, "full", 2, False, 8),
   ],
 )

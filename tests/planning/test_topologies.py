@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 
 from experiments.configs import kepo
 from kepo_jax.models.qwen3_vl import model
-from kepo_jax.planning import benchmark, chips, hlo, pods, topologies
+from kepo_jax.planning import benchmark, chips, pods, topologies
 
 
 @dataclasses.dataclass
@@ -51,24 +50,6 @@ def test_a_mesh_takes_all_chips_as_a_pod_does():
 def test_an_unknown_chip_is_refused():
   with pytest.raises(ValueError, match=r"nothing is known about TPU v99; kepo_jax/planning/chips.py has \["):
     topologies._chip(Device("TPU v99"), 1)
-
-
-@dataclasses.dataclass(eq=False)
-class Placed(Device):
-  coords: tuple[int, ...] = ()
-  core_on_chip: int = 0
-  slice_index: int = 0
-
-
-def test_a_collective_is_charged_for_the_links_that_it_uses():
-  chip = dataclasses.replace(chips.CHIPS["TPU v5p"], link=50e9)  # of a core, where each is a device
-  devices = [Placed("TPU v5", coords=(x, 0, 0), core_on_chip=core) for x in range(4) for core in range(2)]
-  mesh = types.SimpleNamespace(devices=np.array(devices, object))
-  bare = topologies.Topology("v5p:4x1x1", 1, tuple(devices), chip)
-  every = hlo.Collective("all-gather", 1e9, 8, groups=(tuple(range(8)),))
-  # An open line: what goes round comes back over the same links. Both cores of a chip send over those of the chip.
-  assert bare.laid(mesh).link_seconds(every) == pytest.approx(7 / 8 * 1e9 / 100e9)
-  assert bare.link_seconds(every) == every.sent / chip.link
 
 
 @pytest.mark.tpu

@@ -4,18 +4,13 @@ Two steps from the same files, with hints for prompts that failed, unevenly over
 gradients and parameters that differ by rounding alone. Weights and moments are float32, Adam is as every config has it.
 """
 
-import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.started import free_address, logs, started
 from tests.training.hosts import ASKING, PROMPTS, ROLLOUTS, STEPS
 
 pytestmark = pytest.mark.slow
@@ -26,25 +21,11 @@ SECONDS = 1500  # that a process may take, on cores that other tests use as well
 KINDS = ("tokens of rollout", "tokens of hint", "tokens of candidate", "tokens of the update", "injected", "gate of")
 
 
-def finish(folder, *arguments, processes=1, devices=8):
-  """Runs processes of `tests.training.hosts` on virtual devices, which all must succeed."""
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last count holds
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  with contextlib.ExitStack() as stack:
-    running = []
-    for number in range(processes):
-      log = stack.enter_context((folder / f"log-of-{processes}-{number}").open("w"))
-      command = [sys.executable, "-m", "tests.training.hosts", str(folder), *arguments]
-      if processes > 1:
-        command += [f"--coordinator={address}", f"--processes={processes}", f"--process_id={number}"]
-      process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, stdout=log, stderr=log)
-      stack.callback(process.wait)
-      stack.callback(process.kill)
-      running.append((process, log.name))
-    for process, log in running:
-      assert process.wait(timeout=SECONDS) == 0, open(log).read()[-3000:]
+def finish(folder, *commands, devices):
+  """Runs processes of `tests.training.hosts`, which all must succeed."""
+  with started(folder, *(("tests.training.hosts", folder, *each) for each in commands), devices=devices) as running:
+    for process in running:
+      assert process.wait(timeout=SECONDS) == 0, logs(folder)
 
 
 def result(folder, mesh, processes=1, number=0):
@@ -58,7 +39,7 @@ def result(folder, mesh, processes=1, number=0):
 def one_process(tmp_path_factory):
   """Mesh -> result, of one device and of meshes of eight."""
   folder = tmp_path_factory.mktemp("one")
-  finish(folder, "1,1,1", *MESHES)
+  finish(folder, ("1,1,1", *MESHES), devices=8)
   return {mesh: result(folder, mesh) for mesh in ("1,1,1", *MESHES)}
 
 
@@ -66,7 +47,8 @@ def one_process(tmp_path_factory):
 def hosts(tmp_path_factory):
   """Results of each of two hosts with four devices."""
   folder = tmp_path_factory.mktemp("hosts")
-  finish(folder, HOSTS, processes=2, devices=4)
+  shared = (HOSTS, f"--coordinator={free_address()}", "--processes=2")
+  finish(folder, *((*shared, f"--process_id={number}") for number in range(2)), devices=4)
   return [result(folder, HOSTS, 2, number) for number in range(2)]
 
 

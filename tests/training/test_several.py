@@ -1,38 +1,24 @@
 """Two processes of a run: what goes wrong on one ends both; told to stop or killed, they go on to the bit."""
 
 import contextlib
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.started import free_address, logs, started
 from tests.training.several import FAULTS, STEPS
 
 FILES = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "questions.json", "model/model.safetensors")
-ONE_DEVICE = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
 SECONDS = 900
 
 
 @contextlib.contextmanager
 def two(folder, *runs):
-  """Two processes, each with one device; what is left of them is killed at the end of the block."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-  command = [sys.executable, "-m", "tests.training.several", str(folder), coordinator, "2"]
-  with contextlib.ExitStack() as stack:
-    processes = []
-    for number in range(2):
-      (folder / str(number)).unlink(missing_ok=True)
-      log = stack.enter_context((folder / f"{number}.log").open("a"))
-      settings = {"cwd": ROOT, "env": os.environ | ONE_DEVICE, "stdout": log, "stderr": log}
-      processes.append(subprocess.Popen([*command, str(number), *runs], **settings))
-      stack.callback(processes[-1].wait)
-      stack.callback(processes[-1].kill)
+  """Two processes, each with one device."""
+  shared = ("tests.training.several", folder, free_address(), 2)
+  for number in range(2):
+    (folder / str(number)).unlink(missing_ok=True)
+  with started(folder, *((*shared, number, *runs) for number in range(2)), devices=1) as processes:
     yield processes
 
 
@@ -40,8 +26,7 @@ def end(folder, processes, code=0):
   """What each process says; both end with this exit code."""
   for process in processes:
     process.wait(timeout=SECONDS)
-  logs = "".join((folder / f"{number}.log").read_text()[-3000:] for number in range(2))
-  assert [process.returncode for process in processes] == [code, code], logs
+  assert [process.returncode for process in processes] == [code, code], logs(folder)
   return [(folder / str(number)).read_text().splitlines() for number in range(2)]
 
 
