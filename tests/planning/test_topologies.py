@@ -106,7 +106,7 @@ def test_a_step_compiles_for_tpus():
   config.model.remat = "full"
   config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
   config.log.gradients_every = 0
-  text = dataclasses.replace(benchmark.MEDIUM.text, num_hidden_layers=2)
+  text = dataclasses.replace(benchmark.MEDIUM.text, num_hidden_layers=2, vocab_size=2048)
   vision = dataclasses.replace(benchmark.MEDIUM.vision, depth=2, deepstack_visual_indexes=(0,))
   small = dataclasses.replace(benchmark.MEDIUM, text=text, vision=vision)
   run = pods.PodRun(config, dict.fromkeys(("student", "teacher"), small), place.mesh(2, 2, 2), pods.Sizes(128, 256, 64))
