@@ -43,9 +43,10 @@ def newest_checkpoint(workdir):
 
 @pytest.mark.slow
 def test_what_ends_one_of_two_processes_ends_both_and_they_go_on_to_the_bit(tmp_path):
+  metrics = tmp_path / "run" / "metrics.jsonl"
   # What goes wrong on one process; a run that nothing disturbs; and one of which a single process is told to stop.
   with two(tmp_path, *FAULTS, "whole", "run") as processes:
-    wait_until((tmp_path / "run" / "metrics.jsonl").exists, processes)
+    wait_until(lambda: metrics.exists() and metrics.read_text(), processes)
     processes[1].terminate()
     said = end(tmp_path, processes, code=75)
   folder, questions, unwritable, _, whole, _, stopped = zip(*said, strict=True)
