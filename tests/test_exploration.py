@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from kepo_jax import exploration
+from tests.training import cases
 
+EXAMPLE = cases.example("q")  # its gold option is B, two
 GOOD = "<think> the left lobe is dark </think><answer> B </answer>"
 
 
@@ -246,7 +248,9 @@ def test_slots_are_distinct_and_belong_to_step_and_prompt():
 
 def test_metrics():
   student = Student({0: 1, 1: 3, 2: 9, 3: 2}, candidates=1)
-  metrics = exploration.exploration_metrics(explore(student, [0, 1, 2, 3], rounds=3), prompts=8, rounds=3)
+  metrics = exploration.exploration_metrics(
+    explore(student, [0, 1, 2, 3], rounds=3), prompts=8, rounds=3, examples=[EXAMPLE] * 4
+  )
   assert metrics["hint/trigger_rate"] == 4 / 8
   # One candidate a round, two are wanted: prompt 0 asks twice, the others three times each. The first that is accepted
   # comes in rounds 1, 3, never and 2.
@@ -260,16 +264,29 @@ def test_rates_of_leaks_quotations_and_unparsed_hints():
   said = {0: [candidate(f"so {words}", hint=words), candidate("the hint says B"), candidate()], 1: [candidate()]}
   hints = {0: ["<hint> one </hint>", "none", "<hint> two </hint>"], 1: ["<hint></hint>", "<hint> three </hint>"]}
   outcome = exploration.Exploration(accepted={0: [], 1: []}, candidates=said, hints=hints)
-  assert exploration.exploration_metrics(outcome, prompts=4, rounds=1) == {
+  assert exploration.exploration_metrics(outcome, prompts=4, rounds=1, examples=[EXAMPLE] * 2) == {
     "hint/trigger_rate": 2 / 4,
     "hint/attempts": 5.0,
     "hint/parse_failure_rate": 2 / 5,
+    "hint/answer_rate": 1 / 5,
     "hint/leak_rate": 1 / 4,
     "hint/quote_rate": 1 / 4,
     "hint/accept_rate@1": 0.0,
   }
 
 
+def test_a_hint_may_name_the_answer():
+  told = {
+    "It is two.": True,
+    "option B fits": True,
+    "Two!": True,
+    "b": False,
+    "twofold": False,
+    "A mass, option A": False,
+  }
+  assert {text: exploration.names_answer(text, EXAMPLE) for text in told} == told
+
+
 def test_metrics_without_failures_have_no_rates():
-  metrics = exploration.exploration_metrics(explore(Student({}), []), prompts=8, rounds=5)
+  metrics = exploration.exploration_metrics(explore(Student({}), []), prompts=8, rounds=5, examples=[])
   assert metrics == {"hint/trigger_rate": 0.0, "hint/attempts": 0.0}

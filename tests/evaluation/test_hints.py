@@ -1,13 +1,17 @@
 """Figures of hints, on candidates and log-probabilities made by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from kepo_jax import exploration
 from kepo_jax.evaluation import hints
+from tests.training import cases
 
 GOOD, LEAKY = "<think> a</think><answer>B</answer>", "<think> as the hint says</think><answer>B</answer>"
 ACCEPT = exploration.Acceptance()
+MRI, CT, OCT = (dataclasses.replace(cases.example("q"), modality=modality) for modality in ("MRI", "CT", "OCT"))
 
 
 def candidate(attempt, text=GOOD, *, accurate=True, well_formed=True, hint="look left"):
@@ -52,7 +56,7 @@ def test_worked_example(worked):
     1: effect(reliance=[1.5] * 2),  # the teacher was never right, too
     2: effect(gain=[-1.0, 0.0, 0.5, 0.5], letters=[0.5, 0.0], answers=2),
   }
-  found = hints.hint_record(worked, effects, [0, 1, 2], questions=10, rounds=3)
+  found = hints.hint_record(worked, effects, [CT] * 3, [0, 1, 2], questions=10, rounds=3)
   assert (found["questions"], found["prompts"], found["hints"], found["candidates"]) == (10, 3, 9, 12)
   # Rounds 1 and 2: row 0 alone; round 3: row 1 as well; row 2 has a candidate that the leak filter refuses.
   np.testing.assert_allclose(found["accept_rate"], [1 / 3, 1 / 3, 2 / 3])
@@ -68,7 +72,7 @@ def test_worked_example(worked):
   words = " ".join(f"w{i}" for i in range(12))  # a long quotation counts, and is accepted
   quoting = candidate(1, GOOD.replace("a<", f"{words}<"), hint=f"see {words}")
   outcome = outcome_of([[quoting, candidate(1)]], [["<hint>h</hint>"]])
-  found = hints.hint_record(outcome, {0: effect()}, [0], questions=1, rounds=1)
+  found = hints.hint_record(outcome, {0: effect()}, [CT], [0], questions=1, rounds=1)
   assert (found["quote_rate"], found["accept_rate"]) == (0.5, [1.0])
 
 
@@ -77,19 +81,18 @@ def test_candidates_of_a_prompt_are_drawn_together():
   candidates = [[candidate(1, accurate=row % 2 == 0) for _ in range(10)] for row in range(20)]
   outcome = outcome_of(candidates, [["<hint>h</hint>"]] * 20)
   gains = {row: effect(gain=[float(row % 2)] * 5, answers=1) for row in range(20)}
-  found = hints.hint_record(outcome, gains, range(20), questions=20, rounds=1)
+  found = hints.hint_record(outcome, gains, [CT] * 20, range(20), questions=20, rounds=1)
   for name in ("positive_rate", "gain"):
     low, high = found[f"{name}_interval"]
     assert found[name] == 0.5
     half = 1.96 * 0.5 / 20**0.5  # 0.22; of 200 coins 0.07
     np.testing.assert_allclose([low, high], [0.5 - half, 0.5 + half], atol=0.06)
-  assert found == hints.hint_record(outcome, gains, range(20), questions=20, rounds=1)
+  assert found == hints.hint_record(outcome, gains, [CT] * 20, range(20), questions=20, rounds=1)
 
 
 def test_modalities_and_all_of_them(worked):
   effects = {row: effect(gain=[float(row)], answers=1) for row in range(3)}
-  asked = ["MRI", "CT", "MRI", "OCT", "MRI"]
-  found = hints.hint_records(worked, effects, ["MRI", "CT", "MRI"], asked, rounds=3)
+  found = hints.hint_records(worked, effects, [MRI, CT, MRI], [MRI, CT, MRI, OCT, MRI], rounds=3)
   assert [each["modality"] for each in found] == ["CT", "MRI", "OCT", "all"]
   assert [(each["prompts"], each["questions"]) for each in found] == [(1, 1), (2, 3), (0, 1), (3, 5)]
   assert [each["gain"] for each in found] == [1.0, 1.0, None, 1.0]
@@ -98,7 +101,7 @@ def test_modalities_and_all_of_them(worked):
   assert found[1]["accept_rate"] == [0.5, 0.5, 0.5] and found[0]["accept_rate"] == [0, 0, 1]
   nothing = found[2]
   assert {name for name, value in nothing.items() if value is None} == {
-    "gain", "gain_interval", "letter_gain", "reliance", "leak_rate", "quote_rate", "parse_failure_rate",
+    "gain", "gain_interval", "letter_gain", "reliance", "answer_rate", "leak_rate", "quote_rate", "parse_failure_rate",
     "accurate_rate", "format_rate", "positive_rate", "positive_rate_interval", "accept_rate",
   }  # fmt: skip
   assert nothing["candidates"] == nothing["hints"] == nothing["gain_answers"] == nothing["accepted"] == 0

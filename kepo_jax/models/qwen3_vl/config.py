@@ -200,7 +200,7 @@ def _checked(key: str, value: Any, kind: Any, name: str) -> Any:
 
 def _refuse_unless(value: Any, expected: Any, what: str, name: str) -> None:
   if value != expected:
-    raise ValueError(f"{name}: {what} is {str(value)[:50]!r}, supported is {str(expected)[:50]!r}")
+    raise ValueError(f"{name}: {what} is {repr(value)[:50]}, supported is {expected!r}")
 
 
 def _text_config(section: Mapping[str, Any], name: str) -> TextConfig:

@@ -74,7 +74,7 @@ def test_a_written_record_is_read_back():
     (cases.config_record(text={"hidden_act": "gelu"}), "text_config: hidden_act is 'gelu'"),
     (cases.config_record(vision={"hidden_act": "gelu"}), "vision_config: hidden_act is 'gelu'"),
     (cases.config_record(text={"rope_scaling": {"rope_type": "yarn"}}), "rope_type is 'yarn'"),
-    (cases.config_record(text={"rope_scaling": {"mrope_interleaved": False}}), "mrope_interleaved is False"),
+    (cases.config_record(text={"rope_scaling": ROPE | {"mrope_interleaved": False}}), "mrope_interleaved is False"),
     (cases.config_record(text={"num_key_value_heads": 3}), "no multiple of num_key_value_heads"),
     (cases.config_record(text={"head_dim": 32}), "mrope_section does not hold three numbers"),
     (cases.config_record(vision={"deepstack_visual_indexes": [1, 4]}), "not ascending block numbers"),
