@@ -36,8 +36,10 @@ def test_the_first_signal_asks_and_the_second_ends_the_process_at_once():
   process.send_signal(signal.SIGINT)
   assert "again to exit at once" in process.stderr.readline()
   process.send_signal(signal.SIGTERM)
-  process.communicate(timeout=60)
-  assert process.returncode == 128 + signal.SIGTERM
+  try:
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+  finally:
+    process.kill()
 
 
 def test_handlers_are_put_back():
