@@ -1,6 +1,7 @@
 """What every entry point sets up: the compilation cache, quiet logs, errors in one line."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -119,15 +120,16 @@ def _with_config_path(argument: str) -> str:
   return f"--config={CONFIGS / name[1]}.py{name[2]}" if name else argument
 
 
-def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
-  """Starts an entry point; the user's errors are one line, and --verbosity=1 shows where they came from.
+def reporting_errors(main: Callable[[list[str]], None], *, arguments: bool = False) -> Callable[[list[str]], None]:
+  """`main` with the user's errors as one line; --verbosity=1 shows where they came from.
 
   Args:
     main: of the command line.
     arguments: whether it takes words that are no flags; else they are refused.
   """
 
-  def started(argv: list[str]) -> None:
+  @functools.wraps(main)
+  def reported(argv: list[str]) -> None:
     try:
       if len(argv) > 1 and not arguments:
         raise ValueError(f"{argv[1]} is no flag; flags begin with --, fields with --config, as --config.train.steps=4.")
@@ -137,4 +139,9 @@ def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
         raise
       raise SystemExit(f"error: {error}") from None
 
-  app.run(started, flags_parser=parse_flags)
+  return reported
+
+
+def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
+  """Starts an entry point, see `reporting_errors`."""
+  app.run(reporting_errors(main, arguments=arguments), flags_parser=parse_flags)

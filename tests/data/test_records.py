@@ -1,4 +1,4 @@
-"""Options cut out of a question: three syntaxes, with everything in them that looks like another option."""
+"""Options cut out of a question: every syntax, with everything in them that looks like another option."""
 
 import itertools
 import random
@@ -32,6 +32,9 @@ OPTIONS = {
 SYNTAXES = {
   "one line": lambda stem, row: f"{stem} " + ", ".join(f"{'ABCDEFGHIJ'[i]}){text}" for i, text in enumerate(row)),
   "bracket": lambda stem, row: stem + "".join(f"\n{'ABCDEFGHIJ'[i]}) {text}" for i, text in enumerate(row)),
+  "period": lambda stem, row: stem + "".join(f"\n{'ABCDEFGHIJ'[i]}. {text}" for i, text in enumerate(row)),
+  "brackets": lambda stem, row: stem + "".join(f"\n({'ABCDEFGHIJ'[i]}) {text}" for i, text in enumerate(row)),
+  "small letter": lambda stem, row: stem + "".join(f"\n{'abcdefghij'[i]}) {text}" for i, text in enumerate(row)),
   "colon": lambda stem, row: stem + "".join(f"\n{'ABCDEFGHIJ'[i]}: {text}" for i, text in enumerate(row)),
   "carriage return": lambda stem, row: stem + "".join(f"\r\n{'ABCDEFGHIJ'[i]}) {t}" for i, t in enumerate(row)),
 }
@@ -45,7 +48,7 @@ def test_stem_and_options_come_apart(options):
 
 
 def test_no_options():
-  for text in ("", "What is shown?", "A)", "What? A)one", "Q?\nA) x\nC) y", "B)x, C)y", "? A)x B)y"):
+  for text in ("", "What is shown?", "A)", "What? A)one", "Q?\nA) x\nC) y", "B)x, C)y"):
     with pytest.raises(Rejected) as caught:
       records.cut(text)
     assert caught.value.rule == "options_not_found", text
@@ -65,6 +68,7 @@ def slow_cut(problem):
   def row_from(first, further, inline):
     row = [(first.start(), first.end())] if not inline or is_marker(0, first) else []
     for letter in "BCDEFGHIJKLMNOPQRSTUVWXYZ" if row else "":
+      letter = letter.lower() if "a" in first[0] else letter
       matches = re.compile(further.format(letter)).finditer(problem, row[-1][1])
       found = next((match for match in matches if not inline or is_marker(row[-1][1], match)), None)
       if found is None:
@@ -72,13 +76,15 @@ def slow_cut(problem):
       row.append((found.start(), found.end()))
     return row
 
-  syntaxes = [(r"\r?\n[ \t]*A\)", r"\r?\n[ \t]*{}\)"), (r"\r?\n[ \t]*A:", r"\r?\n[ \t]*{}:")]
-  syntaxes.append((r"(?:^|(?<=[\s?:.]))A\)", r",\s*{}\)"))
+  line, inline = r"\r?\n[ \t]*", r"(?:^|(?<=[\s?:.]))A\)"
+  syntaxes = [(rf"{line}A\)", rf"{line}{{}}\)"), (f"{line}A:", f"{line}{{}}:"), (inline, r",\s*{}\)")]
+  syntaxes += [(rf"{line}A\.(?=\s)", rf"{line}{{}}\.(?=\s)"), (rf"{line}\(A\)", rf"{line}\({{}}\)")]
+  syntaxes += [(rf"{line}a\)", rf"{line}{{}}\)"), (inline, r"\s{}\)")]
   rows = [
     (first.end(), -rank, row)
     for rank, (begin, further) in enumerate(syntaxes)
     for first in re.finditer(begin, problem)
-    if len(row := row_from(first, further, rank == 2)) > 1
+    if len(row := row_from(first, further, begin is inline)) > 1
   ]
   if not rows:
     return None
@@ -112,6 +118,7 @@ PIECES = [
   "\r\n",
   "\t",
 ]
+PIECES += ["\nA. ", "\nB. ", "\n(A) ", "\n(B) ", "\na) ", "\nb) "]
 PIECES += "A) B) C) D) Z) ( ) x _ É".split()
 
 

@@ -103,7 +103,7 @@ def test_other_folders_and_no_name(inspect_medvqa, download):
 def test_an_error_is_one_line_and_the_exit_status(inspect_medvqa, download, capsys):
   (download / "Images" / "b.JPG").unlink()
   with flagsaver.flagsaver(json=True), pytest.raises(SystemExit) as ended:  # Python prints a text and exits with 1
-    environment.reporting_errors(inspect_medvqa.main)(["", str(download)])
+    environment.reporting_errors(inspect_medvqa.main, arguments=True)(["", str(download)])
   line = str(ended.value.code)
   assert line.startswith("error: ") and "record 2 'Set A_0002'" in line and "\n" not in line
   told = json.loads(capsys.readouterr().out)

@@ -220,7 +220,7 @@ def test_a_teacher_in_host_memory_counts_in_its_phases():
   assert away["teacher in host memory"] == there["teacher"] == teacher and "teacher" not in away
   assert away["scoring"] - there["scoring"] == teacher
   assert away["hints"] == teacher + max(away["sampling"], there["hints"])  # candidates are sampled beside it
-  assert away["update"] - there["update"] == 4 * 1000 * 128  # its head
+  assert away["update"] == there["update"]  # the copy of its head is there in any case
   assert (away["sampling"], away["evaluation"]) == (there["sampling"], there["evaluation"])
   student = there["student and moments"]
   assert there["peak"] == student + teacher + there["update"]

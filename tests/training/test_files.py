@@ -77,6 +77,10 @@ def said(caplog, monkeypatch):
 def test_a_used_folder_is_refused(tmp_path):
   begun(tmp_path)
   assert json.loads((tmp_path / "run" / "config.json").read_text())["checkpoint"]["keep"] == 2
+  with opened(tmp_path):  # what began and did nothing, as where a tracker was missing, is in nobody's way
+    assert not (tmp_path / "run" / "config.json").exists()
+  begun(tmp_path)
+  (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
   with pytest.raises(ValueError, match="not empty; pass --resume"), opened(tmp_path):
     pass
 
