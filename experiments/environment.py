@@ -98,7 +98,7 @@ def flag_errors() -> Iterator[None]:
     said = str(error).rpartition("\nValueError: ")[2]  # what a config refuses comes inside a traceback
     reason = " ".join(said.replace("\\n", " ").replace("\\'", "'").split()).strip('" ')
     if missing := re.search(r"Flag --(\w+) must have a value", reason):
-      reason = f"--{missing[1]} is missing: {flags.FLAGS[missing[1]].help}"
+      reason = f"--{missing[1]} is missing: {flags.FLAGS[missing[1]].help.rstrip('.')}"
     way_out = "--help lists the flags"
     if any(argument.startswith("--config") for argument in given):
       reason += f" (in {' '.join(given)})"
@@ -116,8 +116,18 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _with_config_path(argument: str) -> str:
-  name = re.fullmatch(r"--config=(\w+)((?::\w+)?)", argument)
-  return f"--config={CONFIGS / name[1]}.py{name[2]}" if name else argument
+  """The argument, with the file of a config that is given by its name.
+
+  Raises:
+    OSError: --config names neither a file nor a config.
+  """
+  given = re.fullmatch(r"--config=([^:]+)((?::.*)?)", argument)
+  if not given or pathlib.Path(given[1]).is_file():
+    return argument
+  path = CONFIGS / f"{given[1]}.py"
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no config {given[1]}")
+  return f"--config={path}{given[2]}"
 
 
 def reporting_errors(main: Callable[[list[str]], None], *, arguments: bool = False) -> Callable[[list[str]], None]:
