@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from experiments import phantom_corpus
 from kepo_jax.data.phantom import questions, scenes
 from tests.experiments.test_phantom_assets import ASSETS
 
@@ -38,29 +37,6 @@ def test_any_text_round_trips(tokenizer):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_tags_survive_decoding_and_specials_do_not(tokenizer):
-  ids = tokenizer.encode("<think> cyst</think><answer> B</answer><|im_end|>")
-  assert tokenizer.decode(ids, skip_special_tokens=True) == "<think> cyst</think><answer> B</answer>"
-  assert [tokenizer.convert_ids_to_tokens(i) for i in ids] == [
-    "<think>", "Ġcyst", "</think>", "<answer>", "ĠB", "</answer>", "<|im_end|>",
-  ]  # fmt: skip
-
-
 def test_transformers_reads_the_folder():
   config = AutoConfig.from_pretrained(ASSETS / "confused")
   assert type(config).__name__ == "Qwen3VLConfig" and config.text_config.head_dim == 32
-
-
-def test_the_benchmark_fits_a_short_prompt(tokenizer):
-  rng = np.random.default_rng(0)
-  longest = {}
-  for i in range(400):
-    topic = list(questions.TOPICS)[i % len(questions.TOPICS)]
-    scene = questions.scene_for(topic, scenes.MODALITIES[i % 8], rng)
-    for kind in ("think", "no_think", "hint_request", "hint_only", "hint_and_answer"):
-      question = questions.ask(topic, scene, rng)
-      user, answer = phantom_corpus.dialogue(scene, question, kind, phantom_corpus.TRUTH, rng)
-      sizes = longest.setdefault(kind, [0, 0])
-      sizes[0], sizes[1] = max(sizes[0], len(tokenizer.encode(user))), max(sizes[1], len(tokenizer.encode(answer)))
-  assert longest["think"][0] < 20 and longest["hint_and_answer"][0] < 33
-  assert max(answer for _, answer in longest.values()) < 28
