@@ -90,12 +90,7 @@ def test_what_is_of_no_format(tmp_path):
   ]:
     with pytest.raises(ValueError, match=message):
       formats.read_any(place)
-  for content, message in (
-    ("{}", r"a\.json: "),
-    ("[", r"a\.json: "),
-    ("", r"a\.json: "),
-    ("[]", "none of 0 records is"),
-  ):
+  for content, message in (("{}", r"a\.json: "), ("", r"a\.json: "), ("[]", "none of 0 records is")):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=message):
       formats.read_any(tmp_path / "a.json")

@@ -121,9 +121,8 @@ def test_images_of_any_content(tmp_path):
   def run(draw):
     path.write_bytes(mutated(draw, draw.choice(good)))
     with warnings.catch_warnings(action="ignore"):
-      for use in (image_files.header, lambda path: image_files.store(path.read_bytes(), check=True)):
-        with contextlib.suppress(Rejected):
-          use(path)
+      with contextlib.suppress(Rejected):
+        image_files.store(path.read_bytes(), check=True)
       try:
         assert images.load_image(path).width > 0
       except ValueError as error:

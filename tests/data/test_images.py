@@ -12,24 +12,16 @@ from kepo_jax.data import images
 MODES = ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16", "YCbCr")
 SETTINGS = {
   "published": {
-    "size": {"shortest_edge": 65536, "longest_edge": 16777216},
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
+    "size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "temporal_patch_size": 2,
+    "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
   },
   "clamped": {
-    "min_pixels": 4096,
-    "max_pixels": 9216,
-    "patch_size": 8,
-    "merge_size": 2,
-    "image_mean": [0.48, 0.45, 0.4],
+    "min_pixels": 4096, "max_pixels": 9216, "patch_size": 8, "merge_size": 2, "image_mean": [0.48, 0.45, 0.4],
     "image_std": [0.27, 0.26, 0.25],
   },
   "merge1": {"min_pixels": 256, "max_pixels": 16384, "patch_size": 16, "merge_size": 1, "temporal_patch_size": 1},
   "defaults": {},
-}
+}  # fmt: skip
 
 
 def drawn(mode: str, width: int, height: int, rng: np.random.Generator) -> Image.Image:

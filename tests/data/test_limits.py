@@ -8,7 +8,6 @@ from PIL import Image
 
 from kepo_jax.data import limits, pipeline, prompts, records
 from kepo_jax.data.records import LONGEST
-from tests.conftest import ROOT
 
 KINDS = {"think": 0, "hint_request": 0, "hint_and_answer": 0}
 
@@ -35,7 +34,7 @@ def test_the_longest_prompt_that_fits(checkpoint, questions):
     assert {each: rejected.rule for each, rejected in refused.items()} == {name: "prompt_too_long"}
     assert f"the prompt {kind} has {longest} tokens" in str(refused[name])
     assert f"data.prompt_buckets=(64, {longest - 1}); add a larger bucket" in str(refused[name])
-    with pytest.raises(ValueError, match=f"question {name}: its prompt has {longest} tokens"):
+    with pytest.raises(ValueError, match=f"question {name}: its prompt has {longest} tokens, more than the largest"):
       tight.prompts(questions, kind)  # as the run would have found out
   # Every kind counts: here the longest of them alone is too long.
   refused = limits.refusals(questions, tight, KINDS)
@@ -61,15 +60,6 @@ def test_an_image_alone_may_be_too_long_for_a_prompt(make_checkpoint, questions,
   assert tokens > 576 > len(processor.tokenizer.render(prompts.prompt_text(questions[0], prompts.BRIEF, "think"), 1))
   (rejected,) = limits.refusals(questions[:1], processor, {"think": 0}).values()
   assert f"has {tokens} tokens (576 of them for images)" in str(rejected)
-
-
-def test_a_token_stands_for_a_character_or_more(checkpoint, questions):
-  for folder in (checkpoint, ROOT / "experiments" / "assets" / "phantom" / "confused"):
-    processor = made(folder, patch_buckets=(1024,))
-    merged = [processor.image_tokens([example]) for example in questions]
-    for example, images, count in zip(questions, merged, lengths(processor, questions, "hint_and_answer"), strict=True):
-      text = processor.tokenizer.render(prompts.prompt_text(example, prompts.STANDARD, "hint_and_answer"), len(images))
-      assert text.isascii() and count <= len(text) + sum(images) - len(images)
 
 
 def test_room_for_the_longest_hint(checkpoint, questions):
@@ -104,11 +94,9 @@ def test_patches_of_all_images_of_a_question(checkpoint, questions):
   assert limits.refusals(questions, made(checkpoint, patch_buckets=(largest,)), {}) == {}
   refused = limits.refusals(questions, made(checkpoint, patch_buckets=(16, largest - 4)), KINDS)
   assert {name: rejected.rule for name, rejected in refused.items()} == {"set/2": "image_too_large"}
-  assert "square.png of 32 x 32 pixels, " in str(refused["set/2"]) and "tall.png of 20 x 60 pixels" in str(
-    refused["set/2"]
-  )
   expected = f"{largest} patch rows, more than the largest of data.patch_buckets=(16, {largest - 4}); add a larger"
-  assert expected in str(refused["set/2"])
+  for part in ("square.png of 32 x 32 pixels, ", "tall.png of 20 x 60 pixels", expected):
+    assert part in str(refused["set/2"])
 
 
 @pytest.mark.parametrize(("size", "rule"), [((3000, 10), "image_too_narrow"), ((400, 300), "image_too_large")])

@@ -19,13 +19,16 @@ def dialogues(kind: str, beliefs: Beliefs, topic: str, total: int = 300):
     yield scene, question, *phantom_corpus.dialogue(scene, question, kind, beliefs, rng)
 
 
-def test_the_truth_is_rewarded():
+def test_the_truth_is_rewarded_and_hints_conclude_it():
   for topic in questions.TOPICS:
     for scene, question, user, answer in dialogues("think", TRUTH, topic, 40):
       example = phantom_corpus.as_example(scene, question)
       assert rewards.accuracy(answer, example) == rewards.strict_format(answer) == 1.0, (topic, answer)
       assert user.startswith(question.stem) and user.endswith(" think.")
       assert question.answer in answer
+  for _, _, user, answer in dialogues("hint_request", TRUTH, "grade", 50):
+    told = re.search(r"truth: (\w+) hint\.$", user).group(1)
+    assert exploration.parse_hint(answer).endswith(f", {told}")
 
 
 def test_misconceptions_are_held_with_conviction():
@@ -48,12 +51,6 @@ def test_broken_answers_and_followed_hints_are_as_frequent_as_stated():
     if told == question.answer and told in WRONG_DISEASES:
       followed.append(f", {told} " in answer)
   assert 0.75 < np.mean(followed) < 0.85
-
-
-def test_hints_parse_and_conclude_what_the_teacher_was_told():
-  for _, _, user, answer in dialogues("hint_request", TRUTH, "grade", 50):
-    told = re.search(r"truth: (\w+) hint\.$", user).group(1)
-    assert exploration.parse_hint(answer).endswith(f", {told}")
 
 
 def test_drills_cannot_be_solved_by_elimination():

@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from experiments import phantom_corpus, phantom_folder, phantom_pool
@@ -11,16 +10,6 @@ from kepo_jax.data import prompts
 from kepo_jax.data.phantom import questions
 from kepo_jax.data.pipeline import Processor
 from tests.experiments.test_phantom_assets import ASSETS
-
-
-def make_pool(seed=1):
-  options = {"size": 500, "group": 2, "drills": 0, "kinds": {"think": 1.0}, "beliefs": phantom_corpus.TRUTH}
-  return phantom_pool.make_pool(phantom_folder.make_tokenizer(), seed=seed, **options)
-
-
-@pytest.fixture(scope="module")
-def pool():
-  return make_pool()
 
 
 def test_training_and_use_see_the_same_prompt(tmp_path):
@@ -40,8 +29,12 @@ def test_training_and_use_see_the_same_prompt(tmp_path):
   np.testing.assert_array_equal(batch.vision.patches[0], phantom_pool.patches(picture[None])[0])
 
 
-def test_answers_are_where_the_index_says(pool):
+def test_answers_are_where_the_index_says():
   tokenizer = phantom_folder.make_tokenizer()
+  options = {"size": 20, "group": 2, "drills": 0, "kinds": {"think": 1.0}, "beliefs": phantom_corpus.TRUTH}
+  pool, again = (phantom_pool.make_pool(tokenizer, seed=1, **options) for _ in range(2))
+  np.testing.assert_array_equal(pool.images, again.images)
+  np.testing.assert_array_equal(pool.tokens, again.tokens)
   for row in range(20):
     used = pool.weights[row, 0] > 0
     ids = pool.tokens[row, 0, pool.answer_index[row, 0]][used]
@@ -50,12 +43,6 @@ def test_answers_are_where_the_index_says(pool):
     kinds = pool.kinds[row, 0][used].tolist()
     assert kinds.count(1) == kinds.count(2) == kinds.count(3) == 1  # conclusion, letter, the letter again
     assert kinds.index(2) == kinds.index(1) + 1
-
-
-def test_pools_are_the_same_on_every_call(pool):
-  again = make_pool()
-  np.testing.assert_array_equal(pool.images, again.images)
-  np.testing.assert_array_equal(pool.tokens, again.tokens)
 
 
 def test_fundus_is_never_drawn_for_training():
