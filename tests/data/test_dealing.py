@@ -7,7 +7,7 @@ import pathlib
 import pytest
 from PIL import Image
 
-from kepo_jax.data import dealing, images
+from kepo_jax.data import dealing, image_files, images, same_images
 from tests.data.cases import question
 
 
@@ -137,3 +137,15 @@ def test_too_few_questions():
   short = [example for example in pool() if example.modality == "MRI" or example.id < "CT/0010"]
   split = cut(short)
   assert sum(example.modality == "CT" for example in split.test) == 10  # all that there are
+
+
+def test_only_the_bytes_of_equal_sizes_are_read(tmp_path, monkeypatch):
+  names = [tmp_path / f"{n}.png" for n in range(6)]
+  for path, data in zip(names, (b"a", b"bb", b"bb", b"cc", b"ddd", b"bb"), strict=True):
+    path.write_bytes(data)
+  read = []
+  whole = image_files.fingerprint
+  monkeypatch.setattr(image_files, "fingerprint", lambda path: read.append(path) or whole(path))
+  paths = [str(path) for path in names]
+  assert same_images.repeats([*paths, "/absent.png"]) == {paths[2]: paths[1], paths[5]: paths[1]}
+  assert read == [paths[1], paths[2], paths[3], paths[5]]

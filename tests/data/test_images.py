@@ -28,18 +28,10 @@ def drawn(mode: str, width: int, height: int, rng: np.random.Generator) -> Image
   """A noisy image of a mode; P carries a transparent colour."""
   if mode == "I;16":
     return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
-  bands = len(Image.new(mode, (1, 1)).getbands())
-  pixels = rng.integers(0, 256, (height, width, bands), dtype=np.uint8)
-  if mode == "1":
-    return Image.fromarray(pixels.squeeze(-1)).convert(mode)
+  image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA").convert(mode)
   if mode == "P":
-    image = Image.fromarray(pixels.squeeze(-1))
-    image.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
-    image.info["transparency"] = int(pixels[0, 0, 0])
-    return image
-  if mode == "YCbCr":
-    return Image.frombytes(mode, (width, height), pixels.tobytes())
-  return Image.fromarray(pixels.squeeze(-1) if bands == 1 else pixels, mode if bands > 1 else None)
+    image.info["transparency"] = image.getpixel((0, 0))
+  return image
 
 
 def write_settings(directory, settings):

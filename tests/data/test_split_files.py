@@ -87,7 +87,9 @@ BAD = {
   "answer_contradicted": [{"answer": "Chest"}, {"answer": "Liver"}],
   "answer_unmatched": [{"solution": "C"}, {"solution": "Liver"}, {"solution": "<answer> </answer>"}],
   "options_not_found": [{"problem": "Which?", "options": ...}, {"problem": "Which?", "question": ...}],
-  "too_many_options": [{"problem": "Q?" + "".join(f"\n{c}) {c}1" for c in "ABCDEFGHIJK"), "options": ...}],
+  "too_many_options": [
+    {"problem": "Q?" + "".join(f"\n{c}) {c}1" for c in "ABCDEFGHIJK"), "options": ..., "answer": ...},
+  ],
   "malformed_record": [
     {"image": ...}, {"image": []}, {"image": [None]}, {"problem": ["x"]}, {"solution": None}, {"options": "AB"},
     {"options": [1, 2]}, {"problem": "A)x, B)Brain", "options": ...}, {"subset": 7}, {"problem": "x" * 20_000},
@@ -161,17 +163,6 @@ def test_files_that_are_links_or_no_files(root, tmp_path_factory):
   assert len(examples) == 1 and dict(summary.rules) == {"malformed_file": 5}
   with pytest.raises(ValueError, match=r"b\.json: is a symbolic link out of"):
     split_files.read(folder)
-
-
-def test_the_image_root(root, tmp_path_factory):
-  elsewhere = write_records(tmp_path_factory.mktemp("elsewhere") / "MRI_test.json", MEDR1)
-  with pytest.raises(ValueError, match="missing_image"):
-    split_files.read(elsewhere)
-  assert split_files.read(elsewhere, image_root=root)[0][0].images == (os.path.realpath(root / MEDR1["image"]),)
-  assert split_files.read(elsewhere, check_images=False)[0][0].images[0].startswith(str(elsewhere.parent))
-  with pytest.raises(ValueError, match="no JSON files here or below"):
-    (root / "empty").mkdir()
-    split_files.read(root / "empty")
 
 
 def test_the_real_sample_of_med_r1(shared_directory):

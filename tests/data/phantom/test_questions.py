@@ -9,21 +9,6 @@ from kepo_jax.data.phantom import questions, scenes
 from kepo_jax.data.phantom.questions import TOPICS
 
 
-def test_rules_of_a_worked_example():
-  scene = scenes.draw_scene(np.random.default_rng(0), "CT", count=2, size="large", tone="dark")
-  assert questions.disease(scene) == "abscess"
-  assert questions.grade(scene) == "severe"  # two large ones
-  assert TOPICS["count"].truth(scene) == "two"
-  assert TOPICS["health"].truth(scene) == "diseased"
-
-
-def test_topics_follow_their_shares():
-  for total in (40, 300, 601):
-    counts = collections.Counter(questions.deal_topics(total, np.random.default_rng(0)))
-    assert counts.total() == total
-    assert all(abs(counts[name] - topic.share * total) < 1 for name, topic in TOPICS.items()), counts
-
-
 @pytest.mark.parametrize("name", TOPICS)
 def test_options_and_their_order_do_not_depend_on_the_answer(name):
   rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """What was built comes back: the same questions in the same order, with the same pixels."""
 
 import dataclasses
+import io
 import json
 import pathlib
 import shutil
@@ -8,9 +9,10 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from kepo_jax.data import dealing, images, omnimedvqa, splits
-from kepo_jax.data.tfds import building, reading
+from kepo_jax.data.tfds import building, folders, reading, records
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
 from kepo_jax.types import Example
 from tests.data import cases
@@ -105,3 +107,49 @@ def test_the_loader_of_a_run_reads_it(built, download):
   assert (summary.format, summary.records) == ("TFDS", sum(map(len, expected.values()))) and not summary.rules
   assert {name: len(part) for name, part in fewer.items()} == {"train": 3, "validation": 4, "test": 2}
   assert splits.load(cases.settings(built.directory, train_modality="CT"))["train"] == []
+
+
+def test_a_record_has_the_fields_of_an_example():
+  assert set(records.features()) == {field.name for field in dataclasses.fields(Example)}
+
+
+def test_images_keep_their_bytes_or_their_pixels(download):
+  paths = sorted((download / "Images" / "Set M").iterdir())
+  kept = {"grey.png", "colour.png", "a (1).jpg", "LOUD.JPG"}
+  for path in paths:
+    data = records.encoded_image(path)
+    assert (data == path.read_bytes()) == (path.name in kept), path.name
+    with Image.open(io.BytesIO(data)) as stored:
+      assert stored.format == ("JPEG" if path.suffix.lower() == ".jpg" else "PNG"), path.name
+      assert stored.mode in ("L", "RGB"), path.name
+    # What the rest of the project sees of the file, and what plain TFDS makes of the bytes.
+    expected = np.asarray(images.rgb(images.load_image(path)))
+    decoded = tfds.features.Image(shape=(None, None, 3)).decode_example_np(data)
+    np.testing.assert_array_equal(decoded, expected, err_msg=path.name)
+
+
+def version(data_dir, config="phantom", files=("dataset_info.json", "features.json", "a.array_record")):
+  folder = data_dir / "omnimedvqa" / config / "1.0.0"
+  folder.mkdir(parents=True)
+  for name in files:
+    (folder / name).touch()
+  return folder
+
+
+def test_the_version_itself_or_the_only_one_that_is_finished(tmp_path):
+  version(tmp_path, files=("features.json", "a.array_record"))
+  assert folders.find(tmp_path) is None and folders.find(tmp_path / "absent") is None
+  (tmp_path / "omnimedvqa" / "phantom" / "1.0.0" / "dataset_info.json").touch()
+  (folder,) = tmp_path.glob("*/*/*")
+  assert folders.find(folder) == folders.find(tmp_path) == folders.find(tmp_path, "phantom") == folder
+  assert folders.find(tmp_path, "omnimedvqa") is None
+  version(tmp_path, "omnimedvqa")
+  with pytest.raises(ValueError, match=r"several built data sets .*omnimedvqa/1\.0\.0, .*phantom/1\.0\.0\); name one"):
+    folders.find(tmp_path)
+  assert folders.find(tmp_path, "phantom") == folder
+
+
+def test_another_format_is_refused(tmp_path):
+  version(tmp_path, files=("dataset_info.json", "features.json", "a.tfrecord"))
+  with pytest.raises(ValueError, match="holds no array_record files; build the data set with file_format="):
+    folders.find(tmp_path)
