@@ -19,6 +19,9 @@ def test_batches_have_the_buckets_that_were_told(processor, questions):
     for chosen in itertools.chain.from_iterable(itertools.combinations(questions, size) for size in (1, 2, 3)):
       batch = processor.prompts(chosen, kind)
       assert buckets.batch_buckets(needs(chosen, kind)) == buckets_of(batch), (kind, [each.id for each in chosen])
+      told = processor.shapes(len(chosen), *buckets_of(batch))
+      same = jax.tree.map(lambda array, shape: (array.shape, array.dtype) == (shape.shape, shape.dtype), batch, told)
+      assert all(jax.tree.leaves(same))
       found.add(buckets_of(batch))
   assert len(found) > 2  # the questions differ enough
 
@@ -59,11 +62,3 @@ def test_reachable_buckets_are_those_of_all_choices():
   for chosen in (needs, needs[:3], needs[1:], crossed, needs[:1] * 4):
     for least, most in [(1, 1), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]:
       assert buckets.reachable(chosen, least, most) == slowly_reachable(chosen, least, most), (chosen, least, most)
-
-
-def test_shapes_are_those_of_the_arrays(processor, questions):
-  for chosen in (questions, questions[3:4]):  # the latter without an image
-    batch = processor.prompts(chosen, "think")
-    told = processor.shapes(len(chosen), *buckets_of(batch))
-    same = jax.tree.map(lambda array, shape: (array.shape, array.dtype) == (shape.shape, shape.dtype), batch, told)
-    assert all(jax.tree.leaves(same))

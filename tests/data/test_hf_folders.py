@@ -39,10 +39,6 @@ def test_parquet(tmp_path, cache):
   assert [example.id for example in examples] == ["train/0", "train/1", "train/2"]
   assert {example.modality for example in examples} == {"MRI"}  # told by the folder
   assert not summary.rules and summary.format == "Hugging Face, parquet"
-  examples, summary = hf_folders.read(file.parent)
-  checked(examples, summary)
-  assert examples[2].id == "MRI_train_600/train/2" and examples[0].modality == "MRI"
-  assert examples[0].dataset == "MRI_train_600" and not summary.rules
   assert {path.name for path in cache.iterdir()} == {f"{hashlib.sha256(encoded(i)).hexdigest()}.png" for i in range(3)}
 
 
@@ -168,13 +164,12 @@ def test_damaged_and_cut_off_files(tmp_path):
       hf_folders.read(tmp_path / "x")
     examples, summary = hf_folders.read(tmp_path / "x", lenient=True)
     assert len(examples) == 3 and summary.rules["malformed_file"] == 1, number
-  with pytest.raises(ValueError, match="truncated: the end of the Arrow stream is missing"):
-    hf_folders.read(write_saved(tmp_path / "cut", closed=False))
   file = write_saved(tmp_path / "whole") / "data-00000-of-00001.arrow"
   data = file.read_bytes()
-  for size in (0, 4, 8, 100, len(data) // 2, len(data) - 1):
+  for size in (0, 4, 8, 100, len(data) // 2, len(data) - 8, len(data) - 1):
     file.write_bytes(data[:size])
-    with pytest.raises(ValueError, match=r"\.arrow: .*'malformed_file': 1"):
+    message = "truncated: the end of the Arrow stream is missing" if size == len(data) - 8 else "'malformed_file': 1"
+    with pytest.raises(ValueError, match=rf"\.arrow: .*{message}"):
       hf_folders.read(file.parent)
 
 
@@ -211,14 +206,11 @@ def test_links_out_of_the_folder(tmp_path):
 
 def test_what_the_library_writes(tmp_path):
   datasets = pytest.importorskip("datasets")
-  kinds = datasets.Features(
-    {"image": datasets.Image(), "problem": datasets.Value("string"), "solution": datasets.Value("string")}
-  )
+  text = datasets.Value("string")
+  kinds = datasets.Features({"image": datasets.Image(), "problem": text, "solution": text})
   columns = rows() | {"image": [Image.open(io.BytesIO(encoded(i))) for i in range(3)]}
   written = datasets.Dataset.from_dict(columns, features=kinds)
   written.to_parquet(str(tmp_path / "a.parquet"))
   checked(*hf_folders.read(tmp_path / "a.parquet"))
   datasets.DatasetDict({"train": written}).save_to_disk(str(tmp_path / "dict"))
   checked(*hf_folders.read(tmp_path / "dict"))
-  written.select([2, 0]).save_to_disk(str(tmp_path / "one"), num_shards=2)
-  assert [example.question[-2] for example in hf_folders.read(tmp_path / "one")[0]] == ["2", "0"]

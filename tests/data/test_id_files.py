@@ -95,10 +95,6 @@ def test_a_changed_question_is_named(split, tmp_path):
       splits.read_ids(path, everything(later))
     with pytest.raises(ValueError, match=f"ids.json: exists and {message}"):
       write(later, path)
-  later = dataclasses.replace(split, train=[dataclasses.replace(example, question="Why?") for example in split.train])
-  names = ", ".join(repr(example.id) for example in later.train[:3])
-  with pytest.raises(ValueError, match=rf"20 of its 80 questions have changed \({names} and 17 more\)"):
-    splits.read_ids(path, everything(later))
 
 
 def test_a_changed_image_is_noticed_and_a_moved_one_is_the_same(split, tmp_path):

@@ -64,7 +64,6 @@ REPAIRS = {
   "null options": ({"option_C": None, "option_D": ""}, "Chest Brain", "B", {"null_option": 1}),
   "gap": ({"option_A": None}, "Brain Knee Hand", "A", {"null_option": 1, "option_gap": 1}),
   "case and period": ({"gt_answer": "brain."}, "Chest Brain Knee Hand", "B", {"answer_normalised": 1}),
-  "quotes": ({"gt_answer": '"Brain"'}, "Chest Brain Knee Hand", "B", {"answer_normalised": 1}),
   "period in the option": ({"option_B": "Brain."}, "Chest Brain. Knee Hand", "B", {"answer_normalised": 1}),
   "right twice": ({"option_A": "Brain"}, "Brain Knee Hand", "A", {"repeated_answer": 1}),
   "right in two cases": ({"option_D": "brain"}, "Chest Brain Knee", "B", {"repeated_answer": 1}),

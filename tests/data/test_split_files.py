@@ -106,11 +106,6 @@ def test_bad_records(root):
     assert [example.id for example in examples] == ["file/0"], changes
     assert summary.rules[rule] == summary.dropped == 1, changes
     assert summary.first[rule].startswith(f"{file}, record 1: ")
-    if rule in ("malformed_record", "unsafe_path", "missing_image"):
-      with pytest.raises(ValueError, match=rf"file\.json, record 1: .*'{rule}': 1"):
-        split_files.read(file)
-    else:
-      assert split_files.read(file)[1].rules[rule] == 1
 
 
 def test_odd_values_and_repeated_keys(root):

@@ -21,14 +21,9 @@ def test_load_from_the_mini_set(shared_directory):
   assert {example.modality for example in found["train"]} == {"MRI"}
 
 
-@pytest.fixture
-def phantom_cache(tmp_path_factory, monkeypatch):
-  """A cache folder in which the phantom is drawn once for all test processes."""
+def test_load_the_phantom(tmp_path_factory, monkeypatch, caplog):
+  # A folder in which the phantom is drawn once for all test processes.
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp().parent / "phantom-cache"))
-
-
-@pytest.mark.usefixtures("phantom_cache")
-def test_load_the_phantom(caplog):
   told = []
   with caplog.at_level("WARNING"):
     found = splits.load(settings(""), report=told.append)

@@ -28,12 +28,8 @@ def test_what_is_written_once(built, small):
   assert built.directory.parts[-3:] == ("omnimedvqa", "omnimedvqa-MRI-6-2-4-3", "1.0.0")
   assert built.questions == {"train": 6, "validation": 4, "test": 8} and not built.reused
   before = {path: path.stat().st_mtime_ns for path in built.directory.iterdir()}
-  shards = {f"omnimedvqa-{name}.array_record-00000-of-00001" for name in splits.SPLITS}
-  assert {path.name for path in before} == shards | {"dataset_info.json", "features.json"}
-  assert built.text().startswith(f"wrote {built.directory}: train 6, validation 4, test 8 questions")
   again = building.build(built.directory.parents[2], config=small)  # the download may be gone
   assert again.reused and again.questions == built.questions and again.directory == built.directory
-  assert again.text().startswith("reused ")
   assert {path: path.stat().st_mtime_ns for path in built.directory.iterdir()} == before
 
 
@@ -44,9 +40,8 @@ def test_a_data_set_in_a_bucket_is_built_once_and_read(built, download, small, t
     folder = "tfds/omnimedvqa/omnimedvqa-MRI-6-2-4-3/1.0.0"
     assert str(there.directory) == f"gs://bucket/{folder}" and not there.reused and there.questions == built.questions
     assert store.uploads[-1] == f"bucket/{folder}/dataset_info.json"  # without it, the folder is no data set
-    assert {name.rpartition("/")[2] for name in store.names("bucket")} == {
-      each.name for each in built.directory.iterdir()
-    }
+    files = {each.name for each in built.directory.iterdir()}
+    assert {name.rpartition("/")[2] for name in store.names("bucket")} == files
     written_once = list(store.uploads)
     again = building.build("gs://bucket/tfds", config=small)  # the download may be gone
     assert again.reused and again.questions == built.questions and store.uploads == written_once
