@@ -68,6 +68,13 @@ def write_checkpoint(directory: pathlib.Path, *, opening: str = "", special_tags
   return directory
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> pathlib.Path:
+  """The folder of images that came as bytes, not yet there."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  return tmp_path / "cache" / "kepo_jax" / "images"
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint():
   """`write_checkpoint`, for tests that need a folder of their own."""

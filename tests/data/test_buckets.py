@@ -1,6 +1,5 @@
 """Buckets of batches before they are made: those of the batches themselves, and all that choices can have."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -34,16 +33,6 @@ def test_hints_reach_no_other_buckets(processor, questions):
     lengths = {buckets_of(processor.prompts([example], "hint_only", hints=[text]))[0] for text in ("", hint[:4], hint)}
     assert lengths <= set(need.lengths)
   assert any(len(need.lengths) > 1 for need in needs(questions, "hint_only", hint=60))
-
-
-def test_every_question_is_measured_once(processor, questions, monkeypatch):
-  needs, asked = buckets.Needs(processor), []
-  sizes = processor.sizes
-  monkeypatch.setattr(processor, "sizes", lambda examples, kind: asked.extend(examples) or sizes(examples, kind))
-  first = needs([questions[0], questions[1], questions[0]], "think")
-  assert needs([questions[1]], "think") == first[1:2] and first[0] == first[2]
-  needs([dataclasses.replace(questions[0], id="other")], "think")
-  assert [example.id for example in asked] == [questions[0].id, questions[1].id, "other"]
 
 
 def slowly_reachable(needs, least, most):

@@ -9,11 +9,6 @@ from kepo_jax.data import formats
 from tests.data import cases
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def layout(folder):
   cases.Layout(folder / "OmniMedVQA").write(cases.RECORD)
 

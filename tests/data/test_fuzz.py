@@ -28,11 +28,6 @@ def place(tmp_path):
   return layout
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path_factory):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "fuzz-cache"))
-
-
 def for_many_seeds(count, run):
   """run(random numbers) for each seed; a failure tells its seed."""
   for seed in range(count):

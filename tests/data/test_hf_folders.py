@@ -16,13 +16,6 @@ from kepo_jax.data import hf_folders, images
 from tests.data.cases import IMAGE, bomb, encoded, rows, table, write_parquet, write_saved
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  """The folder of images that came as bytes."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  return tmp_path / "cache" / "kepo_jax" / "images"
-
-
 def checked(examples, summary, count=3):
   """The questions of `rows`, as any format must give them."""
   assert (len(examples), summary.records, summary.kept) == (count, count, count)

@@ -44,8 +44,15 @@ def test_stem_and_options_come_apart(options):
     assert found == (text, OPTIONS[options], looks_like_a_row), (syntax, stem)
 
 
+def test_where_a_row_may_begin():
+  for begin in ("", "What?", "What:", "What."):
+    assert records.cut(f"{begin}A)x,B)y") == (begin, ["x", "y"], False), begin
+  for begin, mark in itertools.product(("\n", "\r\n", "\n \t"), (")", ":")):
+    assert records.cut(f"What?{begin}A{mark} x{begin}B{mark} y") == ("What?", ["x", "y"], False), (begin, mark)
+
+
 def test_no_options():
-  for text in ("", "What is shown?", "A)", "What? A)one", "Q?\nA) x\nC) y", "B)x, C)y", "? A)x B)y"):
+  for text in ("", "What is shown?", "A)", "What? A)one", "Q?\nA) x\nC) y", "B)x, C)y", "? A)x B)y", "aA)x, B)y"):
     with pytest.raises(Rejected) as caught:
       records.cut(text)
     assert caught.value.rule == "options_not_found", text

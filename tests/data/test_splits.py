@@ -133,8 +133,7 @@ def test_only_images_of_questions_that_are_used_are_compared(tmp_path, monkeypat
   assert len(looked) == 3
 
 
-def test_published_tables_are_read_part_by_part(tmp_path, monkeypatch, caplog):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_published_tables_are_read_part_by_part(tmp_path, caplog):
   for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 3), ("test-00000-of-00001", 4)):
     problems = [f"{name}, {i}?\nA: a\nB: b" for i in range(count)]
     write_parquet(tmp_path / "MRI_600" / "data" / f"{name}.parquet", count=count, problem=problems)
@@ -151,8 +150,7 @@ def test_published_tables_are_read_part_by_part(tmp_path, monkeypatch, caplog):
   assert "2 of 6 training and 2 of 4 test questions" in caplog.text
 
 
-def test_a_bucket_is_read_like_a_disk(published, tmp_path, monkeypatch):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_a_bucket_is_read_like_a_disk(published, tmp_path):
   bucket = tmp_path / "cloud" / "bucket"
   for name in ("data", "split"):
     shutil.copytree(published / name, bucket / name)

@@ -51,10 +51,3 @@ def small() -> builder.Config:
 @pytest.fixture(scope="session")
 def built(download, small, tmp_path_factory) -> building.Built:
   return building.build(tmp_path_factory.mktemp("tfds"), manual_dir=download, config=small)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> pathlib.Path:
-  """The project's cache folder, empty."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  return tmp_path / "cache" / "kepo_jax"
