@@ -46,7 +46,8 @@ def test_files_with_endings_in_capitals_or_not(tmp_path):
     assert len(examples) == number and summary.format == "OmniMedVQA layout"
   assert summary.rules["file_skipped"] == 1 and summary.first["file_skipped"].endswith("deep/b.json")
   split = cases.write_records(tmp_path / "MRI_test.json", cases.MEDR1)
-  assert formats.read_any(split, check_images=False)[1].format == "split files"
+  (example,), summary = formats.read_any(split, check_images=False)
+  assert summary.format == "split files" and example.images == (f"{os.path.realpath(tmp_path)}/{cases.MEDR1['image']}",)
   for name in ("a.parquet", "A.PARQUET"):
     assert formats.read_any(cases.write_parquet(tmp_path / name))[1].format == "Hugging Face, parquet"
   arrow = next(cases.write_saved(tmp_path / "saved").glob("*.arrow"))

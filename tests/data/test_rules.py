@@ -11,14 +11,19 @@ def test_notes_on_options():
   for options, found in [
     (("Brain", "Chest"), []),
     (("ABC DEF", "Brain"), ["nonsense_option"]),
+    (("Brain", "123 456"), ["nonsense_option"]),
+    (("Brain", "GHJ OA"), ["nonsense_option"]),
     (("Brain", "RST UVW", "XYZ WXY", "IJK LMN"), ["nonsense_option"]),
     (("CT MRI", "T1 T2", "123", "Grade 123", "PA AP view", "1 2"), []),
     (("Abc def", "DEF CARCINOMA"), []),
     (("Intra type of radimageNet dataset.", "Brain"), ["leaked_label"]),
-    (("x_ray.", "Brain"), ["class_spelling"]),
+    (("x_ray", "Brain"), ["class_spelling"]),
+    (("Dermoscopy.", "Brain"), ["class_spelling"]),
     (("Brain", "x_ray."), []),  # of a wrong option the score does not speak
     (("X-ray", "MRI"), []),
     (("X-ray", "x_ray."), ["synonym_options"]),
+    (("Computed tomography (CT) scan", "CT", "MRI"), ["synonym_options"]),
+    (("X-ray imaging", "Ultrasound", "X-ray"), ["synonym_options"]),
     (("Magnetic resonance imaging (MRI)", "MRI"), ["synonym_options"]),
     (("MRI", "mri."), []),  # equal but for case and period: repeated_distractor or repeated_answer
     (("CT angiography", "CT"), []),

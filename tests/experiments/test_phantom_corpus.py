@@ -51,3 +51,11 @@ def test_broken_answers_and_followed_hints_are_as_frequent_as_stated():
     if told == question.answer and told in WRONG_DISEASES:
       followed.append(f", {told} " in answer)
   assert 0.75 < np.mean(followed) < 0.85
+
+
+def test_slips_change_findings_but_not_the_scene_without_lesions():
+  rng = np.random.default_rng(0)
+  scene, healthy = (scenes.draw_scene(rng, "CT", count=count) for count in (2, 0))
+  seen = phantom_corpus.misread(scene, {"size": 1.0, "tone": 1.0, "count": 1.0}, rng)
+  assert seen.size != scene.size and seen.tone != scene.tone and seen.count in (1, 3)
+  assert phantom_corpus.misread(healthy, {"size": 1.0}, rng) == healthy
