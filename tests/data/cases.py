@@ -25,7 +25,6 @@ class Layout:
   """A data set on disk in OmniMedVQA's layout."""
 
   def __init__(self, root):
-    """Makes the folders and one image."""
     self.root = root
     (root / "QA_information" / "Open-access").mkdir(parents=True)
     self.image(RECORD["image_path"])
@@ -37,7 +36,6 @@ class Layout:
     Image.new("L", (40, 40), grey).save(path, format="PNG")
 
   def write(self, *records, name="Set A"):
-    """Writes a JSON file."""
     path = self.root / "QA_information" / "Open-access" / f"{name}.json"
     path.write_text(json.dumps(list(records)))
     return path
@@ -62,7 +60,6 @@ MEDVLM = {
 
 
 def write_records(path, *records):
-  """A JSON list."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(list(records)))
   return path
@@ -72,7 +69,6 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def encoded(number=0, kind="PNG"):
-  """Bytes of a drawn image."""
   stream = io.BytesIO()
   Image.fromarray(np.full((8, 10 + number, 3), 20 * number % 256, np.uint8)).save(stream, format=kind)
   return stream.getvalue()
@@ -95,39 +91,29 @@ def table(columns):
 
 
 def write_parquet(path, **changes):
-  """One parquet file."""
   path.parent.mkdir(parents=True, exist_ok=True)
   pa.parquet.write_table(table(rows(**changes)), path)
   return path
 
 
-def write_saved(folder, *, shards=1, closed=True, **changes):
-  """One split saved to disk."""
+def write_saved(folder, *, shards=1, **changes):
   folder.mkdir(parents=True, exist_ok=True)
   names = [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
   whole = table(rows(**changes))
   size = -(-whole.num_rows // shards)
   for i, name in enumerate(names):
-    with pa.OSFile(str(folder / name), "wb") as sink:
-      writer = pa.ipc.new_stream(sink, whole.schema)
+    with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, whole.schema) as writer:
       writer.write_table(whole.slice(i * size, size), max_chunksize=2)
-      if closed:
-        writer.close()
   (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
   (folder / "dataset_info.json").write_text("{}")
   return folder
 
 
 def bomb(side):
-  """The header of a PNG of side x side pixels, in few bytes."""
-
-  def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-  header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-  return (
-    b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-  )
+  """A small PNG whose header says side x side pixels."""
+  data = encoded()
+  header = data[12:16] + struct.pack(">II", side, side) + data[24:29]
+  return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
 def question(modality, number, image, *more):

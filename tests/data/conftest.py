@@ -26,15 +26,13 @@ TEMPLATE = (
 def write_checkpoint(directory: pathlib.Path, *, opening: str = "", special_tags: bool = False) -> pathlib.Path:
   """A Qwen3-VL folder without weights: 8-pixel patches merged 2 x 2, a head with 40 rows to spare.
 
-  `opening` is what the chat template lets the assistant begin with; `special_tags` makes the tags of the answer special
-  tokens, which decoding drops.
+  `opening` is what the assistant begins with; with `special_tags`, decoding drops the tags of the answer.
   """
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=300, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-  )
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
   tokenizer.train_from_iterator(["Which organ is shown in this image? Brain Chest user assistant"] * 4, trainer)
   tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
   tokenizer.add_tokens([AddedToken(name, special=special_tags, normalized=False) for name in TAGS])
@@ -70,6 +68,13 @@ def write_checkpoint(directory: pathlib.Path, *, opening: str = "", special_tags
   return directory
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> pathlib.Path:
+  """The folder of images that came as bytes, not yet there."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  return tmp_path / "cache" / "kepo_jax" / "images"
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint():
   """`write_checkpoint`, for tests that need a folder of their own."""
@@ -78,13 +83,11 @@ def make_checkpoint():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> pathlib.Path:
-  """A checkpoint folder without weights."""
   return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="session")
 def processor(checkpoint) -> pipeline.Processor:
-  """The processor of that folder, with small buckets."""
   return pipeline.Processor.from_directory(checkpoint, **SMALL)
 
 

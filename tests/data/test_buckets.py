@@ -1,6 +1,5 @@
 """Buckets of batches before they are made: those of the batches themselves, and all that choices can have."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -19,6 +18,9 @@ def test_batches_have_the_buckets_that_were_told(processor, questions):
     for chosen in itertools.chain.from_iterable(itertools.combinations(questions, size) for size in (1, 2, 3)):
       batch = processor.prompts(chosen, kind)
       assert buckets.batch_buckets(needs(chosen, kind)) == buckets_of(batch), (kind, [each.id for each in chosen])
+      told = processor.shapes(len(chosen), *buckets_of(batch))
+      same = jax.tree.map(lambda array, shape: (array.shape, array.dtype) == (shape.shape, shape.dtype), batch, told)
+      assert all(jax.tree.leaves(same))
       found.add(buckets_of(batch))
   assert len(found) > 2  # the questions differ enough
 
@@ -31,16 +33,6 @@ def test_hints_reach_no_other_buckets(processor, questions):
     lengths = {buckets_of(processor.prompts([example], "hint_only", hints=[text]))[0] for text in ("", hint[:4], hint)}
     assert lengths <= set(need.lengths)
   assert any(len(need.lengths) > 1 for need in needs(questions, "hint_only", hint=60))
-
-
-def test_every_question_is_measured_once(processor, questions, monkeypatch):
-  needs, asked = buckets.Needs(processor), []
-  sizes = processor.sizes
-  monkeypatch.setattr(processor, "sizes", lambda examples, kind: asked.extend(examples) or sizes(examples, kind))
-  first = needs([questions[0], questions[1], questions[0]], "think")
-  assert needs([questions[1]], "think") == first[1:2] and first[0] == first[2]
-  needs([dataclasses.replace(questions[0], id="other")], "think")
-  assert [example.id for example in asked] == [questions[0].id, questions[1].id, "other"]
 
 
 def slowly_reachable(needs, least, most):
@@ -59,11 +51,3 @@ def test_reachable_buckets_are_those_of_all_choices():
   for chosen in (needs, needs[:3], needs[1:], crossed, needs[:1] * 4):
     for least, most in [(1, 1), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]:
       assert buckets.reachable(chosen, least, most) == slowly_reachable(chosen, least, most), (chosen, least, most)
-
-
-def test_shapes_are_those_of_the_arrays(processor, questions):
-  for chosen in (questions, questions[3:4]):  # the latter without an image
-    batch = processor.prompts(chosen, "think")
-    told = processor.shapes(len(chosen), *buckets_of(batch))
-    same = jax.tree.map(lambda array, shape: (array.shape, array.dtype) == (shape.shape, shape.dtype), batch, told)
-    assert all(jax.tree.leaves(same))

@@ -9,11 +9,6 @@ from kepo_jax.data import formats
 from tests.data import cases
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def layout(folder):
   cases.Layout(folder / "OmniMedVQA").write(cases.RECORD)
 
@@ -51,7 +46,8 @@ def test_files_with_endings_in_capitals_or_not(tmp_path):
     assert len(examples) == number and summary.format == "OmniMedVQA layout"
   assert summary.rules["file_skipped"] == 1 and summary.first["file_skipped"].endswith("deep/b.json")
   split = cases.write_records(tmp_path / "MRI_test.json", cases.MEDR1)
-  assert formats.read_any(split, check_images=False)[1].format == "split files"
+  (example,), summary = formats.read_any(split, check_images=False)
+  assert summary.format == "split files" and example.images == (f"{os.path.realpath(tmp_path)}/{cases.MEDR1['image']}",)
   for name in ("a.parquet", "A.PARQUET"):
     assert formats.read_any(cases.write_parquet(tmp_path / name))[1].format == "Hugging Face, parquet"
   arrow = next(cases.write_saved(tmp_path / "saved").glob("*.arrow"))
@@ -90,12 +86,7 @@ def test_what_is_of_no_format(tmp_path):
   ]:
     with pytest.raises(ValueError, match=message):
       formats.read_any(place)
-  for content, message in (
-    ("{}", r"a\.json: "),
-    ("[", r"a\.json: "),
-    ("", r"a\.json: "),
-    ("[]", "none of 0 records is"),
-  ):
+  for content, message in (("{}", r"a\.json: "), ("", r"a\.json: "), ("[]", "none of 0 records is")):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=message):
       formats.read_any(tmp_path / "a.json")

@@ -16,13 +16,6 @@ from kepo_jax.data import hf_folders, images
 from tests.data.cases import IMAGE, bomb, encoded, rows, table, write_parquet, write_saved
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  """The folder of images that came as bytes."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  return tmp_path / "cache" / "kepo_jax" / "images"
-
-
 def checked(examples, summary, count=3):
   """The questions of `rows`, as any format must give them."""
   assert (len(examples), summary.records, summary.kept) == (count, count, count)
@@ -39,10 +32,6 @@ def test_parquet(tmp_path, cache):
   assert [example.id for example in examples] == ["train/0", "train/1", "train/2"]
   assert {example.modality for example in examples} == {"MRI"}  # told by the folder
   assert not summary.rules and summary.format == "Hugging Face, parquet"
-  examples, summary = hf_folders.read(file.parent)
-  checked(examples, summary)
-  assert examples[2].id == "MRI_train_600/train/2" and examples[0].modality == "MRI"
-  assert examples[0].dataset == "MRI_train_600" and not summary.rules
   assert {path.name for path in cache.iterdir()} == {f"{hashlib.sha256(encoded(i)).hexdigest()}.png" for i in range(3)}
 
 
@@ -68,13 +57,6 @@ def test_the_number_of_shards_does_not_change_ids(tmp_path):
   assert whole == halves and [example.id for example in whole] == [f"x/train/{i}" for i in range(200)]
 
 
-def test_suffixes(tmp_path):
-  kinds = {"PNG": ".png", "JPEG": ".jpg", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif", "WEBP": ".webp"}
-  stored = [{"bytes": encoded(i, kind), "path": "x/odd name"} for i, kind in enumerate(kinds)]
-  examples, _ = hf_folders.read(write_parquet(tmp_path / "a.parquet", count=len(kinds), image=stored))
-  assert [pathlib.Path(example.images[0]).suffix for example in examples] == [*kinds.values()]
-
-
 def two_parts(top):
   """Training and test questions in one folder saved to disk."""
   write_saved(top / "train")
@@ -89,8 +71,6 @@ def test_saved_to_disk(tmp_path):
   assert [example.id for example in examples] == [f"CT_train_5/{i}" for i in range(5)]
   assert {example.modality for example in examples} == {"CT"} and not summary.rules
   assert (summary.files, summary.format) == (2, "Hugging Face, saved to disk")
-  examples, summary = hf_folders.read(two_parts(tmp_path / "both"))
-  assert [example.id for example in examples] == [f"both/{split}/{i}" for split in ("train", "test") for i in range(3)]
 
 
 def test_a_part_alone_has_the_ids_of_the_whole(tmp_path):
@@ -171,19 +151,18 @@ def test_damaged_and_cut_off_files(tmp_path):
   file = write_parquet(tmp_path / "x" / "b.parquet")
   write_parquet(tmp_path / "x" / "a.parquet", problem=[f"{i}?\nA: x\nB: y" for i in range(3)])
   good = file.read_bytes()
-  for number, data in enumerate((b"", b"PAR1", good[:-10], good[: len(good) // 2], b"x" * 100)):
+  for number, data in enumerate((b"", good[: len(good) // 2], b"x" * 100)):
     file.write_bytes(data)
     with pytest.raises(ValueError, match=r"b\.parquet: .*'malformed_file': 1"):
       hf_folders.read(tmp_path / "x")
     examples, summary = hf_folders.read(tmp_path / "x", lenient=True)
     assert len(examples) == 3 and summary.rules["malformed_file"] == 1, number
-  with pytest.raises(ValueError, match="truncated: the end of the Arrow stream is missing"):
-    hf_folders.read(write_saved(tmp_path / "cut", closed=False))
   file = write_saved(tmp_path / "whole") / "data-00000-of-00001.arrow"
   data = file.read_bytes()
-  for size in (0, 4, 8, 100, len(data) // 2, len(data) - 1):
+  for size in (0, 4, 8, 100, len(data) // 2, len(data) - 8, len(data) - 1):
     file.write_bytes(data[:size])
-    with pytest.raises(ValueError, match=r"\.arrow: .*'malformed_file': 1"):
+    message = "truncated: the end of the Arrow stream is missing" if size == len(data) - 8 else "'malformed_file': 1"
+    with pytest.raises(ValueError, match=rf"\.arrow: .*{message}"):
       hf_folders.read(file.parent)
 
 
@@ -191,11 +170,8 @@ def test_what_a_saved_folder_may_list(tmp_path):
   folder = write_saved(tmp_path / "saved")
   for state, message in [
     ({"_data_files": [{"filename": "../x/data.arrow"}]}, "not the name of a file beside it"),
-    ({"_data_files": [{"filename": "/etc/hostname"}]}, "not the name of a file beside it"),
     ({"_data_files": ["absent.arrow"]}, "cannot be opened"),
-    ({"_data_files": [3]}, "not the name of a file beside it"),
     ({"_data_files": 3}, "expected an object with a list _data_files"),
-    ([], "expected an object"),
     ({"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}, "flatten_indices"),
   ]:
     (folder / "state.json").write_text(json.dumps(state))
@@ -223,14 +199,11 @@ def test_links_out_of_the_folder(tmp_path):
 
 def test_what_the_library_writes(tmp_path):
   datasets = pytest.importorskip("datasets")
-  kinds = datasets.Features(
-    {"image": datasets.Image(), "problem": datasets.Value("string"), "solution": datasets.Value("string")}
-  )
+  text = datasets.Value("string")
+  kinds = datasets.Features({"image": datasets.Image(), "problem": text, "solution": text})
   columns = rows() | {"image": [Image.open(io.BytesIO(encoded(i))) for i in range(3)]}
   written = datasets.Dataset.from_dict(columns, features=kinds)
   written.to_parquet(str(tmp_path / "a.parquet"))
   checked(*hf_folders.read(tmp_path / "a.parquet"))
   datasets.DatasetDict({"train": written}).save_to_disk(str(tmp_path / "dict"))
   checked(*hf_folders.read(tmp_path / "dict"))
-  written.select([2, 0]).save_to_disk(str(tmp_path / "one"), num_shards=2)
-  assert [example.question[-2] for example in hf_folders.read(tmp_path / "one")[0]] == ["2", "0"]

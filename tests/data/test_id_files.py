@@ -6,15 +6,13 @@ import pathlib
 
 import pytest
 
-from kepo_jax.data import id_files, splits
+from kepo_jax.data import splits
 from tests.data.test_dealing import cut, pool
 
 
 def drawn_pool(folder):
   """`pool`, with files for its images."""
-  examples = [
-    dataclasses.replace(example, images=tuple(f"{folder}{path}" for path in example.images)) for example in pool()
-  ]
+  examples = [dataclasses.replace(each, images=tuple(f"{folder}{path}" for path in each.images)) for each in pool()]
   for path in {pathlib.Path(path) for example in examples for path in example.images}:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"pixels of {path.parent.name} {path.name}")
@@ -62,11 +60,8 @@ def test_changed_ids_are_refused(split, tmp_path):
     (lambda r: r["counts"].update(test=1), "do not have the counts"),
     (lambda r: r.pop("ids"), "no list of a split's ids"),
     (lambda r: r["ids"].update(train=[1]), "no list of a split's ids"),
-    (lambda r: r["ids"].update(train="abc"), "no list of a split's ids"),
-    (lambda r: r.pop("contents"), "no list of a split's ids .'contents'"),  # what an early version has written
     (lambda r: r.pop("content_sha256"), "no list of a split's ids"),
     (lambda r: r["contents"]["test"].pop(), "do not have the counts"),
-    (lambda r: r["contents"].update(test=[None] * 45), "no list of a split's ids"),
     (lambda r: r.update(content_sha256="0"), "its content_sha256 is another"),
   ]):  # fmt: skip
     record = json.loads(stored)
@@ -74,26 +69,19 @@ def test_changed_ids_are_refused(split, tmp_path):
     (tmp_path / f"{number}.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=rf"{number}\.json: .*{message}"):
       splits.read_ids(tmp_path / f"{number}.json", everything(split))
-  for content in ("[]", "{", "3"):
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match=r"a\.json: no list of a split's ids"):
-      splits.read_ids(tmp_path / "a.json", everything(split))
-    with pytest.raises(ValueError, match=r"a\.json: exists and holds something else; choose another name"):
-      write(split, tmp_path / "a.json")
-    assert (tmp_path / "a.json").read_text() == content
+  (tmp_path / "a.json").write_text("{")
+  with pytest.raises(ValueError, match=r"a\.json: no list of a split's ids"):
+    splits.read_ids(tmp_path / "a.json", everything(split))
+  with pytest.raises(ValueError, match=r"a\.json: exists and holds something else; choose another name"):
+    write(split, tmp_path / "a.json")
+  assert (tmp_path / "a.json").read_text() == "{"
   twice = splits.Split(split.train, split.validation, split.train)
   with pytest.raises(ValueError, match="20 ids stand there twice"):
     splits.read_ids(write(twice, tmp_path / "twice.json"), everything(split))
 
 
-CHANGES = {
-  "question": "What?",
-  "options": ("a", "c"),
-  "answer": "B",
-  "modality": "PET",
-  "question_type": "Counting",
-  "dataset": "other",
-}
+CHANGES = {"question": "What?", "options": ("a", "c"), "answer": "B", "modality": "PET"}
+CHANGES |= {"question_type": "Counting", "dataset": "other"}
 
 
 def test_a_changed_question_is_named(split, tmp_path):
@@ -107,12 +95,6 @@ def test_a_changed_question_is_named(split, tmp_path):
       splits.read_ids(path, everything(later))
     with pytest.raises(ValueError, match=f"ids.json: exists and {message}"):
       write(later, path)
-  others = [dataclasses.replace(split.test[0], **{name: value}) for name, value in CHANGES.items()]
-  assert len({id_files.contents([each])[each.id] for each in (split.test[0], *others)}) == 1 + len(CHANGES)
-  later = dataclasses.replace(split, train=[dataclasses.replace(example, question="Why?") for example in split.train])
-  names = ", ".join(repr(example.id) for example in later.train[:3])
-  with pytest.raises(ValueError, match=rf"20 of its 80 questions have changed \({names} and 17 more\)"):
-    splits.read_ids(path, everything(later))
 
 
 def test_a_changed_image_is_noticed_and_a_moved_one_is_the_same(split, tmp_path):

@@ -12,42 +12,26 @@ from kepo_jax.data import images
 MODES = ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16", "YCbCr")
 SETTINGS = {
   "published": {
-    "size": {"shortest_edge": 65536, "longest_edge": 16777216},
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
+    "size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "temporal_patch_size": 2,
+    "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
   },
   "clamped": {
-    "min_pixels": 4096,
-    "max_pixels": 9216,
-    "patch_size": 8,
-    "merge_size": 2,
-    "image_mean": [0.48, 0.45, 0.4],
+    "min_pixels": 4096, "max_pixels": 9216, "patch_size": 8, "merge_size": 2, "image_mean": [0.48, 0.45, 0.4],
     "image_std": [0.27, 0.26, 0.25],
   },
   "merge1": {"min_pixels": 256, "max_pixels": 16384, "patch_size": 16, "merge_size": 1, "temporal_patch_size": 1},
   "defaults": {},
-}
+}  # fmt: skip
 
 
 def drawn(mode: str, width: int, height: int, rng: np.random.Generator) -> Image.Image:
   """A noisy image of a mode; P carries a transparent colour."""
   if mode == "I;16":
     return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
-  bands = len(Image.new(mode, (1, 1)).getbands())
-  pixels = rng.integers(0, 256, (height, width, bands), dtype=np.uint8)
-  if mode == "1":
-    return Image.fromarray(pixels.squeeze(-1)).convert(mode)
+  image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA").convert(mode)
   if mode == "P":
-    image = Image.fromarray(pixels.squeeze(-1))
-    image.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
-    image.info["transparency"] = int(pixels[0, 0, 0])
-    return image
-  if mode == "YCbCr":
-    return Image.frombytes(mode, (width, height), pixels.tobytes())
-  return Image.fromarray(pixels.squeeze(-1) if bands == 1 else pixels, mode if bands > 1 else None)
+    image.info["transparency"] = image.getpixel((0, 0))
+  return image
 
 
 def write_settings(directory, settings):

@@ -1,6 +1,5 @@
 """The reader, rule by rule, on a data set drawn on the spot, and on the real sample where it is at hand."""
 
-import json
 import os
 
 import pytest
@@ -15,10 +14,6 @@ def layout(tmp_path):
   return Layout(tmp_path / "OmniMedVQA")
 
 
-def rules(summary):
-  return dict(summary.rules)
-
-
 def test_a_record_becomes_an_example(layout):
   layout.write(RECORD)
   (example,), summary = omnimedvqa.read(layout.root)
@@ -28,7 +23,7 @@ def test_a_record_becomes_an_example(layout):
   assert example.question_type == "Anatomy Identification"
   assert example.images == (os.path.realpath(layout.root / RECORD["image_path"]),)
   assert images.load_image(example.images[0]).size == (40, 40)
-  assert (summary.files, summary.records, summary.kept, summary.dropped, rules(summary)) == (1, 1, 1, 0, {})
+  assert (summary.files, summary.records, summary.kept, summary.dropped, summary.rules) == (1, 1, 1, 0, {})
 
 
 def test_nested_no_and_several_roots(tmp_path):
@@ -60,7 +55,7 @@ def test_modality_spellings(layout):
   examples, summary = omnimedvqa.read(layout.root)
   assert [omnimedvqa.modality_name(spelling) for spelling in SPELLINGS] == [*SPELLINGS.values()]
   assert [example.modality for example in examples] == [name or spelling for spelling, name in SPELLINGS.items()]
-  assert rules(summary) == {"modality_unlisted": 1, "modality_spelling": 7}
+  assert summary.rules == {"modality_unlisted": 1, "modality_spelling": 7}
 
 
 # Changed fields -> options and answer of the example, and the rules that applied; `...` takes a field away.
@@ -69,7 +64,6 @@ REPAIRS = {
   "null options": ({"option_C": None, "option_D": ""}, "Chest Brain", "B", {"null_option": 1}),
   "gap": ({"option_A": None}, "Brain Knee Hand", "A", {"null_option": 1, "option_gap": 1}),
   "case and period": ({"gt_answer": "brain."}, "Chest Brain Knee Hand", "B", {"answer_normalised": 1}),
-  "quotes": ({"gt_answer": '"Brain"'}, "Chest Brain Knee Hand", "B", {"answer_normalised": 1}),
   "period in the option": ({"option_B": "Brain."}, "Chest Brain. Knee Hand", "B", {"answer_normalised": 1}),
   "right twice": ({"option_A": "Brain"}, "Brain Knee Hand", "A", {"repeated_answer": 1}),
   "right in two cases": ({"option_D": "brain"}, "Chest Brain Knee", "B", {"repeated_answer": 1}),
@@ -85,7 +79,7 @@ def test_repairs(layout):
     layout.write(record(**changes))
     (example,), summary = omnimedvqa.read(layout.root)
     assert (example.options, example.answer) == (tuple(options.split()), answer), case
-    assert (example.modality, example.dataset, rules(summary)) == ("X-Ray", "Set A", expected), case
+    assert (example.modality, example.dataset, summary.rules) == ("X-Ray", "Set A", expected), case
 
 
 def test_drops_are_counted_by_rule(layout):
@@ -100,20 +94,13 @@ def test_drops_are_counted_by_rule(layout):
     record(0, question_id="other", image_path="Images/other.png"),  # the same about another image
   )
   examples, summary = omnimedvqa.read(layout.root)
-  assert [example.id for example in examples] == [
-    f"Set A/{x}" for x in ("Set A_0000", "Set A_0000#2", "Set A_0000#3", "other")
-  ]
-  assert rules(summary) == {
-    "duplicate_record": 1,
-    "answer_unmatched": 1,
-    "too_few_options": 1,
-    "repeated_answer": 1,
-    "duplicate_id": 2,
-  }
+  names = ("Set A_0000", "Set A_0000#2", "Set A_0000#3", "other")
+  assert [example.id for example in examples] == [f"Set A/{name}" for name in names]
+  expected = {"duplicate_record": 1, "answer_unmatched": 1, "too_few_options": 1, "repeated_answer": 1}
+  assert summary.rules == expected | {"duplicate_id": 2}
   assert (summary.records, summary.kept, summary.dropped) == (7, 4, 3)
   text = summary.text()
   assert "4 of 7 records kept" in text and "answer_unmatched 1" in text and "record 2 'Set A_0001'" in text
-  assert json.loads(json.dumps(summary.to_dict()))["rules"] == rules(summary)
 
 
 def bad_records(layout, tmp_path):
@@ -123,20 +110,17 @@ def bad_records(layout, tmp_path):
   (layout.root / "Images" / "link.png").symlink_to(outside)
   (layout.root / "Images" / "folder").symlink_to(tmp_path)
   (layout.root / "Images" / "loop.png").symlink_to("loop.png")
-  unsafe = ["../secret.png", "Images/../../secret.png", str(outside), "Images/link.png", "Images/folder/secret.png"]
-  unsafe += ["Images/a\0.png", ".", "Images/../" + RECORD["image_path"]]  # back inside, and still refused
+  unsafe = ["../secret.png", str(outside), "Images/link.png", "Images/folder/secret.png", "Images/a\0.png", "."]
+  unsafe.append("Images/../" + RECORD["image_path"])  # back inside, and still refused
   missing = ["Images/absent.png", "Images", "Images/" + "x" * 300 + ".png", "Images/loop.png"]
   malformed = [{"question": ...}, {"question": 3}, {"gt_answer": None}, {"option_B": ["Brain"]}, {"question_id": ...}]
   malformed += [{"modality_type": ...}, {"image_path": " "}, {"question": "half \ud800 a pair"}]
-  changes = {
-    "unsafe_path": [{"image_path": path} for path in unsafe],
-    "missing_image": [{"image_path": path} for path in missing],
-    "malformed_record": malformed,
-    "question_too_long": [{"question": "a" * 10_000}, {"option_A": "a" * 10_000}],
+  return {
+    "unsafe_path": [record(1, image_path=path) for path in unsafe],
+    "missing_image": [record(1, image_path=path) for path in missing],
+    "malformed_record": [*(record(1, **changes) for changes in malformed), "text", None],
+    "question_too_long": [record(1, question="a" * 10_000)],
   }
-  bad = {rule: [record(1, **each) for each in entries] for rule, entries in changes.items()}
-  bad["malformed_record"] += ["text", None]
-  return bad
 
 
 def test_a_bad_record_stops_a_strict_read_and_is_counted_in_a_lenient_one(layout, tmp_path):
@@ -148,28 +132,19 @@ def test_a_bad_record_stops_a_strict_read_and_is_counted_in_a_lenient_one(layout
         omnimedvqa.read(layout.root)
   layout.write(record(0), *(entry for entries in bad.values() for entry in entries))
   examples, summary = omnimedvqa.read(layout.root, lenient=True)
-  assert [example.id for example in examples] == ["Set A/Set A_0000"] and summary.dropped == 24
-  assert rules(summary) == {rule: len(entries) for rule, entries in bad.items()}
+  assert [example.id for example in examples] == ["Set A/Set A_0000"]
+  assert summary.rules == {rule: len(entries) for rule, entries in bad.items()}
 
 
 def test_broken_files_are_named(layout):
   layout.write(record(0))
   broken = layout.root / "QA_information" / "Open-access" / "Broken.json"
-  for content in (
-    b"{", b'{"a": 1}', b"\xff\xfe\x00", b"", b"[" * 100_000, b"1" * 5000, b'[{"question": NaN', b"[{]}", b'"text"',
-    b"[1e999999, " + b"9" * 5000 + b"]",
-  ):  # fmt: skip
+  for content in (b"{", b'{"a": 1}', b"\xff\xfe\x00", b"", b"[" * 100_000, b"1" * 5000, b"[" + b"9" * 5000 + b"]"):
     broken.write_bytes(content)
     with pytest.raises(ValueError, match=r"Broken\.json: .*malformed_file"):
       omnimedvqa.read(layout.root)
     examples, summary = omnimedvqa.read(layout.root, lenient=True)
-    assert len(examples) == 1 and rules(summary) == {"malformed_file": 1}, content[:20]
-
-
-def test_no_usable_record(layout):
-  layout.write(record(0, gt_answer="Liver"))
-  with pytest.raises(ValueError, match=r"none of 1 records is usable: 1 answer_unmatched: .*first: .*Liver"):
-    omnimedvqa.read(layout.root)
+    assert len(examples) == 1 and summary.rules == {"malformed_file": 1}, content[:20]
 
 
 def test_links_inside_the_root_are_followed(layout):
@@ -184,7 +159,7 @@ def test_text_without_images_can_be_read(layout):
   path = layout.write(record(image_path="Images/not here.png"))
   path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # the byte order mark is no part of the text
   examples, summary = omnimedvqa.read(layout.root, check_images=False)
-  assert len(examples) == 1 and rules(summary) == {}
+  assert len(examples) == 1 and summary.rules == {}
   layout.write(record(image_path="../not here.png"))
   with pytest.raises(ValueError, match="unsafe_path"):
     omnimedvqa.read(layout.root, check_images=False)
@@ -193,18 +168,9 @@ def test_text_without_images_can_be_read(layout):
 def test_the_real_sample(shared_directory):
   examples, summary = omnimedvqa.read(shared_directory / "omnimedvqa-mini")
   assert (summary.files, summary.records, summary.kept) == (8, 67, 67)
-  assert rules(summary) == {"modality_spelling": 49}
+  assert summary.rules == {"modality_spelling": 49}
   assert {example.modality for example in examples} == set(omnimedvqa.MODALITIES.values())
   assert sorted({len(example.options) for example in examples}) == [2, 4]
   assert len({example.images for example in examples}) == 34
   for example in examples:
     images.load_image(example.images[0])
-
-
-def test_the_text_sample(shared_directory):
-  folder = shared_directory / "omnimedvqa-qa-sample" / "reconstructed"
-  examples, summary = omnimedvqa.read(folder, check_images=False)
-  stored = [entry for path in sorted(folder.rglob("*.json")) for entry in json.loads(path.read_text())]
-  assert summary.kept == summary.records == len(stored)
-  for example, entry in zip(examples, stored, strict=True):
-    assert example.answer_text == entry["gt_answer"] == entry[f"option_{example.answer}"]

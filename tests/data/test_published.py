@@ -23,8 +23,6 @@ FOUND = {
   "three parts": (
     ("Train.PARQUET", "test.parquet", "validation-0.parquet"), "train-*.parquet test-*.parquet validation-*.parquet",
   ),
-  "one level down": (("data/train-0.parquet", "data/test-0.parquet", "README.md", "other/a.txt"),
-                     "data/train-*.parquet data/test-*.parquet"),
   "saved, one level down": (("MRI_600/train/state.json", "MRI_600/test/state.json"), "MRI_600/train MRI_600/test"),
   "JSON": (("train.json", "test.JSONL"), "train.json test.JSONL"),
   "folders before files": (("train/a.json", "test/a.json", "train-0.parquet", "test-0.parquet"), "train test"),

@@ -17,15 +17,14 @@ def test_notes_on_options():
     (("CT MRI", "T1 T2", "123", "Grade 123", "PA AP view", "1 2"), []),
     (("Abc def", "DEF CARCINOMA"), []),
     (("Intra type of radimageNet dataset.", "Brain"), ["leaked_label"]),
-    (("Brain", "RadimageNet dataset of an unknown type."), ["leaked_label"]),
-    (("x_ray.", "Brain"), ["class_spelling"]),
+    (("x_ray", "Brain"), ["class_spelling"]),
     (("Dermoscopy.", "Brain"), ["class_spelling"]),
     (("Brain", "x_ray."), []),  # of a wrong option the score does not speak
     (("X-ray", "MRI"), []),
     (("X-ray", "x_ray."), ["synonym_options"]),
-    (("Magnetic resonance imaging (MRI)", "MRI"), ["synonym_options"]),
     (("Computed tomography (CT) scan", "CT", "MRI"), ["synonym_options"]),
     (("X-ray imaging", "Ultrasound", "X-ray"), ["synonym_options"]),
+    (("Magnetic resonance imaging (MRI)", "MRI"), ["synonym_options"]),
     (("MRI", "mri."), []),  # equal but for case and period: repeated_distractor or repeated_answer
     (("CT angiography", "CT"), []),
   ]:

@@ -3,12 +3,11 @@
 import collections
 import json
 import os
-import re
 
 import pytest
 from PIL import Image
 
-from kepo_jax.data import omnimedvqa, split_files
+from kepo_jax.data import split_files
 from tests.data.cases import MEDR1, MEDVLM, write_records
 
 
@@ -92,9 +91,8 @@ BAD = {
     {"problem": "Q?" + "".join(f"\n{c}) {c}1" for c in "ABCDEFGHIJK"), "options": ..., "answer": ...},
   ],
   "malformed_record": [
-    {"image": ...}, {"image": []}, {"image": 3}, {"image": [None]}, {"image": {"a": 1}}, {"problem": ["x"]},
-    {"solution": None}, {"options": "AB"}, {"options": [1, 2]}, {"problem": "A)x, B)Brain", "options": ...},
-    {"subset": 7}, {"problem": "x" * 20_000}, {"answer": {"deep": []}},
+    {"image": ...}, {"image": []}, {"image": [None]}, {"problem": ["x"]}, {"solution": None}, {"options": "AB"},
+    {"options": [1, 2]}, {"problem": "A)x, B)Brain", "options": ...}, {"subset": 7}, {"problem": "x" * 20_000},
   ],
   "unsafe_path": [{"image": ["images/a.png", "images/../../a.png"]}, {"image": ""}, {"image": "a\ud800.png"}],
   "missing_image": [{"image": "images/b.png"}],
@@ -108,11 +106,6 @@ def test_bad_records(root):
     assert [example.id for example in examples] == ["file/0"], changes
     assert summary.rules[rule] == summary.dropped == 1, changes
     assert summary.first[rule].startswith(f"{file}, record 1: ")
-    if rule in ("malformed_record", "unsafe_path", "missing_image"):
-      with pytest.raises(ValueError, match=rf"file\.json, record 1: .*'{rule}': 1"):
-        split_files.read(file)
-    else:
-      assert split_files.read(file)[1].rules[rule] == 1
 
 
 def test_odd_values_and_repeated_keys(root):
@@ -121,10 +114,8 @@ def test_odd_values_and_repeated_keys(root):
   (root / "file.json").write_text(text)
   with pytest.raises(ValueError, match="record 2: the key 'problem' stands there twice"):
     split_files.read(root / "file.json")
-  assert dict(split_files.read(root / "file.json", lenient=True)[1].rules) == {
-    "duplicate_record": 1,
-    "malformed_record": 4,
-  }
+  found = split_files.read(root / "file.json", lenient=True)[1].rules
+  assert found == {"duplicate_record": 1, "malformed_record": 4}
 
 
 def test_endings_and_lines(root):
@@ -169,57 +160,19 @@ def test_files_that_are_links_or_no_files(root, tmp_path_factory):
     split_files.read(folder)
 
 
-def test_the_image_root(root, tmp_path_factory):
-  elsewhere = write_records(tmp_path_factory.mktemp("elsewhere") / "MRI_test.json", MEDR1)
-  with pytest.raises(ValueError, match="missing_image"):
-    split_files.read(elsewhere)
-  assert split_files.read(elsewhere, image_root=root)[0][0].images == (os.path.realpath(root / MEDR1["image"]),)
-  assert split_files.read(elsewhere, check_images=False)[0][0].images[0].startswith(str(elsewhere.parent))
-  with pytest.raises(ValueError, match="no JSON files here or below"):
-    (root / "empty").mkdir()
-    split_files.read(root / "empty")
-
-
 def test_the_real_sample_of_med_r1(shared_directory):
   """Every record is an example with the letter of its record; the same cut as the sample's own."""
-  sample = shared_directory / "omnimedvqa-qa-sample"
-  original = {}
-  for example in omnimedvqa.read(sample / "reconstructed", check_images=False)[0]:
-    key = (example.images[0].partition("/Images/")[2], example.question, example.options)
-    assert original.setdefault(key, example.answer_text) == example.answer_text
-  matched, records, rules = 0, 0, collections.Counter()
-  for file in sorted((sample / "med-r1").rglob("*.json")):
+  number, rules = 0, collections.Counter()
+  for file in sorted((shared_directory / "omnimedvqa-qa-sample" / "med-r1").rglob("*.json")):
     examples, summary = split_files.read(file, check_images=False)
-    stored = json.loads(file.read_text())
-    assert summary.kept == summary.records == len(examples) == len(stored), file
-    records += len(stored)
     rules += summary.rules
-    for example, entry in zip(examples, stored, strict=True):
-      assert example.answer == re.fullmatch(r"<answer> (\w) </answer>", entry["solution"])[1]
+    for number, (example, entry) in enumerate(zip(examples, json.loads(file.read_text()), strict=True), number + 1):
+      assert entry["solution"] == f"<answer> {example.answer} </answer>"
       row = ", ".join(f"{'ABCDEFGHIJ'[i]}){text}" for i, text in enumerate(example.options))
       assert f"{example.question} {row}" == entry["problem"]
-      key = (example.images[0].partition("/Images/")[2], example.question, example.options)
-      matched += key in original
-      assert original.get(key, example.answer_text) == example.answer_text
-  assert (records, matched, len(original)) == (1090, 88, 165)  # the other 77 are questions that the sample leaves out
   expected = {"repeated_distractor": 11, "class_spelling": 22, "nonsense_option": 2, "leaked_label": 8}
   del rules["modality_spelling"]
-  assert rules == expected | {"modality_unknown": 1}
-
-
-def test_real_options_survive_every_syntax(shared_directory, tmp_path):
-  folder = shared_directory / "omnimedvqa-qa-sample" / "reconstructed"
-  examples, _ = omnimedvqa.read(folder, check_images=False)
-  for begin, between in ((" {})", ", {})"), ("\n{}) ", "\n{}) "), ("\n{}: ", "\n{}: ")):
-    stored = []
-    for example in examples:
-      row = [(between if i else begin).format("ABCD"[i]) + text for i, text in enumerate(example.options)]
-      problem = example.question + "".join(row)
-      stored.append({"image": f"Images/{example.id}.png", "problem": problem, "solution": example.answer_text})
-    again, summary = split_files.read(write_records(tmp_path / "all.json", *stored), check_images=False)
-    assert summary.rules["solution_text"] == len(again) == 165 and not summary.rules["options_ambiguous"]
-    for example, entry in zip(again, examples, strict=True):
-      assert (example.question, example.options, example.answer) == (entry.question, entry.options, entry.answer)
+  assert number == 1090 and rules == expected | {"modality_unknown": 1}
 
 
 def test_the_real_sample_of_medvlm_r1(shared_directory):

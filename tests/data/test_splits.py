@@ -12,7 +12,7 @@ from kepo_jax import storage
 from kepo_jax.data import omnimedvqa, same_images, splits
 from kepo_jax.data.tfds import folders, reading
 from tests import fake_bucket
-from tests.data.cases import MEDR1, Layout, question, record, settings, write_parquet, write_records, write_saved
+from tests.data.cases import MEDR1, Layout, question, record, settings, write_parquet, write_records
 
 
 def test_load_from_the_mini_set(shared_directory):
@@ -21,14 +21,9 @@ def test_load_from_the_mini_set(shared_directory):
   assert {example.modality for example in found["train"]} == {"MRI"}
 
 
-@pytest.fixture
-def phantom_cache(tmp_path_factory, monkeypatch):
-  """A cache folder in which the phantom is drawn once for all test processes."""
+def test_load_the_phantom(tmp_path_factory, monkeypatch, caplog):
+  # A folder in which the phantom is drawn once for all test processes.
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp().parent / "phantom-cache"))
-
-
-@pytest.mark.usefixtures("phantom_cache")
-def test_load_the_phantom(caplog):
   told = []
   with caplog.at_level("WARNING"):
     found = splits.load(settings(""), report=told.append)
@@ -55,10 +50,8 @@ def published(tmp_path):
       path = tmp_path / "data" / "Images" / modality / f"{number}.png"
       path.parent.mkdir(parents=True, exist_ok=True)
       Image.new("L", (8, 8), number + 100 * (modality == "CT")).save(path)
-    return [
-      MEDR1 | {"image": f"Images/{modality}/{number}.png", "problem": f"Which organ is no. {number}? A)Chest, B)Brain"}
-      for number in numbers
-    ]
+    problem = "Which organ is no. {}? A)Chest, B)Brain"
+    return [MEDR1 | {"image": f"Images/{modality}/{n}.png", "problem": problem.format(n)} for n in numbers]
 
   for modality in ("MRI", "CT"):
     write_records(tmp_path / "split" / "train" / f"{modality}_train.json", *records(range(20), modality))
@@ -130,7 +123,6 @@ def test_images_in_two_parts_of_folders_are_warned_of(tmp_path, caplog, monkeypa
     assert len(said) == bool(warned) and all(warned in line for line in said), number
 
 
-@pytest.mark.usefixtures("phantom_cache")
 def test_only_images_of_questions_that_are_used_are_compared(tmp_path, monkeypatch):
   top = write_parts(tmp_path, {"train": ["0", "1", "2"], "validation": ["7"], "test": ["2b", "8", "1b"]})
   looked = set()
@@ -139,66 +131,41 @@ def test_only_images_of_questions_that_are_used_are_compared(tmp_path, monkeypat
   found = splits.load(settings(top, train_items=1, validation_items=1, test_items=1))
   assert looked == {image for part in found.values() for example in part for image in example.images}
   assert len(looked) == 3
-  looked.clear()
-  splits.load(settings(""))
-  assert not looked  # the phantom is known
 
 
-def test_published_tables_are_read_part_by_part(tmp_path, monkeypatch, caplog):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  hub, saved = (tmp_path / name / "modality_MRI_train_600" for name in ("hub", "saved"))
-  asked = lambda name, count: [f"{name}, {i}?\nA: a\nB: b" for i in range(count)]  # noqa: E731
+def test_published_tables_are_read_part_by_part(tmp_path, caplog):
   for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 3), ("test-00000-of-00001", 4)):
-    write_parquet(hub / "data" / f"{name}.parquet", count=count, problem=asked(name, count))
-  for name, count in (("train", 6), ("test", 4)):
-    write_saved(saved / name, count=count, problem=asked(name, count))
-  (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-  for folder in (hub, saved.parent):
-    with pytest.raises(ValueError, match="holds a published split, .* name it as split_files"):
-      splits.load(settings(folder))
-    wanted = settings("", split_files=str(folder), validation_items=0)
-    for all_items in (0, None):
-      wanted.train_items = wanted.test_items = all_items
-      found = splits.load(wanted)
-      assert {name: len(part) for name, part in found.items()} == {"train": 6, "test": 4, "validation": 0}
-    for name in ("train", "test"):
-      assert all(each.question.startswith(name) and f"/{name}/" in each.id for each in found[name])
-      assert {each.modality for each in found[name]} == {"MRI"}
+    problems = [f"{name}, {i}?\nA: a\nB: b" for i in range(count)]
+    write_parquet(tmp_path / "MRI_600" / "data" / f"{name}.parquet", count=count, problem=problems)
+  with pytest.raises(ValueError, match="holds a published split, .* name it as split_files"):
+    splits.load(settings(tmp_path / "MRI_600"))
+  for items, sizes in ((0, (6, 4)), (2, (2, 2))):  # 0 is all
+    wanted = settings(
+      "", split_files=str(tmp_path / "MRI_600"), train_items=items, test_items=items, validation_items=0
+    )
     with caplog.at_level("WARNING"):
-      found = splits.load(settings("", split_files=str(folder), train_items=3, test_items=2))
-    assert (len(found["train"]), len(found["test"])) == (3, 2)
-    assert "3 of 6 training and 2 of 4 test questions" in caplog.text
-    caplog.clear()
+      found = splits.load(wanted)
+    assert (len(found["train"]), len(found["test"]), found["validation"]) == (*sizes, [])
+    assert all(each.question.startswith(name) for name in ("train", "test") for each in found[name])
+  assert "2 of 6 training and 2 of 4 test questions" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["parts", "published", "saved"])
-def test_a_bucket_is_read_like_a_disk(published, tmp_path, monkeypatch, kind):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_a_bucket_is_read_like_a_disk(published, tmp_path):
   bucket = tmp_path / "cloud" / "bucket"
-  if kind == "published":
-    for name in ("data", "split"):
-      shutil.copytree(published / name, bucket / name)
-  elif kind == "saved":
-    write_saved(bucket / "data" / "modality_MRI_train_600", count=12)
-  else:
-    write_parts(bucket / "data", dict.fromkeys(splits.SPLITS, ["0"]))
-  changes = {"split_files": f"{bucket}/split"} if kind == "published" else {}
-  here = settings(bucket / "data", train_items=1, validation_items=0, test_items=0, **changes)
+  for name in ("data", "split"):
+    shutil.copytree(published / name, bucket / name)
+  here = settings(bucket / "data", split_files=f"{bucket}/split", train_items=1, validation_items=0, test_items=0)
   found, told, summaries = splits.load(here), [], []
   assert found["train"]
-  remote = here.copy_and_resolve_references()
-  remote.directory, remote.split_files = (
-    here[name].replace(str(bucket), "gs://bucket") for name in ("directory", "split_files")
-  )
+  for name in ("directory", "split_files"):
+    here[name] = here[name].replace(str(bucket), "gs://bucket")
   with fake_bucket.served(tmp_path / "cloud"):
-    there = splits.load(remote, report=summaries.append, progress=lambda *of: told.append(of))
+    there = splits.load(here, report=summaries.append, progress=lambda *of: told.append(of))
   assert told[-1][0] == told[-1][1] > 0
-  # Images that are bytes inside other files lie in the cache in both cases.
-  origin = lambda image: storage.origin(image).replace("gs://bucket", str(bucket))  # noqa: E731
-  assert found == {
-    name: [dataclasses.replace(each, images=tuple(map(origin, each.images))) for each in part]
-    for name, part in there.items()
-  }
+  for name, part in there.items():
+    for each, expected in zip(part, found[name], strict=True):
+      images = (storage.origin(image).replace("gs://bucket", str(bucket)) for image in each.images)
+      assert dataclasses.replace(each, images=tuple(images)) == expected
   assert all(summary.root.startswith("gs://bucket/") for summary in summaries)
 
 
@@ -225,8 +192,7 @@ def test_every_repair_is_warned_of_and_told(tmp_path, caplog):
   for n in range(12):
     layout.image(f"Images/{n}.png", n)  # the same picture under two names would be one
   for answer, rules in (("Brain", {}), ("brain.", {"answer_normalised": 12})):
-    made = (record(n, modality_type="MRI", gt_answer=answer, image_path=f"Images/{n}.png") for n in range(12))
-    layout.write(*made)
+    layout.write(*(record(n, modality_type="MRI", gt_answer=answer, image_path=f"Images/{n}.png") for n in range(12)))
     caplog.clear()
     with caplog.at_level("INFO", logger="absl"):  # entry points in other tests set how much is logged
       assert len(splits.load(settings(tmp_path), report=found.append)["train"]) == 6
@@ -245,6 +211,5 @@ def test_a_missing_split_is_named(tmp_path):
 def test_overlap():
   a, b, c = (question("MRI", n, n) for n in range(3))
   both = question("MRI", 9, 1, "/MRI/7.png")
-  assert splits.overlap([a, b], [c]) == (0, 0.0)
   assert splits.overlap([a, b], [b, both, c]) == (1, 1 / 3)  # images 1, 2 and 7
   assert splits.overlap([a], []) == (0, 0.0)

@@ -32,9 +32,6 @@ def test_from_flags_to_a_folder(build_tfds, download, tmp_path, capsys):
     assert "writing questions: 6/6" in printed.err
     build_tfds.main([])
     assert capsys.readouterr().out.startswith(f"reused {folder}: train 3")
-  with flagsaver.flagsaver(data_dir=str(tmp_path / "data")):
-    with pytest.raises(ValueError, match="manual_dir is not set"):
-      build_tfds.main([])
 
 
 def test_another_folder_other_images_and_damage(build_tfds, download, tmp_path, capsys):

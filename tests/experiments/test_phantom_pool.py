@@ -1,26 +1,16 @@
 """Pools of training data: the same sequences and pixels that a prompt per dialogue would give."""
 
 import dataclasses
+import itertools
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from experiments import phantom_corpus, phantom_folder, phantom_pool
+from experiments import phantom_corpus, phantom_folder, phantom_pool, phantom_tower
 from kepo_jax.data import prompts
-from kepo_jax.data.phantom import questions
+from kepo_jax.data.phantom import canvas, questions, scenes
 from kepo_jax.data.pipeline import Processor
 from tests.experiments.test_phantom_assets import ASSETS
-
-
-def make_pool(seed=1):
-  options = {"size": 500, "group": 2, "drills": 0, "kinds": {"think": 1.0}, "beliefs": phantom_corpus.TRUTH}
-  return phantom_pool.make_pool(phantom_folder.make_tokenizer(), seed=seed, **options)
-
-
-@pytest.fixture(scope="module")
-def pool():
-  return make_pool()
 
 
 def test_training_and_use_see_the_same_prompt(tmp_path):
@@ -40,8 +30,12 @@ def test_training_and_use_see_the_same_prompt(tmp_path):
   np.testing.assert_array_equal(batch.vision.patches[0], phantom_pool.patches(picture[None])[0])
 
 
-def test_answers_are_where_the_index_says(pool):
+def test_answers_are_where_the_index_says():
   tokenizer = phantom_folder.make_tokenizer()
+  options = {"size": 500, "group": 2, "drills": 0, "kinds": {"think": 1.0}, "beliefs": phantom_corpus.TRUTH}
+  pool, again = (phantom_pool.make_pool(tokenizer, seed=1, **options) for _ in range(2))
+  np.testing.assert_array_equal(pool.images, again.images)
+  np.testing.assert_array_equal(pool.tokens, again.tokens)
   for row in range(20):
     used = pool.weights[row, 0] > 0
     ids = pool.tokens[row, 0, pool.answer_index[row, 0]][used]
@@ -52,13 +46,29 @@ def test_answers_are_where_the_index_says(pool):
     assert kinds.index(2) == kinds.index(1) + 1
 
 
-def test_pools_are_the_same_on_every_call(pool):
-  again = make_pool()
-  np.testing.assert_array_equal(pool.images, again.images)
-  np.testing.assert_array_equal(pool.tokens, again.tokens)
-
-
 def test_fundus_is_never_drawn_for_training():
   rng = np.random.default_rng(0)
   drawn = {phantom_pool.draw_training_scene(rng).modality for _ in range(200)}
   assert drawn == set(phantom_pool.SEEN) and "fundus" not in drawn
+
+
+def test_labels_are_where_the_lesions_are():
+  rng = np.random.default_rng(0)
+  for _ in range(30):
+    scene = scenes.draw_scene(rng, "MRI", count=int(rng.integers(1, 4)))
+    labels = phantom_tower.cell_labels(scene).reshape(4, 4, 4)
+    assert labels[..., 1].sum() == scene.count and (labels[..., 3] == scene.count).all()
+    assert ((labels[..., 0] > 0) == (labels[..., 1] > 0)).all()
+    assert len(set(labels[..., 0][labels[..., 0] > 0])) == 1  # one kind per scene
+    mask = canvas.lesion_mask(scene).reshape(4, 16, 4, 16).max(axis=(1, 3))
+    assert (mask[labels[..., 1] > 0] > 0.5).all()
+  assert not phantom_tower.cell_labels(scenes.draw_scene(rng, "CT", count=0)).any()
+
+
+def test_every_kind_has_its_own_label():
+  rng = np.random.default_rng(1)
+  labels = []
+  for side, level, size, tone in itertools.product(scenes.SIDES, scenes.LEVELS, scenes.SIZES, scenes.TONES):
+    scene = scenes.draw_scene(rng, "CT", count=1, side=side, level=level, size=size, tone=tone)
+    labels.append(phantom_tower.cell_labels(scene)[0, 2])
+  assert sorted(labels) == list(range(1, phantom_tower.KINDS))

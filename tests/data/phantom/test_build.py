@@ -36,10 +36,9 @@ def test_sizes_and_no_shared_scene(splits):
 
 def test_letters_are_balanced_in_every_modality(splits):
   for items in splits.values():
-    counts = collections.Counter(
-      (item.scene.modality, len(item.question.options), item.question.letter) for item in items
-    )
-    for modality, size, _ in list(counts):
+    keys = [(item.scene.modality, len(item.question.options), item.question.letter) for item in items]
+    counts = collections.Counter(keys)
+    for modality, size, _ in keys:
       row = [counts[modality, size, letter] for letter in "ABCD"[:size]]
       assert max(row) - min(row) <= 1
 

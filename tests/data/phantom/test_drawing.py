@@ -33,12 +33,22 @@ def test_the_mask_holds_as_many_blobs_as_lesions():
 
 def test_modalities_differ_more_between_than_within():
   rng = np.random.default_rng(0)
-  flat = [
-    (modality, drawing.draw(scenes.draw_scene(rng, modality, organ=organ)).astype(float))
-    for modality, organs in scenes.ORGANS.items()
-    for organ in organs
-  ]
-  for i, (first, a) in enumerate(flat):
-    for second, b in flat[:i]:
-      if first != second:
-        assert np.abs(a - b).mean() > 15, (first, second)
+  kinds = [(modality, organ) for modality, organs in scenes.ORGANS.items() for organ in organs]
+  pictures = [drawing.draw(scenes.draw_scene(rng, modality, organ=organ)).astype(float) for modality, organ in kinds]
+  for (first, a), (second, b) in itertools.combinations(zip(kinds, pictures, strict=True), 2):
+    assert first[0] == second[0] or np.abs(a - b).mean() > 15, (first, second)
+
+
+def test_lesions_lie_where_the_words_say():
+  rng = np.random.default_rng(0)
+  for side, level, size, count in itertools.product(scenes.SIDES, scenes.LEVELS, scenes.SIZES, (1, 2, 3)):
+    lesions = scenes.place_lesions(rng, count, side, level, size)
+    assert len(lesions) == count
+    low, high = scenes.RADII[size]
+    for i, lesion in enumerate(lesions):
+      assert (lesion.x < -3) == (side == "left") and (lesion.x > 3) == (side == "right")
+      assert (lesion.y < -3) == (level == "upper") and (lesion.y > 3) == (level == "lower")
+      assert low - 1e-5 <= lesion.radius <= high + 1e-5
+      for other in lesions[:i]:
+        free = np.hypot(lesion.x - other.x, lesion.y - other.y) - lesion.radius - other.radius
+        assert free >= scenes.GAP - 1e-5

@@ -9,41 +9,6 @@ from kepo_jax.data.phantom import questions, scenes
 from kepo_jax.data.phantom.questions import TOPICS
 
 
-def test_rules_of_a_worked_example():
-  scene = scenes.draw_scene(np.random.default_rng(0), "CT", count=2, size="large", tone="dark")
-  assert questions.disease(scene) == "abscess"
-  assert questions.grade(scene) == "severe"  # two large ones
-  assert TOPICS["count"].truth(scene) == "two"
-  assert TOPICS["health"].truth(scene) == "diseased"
-
-
-def test_shares_sum_to_one_and_types_are_omnimedvqas():
-  assert sum(topic.share for topic in TOPICS.values()) == pytest.approx(1.0)
-  assert {topic.question_type for topic in TOPICS.values()} == {
-    "Modality Recognition",
-    "Anatomy Identification",
-    "Disease Diagnosis",
-    "Lesion Grading",
-    "Other Biological Attributes",
-  }
-
-
-def test_topics_follow_their_shares():
-  for total in (40, 300, 601):
-    counts = collections.Counter(questions.deal_topics(total, np.random.default_rng(0)))
-    assert counts.total() == total
-    assert all(abs(counts[name] - topic.share * total) < 1 for name, topic in TOPICS.items()), counts
-
-
-def test_letters_are_balanced_to_within_one():
-  rng = np.random.default_rng(0)
-  topics = questions.deal_topics(601, rng)
-  places = questions.deal_places(topics, rng)
-  for size in (2, 3, 4):
-    counts = collections.Counter(p for t, p in zip(topics, places, strict=True) if questions.option_count(t) == size)
-    assert set(counts) == set(range(size)) and max(counts.values()) - min(counts.values()) <= 1
-
-
 @pytest.mark.parametrize("name", TOPICS)
 def test_options_and_their_order_do_not_depend_on_the_answer(name):
   rng = np.random.default_rng(0)

@@ -17,19 +17,11 @@ def write_images(folder: pathlib.Path, seed: int) -> list[str]:
   colour = Image.fromarray(rng.integers(0, 256, (24, 40, 3), dtype=np.uint8))
   deep = Image.fromarray(rng.integers(500, 3000, (30, 20)).astype(np.uint16))
   kinds = {
-    "grey.png": colour.convert("L"),
-    "colour.png": colour,
+    "grey.png": colour.convert("L"), "colour.png": colour, "a (1).jpg": colour, "LOUD.JPG": colour.convert("L"),
     "palette.png": colour.convert("P", palette=Image.Palette.ADAPTIVE, colors=16),
-    "alpha.png": Image.merge("RGBA", (*colour.split(), colour.convert("L"))),
-    "deep.png": deep,
-    "a (1).jpg": colour,
-    "LOUD.JPG": colour.convert("L"),
-    "print.jpeg": colour.convert("CMYK"),
-    "scan.tif": colour,
-    "deep.tif": deep,
-    "old.bmp": colour,
-    "bits.bmp": colour.convert("1"),
-  }
+    "alpha.png": Image.merge("RGBA", (*colour.split(), colour.convert("L"))), "deep.png": deep, "deep.tif": deep,
+    "print.jpeg": colour.convert("CMYK"), "scan.tif": colour, "old.bmp": colour, "bits.bmp": colour.convert("1"),
+  }  # fmt: skip
   folder.mkdir(parents=True)
   for name, picture in kinds.items():
     picture.save(folder / name)
@@ -58,12 +50,4 @@ def small() -> builder.Config:
 
 @pytest.fixture(scope="session")
 def built(download, small, tmp_path_factory) -> building.Built:
-  """The data set."""
   return building.build(tmp_path_factory.mktemp("tfds"), manual_dir=download, config=small)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> pathlib.Path:
-  """The project's cache folder, empty."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  return tmp_path / "cache" / "kepo_jax"

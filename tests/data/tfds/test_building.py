@@ -28,12 +28,8 @@ def test_what_is_written_once(built, small):
   assert built.directory.parts[-3:] == ("omnimedvqa", "omnimedvqa-MRI-6-2-4-3", "1.0.0")
   assert built.questions == {"train": 6, "validation": 4, "test": 8} and not built.reused
   before = {path: path.stat().st_mtime_ns for path in built.directory.iterdir()}
-  shards = {f"omnimedvqa-{name}.array_record-00000-of-00001" for name in splits.SPLITS}
-  assert {path.name for path in before} == shards | {"dataset_info.json", "features.json"}
-  assert built.text().startswith(f"wrote {built.directory}: train 6, validation 4, test 8 questions")
   again = building.build(built.directory.parents[2], config=small)  # the download may be gone
   assert again.reused and again.questions == built.questions and again.directory == built.directory
-  assert again.text().startswith("reused ")
   assert {path: path.stat().st_mtime_ns for path in built.directory.iterdir()} == before
 
 
@@ -44,9 +40,8 @@ def test_a_data_set_in_a_bucket_is_built_once_and_read(built, download, small, t
     folder = "tfds/omnimedvqa/omnimedvqa-MRI-6-2-4-3/1.0.0"
     assert str(there.directory) == f"gs://bucket/{folder}" and not there.reused and there.questions == built.questions
     assert store.uploads[-1] == f"bucket/{folder}/dataset_info.json"  # without it, the folder is no data set
-    assert {name.rpartition("/")[2] for name in store.names("bucket")} == {
-      each.name for each in built.directory.iterdir()
-    }
+    files = {each.name for each in built.directory.iterdir()}
+    assert {name.rpartition("/")[2] for name in store.names("bucket")} == files
     written_once = list(store.uploads)
     again = building.build("gs://bucket/tfds", config=small)  # the download may be gone
     assert again.reused and again.questions == built.questions and store.uploads == written_once
@@ -91,9 +86,7 @@ def test_a_build_that_fails_leaves_nothing(download, small, tmp_path, monkeypatc
 def test_progress_and_parts_without_questions(download, tmp_path):
   calls = []
   config = builder.split_config(train_items=2, validation_items=0, test_items=1)
-  built = building.build(
-    tmp_path, manual_dir=download, config=config, progress=lambda done, total: calls.append((done, total))
-  )
+  built = building.build(tmp_path, manual_dir=download, config=config, progress=lambda *done: calls.append(done))
   assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
   assert built.questions == {"train": 2, "test": 2}
   assert [len(part) for part in reading.read_splits(tmp_path).values()] == [2, 0, 2]
@@ -101,13 +94,10 @@ def test_progress_and_parts_without_questions(download, tmp_path):
 
 def test_names_of_configs():
   default, drawn = Builder.BUILDER_CONFIGS
-  assert (default.name, drawn.name) == ("omnimedvqa", "phantom")
   assert drawn.version.split(".")[0] == phantom.VERSION
   assert builder.split_config(train_items=600, split_seed=0, access="Open-access", lenient=False) is default
   other = builder.split_config(train_modality="Infrared Imaging", split_seed=3)
   assert other.name == "omnimedvqa-Infrared_Imaging-600-40-300-3"
-  lenient = builder.split_config(access="My part", lenient=True)
-  assert lenient.name == "omnimedvqa-MRI-600-40-300-0-My_part-lenient"
 
 
 def test_shards_hold_about_the_limit_and_keep_the_order(download, small, tmp_path, monkeypatch):
@@ -141,13 +131,8 @@ def test_the_phantom(tmp_path, monkeypatch):
 ALONE = """
 import sys
 sys.modules["torch"] = sys.modules["torchvision"] = None
-from kepo_jax.data import images, splits
+from kepo_jax.data import splits
 assert "tensorflow_datasets" not in sys.modules  # not until a built data set is read
-from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-image = Image.new("RGB", (100, 60), (9, 200, 70))
-expected = Qwen2VLImageProcessorPil()(images=[image], return_tensors="np")["pixel_values"]
-assert (expected == images.ImageProcessor().patches(image)[0]).all()
 from kepo_jax.data.tfds import building, reading
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
 config = builder.split_config(train_items=6, validation_items=2, test_items=4)
