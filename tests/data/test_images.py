@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import image_utils
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kepo_jax.data import images
@@ -88,7 +89,7 @@ def test_both_styles_of_bounds_and_the_nested_file(tmp_path):
   # With both present the explicit pair wins, as in the reference.
   both = images.ImageProcessor.from_directory(write_settings(tmp_path, {"size": size, "min_pixels": 1024}))
   assert (both.min_pixels, both.max_pixels) == (1024, 9216)
-  (tmp_path / "preprocessor_config.json").unlink()
+  # As transformers 5 has it, the nested settings count before those of the older file.
   (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"size": size}}))
   assert by_size == images.ImageProcessor.from_directory(tmp_path)
 
@@ -114,6 +115,9 @@ def test_unusable_settings_are_refused(tmp_path):
     ({"image_mean": [0.5]}, "three channels"),
     ({"min_pixels": 10**6, "max_pixels": 10**5}, "max_pixels=100000"),
     ({"patch_size": "16"}, "preprocessor_config.json"),
+    ({"size": 64}, "size is 64"),
+    ({"size": {"height": 64, "width": 64}}, "shortest_edge and longest_edge"),
+    ({"patch_size": 1.5}, "patch_size is 1.5"),
   ]:
     with pytest.raises(ValueError, match=message):
       images.ImageProcessor.from_directory(write_settings(tmp_path, settings))
@@ -144,3 +148,26 @@ def test_deep_grey_is_spread_over_eight_bits(tmp_path):
   values = np.array([[1000, 1000], [2000, 3000]], dtype=np.uint16)
   Image.fromarray(values).save(tmp_path / "deep.png")
   np.testing.assert_array_equal(np.asarray(images.load_image(tmp_path / "deep.png")), [[0, 0], [128, 255]])
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_no_number_leave_the_others_as_they_are(tmp_path, odd):
+  values = np.arange(12, dtype=np.float32).reshape(3, 4) + 1000
+  Image.fromarray(values).save(tmp_path / "whole.tif")
+  values[1, 1] = odd
+  Image.fromarray(values).save(tmp_path / "odd.tif")
+  whole, found = (np.array(images.load_image(tmp_path / f"{name}.tif")) for name in ("whole", "odd"))
+  whole[1, 1] = 255 if odd == np.inf else 0
+  np.testing.assert_array_equal(found, whole)
+  Image.fromarray(np.full((2, 2), odd, np.float32)).save(tmp_path / "none.tif")
+  with pytest.raises(ValueError, match="none.tif: .*no pixel is a finite number"):
+    images.load_image(tmp_path / "none.tif")
+
+
+def test_pictures_are_turned_as_transformers_turns_them(tmp_path, rng):
+  exif = Image.Exif()
+  for orientation in range(1, 9):
+    exif[0x0112] = orientation
+    drawn("RGB", 8, 6, rng).save(tmp_path / "a.png", exif=exif)
+    expected = image_utils.load_image(str(tmp_path / "a.png"))
+    np.testing.assert_array_equal(np.asarray(images.load_image(tmp_path / "a.png")), np.asarray(expected))

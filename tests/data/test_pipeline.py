@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from kepo_jax import rewards
-from kepo_jax.data import images, pipeline, prompts
+from kepo_jax.data import images, pipeline, prompts, records
 from kepo_jax.data.tokenization import Tokenizer
 from kepo_jax.models.qwen3_vl import positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -328,3 +328,63 @@ def test_vision_tokens_are_banned_by_their_names_alone(checkpoint):
   banned = set(tokenizer.convert_tokens_to_ids(list(names)))
   assert len(banned) == 5 and max(banned) < spare
   assert set(np.flatnonzero(~allowed[:spare])) == banned
+
+
+def edited(folder, **changes):
+  """Changes JSON files of a folder: `edited(folder, tokenizer=lambda content: ...)`."""
+  for name, change in changes.items():
+    path = folder / f"{name}.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    change(content)
+    path.write_text(json.dumps(content))
+  return folder
+
+
+def test_ids_behind_a_gap_are_those_of_the_file(make_checkpoint, tmp_path):
+  token = {"content": "<new>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+  folder = make_checkpoint(tmp_path / "model")
+  vocabulary = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
+  new = max(vocabulary.values()) + 3
+  edited(folder, tokenizer=lambda content: content["added_tokens"].append(token | {"id": new, "special": False}))
+  found = pipeline.Processor.from_directory(folder, **SMALL)
+  assert [bool(found.allowed[i]) for i in (new - 2, new - 1, new)] == [False, False, True]
+  assert found.tokenizer.completion("<new>")[0] == new and found.tokenizer.decode([[new]]) == ["<new>"]
+
+
+def test_vision_tokens_in_a_text_are_broken_up_though_they_are_not_special(make_checkpoint, tmp_path, questions):
+  def plain(content):
+    for token in content["added_tokens"]:
+      token["special"] = token["special"] and not token["content"].startswith(("<|image", "<|video", "<|vision"))
+
+  folder = edited(make_checkpoint(tmp_path / "model"), tokenizer=plain)
+  found = pipeline.Processor.from_directory(folder, **SMALL)
+  literal = dataclasses.replace(questions[0], question="What is <|image_pad|> or <|video_pad|>?")
+  assert found.prompts([literal], "think").tokens.shape[0] == 1
+
+
+def test_pictures_stand_in_the_text(tokenizer, processor):
+  text = f"see {records.IMAGE} and {records.IMAGE}."
+  place = "<|vision_start|><|image_pad|><|vision_end|>"
+  assert f"see {place} and {place}." in processor.tokenizer.render(text, 2)
+  assert f"{place}see {place}." in processor.tokenizer.render(f"see {records.IMAGE}.", 2)
+  assert f"{place}{place}see ." in processor.tokenizer.render("see .", 2)  # none is placed: all before the text
+  assert f"see {place} and ." in processor.tokenizer.render(text, 1)  # a hint cannot add a picture
+
+
+def test_what_a_folder_says_of_its_chat(make_checkpoint, tmp_path):
+  folder = make_checkpoint(tmp_path / "model")
+  edited(folder, chat_template=lambda content: content.update(chat_template="before {{ messages[0].role }}"))
+  render = lambda: pipeline.Processor.from_directory(folder, **SMALL).tokenizer.render("?", 0)  # noqa: E731
+  assert render() == "before user"  # as transformers' AutoProcessor has it
+  edited(folder, processor_config=lambda content: content.update(chat_template="first"))
+  assert render() == "first"
+  edited(folder, processor_config=lambda content: content.update(chat_template={"a": "x"}))
+  with pytest.raises(ValueError, match="processor_config.json: chat_template is neither a text nor has one named"):
+    render()
+  edited(folder, processor_config=lambda content: content.pop("chat_template"))
+  edited(folder, generation_config=lambda content: content.update(eos_token_id=[10**6]))
+  with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id is \[1000000\], expected ids below"):
+    render()
+  (folder / "tokenizer.json").write_text('{"model": {"type": "Next"}}')
+  with pytest.raises(ValueError, match="no usable tokenizer"):
+    render()

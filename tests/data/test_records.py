@@ -101,7 +101,8 @@ def cut_or_none(problem):
     return None
 
 
-PIECES = "A: |B: |, | |, B)|, C)|? A)|\nA) |\nB) |\nA: |\nB: |\nA. |\nB. |\n(A) |\n(B) |\na) |\nb) |(type A)|\n|\r\n|\t|A)|B)|C)|D)|Z)|(|)|x|_|É".split("|")
+PIECES = "A: |B: |, | |, B)|, C)|? A)|\nA) |\nB) |\nA: |\nB: |(type A)|\n|\r\n|\t|A)|B)|C)|D)|Z)|(|)|x|_|É".split("|")
+PIECES += "\nA. |\nB. |\n(A) |\n(B) |\na) |\nb) ".split("|")
 
 
 def test_the_same_as_row_by_row():

@@ -3,11 +3,12 @@
 import collections
 import json
 import os
+import pathlib
 
 import pytest
 from PIL import Image
 
-from kepo_jax.data import split_files
+from kepo_jax.data import records, split_files
 from tests.data.cases import MEDR1, MEDVLM, write_records
 
 
@@ -69,6 +70,14 @@ REPAIRS = {
   "no modality": ({"subset": ...}, "Chest Brain", "B", {"modality_unknown": 1}),
   "option of one letter": ({"problem": "Q?\nA) X\nB) Y", "options": ..., "answer": ..., "solution": "Y"}, "X Y", "B",
                            {"solution_text": 1}),
+  "lettered options": ({"options": ["A. Chest", "B. Brain"], "answer": "B. Brain"}, "Chest Brain", "B",
+                       {"option_letters": 1}),
+  "lettered options of another text": ({"options": ["(A) Foot", "(B) Brain"]}, "Foot Brain", "B",
+                                       {"option_letters": 1, "options_listed": 1}),
+  "a first word of one letter": ({"options": ["A. Chest", "C. Brain"], "answer": "C. Brain", "problem": "Which?"},
+                                 ("A. Chest", "C. Brain"), "B", {"options_listed": 1}),
+  **{f"solution {text}": ({"solution": text}, "Chest Brain", "B", {"solution_letter": 1})
+     for text in ("b", "(B)", "B.", "B) Brain", r"\boxed{b}", "<answer>B) brain</answer>")},
 }  # fmt: skip
 
 
@@ -79,8 +88,31 @@ def changed(changes):
 def test_repairs(root):
   for case, (changes, options, answer, expected) in REPAIRS.items():
     (example,), summary = split_files.read(write_records(root / "file.json", changed(changes)))
-    assert (example.options, example.answer) == (tuple(options.split()), answer), case
+    options = tuple(options.split()) if isinstance(options, str) else options
+    assert (example.options, example.answer) == (options, answer), case
     assert dict(summary.rules) == expected, case
+
+
+def test_pictures_stand_where_the_text_says(root):
+  def read(problem, images=1, options=...):
+    paths = MEDVLM["image"] + [MEDR1["image"]]
+    record = changed({"problem": problem, "image": paths[:images], "question": ..., "options": options})
+    (example,), summary = split_files.read(write_records(root / "file.json", record), lenient=True)
+    return example.question, tuple(path.rpartition("/")[2] for path in example.images), summary.rules["image_placed"]
+
+  tail = "\nA) Chest\nB) Brain"
+  first, second = (pathlib.PurePath(path).name for path in (MEDVLM["image"][0], MEDR1["image"]))
+  assert read("Which organ?" + tail) == ("Which organ?", (first,), 0)
+  assert read("<image>\nWhich organ?" + tail) == ("Which organ?", (first,), 1)
+  assert read("Of <image> which?" + tail) == (f"Of {records.IMAGE} which?", (first,), 1)
+  both = f"{records.IMAGE} or {records.IMAGE}?"
+  assert read("<image> or <image>?" + tail, images=2) == (both, (first, second), 1)
+  assert read("<image 2> or <image_1>?" + tail, images=2) == (both, (second, first), 1)
+  again = f"{records.IMAGE}, {records.IMAGE}; in image 1?"
+  assert read("<image 1>, <image 2>; in <image 1>?" + tail, images=2) == (again, (first, second), 1)
+  for problem, images in (("<image> or <image>?", 1), ("<image>?", 2), ("<image 3>?", 1)):
+    with pytest.raises(ValueError, match="image_unplaced"):
+      read(problem + tail, images)
 
 
 BAD = {
