@@ -255,12 +255,9 @@ def check_opens(place: epath.PathLike) -> None:
     OSError: what was written is no state.
   """
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      opened = checkpointer.metadata(place).item_metadata
-  except (ValueError, KeyError, TypeError) as error:
+    ocp.PyTreeCheckpointHandler().metadata(epath.Path(place))
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise OSError(f"{place} was written and cannot be opened: {str(error).strip().splitlines()[0]}") from error
-  if opened is None:
-    raise OSError(f"{place} was written and cannot be opened")
 
 
 def restored_params(folder: epath.PathLike, like: Any) -> Any:
