@@ -68,7 +68,6 @@ def test_sections_rates_and_chance():
   ]
   result, _ = evaluated(Scripted(), asked)
   assert result["datasets"] == {"a": evaluation.share(3, 6), "b": evaluation.share(0, 6)}
-  assert result["lenient"]["datasets"] == {"a": evaluation.share(3, 6), "b": evaluation.share(3, 6)}
   assert result["rates"] == {name: {"unparsed": 0.5, "truncated": 0.25} for name in ("CT", "MRI", "OCT")}
   # Two options everywhere but in CT, which has four.
   chance = result["chance"]
@@ -76,9 +75,6 @@ def test_sections_rates_and_chance():
   assert accuracies == {"CT": 0.25, "MRI": 0.5, "OCT": 0.5}
   assert chance["overall"]["accuracy"] == pytest.approx(5 / 12) and chance["out_of_domain"]["mean"] == 0.375
   assert chance["in_domain"] == chance["modalities"]["MRI"]
-  # Four fair throws: 0.5 -+ 1.96 * sqrt(0.25 / 4).
-  bounds = (chance["in_domain"]["low"], chance["in_domain"]["high"])
-  assert bounds == (pytest.approx(0.01, abs=1e-4), pytest.approx(0.99, abs=1e-4))
 
 
 def test_several_completions_of_a_question():
@@ -97,7 +93,6 @@ def test_several_completions_of_a_question():
   assert passed["2"]["out_of_domain"]["mean"] == pytest.approx(0.5)
   # Unparsed are n + g = 1, 3 modulo 4, truncated 3: over all completions.
   assert result["unparsed"] == 0.5 and result["truncated"] == 0.25
-  assert json.loads(json.dumps(result)) == result
   with pytest.raises(ValueError, match="question q11 has 2 completions and q0 3"):
     evaluation.summarised(outputs[:-1])
 
@@ -124,9 +119,8 @@ def test_images_are_recorded_and_counted(tmp_path):
   digest = hashlib.sha256(b"a").hexdigest()[:16]
   assert [output["images"] for output in outputs[:2]] == [[digest], [digest]]  # by content
   counts = result["images"]
-  assert (counts["overall"], counts["in_domain"], counts["out_of_domain"]) == (3, 3, 3)
-  assert counts["modalities"] == {"CT": 3, "MRI": 3, "OCT": 3} and counts["datasets"] == {"d": 3}
-  assert counts["question_types"] == {"Lesion Grading": 2}
+  assert counts["overall"] == counts["in_domain"] == counts["out_of_domain"] == 3
+  assert counts["modalities"] == {"CT": 3, "MRI": 3, "OCT": 3} and counts["question_types"] == {"Lesion Grading": 2}
   # Wilson's intervals are over questions; the out-of-domain interval draws clusters inside each modality.
   assert result["overall"] == evaluation.share(3, 12)
   values = {name: np.array([1.0, 0.0, 0.0, 0.0]) for name in ("CT", "OCT")}
