@@ -79,8 +79,7 @@ def test_chunked_equals_dense(chunk, dense):
   chex.assert_trees_all_close(aux, expected[1], rtol=1e-5, atol=1e-6)
   # Teacher, reference and inputs have no gradient.
   assert of_inputs.tokens.dtype == of_inputs.mask.dtype == jax.dtypes.float0
-  for leaf in (of_inputs.policy_weight, *jax.tree.leaves(of_others)):
-    np.testing.assert_array_equal(leaf, 0.0)
+  assert not any(leaf.any() for leaf in (of_inputs.policy_weight, *jax.tree.leaves(of_others)))
   # Without differentiation the plain path runs: same loss, same auxiliaries.
   plain, plain_aux = jax.jit(chunked(chunk))(*arguments)
   assert relative(plain, loss) < 1e-6

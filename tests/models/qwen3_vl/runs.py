@@ -15,12 +15,7 @@ from kepo_jax.types import Prompts
 
 @functools.partial(jax.jit, static_argnums=0)
 def layer_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, jax.Array]:
-  """Hidden states after every layer of decoder and tower, and what the tower hands over.
-
-  Returns:
-    `layers` [L, P, S, D], after the DeepStack addition; with images also `blocks` [depth, P, R, Dv],
-    `features` [P, M, D] and `deepstack` [n, P, M, D].
-  """
+  """`layers` [L, P, S, D] after the DeepStack addition; of a tower also `blocks`, `features` and `deepstack`."""
   found = {}
   x = model._embedded(config, params, prompts.tokens)
   added = jnp.zeros((0, *x.shape))
