@@ -85,9 +85,7 @@ def _padded(rows: list[np.ndarray], length: int, value: float) -> np.ndarray:
   return np.stack([np.pad(row, pad, constant_values=value) for row, pad in zip(rows, pads, strict=True)])
 
 
-def make_prompts(
-  config: Qwen3VLConfig, layouts: list[Layout], seed: int = 0, extra: tuple[int, int] = (0, 0)
-) -> tuple[Prompts, list[list[int]], list[list]]:
+def make_prompts(config, layouts, seed=0, extra=(0, 0)) -> tuple[Prompts, list[list[int]], list[list]]:
   """Prompts of random tokens and patches, with token ids and grids of each; `extra` pads tokens and patch rows."""
   rng = np.random.RandomState(seed)  # a stream that no release of NumPy changes
   tokens, grids = zip(*(prompt_tokens(config, layout, rng) for layout in layouts), strict=True)

@@ -42,9 +42,7 @@ def logits(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Arr
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def loss_and_gradient(
-  config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: str = "none"
-) -> Any:
+def loss_and_gradient(config, params, prompts, tokens, remat="none"):
   """((loss, logits), gradient) of the mean negative log-likelihood of the completions."""
 
   def loss(params):
@@ -56,7 +54,6 @@ def loss_and_gradient(
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def greedy(config: Qwen3VLConfig, params: Any, prompts: Prompts, steps: int) -> jax.Array:
-  """int32[P, steps]: the likeliest tokens, one after the other."""
   prefix = model.prefill(config, params, prompts)
   head = model.head_weight(config, params)
 

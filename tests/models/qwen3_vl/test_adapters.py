@@ -23,7 +23,6 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[tuple(lora.TARGETS), SOME], ids=["all", "some"])
 def exported(request, base):
-  """(config, parameters, folder) of a student with LoRA, in float32."""
   config = adapted(request.param)
   params, folder = drawn(config), base.parent / f"student-{len(request.param)}"
   conversion.save_pretrained(folder, config, params, source=base, dtype=jnp.float32)

@@ -88,10 +88,9 @@ PROMPTS, ROLLOUTS, K, J, H = 4, 2, 2, 2, 64
 
 
 class Uses:
-  """Random inputs of the three uses: `arrays[use]`, a function of a form and them, and where its result has a meaning.
+  """Random inputs of the three uses, and a function of a form and them.
 
-  Lengths are no multiples of the kernels' blocks, prompts have pads (one of them nothing else), and patch rows two
-  images and pads.
+  Lengths are no multiples of the kernels' blocks, prompts have pads (one nothing else), patch rows two images and pads.
   """
 
   def __init__(self, dtype=jnp.float32):
@@ -261,7 +260,6 @@ def test_the_cpu_has_the_plain_form():
 
 
 def test_the_mesh_in_force_says_the_platform(monkeypatch, mesh_of):
-  assert sharding.platform() == "cpu"
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert sharding.platform() == "tpu"
   assert attention.kernel_for("auto", jnp.dtype("bfloat16"), 128) is attention.KERNELS["tpu"]

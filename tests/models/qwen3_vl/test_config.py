@@ -80,9 +80,3 @@ def test_a_written_record_is_read_back():
 def test_what_is_not_supported_is_said(record, message):
   with pytest.raises(ValueError, match=message):
     Qwen3VLConfig.from_dict(record)
-
-
-def test_a_damaged_file_is_named(tmp_path):
-  (tmp_path / "config.json").write_text("{")
-  with pytest.raises(ValueError, match="config.json is not JSON"):
-    Qwen3VLConfig.from_directory(tmp_path)

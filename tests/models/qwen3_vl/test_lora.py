@@ -39,7 +39,6 @@ def drawn(config, *, start=False):
 
 @pytest.fixture(scope="module")
 def batch():
-  """Prompts of the case and their completions."""
   prompts, _, _ = CASE.prompts()
   return prompts, jnp.asarray(CASE.completions())
 
@@ -59,14 +58,6 @@ def gradients(config, moving, fixed, prompts, tokens):
 
   found, hidden = jax.grad(loss, has_aux=True)(moving)
   return hidden, found
-
-
-def of_matrices(config, params, batch):
-  return gradients(config, {lora.PART: params[lora.PART]}, lora.without(params), *batch)
-
-
-def of_weights(weights, batch):
-  return gradients(CASE.config, weights, {}, *batch)
 
 
 def test_the_first_forward_is_that_of_the_base_to_the_bit(batch):
@@ -116,8 +107,8 @@ def test_states_and_gradients_follow_from_the_merged_weights(batch):
   # With W' = W + s (A B)^T and G = dL/dW': dL/dA = s G^T B^T and dL/dB = s A^T G^T.
   config = adapted()
   params = drawn(config)
-  hidden, found = of_matrices(config, params, batch)
-  expected, whole = of_weights(lora.merged(config, params, jnp.float32), batch)
+  hidden, found = gradients(config, {lora.PART: params[lora.PART]}, lora.without(params), *batch)
+  expected, whole = gradients(CASE.config, lora.merged(config, params, jnp.float32), {}, *batch)
   np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
   for target, module in lora.TARGETS.items():
     outer = np.asarray(whole["language_model"]["layers"][module][target]["weight"], np.float64)
