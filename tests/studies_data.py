@@ -1,7 +1,6 @@
 """Made-up entries of a study, with the shapes of real ones; none of the figures was measured."""
 
 import itertools
-import math
 
 import numpy as np
 
@@ -40,40 +39,30 @@ def items(per_modality, questions_per_image=1):
 
 def entries(record, *, methods=METHODS, pair=("confused", "weak"), free=True, overrides=None):
   """Entries of some methods, of seeds 0 and 1 each where something is trained."""
-  found = [_free(record, name, *FREE[name], pair) for name in FREE] if free else []
-  for (place, (name, settings)), seed in itertools.product(enumerate(methods.items()), range(2)):
-    found.append(_trained(record, name, settings, seed, place, pair, (overrides or {}).get(name, {})))
+  of_pair = {"student": pair[0], "teacher": pair[1], "stage": "final"}
+  found = []
+  for name, (label, seen, unseen) in FREE.items() if free else ():
+    rng = np.random.default_rng(len(name))
+    found.append(of_pair | {
+      "method": name, "label": label, "learning_rate": None, "seed": None, "steps": 0, "config": "", "overrides": {},
+      "test": _test(record, seen, unseen, rng),
+      "validation": [_validation(0, seen, unseen, 0, 0, 0, rng)] if name == "start" else [],
+    })  # fmt: skip
+  for (name, settings), seed in itertools.product(methods.items(), range(2)):
+    label, seen, unseen, student, teacher, seconds = settings
+    rng = np.random.default_rng([len(found), seed])
+    validations = [
+      _validation(step, 0.53 + (seen - 0.53) * (step / 80) ** 0.3, unseen, step * student * 1e3, step * teacher * 1e3,
+                  seconds * step / 80, rng)
+      for step in STEPS
+    ]  # fmt: skip
+    found.append(of_pair | {
+      "method": name, "label": label, "learning_rate": 3e-4, "seed": seed, "steps": 80,
+      "config": f"{name.split('-')[0]}.py", "overrides": (overrides or {}).get(name, {}), "digest": "0" * 16,
+      "test": _test(record, seen, unseen, rng), "validation": validations, "curves": _curves(seen),
+      "cost": validations[-1]["cost"] | {"cpu_seconds": 1.7 * seconds},
+    })  # fmt: skip
   return found
-
-
-def _free(record, name, label, seen, unseen, pair):
-  rng = np.random.default_rng(len(name))
-  return {
-    "method": name, "label": label, "student": pair[0], "teacher": pair[1], "learning_rate": None, "seed": None,
-    "steps": 0, "stage": "final", "config": "", "overrides": {}, "test": _test(record, seen, unseen, rng),
-    "validation": [_validation(0, seen, unseen, 0, 0, 0, rng)] if name == "start" else [],
-  }  # fmt: skip
-
-
-def _trained(record, name, settings, seed, place, pair, overrides):
-  label, seen, unseen, student, teacher, seconds = settings
-  rng = np.random.default_rng([place, seed])
-  end = seen + rng.normal(0, 0.008)
-  validations = [
-    _validation(step, _between(0.53, end, step / 80), unseen, step * student * 1e3, step * teacher * 1e3,
-                seconds * step / 80, rng)
-    for step in STEPS
-  ]  # fmt: skip
-  return {
-    "method": name, "label": label, "student": pair[0], "teacher": pair[1], "learning_rate": 3e-4, "seed": seed,
-    "steps": 80, "stage": "final", "config": f"{name.split('-')[0]}.py", "overrides": overrides, "digest": "0" * 16,
-    "test": _test(record, end, unseen, rng), "validation": validations, "curves": _curves(end),
-    "cost": validations[-1]["cost"] | {"cpu_seconds": 1.7 * seconds},
-  }  # fmt: skip
-
-
-def _between(first, last, share):
-  return first + (last - first) * (1 - math.exp(-3.5 * share)) / (1 - math.exp(-3.5))
 
 
 def _test(record, seen, unseen, rng):

@@ -36,11 +36,9 @@ def test_each_question_counts_once():
   assert result["lenient"]["overall"] == evaluation.share(6, 12)
   assert result["lenient"]["out_of_domain"]["mean"] == 0.5
   assert (result["unparsed"], result["truncated"], result["format"]) == (0.5, 0.25, 0.5)
-  lengths = [len(says(n)) + (n % 4 != 3) for n in range(12)]
-  assert result["completion_length"] == pytest.approx(np.mean(lengths))
+  assert result["completion_length"] == pytest.approx(np.mean([len(says(n)) + (n % 4 != 3) for n in range(12)]))
   assert json.loads(json.dumps([result, outputs])) == [result, outputs]
-  for size in (1, 64):
-    assert evaluated(Scripted(), examples(), batch_size=size) == (result, outputs)
+  assert evaluated(Scripted(), examples(), batch_size=64) == (result, outputs)
 
 
 def test_an_answer_without_reasoning_is_well_formed_where_none_is_asked():

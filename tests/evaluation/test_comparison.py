@@ -16,7 +16,7 @@ def outputs_of(answers, **more):
 
 
 def check_interval(entry, draw, *, atol):
-  """The bounds of an entry are the percentiles of a bootstrap whose draws are taken one by one."""
+  """The bounds are the percentiles of a bootstrap whose draws are taken one by one."""
   slow = [draw() for _ in range(4000)]
   np.testing.assert_allclose([entry["low"], entry["high"]], np.percentile(slow, [2.5, 97.5]), atol=atol)
 
@@ -29,7 +29,6 @@ def test_one_answer_to_each_question(rng):
   for place, name in enumerate(("MRI", "CT", "OCT")):
     entry, d = found["modalities"][name], (b - a)[place::3]
     assert (entry["count"], entry["difference"]) == (200, pytest.approx(d.mean()))
-    assert (entry["first"], entry["second"]) == (a[place::3].mean(), b[place::3].mean())
     assert (entry["gained"], entry["lost"]) == ((d == 1).sum(), (d == -1).sum())
     assert entry["p_value"] == statistics.mcnemar(entry["gained"], entry["lost"])
   ct, oct_ = (b - a)[1::3], (b - a)[2::3]

@@ -95,7 +95,6 @@ def test_modalities_and_all_of_them(worked):
   [
     (["<think>", " B", "</think>", "<answer>", " B", "</answer>"], 4),
     (["<think> A B</think>", "<", "answer", ">B", "</answer>"], 3),
-    (["<answer>B</answer>"], 0),
     (["<answer>", " ", "\n", "C", "</answer>", " B"], 3),
     (["<think> B</think>", "<answer>", "</answer>"], None),
     ([], None),

@@ -62,6 +62,10 @@ def evaluated(folder, cell):
     (folder / split / "evaluation.json").write_text(json.dumps(figures | {"modalities": {}}))
 
 
+def place_of(tmp_path):
+  return study_runs.Place(studies.phantom(), tmp_path / "runs" / "phantom")
+
+
 def entries(tmp_path, study, file="runs.json"):
   return json.loads((tmp_path / "results" / study / file).read_text())["runs"]
 
@@ -93,12 +97,11 @@ def test_faults_are_told_and_the_rest_goes_on(reproduce, made, tmp_path):
   folder = place_of(tmp_path).folder(cell)
   write_run(folder)
   made.failing = ("rloo",)
-  for damage in (lambda file: file.write_text("{"), lambda file: file.unlink()):
-    damage(folder / "evaluation.json")
-    with flagsaver.flagsaver(methods=["grpo", "rloo"]), pytest.raises(SystemExit, match="cannot be read: ") as e:
-      reproduce.main([])
-    assert "error: rloo (confused, weak) rate 0.0001 seed 100: exit code 1" in str(e.value)
-    assert cell.name not in made.names
+  (folder / "evaluation.json").write_text("{")
+  with flagsaver.flagsaver(methods=["grpo", "rloo"]), pytest.raises(SystemExit, match="cannot be read: ") as e:
+    reproduce.main([])
+  assert "error: rloo (confused, weak) rate 0.0001 seed 100: exit code 1" in str(e.value)
+  assert cell.name not in made.names
   # The rate has one seed too few; the others are there, and so are the runs at the best of them.
   assert {(each["method"], each["seed"]) for each in entries(tmp_path, "main")} == {("grpo", 0), ("grpo", 1)}
   assert len(entries(tmp_path, "main", "grid.json")) == 7
@@ -149,10 +152,6 @@ def test_a_run_made_again_is_compared(reproduce, made, tmp_path):
     reproduce.verified(reproduce.chosen_study(), place_of(tmp_path))
 
 
-def place_of(tmp_path):
-  return study_runs.Place(studies.phantom(), tmp_path / "runs" / "phantom")
-
-
 @pytest.mark.slow
 def test_from_raw_data_to_tables(module, shared_directory, tmp_path, monkeypatch, capsys):
   fields = [
@@ -175,7 +174,7 @@ def test_from_raw_data_to_tables(module, shared_directory, tmp_path, monkeypatch
   printed = capsys.readouterr().out
   folder = tmp_path / "results" / "omnimedvqa-main"
   assert f"{folder / 'index.html'}: 2 of 2 runs" in printed and "missing" not in printed
-  assert {"accuracy.png", "accuracy.svg"} <= set(os.listdir(folder))
+  assert (folder / "accuracy.svg").exists()
   assert "model teacher" in json.loads((folder / "runs.json").read_text())["identity"]
   start, kepo = csv.DictReader((folder / "main.csv").read_text().splitlines())
   assert all(0 <= float(row["out of domain, mean of 7"]) <= 100 for row in (start, kepo))

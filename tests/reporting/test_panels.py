@@ -30,7 +30,6 @@ def start_lines(parent, start_step=0, memory=None, **changes):
 def test_the_start_panel():
   lines = start_lines(grpo)
   assert lines["mesh"].endswith("(data 2, fsdp 4, tensor 1)") and lines["questions"] == "train 600, test 2,400"
-  assert lines["batch"] == "8 prompts x 8 rollouts of up to 24 tokens, 1 micro-batch"
   assert lines["reward"] == "med_r1: accuracy x 1, format x 1" and lines["exploration"] == "none"
   lines = start_lines(grpo, start_step=20, memory={"student": 3e9, "teacher": 0, "peak": 4.26e9})
   assert lines["steps"] == "80, from step 20; learning rate 0.0003"
@@ -42,7 +41,6 @@ def test_the_start_panel():
   [
     (grpo, {"model__lora_rank": 8, "model__lora_targets": ("q_proj", "v_proj")}, "trained",
      "LoRA of rank 8, scale 32 / 8, on q_proj, v_proj"),
-    (kepo_eq7, {}, "reward", "med_r1: accuracy and format together x 1"),
     (kepo_eq7, {}, "objective", "policy gradient (group_std, sequence_mean, token ratio), "
      "distillation x 1 (forward_kl, positive product gate), reference KL x 0.001"),
     # A weight of rollouts that there are not is not shown.

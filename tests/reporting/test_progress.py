@@ -18,7 +18,7 @@ def display(**console):
 def test_the_figures_of_a_step():
   expected = "reward 1.50  accuracy 0.75  cliff 0.25  gate 0.50  hints accepted 0.60  12,346 tokens/s"
   assert figures_line(METRICS, TIMING) == expected
-  # Supervised training has no reward of its own; its likelihood falls in the third place behind the point.
+  # Supervised training has no reward of its own.
   assert figures_line({"supervised/nll": 0.69315, "lr": 1e-4}, TIMING) == "nll 0.693  12,346 tokens/s"
 
 
@@ -58,5 +58,5 @@ def test_a_terminal_gets_a_live_bar_and_ci_plain_lines(monkeypatch):
   shown.warn("something is odd")
   shown.close()
   text = output.getvalue()
-  assert "training" in text and "1/10" in text and "accuracy 0.75" in text and "something is odd" in text
+  assert "1/10" in text and "accuracy 0.75" in text and "something is odd" in text
   assert text.rstrip().endswith("\x1b[?25h")  # the cursor is back

@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging as standard_logging
 
@@ -19,10 +20,8 @@ def lines(records):
 
 def outputs(right):
   """Twelve test questions of two modalities, of which the first ones are answered right."""
-  return [
-    output(f"t{n}", correct=n < right, modality=("MRI", "CT")[n % 2], completion=HOSTILE[n % len(HOSTILE)])
-    for n in range(12)
-  ]
+  texts = itertools.cycle(HOSTILE)
+  return [output(f"t{n}", correct=n < right, modality=("MRI", "CT")[n % 2], completion=next(texts)) for n in range(12)]
 
 
 def make_run(root, *, steps=4, done=4):
@@ -125,9 +124,9 @@ def test_warnings_are_found_again():
   assert run_page.warnings_of(healthy) == []
   (message,) = run_page.warnings_of([*healthy, {"step": 31, "loss": None}])  # null is what is not finite
   assert "#divergence" in message
-  changes = [{"in_domain": 0.5 + step / 100, "out_of_domain": 0.6 - step / 100} for step in (1, 3, 5)]
-  falling = [{f"validation/{name}": value for name, value in each.items()} for each in changes]
-  (message,) = run_page.warnings_of([*healthy, *({"step": 31} | each for each in falling)])
+  shares = (0.01, 0.03, 0.05)
+  falling = [{"step": 31, "validation/in_domain": x, "validation/out_of_domain": 0.6 - x} for x in shares]
+  (message,) = run_page.warnings_of([*healthy, *falling])
   assert "#forgetting" in message
 
 

@@ -95,7 +95,6 @@ def test_tensorboard_gets_every_figure_and_a_resumed_run_none_twice(tmp_path):
   resumed = sinks.TensorBoardSink(tmp_path / "events", history=history)
   resumed.write(3, {"reward/mean": 0.75})
   resumed.close()
-  resumed.close()  # two lists of sinks may share it
   points = [(e.step, v.tag, v.simple_value) for e in events(tmp_path / "events") for v in e.summary.value]
   assert points == [(2, "reward/mean", 0.25), (2, "hint/accept_rate_at_5", 0.5), (3, "reward/mean", 0.75)]
 

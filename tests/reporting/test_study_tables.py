@@ -8,7 +8,16 @@ import pytest
 from matplotlib.figure import Figure
 
 from kepo_jax.evaluation import equal_cost, studies
-from kepo_jax.reporting import check_tables, cost_tables, pages, study_checks, study_files, study_page, study_tables
+from kepo_jax.reporting import (
+  check_tables,
+  cost_tables,
+  pages,
+  study_bars,
+  study_checks,
+  study_files,
+  study_page,
+  study_tables,
+)
 from tests import studies_data
 
 ITEMS = studies_data.items(8)
@@ -34,8 +43,25 @@ def percent(entry, sign=""):
   return f"{mean} [{low}, {high}]"
 
 
-def test_accuracies_and_differences():
-  summary = studies.summarised(ENTRIES, ITEMS, resamples=100)
+@pytest.fixture(scope="module")
+def summary():
+  return studies.summarised(ENTRIES, ITEMS, resamples=60)
+
+
+def test_the_main_figure_shows_means_intervals_and_seeds(summary):
+  axis = study_bars.overview_figure(summary).axes[1]
+  found = summary["methods"]["kepo-tau1"]["statistics"]["out_of_domain"]
+  assert (found["low"], found["high"]) in [tuple(line.get_xdata()) for line in axis.lines]
+  dots = [line.get_xdata() for line in axis.lines if line.get_marker() == "."]
+  assert any(np.array_equal(each, found["values"]) for each in dots) and len(dots) == 4  # untrained models have none
+  bars = study_bars.section_figure(summary, "modalities").axes
+  keys = [key for key in summary["chance"] if key.startswith("modalities")]
+  for axis, key in zip(bars, keys, strict=True):
+    means = [method["statistics"][key]["mean"] for method in summary["methods"].values()]
+    np.testing.assert_allclose([bar.get_width() for bar in axis.patches], means, err_msg=key)
+
+
+def test_accuracies_and_differences(summary):
   rows = by_name(study_tables.main_rows(summary, expected=EXPECTED))
   kepo, mean = rows["KEPO, tau = 1"], "out of domain, mean of 7"
   assert kepo[mean] == percent(summary["methods"]["kepo-tau1"]["statistics"]["out_of_domain"])
@@ -84,21 +110,16 @@ def made_of(study, entries, **more):
 
 
 def test_checks_have_a_table_and_a_figure_of_what_was_varied():
-  threshold, mode = "objective.gate_threshold", "objective.gate_mode"
-  for study, overrides, values in (
-    ("budget", {"rounds-5": {}, "rounds-0": {"exploration.rounds": 0}}, {"B": [5, 0]}),
-    ("gate", {"positive": {}, "negative": {mode: "negative"}, "all": {threshold: 0.0}, "none": {mode: "none"}},
-     {"gate": ["positive", "negative", "all", "all"], "B": [5, 5, 5, 5]}),
-    ("tau", {"accuracy-1": {}, "mean-0.5": {"objective.gate_signal": "mean", threshold: 0.5}},
-     {"tau": [1.0, 0.5], "gate signal": ["accuracy", "mean"]}),
-  ):  # fmt: skip
+  varied = {
+    "budget": {"rounds-5": {}, "rounds-0": {"exploration.rounds": 0}},
+    "gate": {"positive": {}, "negative": {"objective.gate_mode": "negative"}},
+    "tau": {"accuracy-1": {}, "accuracy-0": {"objective.gate_threshold": 0.0}},
+  }
+  for study, overrides in varied.items():
     methods = dict.fromkeys(overrides, studies_data.METHODS["kepo-tau1"])
     made = studies_data.entries(ITEMS, methods=methods, overrides=overrides, free=False)
-    entries = [entry | {"config": "kepo"} for entry in made]
-    found = study_files.varied(study, entries)
-    assert {heading: list(each.values()) for heading, each in found.items()} == values, study
-  tables, figures = made_of("tau", entries)
-  assert "tau" in [table.name for table in tables] and "tau" in figures
+    tables, figures = made_of(study, [entry | {"config": "kepo"} for entry in made])
+    assert study in [table.name for table in tables] and study in figures, study
 
 
 def test_every_table_and_figure_of_the_main_study_is_shown_once_and_written(tmp_path, monkeypatch):
