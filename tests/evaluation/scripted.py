@@ -1,5 +1,7 @@
 """Questions, and a processor and a model in one whose answers are known."""
 
+import json
+
 import numpy as np
 
 from kepo_jax.types import Example, Rollouts
@@ -32,6 +34,10 @@ def output(name="t1", *, correct=True, **fields):
           "question": "How many?", "options": ["one", "two"], "answer": "A", "images": ["0" * 16],
           "completion": "said", "parsed": "A" if correct else None, "correct": correct, "lenient": "A",
           "lenient_correct": True, "format": True, "tokens": 3, "truncated": False, "files": []} | fields  # fmt: skip
+
+
+def json_lines(records):
+  return "".join(json.dumps(record) + "\n" for record in records)
 
 
 class Scripted:

@@ -106,13 +106,10 @@ def test_what_is_answered_is_not_asked_again():
 
 
 def test_images_are_recorded_and_counted(tmp_path):
-  for name in ("a", "b", "c", "copy of a"):
-    (tmp_path / f"{name}.png").write_bytes(name[-1].encode())
-  files = ["a.png", "copy of a.png", "b.png", "c.png"] * 3
-  asked = [
-    dataclasses.replace(example, images=(str(tmp_path / name),))
-    for example, name in zip(examples(), files, strict=True)
-  ]
+  files = [tmp_path / f"{name}.png" for name in ("a", "copy of a", "b", "c")]
+  for path in files:
+    path.write_bytes(path.stem[-1].encode())
+  asked = [dataclasses.replace(example, images=(str(files[n % 4]),)) for n, example in enumerate(examples())]
   result, outputs = evaluated(Scripted(), asked)
   digest = hashlib.sha256(b"a").hexdigest()[:16]
   assert [output["images"] for output in outputs[:2]] == [[digest], [digest]]  # by content

@@ -108,6 +108,9 @@ def test_what_cannot_be_resumed(unbroken, tmp_path):
   with pytest.raises(ValueError, match=r"\(control: 'none' -> 'blank'\); ask as it did"):
     opened(unbroken, resume=True, identity=IDENTITY | {"control": "blank"})
   assert opened(unbroken, resume=True, data="elsewhere").about == IDENTITY  # notes may differ
+  (tmp_path / "about.json").write_bytes(b"{")
+  with pytest.raises(ValueError, match=r"about\.json is no"):
+    opened(tmp_path, resume=True)
 
 
 def test_a_folder_in_a_bucket_is_continued_like_a_local_one(unbroken, tmp_path, monkeypatch):
@@ -131,24 +134,12 @@ def test_damaged_outputs_are_refused(unbroken, interrupted):
   lines = contents(unbroken)["outputs.jsonl"].splitlines()
   for number, damaged, message in (
     (1, [lines[1], lines[0], *lines[2:]], "answers another question"),
-    (17, [*lines, lines[-1]], "answers another question"),
     (2, [lines[0], lines[1][:20], *lines[2:]], "is not JSON"),
     (1, [b"\xff\xfe", *lines[1:]], "is not JSON"),
-    (1, [b"[" * 100_000], "is not JSON"),
     (2, [lines[0], b"[1, 2]"], "no JSON object"),
   ):
     with pytest.raises(ValueError, match=rf"outputs.jsonl:{number} .*{message}"):
       opened(interrupted(b"".join(line + b"\n" for line in damaged)), resume=True)
-
-
-def test_settings_that_cannot_be_read_are_named(unbroken, interrupted):
-  folder = interrupted(contents(unbroken)["outputs.jsonl"])
-  (folder / "about.json").write_bytes(b"{")
-  with pytest.raises(ValueError, match=r"about\.json is no"):
-    opened(folder, resume=True)
-  (folder / "about.json").write_bytes(b'{"count": "8", "samples": 2}')
-  with pytest.raises(ValueError, match=r"about\.json is not that of an evaluation: .*'8' and 2"):
-    journal.read_outputs(folder)
 
 
 def test_every_field_of_a_record_is_checked(unbroken, tmp_path):

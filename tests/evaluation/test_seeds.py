@@ -53,19 +53,6 @@ def test_intervals_of_few_seeds_cover_the_truth(rng, by_seed):
   assert 0.915 <= hit / 300 <= 0.985
 
 
-def test_equal_seeds_leave_the_spread_of_questions(rng):
-  right = rng.random(120) < 0.7
-  plan = seeds.design(one_group(120))
-  found = seeds.bootstrap({"once": {0: right}, "often": {0: right, 1: right, 2: right}}, plan, resamples=500)["methods"]
-  once, often = (found[name]["statistics"]["overall"] for name in ("once", "often"))
-  for key in ("mean", "low", "high"):
-    assert often[key] == pytest.approx(once[key]), key
-  assert (found["once"]["interval"], found["often"]["interval"]) == ("items", "seeds and items")
-  # Of 120 questions: 1.96 sqrt(p (1 - p) / 120) on each side.
-  p = right.mean()
-  assert once["high"] - once["low"] == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 120), rel=0.15)
-
-
 def test_a_slow_loop_with_the_same_draws(rng):
   items = studies_data.items(6, questions_per_image=2)
   kinds = items["question_type"]

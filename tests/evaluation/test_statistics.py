@@ -28,9 +28,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
         subsets = list(itertools.combinations(answers, k))
         expected = sum(map(any, subsets)) / len(subsets)
         assert statistics.pass_at_k(samples, correct, k) == pytest.approx(expected), (samples, correct, k)
-  for k in (0, 5):
-    with pytest.raises(ValueError, match=f"pass@{k} cannot be estimated from 4 samples"):
-      statistics.pass_at_k(4, 2, k)
+  with pytest.raises(ValueError, match="pass@5 cannot be estimated from 4 samples"):
+    statistics.pass_at_k(4, 2, 5)
 
 
 def all_draws(values, clusters):

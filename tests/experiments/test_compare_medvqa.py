@@ -5,7 +5,7 @@ import json
 import pytest
 from absl.testing import flagsaver
 
-from tests.evaluation.scripted import output
+from tests.evaluation.scripted import json_lines, output
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def written(folder, answers, samples=1, shown=1000, **settings):
            images=[f"{n // samples % shown:x}"])
     for n, right in enumerate(answers)
   ]  # fmt: skip
-  (folder / "outputs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+  (folder / "outputs.jsonl").write_text(json_lines(records))
   about = {"control": "none", "count": len(answers) // samples, "samples": samples}
   (folder / "about.json").write_text(json.dumps(about | settings))
   return str(folder)

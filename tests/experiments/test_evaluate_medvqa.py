@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from unittest import mock
 
 import jax
 import numpy as np
@@ -245,17 +244,19 @@ def test_samples_depend_on_question_and_seed_alone(evaluate_medvqa, checkpoint, 
 
 
 def test_sampling_settings(evaluate_medvqa):
-  assert evaluate_medvqa.sampling_settings(7) == programs.SamplingSettings(1, 7, 0.0)
+  for given, expected in (({}, (1, 7, 0.0)), ({"temperature": 0.6, "top_p": 0.9}, (1, 7, 0.6, 0.9))):
+    with flagsaver.flagsaver(**given):
+      assert evaluate_medvqa.sampling_settings(7) == programs.SamplingSettings(*expected), given
   with flagsaver.flagsaver(samples=8):
     assert evaluate_medvqa.sampling_settings(7).temperature == 1.0
-    with flagsaver.flagsaver(temperature=0.0):
-      with pytest.raises(ValueError, match="--samples=8 --temperature=0 would give 8 times the same"):
-        evaluate_medvqa.sampling_settings(7)
-  with flagsaver.flagsaver(temperature=0.6, top_p=0.9):
-    assert evaluate_medvqa.sampling_settings(7) == programs.SamplingSettings(1, 7, 0.6, 0.9)
+  with flagsaver.flagsaver(samples=8, temperature=0.0), pytest.raises(ValueError, match="would give 8 times the same"):
+    evaluate_medvqa.sampling_settings(7)
 
 
-def test_how_weights_are_loaded(evaluate_medvqa, checkpoint, data, monkeypatch):
+def test_how_a_published_folder_is_loaded_and_asked(evaluate_medvqa, checkpoint, data, tmp_path, monkeypatch, capsys):
+  base = shutil.copytree(checkpoint, tmp_path / "base")
+  record = json.loads((base / "tokenizer_config.json").read_text())
+  folder_that_says(base, **{key: value for key, value in record.items() if not key.startswith("kepo_")})
   layouts = []
 
   def load(*_, layout, separate):
@@ -265,18 +266,9 @@ def test_how_weights_are_loaded(evaluate_medvqa, checkpoint, data, monkeypatch):
 
   monkeypatch.setattr(conversion, "load_pretrained", load)
   for shared in (1, 4):
-    with flags_of(checkpoint, data, fsdp=shared), pytest.raises(ValueError, match="stop here"):
+    with flags_of(base, data, fsdp=shared, max_new_tokens=0), pytest.raises(ValueError, match="stop here"):
       evaluate_medvqa.main([])
   assert layouts == ["decode", "train"]  # with --fsdp weights are not whole on a device
-
-
-def test_how_a_published_folder_is_asked(evaluate_medvqa, checkpoint, data, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(conversion, "load_pretrained", mock.Mock(side_effect=ValueError("stop here")))
-  shutil.copytree(checkpoint, tmp_path / "base")
-  record = json.loads((checkpoint / "tokenizer_config.json").read_text())
-  folder_that_says(tmp_path / "base", **{key: value for key, value in record.items() if not key.startswith("kepo_")})
-  with flags_of(tmp_path / "base", data, max_new_tokens=0), pytest.raises(ValueError, match="stop here"):
-    evaluate_medvqa.main([])
   printed = " ".join(capsys.readouterr().out.split())
   for said in ("templates standard", "resize squash384", "max_new_tokens 1024"):
     assert said in printed, said
@@ -304,11 +296,10 @@ def test_what_is_already_split_is_asked_whole(evaluate_medvqa, data, tmp_path):
   for part, numbers in (("train", range(3)), ("test", range(3, 7))):
     records = [MEDR1 | {"image": f"{n}.png", "problem": f"No. {n}? A)Chest, B)Brain"} for n in numbers]
     write_records(tmp_path / "split" / part / f"CT_{part}.json", *records)
-  for n in range(7):
-    (tmp_path / f"{n}.png").write_bytes(b"")  # is there
-  config = omnimedvqa_dataset_builder.split_config(
-    train_modality="MRI", train_items=1, validation_items=0, test_items=1, split_seed=0
-  )
+    for n in numbers:
+      (tmp_path / f"{n}.png").write_bytes(b"")  # is there
+  sizes = {"train_items": 1, "validation_items": 0, "test_items": 1}
+  config = omnimedvqa_dataset_builder.split_config(train_modality="MRI", split_seed=0, **sizes)
   built = building.build(tmp_path / "tfds", manual_dir=data / "test", config=config)
   reading.read_splits(built.directory)  # its libraries define flags when first used, which flagsaver would take away
   for given, form, count in (

@@ -13,7 +13,8 @@ from absl.testing import flagsaver
 from experiments import studies, study_report, study_runs
 from kepo_jax.training import lock
 from tests.conftest import ROOT
-from tests.experiments.test_study_runs import json_lines, output, write_run
+from tests.evaluation.scripted import json_lines
+from tests.experiments.test_study_runs import output, write_run
 
 
 @pytest.fixture

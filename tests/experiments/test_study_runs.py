@@ -32,15 +32,13 @@ def output(number, correct=True):
   return scripted.output(f"q{number}", correct=correct, **shown)
 
 
-def json_lines(records):
-  return "".join(json.dumps(record) + "\n" for record in records)
-
-
 def write_run(folder, correct=(True, False, True, True)):
   """A finished run of four steps as `kepo_medvqa` leaves it, with the files that are read."""
   for name in ("outputs", "model"):
     (folder / name).mkdir(parents=True)
-  (folder / "outputs" / "after.jsonl").write_text(json_lines(output(n, right) for n, right in enumerate(correct)))
+  (folder / "outputs" / "after.jsonl").write_text(
+    scripted.json_lines(output(n, right) for n, right in enumerate(correct))
+  )
   accuracies = {"in_domain": {"accuracy": 1.0}, "out_of_domain": {"mean": 0.5}, "overall": {"accuracy": 0.75}}
   accuracies |= {"modalities": {"MRI": {"accuracy": 1.0}, "CT": {"accuracy": 0.5}}}
   after = accuracies | {"format": 1.0, "unparsed": 0.0, "truncated": 0.0}
@@ -50,9 +48,9 @@ def write_run(folder, correct=(True, False, True, True)):
   lines = [{"step": step, "entropy": step, **figures} for step in range(1, 5)]
   lines[0] |= {"hint/accept_rate@10": 0.5, "hint/accept_rate@2": 0.25}
   lines += [{"step": step, "validation/overall": 0.75} for step in (2, 4)]
-  (folder / "metrics.jsonl").write_text(json_lines(lines))
+  (folder / "metrics.jsonl").write_text(scripted.json_lines(lines))
   timing = [{"step": step, "seconds/step": 9.0, "seconds/processor": 0.5} for step in range(1, 5)]
-  (folder / "timing.jsonl").write_text(json_lines(timing))
+  (folder / "timing.jsonl").write_text(scripted.json_lines(timing))
   (folder / "model" / "config.json").write_text("{}")
   (folder / "config.json").write_text(json.dumps({"eval": {"prompt": "evaluation"}}))
 
@@ -72,15 +70,6 @@ def test_a_run_becomes_an_entry(place):
   assert entry["curves"]["hint/accept_rate@2"] == [0.25, None, None, None]
   items = study_runs.items_of(outputs, PHANTOM)
   assert items["image"] == [0, 0, 1, 1] and items["modality"] == [0, 1, 0, 1] and items["chance"] == [0.5] * 4
-
-
-def test_curves_are_means_of_windows():
-  metrics = [{"step": step, "entropy": float(step)} for step in range(1, 51)]
-  metrics[0]["cliff_rate"] = 1.0
-  curves = study_runs.curves_of(metrics)
-  assert curves["step"][:2] == [3, 6] and curves["step"][-1] == 50 and len(curves["step"]) <= study_runs.WINDOWS
-  assert curves["entropy"][:2] == [2.0, 5.0] and curves["entropy"][-1] == 49.5
-  assert curves["cliff_rate"][:2] == [1.0, None] and "gate/frac" not in curves
 
 
 def test_a_digest_names_what_is_computed(place, monkeypatch):

@@ -10,12 +10,8 @@ from experiments.configs import kepo
 from kepo_jax import evaluation, reporting
 from kepo_jax.reporting import pages, reporter, run_page
 from tests import fake_bucket
-from tests.evaluation.scripted import output
+from tests.evaluation.scripted import json_lines, output
 from tests.reporting.pages.cases import HOSTILE, Document, rollout
-
-
-def lines(records):
-  return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def outputs(right):
@@ -40,16 +36,16 @@ def make_run(root, *, steps=4, done=4):
       rollout(step, "hard", 0, accuracy=0.0), rollout(step, "hard", 1, accuracy=1.0, injected=True, hint="look left"),
     )
   ]  # fmt: skip
-  (root / "samples.jsonl").write_text(lines(records))
+  (root / "samples.jsonl").write_text(json_lines(records))
   metrics = [{"step": step, "reward/accuracy": 0.5, "cliff_rate": 0.5, "loss": 0.1} for step in range(1, done + 1)]
-  (root / "metrics.jsonl").write_text(lines(metrics))
+  (root / "metrics.jsonl").write_text(json_lines(metrics))
   before, after = (evaluation.summarised(outputs(right)) for right in (3, 9))
   (root / "outputs").mkdir()
-  (root / "outputs" / "before.jsonl").write_text(lines(outputs(3)))
+  (root / "outputs" / "before.jsonl").write_text(json_lines(outputs(3)))
   stored = {"before": before, "validation": [after | {"step": 2}]}
   if done == steps:
     stored["after"] = after
-    (root / "outputs" / "after.jsonl").write_text(lines(outputs(9)))
+    (root / "outputs" / "after.jsonl").write_text(json_lines(outputs(9)))
   (root / "evaluation.json").write_text(json.dumps(stored))
   return root
 
@@ -133,7 +129,7 @@ def test_warnings_are_found_again():
 def test_an_unfinished_run_shows_how_far_it_is_and_warnings_on_top(tmp_path, undrawn):
   root = make_run(tmp_path / "run", steps=40, done=3)
   assert "3 of 40 steps" in page_of(root).inside("p")
-  (root / "metrics.jsonl").write_text(lines({"step": n, "reward/format": 0.0} for n in range(1, 21)))
+  (root / "metrics.jsonl").write_text(json_lines({"step": n, "reward/format": 0.0} for n in range(1, 21)))
   assert page_of(root).inside("h2")[0] == "Warnings"
 
 

@@ -48,16 +48,6 @@ def test_data_sets_have_rows_when_few():
     assert sum(row[0].startswith("set ") for row in rows) == shown, (sets, flag)
 
 
-def test_pass_at_k_has_a_column_for_each_k():
-  result = evaluation.summarised(records(samples=4))
-  rows = tables.pass_rows(result)
-  assert rows[0] == ("", "n", "pass@1", "pass@2", "pass@4")
-  assert [row[0] for row in rows[1:]] == ["CT", "MRI", "in domain", "out of domain, mean", "all"]
-  for row in rows[1:]:
-    means = [float(cell.split()[0]) for cell in row[2:]]
-    assert means == sorted(means) and means[-1] == 100  # four in a row hold a multiple of three
-
-
 def test_a_comparison():
   first = records()
   second = [record | {"correct": True} for record in first]
@@ -66,16 +56,3 @@ def test_a_comparison():
   assert rows["MRI"][2:4] == ("33.3", "100.0") and rows["MRI"][5:] == ("4", "0", "0.125", "0.250")
   assert rows["MRI"][4].startswith("+66.7 [+") and rows["all"][7] == "0.008"
   assert rows["in domain"][5:] == ("4", "0", "0.125", "") and rows["out of domain, mean"][5:] == ("", "", "", "")
-
-
-def test_hints_with_and_without_cliffs():
-  found = {
-    "modality": "MRI", "prompts": 12, "questions": 1200, "positive_rate": 0.567, "positive_rate_interval": [0.5, 0.625],
-    "accept_rate": [0.5, 0.75, 1.0], "leak_rate": 0.0, "parse_failure_rate": 0.025, "reliance": 0.256, "gain": -0.125,
-    "gain_interval": [-0.254, 0.0], "letter_gain": 0.004,
-  }  # fmt: skip
-  _, mri, ct = tables.hint_rows([found, dict.fromkeys(found) | {"modality": "CT", "prompts": 0, "questions": 4}])
-  assert mri == (
-    "MRI", "12 of 1,200", "56.7 [50.0, 62.5]", "50.0", "100.0", "0.0", "2.5", "0.26", "-0.12 [-0.25, 0.00]", "0.00",
-  )  # fmt: skip
-  assert ct == ("CT", "0 of 4", *["-"] * 8)
