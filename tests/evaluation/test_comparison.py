@@ -79,9 +79,11 @@ def test_pairs_about_one_image_are_drawn_together(rng):
   assert comparison.compared(outputs_of(first), records[1])["overall"]["images"] == 60
 
 
-def test_an_older_record_and_one_modality_alone():
-  found = comparison.compared(outputs_of([0], images=["a"]), outputs_of([1]))
-  assert found["other_images"] == 0 and found["out_of_domain"] is None
+def test_another_field_an_older_record_and_one_modality_alone():
+  first, second = outputs_of([0], images=["a"], lenient_correct=True), outputs_of([1], lenient_correct=False)
+  found = comparison.compared(first, second)
+  assert found["overall"]["difference"] == 1 and found["other_images"] == 0 and found["out_of_domain"] is None
+  assert comparison.compared(first, second, field="lenient_correct")["overall"]["difference"] == -1
 
 
 def test_different_questions_are_named():

@@ -18,7 +18,6 @@ def display(**console):
 def test_the_figures_of_a_step():
   expected = "reward 1.50  accuracy 0.75  cliff 0.25  gate 0.50  hints accepted 0.60  12,346 tokens/s"
   assert figures_line(METRICS, TIMING) == expected
-  # Supervised training has no reward of its own.
   assert figures_line({"supervised/nll": 0.69315, "lr": 1e-4}, TIMING) == "nll 0.693  12,346 tokens/s"
 
 
