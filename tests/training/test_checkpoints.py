@@ -72,16 +72,6 @@ def test_the_state_may_change_while_it_is_written(tmp_path):
   assert (np.asarray(tree["w"]) == 5).all()
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
-  mesh = sharding.make_mesh(data=8)
-  checkpoints = opened(tmp_path, keep=2)
-  for step in range(1, 7):
-    checkpoints.save(step, state(mesh, step), {}, best=2 if step >= 2 else None)
-  checkpoints.close()
-  assert steps_in(tmp_path / "checkpoints") == [2, 5, 6]
-  assert not manifest.faults(tmp_path / "checkpoints" / "2")
-
-
 def test_the_old_one_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
   mesh = sharding.make_mesh(data=8)
   checkpoints = opened(tmp_path, keep=1)
@@ -108,11 +98,13 @@ def flip(folder):
   path.write_bytes(data)
 
 
-def test_damaged_checkpoints_are_set_aside_and_the_one_before_them_used(tmp_path, said):
-  saved(tmp_path, [2, 4])
+def test_what_is_damaged_is_set_aside_and_what_is_incomplete_removed_and_the_one_before_them_used(tmp_path, said):
+  saved(tmp_path, [2, 4, 6], keep=3)
+  (tmp_path / "checkpoints" / "6" / manifest.NAME).unlink()
   flip(tmp_path / "checkpoints" / "4")
   tree, record = restored(tmp_path)
   assert record == {"step": 2} and float(tree["b"][0]) == 2
+  assert "the checkpoint of step 6 was never completed" in said.text
   assert "the checkpoint of step 4 is damaged" in said.text and str(tmp_path / "broken" / "4") in said.text
   assert steps_in(tmp_path / "checkpoints") == [2] and steps_in(tmp_path / "broken") == [4]
   # The step can be saved again, and be damaged again, until no other is left.
@@ -121,14 +113,6 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_them_used(tmp_path
     largest(tmp_path / "checkpoints" / str(step)).unlink()
   assert restored(tmp_path) is None
   assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["2", "4", "4-1"]
-
-
-def test_what_was_never_completed_is_removed(tmp_path, said):
-  saved(tmp_path, [2, 4])
-  (tmp_path / "checkpoints" / "4" / manifest.NAME).unlink()
-  assert restored(tmp_path)[1] == {"step": 2}
-  assert "the checkpoint of step 4 was never completed" in said.text
-  assert steps_in(tmp_path / "checkpoints") == [2] and not (tmp_path / "broken").exists()
 
 
 def test_the_best_of_before_stays_until_that_of_now_is_complete(tmp_path, monkeypatch):
@@ -153,9 +137,8 @@ def test_the_best_of_before_stays_until_that_of_now_is_complete(tmp_path, monkey
 
 def test_another_state_is_refused(tmp_path):
   saved(tmp_path, [2])
-  mesh = sharding.make_mesh(data=8)
-  larger = {"w": jax.device_put(np.zeros((16, 8), np.float32), sharding.replicated(mesh))}
-  for like in ({"other": larger["w"]}, state(mesh, -1) | larger):
+  larger = {"w": jax.device_put(np.zeros((16, 8), np.float32), sharding.replicated(sharding.make_mesh(data=8)))}
+  for like in ({"other": larger["w"]}, restored(tmp_path)[0] | larger):
     checkpoints = opened(tmp_path)
     with pytest.raises(ValueError, match=r"checkpoints/2 is intact and does not fit the models of this config"):
       checkpoints.restore(jax.tree.map(jnp.copy, like))

@@ -10,7 +10,7 @@ from experiments.configs import kepo
 from kepo_jax import training
 from kepo_jax.data import pipeline, prompts
 from kepo_jax.data.records import LONGEST
-from kepo_jax.training import setup
+from kepo_jax.training import question_checks, setup
 from kepo_jax.training.interruption import Interruption
 from kepo_jax.types import Example, Hook
 from tests.data.cases import Layout, record
@@ -66,18 +66,30 @@ def test_records_that_fit_are_taken_as_they_are(asked):
   assert calls == [("checking images", n, 4) for n in (1, 2, 3, 4)] + [("checking images", 1, 1)]
 
 
-def test_an_image_that_would_stop_a_later_step(asked, tmp_path):
+def test_an_image_that_would_stop_a_later_step(asked, tmp_path, caplog):
   Image.new("L", (3000, 10)).save(tmp_path / "3.png")
   with pytest.raises(ValueError, match=r"train question q3: image .*3.png: an image of 3000 x 10 .* set data.lenient"):
     usable(small(), asked)
   assert len(usable(small(data__resize="squash384"), asked)[0]["train"]) == 4
+  Image.effect_noise((64, 64), 50).save(tmp_path / "1.png")
+  whole = (tmp_path / "1.png").read_bytes()
+  (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])  # its header can still be read
+  message = r"train question q1: image .*1.png.* \(2 such questions: .*'unreadable_image': 1, 'image_too_narrow': 1.*"
+  with pytest.raises(ValueError, match=message + "data.lenient to leave them out"):
+    usable(small(), asked)
   config = small(data__lenient=True)
-  with pytest.raises(ValueError, match="the train split has 3 questions and needs 4"):
+  with pytest.raises(ValueError, match="the train split has 2 questions and needs 4"):
     usable(config, asked)
-  config.batch.prompts = 3
-  questions, summaries = usable(config, asked)
-  assert [example.id for example in questions["train"]] == ["q0", "q1", "q2"]
-  assert summaries["checking"][0].rules == {"image_too_narrow": 1}
+  config.batch.prompts = 2
+  with caplog.at_level("WARNING"):
+    questions, summaries = usable(config, asked)
+  assert {part: [example.id for example in kept] for part, kept in questions.items()} == {
+    "train": ["q0", "q2"],
+    "test": ["q4"],
+  }
+  assert summaries["checking"][0].rules == {"unreadable_image": 1, "image_too_narrow": 1}
+  assert "2 questions left out: train questions of the run: 2 of 4 records kept" in caplog.text
+  assert "image_too_narrow 1: error: " in caplog.text and "first: question q3: " in caplog.text
 
 
 def test_a_test_image_counts_as_well(asked):
@@ -105,6 +117,15 @@ def test_a_text_that_is_too_long_to_be_a_question(asked):
   long = dataclasses.replace(asked["train"][1], question="a" * LONGEST)
   with pytest.raises(ValueError, match=r"train question q1: a question of 10006 characters .*'question_too_long': 1"):
     usable(small(), asked | {"train": [asked["train"][0], long, *asked["train"][2:]]})
+
+
+def test_the_wordings_that_a_run_uses():
+  config = small(data__prompt="no_think", exploration__hint_tokens=17)
+  hinted = {"hint_request": 0, "hint_and_answer": 17}
+  assert question_checks.prompt_kinds(config, "train") == {"no_think": 0} | hinted
+  assert question_checks.prompt_kinds(config, "validation") == {"evaluation": 0}
+  config.exploration.trigger = "never"
+  assert question_checks.prompt_kinds(config, "train") == {"no_think": 0}
 
 
 class Stopped(Hook):
