@@ -52,35 +52,18 @@ def test_rounding_to_nearest_stalls_and_ours_follows():
   assert abs(found.mean() - 0.999**steps) < 5 * found.std() / count**0.5 < 0.05
 
 
-def test_updates_follow_those_of_float32():
-  # Noisy gradients of sizes that differ a thousandfold inside a row.
-  sizes = 10.0 ** jax.random.uniform(jax.random.key(1), (8, 256), minval=-3.0, maxval=0.0)
-  ours, theirs = moments.scale_by_adam(**ADAM, dtype="bfloat16"), optax.scale_by_adam(**ADAM)
-
-  @jax.jit
-  def both(mine, other, key):
-    gradient = sizes * jax.random.normal(key, sizes.shape)
-    change, mine = ours.update(gradient, mine)
-    expected, other = theirs.update(gradient, other)
-    return mine, other, change, expected
-
-  mine, other = ours.init(sizes), theirs.init(sizes)
-  for n in range(300):
-    mine, other, change, expected = both(mine, other, jax.random.key(n))
-  assert np.linalg.norm(change - expected) < 0.02 * np.linalg.norm(expected)
-  ratio = np.float64(mine.nu) / np.asarray(other.nu)
-  assert abs(ratio.mean() - 1) < 5 * ratio.std() / ratio.size**0.5 + 1e-3
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_first_update_is_that_of_optax(dtype):
-  # Nothing is rounded yet: the maths is optax's, on stacks of layers as on single arrays.
+@pytest.mark.parametrize(("dtype", "updates"), [("float32", 5), ("bfloat16", 1)])
+def test_updates_are_those_of_optax_until_something_is_rounded(dtype, updates):
+  # The maths is optax's, on stacks of layers as on single arrays.
   gradient = {"a": jax.random.normal(jax.random.key(0), (3, 4, 5)), "b": jnp.array([0.5, -2.0])}
   ours, theirs = moments.scale_by_adam(**ADAM, dtype=dtype), optax.scale_by_adam(**ADAM)
-  change, after = ours.update(gradient, ours.init(gradient))
-  expected, _ = theirs.update(gradient, theirs.init(gradient))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), change, expected)
-  assert int(after.count) == 1
+  mine, other = ours.init(gradient), theirs.init(gradient)
+  for count in range(1, updates + 1):
+    change, mine = ours.update(gradient, mine)
+    expected, other = theirs.update(gradient, other)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), change, expected)
+    assert int(mine.count) == count
+    gradient = jax.tree.map(jnp.sin, gradient)
 
 
 def test_an_unknown_dtype_is_refused():
@@ -109,10 +92,9 @@ def test_eight_bits_are_right_on_average_and_never_zero_beside_a_first_moment(me
   assert small[0] > 0
   leaf = moments.Float8(codes=jnp.zeros((3, 8, 16), jnp.float8_e4m3fn), scale=jnp.ones((3, 8)))
   mesh = mesh_of(fsdp=2, tensor=2)
-  places = moments.sharding_of(leaf, NamedSharding(mesh, PartitionSpec(None, "tensor", "fsdp")))
-  assert places.scale.spec == PartitionSpec(None, "tensor") and places.codes.spec == PartitionSpec(
-    None, "tensor", "fsdp"
-  )
+  spec = PartitionSpec(None, "tensor", "fsdp")
+  places = moments.sharding_of(leaf, NamedSharding(mesh, spec))
+  assert places.scale.spec == PartitionSpec(None, "tensor") and places.codes.spec == spec
 
 
 # ---- the state ----

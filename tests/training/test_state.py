@@ -37,7 +37,6 @@ def test_the_optimizer_is_adam_without_decay():
   updates, moments = optimizer.update({"a": jnp.array([0.3, -0.4])}, moments, params, step=0)
   # The first step of Adam is lr times the sign of the gradient.
   np.testing.assert_allclose(updates["a"], [-0.1, 0.1], rtol=1e-5)
-  assert [leaf.shape for leaf in jax.tree.leaves(moments) if leaf.ndim] == [(2,), (2,)]
   # The second by hand: m = 0.9 m + 0.1 g over 1 - 0.9^2, v likewise with 0.999; g doubles, and is not clipped: norm 1.
   updates, _ = optimizer.update({"a": jnp.array([0.6, -0.8])}, moments, params, step=0)
   first = (0.9 * 0.1 * 0.3 + 0.1 * 0.6) / (1 - 0.9**2)
@@ -113,11 +112,9 @@ def test_frozen_parts_have_no_moments(params):
   optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
   first = state.initial_state(params, optimizer, ("visual",))
   assert first.params is params  # they stay in the state, for the forward pass and the export
+  moving = state.trained(params, ("visual",))
   for name in ("mu", "nu"):
     moment = optax.tree_utils.tree_get(first.opt_state, name)
-    assert moment.keys() == {"language_model"}
-    assert [leaf.shape for leaf in jax.tree.leaves(moment)] == [(3,), (4, 6)]
-  # It takes gradients of the trained parts, and no others.
-  moving = state.trained(params, ("visual",))
-  updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, moving), first.opt_state, moving, step=0)
-  assert updates.keys() == {"language_model"}
+    assert (
+      jax.tree.map(jnp.shape, moment) == jax.tree.map(jnp.shape, moving) == {"language_model": {"b": (3,), "w": (4, 6)}}
+    )
