@@ -130,38 +130,37 @@ def test_no_second_copy_is_there_while_decode_weights_are_made(student, params, 
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), decode_weights(placed), expected)
 
 
-def prepared(mesh, **changes):
-  """The student of a run on a mesh."""
-  config = shrunk(kepo.get_config(), **changes)
+def prepared(mesh, seed=0, **changes):
+  """The config of a run, and its student on a mesh."""
+  config = shrunk(kepo.get_config(), model__compute_dtype="bfloat16", **changes)
+  config.seed = seed
   loaded = setup.load_models(config, mesh, {"student": ASSETS / "confused"}, (), Interruption())
   return config, loaded["student"]
 
 
+def dtypes(params):
+  return {leaf.dtype.name for leaf in jax.tree.leaves(params)}
+
+
 def test_a_run_loads_the_base_in_the_compute_dtype(mesh_of):
-  changes = {"model__lora_rank": 4, "model__lora_targets": ("q_proj",), "model__compute_dtype": "bfloat16"}
+  changes = {"model__lora_rank": 4, "model__lora_targets": ("q_proj",)}
   config, loaded = prepared(mesh_of(fsdp=2), **changes)
   assert loaded.config.lora == LoraConfig(rank=4, alpha=32.0, targets=("q_proj",))
-  assert {leaf.dtype for leaf in jax.tree.leaves(lora.without(loaded.params))} == {jnp.dtype("bfloat16")}
   matrices = loaded.params[lora.PART]["self_attn"]["q_proj"]
-  assert {leaf.dtype for leaf in jax.tree.leaves(matrices)} == {jnp.dtype("float32")}
+  assert dtypes(lora.without(loaded.params)) == {"bfloat16"} and dtypes(matrices) == {"float32"}
   # A [L, in, r] is divided as the width of the weight is.
   a = matrices[lora.A]
   assert a.sharding.shard_shape(a.shape) == (a.shape[0], a.shape[1] // 2, 4)
   assert assembly.frozen_parts(config) == FROZEN
   # The matrices of a seed do not depend on the mesh; another seed draws others.
-  np.testing.assert_array_equal(a, prepared(mesh_of(), **changes)[1].params[lora.PART]["self_attn"]["q_proj"][lora.A])
-  other = shrunk(kepo.get_config(), **changes)
-  other.seed = 1
-  base = programs.Model(lora.base(loaded.config), lora.without(loaded.params))
-  drawn = assembly.with_lora(other, base, setup.stream(other.seed, "lora"))
-  assert (np.asarray(a) != drawn.params[lora.PART]["self_attn"]["q_proj"][lora.A]).all()
-
-
-def test_without_it_everything_is_as_it_was(mesh_of):
-  config, loaded = prepared(mesh_of(), model__compute_dtype="bfloat16")
+  same, other = (
+    prepared(mesh_of(), seed, **changes)[1].params[lora.PART]["self_attn"]["q_proj"][lora.A] for seed in (0, 1)
+  )
+  np.testing.assert_array_equal(a, same)
+  assert (np.asarray(a) != other).all()
+  config, loaded = prepared(mesh_of())
   assert loaded.config.lora is None and lora.PART not in loaded.params
-  assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype("float32")}
-  assert assembly.frozen_parts(config) == ()
+  assert dtypes(loaded.params) == {"float32"} and assembly.frozen_parts(config) == ()
 
 
 # ---- whole runs ----
