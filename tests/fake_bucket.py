@@ -1,14 +1,11 @@
 """gs:// on this machine: a folder of objects behind Google's JSON API on loopback, and behind fsspec.
 
-TensorStore, which Orbax writes arrays with, speaks HTTP; epath goes through fsspec, by `Objects` below, or by the real
-gcsfs where a test asks for it and it is installed. Both see the same objects: one file each under `root/<bucket>/`. As
-in a bucket, and unlike in a folder, there are no empty folders, an object appears when its upload is complete, and
-nothing is appended to or renamed in place.
+TensorStore, which Orbax writes arrays with, speaks HTTP; epath goes through fsspec, by `Objects` below. Both see the
+same objects: one file each under `root/<bucket>/`. As in a bucket, and unlike in a folder, there are no empty folders,
+an object appears when its upload is complete, and nothing is appended to or renamed in place.
 """
 
 import contextlib
-import datetime
-import email.parser
 import http.server
 import io
 import json
@@ -48,16 +45,13 @@ class Store:
     self.uploads: list[str] = []  # "bucket/name", in order
 
   def path(self, bucket: str, name: str) -> pathlib.Path:
-    if ".." in pathlib.PurePosixPath(name).parts:
-      raise Missing(name)
     return self.root / bucket / name
 
   def names(self, bucket: str, prefix: str = "") -> list[str]:
     top = self.root / bucket
     if not bucket or not top.is_dir():
       raise Missing(bucket)
-    start = top / prefix.rpartition("/")[0]  # not the whole bucket: gcsfs asks for a list behind every object
-    found = (path.relative_to(top).as_posix() for path in start.rglob("*") if path.is_file())
+    found = (path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file())
     return sorted(name for name in found if name.startswith(prefix))
 
   def generation(self, bucket: str, name: str) -> int:
@@ -82,9 +76,8 @@ class Store:
       os.replace(partial, path)
       self.uploads.append(f"{bucket}/{name}")
 
-  def delete(self, bucket: str, name: str, match: str | None = None) -> None:
+  def delete(self, bucket: str, name: str) -> None:
     with self.lock:
-      self.check(bucket, name, match)
       path = self.path(bucket, name)
       if not path.is_file():
         raise Missing(name)
@@ -99,7 +92,7 @@ class Store:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  """The part of Google's JSON API that TensorStore, gcsfs and google-cloud-storage use."""
+  """The part of Google's JSON API that TensorStore uses here."""
 
   protocol_version = "HTTP/1.1"
   server: "Server"
@@ -113,117 +106,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def do_POST(self):  # noqa: N802
     self.answered(self.post)
 
-  do_PUT = do_POST  # noqa: N815
-
-  def do_DELETE(self):  # noqa: N802
-    self.answered(self.delete)
-
   def answered(self, act) -> None:
     self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    path, _, query = self.path.partition("?")
+    found = re.search(r"/b/([^/]+)/o/?(.*)$", path)
     try:
-      act(*self.place(self.path))
+      act(*map(urllib.parse.unquote, found.groups()), dict(urllib.parse.parse_qsl(query, keep_blank_values=True)))
     except Missing as error:
       self.reply(404, {"error": {"code": 404, "message": f"No such object: {error}"}})
     except Refused as error:
       self.reply(412, {"error": {"code": 412, "message": f"conditionNotMet {error}"}})
 
-  @staticmethod
-  def place(address: str) -> tuple[str, str, dict[str, str]]:
-    path, _, query = address.partition("?")
-    found = re.search(r"/b/([^/]+)/?(.*)$", path)
-    parts = (urllib.parse.unquote(found[1]), found[2]) if found else ("", path)
-    return *parts, dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-
-  def get(self, bucket: str, rest: str, query: dict[str, str]) -> None:
+  def get(self, bucket: str, name: str, query: dict[str, str]) -> None:
     store = self.server.store
-    if rest in ("", "o", "o/"):
-      names = store.names(bucket, query.get("prefix", ""))
-      return self.reply(200, self.page(bucket, names, query) if rest else {"kind": "storage#bucket", "name": bucket})
-    name = urllib.parse.unquote(rest[2:])
-    data = store.read(bucket, name)
+    data, generation = store.read(bucket, name), str(store.generation(bucket, name))
     store.check(bucket, name, query.get("ifGenerationMatch"))
-    if query.get("ifGenerationNotMatch") == str(store.generation(bucket, name)):
+    if query.get("ifGenerationNotMatch") == generation:
       return self.reply(304, b"")
-    if query.get("alt") != "media":
-      return self.reply(200, self.described(bucket, name))
-    headers = {"x-goog-generation": str(store.generation(bucket, name))}
+    headers = {"x-goog-generation": generation}
     asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
     if not asked:
       return self.reply(200, data, headers)
     first = int(asked[1] or len(data) - int(asked[2]))
     last = int(asked[2] or len(data)) if asked[1] else len(data)
-    if first >= len(data):
-      return self.reply(416, b"", {"Content-Range": f"bytes */{len(data)}"})
     part = data[first : last + 1]
     headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
     return self.reply(206, part, headers)
 
-  def page(self, bucket: str, names: list[str], query: dict[str, str]) -> dict:
-    prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
-    folders = {}
-    if delimiter:
-      cut = {name: name[len(prefix) :].partition(delimiter) for name in names}
-      folders = {prefix + head + delimiter: None for head, found, _ in cut.values() if found}
-      names = [name for name in names if not cut[name][1]]
-    names = [name for name in names if name >= query.get("startOffset", "")]
-    start, size = int(query.get("pageToken") or 0), min(int(query.get("maxResults") or 1000), self.server.page)
-    found = {"kind": "storage#objects", "items": [self.described(bucket, name) for name in names[start : start + size]]}
-    if folders and not start:
-      found["prefixes"] = sorted(folders)
-    return found | ({"nextPageToken": str(start + size)} if start + size < len(names) else {})
-
-  def described(self, bucket: str, name: str) -> dict[str, str]:
-    path, generation = self.server.store.path(bucket, name), self.server.store.generation(bucket, name)
-    if not generation:
-      raise Missing(name)
-    time = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat().replace("+00:00", "Z")
-    return {
-      "kind": "storage#object", "bucket": bucket, "name": name, "size": str(path.stat().st_size),
-      "generation": str(generation), "metageneration": "1", "updated": time, "timeCreated": time,
-    }  # fmt: skip
-
-  def post(self, bucket: str, rest: str, query: dict[str, str]) -> None:
-    store, match = self.server.store, query.get("ifGenerationMatch")
-    if not bucket:
-      return self.batch()
-    if copied := re.fullmatch(r"o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", rest):
-      source, to, target = map(urllib.parse.unquote, copied.groups())
-      store.write(to, target, store.read(bucket, source))
-      return self.reply(200, {"done": True, "resource": self.described(to, target)})
-    kind, name, data = query.get("uploadType"), query.get("name", ""), self.body
-    if kind == "multipart":
-      described, data = parts_of(self.body, self.headers["Content-Type"])
-      name = json.loads(described)["name"]
-    if kind == "resumable" and "upload_id" not in query:
-      name = name or json.loads(self.body)["name"]
-      token = urllib.parse.quote(name, safe="")
-      self.server.pending[name] = b""
-      address = f"{self.server.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&name={token}&upload_id={token}"
-      return self.reply(200, b"", {"Location": address})
-    if kind == "resumable":
-      self.server.pending[name] += data
-      data = self.server.pending[name]
-      if self.headers["Content-Range"].rpartition("/")[2] != str(len(data)):
-        return self.reply(308, b"", {"Range": f"bytes=0-{len(data) - 1}"})
-      del self.server.pending[name]
-    store.write(bucket, name, data, match)
-    return self.reply(200, self.described(bucket, name))
-
-  def batch(self) -> None:
-    replies = []
-    for asked in re.findall(rb"DELETE (\S+) HTTP", self.body):
-      bucket, rest, query = self.place(asked.decode())
-      try:
-        self.server.store.delete(bucket, urllib.parse.unquote(rest[2:]), query.get("ifGenerationMatch"))
-        replies.append("HTTP/1.1 204 No Content\r\n\r\n")
-      except Missing:
-        replies.append('HTTP/1.1 404 Not Found\r\n\r\n{"error": {"message": "No such object"}}\r\n')
-    text = "".join(f"--batch\r\nContent-Type: application/http\r\n\r\n{each}" for each in replies) + "--batch--"
-    self.reply(200, text.encode(), {"Content-Type": "multipart/mixed; boundary=batch"})
-
-  def delete(self, bucket: str, rest: str, query: dict[str, str]) -> None:
-    self.server.store.delete(bucket, urllib.parse.unquote(rest[2:]), query.get("ifGenerationMatch"))
-    self.reply(204, b"")
+  def post(self, bucket: str, _: str, query: dict[str, str]) -> None:
+    store, name = self.server.store, query["name"]
+    store.write(bucket, name, self.body, query.get("ifGenerationMatch"))
+    self.reply(200, {"bucket": bucket, "name": name, "generation": str(store.generation(bucket, name))})
 
   def reply(self, status: int, content: bytes | dict, headers: dict[str, str] | None = None) -> None:
     data = json.dumps(content).encode() if isinstance(content, dict) else content
@@ -231,19 +144,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     kind = "application/json" if isinstance(content, dict) else "application/octet-stream"
     for name, value in ({"Content-Type": kind} | (headers or {})).items():
       self.send_header(name, value)
-    if status not in (204, 304):
+    if status != 304:
       self.send_header("Content-Length", str(len(data)))
     self.end_headers()
-    if status not in (204, 304):
+    if status != 304:
       self.wfile.write(data)
-
-
-def parts_of(body: bytes, content_type: str) -> tuple[bytes, bytes]:
-  """The metadata and the bytes of a multipart upload."""
-  boundary = email.parser.HeaderParser().parsestr(f"Content-Type: {content_type}").get_boundary().encode()
-  _, described, data, _ = re.split(rb"\r?\n?--" + re.escape(boundary), body, maxsplit=3)
-  behind_headers = re.compile(rb"\r?\n\r?\n")
-  return behind_headers.split(described, maxsplit=1)[1], behind_headers.split(data, maxsplit=1)[1]
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -255,8 +160,6 @@ class Server(http.server.ThreadingHTTPServer):
   def __init__(self, store: Store):
     super().__init__(("127.0.0.1", 0), Handler)
     self.store = store
-    self.page = 7  # objects per page at most: whoever forgets the next page is seen
-    self.pending: dict[str, bytes] = {}  # resumable uploads
     threading.Thread(target=self.serve_forever, daemon=True).start()
 
   def handle_error(self, *_):
@@ -356,12 +259,11 @@ class Objects(AbstractFileSystem):
 
 
 @contextlib.contextmanager
-def served(root: pathlib.Path, *, gcsfs: bool = False) -> Iterator[Store]:
+def served(root: pathlib.Path) -> Iterator[Store]:
   """Makes gs://NAME/ the folder root/NAME inside the block, for this process.
 
   Args:
     root: holds one folder per bucket.
-    gcsfs: reach it through the real gcsfs, which must be installed.
   """
   global _SERVER
   _SERVER = _SERVER or Server(Store())
@@ -370,25 +272,17 @@ def served(root: pathlib.Path, *, gcsfs: bool = False) -> Iterator[Store]:
   variables = {
     "TENSORSTORE_GCS_HTTP_URL": _SERVER.url,
     "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # else TensorStore looks for a metadata server
-    "STORAGE_EMULATOR_HOST": _SERVER.url,
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks for the kind of bucket outside of the emulator
   }
   kept = {name: os.environ.get(name) for name in variables}
-  settings = fsspec.config.conf.setdefault("gcs", {})
   names = ("gs", "gcs")
   known = {name: known_implementations[name] for name in names}
   filesystem = type("Objects", (Objects,), {"store": store})
   get_bucket = gcs_utils.get_bucket
   os.environ.update(variables)
-  settings["token"] = "anon"
   for name in names:
-    _registry.pop(name, None)
-    known_implementations[name] = known[name] | {"class": "gcsfs.core.GCSFileSystem"}
-    if not gcsfs:
-      fsspec.register_implementation(name, filesystem, clobber=True)
+    fsspec.register_implementation(name, filesystem, clobber=True)
   backend.fsspec_backend._get_filesystem.cache_clear()
-  if not gcsfs:  # google-cloud-storage comes with it
-    gcs_utils.get_bucket = lambda name: types.SimpleNamespace(hierarchical_namespace_enabled=False)
+  gcs_utils.get_bucket = lambda name: types.SimpleNamespace(hierarchical_namespace_enabled=False)
   try:
     yield store
   finally:
@@ -397,6 +291,5 @@ def served(root: pathlib.Path, *, gcsfs: bool = False) -> Iterator[Store]:
       _registry.pop(name, None)
     known_implementations.update(known)
     backend.fsspec_backend._get_filesystem.cache_clear()
-    settings.pop("token")
     for name, value in kept.items():
       os.environ.pop(name) if value is None else os.environ.update({name: value})
