@@ -1,8 +1,10 @@
-"""One of two processes of four devices, without a run: python -m tests.several WHAT ADDRESS NUMBER FILE.
+"""One of two processes of four devices, without a run: python -m tests.several NUMBER FILE.
 
-What it finds goes to FILE, a line of JSON each: the libraries write to the standard output whenever they like.
+Both are started as SLURM starts them, and do one thing after the other. What one finds goes to FILE, a line of JSON
+each: the libraries write to the standard output whenever they like.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,8 +15,10 @@ import traceback
 
 import jax
 import numpy as np
+from absl import flags
 from PIL import Image
 
+from experiments import environment
 from kepo_jax import processes, rewards, sharding
 from kepo_jax.data.rules import Rejected
 from kepo_jax.models.qwen3_vl import conversion
@@ -33,37 +37,56 @@ class Processor:
     return [f"{row[keep].tolist()}" for row, keep in zip(tokens, mask, strict=True)]
 
 
-def say(**said):
+def say(about, **said):
   with open(sys.argv[-1], "a", encoding="utf-8") as file:
-    file.write(json.dumps(said) + "\n")
+    file.write(json.dumps({"about": about} | said) + "\n")
 
 
 def gather(number):
-  """Values of different sizes, one of them longer than a message; and how many programs that compiles."""
-
+  """Values of different sizes, the longest longer than a message; and how many programs that compiles."""
   counter, sizes = CompileCounter(), []
-  for values in (["", "é" * 3], ["a" * (3 * processes.CHUNK), "b"], ["c", "d" * 1000]):
-    found = processes.gathered(lambda values=values: {"number": number, "text": values[number]})
-    assert [each["text"] for each in found] == values and [each["number"] for each in found] == [0, 1]
+  values = ["", "é" * 3], ["a" * (3 * processes.CHUNK), "b"], ["c", "d" * (2 * processes.CHUNK)]
+  for both in values:
+    found = processes.gathered(lambda both=both: {"number": number, "text": both[number]})
+    assert [each["text"] for each in found] == both and [each["number"] for each in found] == [0, 1]
     sizes.append(counter.figures()["compiled/programs"])
-  say(compiled=sizes)
+  say("gather", compiled=sizes)
+  say("gather", flags=processes.any_process(number == 1, False, True))
+
+
+@contextlib.contextmanager
+def told(about):
+  """Says which error ends a block."""
+  try:
+    yield
+  except (KeyError, OSError, ValueError) as error:
+    say(about, error=type(error).__name__, text=str(error))
 
 
 def fail(number):
-  """An error on the second process, of a kind that nobody expects."""
+  """An error on one process, of a kind that nobody expects."""
 
-  def work():
-    return {}[0] if number else 0
+  def work(failing):
+    return {}[0] if number == failing else 0
 
-  try:
-    processes.gathered(work)
-  except (KeyError, OSError) as error:
-    say(error=type(error).__name__)
+  with told("fail"):
+    processes.gathered(lambda: work(1))
+  with told("fail"):
+    processes.together(lambda: work(1))
+  with told("fail"):
+    processes.on_first(lambda: work(0))
+  say("fail", first=processes.on_first(lambda: f"é{number}"))
 
 
 def rollouts(prompts, samples):
   tokens = np.arange(prompts * samples, dtype=np.int32).reshape(prompts, samples, 1)
   return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
+
+
+def groups_of(mesh, shape, reward):
+  judge = rewards.Scorer({"accuracy": (reward, 1.0), "format": (rewards.strict_format, 1.0)})
+  with jax.set_mesh(mesh):
+    return grouping.scored_groups(Processor(), [example(f"q{p}") for p in range(shape[0])], rollouts(*shape), judge)
 
 
 # Meshes that hold the rows of a batch in different ways: (mesh, (prompts, rollouts)).
@@ -79,29 +102,18 @@ def score(_):
       scored.append(int(completion.strip("[]")))
       return scored[-1] / 3
 
-    judge = rewards.Scorer({"accuracy": (reward, 1.0), "format": (rewards.strict_format, 1.0)})
-    with jax.set_mesh(sharding.make_mesh(*axes)):
-      examples = [example(f"q{p}") for p in range(shape[0])]
-      groups = grouping.scored_groups(Processor(), examples, rollouts(*shape), judge)
+    groups = groups_of(sharding.make_mesh(*axes), shape, reward)
     expected = (np.arange(np.prod(shape)) / 3).astype(np.float32).reshape(shape)
     np.testing.assert_array_equal(groups.scores["accuracy"], expected)
     np.testing.assert_array_equal(groups.scores["total"], expected)
     assert groups.texts.tolist() == [[f"[{p * shape[1] + g}]" for g in range(shape[1])] for p in range(shape[0])]
-    say(scored=scored)
+    say("score", scored=scored)
 
 
 def refuse(_):
   """A reward that is no number for a rollout of the second process."""
-
-  def reward(completion, _):
-    return float("nan") if completion == "[13]" else 0.0
-
-  judge = rewards.Scorer({"accuracy": (reward, 1.0), "format": (rewards.strict_format, 1.0)})
-  with jax.set_mesh(sharding.make_mesh(8)):
-    try:
-      grouping.scored_groups(Processor(), [example(f"q{p}") for p in range(8)], rollouts(8, 2), judge)
-    except (ValueError, OSError) as error:
-      say(error=type(error).__name__, text=str(error))
+  with told("refuse"):
+    groups_of(sharding.make_mesh(8), (8, 2), lambda completion, _: float("nan") if completion == "[13]" else 0.0)
 
 
 def look(number):
@@ -116,7 +128,7 @@ def look(number):
     (folder / "3.png").write_bytes(whole[: len(whole) // 2])
 
   def refusals(split, examples):
-    say(measured=[each.id for each in examples])
+    say("look", measured=[each.id for each in examples])
     return {each.id: Rejected("prompt_too_long", "9 tokens") for each in examples if number and each.id == "set/q1"}
 
   summaries = []
@@ -127,8 +139,8 @@ def look(number):
     refusals=refusals,
     report=summaries.append,
   )
-  say(decoded=calls)
-  say(kept=[each.id for each in kept["train"]], rules=dict(summaries[0].rules), first=summaries[0].first)
+  say("look", decoded=calls)
+  say("look", kept=[each.id for each in kept["train"]], rules=dict(summaries[0].rules), first=summaries[0].first)
 
 
 def export(number):
@@ -147,29 +159,24 @@ def export(number):
     except OSError as raised:
       error = str(raised)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    say(error=error, there=(folder / "config.json").exists())
+    say("export", error=error, there=(folder / "config.json").exists())
 
 
-def leave(status):
-  """Ends the process when its input does, without jax's exit handlers: their last meeting sometimes takes minutes."""
-  if status:
-    traceback.print_exc()
+def main(number):
+  environment.define_process_flags()
+  flags.FLAGS(["several"])
+  say("join", several=environment.join_processes(), number=jax.process_index(), count=jax.process_count())
+  for work in (gather, fail, score, refuse, look, export):
+    work(number)
+  say("end")
+  # Leaves when its input ends, without jax's exit handlers: their last meeting sometimes takes minutes.
   sys.stdin.read()
-  os._exit(status)
-
-
-WHAT = {"gather": gather, "fail": fail, "score": score, "refuse": refuse, "look": look, "export": export}
-
-
-def main(what, address, number, _):
-  jax.distributed.initialize(address, 2, int(number), cluster_detection_method="deactivate")
-  status = 1
-  try:
-    WHAT[what](int(number))
-    status = 0
-  finally:
-    leave(status)
+  os._exit(0)
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  try:
+    main(int(sys.argv[1]))
+  except BaseException:
+    traceback.print_exc()
+    os._exit(1)

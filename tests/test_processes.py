@@ -1,73 +1,85 @@
 """What processes tell each other: everything arrives, in one shape, and an error on one of them ends all."""
 
-import contextlib
+import collections
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-import tempfile
+import time
 
 import jax
 import numpy as np
 
 from kepo_jax import processes, sharding
-from tests.conftest import ROOT
+from tests.started import free_address, logs, started
+
+SECONDS = 180
 
 
-def two(what):
-  """What each of two processes of `tests.several` says, line by line; both must succeed."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-  with contextlib.ExitStack() as stack:
-    folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    files, running = [folder / "0", folder / "1"], []
-    for number, file in enumerate(files):
-      command = [sys.executable, "-m", "tests.several", what, address, str(number), str(file)]
-      pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-      process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, **pipes)
-      stack.callback(process.wait)
-      stack.callback(process.kill)
-      running.append(process)
-    for process in reversed(running):  # the first one serves the connection, and must leave last
-      _, log = process.communicate(timeout=120)
-      assert process.returncode == 0, log[-3000:]
-    return [[json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files]
+def two(folder):
+  """What two processes of `tests.several` say, of each: what it is about -> lines."""
+  address, files = free_address(), [folder / "0", folder / "1"]
+  slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1,other", "SLURM_NTASKS": "2"}
+  slurm |= {"JAX_COORDINATOR_PORT": address.partition(":")[2], "JAX_COORDINATOR_BIND_ADDRESS": address}
+  environ = [slurm | {"SLURM_PROCID": number, "SLURM_LOCALID": number} for number in "01"]
+  commands = [("tests.several", number, file) for number, file in enumerate(files)]
+  for file in files:
+    file.touch()
+  with started(folder, *commands, devices=4, environ=environ) as running:
+    deadline = time.monotonic() + SECONDS
+    # Where one has failed, the other one waits for it.
+    while time.monotonic() < deadline and not any(process.poll() for process in running):
+      if all('"end"' in file.read_text("utf-8") for file in files):
+        for process in reversed(running):  # the first one serves the connection, and must leave last
+          process.communicate()
+        break
+      time.sleep(0.05)
+  said = [collections.defaultdict(list) for _ in files]
+  for lines, file in zip(said, files, strict=True):
+    for line in map(json.loads, file.read_text("utf-8").splitlines()):
+      lines[line.pop("about")].append(line)
+  return said
 
 
-def test_values_of_any_size_are_gathered_by_the_same_programs():
-  for (said,) in two("gather"):
-    first, *others = said["compiled"]
-    assert first > 0 and others == [first, first]
+def test_two_processes_act_as_one(tmp_path):
+  first, second = two(tmp_path)
+  log = logs(tmp_path)
+  # Joined as SLURM says.
+  assert first["join"] + second["join"] == [{"several": True, "number": n, "count": 2} for n in range(2)], log
+  # Values of any size are gathered by the same programs.
+  for said in (first, second):
+    assert len(said["gather"]) == 2, log
+    compiled, *others = said["gather"][0]["compiled"]
+    assert compiled > 0 and others == [compiled, compiled]
+    assert said["gather"][1]["flags"] == [True, False, True]
+  assert_an_error_ends_all(first["fail"], second["fail"])
+  assert_scored_by_the_lowest_that_holds_it(first["score"], second["score"])
+  (refused,), (other,) = first["refuse"], second["refuse"]
+  assert refused["error"] == "OSError" and "another process" in refused["text"]
+  assert other["error"] == "ValueError" and "set/q6" in other["text"]
+  assert_bad_images_are_left_out_by_all(first["look"], second["look"])
+  # An export for which there is no room ends all, and leaves nobody behind.
+  full, room = zip(first["export"], second["export"], strict=True)
+  assert "File too large" in full[0]["error"] and "another process" in full[1]["error"]
+  assert [each["there"] for each in full] == [False, False]
+  assert [each["error"] for each in room] == ["", ""] and room[0]["there"]
+  assert "end" in first and "end" in second, log
 
 
-def test_an_error_on_one_process_ends_all():
-  assert two("fail") == [[{"error": "OSError"}], [{"error": "KeyError"}]]
+def assert_an_error_ends_all(first, second):
+  errors = [[each.get("error") for each in said] for said in (first, second)]
+  assert errors == [["OSError", "OSError", "KeyError", None], ["KeyError", "KeyError", "ValueError", None]]
+  assert first[-1]["first"] == second[-1]["first"] == "é0"
 
 
-def test_a_reward_that_is_no_number_on_one_process_ends_all():
-  ((first,), (second,)) = two("refuse")
-  assert first["error"] == "OSError" and "another process" in first["text"]
-  assert second["error"] == "ValueError" and "set/q6" in second["text"]
-
-
-def test_each_rollout_is_scored_by_the_lowest_process_that_holds_it():
-  whole, rest = two("score")
-  expected = [
+def assert_scored_by_the_lowest_that_holds_it(first, second):
+  assert [(a["scored"], b["scored"]) for a, b in zip(first, second, strict=True)] == [
     ([*range(8)], [*range(8, 16)]),  # four prompts of eight each
     ([0, 1, 2, 3], [4, 5, 6, 7]),  # one prompt of two each, its rollouts over fsdp
     ([0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]),  # half of each group
     ([0, 1, 2, 3], []),  # both hold all
     ([0, 1, 2, 3, 4, 5], []),  # three prompts on eight devices: both hold all
   ]
-  assert [(a["scored"], b["scored"]) for a, b in zip(whole, rest, strict=True)] == expected
 
 
-def test_an_image_that_one_process_cannot_read_is_left_out_by_all():
-  first, second = two("look")
+def assert_bad_images_are_left_out_by_all(first, second):
   assert [first[1], second[1]] == [{"decoded": [[1, 3], [2, 3], [3, 3]]}, {"decoded": [[1, 2], [2, 2]]}]
   # Without the damaged one four are left to be measured.
   assert [first[0], second[0]] == [{"measured": ["set/q0", "set/q2"]}, {"measured": ["set/q1", "set/q4"]}]
@@ -77,13 +89,6 @@ def test_an_image_that_one_process_cannot_read_is_left_out_by_all():
     assert said["first"]["prompt_too_long"] == "question set/q1: 9 tokens"
     assert "question set/q3: image" in said["first"]["unreadable_image"]
     assert "images-1/3.png: damaged" in said["first"]["unreadable_image"]
-
-
-def test_an_export_for_which_there_is_no_room_ends_all_and_leaves_nobody_behind():
-  first, second = two("export")
-  assert "File too large" in first[0]["error"] and "another process" in second[0]["error"]
-  assert [each["there"] for each in (first[0], second[0])] == [False, False]
-  assert first[1]["error"] == second[1]["error"] == "" and first[1]["there"]
 
 
 def test_what_is_shared_out_comes_back_in_its_order(monkeypatch):
@@ -102,8 +107,7 @@ def test_what_is_shared_out_comes_back_in_its_order(monkeypatch):
 
 def test_a_lone_process_hands_over_what_it_made():
   value = {"not": ("JSON", object())}
-  assert processes.gathered(lambda: value) == [value]
-  assert processes.gathered(lambda: value)[0] is value
+  assert processes.gathered(lambda: value)[0] is value and processes.together(lambda: value) is value
 
 
 def test_a_lone_process_reads_every_rollout_but_not_the_padding(mesh_of):
@@ -114,7 +118,3 @@ def test_a_lone_process_reads_every_rollout_but_not_the_padding(mesh_of):
   assert read == [0, 1, 2] and found.shape == (3, 2)
   assert found.tolist() == [[(p, g) for g in range(2)] for p in range(3)]
   assert sharding.row_holders(2, 3).tolist() == np.zeros((2, 3), int).tolist()  # nor is a mesh needed
-
-
-def test_what_is_done_together_comes_back():
-  assert processes.together(lambda: 3) == 3

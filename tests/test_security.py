@@ -1,11 +1,9 @@
-"""Nothing is fetched unless a Hub id asks for it, and no code that lies in a model or checkpoint folder is run."""
+"""Code in a model or checkpoint folder is not run; and the watch of the network, under which the README trains."""
 
-import contextlib
 import json
 import os
 import pathlib
 import pickle
-import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +11,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from kepo_jax import sharding
 from kepo_jax.data import prompts, tokenization
@@ -38,48 +35,20 @@ sys.addaudithook(watch)
 REPORT = """
 print("reached", reached)
 """
-TRAINING = """
-import pathlib
-from experiments.configs import kepo
-from kepo_jax import training
-from kepo_jax.data import prompts, splits
-from kepo_jax.data.pipeline import Processor
-from kepo_jax.models.qwen3_vl import conversion
-from kepo_jax.reporting import RunReporter
-from tests.training.runs import ASSETS, shrunk
-config = shrunk(kepo.get_config(), train__steps=2, eval__every=2, eval__prompts=8, checkpoint__every=1)
-for folder in (config.model.student, config.model.teacher):
-  Processor.from_directory(pathlib.Path(folder), templates=prompts.TEMPLATES["brief"])
-  conversion.load_pretrained(folder)
-workdir = sys.argv[1]
-training.train(config, workdir=workdir, records=splits.load(config.data), hooks=[RunReporter()])
-from experiments import export_checkpoint
-from absl import flags
-flags.FLAGS(["export", f"--workdir={workdir}", f"--output={workdir}-export"])
-export_checkpoint.main([])
-"""
 # What a library would do: it asks, and goes on without an answer.
-ATTEMPTS = {
-  "huggingface_hub": """
+ATTEMPTS = """
+import contextlib, socket
 import huggingface_hub
-try:
-  huggingface_hub.model_info("gpt2")
-except Exception:
-  pass
-""",
-  "a socket": """
-import socket
-try:
+with contextlib.suppress(OSError):
   socket.create_connection(("127.0.0.1", 9), timeout=1)
-except OSError:
-  pass
-""",
-}
+with contextlib.suppress(Exception):
+  huggingface_hub.model_info("gpt2")
+"""
 
 
 def reached(program: str, *arguments) -> str:
   """What a program that may use the network says it tried to reach."""
-  offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "XLA_FLAGS")
+  offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
   environment = {name: value for name, value in os.environ.items() if name not in offline}
   command = [sys.executable, "-c", WATCHED + program + REPORT, *map(str, arguments)]
   found = subprocess.run(
@@ -89,15 +58,9 @@ def reached(program: str, *arguments) -> str:
   return found.stdout.splitlines()[-1]
 
 
-def test_loading_training_and_exporting_reach_for_nothing(tmp_path):
-  assert reached(TRAINING, tmp_path / "run") == "reached []"
-  assert (tmp_path / "run" / "model" / "config.json").exists()
-  assert (tmp_path / "run-export" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("attempt", ATTEMPTS)
-def test_an_attempt_is_seen(attempt):
-  assert "socket." in reached(ATTEMPTS[attempt])
+def test_an_attempt_is_seen():
+  said = reached(ATTEMPTS)
+  assert "socket.getaddrinfo ('127.0.0.1', 9" in said and "socket.getaddrinfo ('huggingface.co'" in said
 
 
 # ---- code and pickles in a folder ----
@@ -166,38 +129,27 @@ def load(folder: pathlib.Path) -> None:
   conversion.load_pretrained(folder)
 
 
-def test_the_plants_work(folder, marker):
-  pickle.loads((folder / "pytorch_model.bin").read_bytes())  # noqa: S301
-  assert marker.exists()
-  marker.unlink()
-  runpy.run_path(str(folder / "evil.py"))
-  assert marker.exists()
-  marker.unlink()
-  name_tokenizer(folder)
-  with contextlib.suppress(AttributeError):  # once it has run, transformers finds that it is no config
-    AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-  assert marker.exists()
-
-
-def test_code_and_pickles_of_a_model_folder_are_ignored(folder, marker):
+def test_code_and_pickles_of_a_model_folder_are_ignored(folder, marker, tmp_path):
   load(folder)
+  assert not marker.exists()
+  config, params = conversion.load_pretrained(folder)
+  conversion.save_pretrained(tmp_path / "export", config, params, source=folder)
+  suffixes = {path.suffix for path in (tmp_path / "export").iterdir()}
+  assert suffixes <= {".json", ".jinja", ".md", ".safetensors", ".txt"}
   assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["evil.EvilTokenizer", "someone/evil--evil.EvilTokenizer"])
-def test_a_tokenizer_class_of_the_folder_s_own_is_ignored(folder, marker, name):
-  name_tokenizer(folder, name)
-  load(folder)
-  assert not marker.exists()
+def test_a_tokenizer_class_of_the_folder_s_own_is_ignored(folder, marker):
   text = "Which finding does the image show? <think>"
-  mine, genuine = (tokenization.load(path)(text)["input_ids"] for path in (folder, ASSETS / "confused"))
-  assert mine == genuine
-
-
-def test_an_unknown_tokenizer_class_runs_nothing(folder, marker):
+  genuine = tokenization.load(ASSETS / "confused")(text)["input_ids"]
   change(folder / "tokenizer_config.json", tokenizer_class="evil.EvilTokenizer")
   load(folder)  # tokenizer.json says all that is needed
   assert not marker.exists()
+  for name in ("evil.EvilTokenizer", "someone/evil--evil.EvilTokenizer"):
+    name_tokenizer(folder, name)
+    load(folder)
+    assert not marker.exists(), name
+    assert tokenization.load(folder)(text)["input_ids"] == genuine
 
 
 def test_pickled_weights_are_refused(folder, marker):
@@ -210,19 +162,11 @@ def test_pickled_weights_are_refused(folder, marker):
   assert not marker.exists()
 
 
-@pytest.mark.parametrize("template", ESCAPES)
-def test_a_chat_template_cannot_leave_its_sandbox(folder, template):
-  (folder / "chat_template.jinja").write_text(template)
-  with pytest.raises(ValueError, match="chat template"):
-    load(folder)
-
-
-def test_an_export_carries_no_code_and_no_pickle(folder, marker, tmp_path):
-  config, params = conversion.load_pretrained(folder)
-  conversion.save_pretrained(tmp_path / "export", config, params, source=folder)
-  suffixes = {path.suffix for path in (tmp_path / "export").iterdir()}
-  assert suffixes <= {".json", ".jinja", ".md", ".safetensors", ".txt"}
-  assert not marker.exists()
+def test_a_chat_template_cannot_leave_its_sandbox(folder):
+  for template in ESCAPES:
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="chat template"):
+      load(folder)
 
 
 def test_code_and_pickles_of_a_checkpoint_are_ignored(tmp_path, marker):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from kepo_jax import evaluation, sharding
-from kepo_jax.data import images, omnimedvqa, prompts, splits
+from kepo_jax.data import dealing, images, omnimedvqa, prompts, splits
 from kepo_jax.data.pipeline import Processor
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.training import programs
@@ -89,8 +89,8 @@ def test_an_unknown_control(processor, drawn):
 
 @pytest.mark.slow
 def test_a_shipped_model_without_pictures_is_at_chance(processor, mesh_of):
-  """Over all 2,400 test questions: a model that always names the same modality is right on one, wrong on seven."""
-  examples, _ = omnimedvqa.read(splits.phantom_roots()["test"])
+  """Over 100 test questions of each modality: a model that always names the same one is right on it alone."""
+  examples = dealing.limited(omnimedvqa.read(splits.phantom_roots()["test"])[0], 100, 0)
   mesh = mesh_of()
   config, params = conversion.load_pretrained(ASSETS / "confused", np.dtype("float32"), mesh, layout="decode")
   settings = programs.SamplingSettings(samples=1, max_new_tokens=24, temperature=0.0)
@@ -103,7 +103,7 @@ def test_a_shipped_model_without_pictures_is_at_chance(processor, mesh_of):
     for control in ("blank", "text"):
       found = evaluation.evaluate(sample, processor, examples, batch_size=160, control=control)
       chance = found["chance"]["overall"]
-      assert chance["accuracy"] == pytest.approx(0.3233, abs=1e-4)
+      assert chance["accuracy"] == pytest.approx(0.32, abs=0.01)
       assert chance["low"] <= found["overall"]["accuracy"] <= chance["high"], (control, found["overall"], chance)
-    with_pictures = evaluation.evaluate(sample, processor, examples[::8], batch_size=160)
+    with_pictures = evaluation.evaluate(sample, processor, examples[::4], batch_size=160)
   assert with_pictures["overall"]["low"] > with_pictures["chance"]["overall"]["high"]

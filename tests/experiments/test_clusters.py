@@ -1,15 +1,11 @@
 """Several processes are joined where something announces them; a lone machine asks nobody and opens nothing."""
 
-import contextlib
-import os
 import socket
-import subprocess
-import sys
+import types
 
 import pytest
 
-from experiments import clusters
-from tests.conftest import ROOT
+from experiments import clusters, environment
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1,other", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_RANK": "0"}
@@ -47,11 +43,11 @@ def test_what_announces_several_processes(environ, tpu, metadata, expected):
   assert clusters.announced(environ, tpu=tpu, ask=metadata.__getitem__ if metadata else nobody) == expected
 
 
-@pytest.mark.parametrize(("found", "expected"), [(None, ""), (object(), "Kubernetes")])
-def test_an_indexed_job_needs_the_package(monkeypatch, found, expected):
-  monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+def test_an_indexed_job_needs_the_package(monkeypatch):
   environ = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
-  assert clusters.announced(environ, tpu=False, ask=nobody) == expected
+  for found, expected in ((None, ""), (object(), "Kubernetes")):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+    assert clusters.announced(environ, tpu=False, ask=nobody) == expected
 
 
 def test_processes_that_jax_cannot_find_are_refused():
@@ -69,67 +65,53 @@ def test_a_machine_without_a_metadata_service_is_soon_told_so(monkeypatch):
   assert clusters.attribute("tpu-env") == ""  # refused by now
 
 
-PROGRAM = """
-import sys
-from absl import flags
-from experiments import environment
-environment.define_process_flags()
-flags.FLAGS(sys.argv)
-try:
-  several = environment.join_processes()
-except ValueError as error:
-  sys.exit(f"error: {error}")
-import jax
-print(several, jax.distributed.is_initialized(), jax.process_index(), jax.process_count(), flush=True)
-"""
+@pytest.fixture
+def join(monkeypatch):
+  """Flags -> whether this process is one of several, and with what it joined the others; none is started."""
+
+  def joined(announced="SLURM", **given):
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *arguments, **settings: calls.append(arguments))
+    monkeypatch.setattr(clusters, "announced", lambda: announced)
+    values = {"distributed": "auto", "coordinator": "", "processes": 1, "process_id": 0} | given
+    monkeypatch.setattr(environment, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(**values)))
+    return environment.join_processes(), calls
+
+  return joined
 
 
-def said(environments, *arguments):
-  """(what is printed, what is said of errors) by one process in each environment."""
-  base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
-  with contextlib.ExitStack() as stack:
-    running = []
-    for environ in environments:
-      pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-      command = [sys.executable, "-c", PROGRAM, *arguments]
-      process = subprocess.Popen(command, cwd=ROOT, env=base | environ, **pipes)
-      stack.callback(process.wait)
-      stack.callback(process.kill)
-      running.append(process)
-    return [tuple(text.strip() for text in process.communicate(timeout=120)) for process in running]
+def test_flags_say_which_processes_are_joined(join):
+  assert join() == (True, [()])  # with real processes: tests/test_processes.py
+  assert join(announced="") == (False, [])  # a lone process opens nothing
+  assert join(distributed="off") == (False, [])
+  assert join(coordinator="a:1", processes=2, process_id=1) == (True, [("a:1", 2, 1)])
+  assert join(coordinator="a:1") == (False, [("a:1", 1, 0)])
 
 
-def free_port():
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return str(free.getsockname()[1])
+@pytest.mark.parametrize(
+  ("given", "match"),
+  [
+    ({"distributed": "off", "coordinator": "a:1"}, "--distributed=off and --coordinator contradict each other"),
+    ({"processes": 2}, "--processes and --process_id need --coordinator=HOST:PORT"),
+    ({"coordinator": "a:1", "processes": 2, "process_id": 2}, "--process_id=2 is none of the 2 of --processes"),
+  ],
+)
+def test_flags_that_do_not_fit_together_are_refused(join, given, match):
+  with pytest.raises(ValueError, match=match):
+    join(**given)
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "mpi"])
-def test_two_started_processes_find_each_other(launcher):
-  port = free_port()
-  shared = {"JAX_COORDINATOR_PORT": port, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
-  numbered = {
-    "slurm": lambda i: SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": i, "SLURM_LOCALID": i},
-    "mpi": lambda i: MPI | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": i, "OMPI_COMM_WORLD_LOCAL_RANK": i},
-  }[launcher]
-  found = said([shared | numbered(str(number)) for number in range(2)])
-  assert [out.splitlines()[-1:] for out, _ in found] == [["True True 0 2"], ["True True 1 2"]], found
+def test_what_cannot_be_joined_says_the_way_out(monkeypatch):
+  for name, value in (SLURM | {"SLURM_NTASKS": "2"}).items():
+    monkeypatch.setenv(name, value)
+  values = types.SimpleNamespace(distributed="auto", coordinator="", processes=1, process_id=0)
+  monkeypatch.setattr(environment, "flags", types.SimpleNamespace(FLAGS=values))
 
+  def refused():
+    raise RuntimeError("none of 2")
 
-def test_a_lone_process_and_one_that_is_told_so_open_nothing():
-  two = SLURM | {"SLURM_NTASKS": "2"}
-  assert said([{}])[0][0] == "False False 0 1"
-  assert said([two], "--distributed=off")[0][0] == "False False 0 1"
-
-
-def test_flags_that_contradict_each_other_are_refused():
-  ((_, error),) = said([{}], "--distributed=off", "--coordinator=127.0.0.1:1")
-  assert "error: --distributed=off and --coordinator contradict each other" in error
-
-
-def test_what_cannot_be_joined_is_one_line_with_the_way_out():
-  # A count of processes that does not hold this one's number.
-  ((_, error),) = said([SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": "5"}])
-  assert error.splitlines()[-1].startswith("error: SLURM started several processes, which cannot be joined: ")
-  assert "--distributed=off" in error
+  monkeypatch.setattr("jax.distributed.initialize", refused)
+  with pytest.raises(
+    ValueError, match=r"SLURM started several processes, which cannot be joined: none.*distributed=off"
+  ):
+    environment.join_processes()

@@ -1,4 +1,4 @@
-"""The command line: what it refuses in one line, and the same command on real images."""
+"""The command line: what it refuses in one line, and the same command again after a signal, on real images too."""
 
 import json
 import os
@@ -8,57 +8,77 @@ import sys
 import time
 
 import pytest
+from absl import flags
 
+from experiments import environment
 from tests.conftest import ROOT
 
-MODULE = [sys.executable, "-m", "experiments.kepo_medvqa"]
+
+@pytest.fixture
+def refused(program, monkeypatch, tmp_path):
+  """`refused(*arguments)`: the one line with which the command ends; it leaves nothing."""
+
+  def forget_overrides():
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+      delattr(flags.FLAGS, name)
+
+  def command(*arguments):
+    forget_overrides()
+    monkeypatch.setattr(sys, "argv", ["kepo_medvqa", f"--workdir={tmp_path / 'run'}", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+      module = program("experiments.kepo_medvqa")
+      environment.parse_flags(sys.argv)
+      environment.reporting_errors(module.main)([])
+    assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
+    assert not (tmp_path / "run").exists()
+    return str(ended.value)
+
+  yield command
+  forget_overrides()
 
 
-def run(*arguments):
-  # One device, as on the machine of a newcomer.
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  command = [*MODULE, *map(str, arguments)]
-  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_what_cannot_be_is_one_line(refused, tmp_path, caplog):
+  nothing = tmp_path / "nothing"
+  assert "learning_rat" in refused("--config.optimizer.learning_rat=1")
+  assert str(nothing) in refused(f"--config.model.student={nothing}")
+  mars = refused("--config=experiments/configs/kepo.py:mars")
+  assert mars.startswith("error: setting 'mars' is unknown; use one of ['medvqa', 'phantom'].")
+  student = "experiments/assets/phantom/confused"
+  setting = ("--config=experiments/configs/kepo.py:medvqa", f"--config.model.student={student}")
+  assert str(nothing) in refused(*setting, f"--config.data.directory={nothing}")
+  # The wordings of medvqa are not those of the phantom's student: the setting has reached the run.
+  assert f"data.templates=standard, but {student} knows the wordings brief" in caplog.text
 
 
-def test_a_misspelt_field_is_named(tmp_path):
-  result = run(f"--workdir={tmp_path / 'run'}", "--config.optimizer.learning_rat=1")
-  assert result.returncode
-  assert result.stderr.strip().splitlines()[-1].startswith("error: ")
-  assert "learning_rat" in result.stderr
-  assert "Traceback" not in result.stderr
-  assert not (tmp_path / "run").exists()
+def start(*arguments):
+  """The command in a process, on one device, as on the machine of a newcomer."""
+  environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
+  command = [sys.executable, "-m", "experiments.kepo_medvqa", *map(str, arguments)]
+  return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_missing_student_is_one_line(tmp_path):
-  result = run(f"--workdir={tmp_path / 'run'}", f"--config.model.student={tmp_path / 'nothing'}")
-  assert result.returncode == 1
-  assert result.stderr.strip().splitlines()[-1].startswith("error: ")
-  assert str(tmp_path / "nothing") in result.stderr
-  assert "Traceback" not in result.stderr
-  assert not (tmp_path / "run").exists()
-
-
-SMALL = [
-  "--config.batch.prompts=4",
-  "--config.batch.rollouts=2",
-  "--config.exploration.replacements=1",
-  "--config.data.train_items=16",
-  "--config.data.validation_items=1",
-  "--config.train.steps=4",
-  "--config.eval.every=0",
-  "--config.eval.test=False",
-  "--config.checkpoint.every=0",
-]
-
-
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.slow
+def test_a_signal_saves_and_the_same_command_goes_on_with_real_images(shared_directory, tmp_path):
   workdir = tmp_path / "run"
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  command = [*MODULE, *SMALL, f"--workdir={workdir}", "--auto_resume"]
-  process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-  deadline = time.monotonic() + 300
   metrics = workdir / "metrics.jsonl"
+  command = [
+    f"--workdir={workdir}",
+    "--auto_resume",
+    f"--config.data.directory={shared_directory / 'omnimedvqa-mini'}",
+    "--config.data.train_items=8",
+    "--config.data.validation_items=2",
+    "--config.data.test_items=1",
+    "--config.batch.prompts=4",
+    "--config.batch.rollouts=4",
+    "--config.train.steps=4",
+    "--config.train.compile_ahead=False",
+    "--config.eval.every=0",
+    "--config.eval.before=False",
+    "--config.checkpoint.every=0",
+  ]
+  process = start(*command)
+  deadline = time.monotonic() + 300
   while process.poll() is None and not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
     time.sleep(0.01)
   process.send_signal(signal.SIGTERM)
@@ -68,28 +88,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
   assert step < 4
   assert f"interrupted after step {step}; its state is in {workdir / 'checkpoints' / str(step)}." in said
   assert f"Go on with --workdir={workdir} --resume." in said and "Traceback" not in said
-  assert run(*command[3:]).returncode == 0
-  steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-  assert steps == [1, 2, 3, 4]
-  assert (workdir / "model" / "model.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_two_steps_on_real_images(shared_directory, tmp_path):
-  result = run(
-    f"--workdir={tmp_path / 'run'}",
-    f"--config.data.directory={shared_directory / 'omnimedvqa-mini'}",
-    "--config.data.train_items=8",
-    "--config.data.validation_items=2",
-    "--config.data.test_items=3",
-    "--config.batch.prompts=4",
-    "--config.train.steps=2",
-    "--config.eval.every=2",
-    "--config.eval.prompts=8",
-  )
-  assert result.returncode == 0, result.stderr[-2000:]
-  metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-  assert [record["step"] for record in metrics if "grad_norm" in record] == [1, 2]
-  evaluations = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+  again = start(*command)
+  _, said = again.communicate(timeout=300)
+  assert again.returncode == 0, said[-2000:]
+  records = [json.loads(line) for line in metrics.read_text().splitlines()]
+  assert [record["step"] for record in records if "grad_norm" in record] == [1, 2, 3, 4]
+  evaluations = json.loads((workdir / "evaluation.json").read_text())
   assert len(evaluations["after"]["modalities"]) == 8
-  assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+  assert (workdir / "model" / "model.safetensors").exists()

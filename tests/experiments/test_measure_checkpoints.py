@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from experiments.configs import grpo
 from kepo_jax.models.qwen3_vl import model
 
 
@@ -47,8 +48,11 @@ def test_too_few_steps_are_refused(measure, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_measures_a_run_and_leaves_nothing(measure, tmp_path, capsys):
-  chosen = {"parameters": 0.0, "every": 1, "steps": 2, "prompts": 8, "rollouts": 2, "repeats": 1}
+def test_it_measures_a_run_and_leaves_nothing(measure, tmp_path, capsys, monkeypatch):
+  config = grpo.get_config()
+  config.mesh.data, config.train.compile_ahead = 1, False  # of the virtual devices here, and of all sizes of prompts
+  monkeypatch.setattr(measure.grpo, "get_config", lambda: config)
+  chosen = {"parameters": 0.0, "every": 1, "steps": 2, "prompts": 2, "rollouts": 2, "repeats": 1}
   for name, value in (chosen | {"workdir": str(tmp_path / "disk"), "json": str(tmp_path / "found.json")}).items():
     setattr(flags.FLAGS, name, value)
   measure.main([])

@@ -6,6 +6,7 @@ from experiments import measure_forms
 from kepo_jax.planning import benchmark
 
 
+@pytest.mark.slow
 def test_a_shared_prompt_saves_what_its_tokens_say():
   found = measure_forms.update_flops()
   ratio = found["shared"] / found["replicated"]

@@ -1,13 +1,17 @@
-"""The entry point: an untrained phantom-sized model on drawn data, from flags to a file."""
+"""The entry point: from flags to a file; and how what it measures depends on the config."""
 
 import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 from absl.testing import flagsaver
 
 from experiments import phantom_folder
+from experiments.configs import kepo
+from kepo_jax.training import hints
+from kepo_jax.types import Example, Rollouts
 from tests.experiments.test_evaluate_medvqa import checkpoint, write_split  # noqa: F401, one is a fixture
 
 PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
@@ -89,18 +93,44 @@ def test_from_flags_to_a_file(measure_hints, checkpoint, data, tmp_path, capsys)
 @pytest.mark.slow
 def test_the_phantom_models(measure_hints, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where the benchmark is drawn
-  records = []
-  for number, batch in enumerate((8, 40)):
-    path = str(tmp_path / f"{number}.json")
-    with flagsaver.flagsaver(output=path, limit=5, batch=batch, rounds=2):
-      measure_hints.main([])
-    records.append(json.loads(pathlib.Path(path).read_text())["records"])
-  assert records[0][-1].keys() == records[1][-1].keys()
-  for first, second in zip(*records, strict=True):
-    for name, value in first.items():
-      assert value == (pytest.approx(second[name], abs=1e-3) if isinstance(value, float | list) else second[name]), name
-  everything = records[0][-1]
+  path = tmp_path / "figures.json"
+  with flagsaver.flagsaver(output=str(path), limit=5, batch=40, rounds=2):
+    measure_hints.main([])
+  everything = json.loads(path.read_text())["records"][-1]
   assert (everything["student"], everything["teacher"]) == ("confused", "weak")
   assert everything["questions"] == 40 and 5 <= everything["prompts"] <= 25
   assert everything["accept_rate"][1] > 0.6 and everything["positive_rate"] > 0.3
   assert 0.05 < everything["reliance"] < 1 and everything["gain"] > 0
+
+
+class Voice:
+  """A model that is wrong without a hint and right with one, which makes each token likelier by one nat in logits."""
+
+  WORDS = ("<think>x</think>", "<answer>", "A", "B", "</answer>", "<hint>look</hint>")
+  SAYS = {"think": (0, 1, 3, 4), "hint_and_answer": (0, 1, 2, 4), "hint_request": (5, 5, 5, 5)}
+
+  def __init__(self, **says):
+    self.says, self.processor, self.temperatures = self.SAYS | says, self, {}
+
+  def decode(self, tokens, mask):
+    return ["".join(self.WORDS[token] for token in row[kept]) for row, kept in zip(tokens, mask, strict=True)]
+
+  def rollouts(self, examples, kind, settings, key, *, hints=None, progress=None):
+    self.temperatures[kind] = settings.temperature
+    tokens = np.broadcast_to(np.array(self.says[kind], np.int32), (len(examples), settings.samples, 4))
+    return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
+
+  def logps(self, examples, kind, tokens, *, temperature, hints=None, progress=None):
+    return np.full(tokens.shape, (0.0 if hints else -1.0) / temperature, np.float32)
+
+
+def test_completions_are_scored_at_the_temperature_that_they_were_sampled_at():
+  config = kepo.get_config()
+  config.sampling.temperature, config.exploration.hint_temperature, config.supervised.temperature = 0.5, 0.25, 0.75
+  student, teacher = Voice(), Voice(think=Voice.SAYS["hint_and_answer"])
+  asked = Example(id="q", question="?", options=("a", "b"), answer="A", images=(), modality="MRI")
+  *_, found = hints.measured(config, student, teacher, [asked])
+  assert found["prompts"] == 1 and found["accept_rate"][-1] == 1
+  assert found["reliance"] == found["gain"] == found["letter_gain"] == 1 / 0.5
+  assert student.temperatures == {"think": 0.5, "hint_and_answer": 0.5}
+  assert teacher.temperatures == {"hint_request": 0.25, "think": 0.75}

@@ -6,7 +6,6 @@ import pytest
 from absl import flags
 from rich.console import Console
 
-from experiments.configs import kepo
 from kepo_jax.planning import chips, hlo, measured, pods
 
 
@@ -26,25 +25,7 @@ def comparisons(mesh):
   ]
 
 
-def test_the_table_holds_the_figures_and_the_error(measure, mesh_of):
-  compared = comparisons(mesh_of(fsdp=2))
-  rates = measured.Rates({"a product": 4e9}, 1e9, 5e8)
-  result = json.loads(json.dumps(measure.record(kepo.get_config(), compared, rates)))
-  console = Console(width=200, file=io.StringIO())
-  console.print(measure.table(result))
-  lines = console.file.getvalue().splitlines()
-  update, step = (
-    [cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "update" in line or "step" in line
-  )
-  # 2 s of arithmetic over 1 s of memory, and 1 GB sent at 0.5 GB/s.
-  assert update == ["update", "8", "8", "1", "1", "2.000", "1.000", "2.000", "4.000", "4.000", "1.00"]
-  assert step == ["step", "8", "8", "3", "1", "2.000", "3.000", "2.000", "6.000", "8.000", "0.75"]
-  said = measure.remarks(result)
-  assert said[0].endswith("a product 4, the fastest counts; memory 1.0 GB/s; collectives 0.50 GB/s sent")
-  assert said[1] == "the step: projected 6.00 s, measured 8.00 s: -25 %"
-
-
-def test_a_run_from_its_flags(measure, mesh_of, tmp_path, monkeypatch):
+def test_from_flags_to_the_table_and_the_error(measure, mesh_of, tmp_path, monkeypatch, capsys):
   seen = []
 
   def compare(bench, repeats, compiled):
@@ -72,4 +53,17 @@ def test_a_run_from_its_flags(measure, mesh_of, tmp_path, monkeypatch):
   assert student == teacher == measure.benchmark.MEDIUM and repeats == 3
   assert config.sampling.max_new_tokens == sizes.new_tokens == 7
   assert chips.clock is time.process_time
-  assert json.loads(file.read_text())["phases"]["step"]["error"] == pytest.approx(-0.25)
+  result = json.loads(file.read_text())
+  assert result["phases"]["step"]["error"] == pytest.approx(-0.25)
+  console = Console(width=200, file=io.StringIO())
+  console.print(measure.table(result))
+  lines = console.file.getvalue().splitlines()
+  update, step = (
+    [cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "update" in line or "step" in line
+  )
+  # 2 s of arithmetic over 1 s of memory, and 1 GB sent at 0.5 GB/s.
+  assert update == ["update", "8", "8", "1", "1", "2.000", "1.000", "2.000", "4.000", "4.000", "1.00"]
+  assert step == ["step", "8", "8", "3", "1", "2.000", "3.000", "2.000", "6.000", "8.000", "0.75"]
+  said = " ".join(capsys.readouterr().out.split())
+  assert "a product 4, the fastest counts; memory 1.0 GB/s; collectives 0.50 GB/s sent" in said
+  assert "the step: projected 6.00 s, measured 8.00 s: -25 %" in said

@@ -33,13 +33,6 @@ def test_every_option_changes_its_own_fields_alone():
   assert list(plan_memory.rows(config, compare=False)) == ["as configured"]
 
 
-def test_the_table():
-  parts = {"student and moments": 25_500_000_000, "update": 1, "peak": 30_040_000_000}
-  lines = plan_memory.table({"row": parts}).splitlines()
-  assert lines[0] == "|  | student and moments | teacher | sampling | hints | scoring | update | evaluation | peak |"
-  assert lines[2] == "| row | 25.5 |  |  |  |  | 0.0 |  | 30.0 |"
-
-
 def test_the_program(program, capsys):
   entry = program("experiments.plan_memory")
   with pytest.raises(entry.app.UsageError, match="unexpected arguments: more"):

@@ -82,15 +82,13 @@ def test_collectives_by_hand(mesh_of):
 
 def test_a_collective_inside_a_loop_counts_in_every_turn(mesh_of):
   mesh = mesh_of(data=8)
+  cut, whole = (jax.NamedSharding(mesh, spec) for spec in (P("data"), P()))
 
-  def turns(x):
-    def turn(_, x):
-      whole = jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, P()))
-      return jax.lax.with_sharding_constraint(jnp.tanh(whole @ whole), jax.NamedSharding(mesh, P("data")))
+  def turn(_, x):
+    x = jax.lax.with_sharding_constraint(x, whole)
+    return jax.lax.with_sharding_constraint(jnp.tanh(x @ x), cut)
 
-    return jax.lax.fori_loop(0, 6, turn, x)
-
-  text = collectives(mesh, turns, P("data"), (SIZE, SIZE), P("data"))
+  text = collectives(mesh, lambda x: jax.lax.fori_loop(0, 6, turn, x), P("data"), (SIZE, SIZE), P("data"))
   assert sum(hlo.cost(text).sent.values()) == pytest.approx(6 * 4 * SIZE**2 * 7 / 8)
 
 
@@ -103,20 +101,17 @@ def test_what_crosses_slices_is_counted_apart(mesh_of):
   assert cut.sent == {"all-reduce": 2 * size * 3 / 4} and cut.crossed == {"all-reduce": 2 * (size / 4) * 1 / 2}
 
 
-@pytest.mark.parametrize(
-  ("written", "expected"),
-  [
-    ("replica_groups={{0,2},{1,3}}", ((0, 2), (1, 3))),
-    ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
-    ("replica_groups=[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
-    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
-    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
-    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", ((0, 2), (1, 3))),
-    ("source_target_pairs={{0,1},{1,2}}", ((0, 1), (1, 2))),
-  ],
-)
-def test_groups_in_every_spelling(written, expected):
-  assert hlo._groups(f"channel_id=1, {written}, use_global_device_ids=true") == expected
+def test_groups_in_every_spelling():
+  for written, expected in {
+    "replica_groups={{0,2},{1,3}}": ((0, 2), (1, 3)),
+    "replica_groups=[2,2]<=[4]": ((0, 1), (2, 3)),
+    "replica_groups=[2,2]<=[2,2]T(1,0)": ((0, 2), (1, 3)),
+    "replica_groups=mesh['a'=2,'b'=2] {'a'}": ((0, 2), (1, 3)),
+    "replica_groups=mesh['a'=2,'b'=2] {'a','b'}": ((0, 1, 2, 3),),
+    "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}": ((0, 2), (1, 3)),
+    "source_target_pairs={{0,1},{1,2}}": ((0, 1), (1, 2)),
+  }.items():
+    assert hlo._groups(f"channel_id=1, {written}, use_global_device_ids=true") == expected, written
 
 
 @pytest.mark.parametrize(
@@ -196,30 +191,19 @@ def test_kinds_that_go_between_slices_by_hand():
     assert hlo.Collective(kind, 1e9, 2, 2).crossed == 1e9 and hlo.Collective(kind, 1e9, 2, 2).sent == 0
 
 
-def started(kind, operand, result, more=""):
-  return f"""ENTRY %main (a: {operand}) -> {result} {{
-  %a = {operand}{{0}} parameter(0)
-  %moving = ({operand}{{0}}, {result}{{0}}) {kind}-start(%a), channel_id=1, {more}
-  ROOT %out = {result}{{0}} {kind}-done(%moving)
-}}
+def test_what_a_collective_moves_does_not_depend_on_its_spelling():
+  later = """ENTRY %main (a: f32[16]) -> f32[64] {
+  %a = f32[16]{0} parameter(0)
+  %moving = (f32[16]{0}, f32[64]{0}) all-gather-start(%a), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %out = f32[64]{0} all-gather-done(%moving)
+}
 """
-
-
-@pytest.mark.parametrize(
-  ("kind", "result", "more"),
-  [("all-gather", "f32[64]", "replica_groups=[1,4]<=[4], dimensions={0}"),
-   ("collective-permute", "f32[16]", "source_target_pairs={{0,1},{1,0}}")],
-)  # fmt: skip
-def test_what_a_collective_moves_does_not_depend_on_its_spelling(kind, result, more):
-  later = started(kind, "f32[16]", result, more)
-  at_once = later.replace(f"(f32[16]{{0}}, {result}{{0}}) {kind}-start", f"{result}{{0}} {kind}")
-  at_once = at_once.replace(
-    f"ROOT %out = {result}{{0}} {kind}-done(%moving)", f"ROOT %out = {result}{{0}} copy(%moving)"
-  )
-  whole = 4 * int(result[4:-1])
+  at_once = later.replace("(f32[16]{0}, f32[64]{0}) all-gather-start", "f32[64]{0} all-gather")
+  at_once = at_once.replace("all-gather-done", "copy")
+  whole = 4 * 64
   assert hlo.cost(later).moved == 4 * 16 + whole  # read and written
   assert hlo.cost(at_once).moved == 4 * 16 + whole + 2 * whole  # and copied
-  assert hlo.cost(later).sent == hlo.cost(at_once).sent
+  assert hlo.cost(later).sent == hlo.cost(at_once).sent == {"all-gather": whole * 3 / 4}
 
 
 def test_of_branches_without_products_the_one_that_sends_counts():
@@ -360,16 +344,20 @@ ENTRY %main (a: bf16[4,64,32], b: bf16[4,64,16]) -> bf16[4,32,16] {
   assert hlo.cost(text).flops == 2 * 4 * 32 * 16 * 64
 
 
-@pytest.mark.parametrize("header", ["num_partitions=8", "replica_count=2, num_partitions=4"])
-def test_a_collective_without_groups_is_one_of_all_devices(header):
-  text = f"""HloModule jit_f, is_scheduled=true, {header}
+def test_a_collective_without_groups_is_one_of_all_devices():
+  for header in ("num_partitions=8", "replica_count=2, num_partitions=4"):
+    text = f"""HloModule jit_f, is_scheduled=true, {header}
 
 ENTRY %main (a: f32[64]) -> f32[64] {{
   %a = f32[64]{{0}} parameter(0)
   ROOT %sum = f32[64]{{0}} all-reduce(%a), channel_id=1, replica_groups={{}}, to_apply=%add
 }}
 """
-  assert hlo.cost(text).sent == {"all-reduce": 2 * 4 * 64 * 7 / 8}
+    assert hlo.cost(text).sent == {"all-reduce": 2 * 4 * 64 * 7 / 8}, header
+  part = text.replace("ROOT %sum = f32[64]{0} all-reduce", "ROOT %sum = f32[16]{0} reduce-scatter")
+  part = part.replace("replica_groups={}", "replica_groups=[2,4]<=[8]")
+  assert hlo.cost(part).sent == {"reduce-scatter": 4 * 64 * 3 / 4}
+  assert hlo.cost(part).moved == 4 * (64 + 16)
 
 
 # As the compiler of a TPU writes sums of gradients, several at once: of the first two, a device keeps its part.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 
 from experiments.configs import kepo
 from kepo_jax.models.qwen3_vl import model
-from kepo_jax.planning import benchmark, chips, hlo, pods, topologies
+from kepo_jax.planning import benchmark, chips, pods, topologies
 
 
 @dataclasses.dataclass
@@ -20,13 +19,10 @@ class Device:
   platform: str = "tpu"
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:", "v5e:4", "8x8", "v5e-16"])
-def test_a_name_of_another_form_is_refused(name):
-  with pytest.raises(ValueError, match=r"--topology=.* is not of the form v5e:8x8; for example v5e:4x4"):
-    topologies.topology(name)
-
-
-def test_two_numbers_of_slices_contradict_each_other():
+def test_a_name_of_another_form_and_two_numbers_of_slices_are_refused():
+  for name in ("v5e", "v5e:", "v5e:4", "8x8", "v5e-16"):
+    with pytest.raises(ValueError, match=r"--topology=.* is not of the form v5e:8x8; for example v5e:4x4"):
+      topologies.topology(name)
   with pytest.raises(ValueError, match=r"--topology='2 x v5e:4x4' and --slices=3 contradict each other"):
     topologies.topology("2 x v5e:4x4", 3)
 
@@ -56,56 +52,19 @@ def test_an_unknown_chip_is_refused():
     topologies._chip(Device("TPU v99"), 1)
 
 
-@dataclasses.dataclass(eq=False)
-class Placed(Device):
-  coords: tuple[int, ...] = ()
-  core_on_chip: int = 0
-  slice_index: int = 0
-
-
-@pytest.mark.parametrize("cores", [1, 2])
-def test_a_collective_is_charged_for_the_links_that_it_uses(cores):
-  chip = dataclasses.replace(chips.CHIPS["TPU v5p"], link=100e9 / cores)  # of a core, where each is a device
-  devices = [Placed("TPU v5", coords=(x, 0, 0), core_on_chip=core) for x in range(4) for core in range(cores)]
-  grid = np.array(devices, object).reshape(1, 1, -1)
-  mesh = types.SimpleNamespace(devices=grid)
-  bare = topologies.Topology("v5p:4x1x1", 1, tuple(devices), chip)
-  laid = bare.laid(mesh)
-  every = hlo.Collective("all-gather", 1e9, 4 * cores, groups=(tuple(range(4 * cores)),))
-  share = 1 - 1 / (4 * cores)
-  # An open line: what goes round comes back over the same links. Both cores of a chip send over those of the chip.
-  assert laid.link_seconds(every) == pytest.approx(share * 1e9 / 100e9)
-  assert bare.link_seconds(every) == every.sent / chip.link
-  # Every second chip: two pairs share the link in the middle.
-  far = hlo.Collective("all-gather", 1e9, 2, groups=((0, 2 * cores), (cores, 3 * cores)))
-  assert laid.link_seconds(far) == pytest.approx(2 * 0.5 * 1e9 / 100e9)
-
-
-def test_the_network_between_slices_has_no_links():
-  sent = hlo.Collective("all-reduce", 1e9, 2, 2)
-  devices = tuple(Placed("TPU v5 lite", coords=(x, 0, 0), slice_index=s) for s in (0, 1) for x in (0, 1))
-  place = topologies.Topology("v5e:2x1", 2, devices, chips.CHIPS["TPU v5e"])
-  laid = place.laid(types.SimpleNamespace(devices=np.array(devices, object)))
-  assert laid.link_seconds(sent) == 0
-  both = hlo.Collective("all-gather", 1e9, 4, 2, groups=((0, 1, 2, 3),))
-  assert laid.link_seconds(both) == pytest.approx(0.5 * 1e9 / 50e9)
-
-
 @pytest.mark.tpu
-@pytest.mark.parametrize(
-  ("name", "slices", "devices", "chip"),
-  [("v5e:4x4", 1, 16, "TPU v5e"), ("2 x v5e:16x16", 1, 512, "TPU v5e"), ("v5e:16x16", 2, 512, "TPU v5e"),
-   ("v5p:4x4x4", 1, 64, "TPU v5p"), ("v6e:4x4", 1, 16, "TPU v6e"), ("tpu7x:4x4x4", 1, 128, "TPU7x, one core"),
-   ("v4:4x4x4", 1, 64, "TPU v4")],
-)  # fmt: skip
-def test_known_topologies(name, slices, devices, chip):
-  place = topologies.topology(name, slices)
-  assert len(place.devices) == devices and place.chip.name == chip
-  assert place.slice_devices == devices // place.slices
-
-
-@pytest.mark.tpu
-def test_a_name_that_the_compiler_does_not_know_is_refused():
+def test_known_topologies():
+  for name, slices, devices, chip in [
+    ("v5e:4x4", 1, 16, "TPU v5e"),
+    ("2 x v5e:16x16", 1, 512, "TPU v5e"),
+    ("v5p:4x4x4", 1, 64, "TPU v5p"),
+    ("v6e:4x4", 1, 16, "TPU v6e"),
+    ("tpu7x:4x4x4", 1, 128, "TPU7x, one core"),
+    ("v4:4x4x4", 1, 64, "TPU v4"),
+  ]:
+    place = topologies.topology(name, slices)
+    assert (len(place.devices), place.chip.name) == (devices, chip), name
+    assert place.slice_devices == devices // place.slices
   with pytest.raises(ValueError, match="--topology=v5e:3x5: "):
     topologies.topology("v5e:3x5")
 
@@ -120,19 +79,16 @@ def test_only_the_data_axis_spans_slices():
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:4x4"])
-def test_an_axis_may_take_part_of_a_physical_one(name):
-  place = topologies.topology(name)
-  mesh = place.mesh(1, 2, 8)
+def test_an_axis_may_take_part_of_a_physical_one():
+  mesh = topologies.topology("v5e:4x4").mesh(1, 2, 8)
   assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 8}
   assert len(set(mesh.devices.flat)) == 16
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("slices", [1, 2])
-def test_groups_of_a_mesh_are_lines_of_neighbours(slices):
-  place = topologies.topology("v5e:16x16", slices)
-  mesh = place.mesh(4 * slices, 8, 8)
+def test_groups_of_a_mesh_are_lines_of_neighbours():
+  place = topologies.topology("v5e:16x16", 2)
+  mesh = place.mesh(8, 8, 8)
   torus = place.laid(mesh).torus
   numbers = np.arange(mesh.size).reshape(mesh.devices.shape)
   fsdp, tensor = (
@@ -143,17 +99,19 @@ def test_groups_of_a_mesh_are_lines_of_neighbours(slices):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("slices", [1, 2])
-def test_a_step_compiles_for_tpus(slices):
-  place = topologies.topology("v5e:2x2", slices)
+def test_a_step_compiles_for_tpus():
+  place = topologies.topology("v5e:2x2", 2)
   config = kepo.get_config()
   config.model.compute_dtype = config.model.teacher_dtype = "bfloat16"
   config.model.remat = "full"
-  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = slices, 2, 2
-  models = dict.fromkeys(("student", "teacher"), benchmark.MEDIUM)
-  run = pods.PodRun(config, models, place.mesh(slices, 2, 2), pods.Sizes(128, 256, 256))
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+  config.log.gradients_every = 0
+  text = dataclasses.replace(benchmark.MEDIUM.text, num_hidden_layers=2, vocab_size=2048)
+  vision = dataclasses.replace(benchmark.MEDIUM.vision, depth=2, deepstack_visual_indexes=(0,))
+  small = dataclasses.replace(benchmark.MEDIUM, text=text, vision=vision)
+  run = pods.PodRun(config, dict.fromkeys(("student", "teacher"), small), place.mesh(2, 2, 2), pods.Sizes(128, 256, 64))
   with jax.default_matmul_precision("default"):  # which products of bfloat16 in a kernel of its own ask for
-    plan = run.plan(place, compiled=lambda name, seconds: None)
+    plan = run.plan(place, compiled=lambda name, seconds: print(f"{name}: {seconds:.0f} s"))
   assert plan.failures == {} and plan.fits
   programs = {each.name: each for each in plan.programs if each.phase != "candidates"}
   gradients, scoring = programs["the gradients"], programs["scoring by a frozen model"]
@@ -161,8 +119,8 @@ def test_a_step_compiles_for_tpus(slices):
   assert 3 < gradients.cost.flops / scoring.cost.flops < 6
   weights = pods.bytes_per_device(run.state.params) * jnp.bfloat16.dtype.itemsize / 4
   assert sum(gradients.cost.sent.values()) > weights  # gathered, and their gradients reduced
-  assert bool(sum(gradients.cost.crossed.values())) == (slices > 1)
+  assert sum(gradients.cost.crossed.values()) > 0
   # A token of each row in every turn but the first; prompts on top. Weights so small may stay in the chip's own memory.
-  rows, decoder = 8 * 8 / (2 * slices), model.abstract_params(benchmark.MEDIUM)["language_model"]
+  rows, decoder = 8 * 8 / 4, model.abstract_params(small)["language_model"]
   turns = 23 * 2 * rows * sum(x.size for x in jax.tree.leaves(decoder)) / 2
   assert turns < programs["the student's sampler"].cost.flops < 3 * turns

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kepo_jax.data import splits
 from kepo_jax.models.qwen3_vl import model, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from kepo_jax.types import Experience, Prompts, VisionInputs
+from tests.training import runs
 
 P, G, T, VOCABULARY = 4, 4, 6, 40
 
@@ -111,3 +113,16 @@ def tiny_experience(tiny_prompts) -> Experience:
 def allowed() -> jnp.ndarray:
   """bool[V], everything but the vision specials."""
   return jnp.arange(VOCABULARY) < 30
+
+
+@pytest.fixture(scope="session")
+def questions():
+  """Few questions, a quarter of them of the kind that the student believes wrong things about."""
+  return splits.load(runs.small().data)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, questions):
+  """(workdir, result, recorder) of a run that nothing disturbed and nothing may change; copy it first."""
+  workdir, recorder = tmp_path_factory.mktemp("run") / "whole", runs.Recorder()
+  return workdir, runs.train(runs.small(), workdir, records=questions, hooks=[recorder]), recorder

@@ -1,11 +1,9 @@
-"""Three steps of KEPO on some meshes, for tests; the results of each go to a file.
+"""Two steps of KEPO on some meshes, for tests; the results of each go to a file.
 
-  python -m tests.training.hosts FOLDER 8,1,1 2,2,2                      # one process, one mesh after the other
-  python -m tests.training.hosts FOLDER 8,1,1 --coordinator=HOST:PORT --processes=2 --process_id=0
+  python -m tests.training.hosts FOLDER 1,1,1 2,2,2                      # one process, one mesh after the other
+  python -m tests.training.hosts FOLDER 1,4,2 --coordinator=HOST:PORT --processes=2 --process_id=0
 
-FOLDER holds the models `student` and `teacher`. Process N writes FOLDER/MESH-of-COUNT-N.npz and .json. --short asks
-for hints in one round alone, and with a seed by which prompts fail in every step, one on the first half of the rows and
-two on the other: one size of exploration is compiled instead of two.
+Process N writes FOLDER/MESH-of-COUNT-N.npz and .json.
 """
 
 import argparse
@@ -14,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -27,23 +26,23 @@ from kepo_jax.training.profiling import CompileCounter
 from kepo_jax.training.starting import Ahead
 from tests.training.runs import shrunk
 
-STEPS, PROMPTS, ROLLOUTS = 3, 8, 4
-# Rows that ask for a hint; of two hosts one holds the first four rows and the other one the last four. Few rows are
-# padded to another number than many; steps have met both, or, where they are short, the larger number.
-MANY = ((0, 1, 2), (5, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7), (0, 4, 5, 6, 7))
-FEW = ((6,), (0, 1), (4, 7))
+STEPS, PROMPTS, ROLLOUTS = 2, 8, 4
+# Rows that ask for a hint; of two hosts one holds the first four rows and the other one the last four. As many as fail
+# in the steps, or more; and few, which are padded to another number.
+ASKING = ((0, 1, 2), (5, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7), (0, 4, 5, 6, 7), (6,), (0, 1), (4, 7))
 
 
-def config(folder, axes, short):
-  """KEPO on a mesh in float32: eight prompts a step, one pair of buckets, up to two rounds of hints."""
+def config(axes):
+  """KEPO on a mesh in float32: eight prompts a step, one pair of buckets, one round of hints.
+
+  With this seed prompts fail in every step, one of the first half and two of the other.
+  """
   made = shrunk(kepo.get_config(), train__steps=STEPS, eval__every=0, eval__test=False, log__gradients_every=0)
-  made.model.student, made.model.teacher = str(folder / "student"), str(folder / "teacher")
+  made.seed, made.exploration.rounds = 14, 1
   made.mesh.data, made.mesh.fsdp, made.mesh.tensor = axes
   made.data.prompt_buckets, made.data.patch_buckets = (72,), (64,)
   made.batch.prompts, made.batch.rollouts = PROMPTS, ROLLOUTS
   made.optimizer.warmup_steps = 0
-  if short:
-    made.seed, made.exploration.rounds = 14, 1
   return made
 
 
@@ -159,7 +158,6 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("folder", type=pathlib.Path)
   parser.add_argument("meshes", nargs="+", help="data,fsdp,tensor")
-  parser.add_argument("--short", action="store_true")
   parser.add_argument("--coordinator", default="")
   parser.add_argument("--processes", type=int, default=1)
   parser.add_argument("--process_id", type=int, default=0)
@@ -171,17 +169,17 @@ def main():
     jax.distributed.initialize(given.coordinator, given.processes, given.process_id)
   for mesh in given.meshes:
     with contextlib.closing(CompileCounter()) as counter:
-      watched = Watched(config(given.folder, [int(size) for size in mesh.split(",")], given.short))
+      watched = Watched(config([int(size) for size in mesh.split(",")]))
       with jax.set_mesh(watched.run.mesh):
         state = steps(watched)
       watched.said["compiled by steps"] = counter.figures()["compiled/programs"]
     if given.coordinator:
       with jax.set_mesh(watched.run.mesh):
-        explored(watched, state, MANY if given.short else MANY + FEW)
+        explored(watched, state, ASKING)
     name = f"{mesh.replace(',', '-')}-of-{given.processes}-{given.process_id}"
     np.savez(given.folder / f"{name}.npz", **watched.arrays)
     (given.folder / f"{name}.json").write_text(json.dumps(watched.said))
-    print(f"done {name}", flush=True)
+    print(f"done {name} after {time.process_time():.0f} s of the processor", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and another one is started until all kills are done.
 
 import argparse
 import collections
-import contextlib
 import hashlib
 import json
 import os
@@ -22,23 +21,16 @@ import time
 import jax
 import numpy as np
 
-from experiments.configs import kepo
 from kepo_jax import training
+from kepo_jax.data import splits
 from kepo_jax.reporting import RunReporter
 from kepo_jax.training import checkpoints, files, loop, manifest
 from kepo_jax.types import Hook
 from tests.conftest import ROOT
-from tests.training.runs import shrunk
+from tests.training.runs import STEPS, small
 
 PHASES = ("sampling", "exploration", "teacher", "update", "saving", "checksums", "validation", "after", "export")
 FILES = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "questions.json", "model/model.safetensors")
-STEPS = 8
-
-
-def config():
-  """Eight steps with a checkpoint after every second and a validation after every fourth."""
-  sizes = {"train__steps": STEPS, "eval__every": 4, "eval__prompts": 8, "checkpoint__every": 2}
-  return shrunk(kepo.get_config(), **sizes)
 
 
 def say(word):
@@ -77,11 +69,18 @@ def run(workdir):
   checkpoints.Checkpoints.save = announced(checkpoints.Checkpoints.save, "saving")
   manifest.write = announced(manifest.write, "checksums")
   files.RunFiles.export = announced(files.RunFiles.export, "export")
-  result = training.train(config(), workdir=workdir, hooks=[RunReporter(), Phases()], auto_resume=True)
-  digest = hashlib.sha256()
+  # One old checkpoint is deleted whenever a new one is complete.
+  config = small(checkpoint__keep=1)
+  hooks = [RunReporter(), Phases()]
+  say(digest(training.train(config, workdir=workdir, records=splits.load(config.data), hooks=hooks, auto_resume=True)))
+
+
+def digest(result):
+  """The state of a finished run in one word."""
+  found = hashlib.sha256()
   for leaf in jax.tree.leaves(result.state):
-    digest.update(np.asarray(leaf).tobytes())
-  say(f"state {digest.hexdigest()}")
+    found.update(np.asarray(leaf).tobytes())
+  return f"state {found.hexdigest()}"
 
 
 def start(workdir, log):
@@ -132,7 +131,7 @@ def killed(workdir, log, phase, occurrence, delay):
   raise RuntimeError(f"the run in {workdir} failed: {pathlib.Path(log.name).read_text()[-2000:]}")
 
 
-def differences(workdir, whole, state, whole_state):
+def differences(workdir, state, whole, whole_state):
   """What of a finished run is not as in the undisturbed one."""
   found = [] if state == whole_state else ["state"]
   found += [name for name in FILES if (workdir / name).read_bytes() != (whole / name).read_bytes()]
@@ -140,11 +139,14 @@ def differences(workdir, whole, state, whole_state):
   return found + ([] if steps == list(range(1, STEPS + 1)) else [f"steps of timing.jsonl {steps}"])
 
 
-def main(kills, seed, folder, phases=PHASES):
-  """Kills so many times in these phases, in turn; runs that got through, what differed, and an entry per kill."""
+def main(kills, seed, folder, phases=PHASES, whole=None):
+  """Kills so many times in these phases, in turn; runs that got through, what differed, and an entry per kill.
+
+  `whole` is the folder and `digest` of a run that nobody disturbed; None makes one.
+  """
   choose, lines = random.Random(seed), []
   with (folder / "log.txt").open("w") as log:
-    whole_state = finish(folder / "whole", log)
+    whole = whole or (folder / "whole", finish(folder / "whole", log))
     runs, done, different, state = 0, 0, [], None
     while done < kills or state is None:
       workdir = folder / f"run-{runs}"
@@ -160,7 +162,7 @@ def main(kills, seed, folder, phases=PHASES):
           done += 1
           lines.append((done, runs, phase, before, step))
       if state is not None:
-        different += [(runs, name) for name in differences(workdir, folder / "whole", state, whole_state)]
+        different += [(runs, name) for name in differences(workdir, state, *whole)]
         runs += 1
         state = state if done == kills else None
   return runs, different, lines
@@ -176,17 +178,12 @@ if __name__ == "__main__":
     run(pathlib.Path(arguments.run))
     sys.exit()
   begun = time.monotonic()
-  with contextlib.ExitStack() as stack:
-    runs, different, lines = main(
-      arguments.kills, arguments.seed, pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    )
-  for number, name, phase, resumed, step in lines:
+  with tempfile.TemporaryDirectory() as name:
+    runs, different, lines = main(arguments.kills, arguments.seed, pathlib.Path(name))
+  for number, run_number, phase, start_step, step in lines:
     print(
-      f"kill {number:3}  run {name}  in {phase:<12} from the checkpoint of step {resumed}, killed after step {step}"
+      f"kill {number:3}  run {run_number}  in {phase:<12} from the checkpoint of {start_step}, killed after step {step}"
     )
-  counted = collections.Counter(phase for _, _, phase, _, _ in lines)
-  print(f"{len(lines)} kills ({', '.join(f'{name} {count}' for name, count in counted.items())})")
-  print(
-    f"{runs} runs finished in {time.monotonic() - begun:.0f} s; different from the undisturbed one: {different or 0}"
-  )
+  print(f"{len(lines)} kills ({dict(collections.Counter(phase for _, _, phase, _, _ in lines))})")
+  print(f"{runs} runs finished in {time.monotonic() - begun:.0f} s; not as the undisturbed one: {different or 0}")
   sys.exit(bool(different))

@@ -1,9 +1,22 @@
-"""Whole runs of any config on the phantom's models, in seconds, and a hook that keeps what they report."""
+"""Whole runs of any config on the phantom's models, in seconds, and hooks that follow and stop them."""
 
+import json
+import shutil
+import unittest.mock
+
+import jax
+import numpy as np
+
+from experiments.configs import kepo
+from kepo_jax import training
+from kepo_jax.reporting import RunReporter
+from kepo_jax.training import assembly, checkpoints
 from kepo_jax.types import Hook
 from tests.conftest import ROOT
 
 ASSETS = ROOT / "experiments" / "assets" / "phantom"
+SAME = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "questions.json")
+STEPS = 4
 
 
 def shrunk(config, **changes):
@@ -22,6 +35,12 @@ def shrunk(config, **changes):
   return config
 
 
+def small(parent=kepo, **changes):
+  """Four steps with a validation after every second and a checkpoint after each, all of which are kept."""
+  sizes = {"train__steps": STEPS, "eval__every": 2, "eval__prompts": 8, "checkpoint__every": 1, "checkpoint__keep": 9}
+  return shrunk(parent.get_config(), **sizes | changes)
+
+
 def changed(parent, **changes):
   """A config of `parent` with changes as `section__field=value`."""
   config = parent.get_config()
@@ -30,6 +49,63 @@ def changed(parent, **changes):
     with config.ignore_type():  # None is a wrong value as well
       config[section][field] = value
   return config
+
+
+_MADE, _BUILD = {}, assembly.build_programs
+
+
+def _build_once(config, processor, models):
+  """`assembly.build_programs`, with the programs of the first run of the same config: they are compiled already."""
+  state, programs = _BUILD(config, processor, models)
+  fields = config.to_dict()
+  for name in ("checkpoint", "log", "data"):  # all runs here have the same models and tokenizer, wherever they lie
+    del fields[name]
+  del fields["optimizer"]["skip_limit"]
+  for section, names in (("eval", ("every", "test", "before", "prompts")), ("model", ("student", "teacher"))):
+    for name in names:
+      del fields[section][name]
+  return state, _MADE.setdefault(json.dumps(fields, sort_keys=True), programs)
+
+
+def train(config, workdir="", *, hooks=(), **settings):
+  """`training.train` with a reporter; runs of one config share their compiled programs."""
+  with unittest.mock.patch.object(assembly, "build_programs", _build_once):
+    return training.train(config, workdir=workdir, hooks=[RunReporter(), *hooks], **settings)
+
+
+def copied(run, folder, last=STEPS):
+  """A copy of the folder of a run, as if it had been killed before its checkpoint after step `last` + 1."""
+  shutil.copytree(run, folder)
+  for step in checkpoints.steps_in(folder / "checkpoints"):
+    if step > last:
+      shutil.rmtree(folder / "checkpoints" / str(step))
+  return folder
+
+
+def flip_a_bit(folder):
+  """Damages the largest file below a folder."""
+  path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def lines(path):
+  """The records of a .jsonl file."""
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def equal(a, b):
+  """Whether two trees of arrays are the same to the bit."""
+  raw = lambda x: np.atleast_1d(np.asarray(x)).view(np.uint8)  # noqa: E731
+  return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(raw(x), raw(y)), a, b)))
+
+
+def assert_the_same(workdir, result, whole):
+  """The folder and result of a run are those of another one, to the bit."""
+  assert equal(result.state, whole[1].state)
+  for name in SAME:
+    assert (workdir / name).read_text() == (whole[0] / name).read_text(), name
 
 
 class Recorder(Hook):
@@ -42,3 +118,17 @@ class Recorder(Hook):
     self.reports.append(report)
     if report.step == self.stop_after:
       raise KeyboardInterrupt
+
+
+class Signal(training.Interruption, Hook):
+  """Asks the run to stop after a step, or when it tells of progress in what begins with some words."""
+
+  def __init__(self, *, step=None, progress=None):
+    super().__init__()
+    self._step, self._progress = step, progress
+
+  def step(self, report):
+    self._asked |= report.step == self._step
+
+  def progress(self, what, done, total):
+    self._asked |= self._progress is not None and what.startswith(self._progress)

@@ -1,10 +1,10 @@
-"""One process of a run over several, for tests.
+"""One process of runs over several: python -m tests.training.several FOLDER COORDINATOR COUNT NUMBER [RUN ...].
 
-  python -m tests.training.several WORKDIR COORDINATOR COUNT NUMBER [FAULT]
-
-FAULT is something that goes wrong on one of them, see `FAULTS`.
+RUN is "whole" or "run", the names of runs that are alike, or something that goes wrong on one of the processes, see
+`FAULTS`; one after the other. What becomes of each is a line of FOLDER/NUMBER.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -20,10 +20,13 @@ from kepo_jax.reporting import RunReporter
 from kepo_jax.types import Hook
 from tests.training.runs import ASSETS, shrunk
 
+STEPS = 5
+
 
 def config(devices):
-  """Six steps over all devices, with a checkpoint after every second."""
-  sizes = {"train__steps": 6, "eval__every": 3, "eval__prompts": 8, "checkpoint__every": 2, "mesh__data": devices}
+  """A few steps over all devices, with a checkpoint after every second."""
+  sizes = {"train__steps": STEPS, "eval__every": 3, "eval__prompts": 8, "checkpoint__every": 2}
+  sizes |= {"exploration__rounds": 1, "mesh__data": devices}
   return shrunk(kepo.get_config(), **sizes)
 
 
@@ -31,7 +34,7 @@ class Start(Hook):
   """Says from which step the run goes on."""
 
   def start(self, plan):
-    print(f"start {plan.start_step}", flush=True)
+    say(f"start {plan.start_step}")
 
 
 def no_folder(made, number):
@@ -65,23 +68,40 @@ def unwritable(made, number):
 FAULTS = {"no folder": no_folder, "other questions": other_questions, "unwritable": unwritable}
 
 
-def main(workdir, coordinator, count, number, fault=""):
-  """Joins, trains, and tells the hash of the state and what it evaluated to."""
-  jax.distributed.initialize(coordinator, int(count), int(number))
+def say(text):
+  folder, _, _, number = sys.argv[1:5]
+  with open(pathlib.Path(folder) / number, "a", encoding="utf-8") as file:
+    file.write(text + "\n")
+
+
+def run(name, number):
+  """Trains, and tells the hash of the state, or the error that ended it."""
   made = config(jax.device_count())
-  settings = {"workdir": pathlib.Path(workdir), "hooks": [RunReporter(), Start()], "auto_resume": True}
-  if fault:
-    settings |= FAULTS[fault](made, int(number))
+  settings = {"workdir": pathlib.Path(sys.argv[1]) / name, "hooks": [RunReporter(), Start()], "auto_resume": True}
+  if name in FAULTS:
+    settings |= FAULTS[name](made, number)
   with training.Interruption() as interruption:
     try:
       result = training.train(made, interruption=interruption, **settings)
     except training.Interrupted as error:
-      print(f"saved {error.step}", flush=True)
+      say(f"saved {error.step}")
       sys.exit(training.EXIT_CODE)
+    except (ValueError, OSError) as error:
+      if name not in FAULTS:
+        raise
+      say(f"{type(error).__name__}: {error}")
+      return
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(result.state):
     digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
-  print(f"state {digest.hexdigest()}", flush=True)
+  say(f"state {digest.hexdigest()}")
+
+
+def main(_, coordinator, count, number, *names):
+  jax.distributed.initialize(coordinator, int(count), int(number))
+  for name in names:
+    with contextlib.chdir(os.getcwd()):  # a fault may leave it
+      run(name, int(number))
 
 
 if __name__ == "__main__":

@@ -5,52 +5,39 @@ import subprocess
 import sys
 import threading
 
-import pytest
-
 from kepo_jax.training.interruption import EXIT_CODE, Interrupted, Interruption
 
-# Waits inside one call into C, as a compilation does: Python's own handlers do not run meanwhile.
+# At last it waits inside one call into C, as a compilation does: Python's own handlers do not run meanwhile.
 PROGRAM = """
-import os, signal, sys, threading
+import threading
 from kepo_jax.training.interruption import Interruption
+for _ in range(2):
+  with Interruption() as interruption:
+    print("ready", flush=True)
+    while not interruption.requested():
+      pass
+    print("asked", flush=True)
 busy = threading.Lock()
 busy.acquire()
 with Interruption() as interruption:
   print("ready", flush=True)
-  if sys.argv[1] == "deaf":
-    sum(1 for _ in iter(lambda: busy.acquire(timeout=0.05), True))
-  while not interruption.requested():
-    pass
-  print("asked", flush=True)
-print("after", flush=True)
+  sum(1 for _ in iter(lambda: busy.acquire(timeout=0.05), True))
 """
 
 
-def start(mode="listening"):
-  process = subprocess.Popen(
-    [sys.executable, "-c", PROGRAM, mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
+def test_the_first_signal_asks_and_the_second_ends_the_process_at_once():
+  process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  for number in (signal.SIGTERM, signal.SIGINT):
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == "asked\n"
+    assert f"{number.name}: the run stops as soon as its state can be saved" in process.stderr.readline()
   assert process.stdout.readline() == "ready\n"
-  return process
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks(number):
-  process = start()
-  process.send_signal(number)
-  out, said = process.communicate(timeout=60)
-  assert out == "asked\nafter\n" and process.returncode == 0
-  assert f"{number.name}: the run stops as soon as its state can be saved" in said
-
-
-@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
-def test_the_second_signal_ends_the_process_at_once(first, second):
-  process = start("deaf")
-  process.send_signal(first)
+  process.send_signal(signal.SIGINT)
   assert "again to exit at once" in process.stderr.readline()
-  process.send_signal(second)
+  process.send_signal(signal.SIGTERM)
   process.communicate(timeout=60)
-  assert process.returncode == 128 + second
+  assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_handlers_are_put_back():

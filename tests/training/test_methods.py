@@ -1,24 +1,15 @@
-"""Every config of experiments/configs runs two steps, and logs what its method has and nothing else."""
+"""Every method runs two steps, and logs what it has and nothing else; and so do options that no config sets."""
 
-import importlib.util
+import importlib
 
 import pytest
 
-from experiments import settings
-from kepo_jax import training
-from kepo_jax.data import splits
-from tests.conftest import ROOT
-from tests.training.runs import Recorder, shrunk
-
-CONFIGS = sorted(path for path in (ROOT / "experiments" / "configs").glob("*.py") if path.stem != "__init__")
+from tests.training.runs import Recorder, shrunk, train
 
 
-def small(path, *arguments, **changes):
-  """The config of a file on the phantom's models, in a size that runs in seconds; changes as `section__field=value`."""
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(*arguments)
+def small(method, *arguments, **changes):
+  """The config of a method on the phantom's models, in seconds; changes as `section__field=value`."""
+  config = importlib.import_module(f"experiments.configs.{method}").get_config(*arguments)
   # What the paper's sizes would make of drawn pictures: other buckets, the phantom's wordings and its lengths.
   config.data.resize, config.data.templates = "native", "brief"
   config.data.prompt_buckets, config.data.patch_buckets = (72,), (64,)  # room for the longest hint that may be
@@ -28,22 +19,18 @@ def small(path, *arguments, **changes):
   return shrunk(config, **changes)
 
 
-@pytest.fixture(scope="module")
-def questions():
-  return splits.load(small(ROOT / "experiments" / "configs" / "kepo.py").data)
-
-
 def metrics_of(config, questions):
   recorder = Recorder()
-  result = training.train(config, records=questions, hooks=[recorder])
+  result = train(config, records=questions, hooks=[recorder])
   assert int(result.state.step) == 2
   return [report.metrics for report in recorder.reports]
 
 
+# rloo and kepo_ke have no part that one of these has not; kepo_medvqa computes in bfloat16 and again in the backward.
 @pytest.mark.slow
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_two_steps(path, questions):
-  config = small(path)
+@pytest.mark.parametrize("method", ["kepo", "kepo_medvqa", "kepo_released", "kepo_eq7", "sft", "sft_teacher"])
+def test_two_steps(method, questions):
+  config = small(method)
   first, second = metrics_of(config, questions)
   samples = config.batch.on_policy_fraction > 0
   distils = config.objective.distill_weight > 0
@@ -61,30 +48,30 @@ def test_two_steps(path, questions):
 @pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
 def test_gkd_with_answers_of_the_teacher(fraction, questions):
-  config = small(ROOT / "experiments" / "configs" / "gkd.py", batch__on_policy_fraction=fraction)
-  first, _ = metrics_of(config, questions)
+  first, second = metrics_of(small("gkd", batch__on_policy_fraction=fraction), questions)
   assert 0 < first["supervised/accept_rate"] <= 1
   assert first["supervised/row_frac"] == pytest.approx(first["supervised/accept_rate"] * (1 - fraction))
   assert first["divergence/gated"] > 0
   assert first["gate/frac"] == 1
   assert ("reward/mean" in first) == (fraction > 0)
+  assert "lambda" in first and "grad_cosine" not in second  # without a policy term there is nothing to compare
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "changes",
   [
-    {"objective__off_context": "keep_hint", "batch__updates": 2, "batch__micro_batches": 2},
-    {"objective__off_context": "drop_behaviour_shaped", "objective__ratio": "sequence", "batch__updates": 2},
-    {"objective__divergence_top_k": 20, "objective__distill_schedule": "linear", "objective__mask_truncated": True},
-    {"objective__divergence": "sampled_k2", "objective__importance_cap": 2.0, "objective__gate_injected": False},
-    {"exploration__hints": "once", "exploration__candidates": 3, "exploration__hint_prompt": "hint_only"},
+    {"objective__off_context": "keep_hint", "objective__divergence_top_k": 20, "objective__mask_truncated": True}
+    | {"batch__updates": 2, "batch__micro_batches": 2, "objective__distill_schedule": "linear"},
+    {"objective__off_context": "drop_behaviour_shaped", "objective__ratio": "sequence", "batch__updates": 2}
+    | {"objective__divergence": "sampled_k2", "objective__importance_cap": 2.0, "objective__gate_injected": False}
+    | {"exploration__hints": "once", "exploration__candidates": 3, "exploration__hint_prompt": "hint_only"},
     {"sampling__dynamic_rounds": 2, "exploration__trigger": "never", "reward__more": "lenient_accuracy:0.5"},
   ],
-  ids=lambda changes: "-".join(name.split("__")[1] for name in changes),
+  ids=["keep_hint", "sequence", "dynamic"],
 )
 def test_knobs_together(changes, questions):
-  first, second = metrics_of(small(ROOT / "experiments" / "configs" / "kepo.py", **changes), questions)
+  first, second = metrics_of(small("kepo", **changes), questions)
   assert second["grad_norm"] > 0
   if changes.get("batch__updates") == 2:
     assert first["ratio/mean"] != 1
@@ -96,8 +83,3 @@ def test_knobs_together(changes, questions):
     assert first["reward/lenient_accuracy"] >= first["reward/accuracy"]
   if changes.get("exploration__hints") == "once":
     assert first["hint/attempts"] <= first["hint/trigger_rate"] * 4
-
-
-def test_the_grid_belongs_to_every_method():
-  for path in CONFIGS:
-    assert small(path).optimizer.learning_rate in {rate for rates in settings.LEARNING_RATES.values() for rate in rates}

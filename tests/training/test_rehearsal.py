@@ -76,8 +76,9 @@ def run(questions, **changes):
 
 @pytest.mark.slow
 def test_nothing_compiles_after_the_first_step(questions):
-  ahead, hook, late = run(questions, train__compile_ahead=True)
-  met, other, later = run(questions, train__compile_ahead=False)
+  fewer = {"train__steps": 3, "data__prompt_buckets": (128,)}  # pictures of two sizes are enough
+  ahead, hook, late = run(questions, train__compile_ahead=True, **fewer)
+  met, other, later = run(questions, train__compile_ahead=False, **fewer)
   assert late == 0 < later
   total = hook.told[-1][1]
   assert hook.told == [(done, total) for done in range(1, total + 1)] and not other.told

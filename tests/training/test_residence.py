@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.configs import kepo, kepo_eq7, sft_teacher
-from kepo_jax import sharding, training
+from experiments.configs import kepo, kepo_eq7, kepo_ke
+from kepo_jax import sharding
 from kepo_jax.data import splits
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.training import forward, programs, residence, setup
-from tests.training.runs import Recorder, changed, shrunk
+from tests.training.runs import Recorder, changed, copied, equal, small, train
 
 
 def weights(mesh):
@@ -84,10 +84,9 @@ def test_targets_outlive_the_weights_that_made_them(tiny_config, tiny_params, ti
   np.testing.assert_array_equal(found[1][1].hidden, expected.hidden)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2}], ids="x".join)
 @pytest.mark.parametrize("place", residence.PLACES)
-def test_a_teacher_decodes_from_the_weights_that_it_has(tiny_config, tiny_params, mesh_of, monkeypatch, place, axes):
-  places = sharding.weight_shardings(mesh_of(**axes), tiny_params, model.logical_axes(tiny_config))
+def test_a_teacher_decodes_from_the_weights_that_it_has(tiny_config, tiny_params, mesh_of, monkeypatch, place):
+  places = sharding.weight_shardings(mesh_of(fsdp=2), tiny_params, model.logical_axes(tiny_config))
   params = jax.device_put(tiny_params, places)
   teacher = programs.Model(tiny_config, residence.on_host(params) if place == "host" else params)
   monkeypatch.setattr(programs, "sampling_program", lambda *_, stationary, **named: lambda *given: (stationary, given))
@@ -106,60 +105,40 @@ def mesh_with(*kinds):
   return types.SimpleNamespace(local_devices=[device])
 
 
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    ({"model__teacher_memory": "host"}, r"model.teacher_memory=host needs .* pinned_host, and other has \['device'\]"),
-    ({"model__remat": "dots_offloaded"}, "model.remat=dots_offloaded needs memory .*; use dots or full"),
-  ],
-)
-def test_a_backend_without_host_memory_is_named(changes, message):
-  with pytest.raises(ValueError, match=message):
-    setup.check_memories(changed(kepo, **changes), mesh_with("device"))
-  setup.check_memories(changed(kepo, **changes), mesh_with("device", "pinned_host"))
+def test_a_backend_without_host_memory_is_named(mesh_of):
+  host, offloaded = {"model__teacher_memory": "host"}, {"model__remat": "dots_offloaded"}
+  for changes, message in (
+    (host, r"model.teacher_memory=host needs .* pinned_host, and other has \['device'\]"),
+    (offloaded, "model.remat=dots_offloaded needs memory .*; use dots or full"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      setup.check_memories(changed(kepo, **changes), mesh_with("device"))
+    setup.check_memories(changed(kepo, **changes), mesh_with("device", "pinned_host"))
   setup.check_memories(changed(kepo), mesh_with("device"))
-
-
-def test_this_backend_has_host_memory(mesh_of):
-  setup.check_memories(changed(kepo, model__teacher_memory="host", model__remat="dots_offloaded"), mesh_of(data=2))
+  setup.check_memories(changed(kepo, **host, **offloaded), mesh_of(data=2))  # this backend has it
 
 
 # ---- a run ----
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parent", [kepo_eq7, sft_teacher])
-def test_a_run_is_the_same_to_the_bit(parent):
+def test_a_run_is_the_same_to_the_bit():
   found = []
   for place in residence.PLACES:
-    config = shrunk(parent.get_config(), train__steps=2, eval__every=0, eval__test=False, model__teacher_memory=place)
     recorder = Recorder()
-    result = training.train(config, records=splits.load(config.data), hooks=[recorder])
-    found.append((jax.device_get(result.state.params), [report.metrics for report in recorder.reports]))
-  (params, metrics), (others, other_metrics) = found
-  jax.tree.map(np.testing.assert_array_equal, params, others)
-  np.testing.assert_equal(metrics, other_metrics)
-  if parent is kepo_eq7:
-    assert sum(record.get("hint/attempts", 0) for record in metrics) > 0
+    config = small(kepo_eq7, train__steps=2, eval__every=0, eval__test=False, model__teacher_memory=place)
+    found.append((train(config, records=splits.load(config.data), hooks=[recorder]), recorder.reports))
+  (here, reports), (there, others) = found
+  assert equal(here.state, there.state)
+  np.testing.assert_equal([report.metrics for report in reports], [report.metrics for report in others])
+  assert sum(report.metrics.get("hint/attempts", 0) for report in reports) > 0
 
 
 @pytest.mark.slow
-def test_all_that_saves_memory_at_once_and_a_resume(tmp_path):
-  changes = {
-    "optimizer__moments": "float8",
-    "model__remat": "dots_offloaded",
-    "model__teacher_memory": "host",
-    "checkpoint__every": 1,
-  }
-
-  def train(workdir, **settings):
-    config = shrunk(kepo.get_config(), train__steps=3, eval__every=0, eval__test=False, **changes)
-    return training.train(config, workdir=workdir, records=splits.load(config.data), **settings)
-
-  whole = train(tmp_path / "whole")
-  with pytest.raises(KeyboardInterrupt):
-    train(tmp_path / "run", hooks=[Recorder(stop_after=2)])
-  resumed = train(tmp_path / "run", resume=True)
+def test_all_that_saves_memory_at_once_and_a_resume(questions, tmp_path):
+  saves = {"optimizer__moments": "float8", "model__remat": "dots_offloaded", "model__teacher_memory": "host"}
+  config = small(kepo_ke, train__steps=2, eval__every=0, eval__test=False, **saves)
+  whole = train(config, tmp_path / "whole", records=questions)
   assert jnp.dtype(jnp.float8_e4m3fn) in {leaf.dtype for leaf in jax.tree.leaves(whole.state.opt_state)}
-  raw = lambda x: np.atleast_1d(np.asarray(x)).view(np.uint8)  # noqa: E731
-  jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), resumed.state, whole.state)
+  run = copied(tmp_path / "whole", tmp_path / "run", last=1)
+  assert equal(train(config, run, records=questions, resume=True).state, whole.state)

@@ -1,133 +1,78 @@
-"""Two processes: one is killed, or told to stop; both are started again, and the run is as if nothing had happened.
-
-Or something is wrong on one of them, and both end with an error.
-"""
+"""Two processes of a run: what goes wrong on one ends both; told to stop or killed, they go on to the bit."""
 
 import contextlib
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.started import free_address, logs, started
+from tests.training.several import FAULTS, STEPS
 
 FILES = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "questions.json", "model/model.safetensors")
-ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+SECONDS = 900
 
 
 @contextlib.contextmanager
-def two(workdir, *fault):
-  """Two processes of one run, each with one device; what is left of them is killed at the end of the block."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-  command = [
-    sys.executable,
-    "-m",
-    "tests.training.several",
-    str(workdir),
-    coordinator,
-    "2",
-  ]  # and the number, and what goes wrong
-  with contextlib.ExitStack() as stack:
-    processes = []
-    for number in range(2):
-      log = stack.enter_context((workdir.parent / f"{workdir.name}-{number}.log").open("a"))
-      settings = {"cwd": ROOT, "env": os.environ | ONE_DEVICE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-      processes.append(subprocess.Popen([*command, str(number), *fault], **settings))
-      stack.callback(processes[-1].wait)
-      stack.callback(processes[-1].kill)
+def two(folder, *runs):
+  """Two processes, each with one device."""
+  shared = ("tests.training.several", folder, free_address(), 2)
+  for number in range(2):
+    (folder / str(number)).unlink(missing_ok=True)
+  with started(folder, *((*shared, number, *runs) for number in range(2)), devices=1) as processes:
     yield processes
 
 
-def last_words(processes, code=0):
-  """What each process says last; all end with this exit code."""
-  said = [process.communicate(timeout=500)[0] for process in processes]
-  assert [process.returncode for process in processes] == [code, code]
-  return [text.strip().splitlines()[-1] for text in said]
+def end(folder, processes, code=0):
+  """What each process says; both end with this exit code."""
+  for process in processes:
+    process.wait(timeout=SECONDS)
+  assert [process.returncode for process in processes] == [code, code], logs(folder)
+  return [(folder / str(number)).read_text().splitlines() for number in range(2)]
 
 
-def wait_for_steps(workdir, steps):
-  """Until so many lines of metrics are there."""
-  metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 500
-  while not (metrics.exists() and metrics.read_text().count("\n") >= steps) and time.monotonic() < deadline:
+def wait_until(there, processes):
+  deadline = time.monotonic() + SECONDS
+  while not there():
+    assert [process.poll() for process in processes] == [None, None] and time.monotonic() < deadline
     time.sleep(0.01)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-  """(workdir, last words) of a run that nothing disturbed."""
-  workdir = tmp_path_factory.mktemp("several") / "whole"
-  with two(workdir) as processes:
-    said = last_words(processes)
-  assert said[0] == said[1] and said[0].startswith("state ")
-  return workdir, said
-
-
-def assert_the_same(workdir, whole):
-  """Continues a run, and compares it."""
-  complete = [path.parent.name for path in (workdir / "checkpoints").glob("*/manifest.json")]
-  newest = max(map(int, complete))
-  with two(workdir) as processes:
-    said = [process.communicate(timeout=500)[0].split("\n") for process in processes]
-  assert newest > 0 and all(f"start {newest}" in words for words in said)
-  assert [words[-2] for words in said] == whole[1]
-  for name in FILES:
-    assert (workdir / name).read_bytes() == (whole[0] / name).read_bytes(), name
+def newest_checkpoint(workdir):
+  return max((int(path.parent.name) for path in (workdir / "checkpoints").glob("*/manifest.json")), default=0)
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_is_killed_and_both_go_on_to_the_bit(whole, tmp_path):
-  with two(tmp_path / "run") as processes:
-    wait_for_steps(tmp_path / "run", 4)
+def test_what_ends_one_of_two_processes_ends_both_and_they_go_on_to_the_bit(tmp_path):
+  metrics = tmp_path / "run" / "metrics.jsonl"
+  # What goes wrong on one process; a run that nothing disturbs; and one of which a single process is told to stop.
+  with two(tmp_path, *FAULTS, "whole", "run") as processes:
+    wait_until(lambda: metrics.exists() and metrics.read_text(), processes)
+    processes[1].terminate()
+    said = end(tmp_path, processes, code=75)
+  folder, questions, unwritable, _, whole, _, stopped = zip(*said, strict=True)
+  another = "OSError: another process of this run has failed; its log says why."
+  assert folder[0] == another and folder[1].startswith("ValueError: weak is no folder")
+  for each in questions:
+    assert each.startswith("ValueError: process 1 has other questions of train than process 0: 15 against 16.")
+  assert not (tmp_path / "other questions").exists()
+  assert "evaluation.json could not be written: " in unwritable[0] and unwritable[1] == another
+  assert (tmp_path / "unwritable" / "outputs" / "before.jsonl").exists()
+  assert whole[0] == whole[1] and whole[0].startswith("state ")
+  # Both stop after the same step, and save it.
+  saved = newest_checkpoint(tmp_path / "run")
+  assert stopped == (f"saved {saved}",) * 2 and 0 < saved < STEPS
+
+  with two(tmp_path, "run") as processes:
+    wait_until(lambda: newest_checkpoint(tmp_path / "run") > saved, processes)
     processes[1].kill()
     # The other one cannot go on alone; whether it has noticed by now or not, it is ended as a scheduler would.
     time.sleep(1)
-  assert_the_same(tmp_path / "run", whole)
+  assert [(tmp_path / str(number)).read_text().split("\n")[0] for number in range(2)] == [f"start {saved}"] * 2
+  left = newest_checkpoint(tmp_path / "run")
+  assert left > saved
 
-
-@pytest.mark.slow
-def test_a_signal_to_one_of_two_stops_both_after_the_same_step(whole, tmp_path):
-  with two(tmp_path / "run") as processes:
-    wait_for_steps(tmp_path / "run", 1)
-    processes[1].terminate()
-    said = last_words(processes, code=75)
-  assert said[0] == said[1]
-  (newest,) = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())[-1:]
-  assert said[0] == f"saved {newest}" and newest < 6
-  assert_the_same(tmp_path / "run", whole)
-
-
-def logs_of_fault(workdir, fault):
-  """The log of each process of a run in which something is wrong with one; both must end by themselves, and soon."""
-  with two(workdir, fault) as processes:
-    for process in processes:
-      process.communicate(timeout=500)
-  logs = [(workdir.parent / f"{workdir.name}-{number}.log").read_text() for number in range(2)]
-  assert [process.returncode for process in processes] == [1, 1], logs[0][-2000:] + logs[1][-2000:]
-  return logs
-
-
-@pytest.mark.slow
-def test_a_folder_that_one_process_does_not_have_ends_both(tmp_path):
-  first, second = logs_of_fault(tmp_path / "run", "no folder")
-  assert "OSError: another process of this run has failed; its log says why." in first
-  assert "ValueError: weak is no folder" in second
-
-
-@pytest.mark.slow
-def test_other_questions_on_one_process_end_both(tmp_path):
-  for log in logs_of_fault(tmp_path / "run", "other questions"):
-    assert "ValueError: process 1 has other questions of train than process 0: 15 against 16." in log
-  assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_an_evaluation_that_the_first_process_cannot_write_ends_both(tmp_path):
-  first, second = logs_of_fault(tmp_path / "run", "unwritable")
-  assert "evaluation.json could not be written: " in first
-  assert "OSError: another process of this run has failed; its log says why." in second
-  assert (tmp_path / "run" / "outputs" / "before.jsonl").exists()
+  with two(tmp_path, "run") as processes:
+    said = end(tmp_path, processes)
+  assert said == [[f"start {left}", each] for each in whole]
+  for name in FILES:
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
