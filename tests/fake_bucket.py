@@ -242,13 +242,6 @@ class Objects(AbstractFileSystem):
   def rmdir(self, path):
     """Nothing."""
 
-  def cp_file(self, path1, path2, **_):
-    if not self.isdir(path1):  # a prefix is no object
-      self.store.write(*self._split(path2), self.store.read(*self._split(path1)))
-
-  def rm_file(self, path):
-    self.store.delete(*self._split(path))
-
   def rm(self, path, recursive=False, maxdepth=None):
     bucket, name = self._split(path)
     names = [name] if self.store.generation(bucket, name) else self._names(bucket, f"{name}/") if recursive else []
