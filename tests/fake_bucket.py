@@ -1,11 +1,10 @@
-"""gs:// on this machine: a folder of objects behind Google's JSON API on loopback, and behind fsspec.
+"""gs:// on this machine: files behind Google's JSON API on loopback for TensorStore, and behind fsspec for epath.
 
-TensorStore, which Orbax writes arrays with, speaks HTTP; epath goes through fsspec, by `Objects` below. Both see the
-same objects: one file each under `root/<bucket>/`. As in a bucket, and unlike in a folder, there are no empty folders,
-an object appears when its upload is complete, and nothing is appended to or renamed in place.
+As in a bucket there are no empty folders, an object appears when its upload is complete, and nothing is appended to.
 """
 
 import contextlib
+import functools
 import http.server
 import io
 import json
@@ -15,25 +14,14 @@ import re
 import tempfile
 import threading
 import types
+import unittest.mock
 import urllib.parse
 from collections.abc import Iterator
 
-import fsspec
 from etils.epath import backend
-from fsspec.registry import _registry, known_implementations
+from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 from orbax.checkpoint._src.path import gcs_utils
-
-# TensorStore reads its variables once per process: one server serves every test, each with a root of its own.
-_SERVER: "Server | None" = None
-
-
-class Missing(Exception):
-  """There is no such object or bucket."""
-
-
-class Refused(Exception):
-  """A precondition on the generation does not hold."""
 
 
 class Store:
@@ -50,7 +38,7 @@ class Store:
   def names(self, bucket: str, prefix: str = "") -> list[str]:
     top = self.root / bucket
     if not bucket or not top.is_dir():
-      raise Missing(bucket)
+      raise FileNotFoundError(bucket)
     found = (path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file())
     return sorted(name for name in found if name.startswith(prefix))
 
@@ -60,14 +48,13 @@ class Store:
 
   def read(self, bucket: str, name: str) -> bytes:
     if not self.generation(bucket, name):
-      raise Missing(name)
+      raise FileNotFoundError(name)
     return self.path(bucket, name).read_bytes()
 
-  def write(self, bucket: str, name: str, data: bytes, match: str | None = None) -> None:
+  def write(self, bucket: str, name: str, data: bytes) -> None:
     if not (self.root / bucket).is_dir():
-      raise Missing(bucket)
+      raise FileNotFoundError(bucket)
     with self.lock:
-      self.check(bucket, name, match)
       path = self.path(bucket, name)
       path.parent.mkdir(parents=True, exist_ok=True)
       handle, partial = tempfile.mkstemp(dir=self.root)
@@ -79,20 +66,14 @@ class Store:
   def delete(self, bucket: str, name: str) -> None:
     with self.lock:
       path = self.path(bucket, name)
-      if not path.is_file():
-        raise Missing(name)
       path.unlink()
       with contextlib.suppress(OSError):
         while (path := path.parent) != self.root / bucket:
           path.rmdir()
 
-  def check(self, bucket: str, name: str, match: str | None) -> None:
-    if match is not None and int(match) != self.generation(bucket, name):
-      raise Refused(name)
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  """The part of Google's JSON API that TensorStore uses here."""
+  """The part of Google's JSON API that TensorStore uses here; preconditions always hold, nobody else writes."""
 
   protocol_version = "HTTP/1.1"
   server: "Server"
@@ -100,55 +81,44 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def log_message(self, *_):
     """Says nothing."""
 
+  def asked(self) -> tuple[str, str, dict[str, str]]:
+    """(bucket, name, query) of the address."""
+    path, _, query = self.path.partition("?")
+    bucket, name = map(urllib.parse.unquote, re.search(r"/b/([^/]+)/o/?(.*)$", path).groups())
+    return bucket, name, dict(urllib.parse.parse_qsl(query))
+
   def do_GET(self):  # noqa: N802
-    self.answered(self.get)
+    store, (bucket, name, query) = self.server.store, self.asked()
+    try:
+      data, generation = store.read(bucket, name), str(store.generation(bucket, name))
+    except FileNotFoundError:
+      return self.reply(404)
+    if query.get("ifGenerationNotMatch") == generation:
+      return self.reply(304)
+    headers = {"x-goog-generation": generation}
+    part = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+    if not part:
+      return self.reply(200, data, headers)
+    first = int(part[1] or len(data) - int(part[2]))
+    found = data[first : int(part[2] or len(data)) + 1 if part[1] else len(data)]
+    headers["Content-Range"] = f"bytes {first}-{first + len(found) - 1}/{len(data)}"
+    return self.reply(206, found, headers)
 
   def do_POST(self):  # noqa: N802
-    self.answered(self.post)
-
-  def answered(self, act) -> None:
-    self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-    path, _, query = self.path.partition("?")
-    found = re.search(r"/b/([^/]+)/o/?(.*)$", path)
+    store, (bucket, _, query) = self.server.store, self.asked()
     try:
-      act(*map(urllib.parse.unquote, found.groups()), dict(urllib.parse.parse_qsl(query, keep_blank_values=True)))
-    except Missing as error:
-      self.reply(404, {"error": {"code": 404, "message": f"No such object: {error}"}})
-    except Refused as error:
-      self.reply(412, {"error": {"code": 412, "message": f"conditionNotMet {error}"}})
+      store.write(bucket, query["name"], self.rfile.read(int(self.headers["Content-Length"])))
+    except FileNotFoundError:
+      return self.reply(404)
+    return self.reply(200, json.dumps({"generation": str(store.generation(bucket, query["name"]))}).encode())
 
-  def get(self, bucket: str, name: str, query: dict[str, str]) -> None:
-    store = self.server.store
-    data, generation = store.read(bucket, name), str(store.generation(bucket, name))
-    store.check(bucket, name, query.get("ifGenerationMatch"))
-    if query.get("ifGenerationNotMatch") == generation:
-      return self.reply(304, b"")
-    headers = {"x-goog-generation": generation}
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-    if not asked:
-      return self.reply(200, data, headers)
-    first = int(asked[1] or len(data) - int(asked[2]))
-    last = int(asked[2] or len(data)) if asked[1] else len(data)
-    part = data[first : last + 1]
-    headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
-    return self.reply(206, part, headers)
-
-  def post(self, bucket: str, _: str, query: dict[str, str]) -> None:
-    store, name = self.server.store, query["name"]
-    store.write(bucket, name, self.body, query.get("ifGenerationMatch"))
-    self.reply(200, {"bucket": bucket, "name": name, "generation": str(store.generation(bucket, name))})
-
-  def reply(self, status: int, content: bytes | dict, headers: dict[str, str] | None = None) -> None:
-    data = json.dumps(content).encode() if isinstance(content, dict) else content
+  def reply(self, status: int, data: bytes = b"", headers: dict[str, str] | None = None) -> None:
     self.send_response(status)
-    kind = "application/json" if isinstance(content, dict) else "application/octet-stream"
-    for name, value in ({"Content-Type": kind} | (headers or {})).items():
+    for name, value in (headers or {}).items():
       self.send_header(name, value)
-    if status != 304:
-      self.send_header("Content-Length", str(len(data)))
+    self.send_header("Content-Length", str(len(data)))
     self.end_headers()
-    if status != 304:
-      self.wfile.write(data)
+    self.wfile.write(data)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -157,26 +127,13 @@ class Server(http.server.ThreadingHTTPServer):
   daemon_threads = True
   request_queue_size = 128
 
-  def __init__(self, store: Store):
+  def __init__(self):
     super().__init__(("127.0.0.1", 0), Handler)
-    self.store = store
+    self.store = Store()
     threading.Thread(target=self.serve_forever, daemon=True).start()
 
   def handle_error(self, *_):
     """Says nothing: a client that hangs up is no news."""
-
-  @property
-  def url(self) -> str:
-    return f"http://127.0.0.1:{self.server_port}"
-
-
-@contextlib.contextmanager
-def not_found(path: str) -> Iterator[None]:
-  """Tells what is missing as a file system does."""
-  try:
-    yield
-  except Missing as error:
-    raise FileNotFoundError(f"{path}: no such object or bucket: {error}") from error
 
 
 class Upload(io.BytesIO):
@@ -189,8 +146,7 @@ class Upload(io.BytesIO):
   def close(self):
     if not self.closed:
       try:
-        with not_found(self._place[0]):
-          self._store.write(*self._place, self.getvalue())
+        self._store.write(*self._place, self.getvalue())
       finally:
         super().close()
 
@@ -206,35 +162,30 @@ class Objects(AbstractFileSystem):
     bucket, _, name = self._strip_protocol(path).partition("/")
     return bucket, name
 
-  def _names(self, bucket: str, prefix: str) -> list[str]:
-    with not_found(bucket):
-      return self.store.names(bucket, prefix)
-
   def info(self, path, **_):
     bucket, name = self._split(path)
     found = {"name": self._strip_protocol(path), "size": 0, "type": "directory"}
     if name and (generation := self.store.generation(bucket, name)):
       size = self.store.path(bucket, name).stat().st_size
       return found | {"size": size, "type": "file", "generation": str(generation)}
-    if self._names(bucket, f"{name}/" if name else "") or not name:
+    if self.store.names(bucket, f"{name}/" if name else "") or not name:
       return found
     raise FileNotFoundError(path)
 
   def ls(self, path, detail=True, **_):
     bucket, name = self._split(path)
     prefix = f"{name}/" if name else ""
-    below = dict.fromkeys(each[len(prefix) :].partition("/")[0] for each in self._names(bucket, prefix))
+    below = dict.fromkeys(each[len(prefix) :].partition("/")[0] for each in self.store.names(bucket, prefix))
     found = [self.info(f"{bucket}/{prefix}{each}") for each in below] if below or not name else [self.info(path)]
     return found if detail else [each["name"] for each in found]
 
   def _open(self, path, mode="rb", **_):
     if mode == "wb":
       return Upload(self.store, *self._split(path))
-    with not_found(path):
-      return io.BytesIO(self.store.read(*self._split(path)))
+    return io.BytesIO(self.store.read(*self._split(path)))
 
   def mkdir(self, path, create_parents=True, **_):
-    self._names(self._split(path)[0], "")  # a bucket must be there
+    self.store.names(self._split(path)[0], "")  # a bucket must be there
 
   def makedirs(self, path, exist_ok=False):
     self.mkdir(path)
@@ -244,11 +195,17 @@ class Objects(AbstractFileSystem):
 
   def rm(self, path, recursive=False, maxdepth=None):
     bucket, name = self._split(path)
-    names = [name] if self.store.generation(bucket, name) else self._names(bucket, f"{name}/") if recursive else []
+    names = [name] if self.store.generation(bucket, name) else self.store.names(bucket, f"{name}/") if recursive else []
     if not names:
       raise FileNotFoundError(path)
     for each in names:
       self.store.delete(bucket, each)
+
+
+@functools.cache
+def server() -> Server:
+  """TensorStore reads its variables once per process: one server serves every test, each with a root of its own."""
+  return Server()
 
 
 @contextlib.contextmanager
@@ -258,31 +215,21 @@ def served(root: pathlib.Path) -> Iterator[Store]:
   Args:
     root: holds one folder per bucket.
   """
-  global _SERVER
-  _SERVER = _SERVER or Server(Store())
-  store = _SERVER.store
+  store = server().store
   store.root, store.uploads = root, []
   variables = {
-    "TENSORSTORE_GCS_HTTP_URL": _SERVER.url,
+    "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{server().server_port}",
     "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # else TensorStore looks for a metadata server
   }
-  kept = {name: os.environ.get(name) for name in variables}
-  names = ("gs", "gcs")
-  known = {name: known_implementations[name] for name in names}
   filesystem = type("Objects", (Objects,), {"store": store})
-  get_bucket = gcs_utils.get_bucket
-  os.environ.update(variables)
-  for name in names:
-    fsspec.register_implementation(name, filesystem, clobber=True)
-  backend.fsspec_backend._get_filesystem.cache_clear()
-  gcs_utils.get_bucket = lambda name: types.SimpleNamespace(hierarchical_namespace_enabled=False)
-  try:
-    yield store
-  finally:
-    gcs_utils.get_bucket = get_bucket
-    for name in names:
-      _registry.pop(name, None)
-    known_implementations.update(known)
+  flat = types.SimpleNamespace(hierarchical_namespace_enabled=False)
+  with (
+    unittest.mock.patch.dict(os.environ, variables),
+    unittest.mock.patch.dict(_registry, {"gs": filesystem, "gcs": filesystem}),
+    unittest.mock.patch.object(gcs_utils, "get_bucket", lambda name: flat),
+  ):
     backend.fsspec_backend._get_filesystem.cache_clear()
-    for name, value in kept.items():
-      os.environ.pop(name) if value is None else os.environ.update({name: value})
+    try:
+      yield store
+    finally:
+      backend.fsspec_backend._get_filesystem.cache_clear()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,13 @@ from experiments.configs import gkd, grpo, kepo, kepo_eq7, sft, sft_teacher
 from kepo_jax import rewards, sharding
 from kepo_jax.objectives import losses
 from kepo_jax.training import assembly, inputs, programs, state
-from kepo_jax.types import Example
+from tests.training.cases import RIGHT, example
 
-EXAMPLE = Example(id="x", question="?", options=("one", "two"), answer="B", images=(), modality="MRI")
-RIGHT = "<think>a</think><answer>B</answer>"
 LENIENT = "<think>a</think><answer>(b)</answer>"
 
 
 def total(scorer, text):
-  return float(scorer([[text]], [EXAMPLE])["total"][0, 0])
+  return float(scorer([[text]], [example("x")])["total"][0, 0])
 
 
 def half_length(completion, example):
@@ -54,8 +53,8 @@ def test_more_rewards_come_from_the_config_and_the_caller():
   config.reward.more = "lenient_accuracy:0.25, kepo_jax.rewards.answer_format:4"
   scorer = assembly.scorer(config, {"length": (half_length, 2.0)})
   assert list(scorer.rewards) == ["accuracy", "format", "lenient_accuracy", "answer_format", "length"]
-  # 1 + 1 + 0.25 + 0 + 34 characters; 1 + 0 + 0.25 + 4 + 18.
-  assert total(scorer, RIGHT) == 2.25 + 34 and total(scorer, "<answer>B</answer>") == 5.25 + 18
+  # 1 + 1 + 0.25 + 0 + 35 characters; 1 + 0 + 0.25 + 4 + 18.
+  assert total(scorer, RIGHT) == 2.25 + 35 and total(scorer, "<answer>B</answer>") == 5.25 + 18
 
 
 def test_rewards_that_cannot_be_are_refused():
@@ -242,19 +241,13 @@ def test_the_teacher_answers_for_the_rows_that_the_student_leaves(built):
       ask("prompts", "key")
 
 
-def test_the_optimizer_has_the_fields_of_the_config(built, monkeypatch):
+def test_the_optimizer_has_the_fields_of_the_config(built):
   config = grpo.get_config()
   config.model.freeze_vision, config.batch.updates = True, 2
   changes = {"b1": 0.5, "b2": 0.6, "eps": 1e-3, "weight_decay": 0.25, "clip_norm": 7.0}
   config.optimizer.update(changes | {"moments": "bfloat16"})
-  given, make = {}, state.make_optimizer
-
-  def make_optimizer(schedule, **settings):
-    given.update(settings)
-    return make(schedule, **settings)
-
-  monkeypatch.setattr(state, "make_optimizer", make_optimizer)
-  first, _, _ = built(config)
-  assert given == changes | {"moments_dtype": "bfloat16"}
+  with unittest.mock.patch.object(state, "make_optimizer", wraps=state.make_optimizer) as make:
+    first, _, _ = built(config)
+  assert make.call_args.kwargs == changes | {"moments_dtype": "bfloat16"}
   # Two moments of the language model; the tower has none.
   assert sum(leaf.shape == (3,) for leaf in jax.tree.leaves(first.opt_state)) == 2

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from absl import logging
 
 from kepo_jax import sharding
 from kepo_jax.training.checkpoints import steps_in
@@ -66,13 +65,6 @@ def saved(tmp_path, state, settings=None, **how):
   """A run with a checkpoint after two steps."""
   with begun(tmp_path, settings, **how) as files:
     files.save(2, moved(state, 2), now=True)
-
-
-@pytest.fixture
-def said(caplog, monkeypatch):
-  """What was logged."""
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  return caplog
 
 
 def refused(match, error=ValueError, **how):

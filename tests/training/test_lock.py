@@ -12,6 +12,7 @@ import pytest
 
 from kepo_jax.training import lock
 from kepo_jax.training.lock import WorkdirLock
+from tests.training.cases import until
 
 # Without the import of everything that trains.
 HOLD = """
@@ -87,21 +88,16 @@ def test_a_silent_holder_elsewhere_or_a_damaged_lock_is_taken_over_whatever_the_
 def test_a_lock_that_was_taken_stops_its_run(tmp_path):
   with WorkdirLock(tmp_path, beat=0.05) as held:
     elsewhere(tmp_path, 0)
-    deadline = time.monotonic() + 10
+    until(lambda: held._lost)
     with pytest.raises(ValueError, match="was taken by process 1 on node7; this one stops"):
-      while time.monotonic() < deadline:
-        held.check()
-        time.sleep(0.02)
+      held.check()
   assert json.loads((tmp_path / lock.NAME).read_text())["token"] == "theirs"  # not ours to remove
 
 
 def test_a_removed_lock_comes_back(tmp_path):
   with WorkdirLock(tmp_path, beat=0.05) as held:
     (tmp_path / lock.NAME).unlink()
-    deadline = time.monotonic() + 10
-    while not (tmp_path / lock.NAME).exists() and time.monotonic() < deadline:
-      time.sleep(0.02)
-    assert (tmp_path / lock.NAME).exists()
+    until((tmp_path / lock.NAME).exists)
     held.check()
 
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kepo_jax.training import moments, state, step
 from kepo_jax.training.checkpoints import Checkpoints
+from tests.training.runs import equal
 
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
@@ -52,18 +53,14 @@ def test_rounding_to_nearest_stalls_and_ours_follows():
   assert abs(found.mean() - 0.999**steps) < 5 * found.std() / count**0.5 < 0.05
 
 
-@pytest.mark.parametrize(("dtype", "updates"), [("float32", 5), ("bfloat16", 1)])
-def test_updates_are_those_of_optax_until_something_is_rounded(dtype, updates):
-  # The maths is optax's, on stacks of layers as on single arrays.
+def test_the_first_update_is_that_of_optax():
+  # Nothing is rounded yet: the maths is optax's, on stacks of layers as on single arrays.
   gradient = {"a": jax.random.normal(jax.random.key(0), (3, 4, 5)), "b": jnp.array([0.5, -2.0])}
-  ours, theirs = moments.scale_by_adam(**ADAM, dtype=dtype), optax.scale_by_adam(**ADAM)
-  mine, other = ours.init(gradient), theirs.init(gradient)
-  for count in range(1, updates + 1):
-    change, mine = ours.update(gradient, mine)
-    expected, other = theirs.update(gradient, other)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), change, expected)
-    assert int(mine.count) == count
-    gradient = jax.tree.map(jnp.sin, gradient)
+  ours, theirs = moments.scale_by_adam(**ADAM, dtype="bfloat16"), optax.scale_by_adam(**ADAM)
+  change, after = ours.update(gradient, ours.init(gradient))
+  expected, _ = theirs.update(gradient, theirs.init(gradient))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), change, expected)
+  assert int(after.count) == 1
 
 
 def test_an_unknown_dtype_is_refused():
@@ -114,12 +111,6 @@ def gradients(params, n):
   return jax.tree.map(lambda x: jax.device_put(draw(x), x.sharding), params)
 
 
-def same(a, b):
-  """Whether two trees are equal to the bit."""
-  raw = lambda x: np.atleast_1d(np.asarray(x)).view(np.uint8)  # noqa: E731
-  return all(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(raw(x), raw(y)), a, b)))
-
-
 def test_one_device_and_eight_store_the_same_numbers_where_the_parameters_lie(mesh_of):
   # Adam alone: the norm of a clip would be summed in another order.
   adam, ends = moments.scale_by_adam(**ADAM, dtype="bfloat16"), []
@@ -135,7 +126,7 @@ def test_one_device_and_eight_store_the_same_numbers_where_the_parameters_lie(me
     ends.append(jax.device_get((changes, moved)))
   (one, stored), (eight, again) = ends
   # What is stored is the same to the bit; what moves the parameters is so but for the order of a multiply and an add.
-  assert same(stored, again)
+  assert equal(stored, again)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), one, eight)
 
 
@@ -149,7 +140,7 @@ def test_each_array_layer_moment_and_update_has_bits_of_its_own():
   assert len(set(seen)) == 8
 
 
-def test_updates_after_a_checkpoint_are_those_without_it_and_skipped_ones_leave_every_bit(tmp_path, mesh_of):
+def test_updates_after_a_checkpoint_are_those_without_it(tmp_path, mesh_of):
   params, optimizer = placed(mesh_of(fsdp=2, tensor=2)), optimizer_of("bfloat16")
   apply = jax.jit(functools.partial(step.apply_gradients, optimizer, steps=1))
 
@@ -160,16 +151,13 @@ def test_updates_after_a_checkpoint_are_those_without_it_and_skipped_ones_leave_
 
   checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, minutes=0.0, keep=1)
   middle = go_on(state.initial_state(params, optimizer), 0, 2)
-  wrong = jax.tree.map(lambda x: x.at[0].set(jnp.nan), gradients(params, 1))
-  skipped, figures = apply(middle, wrong, jnp.float32(1))
-  assert figures["update/skipped"] == 1 and same(*jax.device_get((skipped.opt_state, middle.opt_state)))
   checkpoints.save(2, middle, {})
   checkpoints.close()
   expected, end = jax.device_get(middle), jax.device_get(go_on(middle, 2, 4))
   again = Checkpoints(tmp_path / "checkpoints", every=1, minutes=0.0, keep=1)
   restored, _ = again.restore(state.initial_state(jax.tree.map(jnp.copy, params), optimizer))
-  assert same(jax.device_get(restored), expected)
-  assert same(jax.device_get(go_on(restored, 2, 4)), end)
+  assert equal(jax.device_get(restored), expected)
+  assert equal(jax.device_get(go_on(restored, 2, 4)), end)
   again.close()
 
 

@@ -30,21 +30,6 @@ def test_schedule_by_hand():
     assert all(schedule(i) >= 0 for i in range(steps + 5))
 
 
-def test_the_optimizer_is_adam_without_decay():
-  optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
-  params = {"a": jnp.array([1.0, -2.0])}
-  moments = optimizer.init(params)
-  updates, moments = optimizer.update({"a": jnp.array([0.3, -0.4])}, moments, params, step=0)
-  # The first step of Adam is lr times the sign of the gradient.
-  np.testing.assert_allclose(updates["a"], [-0.1, 0.1], rtol=1e-5)
-  # The second by hand: m = 0.9 m + 0.1 g over 1 - 0.9^2, v likewise with 0.999; g doubles, and is not clipped: norm 1.
-  updates, _ = optimizer.update({"a": jnp.array([0.6, -0.8])}, moments, params, step=0)
-  first = (0.9 * 0.1 * 0.3 + 0.1 * 0.6) / (1 - 0.9**2)
-  second = (0.999 * 0.001 * 0.3**2 + 0.001 * 0.6**2) / (1 - 0.999**2)
-  step = 0.1 * first / second**0.5  # the second element is 4/3 of the first, so its step has the same size
-  np.testing.assert_allclose(updates["a"], [-step, step], rtol=1e-4)
-
-
 def test_gradients_are_clipped_by_the_norm_of_all_of_them():
   # Norm 50 over both tensors; with eps far above the clipped gradient Adam's first step is lr g / eps.
   optimizer = state.make_optimizer(constant(1.0), **OPTIMIZER | {"clip_norm": 5.0, "eps": 1e6})

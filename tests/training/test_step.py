@@ -336,10 +336,9 @@ def with_hint(batch):
   return batch.replace(hinted=batch.hinted.replace(prompts=prompts.replace(tokens=said)))
 
 
-@pytest.mark.parametrize("settings", [{}], ids=str)
-def test_a_kept_hint_that_says_nothing_changes_nothing(update, reference, hinted, settings):
+def test_a_kept_hint_that_says_nothing_changes_nothing(update, reference, hinted):
   # The policy term of injected rows runs on prompts of its own; where these are the same, so is the update.
-  kept = update(hinted, off_context="keep_hint", **settings)
+  kept = update(hinted, off_context="keep_hint")
   assert difference(reference[0].params, kept[0].params) < 1e-5
   assert kept[1]["loss"][0] == pytest.approx(reference[1]["loss"][0], rel=1e-5)
 
