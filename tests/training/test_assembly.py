@@ -28,9 +28,6 @@ def half_length(completion, example):
   return len(completion) / 2
 
 
-# ---- rewards ----
-
-
 def test_the_scorer_of_a_config():
   config = grpo.get_config()
   config.reward.accuracy, config.reward.format = 3.0, 0.5
@@ -70,9 +67,6 @@ def test_rewards_that_cannot_be_are_refused():
       assembly.scorer(config, given)
 
 
-# ---- numbers ----
-
-
 def test_own_rollouts():
   config = gkd.get_config()
   # A typed third of 3 is 1 but for rounding.
@@ -95,9 +89,6 @@ def test_the_learning_rate():
   # Two steps up to the peak, four down to zero.
   expected = [0.2, 0.4, 0.4, 0.3, 0.2, 0.1, 0.0]
   np.testing.assert_allclose([assembly.schedule(config)(step) for step in range(7)], expected, rtol=1e-6, atol=1e-9)
-
-
-# ---- records ----
 
 
 def carried(kind, table, made):
@@ -159,9 +150,6 @@ def test_token_loss_carries_every_field():
   found = carried(losses.KepoTokenLoss, table, lambda config: assembly.token_loss(config, processor))
   assert found.pop("allowed").tolist() == allowed.tolist()
   assert found == {name: value for name, (_, value) in table.items()}
-
-
-# ---- programs ----
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from experiments.configs import gkd, grpo, kepo, kepo_ke, sft, sft_teacher
 from kepo_jax.data import prompts
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.training import checks
-from tests.conftest import ROOT
 from tests.training.runs import ASSETS, changed
 
 
@@ -144,9 +143,6 @@ def test_what_fits_is_taken(parent, changes):
   checks.check_config(changed(parent, **changes))
 
 
-# ---- predicates and warnings ----
-
-
 @pytest.mark.parametrize(
   ("parent", "changes", "explores", "teacher_answers", "needs_teacher"),
   [
@@ -170,45 +166,32 @@ def test_who_is_needed(parent, changes, explores, teacher_answers, needs_teacher
   assert checks.needs_teacher(config) is needs_teacher
 
 
-def test_k1_is_warned_of_where_it_is_used(warned):
-  checks.check_config(changed(kepo, objective__reference_estimator="k1"))  # without weight: idle
-  checks.check_config(changed(kepo, objective__reference_estimator="k3", objective__reference_weight=0.1))
-  assert warned == []
-  checks.check_config(changed(kepo, objective__reference_estimator="k1", objective__reference_weight=0.1))
-  assert [message.partition(":")[0] for message in warned] == ["objective.reference_estimator=k1"]
-
-
-def test_a_prompt_that_asks_for_another_format_than_is_rewarded_is_warned_of(warned):
-  for parent in (kepo, sft, sft_teacher):
-    checks.warn_of_prompts(parent.get_config())
-  assert warned == []
-  checks.warn_of_prompts(changed(kepo, data__prompt="no_think"))
-  checks.warn_of_prompts(changed(kepo, reward__convention="no_think"))
-  assert [message.partition(" asks")[0] for message in warned] == ["data.prompt=no_think", "data.prompt=think"]
-
-
-def test_a_batch_that_does_not_divide_over_the_mesh_is_warned_of(warned):
-  config = changed(grpo, batch__micro_batches=2)  # 8 prompts x 8 rollouts in parts of 4
-  checks.warn_of_replication(config, {"data": 2, "fsdp": 4})  # 4 prompts on 2, 8 rollouts on 4
-  assert warned == []
-  checks.warn_of_replication(config, {"data": 8, "fsdp": 1})
-  config.eval.prompts = 6
-  checks.warn_of_replication(config, {"data": 4, "fsdp": 1})
-  assert [message.partition(" do")[0] for message in warned] == [
-    "a micro-batch: 4 prompts x 8 rollouts",
-    "eval.prompts=6",
-  ]
-
-
-def test_other_wordings_than_those_of_the_student_are_warned_of(warned, tmp_path):
-  phantom = ROOT / "experiments" / "assets" / "phantom" / "confused"
-  checks.warn_of_templates(changed(grpo, data__templates="brief"), phantom)
-  checks.warn_of_templates(changed(grpo, data__templates="standard"), tmp_path)  # a model that declares nothing
-  assert warned == []
-  checks.warn_of_templates(changed(grpo, data__templates="standard"), phantom)
-  checks.warn_of_templates(changed(grpo, data__templates="brief", model__student="other"), tmp_path)
-  assert [message.split(", but ")[0] for message in warned] == ["data.templates=standard", "data.templates=brief"]
-  assert warned[0].endswith("knows the wordings brief.") and warned[1].endswith("other knows the wordings standard.")
+def test_what_is_warned_of(warned, tmp_path):
+  k1, weight = {"objective__reference_estimator": "k1"}, {"objective__reference_weight": 0.1}
+  parts = changed(grpo, batch__micro_batches=2)  # 8 prompts x 8 rollouts in parts of 4
+  other = changed(grpo, data__templates="brief", model__student="other")
+  for check, arguments, said in (
+    (checks.check_config, [changed(kepo, **k1)], []),  # without weight: idle
+    (checks.check_config, [changed(kepo, objective__reference_estimator="k3", **weight)], []),
+    (checks.check_config, [changed(kepo, **k1, **weight)], ["objective.reference_estimator=k1: .* use k2 or k3"]),
+    *((checks.warn_of_prompts, [parent.get_config()], []) for parent in (kepo, sft, sft_teacher)),
+    (checks.warn_of_prompts, [changed(kepo, data__prompt="no_think")], ["data.prompt=no_think .*=med_r1 rewards"]),
+    (checks.warn_of_prompts, [changed(kepo, reward__convention="no_think")], ["data.prompt=think .*=no_think rewards"]),
+    (checks.warn_of_replication, [parts, {"data": 2, "fsdp": 4}], []),  # 4 prompts on 2, 8 rollouts on 4
+    (checks.warn_of_replication, [parts, {"data": 8, "fsdp": 1}], ["a micro-batch: 4 prompts x 8 rollouts do not"]),
+    (checks.warn_of_replication, [changed(grpo, eval__prompts=6), {"data": 4, "fsdp": 1}], ["eval.prompts=6 does not"]),
+    (checks.warn_of_templates, [changed(grpo, data__templates="brief"), ASSETS / "confused"], []),
+    (checks.warn_of_templates, [changed(grpo, data__templates="standard"), tmp_path], []),  # it declares nothing
+    (
+      checks.warn_of_templates,
+      [changed(grpo, data__templates="standard"), ASSETS / "confused"],
+      [".*=standard, .*brief"],
+    ),
+    (checks.warn_of_templates, [other, tmp_path], ["data.templates=brief, but other knows the wordings standard"]),
+  ):
+    warned.clear()
+    check(*arguments)
+    assert len(warned) == len(said) and all(map(re.match, said, warned)), (check.__name__, said, warned)
 
 
 def test_a_rank_that_is_not_low_is_refused():

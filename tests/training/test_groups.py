@@ -41,9 +41,6 @@ def assert_equal(a, b):
     np.testing.assert_array_equal(values, b.scores[name], err_msg=name)
 
 
-# ---- from rollouts ----
-
-
 def test_scored_groups_are_the_rollouts_decoded_and_scored(processor):
   texts, examples = [[RIGHT, WRONG], [BARE, NOTHING]], [cases.example("a"), cases.example("b")]
   rollouts = rollouts_of(processor, texts)
@@ -109,9 +106,6 @@ def test_a_half_right_candidate_is_not_accurate(processor):
   assert [c.accurate for c in found] == [False, True]
 
 
-# ---- put together ----
-
-
 def test_supervised_rows_that_are_not_accepted_become_empty():
   groups = cases.mixed()
   whole = grouping.supervised_groups(groups)
@@ -159,9 +153,6 @@ def test_a_signal_is_any_difference_however_small():
   assert grouping.has_signal(groups).tolist() == [False, True, True, False]
 
 
-# ---- injection ----
-
-
 def test_inject_replaces_a_row_and_scores_it_again():
   groups, before = cases.mixed(), cases.mixed()
   placed = [
@@ -178,9 +169,6 @@ def test_inject_replaces_a_row_and_scores_it_again():
   assert groups.scores["accuracy"][1].tolist() == [1, 0, 1] and groups.scores["format"][1].tolist() == [0, 1, 1]
   assert_equal(grouping.selected(groups, [0]), grouping.selected(before, [0]))
   np.testing.assert_array_equal(groups.tokens[1, 1], before.tokens[1, 1])
-
-
-# ---- gate, truncation, hinted rows, experience ----
 
 
 def test_gate_signals():

@@ -57,9 +57,6 @@ class Processor:
     hints = hints or [""] * len(examples)
     return prompts_of([ids_of(e, kind, hint) for e, hint in zip(examples, hints, strict=True)], self.config)
 
-  def decode(self, tokens, mask):
-    return [" ".join(map(str, row[keep])) for row, keep in zip(tokens, mask, strict=True)]
-
 
 @pytest.fixture(scope="module")
 def loaded(tiny_config, tiny_params, allowed, mesh_of):

@@ -94,9 +94,6 @@ def test_eight_bits_are_right_on_average_and_never_zero_beside_a_first_moment(me
   assert places.scale.spec == PartitionSpec(None, "tensor") and places.codes.spec == spec
 
 
-# ---- the state ----
-
-
 def placed(mesh):
   """Parameters of a stack cut over fsdp and tensor, a table cut over both, and a vector."""
   place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731

@@ -12,8 +12,9 @@ from kepo_jax.data import pipeline, prompts
 from kepo_jax.data.records import LONGEST
 from kepo_jax.training import question_checks, setup
 from kepo_jax.training.interruption import Interruption
-from kepo_jax.types import Example, Hook
+from kepo_jax.types import Hook
 from tests.data.cases import Layout, record
+from tests.training.cases import example
 from tests.training.runs import ASSETS, shrunk
 
 
@@ -37,19 +38,12 @@ def usable(config, records=None, hooks=()):
 @pytest.fixture
 def asked(tmp_path):
   """Four questions for training, one for the test; each has an image of its own."""
+  examples = []
   for number in range(5):
-    Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
-  examples = [
-    Example(
-      id=f"q{number}",
-      question="How many bright spots?",
-      options=("one", "two"),
-      answer="A",
-      images=(str(tmp_path / f"{number}.png"),),
-      modality="MRI",
-    )
-    for number in range(5)
-  ]
+    path = tmp_path / f"{number}.png"
+    Image.new("RGB", (64, 64), (number, 0, 0)).save(path)
+    fields = {"id": f"q{number}", "question": "How many bright spots?", "images": (str(path),)}
+    examples.append(dataclasses.replace(example("x"), **fields))
   return {"train": examples[:4], "test": examples[4:]}
 
 
