@@ -61,13 +61,18 @@ def test_records_that_fit_are_taken_as_they_are(asked):
 
 
 def test_an_image_that_would_stop_a_later_step(asked, tmp_path, caplog):
+  Image.effect_noise((64, 64), 50).save(tmp_path / "1.png")
+  whole = (tmp_path / "1.png").read_bytes()
+  cut = whole[: len(whole) // 2]  # its header can still be read
+  (tmp_path / "1.png").write_bytes(cut)
+  with pytest.raises(ValueError, match=r"train question q1: image .*1.png.* set data.lenient to leave them out"):
+    usable(small(), asked)
+  (tmp_path / "1.png").write_bytes(whole)
   Image.new("L", (3000, 10)).save(tmp_path / "3.png")
   with pytest.raises(ValueError, match=r"train question q3: image .*3.png: an image of 3000 x 10 .* set data.lenient"):
     usable(small(), asked)
   assert len(usable(small(data__resize="squash384"), asked)[0]["train"]) == 4
-  Image.effect_noise((64, 64), 50).save(tmp_path / "1.png")
-  whole = (tmp_path / "1.png").read_bytes()
-  (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])  # its header can still be read
+  (tmp_path / "1.png").write_bytes(cut)
   message = r"train question q1: image .*1.png.* \(2 such questions: .*'unreadable_image': 1, 'image_too_narrow': 1.*"
   with pytest.raises(ValueError, match=message + "data.lenient to leave them out"):
     usable(small(), asked)
