@@ -4,6 +4,7 @@ As in a bucket there are no empty folders, an object appears when its upload is 
 """
 
 import contextlib
+import datetime
 import functools
 import http.server
 import io
@@ -110,7 +111,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
       store.write(bucket, query["name"], self.rfile.read(int(self.headers["Content-Length"])))
     except FileNotFoundError:
       return self.reply(404)
-    return self.reply(200, json.dumps({"generation": str(store.generation(bucket, query["name"]))}).encode())
+    return self.reply(200, json.dumps(self.described(bucket, query["name"])).encode())
+
+  def described(self, bucket: str, name: str) -> dict[str, str]:
+    path, generation = self.server.store.path(bucket, name), self.server.store.generation(bucket, name)
+    time = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat().replace("+00:00", "Z")
+    return {
+      "kind": "storage#object", "bucket": bucket, "name": name, "size": str(path.stat().st_size),
+      "generation": str(generation), "metageneration": "1", "updated": time, "timeCreated": time,
+    }  # fmt: skip
 
   def reply(self, status: int, data: bytes = b"", headers: dict[str, str] | None = None) -> None:
     self.send_response(status)
@@ -210,11 +219,7 @@ def server() -> Server:
 
 @contextlib.contextmanager
 def served(root: pathlib.Path) -> Iterator[Store]:
-  """Makes gs://NAME/ the folder root/NAME inside the block, for this process.
-
-  Args:
-    root: holds one folder per bucket.
-  """
+  """Makes gs://NAME/ the folder root/NAME inside the block, for this process."""
   store = server().store
   store.root, store.uploads = root, []
   variables = {
