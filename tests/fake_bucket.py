@@ -1,14 +1,11 @@
-"""gs:// on this machine: a folder of objects behind Google's JSON API on loopback, and behind fsspec.
+"""gs:// on this machine: files behind Google's JSON API on loopback for TensorStore, and behind fsspec for epath.
 
-TensorStore, which Orbax writes arrays with, speaks HTTP; epath goes through fsspec, by `Objects` below, or by the real
-gcsfs where a test asks for it and it is installed. Both see the same objects: one file each under `root/<bucket>/`. As
-in a bucket, and unlike in a folder, there are no empty folders, an object appears when its upload is complete, and
-nothing is appended to or renamed in place.
+As in a bucket there are no empty folders, an object appears when its upload is complete, and nothing is appended to.
 """
 
 import contextlib
 import datetime
-import email.parser
+import functools
 import http.server
 import io
 import json
@@ -18,25 +15,14 @@ import re
 import tempfile
 import threading
 import types
+import unittest.mock
 import urllib.parse
 from collections.abc import Iterator
 
-import fsspec
 from etils.epath import backend
-from fsspec.registry import _registry, known_implementations
+from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 from orbax.checkpoint._src.path import gcs_utils
-
-# TensorStore reads its variables once per process: one server serves every test, each with a root of its own.
-_SERVER: "Server | None" = None
-
-
-class Missing(Exception):
-  """There is no such object or bucket."""
-
-
-class Refused(Exception):
-  """A precondition on the generation does not hold."""
 
 
 class Store:
@@ -48,16 +34,13 @@ class Store:
     self.uploads: list[str] = []  # "bucket/name", in order
 
   def path(self, bucket: str, name: str) -> pathlib.Path:
-    if ".." in pathlib.PurePosixPath(name).parts:
-      raise Missing(name)
     return self.root / bucket / name
 
   def names(self, bucket: str, prefix: str = "") -> list[str]:
     top = self.root / bucket
     if not bucket or not top.is_dir():
-      raise Missing(bucket)
-    start = top / prefix.rpartition("/")[0]  # not the whole bucket: gcsfs asks for a list behind every object
-    found = (path.relative_to(top).as_posix() for path in start.rglob("*") if path.is_file())
+      raise FileNotFoundError(bucket)
+    found = (path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file())
     return sorted(name for name in found if name.startswith(prefix))
 
   def generation(self, bucket: str, name: str) -> int:
@@ -66,14 +49,13 @@ class Store:
 
   def read(self, bucket: str, name: str) -> bytes:
     if not self.generation(bucket, name):
-      raise Missing(name)
+      raise FileNotFoundError(name)
     return self.path(bucket, name).read_bytes()
 
-  def write(self, bucket: str, name: str, data: bytes, match: str | None = None) -> None:
+  def write(self, bucket: str, name: str, data: bytes) -> None:
     if not (self.root / bucket).is_dir():
-      raise Missing(bucket)
+      raise FileNotFoundError(bucket)
     with self.lock:
-      self.check(bucket, name, match)
       path = self.path(bucket, name)
       path.parent.mkdir(parents=True, exist_ok=True)
       handle, partial = tempfile.mkstemp(dir=self.root)
@@ -82,24 +64,17 @@ class Store:
       os.replace(partial, path)
       self.uploads.append(f"{bucket}/{name}")
 
-  def delete(self, bucket: str, name: str, match: str | None = None) -> None:
+  def delete(self, bucket: str, name: str) -> None:
     with self.lock:
-      self.check(bucket, name, match)
       path = self.path(bucket, name)
-      if not path.is_file():
-        raise Missing(name)
       path.unlink()
       with contextlib.suppress(OSError):
         while (path := path.parent) != self.root / bucket:
           path.rmdir()
 
-  def check(self, bucket: str, name: str, match: str | None) -> None:
-    if match is not None and int(match) != self.generation(bucket, name):
-      raise Refused(name)
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  """The part of Google's JSON API that TensorStore, gcsfs and google-cloud-storage use."""
+  """The part of Google's JSON API that TensorStore uses here; preconditions always hold, nobody else writes."""
 
   protocol_version = "HTTP/1.1"
   server: "Server"
@@ -107,143 +82,52 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def log_message(self, *_):
     """Says nothing."""
 
+  def asked(self) -> tuple[str, str, dict[str, str]]:
+    """(bucket, name, query) of the address."""
+    path, _, query = self.path.partition("?")
+    bucket, name = map(urllib.parse.unquote, re.search(r"/b/([^/]+)/o/?(.*)$", path).groups())
+    return bucket, name, dict(urllib.parse.parse_qsl(query))
+
   def do_GET(self):  # noqa: N802
-    self.answered(self.get)
+    store, (bucket, name, query) = self.server.store, self.asked()
+    try:
+      data, generation = store.read(bucket, name), str(store.generation(bucket, name))
+    except FileNotFoundError:
+      return self.reply(404)
+    if query.get("ifGenerationNotMatch") == generation:
+      return self.reply(304)
+    headers = {"x-goog-generation": generation}
+    part = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+    if not part:
+      return self.reply(200, data, headers)
+    first = int(part[1] or len(data) - int(part[2]))
+    found = data[first : int(part[2] or len(data)) + 1 if part[1] else len(data)]
+    headers["Content-Range"] = f"bytes {first}-{first + len(found) - 1}/{len(data)}"
+    return self.reply(206, found, headers)
 
   def do_POST(self):  # noqa: N802
-    self.answered(self.post)
-
-  do_PUT = do_POST  # noqa: N815
-
-  def do_DELETE(self):  # noqa: N802
-    self.answered(self.delete)
-
-  def answered(self, act) -> None:
-    self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    store, (bucket, _, query) = self.server.store, self.asked()
     try:
-      act(*self.place(self.path))
-    except Missing as error:
-      self.reply(404, {"error": {"code": 404, "message": f"No such object: {error}"}})
-    except Refused as error:
-      self.reply(412, {"error": {"code": 412, "message": f"conditionNotMet {error}"}})
-
-  @staticmethod
-  def place(address: str) -> tuple[str, str, dict[str, str]]:
-    path, _, query = address.partition("?")
-    found = re.search(r"/b/([^/]+)/?(.*)$", path)
-    parts = (urllib.parse.unquote(found[1]), found[2]) if found else ("", path)
-    return *parts, dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-
-  def get(self, bucket: str, rest: str, query: dict[str, str]) -> None:
-    store = self.server.store
-    if rest in ("", "o", "o/"):
-      names = store.names(bucket, query.get("prefix", ""))
-      return self.reply(200, self.page(bucket, names, query) if rest else {"kind": "storage#bucket", "name": bucket})
-    name = urllib.parse.unquote(rest[2:])
-    data = store.read(bucket, name)
-    store.check(bucket, name, query.get("ifGenerationMatch"))
-    if query.get("ifGenerationNotMatch") == str(store.generation(bucket, name)):
-      return self.reply(304, b"")
-    if query.get("alt") != "media":
-      return self.reply(200, self.described(bucket, name))
-    headers = {"x-goog-generation": str(store.generation(bucket, name))}
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-    if not asked:
-      return self.reply(200, data, headers)
-    first = int(asked[1] or len(data) - int(asked[2]))
-    last = int(asked[2] or len(data)) if asked[1] else len(data)
-    if first >= len(data):
-      return self.reply(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-    part = data[first : last + 1]
-    headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
-    return self.reply(206, part, headers)
-
-  def page(self, bucket: str, names: list[str], query: dict[str, str]) -> dict:
-    prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
-    folders = {}
-    if delimiter:
-      cut = {name: name[len(prefix) :].partition(delimiter) for name in names}
-      folders = {prefix + head + delimiter: None for head, found, _ in cut.values() if found}
-      names = [name for name in names if not cut[name][1]]
-    names = [name for name in names if name >= query.get("startOffset", "")]
-    start, size = int(query.get("pageToken") or 0), min(int(query.get("maxResults") or 1000), self.server.page)
-    found = {"kind": "storage#objects", "items": [self.described(bucket, name) for name in names[start : start + size]]}
-    if folders and not start:
-      found["prefixes"] = sorted(folders)
-    return found | ({"nextPageToken": str(start + size)} if start + size < len(names) else {})
+      store.write(bucket, query["name"], self.rfile.read(int(self.headers["Content-Length"])))
+    except FileNotFoundError:
+      return self.reply(404)
+    return self.reply(200, json.dumps(self.described(bucket, query["name"])).encode())
 
   def described(self, bucket: str, name: str) -> dict[str, str]:
     path, generation = self.server.store.path(bucket, name), self.server.store.generation(bucket, name)
-    if not generation:
-      raise Missing(name)
     time = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat().replace("+00:00", "Z")
     return {
       "kind": "storage#object", "bucket": bucket, "name": name, "size": str(path.stat().st_size),
       "generation": str(generation), "metageneration": "1", "updated": time, "timeCreated": time,
     }  # fmt: skip
 
-  def post(self, bucket: str, rest: str, query: dict[str, str]) -> None:
-    store, match = self.server.store, query.get("ifGenerationMatch")
-    if not bucket:
-      return self.batch()
-    if copied := re.fullmatch(r"o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", rest):
-      source, to, target = map(urllib.parse.unquote, copied.groups())
-      store.write(to, target, store.read(bucket, source))
-      return self.reply(200, {"done": True, "resource": self.described(to, target)})
-    kind, name, data = query.get("uploadType"), query.get("name", ""), self.body
-    if kind == "multipart":
-      described, data = parts_of(self.body, self.headers["Content-Type"])
-      name = json.loads(described)["name"]
-    if kind == "resumable" and "upload_id" not in query:
-      name = name or json.loads(self.body)["name"]
-      token = urllib.parse.quote(name, safe="")
-      self.server.pending[name] = b""
-      address = f"{self.server.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&name={token}&upload_id={token}"
-      return self.reply(200, b"", {"Location": address})
-    if kind == "resumable":
-      self.server.pending[name] += data
-      data = self.server.pending[name]
-      if self.headers["Content-Range"].rpartition("/")[2] != str(len(data)):
-        return self.reply(308, b"", {"Range": f"bytes=0-{len(data) - 1}"})
-      del self.server.pending[name]
-    store.write(bucket, name, data, match)
-    return self.reply(200, self.described(bucket, name))
-
-  def batch(self) -> None:
-    replies = []
-    for asked in re.findall(rb"DELETE (\S+) HTTP", self.body):
-      bucket, rest, query = self.place(asked.decode())
-      try:
-        self.server.store.delete(bucket, urllib.parse.unquote(rest[2:]), query.get("ifGenerationMatch"))
-        replies.append("HTTP/1.1 204 No Content\r\n\r\n")
-      except Missing:
-        replies.append('HTTP/1.1 404 Not Found\r\n\r\n{"error": {"message": "No such object"}}\r\n')
-    text = "".join(f"--batch\r\nContent-Type: application/http\r\n\r\n{each}" for each in replies) + "--batch--"
-    self.reply(200, text.encode(), {"Content-Type": "multipart/mixed; boundary=batch"})
-
-  def delete(self, bucket: str, rest: str, query: dict[str, str]) -> None:
-    self.server.store.delete(bucket, urllib.parse.unquote(rest[2:]), query.get("ifGenerationMatch"))
-    self.reply(204, b"")
-
-  def reply(self, status: int, content: bytes | dict, headers: dict[str, str] | None = None) -> None:
-    data = json.dumps(content).encode() if isinstance(content, dict) else content
+  def reply(self, status: int, data: bytes = b"", headers: dict[str, str] | None = None) -> None:
     self.send_response(status)
-    kind = "application/json" if isinstance(content, dict) else "application/octet-stream"
-    for name, value in ({"Content-Type": kind} | (headers or {})).items():
+    for name, value in (headers or {}).items():
       self.send_header(name, value)
-    if status not in (204, 304):
-      self.send_header("Content-Length", str(len(data)))
+    self.send_header("Content-Length", str(len(data)))
     self.end_headers()
-    if status not in (204, 304):
-      self.wfile.write(data)
-
-
-def parts_of(body: bytes, content_type: str) -> tuple[bytes, bytes]:
-  """The metadata and the bytes of a multipart upload."""
-  boundary = email.parser.HeaderParser().parsestr(f"Content-Type: {content_type}").get_boundary().encode()
-  _, described, data, _ = re.split(rb"\r?\n?--" + re.escape(boundary), body, maxsplit=3)
-  behind_headers = re.compile(rb"\r?\n\r?\n")
-  return behind_headers.split(described, maxsplit=1)[1], behind_headers.split(data, maxsplit=1)[1]
+    self.wfile.write(data)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -252,28 +136,13 @@ class Server(http.server.ThreadingHTTPServer):
   daemon_threads = True
   request_queue_size = 128
 
-  def __init__(self, store: Store):
+  def __init__(self):
     super().__init__(("127.0.0.1", 0), Handler)
-    self.store = store
-    self.page = 7  # objects per page at most: whoever forgets the next page is seen
-    self.pending: dict[str, bytes] = {}  # resumable uploads
+    self.store = Store()
     threading.Thread(target=self.serve_forever, daemon=True).start()
 
   def handle_error(self, *_):
     """Says nothing: a client that hangs up is no news."""
-
-  @property
-  def url(self) -> str:
-    return f"http://127.0.0.1:{self.server_port}"
-
-
-@contextlib.contextmanager
-def not_found(path: str) -> Iterator[None]:
-  """Tells what is missing as a file system does."""
-  try:
-    yield
-  except Missing as error:
-    raise FileNotFoundError(f"{path}: no such object or bucket: {error}") from error
 
 
 class Upload(io.BytesIO):
@@ -286,8 +155,7 @@ class Upload(io.BytesIO):
   def close(self):
     if not self.closed:
       try:
-        with not_found(self._place[0]):
-          self._store.write(*self._place, self.getvalue())
+        self._store.write(*self._place, self.getvalue())
       finally:
         super().close()
 
@@ -303,35 +171,30 @@ class Objects(AbstractFileSystem):
     bucket, _, name = self._strip_protocol(path).partition("/")
     return bucket, name
 
-  def _names(self, bucket: str, prefix: str) -> list[str]:
-    with not_found(bucket):
-      return self.store.names(bucket, prefix)
-
   def info(self, path, **_):
     bucket, name = self._split(path)
     found = {"name": self._strip_protocol(path), "size": 0, "type": "directory"}
     if name and (generation := self.store.generation(bucket, name)):
       size = self.store.path(bucket, name).stat().st_size
       return found | {"size": size, "type": "file", "generation": str(generation)}
-    if self._names(bucket, f"{name}/" if name else "") or not name:
+    if self.store.names(bucket, f"{name}/" if name else "") or not name:
       return found
     raise FileNotFoundError(path)
 
   def ls(self, path, detail=True, **_):
     bucket, name = self._split(path)
     prefix = f"{name}/" if name else ""
-    below = dict.fromkeys(each[len(prefix) :].partition("/")[0] for each in self._names(bucket, prefix))
+    below = dict.fromkeys(each[len(prefix) :].partition("/")[0] for each in self.store.names(bucket, prefix))
     found = [self.info(f"{bucket}/{prefix}{each}") for each in below] if below or not name else [self.info(path)]
     return found if detail else [each["name"] for each in found]
 
   def _open(self, path, mode="rb", **_):
     if mode == "wb":
       return Upload(self.store, *self._split(path))
-    with not_found(path):
-      return io.BytesIO(self.store.read(*self._split(path)))
+    return io.BytesIO(self.store.read(*self._split(path)))
 
   def mkdir(self, path, create_parents=True, **_):
-    self._names(self._split(path)[0], "")  # a bucket must be there
+    self.store.names(self._split(path)[0], "")  # a bucket must be there
 
   def makedirs(self, path, exist_ok=False):
     self.mkdir(path)
@@ -339,64 +202,39 @@ class Objects(AbstractFileSystem):
   def rmdir(self, path):
     """Nothing."""
 
-  def cp_file(self, path1, path2, **_):
-    if not self.isdir(path1):  # a prefix is no object
-      self.store.write(*self._split(path2), self.store.read(*self._split(path1)))
-
-  def rm_file(self, path):
-    self.store.delete(*self._split(path))
-
   def rm(self, path, recursive=False, maxdepth=None):
     bucket, name = self._split(path)
-    names = [name] if self.store.generation(bucket, name) else self._names(bucket, f"{name}/") if recursive else []
+    names = [name] if self.store.generation(bucket, name) else self.store.names(bucket, f"{name}/") if recursive else []
     if not names:
       raise FileNotFoundError(path)
     for each in names:
       self.store.delete(bucket, each)
 
 
-@contextlib.contextmanager
-def served(root: pathlib.Path, *, gcsfs: bool = False) -> Iterator[Store]:
-  """Makes gs://NAME/ the folder root/NAME inside the block, for this process.
+@functools.cache
+def server() -> Server:
+  """TensorStore reads its variables once per process: one server serves every test, each with a root of its own."""
+  return Server()
 
-  Args:
-    root: holds one folder per bucket.
-    gcsfs: reach it through the real gcsfs, which must be installed.
-  """
-  global _SERVER
-  _SERVER = _SERVER or Server(Store())
-  store = _SERVER.store
+
+@contextlib.contextmanager
+def served(root: pathlib.Path) -> Iterator[Store]:
+  """Makes gs://NAME/ the folder root/NAME inside the block, for this process."""
+  store = server().store
   store.root, store.uploads = root, []
   variables = {
-    "TENSORSTORE_GCS_HTTP_URL": _SERVER.url,
+    "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{server().server_port}",
     "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # else TensorStore looks for a metadata server
-    "STORAGE_EMULATOR_HOST": _SERVER.url,
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks for the kind of bucket outside of the emulator
   }
-  kept = {name: os.environ.get(name) for name in variables}
-  settings = fsspec.config.conf.setdefault("gcs", {})
-  names = ("gs", "gcs")
-  known = {name: known_implementations[name] for name in names}
   filesystem = type("Objects", (Objects,), {"store": store})
-  get_bucket = gcs_utils.get_bucket
-  os.environ.update(variables)
-  settings["token"] = "anon"
-  for name in names:
-    _registry.pop(name, None)
-    known_implementations[name] = known[name] | {"class": "gcsfs.core.GCSFileSystem"}
-    if not gcsfs:
-      fsspec.register_implementation(name, filesystem, clobber=True)
-  backend.fsspec_backend._get_filesystem.cache_clear()
-  if not gcsfs:  # google-cloud-storage comes with it
-    gcs_utils.get_bucket = lambda name: types.SimpleNamespace(hierarchical_namespace_enabled=False)
-  try:
-    yield store
-  finally:
-    gcs_utils.get_bucket = get_bucket
-    for name in names:
-      _registry.pop(name, None)
-    known_implementations.update(known)
+  flat = types.SimpleNamespace(hierarchical_namespace_enabled=False)
+  with (
+    unittest.mock.patch.dict(os.environ, variables),
+    unittest.mock.patch.dict(_registry, {"gs": filesystem, "gcs": filesystem}),
+    unittest.mock.patch.object(gcs_utils, "get_bucket", lambda name: flat),
+  ):
     backend.fsspec_backend._get_filesystem.cache_clear()
-    settings.pop("token")
-    for name, value in kept.items():
-      os.environ.pop(name) if value is None else os.environ.update({name: value})
+    try:
+      yield store
+    finally:
+      backend.fsspec_backend._get_filesystem.cache_clear()

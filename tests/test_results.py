@@ -40,10 +40,8 @@ def test_kept_answers_give_the_kept_figures(study):
 
 def test_kept_runs_are_those_that_the_code_would_make():
   benchmark = studies.phantom()
-  place, main = (
-    study_runs.Place(benchmark, pathlib.Path("absent")),
-    study_runs.Results(RESULTS / "main", "main", benchmark),
-  )
+  place = study_runs.Place(benchmark, pathlib.Path("absent"))
+  main = study_runs.Results(RESULTS / "main", "main", benchmark)
   for study in STUDIES:
     planned = 5 if study == "main" else 3
     own, cells = study_runs.Results(RESULTS / study, study, benchmark), {}

@@ -1,6 +1,6 @@
 """Questions, and a processor and a model in one whose answers are known."""
 
-import dataclasses
+import json
 
 import numpy as np
 
@@ -21,22 +21,23 @@ def says(number):
 
 def examples(count=12, **changes):
   """Questions whose answer is A, four of each modality in turn."""
+  same = {"question": "?", "options": ("x", "y"), "answer": "A", "images": (), "dataset": "d"} | changes
+  modalities, kinds = ("MRI", "CT", "OCT"), ("Lesion Grading", "")
   return [
-    dataclasses.replace(
-      Example(
-        id=f"q{n}",
-        question="?",
-        options=("x", "y"),
-        answer="A",
-        images=(),
-        modality=("MRI", "CT", "OCT")[n // 4 % 3],
-        question_type=("Lesion Grading", "")[n % 2],
-        dataset="d",
-      ),
-      **changes,
-    )
-    for n in range(count)
+    Example(id=f"q{n}", modality=modalities[n // 4 % 3], question_type=kinds[n % 2], **same) for n in range(count)
   ]
+
+
+def output(name="t1", *, correct=True, **fields):
+  """A record of outputs.jsonl."""
+  return {"id": name, "sample": 0, "dataset": "", "modality": "CT", "question_type": "Lesion Grading",
+          "question": "How many?", "options": ["one", "two"], "answer": "A", "images": ["0" * 16],
+          "completion": "said", "parsed": "A" if correct else None, "correct": correct, "lenient": "A",
+          "lenient_correct": True, "format": True, "tokens": 3, "truncated": False, "files": []} | fields  # fmt: skip
+
+
+def json_lines(records):
+  return "".join(json.dumps(record) + "\n" for record in records)
 
 
 class Scripted:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 
 import numpy as np
 import pytest
@@ -36,11 +35,8 @@ def test_each_question_counts_once():
   assert result["lenient"]["overall"] == evaluation.share(6, 12)
   assert result["lenient"]["out_of_domain"]["mean"] == 0.5
   assert (result["unparsed"], result["truncated"], result["format"]) == (0.5, 0.25, 0.5)
-  lengths = [len(says(n)) + (n % 4 != 3) for n in range(12)]
-  assert result["completion_length"] == pytest.approx(np.mean(lengths))
-  assert json.loads(json.dumps([result, outputs])) == [result, outputs]
-  for size in (1, 64):
-    assert evaluated(Scripted(), examples(), batch_size=size) == (result, outputs)
+  assert result["completion_length"] == pytest.approx(np.mean([len(says(n)) + (n % 4 != 3) for n in range(12)]))
+  assert evaluated(Scripted(), examples(), batch_size=64) == (result, outputs)
 
 
 def test_an_answer_without_reasoning_is_well_formed_where_none_is_asked():
@@ -68,7 +64,6 @@ def test_sections_rates_and_chance():
   ]
   result, _ = evaluated(Scripted(), asked)
   assert result["datasets"] == {"a": evaluation.share(3, 6), "b": evaluation.share(0, 6)}
-  assert result["lenient"]["datasets"] == {"a": evaluation.share(3, 6), "b": evaluation.share(3, 6)}
   assert result["rates"] == {name: {"unparsed": 0.5, "truncated": 0.25} for name in ("CT", "MRI", "OCT")}
   # Two options everywhere but in CT, which has four.
   chance = result["chance"]
@@ -76,9 +71,6 @@ def test_sections_rates_and_chance():
   assert accuracies == {"CT": 0.25, "MRI": 0.5, "OCT": 0.5}
   assert chance["overall"]["accuracy"] == pytest.approx(5 / 12) and chance["out_of_domain"]["mean"] == 0.375
   assert chance["in_domain"] == chance["modalities"]["MRI"]
-  # Four fair throws: 0.5 -+ 1.96 * sqrt(0.25 / 4).
-  bounds = (chance["in_domain"]["low"], chance["in_domain"]["high"])
-  assert bounds == (pytest.approx(0.01, abs=1e-4), pytest.approx(0.99, abs=1e-4))
 
 
 def test_several_completions_of_a_question():
@@ -97,7 +89,6 @@ def test_several_completions_of_a_question():
   assert passed["2"]["out_of_domain"]["mean"] == pytest.approx(0.5)
   # Unparsed are n + g = 1, 3 modulo 4, truncated 3: over all completions.
   assert result["unparsed"] == 0.5 and result["truncated"] == 0.25
-  assert json.loads(json.dumps(result)) == result
   with pytest.raises(ValueError, match="question q11 has 2 completions and q0 3"):
     evaluation.summarised(outputs[:-1])
 
@@ -113,20 +104,16 @@ def test_what_is_answered_is_not_asked_again():
 
 
 def test_images_are_recorded_and_counted(tmp_path):
-  for name in ("a", "b", "c", "copy of a"):
-    (tmp_path / f"{name}.png").write_bytes(name[-1].encode())
-  files = ["a.png", "copy of a.png", "b.png", "c.png"] * 3
-  asked = [
-    dataclasses.replace(example, images=(str(tmp_path / name),))
-    for example, name in zip(examples(), files, strict=True)
-  ]
+  files = [tmp_path / f"{name}.png" for name in ("a", "copy of a", "b", "c")]
+  for path in files:
+    path.write_bytes(path.stem[-1].encode())
+  asked = [dataclasses.replace(example, images=(str(files[n % 4]),)) for n, example in enumerate(examples())]
   result, outputs = evaluated(Scripted(), asked)
   digest = hashlib.sha256(b"a").hexdigest()[:16]
   assert [output["images"] for output in outputs[:2]] == [[digest], [digest]]  # by content
   counts = result["images"]
-  assert (counts["overall"], counts["in_domain"], counts["out_of_domain"]) == (3, 3, 3)
-  assert counts["modalities"] == {"CT": 3, "MRI": 3, "OCT": 3} and counts["datasets"] == {"d": 3}
-  assert counts["question_types"] == {"Lesion Grading": 2}
+  assert counts["overall"] == counts["in_domain"] == counts["out_of_domain"] == 3
+  assert counts["modalities"] == {"CT": 3, "MRI": 3, "OCT": 3} and counts["question_types"] == {"Lesion Grading": 2}
   # Wilson's intervals are over questions; the out-of-domain interval draws clusters inside each modality.
   assert result["overall"] == evaluation.share(3, 12)
   values = {name: np.array([1.0, 0.0, 0.0, 0.0]) for name in ("CT", "OCT")}

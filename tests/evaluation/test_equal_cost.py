@@ -1,6 +1,5 @@
 """Reading validation curves at the same cost."""
 
-import numpy as np
 import pytest
 
 from kepo_jax.evaluation import equal_cost
@@ -29,7 +28,6 @@ def test_a_curve_begins_with_the_untrained_model():
   assert (tokens.tolist(), values.tolist()) == ([0, 200, 400], [0.3, 0.8, 0.9])
   seconds, _ = equal_cost.validation_curve(DEAR[0], None, "in_domain", "seconds")
   assert seconds.tolist() == [20, 40]
-  assert np.isnan(equal_cost.validation_curve(DEAR[0], None, "absent")[1]).all()
   own = training("own", 0, [(0, 0, 0.25), (10, 50, 0.5)])  # validated before its first step
   assert equal_cost.validation_curve(own, START, "in_domain")[1].tolist() == [0.25, 0.5]
 
@@ -42,7 +40,6 @@ def test_accuracy_at_the_smallest_final_cost():
   )
   assert found["dear"]["in_domain"]["mean"] == pytest.approx(0.5)
   assert found["dear"]["out_of_domain"]["mean"] == pytest.approx(0.25)
-  assert set(found) == {"cheap", "dear"}
   assert equal_cost.accuracy_at_cost([START, *CHEAP, *DEAR], "seconds")["dear"]["overall"]["budget"] == 10
 
 
@@ -53,9 +50,7 @@ def test_a_method_that_ends_before_is_beyond_its_budget():
   short = training("mixed", 1, [(10, 60, 0.5), (20, 90, 0.6)])  # one seed is enough
   found = equal_cost.accuracy_at_cost([CHEAP[0] | {"method": "mixed"}, short], "tokens", budget=98)
   assert found["mixed"]["in_domain"]["mean"] is None
-
-
-def test_a_few_percent_are_no_difference():
+  # A few percent are no difference.
   found = equal_cost.accuracy_at_cost([START, *CHEAP], "tokens", budget=104)
   assert found["cheap"]["in_domain"]["mean"] == pytest.approx(0.65)  # of the end, at 100
   assert equal_cost.accuracy_at_cost([START, *CHEAP], "tokens", budget=106)["cheap"]["in_domain"]["mean"] is None
@@ -64,7 +59,6 @@ def test_a_few_percent_are_no_difference():
 def test_what_costs_nothing_sets_no_budget():
   free = training("free", 0, [(10, 0, 0.3), (20, 0, 0.4)])
   assert equal_cost.smallest_budget([START, free, *DEAR], "tokens") == 400
-  assert equal_cost.accuracy_at_cost([free], "tokens") == {}
   assert equal_cost.accuracy_at_cost([free, *DEAR], "tokens")["free"]["in_domain"]["mean"] is None
 
 
@@ -76,9 +70,7 @@ def test_differences_at_the_same_cost_are_paired_by_seed():
   both = [training("dear", seed, [(10, 100, 0.5 - seed / 10)]) for seed in (0, 1)]
   (gap,) = equal_cost.differences_at_cost([*CHEAP, *both], "cheap", "in_domain", "tokens", budget=100).values()
   assert gap["mean"] == pytest.approx(-0.2) and gap["low"] < -0.3 and gap["high"] > -0.1 and gap["seeds"] == 2
-
-
-def test_what_ends_before_the_budget_is_compared_with_nothing():
-  assert equal_cost.differences_at_cost([START, *CHEAP, *DEAR], "cheap", "in_domain", "tokens", budget=300) == {}
-  assert equal_cost.differences_at_cost([START, *CHEAP, *DEAR], "dear", "in_domain", "tokens", budget=300) == {}
-  assert equal_cost.differences_at_cost([START, *CHEAP], "absent", "in_domain", "tokens", budget=100) == {}
+  # What ends before the budget is compared with nothing.
+  for reference in ("cheap", "dear"):
+    every = [START, *CHEAP, *DEAR]
+    assert equal_cost.differences_at_cost(every, reference, "in_domain", "tokens", budget=300) == {}, reference

@@ -4,6 +4,7 @@ import pytest
 
 from kepo_jax import evaluation
 from kepo_jax.evaluation import figures
+from tests.evaluation.scripted import output
 
 
 def test_questions_that_share_an_image_form_a_cluster():
@@ -16,11 +17,7 @@ def test_questions_that_share_an_image_form_a_cluster():
 
 def test_intervals_of_several_completions_are_over_questions():
   # Eight equal answers to each of 60 questions are no more than 60 answers.
-  records = [
-    {"id": f"q{n}", "modality": "CT", "question_type": "", "dataset": "", "options": ["x", "y"], "parsed": None,
-     "truncated": False, "format": False, "tokens": 1, "correct": n < 30, "lenient_correct": n < 30}
-    for n in range(60)
-  ]  # fmt: skip
+  records = [output(f"q{n}", correct=n < 30, images=[str(n)]) for n in range(60)]
   once, often = evaluation.summarised(records), evaluation.summarised([r for r in records for _ in range(8)])
   width = [result["overall"]["high"] - result["overall"]["low"] for result in (once, often)]
   assert width[0] == pytest.approx(width[1], rel=0.1)

@@ -15,16 +15,9 @@ MRI, CT, OCT = (dataclasses.replace(cases.example("q"), modality=modality) for m
 
 
 def candidate(attempt, text=GOOD, *, accurate=True, well_formed=True, hint="look left"):
-  return exploration.Candidate(
-    tokens=np.zeros(2, np.int32),
-    logps=np.zeros(2, np.float32),
-    mask=np.ones(2, bool),
-    text=text,
-    hint=hint,
-    accurate=accurate,
-    well_formed=well_formed,
-    attempt=attempt,
-  )
+  drawn = {"tokens": np.zeros(2, np.int32), "logps": np.zeros(2, np.float32), "mask": np.ones(2, bool)}
+  judged = {"accurate": accurate, "well_formed": well_formed}
+  return exploration.Candidate(**drawn, **judged, text=text, hint=hint, attempt=attempt)
 
 
 def outcome_of(candidates, written):
@@ -69,11 +62,6 @@ def test_worked_example(worked):
   np.testing.assert_allclose(found["gain"], (1 + 3 - 1 + 0 + 0.5 + 0.5) / 6)
   np.testing.assert_allclose(found["letter_gain"], (3 + 0.5 + 0) / 3)
   assert found["gain_answers"] == 3
-  words = " ".join(f"w{i}" for i in range(12))  # a long quotation counts, and is accepted
-  quoting = candidate(1, GOOD.replace("a<", f"{words}<"), hint=f"see {words}")
-  outcome = outcome_of([[quoting, candidate(1)]], [["<hint>h</hint>"]])
-  found = hints.hint_record(outcome, {0: effect()}, [CT], [0], questions=1, rounds=1)
-  assert (found["quote_rate"], found["accept_rate"]) == (0.5, [1.0])
 
 
 def test_candidates_of_a_prompt_are_drawn_together():
@@ -100,11 +88,9 @@ def test_modalities_and_all_of_them(worked):
   assert found[0]["positive_rate_interval"] is None and len(found[1]["positive_rate_interval"]) == 2
   assert found[1]["accept_rate"] == [0.5, 0.5, 0.5] and found[0]["accept_rate"] == [0, 0, 1]
   nothing = found[2]
-  assert {name for name, value in nothing.items() if value is None} == {
-    "gain", "gain_interval", "letter_gain", "reliance", "answer_rate", "leak_rate", "quote_rate", "parse_failure_rate",
-    "accurate_rate", "format_rate", "positive_rate", "positive_rate_interval", "accept_rate",
-  }  # fmt: skip
-  assert nothing["candidates"] == nothing["hints"] == nothing["gain_answers"] == nothing["accepted"] == 0
+  for name in ("gain", "letter_gain", "reliance", "answer_rate", "leak_rate", "parse_failure_rate", "positive_rate", "accept_rate"):
+    assert nothing[name] is None, name
+  assert nothing["candidates"] == nothing["hints"] == nothing["accepted"] == 0
 
 
 @pytest.mark.parametrize(
@@ -112,18 +98,10 @@ def test_modalities_and_all_of_them(worked):
   [
     (["<think>", " B", "</think>", "<answer>", " B", "</answer>"], 4),
     (["<think> A B</think>", "<", "answer", ">B", "</answer>"], 3),
-    (["<answer>B</answer>"], 0),
     (["<answer>", " ", "\n", "C", "</answer>", " B"], 3),
     (["<think> B</think>", "<answer>", "</answer>"], None),
     ([], None),
   ],
 )
 def test_the_token_of_the_letter(pieces, place):
-  asked = []
-
-  def decode(tokens):
-    asked.append(len(tokens))
-    return "".join(pieces[token] for token in tokens)
-
-  assert hints.letter_place(np.arange(len(pieces)), decode) == place
-  assert len(asked) <= 3
+  assert hints.letter_place(np.arange(len(pieces)), lambda tokens: "".join(pieces[n] for n in tokens)) == place

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def interrupted(unbroken, tmp_path):
   def make(outputs, name="cut"):
     folder = tmp_path / name
     folder.mkdir(exist_ok=True)
-    (folder / "about.json").write_bytes((unbroken / "about.json").read_bytes())
+    shutil.copy(unbroken / "about.json", folder)
     (folder / "outputs.jsonl").write_bytes(outputs)
     return folder
 
@@ -107,6 +108,9 @@ def test_what_cannot_be_resumed(unbroken, tmp_path):
   with pytest.raises(ValueError, match=r"\(control: 'none' -> 'blank'\); ask as it did"):
     opened(unbroken, resume=True, identity=IDENTITY | {"control": "blank"})
   assert opened(unbroken, resume=True, data="elsewhere").about == IDENTITY  # notes may differ
+  (tmp_path / "about.json").write_bytes(b"{")
+  with pytest.raises(ValueError, match=r"about\.json is no"):
+    opened(tmp_path, resume=True)
 
 
 def test_a_folder_in_a_bucket_is_continued_like_a_local_one(unbroken, tmp_path, monkeypatch):
@@ -115,8 +119,6 @@ def test_a_folder_in_a_bucket_is_continued_like_a_local_one(unbroken, tmp_path, 
   with fake_bucket.served(tmp_path / "cloud"):
     with pytest.raises(KeyboardInterrupt):
       run("gs://bucket/evaluation", dies_after=4)
-    with pytest.raises(ValueError, match="gs://bucket/evaluation holds an unfinished evaluation"):
-      opened("gs://bucket/evaluation")
     assert run("gs://bucket/evaluation", resume=True) == [6, 7, 6]  # two of three batches were answered
     assert contents(bucket / "evaluation") == contents(unbroken)
     assert journal.read_outputs("gs://bucket/evaluation") == journal.read_outputs(unbroken)
@@ -132,57 +134,37 @@ def test_damaged_outputs_are_refused(unbroken, interrupted):
   lines = contents(unbroken)["outputs.jsonl"].splitlines()
   for number, damaged, message in (
     (1, [lines[1], lines[0], *lines[2:]], "answers another question"),
-    (17, [*lines, lines[-1]], "answers another question"),
     (2, [lines[0], lines[1][:20], *lines[2:]], "is not JSON"),
     (1, [b"\xff\xfe", *lines[1:]], "is not JSON"),
-    (1, [b"[" * 100_000], "is not JSON"),
-    (9, [*lines[:8], bytes(range(9)), *lines[8:]], "is not JSON"),
-    (1, [b"", *lines], "is not JSON"),
     (2, [lines[0], b"[1, 2]"], "no JSON object"),
   ):
     with pytest.raises(ValueError, match=rf"outputs.jsonl:{number} .*{message}"):
       opened(interrupted(b"".join(line + b"\n" for line in damaged)), resume=True)
 
 
-def test_settings_that_cannot_be_read_are_named(unbroken, interrupted):
-  folder = interrupted(contents(unbroken)["outputs.jsonl"])
-  for content in (b"[]", b"{", b"\xff\xfe", b"[" * 100_000):
-    (folder / "about.json").write_bytes(content)
-    for read in (lambda: opened(folder, resume=True), lambda: journal.read_settings(folder)):
-      with pytest.raises(ValueError, match=r"about\.json is no"):
-        read()
-  (folder / "about.json").write_bytes(b'{"count": "8", "samples": 2}')
-  with pytest.raises(ValueError, match=r"about\.json is not that of an evaluation: .*'8' and 2"):
-    journal.read_outputs(folder)
-  (folder / "evaluation.json").write_bytes(b'{"train_modality": ["CT"]}')
-  with pytest.raises(ValueError, match="train_modality is no text"):
-    journal.read_settings(folder)
-
-
 def test_every_field_of_a_record_is_checked(unbroken, tmp_path):
   record = journal.read_outputs(unbroken)[0]
+
+  def reread(record):
+    (tmp_path / "outputs.jsonl").write_text(json.dumps(record) + "\n")
+    return journal.read_outputs(tmp_path)
+
   for name in record.keys() - {"images"}:
     for other in ({key: value for key, value in record.items() if key != name}, record | {name: {}}):
-      (tmp_path / "outputs.jsonl").write_text(json.dumps(other) + "\n")
       with pytest.raises(ValueError, match=rf"outputs.jsonl:1 is no record of an evaluation: .*{name}"):
-        journal.read_outputs(tmp_path)
-  for other in ({"images": [1]}, {"options": []}):
-    (tmp_path / "outputs.jsonl").write_text(json.dumps(record | other) + "\n")
-    with pytest.raises(ValueError, match="no lists of texts"):
-      journal.read_outputs(tmp_path)
-  (tmp_path / "outputs.jsonl").write_text(json.dumps(record | {"more": 1}) + "\n")
-  assert journal.read_outputs(tmp_path) == [record | {"more": 1}]
+        reread(other)
+  with pytest.raises(ValueError, match="no lists of texts"):
+    reread(record | {"images": [1]})
+  assert reread(record | {"more": 1}) == [record | {"more": 1}]
 
 
 def test_what_is_not_finished_cannot_be_read(unbroken, interrupted, tmp_path):
   lines = contents(unbroken)["outputs.jsonl"].splitlines(keepends=True)
-  changed = lines[0].replace(b'"id": "q0"', b'"id": "q9"')
   for outputs, message in (
     (lines[:4], "holds 4 of 16 completions; --resume finishes"),
     ([*lines[:4], lines[4][:-3]], "cut short; --resume finishes"),
-    ([], "no record; --resume finishes"),
     ([*lines, lines[0]], "a completion twice"),
-    ([*lines, changed], "holds 17 completions and .* 16"),
+    ([*lines, lines[0].replace(b"q0", b"q9")], "holds 17 completions and .* 16"),
   ):
     with pytest.raises(ValueError, match=message):
       journal.read_outputs(interrupted(b"".join(outputs)))
@@ -191,41 +173,40 @@ def test_what_is_not_finished_cannot_be_read(unbroken, interrupted, tmp_path):
   assert journal.read_settings(tmp_path) == {}
 
 
-def test_questions_are_told_apart(tmp_path):
+def test_questions_are_told_apart():
   first = journal.questions_identity(ASKED, prompts.STANDARD, "evaluation")
-  assert first == journal.questions_identity(examples(8), prompts.STANDARD, "evaluation")
 
   def changed(asked, templates=prompts.STANDARD, kind="evaluation"):
     other = journal.questions_identity(asked, templates, kind)
     return {name.removesuffix("_hash") for name in first if first[name] != other[name]}
 
+  assert changed(examples(8)) == set()
   assert changed(ASKED[::-1]) == {"ids", "questions"}  # in another order; all read the same
   assert changed(examples(7)) == {"count", "ids", "questions", "images", "prompts"}
   assert changed(examples(8, options=("x", "z"))) == {"questions", "prompts"}
   assert changed(examples(8, answer="B")) == {"questions"}
-  (tmp_path / "a.png").write_bytes(b"a")
-  assert changed(examples(8, images=(str(tmp_path / "a.png"),))) == {"questions", "images"}
   assert changed(ASKED, kind="no_think") == changed(ASKED, prompts.BRIEF) == {"prompts"}
 
 
 def test_images_are_told_apart_by_content(tmp_path):
-  def identity(*contents):
-    paths = []
-    for number, content in enumerate(contents):
-      paths.append(tmp_path / f"{number}.png")
-      paths[-1].write_bytes(content)
-      os.utime(paths[-1], ns=(0, int.from_bytes(content)))  # a change of content leaves size and name alone
-    return journal.questions_identity(examples(1, images=tuple(map(str, paths))), prompts.STANDARD, "evaluation")
+  def identity(*contents, folder="images"):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    paths = [tmp_path / folder / f"{number}.png" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+      path.write_bytes(content)
+      os.utime(path, ns=(0, int.from_bytes(content)))  # a change of content leaves size and name alone
+    return identity_of(paths)
+
+  def identity_of(paths):
+    asked = examples(1, images=tuple(map(str, paths)))
+    return journal.questions_identity(asked, prompts.STANDARD, "evaluation")
 
   first = identity(b"abc", b"def")
   for other in (identity(b"abc", b"deg"), identity(b"def", b"abc")):
     assert {name for name in first if first[name] != other[name]} == {"images_hash"}
-  identity(b"abc", b"def")
-  (tmp_path / "moved").mkdir()
-  moved = [str((tmp_path / f"{n}.png").rename(tmp_path / "moved" / f"{n + 5}.png")) for n in range(2)]
-  assert first == journal.questions_identity(examples(1, images=tuple(moved)), prompts.STANDARD, "evaluation")
-  with pytest.raises(ValueError, match=r"image .*0.png: cannot be read \(No such file"):
-    journal.questions_identity(examples(1, images=(str(tmp_path / "0.png"),)), prompts.STANDARD, "evaluation")
+  assert identity(b"abc", b"def", folder="moved") == first
+  with pytest.raises(ValueError, match=r"image .*9.png: cannot be read \(No such file"):
+    identity_of([tmp_path / "9.png"])
 
 
 def test_models_are_told_apart(tmp_path):
@@ -236,9 +217,6 @@ def test_models_are_told_apart(tmp_path):
   large = bytearray(np.random.default_rng(0).bytes(6 << 20))  # more than the blocks that are read
   first = written("model.safetensors", bytes(large))
   assert first == written("record.json", b"{}") == written("README.md", b"notes")
-  named = written("generation_config.json", b"{}")
-  assert named != first
   large[::4096] = bytes(len(large[::4096]))  # what training changes is everywhere
-  assert written("model.safetensors", bytes(large)) != named
-  small = written("model.safetensors", b"abc")
-  assert small != written("model.safetensors", b"abd")
+  others = [written("model.safetensors", weights) for weights in (bytes(large), b"abc", b"abd")]
+  assert len({first, *others, written("generation_config.json", b"{}")}) == 5

@@ -1,8 +1,6 @@
 """The entry point: an untrained phantom-sized model on a drawn data set, from flags to files."""
 
-import contextlib
 import json
-import os
 import re
 import shutil
 
@@ -39,15 +37,13 @@ def checkpoint(tmp_path_factory):
   phantom_folder.write_folder(source, phantom_folder.model_config(phantom_folder.make_tokenizer(), **SIZES["student"]))
   config = Qwen3VLConfig.from_directory(source)
   rng = np.random.default_rng(0)  # on the host: `init_params` would be compiled for this test alone
-  params = jax.tree.map(
-    lambda leaf: 0.02 * rng.normal(size=leaf.shape).astype(leaf.dtype), model.abstract_params(config)
-  )
+  shapes = model.abstract_params(config)
+  params = jax.tree.map(lambda leaf: 0.02 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
   conversion.save_pretrained(folder, config, params, source=source)
   return folder
 
 
 def write_split(root, count):
-  """Questions of two modalities in OmniMedVQA's layout."""
   rng = np.random.default_rng(count)
   records = []
   for n in range(count):
@@ -71,21 +67,18 @@ def data(tmp_path_factory):
   return root
 
 
-@pytest.fixture(scope="module")
-def programs_by_settings():
-  """Compiled programs, which differ from test to test by settings and shapes alone: there is one model."""
-  return {}
+_COMPILED = {}  # programs differ from test to test by settings and shapes alone: there is one model
 
 
 @pytest.fixture
-def evaluate_medvqa(program, programs_by_settings, monkeypatch):
+def evaluate_medvqa(program, monkeypatch):
   make = programs.sampling_program
 
   def made_once(config, processor, settings, *, stationary):
     key = (settings, stationary)
-    if key not in programs_by_settings:
-      programs_by_settings[key] = make(config, processor, settings, stationary=stationary)
-    return programs_by_settings[key]
+    if key not in _COMPILED:
+      _COMPILED[key] = make(config, processor, settings, stationary=stationary)
+    return _COMPILED[key]
 
   monkeypatch.setattr(programs, "sampling_program", made_once)
   return program("experiments.evaluate_medvqa")
@@ -105,8 +98,7 @@ def test_from_flags_to_files(evaluate_medvqa, checkpoint, data, tmp_path, capsys
   with flags_of(checkpoint, data, tmp_path / "out"):
     evaluate_medvqa.main([])
     printed = " ".join(capsys.readouterr().out.split())  # lines break where long paths make them
-    for said in ("5 of 5 questions: the part test", "templates brief", "images: native", "X-Ray", "chance"):
-      assert said in printed
+    assert "5 of 5 questions: the part test" in printed and "templates brief" in printed
     with pytest.raises(ValueError, match="holds an evaluation already; choose another --output"):
       evaluate_medvqa.main([])
   outputs = records_of(tmp_path / "out")
@@ -115,7 +107,6 @@ def test_from_flags_to_files(evaluate_medvqa, checkpoint, data, tmp_path, capsys
   assert all(output["tokens"] <= 3 for output in outputs)
   result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
   assert result["overall"]["count"] == 5 and result["modalities"]["MRI"]["count"] == 2
-  assert result["summary"]["kept"] == 5 and result["max_new_tokens"] == 3
   assert result["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
@@ -136,8 +127,6 @@ def test_from_a_bucket_to_a_bucket(evaluate_medvqa, checkpoint, data, tmp_path, 
   with fake_bucket.served(tmp_path / "cloud"):
     with flags_of("gs://bucket/model", "gs://bucket/data", "gs://bucket/output"):
       evaluate_medvqa.main([])
-      with pytest.raises(ValueError, match="gs://bucket/output holds an evaluation already"):
-        evaluate_medvqa.main([])
   assert len(records_of(bucket / "output")) == 5
   about = json.loads((bucket / "output" / "evaluation.json").read_text())
   assert (about["model"], about["data"]) == ("gs://bucket/model", "gs://bucket/data/test")
@@ -155,18 +144,6 @@ def test_a_question_without_room_is_named_before_any_is_asked_or_left_out(evalua
   assert sorted(output["id"] for output in records_of(tmp_path / "out")) == ["Drawn/Drawn_0", "Drawn/Drawn_2"]
 
 
-@contextlib.contextmanager
-def changed(path):
-  """One pixel of an image is another for a while."""
-  before, times = path.read_bytes(), path.stat()
-  image = Image.open(path)
-  image.putpixel((0, 0), tuple(255 - value for value in image.getpixel((0, 0))))
-  image.save(path)
-  yield
-  path.write_bytes(before)
-  os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
 def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, data, tmp_path, capsys, monkeypatch):
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   asked = {"samples": 2, "control": "blank", "batch": 2}
@@ -174,12 +151,11 @@ def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, dat
     evaluate_medvqa.main([])
   result = json.loads((whole / "evaluation.json").read_text())
   assert (result["control"], result["samples"], result["temperature"], result["batch"]) == ("blank", 2, 1.0, 2)
-  assert result["chance"]["overall"]["accuracy"] == 0.5 and list(result["pass_at_k"]) == ["1", "2"]
   # Killed while it wrote the seventh of ten lines: the two completions of two questions are a batch.
   cut.mkdir()
-  content = (whole / "outputs.jsonl").read_bytes()
-  (cut / "about.json").write_bytes((whole / "about.json").read_bytes())
-  (cut / "outputs.jsonl").write_bytes(b"".join(content.splitlines(keepends=True)[:7])[:-9])
+  shutil.copy(whole / "about.json", cut)
+  lines = (whole / "outputs.jsonl").read_bytes().splitlines(keepends=True)
+  (cut / "outputs.jsonl").write_bytes(b"".join(lines[:7])[:-9])
   with flags_of(checkpoint, data, cut, **asked):
     with pytest.raises(ValueError, match="--resume continues it"):
       evaluate_medvqa.main([])
@@ -193,13 +169,9 @@ def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, dat
       ):
         with flagsaver.flagsaver(**flag), pytest.raises(ValueError, match=rf"something else \({re.escape(change)}"):
           evaluate_medvqa.main([])
-      with changed(data / "test" / "Images" / "Drawn" / "3.png"):
-        with pytest.raises(ValueError, match=r"\(images_hash: '\w+' -> '\w+'\)"):
-          evaluate_medvqa.main([])
       capsys.readouterr()
       evaluate_medvqa.main([])
-      captured = capsys.readouterr()
-      assert "resumed: 4 of 10 completions are there" in captured.out and "evaluation: 5/5" in captured.err
+      assert "resumed: 4 of 10 completions are there" in capsys.readouterr().out
       # What is complete is counted again; the weights are not even loaded.
       (cut / "evaluation.json").unlink()
       monkeypatch.setattr(conversion, "load_pretrained", None)
@@ -212,16 +184,15 @@ def test_a_folder_belongs_to_one_evaluation_at_a_time(evaluate_medvqa, checkpoin
   finish, refused = journal.Journal.finish, []
 
   def second(self, result):
-    with flagsaver.flagsaver(resume=True), pytest.raises(ValueError, match="in use by .* another --output") as error:
+    with flagsaver.flagsaver(resume=True), pytest.raises(ValueError, match="in use by .* another --output"):
       evaluate_medvqa.main([])
-    refused.append(str(error.value))
+    refused.append(1)
     finish(self, result)
 
   monkeypatch.setattr(journal.Journal, "finish", second)
   with flags_of(checkpoint, data, tmp_path / "out"):
     evaluate_medvqa.main([])
-  assert len(refused) == 1 and "workdir" not in refused[0]
-  assert {path.name for path in (tmp_path / "out").iterdir()} == {"about.json", "outputs.jsonl", "evaluation.json"}
+  assert len(refused) == 1
 
   def lost(self):
     raise ValueError("was taken by process 7")
@@ -233,25 +204,21 @@ def test_a_folder_belongs_to_one_evaluation_at_a_time(evaluate_medvqa, checkpoin
 
 
 def folder_that_says(folder, **settings):
-  folder.mkdir(exist_ok=True)
   (folder / "tokenizer_config.json").write_text(json.dumps(settings))
   return folder
 
 
 def test_the_image_size_is_that_of_the_flag_the_folder_or_the_training(evaluate_medvqa, tmp_path):
-  for settings, flag, size, why in (
-    ({"kepo_templates": "standard", "kepo_resize": "native"}, "", "native", "as the model's folder says"),
-    ({"kepo_resize": "native"}, "squash384", "squash384", "as --resize asks; the model's folder says native"),
-    ({}, "", "squash384", "the default for published checkpoints"),
-    ({"kepo_templates": "brief"}, "", "native", "the default for wordings brief"),  # an export of earlier days
-    ({"kepo_templates": "mine"}, "", "squash384", "the default for published checkpoints"),
+  for settings, flag, size in (
+    ({"kepo_templates": "standard", "kepo_resize": "native"}, "", "native"),
+    ({"kepo_resize": "native"}, "squash384", "squash384"),
+    ({}, "", "squash384"),  # a published checkpoint
+    ({"kepo_templates": "brief"}, "", "native"),  # an export of earlier days
   ):
     with flagsaver.flagsaver(resize=flag):
-      found, said = evaluate_medvqa.image_size(folder_that_says(tmp_path, **settings))
-    assert (found, said[: len(why)]) == (size, why), settings
-  for value in ("squash", ["native"], 384):
-    with pytest.raises(ValueError, match="tokenizer_config.json: kepo_resize="):
-      evaluate_medvqa.image_size(folder_that_says(tmp_path, kepo_resize=value))
+      assert evaluate_medvqa.image_size(folder_that_says(tmp_path, **settings))[0] == size, settings
+  with pytest.raises(ValueError, match="tokenizer_config.json: kepo_resize="):
+    evaluate_medvqa.image_size(folder_that_says(tmp_path, kepo_resize="squash"))
   with pytest.raises(ValueError, match="kepo_templates=7 is no text"):
     tokenization.declared_templates(folder_that_says(tmp_path, kepo_templates=7))
 
@@ -277,19 +244,19 @@ def test_samples_depend_on_question_and_seed_alone(evaluate_medvqa, checkpoint, 
 
 
 def test_sampling_settings(evaluate_medvqa):
-  assert evaluate_medvqa.sampling_settings(7) == programs.SamplingSettings(1, 7, 0.0)
+  for given, expected in (({}, (1, 7, 0.0)), ({"temperature": 0.6, "top_p": 0.9}, (1, 7, 0.6, 0.9))):
+    with flagsaver.flagsaver(**given):
+      assert evaluate_medvqa.sampling_settings(7) == programs.SamplingSettings(*expected), given
   with flagsaver.flagsaver(samples=8):
     assert evaluate_medvqa.sampling_settings(7).temperature == 1.0
-    with flagsaver.flagsaver(temperature=0.0):
-      with pytest.raises(ValueError, match="--samples=8 --temperature=0 would give 8 times the same"):
-        evaluate_medvqa.sampling_settings(7)
-  with flagsaver.flagsaver(temperature=0.6, top_p=0.9):
-    assert evaluate_medvqa.sampling_settings(7) == programs.SamplingSettings(1, 7, 0.6, 0.9)
+  with flagsaver.flagsaver(samples=8, temperature=0.0), pytest.raises(ValueError, match="would give 8 times the same"):
+    evaluate_medvqa.sampling_settings(7)
 
 
-def test_how_weights_are_loaded_and_a_published_folder_is_asked(
-  evaluate_medvqa, checkpoint, data, tmp_path, monkeypatch, capsys
-):
+def test_how_a_published_folder_is_loaded_and_asked(evaluate_medvqa, checkpoint, data, tmp_path, monkeypatch, capsys):
+  base = shutil.copytree(checkpoint, tmp_path / "base")
+  record = json.loads((base / "tokenizer_config.json").read_text())
+  folder_that_says(base, **{key: value for key, value in record.items() if not key.startswith("kepo_")})
   layouts = []
 
   def load(*_, layout, separate):
@@ -299,17 +266,12 @@ def test_how_weights_are_loaded_and_a_published_folder_is_asked(
 
   monkeypatch.setattr(conversion, "load_pretrained", load)
   for shared in (1, 4):
-    with flags_of(checkpoint, data, fsdp=shared), pytest.raises(ValueError, match="stop here"):
+    with flags_of(base, data, fsdp=shared, max_new_tokens=0), pytest.raises(ValueError, match="stop here"):
       evaluate_medvqa.main([])
   assert layouts == ["decode", "train"]  # with --fsdp weights are not whole on a device
-  shutil.copytree(checkpoint, tmp_path / "base")
-  record = json.loads((checkpoint / "tokenizer_config.json").read_text())
-  folder_that_says(tmp_path / "base", **{key: value for key, value in record.items() if not key.startswith("kepo_")})
-  capsys.readouterr()
-  with flags_of(tmp_path / "base", data, max_new_tokens=0), pytest.raises(ValueError, match="stop here"):
-    evaluate_medvqa.main([])
   printed = " ".join(capsys.readouterr().out.split())
-  assert "templates standard" in printed and "resize squash384" in printed and "max_new_tokens 1024" in printed
+  for said in ("templates standard", "resize squash384", "max_new_tokens 1024"):
+    assert said in printed, said
 
 
 def test_a_single_folder_is_cut_as_in_training(evaluate_medvqa, data):
@@ -321,12 +283,11 @@ def test_a_single_folder_is_cut_as_in_training(evaluate_medvqa, data):
   with flagsaver.flagsaver(data=root, **wanted):
     examples, _, how = evaluate_medvqa.questions(DISPLAY)
     assert examples == trained["test"] and not {e.id for e in examples} & {e.id for e in trained["train"]}
-    assert how.startswith("2 of 5 questions: the test part") and "--test_items=1 --split_seed=0" in how
+    assert how.startswith("2 of 5 questions: the test part")
     with flagsaver.flagsaver(split="train"):
       assert evaluate_medvqa.questions(DISPLAY)[0] == trained["train"]
     with flagsaver.flagsaver(split="all", limit=2):
-      examples, _, how = evaluate_medvqa.questions(DISPLAY)
-      assert len(examples) == 4 and "questions for training included, at most 2 per modality" in how
+      assert len(evaluate_medvqa.questions(DISPLAY)[0]) == 4
   with flagsaver.flagsaver(data=root, split="all"):
     assert len(evaluate_medvqa.questions(DISPLAY)[0]) == 5
 
@@ -335,11 +296,10 @@ def test_what_is_already_split_is_asked_whole(evaluate_medvqa, data, tmp_path):
   for part, numbers in (("train", range(3)), ("test", range(3, 7))):
     records = [MEDR1 | {"image": f"{n}.png", "problem": f"No. {n}? A)Chest, B)Brain"} for n in numbers]
     write_records(tmp_path / "split" / part / f"CT_{part}.json", *records)
-  for n in range(7):
-    (tmp_path / f"{n}.png").write_bytes(b"")  # is there
-  config = omnimedvqa_dataset_builder.split_config(
-    train_modality="MRI", train_items=1, validation_items=0, test_items=1, split_seed=0
-  )
+    for n in numbers:
+      (tmp_path / f"{n}.png").write_bytes(b"")  # is there
+  sizes = {"train_items": 1, "validation_items": 0, "test_items": 1}
+  config = omnimedvqa_dataset_builder.split_config(train_modality="MRI", split_seed=0, **sizes)
   built = building.build(tmp_path / "tfds", manual_dir=data / "test", config=config)
   reading.read_splits(built.directory)  # its libraries define flags when first used, which flagsaver would take away
   for given, form, count in (
@@ -368,7 +328,6 @@ def test_the_defaults_cut_as_the_config_does(evaluate_medvqa, data):
 def test_wrong_flags_are_named(evaluate_medvqa, checkpoint, data, tmp_path):
   for flag, message in (
     ({"split": "train"}, r"--split=train: .* has \['test', 'validation'\]; choose one"),
-    ({"split": "all"}, r"--split=all: .* has \['test', 'validation'\]; choose one"),
     ({"tensor": 3}, "--fsdp=1 x --tensor=3 does not divide 8 devices"),
     ({"templates": "short"}, r"--templates=short is unknown; use one of \['brief', 'standard'\]"),
   ):

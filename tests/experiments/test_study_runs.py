@@ -3,16 +3,16 @@
 import dataclasses
 import json
 import os
-import pathlib
 import signal
-import threading
 import time
+import types as pytypes
 
-import numpy as np
 import pytest
 
 from experiments import studies, study_runs
 from kepo_jax import types
+from kepo_jax.evaluation.studies import unpacked
+from tests.evaluation import scripted
 
 PHANTOM = studies.phantom()
 PAIR = PHANTOM.pairs[0]
@@ -28,38 +28,29 @@ def place(tmp_path):
 
 
 def output(number, correct=True):
-  return {
-    "id": f"q{number}", "sample": 0, "dataset": "d", "modality": ("MRI", "CT")[number % 2], "question_type": "t",
-    "question": "?", "options": ["x", "y"], "answer": "A", "images": [f"{number // 2}"], "completion": "",
-    "parsed": "A",
-    "correct": correct, "lenient": "A", "lenient_correct": correct, "format": True, "tokens": 2 + number,
-    "truncated": False,
-  }  # fmt: skip
+  shown = {"modality": ("MRI", "CT")[number % 2], "images": [f"{number // 2}"], "tokens": 2 + number}
+  return scripted.output(f"q{number}", correct=correct, **shown)
 
 
-def write_run(folder, correct=(True, False, True, True), steps=4):
-  """A finished run as `kepo_medvqa` leaves it, with the files that are read."""
+def write_run(folder, correct=(True, False, True, True)):
+  """A finished run of four steps as `kepo_medvqa` leaves it, with the files that are read."""
   for name in ("outputs", "model"):
     (folder / name).mkdir(parents=True)
   (folder / "outputs" / "after.jsonl").write_text(
-    "".join(json.dumps(output(n, right)) + "\n" for n, right in enumerate(correct))
+    scripted.json_lines(output(n, right) for n, right in enumerate(correct))
   )
   accuracies = {"in_domain": {"accuracy": 1.0}, "out_of_domain": {"mean": 0.5}, "overall": {"accuracy": 0.75}}
   accuracies |= {"modalities": {"MRI": {"accuracy": 1.0}, "CT": {"accuracy": 0.5}}}
   after = accuracies | {"format": 1.0, "unparsed": 0.0, "truncated": 0.0}
   validation = [accuracies | {"step": step} for step in (2, 4)]
   (folder / "evaluation.json").write_text(json.dumps({"after": after, "validation": validation}))
-  lines = []
-  for step in range(1, steps + 1):
-    lines.append(
-      {"step": step, "lr": 1.0, "tokens/sampled": 10, "tokens/trained": 5, "tokens/scored": 7, "entropy": step}
-    )
-    lines += [{"step": step, "validation/overall": 0.75}] if step % 2 == 0 else []
-  lines[0]["hint/accept_rate@10"] = 0.5
-  lines[0]["hint/accept_rate@2"] = 0.25
-  (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  timing = [{"step": step, "seconds/step": 9.0, "seconds/processor": 0.5} for step in range(1, steps + 1)]
-  (folder / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing))
+  figures = {"lr": 1.0, "tokens/sampled": 10, "tokens/trained": 5, "tokens/scored": 7}
+  lines = [{"step": step, "entropy": step, **figures} for step in range(1, 5)]
+  lines[0] |= {"hint/accept_rate@10": 0.5, "hint/accept_rate@2": 0.25}
+  lines += [{"step": step, "validation/overall": 0.75} for step in (2, 4)]
+  (folder / "metrics.jsonl").write_text(scripted.json_lines(lines))
+  timing = [{"step": step, "seconds/step": 9.0, "seconds/processor": 0.5} for step in range(1, 5)]
+  (folder / "timing.jsonl").write_text(scripted.json_lines(timing))
   (folder / "model" / "config.json").write_text("{}")
   (folder / "config.json").write_text(json.dumps({"eval": {"prompt": "evaluation"}}))
 
@@ -69,34 +60,16 @@ def test_a_run_becomes_an_entry(place):
   write_run(place.folder(cell()))
   outputs = study_runs.outputs_of(place, cell())
   entry = json.loads(json.dumps(study_runs.entry_of(place, cell(), outputs)))
-  bits = np.unpackbits(np.frombuffer(bytes.fromhex(entry["test"]["correct"]), np.uint8), count=4)
-  assert bits.tolist() == [1, 0, 1, 1]
+  assert unpacked(entry["test"]["correct"], 4).tolist() == [True, False, True, True]
   assert entry["test"]["tokens"] == 3.5 and entry["test"]["out_of_domain"] == 0.5
   assert (entry["method"], entry["student"], entry["learning_rate"], entry["steps"]) == ("grpo", "confused", 1e-4, 4)
   cost = {"student_tokens": 30, "teacher_tokens": 14, "seconds": 1.0}  # of the processor, not of the clock
   assert [each["step"] for each in entry["validation"]] == [2, 4] and entry["validation"][0]["cost"] == cost
-  assert entry["cost"] == {
-    "student_tokens": 60, "teacher_tokens": 28, "sampled": 40, "trained": 20, "written": 0, "scored": 28,
-    "seconds": 2.0,
-  }  # fmt: skip
-  assert entry["start"] == "start" and entry["test"]["lenient"] == entry["test"]["correct"]
+  assert entry["cost"].items() >= {"student_tokens": 60, "teacher_tokens": 28, "sampled": 40, "seconds": 2.0}.items()
   assert entry["curves"]["entropy"] == [1, 2, 3, 4]
-  # In the order of the rounds, null where a step has none.
-  assert [name for name in entry["curves"] if "accept" in name] == ["hint/accept_rate@2", "hint/accept_rate@10"]
   assert entry["curves"]["hint/accept_rate@2"] == [0.25, None, None, None]
   items = study_runs.items_of(outputs, PHANTOM)
   assert items["image"] == [0, 0, 1, 1] and items["modality"] == [0, 1, 0, 1] and items["chance"] == [0.5] * 4
-  assert items["train_modality"] == "MRI" and items["unseen"] == ["Fundus"]
-
-
-def test_curves_are_means_of_windows():
-  metrics = [
-    {"step": step, "entropy": float(step), **({"cliff_rate": 1.0} if step == 1 else {})} for step in range(1, 51)
-  ]
-  curves = study_runs.curves_of(metrics)
-  assert curves["step"][:2] == [3, 6] and curves["step"][-1] == 50 and len(curves["step"]) <= study_runs.WINDOWS
-  assert curves["entropy"][:2] == [2.0, 5.0] and curves["entropy"][-1] == 49.5
-  assert curves["cliff_rate"][:2] == [1.0, None] and "gate/frac" not in curves
 
 
 def test_a_digest_names_what_is_computed(place, monkeypatch):
@@ -117,11 +90,9 @@ def test_a_command_is_what_a_user_would_type(place):
   (command,) = place.commands(cell("gkd-0"))
   assert command[:2] == ["experiments.kepo_medvqa", "--config=experiments/configs/gkd.py:phantom"]
   assert {"--config.batch.on_policy_fraction=0.0", "--config.seed=0", "--auto_resume"} <= set(command)
-  start, teacher = (studies.Cell(method, PHANTOM.pairs[1]) for method in (studies.START, studies.TEACHER))
-  assert place.digest(start) == place.digest(studies.Cell(studies.START, PAIR)) != place.digest(teacher)
-  test, validation = place.commands(start)
+  test, validation = place.commands(studies.Cell(studies.START, PHANTOM.pairs[1]))
   assert "--model=experiments/assets/phantom/confused" in test and "--split=validation" in validation
-  (command,) = place.commands(teacher)
+  (command,) = place.commands(studies.Cell(studies.TEACHER, PHANTOM.pairs[1]))
   assert "--model=experiments/assets/phantom/strong" in command and "--split=test" in command
 
 
@@ -138,7 +109,6 @@ def test_results_are_kept_and_found_again(place, tmp_path):
   assert again.entries == results.entries and again.items == items
   seed = studies.GRID_SEEDS[0]
   again.add(entry(place, cell(seed=seed)))
-  assert [len(json.loads((again.folder / name).read_text())["runs"]) for name in study_runs.FILES] == [1, 1]
   again = study_runs.Results(tmp_path / "results" / "main", "main", PHANTOM)
   assert again.entry(cell(seed=seed), place.digest(cell(seed=seed)))["seed"] == seed
   assert again.entry(cell(), place.digest(cell()))["seed"] == 0
@@ -160,14 +130,9 @@ def test_results_of_something_else_are_refused(place, tmp_path):
     study_runs.Results(tmp_path / "main", "main", studies.omnimedvqa("S", "T", "D"))
   with pytest.raises(ValueError, match="or of other fields of --set"):
     study_runs.Results(tmp_path / "main", "main", studies.phantom({"train.steps": 2}))
-  study_runs.Results(tmp_path / "main", "main", studies.phantom({"log.samples": 2}))  # which changes no figure
   (tmp_path / "main" / "runs.json").write_text('{"study": ')
   with pytest.raises(ValueError, match=r"runs\.json is not JSON"):
     study_runs.Results(tmp_path / "main", "main", PHANTOM)
-  study_runs.Results(tmp_path / "other" / "main", "main", PHANTOM).add(entry(place, cell("rloo")), {"ids": []})
-  (tmp_path / "other" / "main" / "items.json").unlink()
-  with pytest.raises(ValueError, match=r"items\.json is not there, .*bring it back"):
-    study_runs.Results(tmp_path / "other" / "main", "main", PHANTOM)
 
 
 def test_other_data_or_weights_under_the_same_paths_are_other_runs(monkeypatch, tmp_path):
@@ -184,78 +149,59 @@ def test_other_data_or_weights_under_the_same_paths_are_other_runs(monkeypatch, 
     return found, study_runs.Place(found, tmp_path / "runs")
 
   first, place = identified("?")
-  assert list(first.identity) == ["model student", "model teacher", "train questions", "test questions"]
   given = studies.Cell(studies.MAIN_METHODS["grpo"], first.pairs[0], 1e-4, 0)
   study_runs.Results(tmp_path / "out", "main", first).add(entry(place, given), {"ids": []})
   again, same = identified("?")
   assert study_runs.Results(tmp_path / "out", "main", again).own(given, same.digest(given))
   (tmp_path / "teacher" / "model.safetensors").write_bytes(b"2")
   other, another = identified("!")
-  # Another digest means another folder, so that the same --workdir has nothing to offer.
   assert another.digest(given) != place.digest(given)
-  said = "made with others than these: model teacher, test questions; use another --output and --workdir"
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match="others than these: model teacher, test questions; use another --output"):
     study_runs.Results(tmp_path / "out", "main", other)
 
 
-class Commands:
+def commands(folder, statements):
   """A place whose cells run timeit with one statement each."""
-
-  def __init__(self, folder, statements):
-    self._folder, self._statements = folder, statements
-
-  def folder(self, given):
-    return pathlib.Path(self._folder) / str(given.seed)
-
-  def commands(self, given):
-    return [["timeit", "-n", "1", "-r", "1", self._statements[given.seed]]]
+  return pytypes.SimpleNamespace(
+    folder=lambda given: folder / str(given.seed),
+    commands=lambda given: [["timeit", "-n", "1", "-r", "1", statements[given.seed]]],
+  )
 
 
 def test_processes_run_side_by_side_and_faults_are_told(tmp_path):
-  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+  cores = sorted(os.sched_getaffinity(0))
   statements = ["import os; assert len(os.sched_getaffinity(0)) == 1", "1/0", "sum(range(3_000_000))"]
   found = {}
   (tmp_path / "0").mkdir()  # goes on from an earlier process, whose seconds nobody has
   workers = study_runs.Workers([{"core": cores[0]}, {"core": cores[-1]}])
   workers.run(
     [cell(seed=seed) for seed in range(3)],
-    Commands(tmp_path, statements),
+    commands(tmp_path, statements),
     lambda given, seconds, cpu, fault: found.update({given.seed: (cpu, fault)}),
   )
   assert found[0][1] == found[2][1] == ""
   assert found[1][1].startswith("exit code 1") and found[1][1].endswith("ZeroDivisionError: division by zero")
   assert found[2][0] > 0 == found[0][0]  # CPU seconds
-  assert "raw times" not in (tmp_path / "1.log").read_text() and "1 loop" in (tmp_path / "2.log").read_text()
   assert len(os.sched_getaffinity(0)) == len(cores)  # this thread's own cores are untouched
 
 
 def test_interruptions_stop_the_processes_and_are_passed_on(tmp_path):
-  ready, once = tmp_path / "ready", tmp_path / "once"
-  # It ends by the second signal only: the first one is what a run saves upon.
+  # It plays the user as well, and ends by the second signal only: the first one is what a run saves upon.
   statement = f"""
-import pathlib, signal, time
+import os, pathlib, signal, time
 def heard(number, frame):
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
-  pathlib.Path({str(once)!r}).touch()
+  pathlib.Path({str(tmp_path / "once")!r}).touch()
+  os.kill({os.getpid()}, signal.SIGINT)
 signal.signal(signal.SIGTERM, heard)
-pathlib.Path({str(ready)!r}).touch()
+os.kill({os.getpid()}, signal.SIGINT)
 time.sleep(60)
 """
-
-  def interrupt():
-    for file in (ready, once):
-      while not file.exists() and time.monotonic() - start < 60:
-        time.sleep(0.05)
-      os.kill(os.getpid(), signal.SIGINT)
-
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   start = time.monotonic()
-  user = threading.Thread(target=interrupt)
-  user.start()
   try:
     with pytest.raises(KeyboardInterrupt):
-      study_runs.Workers([{}]).run([cell(seed=0), cell(seed=0)], Commands(tmp_path, [statement]), lambda *_: None)
+      study_runs.Workers([{}]).run([cell(seed=0), cell(seed=0)], commands(tmp_path, [statement]), lambda *_: None)
   finally:
     signal.signal(signal.SIGINT, before)
-  user.join()
-  assert once.exists() and time.monotonic() - start < 60
+  assert (tmp_path / "once").exists() and time.monotonic() - start < 60

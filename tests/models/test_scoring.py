@@ -79,8 +79,7 @@ def test_chunked_equals_dense(chunk, dense):
   chex.assert_trees_all_close(aux, expected[1], rtol=1e-5, atol=1e-6)
   # Teacher, reference and inputs have no gradient.
   assert of_inputs.tokens.dtype == of_inputs.mask.dtype == jax.dtypes.float0
-  for leaf in (of_inputs.policy_weight, *jax.tree.leaves(of_others)):
-    np.testing.assert_array_equal(leaf, 0.0)
+  assert not any(leaf.any() for leaf in (of_inputs.policy_weight, *jax.tree.leaves(of_others)))
   # Without differentiation the plain path runs: same loss, same auxiliaries.
   plain, plain_aux = jax.jit(chunked(chunk))(*arguments)
   assert relative(plain, loss) < 1e-6
@@ -199,36 +198,9 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(mesh_of, rng):
   assert long - short < (1024 - 256) * 2 * V * 4 / 2
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize("weight", [0, 0.1, 1])
-def test_distillation_equals_the_chunked_divergence_of_trl(weight, dense):
-  torch = pytest.importorskip("torch")
-  trainer = pytest.importorskip("trl.trainer.distillation_trainer")
-  (hidden, head, inputs, others), *_ = dense
-  every = jnp.ones(inputs.mask.shape[:2], bool)
-  inputs = losses.token_inputs(inputs.tokens, inputs.mask, jnp.zeros(every.shape), every)
-  token_loss = losses.KepoTokenLoss(allowed=np.ones(V, bool), jsd_weight=weight, distill_temperature=1.3)
-
-  def loss(hidden, head):
-    return scoring.chunked_loss(token_loss, hidden, head, inputs, others[:1], chunk=4)[0]
-
-  actual, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
-  student = [torch.tensor(np.array(x), requires_grad=True) for x in (hidden.reshape(P * G, T, D), head)]
-  teacher = [torch.tensor(np.array(x)) for x in (others[0][0].reshape(P * G, T, -1), others[0][1])]
-  mask = torch.tensor(np.array(inputs.mask.reshape(P * G, T)).astype(np.int32))
-  expected, *_ = trainer._chunked_divergence_loss(
-    student[0], teacher[0], student[1], teacher[1], mask, beta=weight, temperature=1.3
-  )
-  expected.backward()
-  assert relative(actual, expected.item()) < 1e-5
-  for gradient, oracle in zip(gradients, student, strict=True):
-    assert relative(gradient.reshape(oracle.shape), oracle.grad.numpy()) < 1e-5
-
-
 @pytest.mark.parametrize(
   ("tokens", "shape", "axes", "chunk"),
   [
-    (1024, (8, 8), {}, 16),
     (3, (8, 2), {}, 1),  # one of each row at least
     (64, (8, 2), {"data": 4}, 16),  # a device has four rows
     (64, (2, 4), {"data": 2, "fsdp": 4}, 64),  # one

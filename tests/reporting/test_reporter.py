@@ -7,39 +7,31 @@ from rich.console import Console
 from experiments.configs import kepo
 from kepo_jax import reporting, types
 from kepo_jax.models.qwen3_vl.config import SIZES
+from tests.reporting.pages.cases import rollout
 from tests.reporting.test_curves import evaluation
 
 
 def make_plan(workdir, start_step=0, positions=None):
   config = kepo.get_config()
   config.train.steps = 4
+  models = {"student": SIZES["Qwen3-VL-2B"], "teacher": SIZES["Qwen3-VL-8B"]}
   return types.RunPlan(
-    config=config,
-    workdir=str(workdir),
-    models={"student": SIZES["Qwen3-VL-2B"], "teacher": SIZES["Qwen3-VL-8B"]},
-    mesh={"data": 2, "fsdp": 4, "tensor": 1},
-    questions={"train": 600, "test": 2400},
-    programs=("rollout", "update"),
-    start_step=start_step,
+    config=config, workdir=str(workdir), models=models, mesh={"data": 2, "fsdp": 4, "tensor": 1},
+    questions={"train": 600, "test": 2400}, programs=("rollout", "update"), start_step=start_step,
     positions=positions or {},
-  )
+  )  # fmt: skip
 
 
 def report(step):
-  sample = {"kind": "rollout", "step": step, "id": "q1", "question": "How many lesions?", "options": ["one", "two"],
-            "answer": "A", "completion": f"<think>{step}</think><answer>A</answer>",
-            "rewards": {"accuracy": 1.0, "format": 1.0},
-            "gate": True, "injected": False, "supervised": False, "hint": ""}  # fmt: skip
   metrics = {"reward/mean": step / 7, "reward/accuracy": 0.5, "reward/format": 0.0, "cliff_rate": 0.25}
-  return types.StepReport(
-    step=step, metrics=metrics, timing={"seconds/step": 0.1, "tokens_per_second/step": 99.0}, samples=(sample,)
-  )
+  timing = {"seconds/step": 0.1, "tokens_per_second/step": 99.0}
+  return types.StepReport(step=step, metrics=metrics, timing=timing, samples=(rollout(step),))
 
 
-def follow(workdir, steps, start=0, finish=True, memory=None, positions=None, saved=None):
+def follow(workdir, steps, start=0, finish=True, positions=None, saved=None):
   """Plays a run to a reporter; returns what was shown. `saved` receives the positions after step 2."""
   output = io.StringIO()
-  reporter = reporting.RunReporter(memory=memory, console=Console(file=output, width=110))
+  reporter = reporting.RunReporter(console=Console(file=output, width=110))
   reporter.progress("loading", 1, 1)
   reporter.start(make_plan(workdir, start, positions))
   for step in steps:
@@ -58,24 +50,19 @@ def follow(workdir, steps, start=0, finish=True, memory=None, positions=None, sa
 
 def test_a_run_leaves_its_figures_samples_and_report(tmp_path):
   (tmp_path / "evaluation.json").write_text(json.dumps({"before": evaluation(0.4), "after": evaluation(0.7)}))
-  shown = follow(tmp_path, range(1, 5), memory=lambda plan: {"student and moments": 34_000_000_000, "peak": 4e10})
+  shown = follow(tmp_path, range(1, 5))
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
-  assert lines[2] == {
-    "step": 2,
-    "validation/in_domain": 0.5,
-    "validation/out_of_domain": 0.4,
-    "validation/overall": 0.5,
-  }
+  of_validation = {"validation/in_domain": 0.5, "validation/out_of_domain": 0.4, "validation/overall": 0.5}
+  assert lines[2] == {"step": 2} | of_validation
   assert "seconds/step" not in (tmp_path / "metrics.jsonl").read_text()
-  assert len((tmp_path / "timing.jsonl").read_text().splitlines()) == 4
-  assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 4
+  for name in ("timing.jsonl", "samples.jsonl"):
+    assert len((tmp_path / name).read_text().splitlines()) == 4, name
   assert {path.name for path in (tmp_path / "report").iterdir()} == {
     "index.html", "curves.png", "modalities.png", "question_types.png", "accuracy.md",
   }  # fmt: skip
   assert list((tmp_path / "tensorboard").glob("events*"))
-  assert "2.13 B parameters" in shown and "about 40 GB per device" in shown and "fsdp 4" in shown
-  assert shown.count("How many lesions?") == 1  # the samples of the first step alone
+  assert shown.count("How many?") == 1  # the samples of the first step alone
   assert "step 4/4" in shown and "70.0 [65.0, 75.0]" in shown
 
 
@@ -97,10 +84,9 @@ def test_only_the_first_host_shows_and_writes(tmp_path, monkeypatch):
 
 def test_warnings_reach_the_terminal_once(caplog, monkeypatch):
   monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  plan = make_plan("")
   output = io.StringIO()
   reporter = reporting.RunReporter(console=Console(file=output, width=300))
-  reporter.start(plan)
+  reporter.start(make_plan(""))
   for step in range(1, 31):
     reporter.step(report(step))  # format is 0 throughout
   assert output.getvalue().count("#format-at-zero") == 1

@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging as standard_logging
 
@@ -9,19 +10,14 @@ from experiments.configs import kepo
 from kepo_jax import evaluation, reporting
 from kepo_jax.reporting import pages, reporter, run_page
 from tests import fake_bucket
-from tests.reporting.pages.cases import HOSTILE, Document, output, rollout
-
-
-def lines(records):
-  return "".join(json.dumps(record) + "\n" for record in records)
+from tests.evaluation.scripted import json_lines, output
+from tests.reporting.pages.cases import HOSTILE, Document, rollout
 
 
 def outputs(right):
   """Twelve test questions of two modalities, of which the first ones are answered right."""
-  return [
-    output(f"t{n}", correct=n < right, modality=("MRI", "CT")[n % 2], completion=HOSTILE[n % len(HOSTILE)])
-    for n in range(12)
-  ]
+  texts = itertools.cycle(HOSTILE)
+  return [output(f"t{n}", correct=n < right, modality=("MRI", "CT")[n % 2], completion=next(texts)) for n in range(12)]
 
 
 def make_run(root, *, steps=4, done=4):
@@ -40,16 +36,16 @@ def make_run(root, *, steps=4, done=4):
       rollout(step, "hard", 0, accuracy=0.0), rollout(step, "hard", 1, accuracy=1.0, injected=True, hint="look left"),
     )
   ]  # fmt: skip
-  (root / "samples.jsonl").write_text(lines(records))
+  (root / "samples.jsonl").write_text(json_lines(records))
   metrics = [{"step": step, "reward/accuracy": 0.5, "cliff_rate": 0.5, "loss": 0.1} for step in range(1, done + 1)]
-  (root / "metrics.jsonl").write_text(lines(metrics))
+  (root / "metrics.jsonl").write_text(json_lines(metrics))
   before, after = (evaluation.summarised(outputs(right)) for right in (3, 9))
   (root / "outputs").mkdir()
-  (root / "outputs" / "before.jsonl").write_text(lines(outputs(3)))
+  (root / "outputs" / "before.jsonl").write_text(json_lines(outputs(3)))
   stored = {"before": before, "validation": [after | {"step": 2}]}
   if done == steps:
     stored["after"] = after
-    (root / "outputs" / "after.jsonl").write_text(lines(outputs(9)))
+    (root / "outputs" / "after.jsonl").write_text(json_lines(outputs(9)))
   (root / "evaluation.json").write_text(json.dumps(stored))
   return root
 
@@ -75,20 +71,15 @@ def test_a_finished_run_has_everything(tmp_path):
   document = Document((root / "report" / "index.html").read_text(encoding="utf-8"))
   assert document.inside("h1") == ["Run first"] and "4 steps" in document.inside("p")
   assert document.inside("h2") == ["Plan", "Accuracy", "Training", "Questions"]
-  assert document.inside("dt")[0] == "In domain, before → after"
   # Of MRI's questions 0, 2, .. 10 right are 0 and 2 before, 0, 2, .. 8 after.
   assert document.inside("dd")[0] == "33.3 → 83.3\u00a0%" and "6 questions" in document.inside("dd")[1]
-  assert {"student", "seed", "objective"} <= set(document.inside("th")) and "83.3 [43.6, 97.0]" in document.inside("td")
-  figures = [each["alt"] for each in document.all("img")]
-  assert [alt.split(":")[0] for alt in figures] == ["Bars", "Bars", "Curves", "Curves over the steps"]
+  assert "83.3 [43.6, 97.0]" in document.inside("td") and len(document.all("img")) == 4
   data = document.data()
   assert len(data["samples"]) == 8 + 12 and len(data["images"]) == 1
   outcomes = {record["id"]: record["outcome"] for record in data["samples"]}
   assert outcomes["hard"] == "all wrong (cliff)" and outcomes["easy"] == "mixed"
   assert [outcomes[f"t{n}"] for n in (0, 5, 11)] == ["right → right", "wrong → right", "wrong → wrong"]
-  assert len(document.all("script")) == 2
   assert (root / "report" / "index.html").read_bytes() == pages.rendered(run_page.run_page(root)).encode()
-  assert len(list((root / "report").iterdir())) == 5
 
 
 def test_what_is_missing_is_left_out(tmp_path, undrawn):
@@ -110,20 +101,17 @@ def test_what_is_missing_is_left_out(tmp_path, undrawn):
 
 def test_a_page_that_cannot_be_made_costs_nothing_else(tmp_path, undrawn, caplog, monkeypatch):
   monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  for number, (name, text) in enumerate([
-    ("samples.jsonl", '{"step": 1}\n{"step": 2}\n'),
+  for name, text in (
     ("samples.jsonl", "no JSON\n{}\n"),
-    ("samples.jsonl", "[1]\n"),
     ("outputs/after.jsonl", '{"id": 3, "correct": true}\n'),
     ("config.json", '{"train": 5}'),
-  ]):  # fmt: skip
-    root = make_run(tmp_path / str(number))
+  ):
+    root = make_run(tmp_path / name)
     (root / name).write_text(text)
     caplog.clear()
     with caplog.at_level(standard_logging.WARNING):
       assert reporting.write_report(root) == {"before": {}}, text
-    assert "report/index.html could not be made" in caplog.text, text
-    assert list((root / "report").iterdir()) == [], text
+    assert "report/index.html could not be made" in caplog.text and not any((root / "report").iterdir()), text
 
 
 def test_warnings_are_found_again():
@@ -131,26 +119,17 @@ def test_warnings_are_found_again():
   assert run_page.warnings_of(healthy) == []
   (message,) = run_page.warnings_of([*healthy, {"step": 31, "loss": None}])  # null is what is not finite
   assert "#divergence" in message
-  falling = [
-    {"step": step, "validation/in_domain": 0.5 + step / 100, "validation/out_of_domain": 0.6 - step / 100}
-    for step in (1, 3, 5)
-  ]
+  shares = (0.01, 0.03, 0.05)
+  falling = [{"step": 31, "validation/in_domain": x, "validation/out_of_domain": 0.6 - x} for x in shares]
   (message,) = run_page.warnings_of([*healthy, *falling])
   assert "#forgetting" in message
 
 
-def test_an_unfinished_run_shows_how_far_it_is(tmp_path, undrawn):
-  document = page_of(make_run(tmp_path / "run", steps=40, done=3))
-  assert "3 of 40 steps" in document.inside("p") and document.inside("dt")[0] == "In domain, before"
-
-
-def test_warnings_stand_on_top_and_cliffs_are_a_key_figure(tmp_path, undrawn):
-  root = make_run(tmp_path / "run", steps=20, done=20)
-  metrics = ({"step": n, "reward/format": 0.0, "cliff_rate": 0.75 if n < 10 else 0.25} for n in range(1, 21))
-  (root / "metrics.jsonl").write_text(lines(metrics))
-  document = page_of(root)
-  assert document.inside("h2")[0] == "Warnings" and {"class": "warning"} in document.all("p")
-  assert "75.0 → 25.0\u00a0%" in document.inside("dd")
+def test_an_unfinished_run_shows_how_far_it_is_and_warnings_on_top(tmp_path, undrawn):
+  root = make_run(tmp_path / "run", steps=40, done=3)
+  assert "3 of 40 steps" in page_of(root).inside("p")
+  (root / "metrics.jsonl").write_text(json_lines({"step": n, "reward/format": 0.0} for n in range(1, 21)))
+  assert page_of(root).inside("h2")[0] == "Warnings"
 
 
 def test_a_run_in_a_bucket(tmp_path, undrawn):

@@ -6,20 +6,14 @@ from kepo_jax.reporting import warnings
 from tests.conftest import ROOT
 
 HEALTHY = {
-  "completion/truncated_frac": 0.1,
-  "reward/format": 0.5,
-  "dead_group_rate": 0.25,
-  "hint/accept_rate@1": 0.0,
-  "hint/accept_rate@2": 0.5,
-  "grad_norm": 1.0,
-  "kl/ref": 0.01,
-}
+  "completion/truncated_frac": 0.1, "reward/format": 0.5, "dead_group_rate": 0.25,
+  "hint/accept_rate@1": 0.0, "hint/accept_rate@2": 0.5, "grad_norm": 1.0, "kl/ref": 0.01,
+}  # fmt: skip
 
 
 def after(watch, steps, **figures):
   """All messages of some equal steps."""
-  metrics = HEALTHY | {name.replace("__", "/"): value for name, value in figures.items()}
-  return [message for _ in range(steps) for message in watch.step(metrics)]
+  return [message for _ in range(steps) for message in watch.step(HEALTHY | figures)]
 
 
 @pytest.mark.parametrize(

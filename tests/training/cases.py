@@ -1,5 +1,7 @@
 """Groups of rollouts made by hand: two prompts of three rollouts, up to four tokens long."""
 
+import time
+
 import numpy as np
 
 from kepo_jax import exploration, rewards
@@ -75,3 +77,11 @@ def candidate(text=RIGHT, hint="look left", fill=50):
     well_formed=True,
     attempt=1,
   )
+
+
+def until(condition):
+  """Waits for what another thread does."""
+  deadline = time.monotonic() + 20
+  while not condition() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert condition()

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 
 from kepo_jax.data import splits
 from kepo_jax.models.qwen3_vl import model, positions
@@ -126,3 +127,10 @@ def whole(tmp_path_factory, questions):
   """(workdir, result, recorder) of a run that nothing disturbed and nothing may change; copy it first."""
   workdir, recorder = tmp_path_factory.mktemp("run") / "whole", runs.Recorder()
   return workdir, runs.train(runs.small(), workdir, records=questions, hooks=[recorder]), recorder
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+  """What was logged."""
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  return caplog

@@ -1,5 +1,6 @@
 """Checkpoints: complete or not there, damaged ones set aside, the newest and the best kept, clear errors."""
 
+import contextlib
 import resource
 import time
 
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from absl import logging
 
 from kepo_jax import sharding
 from kepo_jax.training import manifest
@@ -19,38 +19,28 @@ def opened(tmp_path, **changes):
   return Checkpoints(tmp_path / "checkpoints", **{"every": 2, "minutes": 0.0, "keep": 2} | changes)
 
 
-def state(mesh, value):
+def state(value, mesh=None):
+  mesh = mesh or sharding.make_mesh(data=8)
   tree = {"w": np.arange(64, dtype=np.float32).reshape(8, 8) + value, "b": [np.float32(value), ()]}
   cut = jax.tree.map(lambda x: sharding.batch_sharding(mesh, np.shape(x), ("prompt",) * bool(np.ndim(x))), tree)
   return jax.device_put(tree, cut)
 
 
 def saved(tmp_path, steps, **changes):
-  mesh = sharding.make_mesh(data=8)
-  checkpoints = opened(tmp_path, **changes)
-  for step in steps:
-    checkpoints.save(step, state(mesh, step), {"step": step})
-  checkpoints.close()
+  with contextlib.closing(opened(tmp_path, **changes)) as checkpoints:
+    for step in steps:
+      checkpoints.save(step, state(step), {"step": step})
 
 
-def restored(tmp_path, mesh=None):
-  checkpoints = opened(tmp_path)
-  found = checkpoints.restore(state(mesh or sharding.make_mesh(data=8), -1))
-  checkpoints.close()
-  return found
-
-
-@pytest.fixture
-def said(caplog, monkeypatch):
-  """What was logged."""
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  return caplog
+def restored(tmp_path, mesh=None, like=None):
+  with contextlib.closing(opened(tmp_path)) as checkpoints:
+    return checkpoints.restore(like or state(-1, mesh))
 
 
 def test_the_newest_comes_back_on_any_mesh_with_what_lay_beside_it(tmp_path, mesh_of):
   assert restored(tmp_path) is None
   saved(tmp_path, [2, 4])
-  for axes in ({"data": 8}, {"fsdp": 4}, {"data": 2, "fsdp": 2}):
+  for axes in ({"data": 8}, {"data": 2, "fsdp": 2}):
     tree, record = restored(tmp_path, mesh_of(**axes))
     assert tree["w"].sharding.mesh == mesh_of(**axes)
     np.testing.assert_array_equal(tree["w"], np.arange(64).reshape(8, 8) + 4)
@@ -60,38 +50,24 @@ def test_the_newest_comes_back_on_any_mesh_with_what_lay_beside_it(tmp_path, mes
 def test_the_state_may_change_while_it_is_written(tmp_path):
   mesh = sharding.make_mesh(data=8)
   change = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
-  checkpoints = opened(tmp_path)
-  for step in range(1, 6):
-    tree = jax.device_put({"w": jnp.full((512, 512), step, jnp.float32)}, sharding.batch_sharding(mesh, (512, 512)))
-    checkpoints.save(step, tree, {})
-    jax.block_until_ready(change(tree))
-  checkpoints.close()
-  again = opened(tmp_path)
-  tree, _ = again.restore({"w": jax.device_put(jnp.zeros((512, 512)), sharding.replicated(mesh))})
-  again.close()
+  with contextlib.closing(opened(tmp_path)) as checkpoints:
+    for step in range(1, 6):
+      tree = jax.device_put({"w": jnp.full((512, 512), step, jnp.float32)}, sharding.batch_sharding(mesh, (512, 512)))
+      checkpoints.save(step, tree, {})
+      jax.block_until_ready(change(tree))
+  tree, _ = restored(tmp_path, like={"w": jax.device_put(jnp.zeros((512, 512)), sharding.replicated(mesh))})
   assert (np.asarray(tree["w"]) == 5).all()
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
-  mesh = sharding.make_mesh(data=8)
-  checkpoints = opened(tmp_path, keep=2)
-  for step in range(1, 7):
-    checkpoints.save(step, state(mesh, step), {}, best=2 if step >= 2 else None)
-  checkpoints.close()
-  assert steps_in(tmp_path / "checkpoints") == [2, 5, 6]
-  assert not manifest.faults(tmp_path / "checkpoints" / "2")
-
-
 def test_the_old_one_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
-  mesh = sharding.make_mesh(data=8)
   checkpoints = opened(tmp_path, keep=1)
-  checkpoints.save(1, state(mesh, 1), {})
+  checkpoints.save(1, state(1), {})
   checkpoints.wait()
-  monkeypatch.setattr(manifest, "write", lambda folder: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-  checkpoints.save(2, state(mesh, 2), {})
-  with pytest.raises(OSError, match=r"step 2 could not be written .*Input/output error.*that of step 1 is intact"):
-    checkpoints.close()
-  monkeypatch.undo()
+  with monkeypatch.context() as broken:
+    broken.setattr(manifest, "write", lambda folder: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    checkpoints.save(2, state(2), {})
+    with pytest.raises(OSError, match=r"step 2 could not be written .*Input/output error.*that of step 1 is intact"):
+      checkpoints.close()
   assert restored(tmp_path)[1] == {}
   assert steps_in(tmp_path / "checkpoints") == [1]
 
@@ -108,11 +84,13 @@ def flip(folder):
   path.write_bytes(data)
 
 
-def test_damaged_checkpoints_are_set_aside_and_the_one_before_them_used(tmp_path, said):
-  saved(tmp_path, [2, 4])
+def test_what_is_damaged_is_set_aside_and_what_is_incomplete_removed_and_the_one_before_them_used(tmp_path, said):
+  saved(tmp_path, [2, 4, 6], keep=3)
+  (tmp_path / "checkpoints" / "6" / manifest.NAME).unlink()
   flip(tmp_path / "checkpoints" / "4")
   tree, record = restored(tmp_path)
   assert record == {"step": 2} and float(tree["b"][0]) == 2
+  assert "the checkpoint of step 6 was never completed" in said.text
   assert "the checkpoint of step 4 is damaged" in said.text and str(tmp_path / "broken" / "4") in said.text
   assert steps_in(tmp_path / "checkpoints") == [2] and steps_in(tmp_path / "broken") == [4]
   # The step can be saved again, and be damaged again, until no other is left.
@@ -123,16 +101,8 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_them_used(tmp_path
   assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["2", "4", "4-1"]
 
 
-def test_what_was_never_completed_is_removed(tmp_path, said):
-  saved(tmp_path, [2, 4])
-  (tmp_path / "checkpoints" / "4" / manifest.NAME).unlink()
-  assert restored(tmp_path)[1] == {"step": 2}
-  assert "the checkpoint of step 4 was never completed" in said.text
-  assert steps_in(tmp_path / "checkpoints") == [2] and not (tmp_path / "broken").exists()
-
-
 def test_the_best_of_before_stays_until_that_of_now_is_complete(tmp_path, monkeypatch):
-  mesh, write = sharding.make_mesh(data=8), manifest.write
+  write = manifest.write
 
   def slow_then_full(folder):
     if folder.name == "3":
@@ -141,10 +111,10 @@ def test_the_best_of_before_stays_until_that_of_now_is_complete(tmp_path, monkey
     write(folder)
 
   checkpoints = opened(tmp_path, keep=1)
-  checkpoints.save(1, state(mesh, 1), {}, best=1)
+  checkpoints.save(1, state(1), {}, best=1)
   monkeypatch.setattr(manifest, "write", slow_then_full)
-  checkpoints.save(2, state(mesh, 2), {}, best=1)
-  checkpoints.save(3, state(mesh, 3), {}, best=3)
+  checkpoints.save(2, state(2), {}, best=1)
+  checkpoints.save(3, state(3), {}, best=3)
   with pytest.raises(OSError, match="step 3 could not be written"):
     checkpoints.close()
   complete = [step for step in (1, 2, 3) if manifest.is_complete(tmp_path / "checkpoints" / str(step))]
@@ -153,22 +123,17 @@ def test_the_best_of_before_stays_until_that_of_now_is_complete(tmp_path, monkey
 
 def test_another_state_is_refused(tmp_path):
   saved(tmp_path, [2])
-  mesh = sharding.make_mesh(data=8)
-  larger = {"w": jax.device_put(np.zeros((16, 8), np.float32), sharding.replicated(mesh))}
-  for like in ({"other": larger["w"]}, state(mesh, -1) | larger):
-    checkpoints = opened(tmp_path)
+  larger = {"w": jax.device_put(np.zeros((16, 8), np.float32), sharding.replicated(sharding.make_mesh(data=8)))}
+  for like in ({"other": jnp.copy(larger["w"])}, state(-1) | larger):
     with pytest.raises(ValueError, match=r"checkpoints/2 is intact and does not fit the models of this config"):
-      checkpoints.restore(jax.tree.map(jnp.copy, like))
-    checkpoints.close()
+      restored(tmp_path, like=like)
 
 
 def test_parameters_alone_come_back(tmp_path):
-  mesh = sharding.make_mesh(data=8)
-  checkpoints = opened(tmp_path)
-  checkpoints.save(1, {"params": state(mesh, 1), "moments": state(mesh, 2)}, {})
-  checkpoints.close()
-  place = sharding.replicated(mesh)
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state(mesh, 0))
+  with contextlib.closing(opened(tmp_path)) as checkpoints:
+    checkpoints.save(1, {"params": state(1), "moments": state(2)}, {})
+  place = sharding.replicated(sharding.make_mesh(data=8))
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state(0))
   folder = tmp_path / "checkpoints" / "1"
   found = restored_params(folder, like)
   np.testing.assert_array_equal(found["w"], np.arange(64).reshape(8, 8) + 1)
@@ -181,23 +146,18 @@ def test_parameters_alone_come_back(tmp_path):
     restored_params(folder, like)
 
 
-def test_a_compressed_checkpoint_of_an_earlier_version_comes_back(tmp_path):
-  mesh = sharding.make_mesh(data=8)
+def test_nothing_is_compressed_and_what_an_earlier_version_compressed_comes_back(tmp_path):
+  with contextlib.closing(opened(tmp_path / "now")) as checkpoints:
+    checkpoints.save(1, {"w": jnp.zeros(1_000_000)}, {})
+  assert sum(path.stat().st_size for path in (tmp_path / "now" / "checkpoints" / "1").rglob("*")) > 4_000_000
   with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-    items = {"state": ocp.args.StandardSave(state(mesh, 6)), "record": ocp.args.JsonSave({"step": 6})}
+    items = {"state": ocp.args.StandardSave(state(6)), "record": ocp.args.JsonSave({"step": 6})}
     manager.save(6, args=ocp.args.Composite(**items))
     manager.wait_until_finished()
   manifest.write(tmp_path / "checkpoints" / "6")
   tree, record = restored(tmp_path)
   np.testing.assert_array_equal(tree["w"], np.arange(64).reshape(8, 8) + 6)
   assert record == {"step": 6}
-
-
-def test_nothing_is_compressed(tmp_path):
-  checkpoints = opened(tmp_path)
-  checkpoints.save(1, {"w": jnp.zeros(1_000_000)}, {})
-  checkpoints.close()
-  assert sum(path.stat().st_size for path in (tmp_path / "checkpoints" / "1").rglob("*")) > 4_000_000
 
 
 def test_when_a_checkpoint_is_due(tmp_path):
@@ -208,7 +168,7 @@ def test_when_a_checkpoint_is_due(tmp_path):
   assert not checkpoints.due(1)
   now[0] += 1
   assert checkpoints.due(1)
-  checkpoints.save(1, state(sharding.make_mesh(data=8), 1), {})
+  checkpoints.save(1, state(1), {})
   assert not checkpoints.due(2)
   checkpoints.close()
   assert not opened(tmp_path, every=0).due(10)

@@ -5,17 +5,15 @@ import types
 
 import jax
 import numpy as np
-import pytest
 
 from experiments.configs import kepo
 from kepo_jax.training import assembly, loop, starting
-from kepo_jax.training.groups import Groups
-from kepo_jax.types import Example, Rollouts
+from kepo_jax.types import Rollouts
+from tests.training import cases
+from tests.training.cases import END, example
+from tests.training.runs import changed
 
-END, PAD = 1, 0
-RIGHT, WRONG = "<think>x</think><answer>A</answer>", "<think>x</think><answer>B</answer>"
-UNFORMED = "<answer>A</answer>"
-TEXTS = {2: RIGHT, 3: WRONG, 4: UNFORMED}  # what the one token of a completion says
+TEXTS = {0: "<hint>look</hint>", 2: cases.RIGHT, 3: cases.WRONG, 4: cases.BARE}  # what the first token of a row says
 
 
 class Processor:
@@ -27,18 +25,9 @@ class Processor:
     return [TEXTS[int(row[0])] for row in tokens]
 
 
-def question(number):
-  return Example(id=f"q{number}", question="?", options=("a", "b"), answer="A", images=(), modality="MRI")
-
-
 def run_of(**changes):
   """What `loop` asks of a run, with a config of KEPO; changes as `section__field=value`."""
-  config = kepo.get_config()
-  config.batch.prompts = 3
-  for name, value in changes.items():
-    section, field = name.split("__")
-    config[section][field] = value
-  keys = []
+  config, keys = changed(kepo, batch__prompts=3, **changes), []
 
   def key(purpose, *counters):
     keys.append((purpose, *counters))
@@ -47,7 +36,7 @@ def run_of(**changes):
   return types.SimpleNamespace(
     config=config,
     processor=Processor(),
-    scorer=assembly.scorer(config, {}),
+    scorer=cases.SCORER,
     own_rollouts=assembly.own_rollouts(config),
     key=key,
     keys=keys,
@@ -63,44 +52,39 @@ def tokens_of(first):
   return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
 
 
-def groups_of(rows, run, *, ended=True, supervised=()):
-  """Groups from tokens of TEXTS, [P][G]; columns in `supervised` are somebody else's."""
-  first = np.array(rows, np.int32)
-  tokens = np.stack([first, np.full_like(first, END if ended else 5)], -1)
-  texts = np.array([[TEXTS[t] for t in row] for row in rows], object)
-  examples = [question(number) for number in range(len(rows))]
-  given = np.zeros(first.shape, bool)
-  given[:, list(supervised)] = True
-  return Groups(
-    examples=examples, tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32),
-    texts=texts, scores=run.scorer(texts.tolist(), examples), injected=np.zeros(first.shape, bool),
-    supervised=given, hints=np.full(first.shape, "", object),
-  )  # fmt: skip
+def groups_of(rows, *, ended=True, supervised=()):
+  """Groups of two tokens each that say TEXTS, [P][G]; columns in `supervised` are somebody else's."""
+  groups = cases.groups([[TEXTS[t] for t in row] for row in rows], np.full(np.shape(rows), 2), ended=ended)
+  groups.supervised[:, list(supervised)] = True
+  return groups
+
+
+def ids(examples):
+  return [example.id.removeprefix("set/") for example in examples]
 
 
 def test_injected_rollouts_are_distilled_or_not():
   run = run_of()
-  groups = groups_of([[2, 2, 3]], run)
+  groups = groups_of([[2, 2, 3]])
   groups.injected[0, 0] = True
   assert loop.gated(run, groups).tolist() == [[True, True, False]]
   run.config.objective.gate_injected = False
   assert loop.gated(run, groups).tolist() == [[False, True, False]]
 
 
-@pytest.mark.parametrize(("masked", "expected"), [(False, [[True, True]]), (True, [[False, True]])])
-def test_truncated_rollouts_of_the_student_are_kept_or_not(masked, expected):
-  run = run_of(objective__mask_truncated=masked)
-  groups = groups_of([[2, 2]], run, ended=False, supervised=[1])
-  assert loop.kept_rows(run, groups).tolist() == expected
+def test_truncated_rollouts_of_the_student_are_kept_or_not():
+  groups = groups_of([[2, 2]], ended=False, supervised=[1])
+  for masked, expected in ((False, [[True, True]]), (True, [[False, True]])):
+    assert loop.kept_rows(run_of(objective__mask_truncated=masked), groups).tolist() == expected
 
 
 def test_advantages_compare_the_students_own_rollouts(monkeypatch):
   run = run_of(batch__rollouts=4, batch__on_policy_fraction=0.5, supervised__source="teacher")
   monkeypatch.setattr(loop.sharding, "place", lambda mesh, batch: batch)
-  groups = groups_of([[2, 3, 2, 2]], run, supervised=[2, 3])
+  groups = groups_of([[2, 3, 2, 2]], supervised=[2, 3])
   gate, kept = np.ones((1, 4), bool), np.array([[True, False, True, True]])
   experience = loop.experience_of(run, groups, None, gate, kept)
-  # Rewards 2 and 1 of the own two: mean 1.5, sample deviation 0.707.
+  # Rewards 1.5 and 0.5 of the own two: mean 1, sample deviation 0.707.
   x = 0.5 / (0.5**0.5 + 1e-4)
   np.testing.assert_allclose(experience.advantages, [[x, -x, 0, 0]], rtol=1e-5)
   assert experience.kept.tolist() == kept.tolist() and experience.hinted is None
@@ -108,14 +92,14 @@ def test_advantages_compare_the_students_own_rollouts(monkeypatch):
 
 def test_useful_groups_come_first_and_others_fill_up():
   run = run_of(exploration__rounds=0)
-  groups = groups_of([[2, 2], [2, 3], [3, 3], [3, 2], [2, 2]], run)
+  groups = groups_of([[2, 2], [2, 3], [3, 3], [3, 2], [2, 2]])
   chosen, figures = loop.most_useful(run, groups)
   # Two of five have a signal; the first of the others fills the batch of three, and the order of asking stays.
-  assert [example.id for example in chosen.examples] == ["q0", "q1", "q3"]
+  assert ids(chosen.examples) == ["q0", "q1", "q3"]
   assert figures == {"dynamic/asked": 5.0, "dynamic/useful_frac": 0.4}
   run.config.exploration.rounds = 1  # a prompt without an accurate rollout may be explored, so it is of use
   chosen, figures = loop.most_useful(run, groups)
-  assert [example.id for example in chosen.examples] == ["q1", "q2", "q3"]
+  assert ids(chosen.examples) == ["q1", "q2", "q3"]
   assert figures["dynamic/useful_frac"] == 0.6
 
 
@@ -130,25 +114,25 @@ def test_sampling_goes_on_until_enough_groups_are_of_use(monkeypatch):
     return tokens_of(next(rounds))
 
   def further(done, extra, *, asked):
-    seen.append([example.id for example in asked])
-    return [question(10 * extra + number) for number in range(3)]
+    seen.append(ids(asked))
+    return [example(f"q{10 * extra + number}") for number in range(3)]
 
   run.programs = types.SimpleNamespace(rollout=rollout, decode_weights=lambda params: params)
-  run.batch = lambda done: ([question(number) for number in range(3)], None)
+  run.batch = lambda done: ([example(f"q{number}") for number in range(3)], None)
   run.further_questions = further
   run.host_prompts = lambda examples, kind: None
   begun = starting.started(run, types.SimpleNamespace(params="weights"), 7)
   groups = loop.own_groups(run, begun)
   # One useful group of three, then three of six: enough after the second of four rounds.
-  assert [example.id for example in groups.examples] == ["q0", "q1", "q2", "q10", "q11", "q12"]
+  assert ids(groups.examples) == ["q0", "q1", "q2", "q10", "q11", "q12"]
   assert seen[0] == ["q0", "q1", "q2"] and run.keys == [("rollout", 7)] * 2
 
 
 def test_refused_answers_of_the_teacher_leave_their_rows_empty():
   run = run_of(batch__rollouts=3, batch__on_policy_fraction=0.0, supervised__source="teacher")
-  rollouts = tokens_of([[2, 3, 4]])  # right; wrong; right without its think block
+  rollouts = tokens_of([[2, 3, 4]])  # right; wrong; right and not well formed
   run.programs = types.SimpleNamespace(answer=lambda prompts, key: rollouts)
-  groups, written = loop.supervised_rows(run, [question(0)], None, 4)
+  groups, written = loop.supervised_rows(run, [example("q0")], None, 4)
   assert written == 6  # the refused ones cost as much
   assert groups.mask.any(-1).tolist() == [[True, False, False]]
   assert groups.supervised.all() and run.keys == [("answer", 4)]
@@ -169,18 +153,16 @@ def exploring(run, candidates):
     phases.append("over")
 
   run.models = {"teacher": types.SimpleNamespace(resident=types.SimpleNamespace(on_device=on_device))}
-  said = TEXTS | {0: "<hint>look</hint>"}
-  run.processor.decode = lambda tokens, mask: [said[int(row[0])] for row in tokens]
   return phases
 
 
 def test_each_round_of_exploration_draws_anew():
   run = run_of(exploration__hints="once", exploration__rounds=3)
   phases = exploring(run, [[3, 3]])
-  outcome, written = loop.explore(run, None, groups_of([[3, 3]], run), 9)
+  outcome, written = loop.explore(run, None, groups_of([[3, 3]]), 9)
   assert run.keys == [("hint", 9, 1), *[("candidate", 9, attempt) for attempt in (1, 2, 3)]]
   assert phases == ["begun", "over"]  # the teacher comes once for three rounds, and not where nobody asks
-  loop.explore(run, None, groups_of([[2, 2]], run), 9)
+  loop.explore(run, None, groups_of([[2, 2]]), 9)
   assert phases == ["begun", "over"]
   assert outcome.accepted == {0: []} and len(outcome.candidates[0]) == 6
   assert written == 1  # one hint of one token, once for three rounds
@@ -192,7 +174,7 @@ def test_candidates_count_as_sampled_and_their_slots_differ_from_step_to_step():
   exploring(run, [[2, 3, 2]])
   slots = []
   for done in (0, 1, 2, 3, 0):
-    begun = starting.Started(done, [question(0)], None, "weights", tokens_of([[3] * 8]))
+    begun = starting.Started(done, [example("q0")], None, "weights", tokens_of([[3] * 8]))
     collected = loop.sample_and_explore(run, begun, loop.PhaseClock())
     assert collected.sampled == 2 * 8 + 2 * 3  # replaced rollouts and refused candidates included
     assert collected.written == 1 and begun.actor is None
@@ -200,14 +182,14 @@ def test_candidates_count_as_sampled_and_their_slots_differ_from_step_to_step():
   assert all(len(each) == 2 for each in slots)
   assert len({tuple(each) for each in slots[:4]}) > 1 and slots[4] == slots[0]
   run.config.seed += 1
-  begun = starting.Started(0, [question(0)], None, "weights", tokens_of([[3] * 8]))
+  begun = starting.Started(0, [example("q0")], None, "weights", tokens_of([[3] * 8]))
   again = loop.sample_and_explore(run, begun, loop.PhaseClock()).groups.injected[0]
   assert np.flatnonzero(again).tolist() != slots[0]
 
 
 def test_tokens_are_counted_by_what_was_done_with_them():
   run = run_of(batch__updates=2, objective__distill_weight=1.0, supervised__source="none", exploration__rounds=1)
-  groups = groups_of([[2, 3], [3, 3]], run)
+  groups = groups_of([[2, 3], [3, 3]])
   groups.mask[0, 0, 1] = False
   kept = np.array([[True, True], [True, False]])
   collected = loop.Collected(groups, None, {}, sampled=20, written=5)

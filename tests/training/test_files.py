@@ -1,5 +1,6 @@
 """The working directory: claimed once, resumed only by the same config."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -10,22 +11,20 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from absl import logging
 
 from kepo_jax import sharding
-from kepo_jax.data.rules import Summary
 from kepo_jax.training.checkpoints import steps_in
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example
 
 
-def config(learning_rate=1e-3, lora_rank=0):
+def config(learning_rate=1e-3, lora_rank=0, best="out_of_domain"):
   return ml_collections.ConfigDict(
     {
       "model": {"lora_rank": lora_rank},
       "optimizer": {"learning_rate": learning_rate},
-      "checkpoint": {"every": 2, "minutes": 0.0, "keep": 2, "best": "out_of_domain"},
+      "checkpoint": {"every": 2, "minutes": 0.0, "keep": 2, "best": best},
       "data": {"split_seed": 0},
       "seed": 0,
     }
@@ -36,10 +35,12 @@ def opened(tmp_path, settings=None, **how):
   return RunFiles(tmp_path / "run", settings or config(), **how)
 
 
-def begun(tmp_path, questions=(), **how):
+@contextlib.contextmanager
+def begun(tmp_path, settings=None, questions=None, models=None, **how):
   """A run that has written what it is."""
-  with opened(tmp_path) as files:
-    files.begin(dict(questions), rule="none", **how)
+  with opened(tmp_path, settings, **how) as files:
+    files.begin(questions or ASKED, rule="none", models=models)
+    yield files
 
 
 def question(name):
@@ -62,88 +63,82 @@ def moved(state, steps):
 
 def saved(tmp_path, state, settings=None, **how):
   """A run with a checkpoint after two steps."""
-  with opened(tmp_path, settings) as files:
-    files.begin(ASKED, rule="none", **how)
+  with begun(tmp_path, settings, **how) as files:
     files.save(2, moved(state, 2), now=True)
 
 
-@pytest.fixture
-def said(caplog, monkeypatch):
-  """What was logged."""
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  return caplog
+def refused(match, error=ValueError, **how):
+  """The folder cannot be used."""
+  with pytest.raises(error, match=match), opened(**how):
+    pass
 
 
-def test_a_used_folder_is_refused(tmp_path):
-  begun(tmp_path)
+def test_only_a_new_folder_is_begun_and_only_a_run_is_resumed(tmp_path):
+  refused("no run to resume", tmp_path=tmp_path, resume=True)
+  assert not (tmp_path / "run").exists()
+  with begun(tmp_path):
+    # The one that is refused must not unlock it.
+    refused("is in use by process", tmp_path=tmp_path, resume=True)
+    assert (tmp_path / "run" / "lock.json").exists()
   assert json.loads((tmp_path / "run" / "config.json").read_text())["checkpoint"]["keep"] == 2
   with opened(tmp_path):  # what began and did nothing, as where a tracker was missing, is in nobody's way
     assert not (tmp_path / "run" / "config.json").exists()
-  begun(tmp_path)
-  (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-  with pytest.raises(ValueError, match="not empty; pass --resume"), opened(tmp_path):
-    pass
-
-
-def test_resume_needs_a_run(tmp_path):
-  with pytest.raises(ValueError, match="no run to resume"), opened(tmp_path, resume=True):
-    pass
-  assert not (tmp_path / "run").exists()
+  with begun(tmp_path):
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+  refused("not empty; pass --resume", tmp_path=tmp_path)
+  (tmp_path / "a[1]").mkdir()
+  refused("cannot be restored; choose another name", tmp_path=tmp_path / "a[1]")
   with pytest.raises(ValueError, match="needs a workdir"), RunFiles("", config(), resume=True):
     pass
+  (tmp_path / "file").write_text("")
+  refused(r"workdir .*file/run cannot be written", OSError, tmp_path=tmp_path / "file")
+  with pytest.raises(RuntimeError), opened(tmp_path / "new"):
+    raise RuntimeError
+  assert not (tmp_path / "new" / "run").exists()  # it died before it began
 
 
 def test_another_config_is_refused_by_field_or_taken_where_that_is_allowed(tmp_path, state):
-  begun(tmp_path)
-  message = r"optimizer.learning_rate: 0.001 -> 0.002.*--allow_config_change"
-  with pytest.raises(ValueError, match=message), opened(tmp_path, config(0.002), resume=True):
+  with begun(tmp_path):
     pass
-  root = tmp_path / "run"
-  with RunFiles(root, config(0.002), resume=True, allow_config_change=True) as files:
-    files.begin({}, rule="none")
-    # Not before it is known that the run goes on with it.
-    assert json.loads((root / "config.json").read_text())["optimizer"]["learning_rate"] == 0.001
+  message = r"optimizer.learning_rate: 0.001 -> 0.002.*--allow_config_change"
+  refused(message, tmp_path=tmp_path, settings=config(0.002), resume=True)
+  stored = lambda name: json.loads((tmp_path / "run" / name).read_text())["optimizer"]["learning_rate"]  # noqa: E731
+  with begun(tmp_path, config(0.002), resume=True, allow_config_change=True) as files:
+    assert stored("config.json") == 0.001  # until it is known that the run goes on with it
     files.restored(state)
-  assert json.loads((root / "config.json").read_text())["optimizer"]["learning_rate"] == 0.002
-  assert json.loads((root / "config-before-1.json").read_text())["optimizer"]["learning_rate"] == 0.001
+  assert (stored("config.json"), stored("config-before-1.json")) == (0.002, 0.001)
 
 
 def test_the_same_command_again_starts_or_continues(tmp_path):
   for resumes in (False, True):
-    with opened(tmp_path, auto_resume=True) as files:
+    with begun(tmp_path, auto_resume=True) as files:
       assert files.resumes == resumes
-      files.begin({}, rule="none")
-  (tmp_path / "other").mkdir()
-  (tmp_path / "other" / "thesis.tex").write_text("")
-  with pytest.raises(ValueError, match="not empty"), RunFiles(tmp_path / "other", config(), auto_resume=True):
-    pass
+  (tmp_path / "other" / "run").mkdir(parents=True)
+  (tmp_path / "other" / "run" / "thesis.tex").write_text("")
+  refused("not empty", tmp_path=tmp_path / "other", auto_resume=True)
 
 
-@pytest.mark.parametrize("resume", [{}, {"auto_resume": True}])
-def test_what_a_run_leaves_that_was_killed_before_it_began_is_no_run(tmp_path, resume):
-  root = tmp_path / "run"
-  (root / "stalls").mkdir(parents=True)
-  (root / "stalls" / "after-the-start-0.txt").write_text("thread MainThread")
-  for name in (".lock.json.77.partial", ".config.json.77.partial"):
-    (root / name).write_text("{")
-  with RunFiles(root, config(), **resume) as files:
-    files.begin({}, rule="none")
-  assert (root / "config.json").exists()
+def test_what_a_run_leaves_that_was_killed_before_it_began_is_no_run(tmp_path):
+  for place, resume in (("first", {}), ("second", {"auto_resume": True})):
+    root = tmp_path / place / "run"
+    (root / "stalls").mkdir(parents=True)
+    (root / "stalls" / "after-the-start-0.txt").write_text("thread MainThread")
+    for name in (".lock.json.77.partial", ".config.json.77.partial"):
+      (root / name).write_text("{")
+    with begun(tmp_path / place, **resume) as files:
+      assert not files.resumes
 
 
-def test_the_config_is_there_first(tmp_path, monkeypatch):
-  """A run that is killed while it begins can be resumed."""
-
+def test_a_run_that_is_killed_while_it_begins_can_be_resumed(tmp_path, monkeypatch):
   def killed(*_, **__):
     raise OSError("killed")
 
-  monkeypatch.setattr("kepo_jax.data.splits.write_ids", killed)
-  with pytest.raises(OSError, match="killed"), opened(tmp_path) as files:
-    files.begin({}, rule="none")
-  monkeypatch.undo()
-  with opened(tmp_path, auto_resume=True) as files:
+  with monkeypatch.context() as other:
+    other.setattr("kepo_jax.data.splits.write_ids", killed)
+    with pytest.raises(OSError, match="killed"), begun(tmp_path):
+      pass
+  with begun(tmp_path, auto_resume=True) as files:
     assert files.resumes
-    files.begin({}, rule="none")
   assert (tmp_path / "run" / "questions.json").exists()
 
 
@@ -152,29 +147,19 @@ def test_a_run_without_an_intact_checkpoint_starts_over_only_where_that_is_asked
   path = tmp_path / "run" / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
   path.write_bytes(path.read_bytes()[:-1])
   for _ in range(2):  # what was refused once is refused again
-    with opened(tmp_path, resume=True) as files:
-      files.begin(ASKED, rule="none")
+    with begun(tmp_path, resume=True) as files:
       with pytest.raises(ValueError, match="no checkpoint of .* is intact; the damaged ones are in broken/"):
         files.restored(state)
-  with opened(tmp_path, auto_resume=True) as files:
-    files.begin(ASKED, rule="none")
+  with begun(tmp_path, auto_resume=True) as files:
     assert files.restored(state) is state
 
 
-def test_a_run_that_dies_before_it_begins_leaves_no_folder(tmp_path):
-  with pytest.raises(RuntimeError), opened(tmp_path):
-    assert (tmp_path / "run" / "lock.json").exists()
-    raise RuntimeError
-  assert not (tmp_path / "run").exists()
-
-
-def test_two_runs_in_one_folder_are_refused(tmp_path):
-  with opened(tmp_path) as files:
-    files.begin({}, rule="none")
-    again = opened(tmp_path, resume=True)
-    with pytest.raises(ValueError, match="is in use by process"), again:
-      pass
-    assert (tmp_path / "run" / "lock.json").exists()  # the refused one must not unlock it
+def test_without_a_checkpoint_a_resumed_run_starts_over(tmp_path, state):
+  with begun(tmp_path) as files:
+    files.record("before", {"step": 0})
+  with opened(tmp_path, resume=True) as files:
+    assert files.restored(state) is state
+  assert "before" not in files.evaluations
 
 
 def test_a_run_whose_lock_was_taken_saves_nothing_more(tmp_path, state, monkeypatch):
@@ -185,15 +170,6 @@ def test_a_run_whose_lock_was_taken_saves_nothing_more(tmp_path, state, monkeypa
     with pytest.raises(ValueError, match="taken by process 7"):
       files.save(6, state, now=False)
   assert steps_in(tmp_path / "run" / "checkpoints") == [2, 4]
-
-
-def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
-  (tmp_path / "file").write_text("")
-  with (
-    pytest.raises(OSError, match=r"workdir .*file/run cannot be written"),
-    RunFiles(tmp_path / "file" / "run", config()),
-  ):
-    pass
 
 
 def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
@@ -208,36 +184,31 @@ def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
   assert files.evaluations == {"before": {"overall": 1}}
 
 
-def test_what_was_said_to_each_test_question_is_kept(tmp_path):
+def test_what_was_said_to_each_test_question_and_broken_batches_are_kept(tmp_path):
   with opened(tmp_path) as files:
     files.record_outputs("after", [{"id": "a", "correct": True}, {"id": "b", "correct": False}])
     files.record_outputs("after", [{"id": "a", "correct": False}])  # made again after an interruption
+    folder = files.dump("not_finite/step-3", {".tokens": np.arange(6).reshape(2, 3)}, [{"id": "q"}])
   assert (tmp_path / "run" / "outputs" / "after.jsonl").read_text() == '{"id": "a", "correct": false}\n'
+  assert folder == str(tmp_path / "run" / "not_finite" / "step-3")
+  with np.load(f"{folder}/batch.npz") as packed:
+    np.testing.assert_array_equal(packed[".tokens"], [[0, 1, 2], [3, 4, 5]])
+  assert json.loads((tmp_path / "run" / "not_finite" / "step-3" / "samples.jsonl").read_text()) == {"id": "q"}
 
 
 def test_the_questions_of_a_run_are_on_record_and_must_stay(tmp_path):
-  begun(tmp_path, ASKED)
+  with begun(tmp_path):
+    pass
   record = json.loads((tmp_path / "run" / "questions.json").read_text())
   assert record["ids"] == {"train": ["a", "b"], "validation": [], "test": ["c"]}
   assert record["rule"] == "none" and len(record["sha256"]) == 64
-  with opened(tmp_path, resume=True) as files:
-    with pytest.raises(ValueError, match="questions.json: exists and holds another split"):
-      files.begin(ASKED | {"test": [question("d")]}, rule="none")
-    with pytest.raises(ValueError, match=r"questions.json: exists and 1 of its 3 questions have changed \('a'\)"):
-      files.begin(CHANGED, rule="none")
-    files.begin(ASKED, rule="none")
-
-
-def test_what_was_repaired_and_dropped_is_on_record(tmp_path):
-  summary = Summary(root="folder", records=3, kept=2)
-  summary.count("null_option", "file, record 1")
-  summary.count("answer_unmatched", "file, record 2")
-  with opened(tmp_path) as files:
-    files.record_summaries({"reading": [summary], "checking": []})
-  record = json.loads((tmp_path / "run" / "data_summary.json").read_text())
-  (found,) = record["reading"]
-  assert record["checking"] == [] and found["rules"] == {"null_option": 1, "answer_unmatched": 1}
-  assert found["first"]["answer_unmatched"] == "file, record 2" and found["dropped"] == 1
+  with begun(tmp_path, resume=True) as files:
+    for others, message in (
+      (ASKED | {"test": [question("d")]}, "questions.json: exists and holds another split"),
+      (CHANGED, r"questions.json: exists and 1 of its 3 questions have changed \('a'\)"),
+    ):
+      with pytest.raises(ValueError, match=message):
+        files.begin(others, rule="none")
 
 
 def test_checkpoints_fall_on_their_steps_and_on_the_last(tmp_path, state):
@@ -255,9 +226,7 @@ def validation(step, accuracy):
 
 @pytest.mark.parametrize(("figure", "kept"), [("out_of_domain", [2, 5, 6]), ("in_domain", [3, 5, 6]), ("none", [5, 6])])
 def test_the_checkpoint_of_the_best_validation_stays(tmp_path, state, figure, kept):
-  settings = config()
-  settings.checkpoint.best = figure
-  with RunFiles(tmp_path / "run", settings) as files:
+  with opened(tmp_path, config(best=figure)) as files:
     for step, accuracy in enumerate((0.5, 0.7, 0.4, 0.7, 0.6, 0.5), 1):
       files.record("validation", validation(step, accuracy))
       files.save(step, state, now=step > 3)
@@ -265,15 +234,13 @@ def test_the_checkpoint_of_the_best_validation_stays(tmp_path, state, figure, ke
 
 
 def test_the_newest_state_comes_back_and_what_came_after_it_is_forgotten(tmp_path, state):
-  with opened(tmp_path) as files:
-    files.begin({}, rule="none")
+  with begun(tmp_path) as files:
     files.record("before", {"step": 0})
     files.record("validation", validation(2, 0.5))
     files.save(2, moved(state, 2), now=False, positions=lambda: {"metrics.jsonl": 123})
     files.record("validation", validation(3, 0.6))
     files.record("after", {"step": 3})
-  with opened(tmp_path, resume=True) as files:
-    files.begin({}, rule="none")
+  with begun(tmp_path, resume=True) as files:
     restored = files.restored(state)
     assert files.saved == str(tmp_path / "run" / "checkpoints" / "2")  # need not be saved again
   assert int(restored.step) == 2
@@ -285,23 +252,12 @@ def test_the_newest_state_comes_back_and_what_came_after_it_is_forgotten(tmp_pat
 
 
 def test_a_validation_that_was_not_done_at_the_checkpoint_is_owed(tmp_path, state):
-  with opened(tmp_path) as files:
-    files.begin({}, rule="none")
+  with begun(tmp_path) as files:
     files.save(2, moved(state, 2), now=True, validated=False)
     files.record("validation", validation(2, 0.5))  # it was made after all, and then the process was killed
-  with opened(tmp_path, resume=True) as files:
-    files.begin({}, rule="none")
+  with begun(tmp_path, resume=True) as files:
     files.restored(state)
   assert files.owes_validation and files.evaluations["validation"] == []
-
-
-def test_without_a_checkpoint_a_resumed_run_starts_over(tmp_path, state):
-  with opened(tmp_path) as files:
-    files.begin({}, rule="none")
-    files.record("before", {"step": 0})
-  with opened(tmp_path, resume=True) as files:
-    assert files.restored(state) is state
-  assert "before" not in files.evaluations
 
 
 def test_other_models_or_random_numbers_are_refused(tmp_path, state, monkeypatch):
@@ -311,17 +267,16 @@ def test_other_models_or_random_numbers_are_refused(tmp_path, state, monkeypatch
   saved(tmp_path, state, models={"teacher": folder})
   bits = jax.random.bits
 
-  def refused(message):
-    with opened(tmp_path, resume=True) as files:
-      files.begin(ASKED, rule="none", models={"teacher": folder})
+  def others(message):
+    with begun(tmp_path, models={"teacher": folder}, resume=True) as files:
       with pytest.raises(ValueError, match=message):
         files.restored(jax.tree.map(jnp.copy, state))
 
   with monkeypatch.context() as other:
     other.setattr("jax.random.bits", lambda *arguments: bits(*arguments) + 1)
-    refused("was made with other random numbers")
+    others("was made with other random numbers")
   (folder / "config.json").write_text("2")
-  refused("was made with other models")
+  others("was made with other models")
 
 
 @pytest.mark.parametrize(("package", "rank", "told"), [("optax", 0, True), ("qwix", 0, False), ("qwix", 8, True)])
@@ -329,16 +284,14 @@ def test_another_version_of_what_a_run_uses_is_told(tmp_path, state, monkeypatch
   saved(tmp_path, state, config(lora_rank=rank))
   version = importlib.metadata.version
   monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0" if name == package else version(name))
-  with opened(tmp_path, config(lora_rank=rank), resume=True) as files:
-    files.begin(ASKED, rule="none")
+  with begun(tmp_path, config(lora_rank=rank), resume=True) as files:
     files.restored(state)
   assert (f"goes on on something else: {package}" in said.text and "-> 99.0. Results" in said.text) == told
 
 
 def test_changed_questions_are_taken_only_where_that_is_allowed(tmp_path, state, said):
   saved(tmp_path, state)
-  with opened(tmp_path, resume=True, allow_config_change=True) as files:
-    files.begin(CHANGED, rule="none")
+  with begun(tmp_path, questions=CHANGED, resume=True, allow_config_change=True) as files:
     assert not (tmp_path / "run" / "questions-before-1.json").exists()
     assert int(files.restored(state).step) == 2
   assert "Going on with the questions as they are now" in said.text
@@ -351,12 +304,3 @@ def test_a_disk_without_room_is_told_at_the_start(tmp_path, state, said, monkeyp
   with opened(tmp_path) as files:
     files.restored(state)
   assert "4 more checkpoints of 0.0 GB do not fit" in said.text
-
-
-def test_a_batch_is_dumped_for_inspection(tmp_path):
-  with opened(tmp_path) as files:
-    folder = files.dump("not_finite/step-3", {".tokens": np.arange(6).reshape(2, 3)}, [{"id": "q"}])
-  assert folder == str(tmp_path / "run" / "not_finite" / "step-3")
-  with np.load(f"{folder}/batch.npz") as packed:
-    np.testing.assert_array_equal(packed[".tokens"], [[0, 1, 2], [3, 4, 5]])
-  assert json.loads((tmp_path / "run" / "not_finite" / "step-3" / "samples.jsonl").read_text()) == {"id": "q"}

@@ -11,7 +11,7 @@ from kepo_jax.training import groups as grouping
 from kepo_jax.types import Rollouts
 from tests.conftest import ROOT
 from tests.training import cases
-from tests.training.cases import BARE, END, NOTHING, RIGHT, SCORER, WRONG, G, P, T
+from tests.training.cases import BARE, END, NOTHING, RIGHT, SCORER, WRONG, G, P
 
 ARRAYS = ("tokens", "mask", "logps", "texts", "injected", "supervised", "hints")
 LENGTH = 16  # tokens of a completion in the phantom's vocabulary
@@ -39,9 +39,6 @@ def assert_equal(a, b):
   assert a.scores.keys() == b.scores.keys()
   for name, values in a.scores.items():
     np.testing.assert_array_equal(values, b.scores[name], err_msg=name)
-
-
-# ---- from rollouts ----
 
 
 def test_scored_groups_are_the_rollouts_decoded_and_scored(processor):
@@ -72,21 +69,17 @@ def test_what_lies_behind_the_mask_is_not_read(processor):
   assert found.texts.tolist() == [["<answer>B</answer>"]] and found.scores["accuracy"].tolist() == [[1]]
 
 
-def test_given_rollouts_repeat_what_was_written(processor):
+def test_given_rollouts_repeat_what_was_written_and_are_not_cut(processor):
   texts = ["<answer> A</answer>", "<answer> B</answer>"]
   given = grouping.given_rollouts(processor, texts, 3, 6)
-  assert given.tokens.shape == given.mask.shape == given.logps.shape == (2, 3, 6)
-  assert (given.tokens == given.tokens[:, :1]).all() and (given.mask == given.mask[:, :1]).all()
+  assert (given.tokens == given.tokens[:, :1]).all()
   assert [processor.decode(given.tokens[:, g], given.mask[:, g]) for g in range(3)] == [texts] * 3
   # Tag, letter, tag and end token; the rest is padding.
-  assert given.mask.sum(axis=2).tolist() == [[4] * 3] * 2
+  assert (given.mask == (np.arange(6) < 4)).all() and given.mask.shape == (2, 3, 6)
   assert (given.tokens[..., 3] == processor.end_ids[0]).all() and (given.tokens[..., 4:] == processor.pad_id).all()
-  assert given.logps.dtype == np.float32 and not given.logps.any()
-
-
-def test_given_rollouts_are_not_cut(processor):
+  assert given.logps.dtype == np.float32 and given.logps.shape == (2, 3, 6) and not given.logps.any()
   with pytest.raises(ValueError, match=r"'<answer> A</answer>' needs 4 tokens; raise sampling.max_new_tokens=3"):
-    grouping.given_rollouts(processor, ["<answer> A</answer>"], 2, 3)
+    grouping.given_rollouts(processor, texts, 2, 3)
 
 
 def test_candidates_are_judged_by_the_scorer(processor):
@@ -113,9 +106,6 @@ def test_a_half_right_candidate_is_not_accurate(processor):
   assert [c.accurate for c in found] == [False, True]
 
 
-# ---- put together ----
-
-
 def test_supervised_rows_that_are_not_accepted_become_empty():
   groups = cases.mixed()
   whole = grouping.supervised_groups(groups)
@@ -128,35 +118,26 @@ def test_supervised_rows_that_are_not_accepted_become_empty():
   assert_equal(dataclasses.replace(found, mask=groups.mask, supervised=groups.supervised), groups)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_joined(axis):
+def test_joined_and_selected():
   first = cases.mixed()
   second = cases.groups([[BARE, BARE, RIGHT], [RIGHT, RIGHT, RIGHT]], [[1, 1, 4], [4, 3, 2]], name="r")
   second = grouping.supervised_groups(second)
   first.hints[0, 1] = "left"
   first.injected[0, 1] = True
-  found = grouping.joined(first, second, axis=axis)
-  assert found.tokens.shape == ((2 * P, G, T), (P, 2 * G, T))[axis]
-  # More rollouts belong to the questions of the first; more prompts bring their own.
-  ids = [each.id for each in found.examples]
-  assert ids == ["set/q0", "set/q1", *(["set/r0", "set/r1"] if axis == 0 else [])]
-  rows = (slice(None),) * axis
-  size = (P, G)[axis]
-  for name in ARRAYS:
-    np.testing.assert_array_equal(getattr(found, name)[*rows, :size], getattr(first, name), err_msg=name)
-    np.testing.assert_array_equal(getattr(found, name)[*rows, size:], getattr(second, name), err_msg=name)
-    assert getattr(found, name).dtype == getattr(first, name).dtype
-  for name, values in found.scores.items():
-    np.testing.assert_array_equal(values[*rows, :size], first.scores[name], err_msg=name)
-    np.testing.assert_array_equal(values[*rows, size:], second.scores[name], err_msg=name)
-
-
-def test_selected_undoes_joined():
-  first, second = cases.mixed(), cases.groups([[BARE] * 3, [RIGHT] * 3], [[1] * 3, [4] * 3], name="r")
+  for axis in (0, 1):
+    found = grouping.joined(first, second, axis=axis)
+    # More rollouts belong to the questions of the first; more prompts bring their own.
+    ids = [each.id for each in found.examples]
+    assert ids == ["set/q0", "set/q1", *(["set/r0", "set/r1"] if axis == 0 else [])]
+    for name in ARRAYS:
+      expected = np.concatenate([getattr(first, name), getattr(second, name)], axis)
+      np.testing.assert_array_equal(getattr(found, name), expected, err_msg=name)
+      assert getattr(found, name).dtype == getattr(first, name).dtype
+    for name, values in found.scores.items():
+      np.testing.assert_array_equal(values, np.concatenate([first.scores[name], second.scores[name]], axis), name)
   both = grouping.joined(first, second, axis=0)
   assert_equal(grouping.selected(both, [0, 1]), first)
-  assert_equal(grouping.selected(both, np.array([2, 3])), second)
-  turned = grouping.selected(both, [3, 0])
+  turned = grouping.selected(both, np.array([3, 0]))
   assert [each.id for each in turned.examples] == ["set/r1", "set/q0"]
   np.testing.assert_array_equal(turned.tokens, both.tokens[[3, 0]])
   np.testing.assert_array_equal(turned.scores["total"], both.scores["total"][[3, 0]])
@@ -170,9 +151,6 @@ def test_a_signal_is_any_difference_however_small():
   total[2, 0] = 0.0
   groups.scores["total"] = total
   assert grouping.has_signal(groups).tolist() == [False, True, True, False]
-
-
-# ---- injection ----
 
 
 def test_inject_replaces_a_row_and_scores_it_again():
@@ -193,9 +171,6 @@ def test_inject_replaces_a_row_and_scores_it_again():
   np.testing.assert_array_equal(groups.tokens[1, 1], before.tokens[1, 1])
 
 
-# ---- gate, truncation, hinted rows, experience ----
-
-
 def test_gate_signals():
   # Accuracies 1 0 1 and 0 0 0, formats 1 1 0 and 0 1 1.
   for signal, expected in {
@@ -209,55 +184,41 @@ def test_gate_signals():
     grouping.gate_signal(cases.mixed().scores, "reward")
 
 
-def test_truncated_rows_have_no_end_token():
+def test_truncated_rows_are_the_students_without_an_end_token():
   groups = cases.mixed()
   assert grouping.truncated(groups, (END,)).tolist() == [[False] * 3, [True, False, False]]
-  assert grouping.truncated(groups, (END + 90,)).all()
   # Any end id ends: this is the first token of the row that was cut off.
   assert not grouping.truncated(groups, (END, groups.tokens[1, 0, 0])).any()
-  # An end token behind the mask ends nothing.
-  groups = cases.mixed()
-  groups.mask[0, 0, 3] = False  # where its end token is
-  assert grouping.truncated(groups, (END,)).tolist() == [[True, False, False], [True, False, False]]
-  # Padding is often an end id as well.
-  groups.tokens[~groups.mask] = END
-  assert grouping.truncated(groups, (END,))[0, 0]
-
-
-def test_supervised_rows_are_never_truncated():
-  groups = cases.mixed()
   groups.supervised[1] = True
   assert not grouping.truncated(groups, (END,)).any()
-  empty = grouping.supervised_groups(cases.mixed(), accepted=np.zeros((P, G), bool))
-  assert not grouping.truncated(empty, (END,)).any()
-
-
-class Asked:
-  """Remembers what prompts were asked for."""
-
-  def __call__(self, examples, hints):
-    self.examples, self.hints = [each.id for each in examples], list(hints)
-    return "prompts"
+  # An end token behind the mask ends nothing, though padding is often an end id as well.
+  groups.mask[0, 0, 3] = False  # where its end token is
+  groups.tokens[~groups.mask] = END
+  assert grouping.truncated(groups, (END,)).tolist() == [[True, False, False], [False] * 3]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_hinted_rows_come_in_multiples_of_the_prompts(count):
-  groups, asked = cases.mixed(), Asked()
+  groups, asked = cases.mixed(), {}
+
+  def prompts_of(examples, hints):
+    asked.update(examples=[each.id for each in examples], hints=list(hints))
+    return "prompts"
+
   slots = [(1, 2), (0, 1), (1, 0)][:count]
   for i, (p, g) in enumerate(slots):
     grouping.inject(groups, [exploration.Injection(p, g, cases.candidate(hint=f"hint {i}"))], SCORER)
-  found = grouping.hinted_rows(groups, asked)
+  found = grouping.hinted_rows(groups, prompts_of)
   if not count:
     assert found is None
     return
   # P is 2: one is filled up to two, three to four, with the first; in the order of the batch.
-  expected = {1: [(1, 2)], 2: [(0, 1), (1, 2)], 3: [(0, 1), (1, 0), (1, 2)]}[count]
-  filled = expected + expected[:1] * (count % 2)
+  filled = sorted(slots) + sorted(slots)[:1] * (count % 2)
   assert list(zip(found.prompt.tolist(), found.slot.tolist(), strict=True)) == filled
   assert found.used.tolist() == [True] * count + [False] * (count % 2)
   assert found.prompts == "prompts"
-  assert asked.examples == [f"set/q{p}" for p, _ in filled]
-  assert asked.hints == [f"hint {slots.index(row)}" for row in filled]
+  assert asked["examples"] == [f"set/q{p}" for p, _ in filled]
+  assert asked["hints"] == [f"hint {slots.index(row)}" for row in filled]
   assert found.prompt.dtype == found.slot.dtype == np.int32 and found.used.dtype == bool
 
 

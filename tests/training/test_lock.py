@@ -1,5 +1,6 @@
 """One process per workdir, whatever became of the last one, and whatever the clocks say."""
 
+import concurrent.futures
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from kepo_jax.training import lock
 from kepo_jax.training.lock import WorkdirLock
+from tests.training.cases import until
 
 # Without the import of everything that trains.
 HOLD = """
@@ -43,16 +45,17 @@ def test_the_lock_of_a_living_process_is_respected_and_that_of_a_killed_one_take
   holder.communicate()
 
 
-def test_a_later_process_with_the_same_number_is_no_holder(tmp_path):
+def leave_dead_holder(tmp_path):
+  """The lock of a process that had the number of this one before it."""
   with WorkdirLock(tmp_path):
     record = json.loads((tmp_path / lock.NAME).read_text())
   (tmp_path / lock.NAME).write_text(json.dumps(record | {"token": "other", "started": "1"}))
+
+
+def test_a_later_process_with_the_same_number_is_no_holder(tmp_path):
+  leave_dead_holder(tmp_path)
   with WorkdirLock(tmp_path) as taken:
     taken.check()
-
-
-def test_one_process_cannot_hold_it_twice(tmp_path):
-  with WorkdirLock(tmp_path):
     with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
       WorkdirLock(tmp_path).__enter__()
 
@@ -85,21 +88,16 @@ def test_a_silent_holder_elsewhere_or_a_damaged_lock_is_taken_over_whatever_the_
 def test_a_lock_that_was_taken_stops_its_run(tmp_path):
   with WorkdirLock(tmp_path, beat=0.05) as held:
     elsewhere(tmp_path, 0)
-    deadline = time.monotonic() + 10
+    until(lambda: held._lost)
     with pytest.raises(ValueError, match="was taken by process 1 on node7; this one stops"):
-      while time.monotonic() < deadline:
-        held.check()
-        time.sleep(0.02)
+      held.check()
   assert json.loads((tmp_path / lock.NAME).read_text())["token"] == "theirs"  # not ours to remove
 
 
 def test_a_removed_lock_comes_back(tmp_path):
   with WorkdirLock(tmp_path, beat=0.05) as held:
     (tmp_path / lock.NAME).unlink()
-    deadline = time.monotonic() + 10
-    while not (tmp_path / lock.NAME).exists() and time.monotonic() < deadline:
-      time.sleep(0.02)
-    assert (tmp_path / lock.NAME).exists()
+    until((tmp_path / lock.NAME).exists)
     held.check()
 
 
@@ -121,9 +119,7 @@ def test_storage_that_answers_again_is_no_reason_to_stop(tmp_path, monkeypatch):
 @pytest.mark.parametrize("left", [False, True], ids=["nothing there", "a dead holder"])
 def test_of_several_that_start_at_once_one_gets_it(tmp_path, monkeypatch, left):
   if left:
-    with WorkdirLock(tmp_path):
-      record = json.loads((tmp_path / lock.NAME).read_text())
-    (tmp_path / lock.NAME).write_text(json.dumps(record | {"token": "other", "started": "1"}))
+    leave_dead_holder(tmp_path)
   look = WorkdirLock._check_dead
 
   def slowly(self, held):
@@ -131,22 +127,17 @@ def test_of_several_that_start_at_once_one_gets_it(tmp_path, monkeypatch, left):
     time.sleep(0.3)  # between the look and the write
 
   monkeypatch.setattr(WorkdirLock, "_check_dead", slowly)
-  got, refused = [], []
   gate, done = threading.Barrier(4), threading.Barrier(4)
 
-  def take():
+  def take(_):
+    gate.wait()
     try:
-      gate.wait()
-      with WorkdirLock(tmp_path) as held:
-        got.append(held)
+      with WorkdirLock(tmp_path):
         done.wait()
+      return True
     except ValueError:
-      refused.append(1)
       done.wait()
+      return False
 
-  threads = [threading.Thread(target=take) for _ in range(4)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert (len(got), len(refused)) == (1, 3)
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    assert sorted(pool.map(take, range(4))) == [False, False, False, True]

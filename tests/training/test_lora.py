@@ -11,17 +11,15 @@ import optax
 import pytest
 from absl import flags
 
-from experiments.configs import grpo, kepo
-from kepo_jax import sharding, training
-from kepo_jax.data import splits
+from experiments.configs import kepo
+from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import conversion, lora, model, safetensors_files
 from kepo_jax.models.qwen3_vl.config import LoraConfig
 from kepo_jax.objectives import losses
-from kepo_jax.reporting import RunReporter
 from kepo_jax.training import assembly, compiling, inputs, programs, setup, step
 from kepo_jax.training.interruption import Interruption
 from kepo_jax.training.state import initial_state
-from tests.training.runs import ASSETS, shrunk
+from tests.training.runs import ASSETS, equal, lines, shrunk, small, train
 
 FROZEN = ("visual", "language_model", "lm_head")
 
@@ -130,75 +128,60 @@ def test_no_second_copy_is_there_while_decode_weights_are_made(student, params, 
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), decode_weights(placed), expected)
 
 
-def prepared(mesh, **changes):
-  """The student of a run on a mesh."""
-  config = shrunk(kepo.get_config(), **changes)
+def prepared(mesh, seed=0, **changes):
+  """The config of a run, and its student on a mesh."""
+  config = shrunk(kepo.get_config(), model__compute_dtype="bfloat16", **changes)
+  config.seed = seed
   loaded = setup.load_models(config, mesh, {"student": ASSETS / "confused"}, (), Interruption())
   return config, loaded["student"]
 
 
+def dtypes(params):
+  return {leaf.dtype.name for leaf in jax.tree.leaves(params)}
+
+
 def test_a_run_loads_the_base_in_the_compute_dtype(mesh_of):
-  changes = {"model__lora_rank": 4, "model__lora_targets": ("q_proj",), "model__compute_dtype": "bfloat16"}
+  changes = {"model__lora_rank": 4, "model__lora_targets": ("q_proj",)}
   config, loaded = prepared(mesh_of(fsdp=2), **changes)
   assert loaded.config.lora == LoraConfig(rank=4, alpha=32.0, targets=("q_proj",))
-  assert {leaf.dtype for leaf in jax.tree.leaves(lora.without(loaded.params))} == {jnp.dtype("bfloat16")}
   matrices = loaded.params[lora.PART]["self_attn"]["q_proj"]
-  assert {leaf.dtype for leaf in jax.tree.leaves(matrices)} == {jnp.dtype("float32")}
+  assert dtypes(lora.without(loaded.params)) == {"bfloat16"} and dtypes(matrices) == {"float32"}
   # A [L, in, r] is divided as the width of the weight is.
   a = matrices[lora.A]
   assert a.sharding.shard_shape(a.shape) == (a.shape[0], a.shape[1] // 2, 4)
   assert assembly.frozen_parts(config) == FROZEN
   # The matrices of a seed do not depend on the mesh; another seed draws others.
-  np.testing.assert_array_equal(a, prepared(mesh_of(), **changes)[1].params[lora.PART]["self_attn"]["q_proj"][lora.A])
-  other = shrunk(kepo.get_config(), **changes)
-  other.seed = 1
-  base = programs.Model(lora.base(loaded.config), lora.without(loaded.params))
-  drawn = assembly.with_lora(other, base, setup.stream(other.seed, "lora"))
-  assert (np.asarray(a) != drawn.params[lora.PART]["self_attn"]["q_proj"][lora.A]).all()
-
-
-def test_without_it_everything_is_as_it_was(mesh_of):
-  config, loaded = prepared(mesh_of(), model__compute_dtype="bfloat16")
+  same, other = (
+    prepared(mesh_of(), seed, **changes)[1].params[lora.PART]["self_attn"]["q_proj"][lora.A] for seed in (0, 1)
+  )
+  np.testing.assert_array_equal(a, same)
+  assert (np.asarray(a) != other).all()
+  config, loaded = prepared(mesh_of())
   assert loaded.config.lora is None and lora.PART not in loaded.params
-  assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype("float32")}
-  assert assembly.frozen_parts(config) == ()
+  assert dtypes(loaded.params) == {"float32"} and assembly.frozen_parts(config) == ()
 
 
 # ---- whole runs ----
 
 
-def small(**changes):
+def settings(**changes):
   """KEPO with LoRA in a size that runs in seconds."""
-  sizes = {"train__steps": 3, "eval__every": 2, "eval__prompts": 8, "checkpoint__every": 1, "checkpoint__keep": 3}
-  settings = {"model__lora_rank": 8, "optimizer__warmup_steps": 1, "objective__reference_weight": 0.04}
-  return shrunk(kepo.get_config(), **sizes | settings | changes)
-
-
-def equal(a, b):
-  """Whether two trees are equal to the bit."""
-  return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b)))
+  matrices = {"model__lora_rank": 8, "objective__reference_weight": 0.04}
+  return small(train__steps=3, optimizer__warmup_steps=1, **matrices | changes)
 
 
 @pytest.fixture(scope="module")
-def questions():
-  """Few questions of the phantom."""
-  return splits.load(small().data)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, questions):
+def finished(tmp_path_factory):
   """(workdir, result) of a run that nothing disturbed."""
   workdir = tmp_path_factory.mktemp("lora") / "run"
-  return workdir, training.train(small(), workdir=workdir, records=questions, hooks=[RunReporter()])
+  return workdir, train(settings(), workdir)
 
 
 @pytest.mark.slow
 def test_a_run_trains_the_matrices_and_exports_them_merged(finished):
   workdir, result = finished
-  described = dataclasses.replace(
-    conversion.load_pretrained(ASSETS / "confused")[0], lora=assembly.lora_config(small().model)
-  )
-  _, base = conversion.load_pretrained(ASSETS / "confused")
+  config, base = conversion.load_pretrained(ASSETS / "confused")
+  described = dataclasses.replace(config, lora=assembly.lora_config(settings().model))
   params = result.state.params
   assert equal(lora.without(params), base)
   assert all(bool(leaf.any()) for leaf in jax.tree.leaves(params[lora.PART]))  # B left zero
@@ -209,9 +192,8 @@ def test_a_run_trains_the_matrices_and_exports_them_merged(finished):
   assert equal(loaded, model.cast(lora.merged(described, params, jnp.bfloat16), "float32"))
   assert not equal(loaded, model.cast(model.cast(base, jnp.bfloat16), "float32"))
   record = json.loads((workdir / "model" / "adapter" / "adapter_config.json").read_text())
-  assert (record["r"], record["base_model_name_or_path"]) == (8, small().model.student)
-  metrics = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-  steps = [record for record in metrics if "reward/mean" in record]
+  assert (record["r"], record["base_model_name_or_path"]) == (8, settings().model.student)
+  steps = [record for record in lines(workdir / "metrics.jsonl") if "reward/mean" in record]
   assert all(record["grad_norm"] > 0 and record["sampler/logp_gap"] < 1e-4 for record in steps)
   assert all(record["ratio/mean"] == pytest.approx(1, abs=1e-5) for record in steps)
   # The reference stays the base, which the student is before its first update.
@@ -238,7 +220,6 @@ def test_checkpoints_are_exported_as_the_run_exports(finished, program, tmp_path
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_not_low_stops_before_anything_is_loaded(questions):
-  config = shrunk(grpo.get_config(), model__lora_rank=4096)
+def test_a_rank_that_is_not_low_stops_before_anything_is_loaded():
   with pytest.raises(ValueError, match="model.lora_rank=4096 is no lower than a side"):
-    training.train(config, records=questions)
+    train(settings(model__lora_rank=4096))

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kepo_jax.training import moments, state, step
 from kepo_jax.training.checkpoints import Checkpoints
+from tests.training.runs import equal
 
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
@@ -52,31 +53,10 @@ def test_rounding_to_nearest_stalls_and_ours_follows():
   assert abs(found.mean() - 0.999**steps) < 5 * found.std() / count**0.5 < 0.05
 
 
-def test_updates_follow_those_of_float32():
-  # Noisy gradients of sizes that differ a thousandfold inside a row.
-  sizes = 10.0 ** jax.random.uniform(jax.random.key(1), (8, 256), minval=-3.0, maxval=0.0)
-  ours, theirs = moments.scale_by_adam(**ADAM, dtype="bfloat16"), optax.scale_by_adam(**ADAM)
-
-  @jax.jit
-  def both(mine, other, key):
-    gradient = sizes * jax.random.normal(key, sizes.shape)
-    change, mine = ours.update(gradient, mine)
-    expected, other = theirs.update(gradient, other)
-    return mine, other, change, expected
-
-  mine, other = ours.init(sizes), theirs.init(sizes)
-  for n in range(300):
-    mine, other, change, expected = both(mine, other, jax.random.key(n))
-  assert np.linalg.norm(change - expected) < 0.02 * np.linalg.norm(expected)
-  ratio = np.float64(mine.nu) / np.asarray(other.nu)
-  assert abs(ratio.mean() - 1) < 5 * ratio.std() / ratio.size**0.5 + 1e-3
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_first_update_is_that_of_optax(dtype):
+def test_the_first_update_is_that_of_optax():
   # Nothing is rounded yet: the maths is optax's, on stacks of layers as on single arrays.
   gradient = {"a": jax.random.normal(jax.random.key(0), (3, 4, 5)), "b": jnp.array([0.5, -2.0])}
-  ours, theirs = moments.scale_by_adam(**ADAM, dtype=dtype), optax.scale_by_adam(**ADAM)
+  ours, theirs = moments.scale_by_adam(**ADAM, dtype="bfloat16"), optax.scale_by_adam(**ADAM)
   change, after = ours.update(gradient, ours.init(gradient))
   expected, _ = theirs.update(gradient, theirs.init(gradient))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), change, expected)
@@ -109,13 +89,9 @@ def test_eight_bits_are_right_on_average_and_never_zero_beside_a_first_moment(me
   assert small[0] > 0
   leaf = moments.Float8(codes=jnp.zeros((3, 8, 16), jnp.float8_e4m3fn), scale=jnp.ones((3, 8)))
   mesh = mesh_of(fsdp=2, tensor=2)
-  places = moments.sharding_of(leaf, NamedSharding(mesh, PartitionSpec(None, "tensor", "fsdp")))
-  assert places.scale.spec == PartitionSpec(None, "tensor") and places.codes.spec == PartitionSpec(
-    None, "tensor", "fsdp"
-  )
-
-
-# ---- the state ----
+  spec = PartitionSpec(None, "tensor", "fsdp")
+  places = moments.sharding_of(leaf, NamedSharding(mesh, spec))
+  assert places.scale.spec == PartitionSpec(None, "tensor") and places.codes.spec == spec
 
 
 def placed(mesh):
@@ -130,12 +106,6 @@ def gradients(params, n):
   """Of sizes that differ, the same on any mesh."""
   draw = lambda x: np.random.RandomState(n).normal(size=x.shape).astype(np.float32)  # noqa: E731
   return jax.tree.map(lambda x: jax.device_put(draw(x), x.sharding), params)
-
-
-def same(a, b):
-  """Whether two trees are equal to the bit."""
-  raw = lambda x: np.atleast_1d(np.asarray(x)).view(np.uint8)  # noqa: E731
-  return all(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(raw(x), raw(y)), a, b)))
 
 
 def test_one_device_and_eight_store_the_same_numbers_where_the_parameters_lie(mesh_of):
@@ -153,7 +123,7 @@ def test_one_device_and_eight_store_the_same_numbers_where_the_parameters_lie(me
     ends.append(jax.device_get((changes, moved)))
   (one, stored), (eight, again) = ends
   # What is stored is the same to the bit; what moves the parameters is so but for the order of a multiply and an add.
-  assert same(stored, again)
+  assert equal(stored, again)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), one, eight)
 
 
@@ -167,7 +137,7 @@ def test_each_array_layer_moment_and_update_has_bits_of_its_own():
   assert len(set(seen)) == 8
 
 
-def test_updates_after_a_checkpoint_are_those_without_it_and_skipped_ones_leave_every_bit(tmp_path, mesh_of):
+def test_updates_after_a_checkpoint_are_those_without_it(tmp_path, mesh_of):
   params, optimizer = placed(mesh_of(fsdp=2, tensor=2)), optimizer_of("bfloat16")
   apply = jax.jit(functools.partial(step.apply_gradients, optimizer, steps=1))
 
@@ -178,16 +148,13 @@ def test_updates_after_a_checkpoint_are_those_without_it_and_skipped_ones_leave_
 
   checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, minutes=0.0, keep=1)
   middle = go_on(state.initial_state(params, optimizer), 0, 2)
-  wrong = jax.tree.map(lambda x: x.at[0].set(jnp.nan), gradients(params, 1))
-  skipped, figures = apply(middle, wrong, jnp.float32(1))
-  assert figures["update/skipped"] == 1 and same(*jax.device_get((skipped.opt_state, middle.opt_state)))
   checkpoints.save(2, middle, {})
   checkpoints.close()
   expected, end = jax.device_get(middle), jax.device_get(go_on(middle, 2, 4))
   again = Checkpoints(tmp_path / "checkpoints", every=1, minutes=0.0, keep=1)
   restored, _ = again.restore(state.initial_state(jax.tree.map(jnp.copy, params), optimizer))
-  assert same(jax.device_get(restored), expected)
-  assert same(jax.device_get(go_on(restored, 2, 4)), end)
+  assert equal(jax.device_get(restored), expected)
+  assert equal(jax.device_get(go_on(restored, 2, 4)), end)
   again.close()
 
 

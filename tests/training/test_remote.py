@@ -28,15 +28,13 @@ def local(tmp_path_factory):
   return top
 
 
-@pytest.fixture(params=["fake", "gcsfs"])
-def bucket(local, tmp_path, request, monkeypatch):
+@pytest.fixture
+def bucket(local, tmp_path, monkeypatch):
   """gs://bucket with what `local` holds, and the cache of this test alone."""
-  if request.param == "gcsfs":
-    pytest.importorskip("gcsfs", exc_type=ImportError)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   monkeypatch.setattr(lock, "_SETTLE", 0.1)
   shutil.copytree(local, tmp_path / "cloud" / "bucket")
-  with fake_bucket.served(tmp_path / "cloud", gcsfs=request.param == "gcsfs") as store:
+  with fake_bucket.served(tmp_path / "cloud") as store:
     yield store
 
 

@@ -10,10 +10,11 @@ from experiments.configs import kepo
 from kepo_jax import training
 from kepo_jax.data import pipeline, prompts
 from kepo_jax.data.records import LONGEST
-from kepo_jax.training import setup
+from kepo_jax.training import question_checks, setup
 from kepo_jax.training.interruption import Interruption
-from kepo_jax.types import Example, Hook
+from kepo_jax.types import Hook
 from tests.data.cases import Layout, record
+from tests.training.cases import example
 from tests.training.runs import ASSETS, shrunk
 
 
@@ -37,19 +38,12 @@ def usable(config, records=None, hooks=()):
 @pytest.fixture
 def asked(tmp_path):
   """Four questions for training, one for the test; each has an image of its own."""
+  examples = []
   for number in range(5):
-    Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
-  examples = [
-    Example(
-      id=f"q{number}",
-      question="How many bright spots?",
-      options=("one", "two"),
-      answer="A",
-      images=(str(tmp_path / f"{number}.png"),),
-      modality="MRI",
-    )
-    for number in range(5)
-  ]
+    path = tmp_path / f"{number}.png"
+    Image.new("RGB", (64, 64), (number, 0, 0)).save(path)
+    fields = {"id": f"q{number}", "question": "How many bright spots?", "images": (str(path),)}
+    examples.append(dataclasses.replace(example("x"), **fields))
   return {"train": examples[:4], "test": examples[4:]}
 
 
@@ -66,18 +60,35 @@ def test_records_that_fit_are_taken_as_they_are(asked):
   assert calls == [("checking images", n, 4) for n in (1, 2, 3, 4)] + [("checking images", 1, 1)]
 
 
-def test_an_image_that_would_stop_a_later_step(asked, tmp_path):
+def test_an_image_that_would_stop_a_later_step(asked, tmp_path, caplog):
+  Image.effect_noise((64, 64), 50).save(tmp_path / "1.png")
+  whole = (tmp_path / "1.png").read_bytes()
+  cut = whole[: len(whole) // 2]  # its header can still be read
+  (tmp_path / "1.png").write_bytes(cut)
+  with pytest.raises(ValueError, match=r"train question q1: image .*1.png.* set data.lenient to leave them out"):
+    usable(small(), asked)
+  (tmp_path / "1.png").write_bytes(whole)
   Image.new("L", (3000, 10)).save(tmp_path / "3.png")
   with pytest.raises(ValueError, match=r"train question q3: image .*3.png: an image of 3000 x 10 .* set data.lenient"):
     usable(small(), asked)
   assert len(usable(small(data__resize="squash384"), asked)[0]["train"]) == 4
+  (tmp_path / "1.png").write_bytes(cut)
+  message = r"train question q1: image .*1.png.* \(2 such questions: .*'unreadable_image': 1, 'image_too_narrow': 1.*"
+  with pytest.raises(ValueError, match=message + "data.lenient to leave them out"):
+    usable(small(), asked)
   config = small(data__lenient=True)
-  with pytest.raises(ValueError, match="the train split has 3 questions and needs 4"):
+  with pytest.raises(ValueError, match="the train split has 2 questions and needs 4"):
     usable(config, asked)
-  config.batch.prompts = 3
-  questions, summaries = usable(config, asked)
-  assert [example.id for example in questions["train"]] == ["q0", "q1", "q2"]
-  assert summaries["checking"][0].rules == {"image_too_narrow": 1}
+  config.batch.prompts = 2
+  with caplog.at_level("WARNING"):
+    questions, summaries = usable(config, asked)
+  assert {part: [example.id for example in kept] for part, kept in questions.items()} == {
+    "train": ["q0", "q2"],
+    "test": ["q4"],
+  }
+  assert summaries["checking"][0].rules == {"unreadable_image": 1, "image_too_narrow": 1}
+  assert "2 questions left out: train questions of the run: 2 of 4 records kept" in caplog.text
+  assert "image_too_narrow 1: error: " in caplog.text and "first: question q3: " in caplog.text
 
 
 def test_a_test_image_counts_as_well(asked):
@@ -95,16 +106,21 @@ def test_prompts_of_training_exploration_and_evaluation(asked):
     ("evaluation", {"exploration__trigger": "never"}),
     ("hint_and_answer", {"exploration__hint_tokens": 100}),
   ):
-    config = small(data__prompt_buckets=(56,), **changes)
     with pytest.raises(ValueError, match=rf"the prompt {kind} has \d+ tokens .*data.prompt_buckets=\(56,\)"):
-      usable(config, questions)
+      usable(small(data__prompt_buckets=(56,), **changes), questions)
   usable(small(data__prompt_buckets=(56,), exploration__trigger="never", exploration__hint_tokens=100), asked)
-
-
-def test_a_text_that_is_too_long_to_be_a_question(asked):
-  long = dataclasses.replace(asked["train"][1], question="a" * LONGEST)
+  asked["train"][1] = dataclasses.replace(asked["train"][1], question="a" * LONGEST)
   with pytest.raises(ValueError, match=r"train question q1: a question of 10006 characters .*'question_too_long': 1"):
-    usable(small(), asked | {"train": [asked["train"][0], long, *asked["train"][2:]]})
+    usable(small(), asked)
+
+
+def test_the_wordings_that_a_run_uses():
+  config = small(data__prompt="no_think", exploration__hint_tokens=17)
+  hinted = {"hint_request": 0, "hint_and_answer": 17}
+  assert question_checks.prompt_kinds(config, "train") == {"no_think": 0} | hinted
+  assert question_checks.prompt_kinds(config, "validation") == {"evaluation": 0}
+  config.exploration.trigger = "never"
+  assert question_checks.prompt_kinds(config, "train") == {"no_think": 0}
 
 
 class Stopped(Hook):

@@ -30,31 +30,6 @@ def test_schedule_by_hand():
     assert all(schedule(i) >= 0 for i in range(steps + 5))
 
 
-def test_the_optimizer_is_adam_without_decay():
-  optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
-  params = {"a": jnp.array([1.0, -2.0])}
-  moments = optimizer.init(params)
-  updates, moments = optimizer.update({"a": jnp.array([0.3, -0.4])}, moments, params, step=0)
-  # The first step of Adam is lr times the sign of the gradient.
-  np.testing.assert_allclose(updates["a"], [-0.1, 0.1], rtol=1e-5)
-  assert [leaf.shape for leaf in jax.tree.leaves(moments) if leaf.ndim] == [(2,), (2,)]
-  # The second by hand: m = 0.9 m + 0.1 g over 1 - 0.9^2, v likewise with 0.999; g doubles, and is not clipped: norm 1.
-  updates, _ = optimizer.update({"a": jnp.array([0.6, -0.8])}, moments, params, step=0)
-  first = (0.9 * 0.1 * 0.3 + 0.1 * 0.6) / (1 - 0.9**2)
-  second = (0.999 * 0.001 * 0.3**2 + 0.001 * 0.6**2) / (1 - 0.999**2)
-  step = 0.1 * first / second**0.5  # the second element is 4/3 of the first, so its step has the same size
-  np.testing.assert_allclose(updates["a"], [-step, step], rtol=1e-4)
-
-
-def test_gradients_are_clipped_by_the_norm_of_all_of_them():
-  # Norm 50 over both tensors; with eps far above the clipped gradient Adam's first step is lr g / eps.
-  optimizer = state.make_optimizer(constant(1.0), **OPTIMIZER | {"clip_norm": 5.0, "eps": 1e6})
-  params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
-  gradient = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}
-  updates, _ = optimizer.update(gradient, optimizer.init(params), params, step=0)
-  np.testing.assert_allclose([updates["a"][0] * 1e6, updates["b"][0] * 1e6], [-3.0, -4.0], rtol=1e-4)
-
-
 def test_the_rate_is_that_of_the_step_whatever_the_number_of_updates():
   schedule = state.learning_rate_schedule(learning_rate=0.4, warmup_steps=0, steps=4)
   optimizer = state.make_optimizer(schedule, **OPTIMIZER)
@@ -113,11 +88,9 @@ def test_frozen_parts_have_no_moments(params):
   optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
   first = state.initial_state(params, optimizer, ("visual",))
   assert first.params is params  # they stay in the state, for the forward pass and the export
+  moving = state.trained(params, ("visual",))
   for name in ("mu", "nu"):
     moment = optax.tree_utils.tree_get(first.opt_state, name)
-    assert moment.keys() == {"language_model"}
-    assert [leaf.shape for leaf in jax.tree.leaves(moment)] == [(3,), (4, 6)]
-  # It takes gradients of the trained parts, and no others.
-  moving = state.trained(params, ("visual",))
-  updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, moving), first.opt_state, moving, step=0)
-  assert updates.keys() == {"language_model"}
+    assert (
+      jax.tree.map(jnp.shape, moment) == jax.tree.map(jnp.shape, moving) == {"language_model": {"b": (3,), "w": (4, 6)}}
+    )

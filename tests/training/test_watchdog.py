@@ -3,23 +3,14 @@
 import threading
 import time
 
-from absl import logging
-
 from kepo_jax.training.watchdog import Watchdog
 from kepo_jax.types import StepReport
+from tests.training.cases import until
 
 STEP = StepReport(step=3, metrics={}, timing={}, samples=())
 
 
-def until(condition):
-  deadline = time.monotonic() + 20
-  while not condition() and time.monotonic() < deadline:
-    time.sleep(0.01)
-  assert condition()
-
-
-def test_a_stall_leaves_the_stacks_of_all_threads(tmp_path, caplog, monkeypatch):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+def test_a_stall_leaves_the_stacks_of_all_threads(tmp_path, said):
   release = threading.Event()
 
   def waiting_for_a_collective():
@@ -29,23 +20,21 @@ def test_a_stall_leaves_the_stacks_of_all_threads(tmp_path, caplog, monkeypatch)
   thread.start()
   with Watchdog(0.1, tmp_path) as watchdog:
     watchdog.step(STEP)
-    until(lambda: "nothing has been completed" in caplog.text)
+    until(lambda: "nothing has been completed" in said.text)
     release.set()
   (path,) = list((tmp_path / "stalls").glob("*step-3*"))
   text = path.read_text()
   assert "thread stuck" in text and "waiting_for_a_collective" in text and "thread MainThread" in text
-  assert "since step 3" in caplog.text and str(path) in caplog.text
+  assert "since step 3" in said.text and str(path) in said.text
   thread.join()
 
 
-def test_without_a_workdir_the_stacks_are_in_the_log(caplog, monkeypatch):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+def test_without_a_workdir_the_stacks_are_in_the_log(said):
   with Watchdog(0.05):
-    until(lambda: "thread MainThread" in caplog.text)
+    until(lambda: "thread MainThread" in said.text)
 
 
-def test_beats_keep_it_quiet_and_a_stall_is_told_less_and_less_often(caplog, monkeypatch):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+def test_beats_keep_it_quiet_and_a_stall_is_told_less_and_less_often(monkeypatch):
   warned = []
   with Watchdog(0.2) as watchdog:
     monkeypatch.setattr(watchdog, "_warn", lambda silence, *_: warned.append(silence))

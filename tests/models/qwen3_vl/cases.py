@@ -17,45 +17,21 @@ Layout = tuple[int | tuple[int, int], ...]
 
 PAD = 0
 TINY = {
-  "architectures": ["Qwen3VLForConditionalGeneration"],
-  "model_type": "qwen3_vl",
-  "image_token_id": 90,
-  "video_token_id": 91,
-  "vision_start_token_id": 92,
-  "vision_end_token_id": 93,
-  "tie_word_embeddings": True,
+  "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "tie_word_embeddings": True,
+  "image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93,
   "text_config": {
-    "model_type": "qwen3_vl_text",
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "max_position_embeddings": 4096,
+    "model_type": "qwen3_vl_text", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "max_position_embeddings": 4096,
     "rope_theta": 100.0,
     "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
   },
   "vision_config": {
-    "model_type": "qwen3_vl",
-    "depth": 4,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_heads": 2,
-    "in_channels": 3,
-    "patch_size": 4,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "out_hidden_size": 32,
-    "num_position_embeddings": 25,
-    "deepstack_visual_indexes": [0, 1, 2],
-    "hidden_act": "gelu_pytorch_tanh",
+    "model_type": "qwen3_vl", "depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2,
+    "in_channels": 3, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 32,
+    "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1, 2], "hidden_act": "gelu_pytorch_tanh",
   },
-}
+}  # fmt: skip
 
 
 def config_record(text: dict[str, Any] = {}, vision: dict[str, Any] = {}, **top: Any) -> dict[str, Any]:  # noqa: B006
@@ -109,9 +85,7 @@ def _padded(rows: list[np.ndarray], length: int, value: float) -> np.ndarray:
   return np.stack([np.pad(row, pad, constant_values=value) for row, pad in zip(rows, pads, strict=True)])
 
 
-def make_prompts(
-  config: Qwen3VLConfig, layouts: list[Layout], seed: int = 0, extra: tuple[int, int] = (0, 0)
-) -> tuple[Prompts, list[list[int]], list[list]]:
+def make_prompts(config, layouts, seed=0, extra=(0, 0)) -> tuple[Prompts, list[list[int]], list[list]]:
   """Prompts of random tokens and patches, with token ids and grids of each; `extra` pads tokens and patch rows."""
   rng = np.random.RandomState(seed)  # a stream that no release of NumPy changes
   tokens, grids = zip(*(prompt_tokens(config, layout, rng) for layout in layouts), strict=True)
@@ -151,7 +125,6 @@ class Case:
 
   @property
   def config(self) -> Qwen3VLConfig:
-    """The config of the record."""
     return Qwen3VLConfig.from_dict(self.record)
 
   @property
@@ -164,7 +137,6 @@ class Case:
     return redrawn(model.abstract_params(self.config), seed=20)
 
   def prompts(self) -> tuple[Prompts, list[list[int]], list[list]]:
-    """The prompts, with token ids and grids of each."""
     return make_prompts(self.config, list(self.layouts), extra=self.extra)
 
   def completions(self, rollouts: int = 2, length: int = 6) -> np.ndarray:

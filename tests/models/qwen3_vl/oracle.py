@@ -27,7 +27,6 @@ class Oracle:
     self.prompts, self.tokens, self.grids = case.prompts()
 
   def inputs(self, prompt: int, completion: list[int] = []) -> dict[str, Any]:  # noqa: B006
-    """Keyword arguments of the model for one prompt and its completion."""
     ids = torch.tensor([list(self.tokens[prompt]) + list(completion)])
     self.model.model.rope_deltas = None
     grids = self.grids[prompt]
@@ -45,22 +44,18 @@ class Oracle:
     """Hidden states after every decoder layer (DeepStack added) and every block, and the tower's outputs."""
     decoder, tower = self.model.model.language_model, self.model.model.visual
     layers, blocks, handed = [], [], []
+
+    def entered(_, args, kwargs):
+      layers.append((args[0] if args else kwargs["hidden_states"]).detach()[0])
+
+    def left_tower(_, args, out):  # copied at once: the caller splits these fields in place
+      handed.extend([out.pooler_output, torch.stack(list(out.deepstack_features))])
+
     # The input of the next module is the output of a layer after the DeepStack addition.
-    inputs_of = [*decoder.layers[1:], decoder.norm]
-    hooks = [
-      module.register_forward_pre_hook(
-        lambda _, args, kwargs: layers.append((args[0] if args else kwargs["hidden_states"]).detach()[0]),
-        with_kwargs=True,
-      )
-      for module in inputs_of
-    ]
+    next_modules = [*decoder.layers[1:], decoder.norm]
+    hooks = [module.register_forward_pre_hook(entered, with_kwargs=True) for module in next_modules]
     hooks += [block.register_forward_hook(lambda _, args, out: blocks.append(out.detach())) for block in tower.blocks]
-    # Copied at once: the caller of the tower splits these fields in place.
-    hooks.append(
-      tower.register_forward_hook(
-        lambda _, args, out: handed.extend([out.pooler_output, torch.stack(list(out.deepstack_features))])
-      )
-    )
+    hooks.append(tower.register_forward_hook(left_tower))
     with torch.no_grad():
       self.model(**self.inputs(prompt))
     for hook in hooks:
@@ -93,7 +88,6 @@ class Oracle:
     }
 
   def greedy(self, prompt: int, steps: int) -> list[int]:
-    """The likeliest tokens, one after the other, with the cache of transformers."""
     inputs = self.inputs(prompt)
     out = self.model.generate(
       **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=cases.PAD

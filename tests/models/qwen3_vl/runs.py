@@ -15,12 +15,7 @@ from kepo_jax.types import Prompts
 
 @functools.partial(jax.jit, static_argnums=0)
 def layer_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, jax.Array]:
-  """Hidden states after every layer of decoder and tower, and what the tower hands over.
-
-  Returns:
-    `layers` [L, P, S, D], after the DeepStack addition; with images also `blocks` [depth, P, R, Dv],
-    `features` [P, M, D] and `deepstack` [n, P, M, D].
-  """
+  """`layers` [L, P, S, D] after the DeepStack addition; of a tower also `blocks`, `features` and `deepstack`."""
   found = {}
   x = model._embedded(config, params, prompts.tokens)
   added = jnp.zeros((0, *x.shape))
@@ -47,9 +42,7 @@ def logits(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Arr
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def loss_and_gradient(
-  config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, remat: str = "none"
-) -> Any:
+def loss_and_gradient(config, params, prompts, tokens, remat="none"):
   """((loss, logits), gradient) of the mean negative log-likelihood of the completions."""
 
   def loss(params):
@@ -61,7 +54,6 @@ def loss_and_gradient(
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def greedy(config: Qwen3VLConfig, params: Any, prompts: Prompts, steps: int) -> jax.Array:
-  """int32[P, steps]: the likeliest tokens, one after the other."""
   prefix = model.prefill(config, params, prompts)
   head = model.head_weight(config, params)
 

@@ -17,15 +17,10 @@ ROPE = {"rope_type": "default", "mrope_section": [4, 2, 2]}
 @pytest.mark.parametrize(
   ("name", "text_billions", "vision_billions"),
   # Computed from the sizes; the published counts are 8.19 and 32.76 with the head.
-  [
-    ("Qwen3-VL-2B", 1.7206, 0.4070),
-    ("Qwen3-VL-4B", 4.0225, 0.4153),
-    ("Qwen3-VL-8B", 8.1907, 0.5764),
-    ("Qwen3-VL-32B", 32.7621, 0.5953),
-  ],
+  [("2B", 1.7206, 0.4070), ("4B", 4.0225, 0.4153), ("8B", 8.1907, 0.5764), ("32B", 32.7621, 0.5953)],
 )
 def test_named_sizes_have_the_published_number_of_parameters(name, text_billions, vision_billions):
-  shapes = model.abstract_params(SIZES[name])
+  shapes = model.abstract_params(SIZES[f"Qwen3-VL-{name}"])
   vision = sum(leaf.size for leaf in jax.tree.leaves(shapes.pop("visual")))
   text = sum(leaf.size for leaf in jax.tree.leaves(shapes))
   assert text / 1e9 == pytest.approx(text_billions, abs=1e-4)
@@ -72,7 +67,6 @@ def test_a_written_record_is_read_back():
     ({"model_type": "qwen3_vl"}, "text_config is missing"),
     (cases.config_record(text={"hidden_size": None, "head_dim": None}), "missing hidden_size, head_dim"),
     (cases.config_record(text={"hidden_act": "gelu"}), "text_config: hidden_act is 'gelu'"),
-    (cases.config_record(vision={"hidden_act": "gelu"}), "vision_config: hidden_act is 'gelu'"),
     (cases.config_record(text={"rope_scaling": {"rope_type": "yarn"}}), "rope_type is 'yarn'"),
     (cases.config_record(text={"rope_scaling": ROPE | {"mrope_interleaved": False}}), "mrope_interleaved is False"),
     (cases.config_record(text={"num_key_value_heads": 3}), "no multiple of num_key_value_heads"),
@@ -86,9 +80,3 @@ def test_a_written_record_is_read_back():
 def test_what_is_not_supported_is_said(record, message):
   with pytest.raises(ValueError, match=message):
     Qwen3VLConfig.from_dict(record)
-
-
-def test_a_damaged_file_is_named(tmp_path):
-  (tmp_path / "config.json").write_text("{")
-  with pytest.raises(ValueError, match="config.json is not JSON"):
-    Qwen3VLConfig.from_directory(tmp_path)

@@ -32,7 +32,6 @@ def assert_same(actual, expected):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-  """A float32 folder with side files."""
   directory = tmp_path_factory.mktemp("source") / "tiny"
   conversion.save_pretrained(directory, CONFIG, PARAMS, dtype=np.float32)
   (directory / "config.json").write_text(json.dumps(RECORD))
@@ -57,6 +56,9 @@ def broken(source, tmp_path):
 
 
 def test_names_and_shapes_are_those_of_the_checkpoint(source):
+  config, params = conversion.load_pretrained(source)
+  assert config == CONFIG
+  assert_same(params, PARAMS)
   tensors = safetensors.numpy.load_file(source / "model.safetensors")  # a reader that is not ours
   # 4 blocks of 12 tensors, 4 mergers of 6, 2 for the patches, 1 table; 4 layers of 11, embedding and norm.
   assert len(tensors) == 4 * 12 + 4 * 6 + 3 + 4 * 11 + 2
@@ -70,7 +72,6 @@ def test_names_and_shapes_are_those_of_the_checkpoint(source):
 
 @pytest.fixture(scope="module")
 def orbax(source, tmp_path_factory):
-  """The same model as a sharded copy."""
   folder = tmp_path_factory.mktemp("orbax") / "tiny"
   conversion.save_orbax(folder, CONFIG, PARAMS, source=source)
   return folder
@@ -78,14 +79,7 @@ def orbax(source, tmp_path_factory):
 
 @pytest.fixture
 def stored(request):
-  """The folder of a form: "source" or "orbax"."""
   return request.getfixturevalue(request.param)
-
-
-def test_float32_round_trip_is_exact(source):
-  config, params = conversion.load_pretrained(source)
-  assert config == CONFIG
-  assert_same(params, PARAMS)
 
 
 def test_shards_with_an_index_hold_the_same_bfloat16_weights(source, tmp_path):
@@ -125,11 +119,9 @@ def test_an_export_says_how_the_model_was_trained(source, tmp_path):
   again = exported("again", first.parent, declared=declared)
   assert json.loads(again.read_text(encoding="utf-8")) == {"eos_token": "é"} | declared
   assert exported("copy", first.parent).read_bytes() == first.read_bytes()
-  for content in ("[]", "{"):
-    first.write_text(content)
-    with pytest.raises(ValueError, match="tokenizer_config.json of the source is no"):
-      exported("bad", first.parent, declared=declared)
-  assert not (tmp_path / "bad").exists()
+  first.write_text("{")
+  with pytest.raises(ValueError, match="tokenizer_config.json of the source is no"):
+    exported("bad", first.parent, declared=declared)
 
 
 def test_what_does_not_fit_is_not_written(source, tmp_path):
@@ -229,7 +221,7 @@ def test_truncated_tensors_are_listed(broken):
     conversion.load_pretrained(folder)
 
 
-def test_a_missing_shard_is_named(source, tmp_path):
+def test_a_missing_shard_is_named(tmp_path):
   conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, max_shard_bytes=60_000)
   sorted((tmp_path / "out").glob("*.safetensors"))[1].unlink()
   with pytest.raises(ValueError, match="files that do not exist: model-00002-of-"):
@@ -248,7 +240,8 @@ def test_only_a_tied_checkpoint_goes_without_its_head(broken):
 def test_what_is_no_folder_is_refused(tmp_path):
   with pytest.raises(ValueError, match="is no folder"):
     conversion.load_pretrained(tmp_path / "absent")
-  with pytest.raises(ValueError, match="config.json does not exist"):
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(ValueError, match="config.json is not JSON"):
     conversion.load_pretrained(tmp_path)
   with pytest.raises(ValueError, match="Hub did not deliver it"):
     conversion.load_pretrained("org/name")  # the suite is offline
@@ -277,12 +270,6 @@ def test_host_holds_one_shard_at_a_time(tmp_path, mesh_of):
   largest_shard = max(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(loaded))
   assert largest_shard == largest_leaf // 8
   assert peak - kept < 1.5 * largest_shard
-
-
-def test_the_decode_layout_keeps_weights_whole_over_fsdp(source, mesh_of):
-  _, params = conversion.load_pretrained(source, jnp.bfloat16, mesh_of(1, 4, 2), layout="decode")
-  weight = params["language_model"]["layers"]["mlp"]["up_proj"]["weight"]
-  assert weight.addressable_shards[0].data.shape == (4, 24, 32) and weight.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -319,7 +306,6 @@ def convert_qwen_vl(program):
 
 
 def test_a_bucket_is_converted_like_a_disk(convert_qwen_vl, source, tmp_path, monkeypatch):
-  """From a folder to a sharded copy in a bucket, and back into a bucket and a folder."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   bucket = tmp_path / "cloud" / "bucket"
   (bucket / "mine").mkdir(parents=True)
@@ -338,12 +324,4 @@ def test_a_bucket_is_converted_like_a_disk(convert_qwen_vl, source, tmp_path, mo
     assert_same(conversion.load_pretrained("gs://bucket/back")[1], PARAMS)
     with pytest.raises(ValueError, match="gs://bucket/mine exists and is no earlier export"):
       convert(source, "gs://bucket/mine")
-    with pytest.raises(ValueError, match="gs://bucket/sauce: no such folder"):
-      convert("gs://bucket/sauce", "gs://bucket/new")
   assert (bucket / "mine" / "thesis.txt").exists()
-
-
-def test_the_converter_says_what_is_wrong_in_one_line(convert_qwen_vl, source, tmp_path):
-  (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-  with pytest.raises(ValueError, match="model_type is 'llama'.*supported is 'qwen3_vl'"):
-    convert_qwen_vl.main(["convert_qwen_vl", str(tmp_path), str(tmp_path / "out")])

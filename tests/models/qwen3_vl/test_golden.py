@@ -10,8 +10,6 @@ LIVE = [pytest.param(case, marks=pytest.mark.parity) for case in cases.CASES]
 
 
 class Reference:
-  """A case, its parameters and prompts, and what transformers made of them."""
-
   def __init__(self, case: cases.Case):
     self.case, self.config, self.params, self.completions = case, case.config, case.params(), case.completions()
     self.prompts, _, _ = case.prompts()

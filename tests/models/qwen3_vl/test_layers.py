@@ -36,12 +36,11 @@ def test_gradients_of_a_widening_product(dtype, rng):
 
 
 def test_only_what_widens_turns_its_input():
-  axes = (None, None)
   for inputs, outputs in ((4, 8), (8, 4), (4, 4)):
     params = {"weight": jnp.ones((outputs, inputs))}
 
     def loss(params, x, sizes=(inputs, outputs)):
-      return layers.bind(params, layers.Linear, *sizes, axes, False)(x).sum()
+      return layers.bind(params, layers.Linear, *sizes, (None, None), False)(x).sum()
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params, jnp.ones((3, inputs))))
     assert ("optimization_barrier" in text) == (outputs > inputs), (inputs, outputs)

@@ -34,7 +34,6 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def padded():
-  """The prompts with pads of tokens and patches, their tokens and grids."""
   return cases.make_prompts(CONFIG, LAYOUTS, extra=(T, 8))
 
 
@@ -115,8 +114,7 @@ def test_initial_parameters():
   params = jax.jit(model.init_params, static_argnums=(0, 2))(CONFIG, jax.random.key(0), jnp.bfloat16)
   chex.assert_trees_all_equal_shapes_and_dtypes(params, model.abstract_params(CONFIG, jnp.bfloat16))
   layer = params["language_model"]["layers"]
-  np.testing.assert_array_equal(layer["input_layernorm"]["weight"], 1)
-  np.testing.assert_array_equal(params["visual"]["blocks"]["attn"]["qkv"]["bias"], 0)
+  assert (layer["input_layernorm"]["weight"] == 1).all() and not params["visual"]["blocks"]["attn"]["qkv"]["bias"].any()
   width = CONFIG.text.intermediate_size
   assert float(layer["mlp"]["down_proj"]["weight"].std()) == pytest.approx(width**-0.5, rel=0.1)
   assert not np.array_equal(layer["mlp"]["up_proj"]["weight"], layer["mlp"]["gate_proj"]["weight"])
@@ -126,7 +124,6 @@ def test_axes_name_every_dimension():
   axes, separate = model.logical_axes(CONFIG), model.separated_axes(CONFIG)
   for params, names in ((PARAMS, axes), (model.separated(PARAMS), separate)):
     assert jax.tree.all(jax.tree.map(lambda leaf, names: len(names) == leaf.ndim, params, names))
-  assert axes["language_model"]["layers"]["self_attn"]["k_proj"]["weight"] == (None, "kv_heads", "embed")
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,9 @@ def test_slots_count_over_all_images_and_tall_images_push_by_their_height():
 @pytest.mark.parametrize(
   ("tokens", "grids", "message"),
   [
-    ([1, IMAGE], [], "holds 1 image tokens, its 0 images need 0"),
     ([1] + [IMAGE] * 3, [(1, 4, 4)], "holds 3 image tokens, its 1 images need 4"),
     ([IMAGE] * 2 + [1] + [IMAGE] * 2, [(1, 4, 4)], "image tokens from token 0 on are fewer than the 4"),
     ([IMAGE], [(2, 2, 2)], "videos are not supported"),
-    ([CONFIG.video_token_id], [], "videos are not supported"),
     ([IMAGE], [(1, 3, 2)], "positive multiples of 2 patches"),
   ],
 )
@@ -71,7 +69,3 @@ def test_frequencies_are_interleaved():
   np.testing.assert_array_equal(axis[:6], [0, 1, 2, 0, 1, 2])
   np.testing.assert_array_equal(axis[57:], [0, 1, 2, 0, 0, 0, 0])
   assert [(axis == k).sum() for k in range(3)] == [24, 20, 20]
-
-
-def test_tables_of_no_image_are_empty():
-  assert [len(table) for table in positions.vision_tables([], CONFIG)] == [0, 0, 0, 0]

@@ -80,11 +80,3 @@ def rollout(step=1, name="q1", number=0, *, accuracy=0.0, **fields):
           "rollout": number, "completion": f"said {number}", "rewards": {"accuracy": accuracy, "format": 1.0},
           "reward": accuracy + 1, "gate": False, "injected": False, "supervised": False,
           "hint": ""} | fields  # fmt: skip
-
-
-def output(name="t1", *, correct=True, **fields):
-  """A record of outputs/before.jsonl."""
-  return {"id": name, "sample": 0, "dataset": "", "modality": "CT", "question_type": "Lesion Grading",
-          "question": "How many?", "options": ["one", "two"], "answer": "A", "images": ["0" * 16],
-          "completion": "said", "parsed": "A" if correct else None, "correct": correct, "lenient": "A",
-          "lenient_correct": True, "format": True, "tokens": 3, "truncated": False, "files": []} | fields  # fmt: skip

@@ -1,6 +1,7 @@
 from kepo_jax.reporting import pages
 from kepo_jax.reporting.pages import questions
-from tests.reporting.pages.cases import output, rollout
+from tests.evaluation.scripted import output
+from tests.reporting.pages.cases import rollout
 
 
 def group(accuracies, **fields):
@@ -15,7 +16,6 @@ def test_outcome_of_a_group():
     # What a hint or another model wrote is not the student's.
     ([rollout(accuracy=0.0), rollout(number=1, accuracy=1.0, injected=True, hint="look left")], questions.ALL_WRONG),
     ([rollout(accuracy=1.0), rollout(number=1, accuracy=0.0, supervised=True)], questions.ALL_RIGHT),
-    ([rollout(accuracy=1.0, supervised=True)], "no own rollout"),
   )):  # fmt: skip
     (sample,) = pages.training_samples(records)
     assert sample.outcome == outcome, number
@@ -84,4 +84,3 @@ def test_samples_are_told_apart_by_run_and_part_of_the_training():
   assert samples[0].id == samples[9].id and len({each.key for each in samples}) == 10
   (one,), (two,) = (pages.evaluated_samples({"after": [output()]}, prefix=f"kepo, seed {seed}") for seed in (0, 1))
   assert one.key != two.key and (one.source, one.outcome) == ("kepo, seed 0: test", "right")
-  assert pages.training_samples([]) == () and pages.evaluated_samples({}) == ()

@@ -1,4 +1,5 @@
 import base64
+import collections
 import configparser
 import hashlib
 import pathlib
@@ -44,9 +45,10 @@ def test_no_text_becomes_markup():
 
 
 def test_questions_travel_unchanged():
-  shown = sample("k", text=EVERYWHERE, question=HOSTILE[0], options=HOSTILE)
-  text = pages.rendered(page_of(pages.BrowserBlock((shown,))))
+  shown = sample("\ud800", text=EVERYWHERE, question=HOSTILE[0], options=HOSTILE)
+  text = pages.rendered(page_of(pages.BrowserBlock((shown,)), footer="\udfff"))
   (record,) = Document(text).data()["samples"]
+  assert record["key"] == "?" and text.encode()  # half a surrogate pair can be written
   assert record["groups"][0]["answers"][0]["text"] == EVERYWHERE
   assert record["question"] == HOSTILE[0] and tuple(record["options"]) == HOSTILE
   (data,) = re.findall(r'id="browser-data">(.*?)</script>', text, re.S)
@@ -55,18 +57,7 @@ def test_questions_travel_unchanged():
   assert long == f"{'a' * 2000} [ … 5,000 characters left out … ] {'c' * 1000}"
 
 
-def test_half_a_surrogate_pair_can_be_written():
-  text = pages.rendered(page_of(pages.BrowserBlock((sample("\ud800", text="\udfff"),)), footer="\ud800"))
-  assert Document(text).data()["samples"][0]["key"] == "?" and text.encode()
-
-
-def test_nothing_is_fetched():
-  tags = Document(pages.rendered(hostile_page())).tags
-  links = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href", "srcset")]
-  assert links and all(value.startswith(("data:", "#")) for value in links)
-
-
-def test_the_policy_names_style_and_script_by_their_hashes():
+def test_the_policy_names_style_and_script_by_their_hashes_and_nothing_is_fetched():
   document = Document(pages.rendered(hostile_page()))
   (policy,) = [each["content"] for each in document.all("meta") if "http-equiv" in each]
   rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
@@ -74,6 +65,10 @@ def test_the_policy_names_style_and_script_by_their_hashes():
   for rule, text in (("style-src", document.inside("style")[0]), ("script-src", document.inside("script")[-1])):
     assert rules[rule] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
   assert not [1 for _, attributes in document.tags if "style" in attributes]  # the policy would ignore them
+  # Nothing is fetched.
+  pairs = [pair for _, attributes in document.tags for pair in attributes.items()]
+  links = [value for name, value in pairs if name in ("src", "href", "srcset")]
+  assert links and all(value.startswith(("data:", "#")) for value in links)
 
 
 def test_blocks_have_their_elements():
@@ -83,22 +78,15 @@ def test_blocks_have_their_elements():
     pages.TableBlock((("", "n"), ("CT", "300")), caption="Counts"),
     pages.TableBlock((("seed", "0"),), words=True),
   )
-  page = pages.Page(
-    "T", "S", (pages.Fact("a", "1", "n"),), (pages.Section("One & two", blocks), pages.Section("B", ()))
-  )
-  document = Document(pages.rendered(page))
+  sections = (pages.Section("One & two", blocks), pages.Section("B", ()))
+  document = Document(pages.rendered(pages.Page("T", "S", (pages.Fact("a", "1", "n"),), sections)))
   assert document.inside("h1") == ["T"] and document.inside("h2") == ["One & two", "B"]
   assert document.inside("dt") == ["a"] and document.inside("dd") == ["1", "n"]
-  assert [each["href"] for each in document.all("a")] == ["#one-two", "#b"]
-  assert [each["id"] for each in document.all("section")] == ["one-two", "b"]
+  assert [each["href"].strip("#") for each in document.all("a")] == [each["id"] for each in document.all("section")]
   (image,) = document.all("img")
-  assert (
-    image["alt"] == "curves" and base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,")) == b"<svg/>"
-  )
+  assert base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,")) == b"<svg/>"
   assert document.inside("figcaption") == ["Below."] and document.inside("caption") == ["Counts"]
-  assert [each.get("class") for each in document.all("table")] == ["sortable", "words"]
   assert document.inside("th") == ["n", "CT", "seed"] and document.inside("td") == ["300", "0"]
-  assert len(document.all("script")) == 1  # no questions, no data
 
 
 def test_images_are_stored_once_and_missing_ones_named(tmp_path):
@@ -108,41 +96,29 @@ def test_images_are_stored_once_and_missing_ones_named(tmp_path):
   names = ("a.png", "b.png", "c.png", "damaged.png", "missing <b>.png")
   samples = [sample(name, images=(str(tmp_path / name),)) for name in names]
   data = Document(pages.rendered(page_of(pages.BrowserBlock(tuple(samples))))).data()
-  assert len(data["images"]) == 2
   found = {record["key"]: record["images"] for record in data["samples"]}
   assert found["a.png"][0][0] == found["b.png"][0][0] != found["c.png"][0][0]
   assert found["damaged.png"] == [[-1, "damaged.png"]] and found["missing <b>.png"] == [[-1, "missing <b>.png"]]
 
 
-def many(tmp_path, count):
-  """Questions with long answers and noisy images, of four modalities and two outcomes."""
-  noise = np.random.default_rng(0)
+def test_a_page_has_a_size(tmp_path, rng):
   for number in range(8):
-    Image.fromarray(noise.integers(0, 256, (120, 160, 3), np.uint8)).save(tmp_path / f"{number}.png")
-  return tuple(
+    Image.fromarray(rng.integers(0, 256, (120, 160, 3), np.uint8)).save(tmp_path / f"{number}.png")
+  # Long answers and noisy images, of four modalities and two outcomes.
+  samples = tuple(
     sample(f"q{n}", text="<think>" * 800, modality=f"m{n % 4}", outcome=("right", "wrong")[n // 4 % 2],
            images=(str(tmp_path / f"{n % 8}.png"),))
-    for n in range(count)
+    for n in range(400)
   )  # fmt: skip
-
-
-def test_a_page_has_a_size(tmp_path):
-  samples = many(tmp_path, 400)
   text = pages.rendered(page_of(pages.BrowserBlock(samples, size=600_000)))
   document = Document(text)
   assert len(text.encode()) < 750_000
   data = document.data()
-  assert 20 < len(data["samples"]) < 400
-  counts = {}
-  for record in data["samples"]:
-    cell = (record["modality"], record["outcome"])
-    counts[cell] = counts.get(cell, 0) + 1
+  assert 20 < len(data["samples"]) < 400 and f"Shown are {len(data['samples'])} of 400" in text
+  counts = collections.Counter((record["modality"], record["outcome"]) for record in data["samples"])
   assert len(counts) == 8 and max(counts.values()) - min(counts.values()) <= 1
-  assert f"Shown are {len(data['samples'])} of 400" in text
   keys = [record["key"] for record in data["samples"]]
   assert keys == [each.key for each in samples if each.key in keys]  # in the order in which they came
-  few = Document(pages.rendered(page_of(pages.BrowserBlock(samples[:40], most=16)))).data()
-  assert len(few["samples"]) == 16
   assert pages.rendered(page_of(pages.BrowserBlock(samples, size=600_000))) == text  # always the same bytes
 
 
