@@ -88,7 +88,16 @@ def test_modalities_and_all_of_them(worked):
   assert found[0]["positive_rate_interval"] is None and len(found[1]["positive_rate_interval"]) == 2
   assert found[1]["accept_rate"] == [0.5, 0.5, 0.5] and found[0]["accept_rate"] == [0, 0, 1]
   nothing = found[2]
-  for name in ("gain", "letter_gain", "reliance", "answer_rate", "leak_rate", "parse_failure_rate", "positive_rate", "accept_rate"):
+  for name in (
+    "gain",
+    "letter_gain",
+    "reliance",
+    "answer_rate",
+    "leak_rate",
+    "parse_failure_rate",
+    "positive_rate",
+    "accept_rate",
+  ):
     assert nothing[name] is None, name
   assert nothing["candidates"] == nothing["hints"] == nothing["accepted"] == 0
 

@@ -171,6 +171,9 @@ def test_what_is_not_finished_cannot_be_read(unbroken, interrupted, tmp_path):
   with pytest.raises(ValueError, match="nothing.jsonl does not exist; give the --output"):
     journal.read_outputs(tmp_path / "nothing.jsonl")
   assert journal.read_settings(tmp_path) == {}
+  (tmp_path / "run" / "outputs").mkdir(parents=True)
+  (tmp_path / "run" / "outputs" / "after.jsonl").write_bytes(b"".join(lines))
+  assert journal.read_outputs(tmp_path / "run") == journal.read_outputs(unbroken)
 
 
 def test_questions_are_told_apart():

@@ -9,8 +9,10 @@ import time
 
 import pytest
 from absl import flags
+from etils import epath
 
 from experiments import environment
+from experiments.configs import sft
 from tests.conftest import ROOT
 
 
@@ -27,8 +29,7 @@ def refused(program, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["kepo_medvqa", f"--workdir={tmp_path / 'run'}", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
       module = program("experiments.kepo_medvqa")
-      environment.parse_flags(sys.argv)
-      environment.reporting_errors(module.main)([])
+      environment.reporting_errors(module.main)(environment.parse_flags(sys.argv))
     assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
     assert not (tmp_path / "run").exists()
     return str(ended.value)
@@ -42,6 +43,9 @@ def test_what_cannot_be_is_one_line(refused, tmp_path, caplog):
   nothing = tmp_path / "nothing"
   assert "learning_rat" in refused("--config.optimizer.learning_rat=1")
   assert str(nothing) in refused(f"--config.model.student={nothing}")
+  assert "steps=4 is no flag" in refused("steps=4")
+  assert "there is no config nope" in (said := refused("--config=nope")) and "kepo_eq7" in said
+  assert "data.directory is not given" in refused("--config=kepo_medvqa")
   mars = refused("--config=experiments/configs/kepo.py:mars")
   assert mars.startswith("error: setting 'mars' is unknown; use one of ['medvqa', 'phantom'].")
   student = "experiments/assets/phantom/confused"
@@ -49,6 +53,19 @@ def test_what_cannot_be_is_one_line(refused, tmp_path, caplog):
   assert str(nothing) in refused(*setting, f"--config.data.directory={nothing}")
   # The wordings of medvqa are not those of the phantom's student: the setting has reached the run.
   assert f"data.templates=standard, but {student} knows the wordings brief" in caplog.text
+
+
+def test_a_run_is_resumed_with_its_own_config(program, monkeypatch, tmp_path):
+  stored = json.loads(sft.get_config().to_json())
+  stored["train"]["steps"], stored["data"]["prompt_buckets"], stored["seed"] = 7, [64, 128], 3
+  (tmp_path / "config.json").write_text(json.dumps(stored))
+  monkeypatch.setattr(sys, "argv", ["kepo_medvqa", "--config.train.steps=9"])
+  module = program("experiments.kepo_medvqa")
+  environment.parse_flags(sys.argv)
+  config = module.resumed_config(epath.Path(tmp_path))
+  assert json.loads(config.to_json()) == stored | {"train": stored["train"] | {"steps": 9}}
+  assert config.data.prompt_buckets == (64, 128)
+  delattr(flags.FLAGS, "config.train.steps")
 
 
 def start(*arguments):

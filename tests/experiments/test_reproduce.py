@@ -153,6 +153,21 @@ def test_a_run_made_again_is_compared(reproduce, made, tmp_path):
     reproduce.verified(reproduce.chosen_study(), place_of(tmp_path))
 
 
+def test_a_reproduction_is_compared_with_what_is_shipped(reproduce, made, tmp_path, monkeypatch, capsys):
+  with flagsaver.flagsaver(study="main", methods=["grpo"]):
+    reproduce.main([])
+    assert "0 of 0 runs that are also in docs/results" in capsys.readouterr().out  # shipped runs have other questions
+    monkeypatch.setattr(reproduce, "SHIPPED", shutil.copytree(tmp_path / "results", tmp_path / "shipped"))
+    reproduce.main([])
+    assert "8 of 8 runs" in (said := capsys.readouterr().out) and "others" not in said
+    shipped = tmp_path / "shipped" / "main" / "runs.json"
+    changed = json.loads(shipped.read_text())
+    changed["runs"][0]["curves"]["entropy"][0] += 1e-3
+    shipped.write_text(json.dumps(changed))
+    reproduce.main([])
+  assert "7 of 8 runs" in (said := capsys.readouterr().out) and "others than shipped: " in said
+
+
 @pytest.mark.slow
 def test_from_raw_data_to_tables(module, shared_directory, tmp_path, monkeypatch, capsys):
   fields = [

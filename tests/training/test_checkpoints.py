@@ -188,3 +188,10 @@ def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert manifest.faults(folder / "1") == [] and steps_in(folder) == [1]
+
+
+def test_a_save_counts_only_if_it_opens(tmp_path):
+  folder = tmp_path / "lr=[3e-4]"  # where Orbax writes a state that it cannot find again
+  with pytest.raises(OSError, match="the checkpoint of step 2 could not be written"):
+    saved(folder, [2])
+  assert not manifest.is_complete(folder / "checkpoints" / "2")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from kepo_jax import sharding
+from kepo_jax.training import run_record
 from kepo_jax.training.checkpoints import steps_in
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.state import TrainState
@@ -100,6 +101,7 @@ def test_only_a_new_folder_is_begun_and_only_a_run_is_resumed(tmp_path):
 def test_another_config_is_refused_by_field_or_taken_where_that_is_allowed(tmp_path, state):
   with begun(tmp_path):
     pass
+  assert run_record.changes({"log": {"samples": 1}, "seed": 0}, {"log": {"samples": 2}, "seed": 0}) == ""
   message = r"optimizer.learning_rate: 0.001 -> 0.002.*--allow_config_change"
   refused(message, tmp_path=tmp_path, settings=config(0.002), resume=True)
   stored = lambda name: json.loads((tmp_path / "run" / name).read_text())["optimizer"]["learning_rate"]  # noqa: E731

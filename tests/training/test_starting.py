@@ -2,11 +2,12 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kepo_jax.training import loop, starting
+from kepo_jax.training import OutOfMemory, job, loop, starting
 from kepo_jax.types import Rollouts
 
 
@@ -110,3 +111,10 @@ def test_nothing_is_begun_where_another_process_cannot(monkeypatch):
     with pytest.raises(OSError, match="another process of this run has failed"):
       ahead.take(state_of("a"), 3)
   assert ahead.take(state_of("a"), 3).examples == ["question 3"]
+
+
+def test_out_of_memory_names_the_phase():
+  for text, error in (("RESOURCE_EXHAUSTED: 9 bytes", OutOfMemory), ("INVALID_ARGUMENT", jax.errors.JaxRuntimeError)):
+    with pytest.raises(error) as caught, job.telling_out_of_memory(), loop.PhaseClock()("update"):
+      raise jax.errors.JaxRuntimeError(text)
+    assert error is not OutOfMemory or str(caught.value) == "out of memory in update"

@@ -371,7 +371,7 @@ def test_ratios_of_injected_rollouts_by_hand(tiny_config, tiny_params, tiny_expe
   logits, logps = dense[0], np.float64(dense[1])
   mask, injected = tiny_experience.mask, tiny_experience.injected[..., None] & tiny_experience.mask
   log_rho = logps - np.float64(tiny_experience.logps)
-  gamma = np.exp(np.quantile(log_rho[injected], 0.9))  # between logs, as the code does
+  gamma = np.quantile(np.exp(log_rho[injected]), 0.9)
   rho, p = np.exp(log_rho), np.exp(logps)
   cases = {
     "drop_behaviour_shaped": (rho / (rho + gamma), {}),

@@ -83,6 +83,20 @@ def test_a_build_that_fails_leaves_nothing(download, small, tmp_path, monkeypatc
   assert not building.build(tmp_path / "data", manual_dir=download, config=small).reused
 
 
+def test_of_two_builds_at_once_both_have_the_data_set(download, small, tmp_path, monkeypatch):
+  prepare = Builder.download_and_prepare
+
+  def overtaken(self, **settings):
+    with monkeypatch.context() as patch:
+      patch.setattr(Builder, "download_and_prepare", prepare)
+      assert not building.build(tmp_path, manual_dir=download, config=small).reused
+    raise OSError("Directory not empty")
+
+  monkeypatch.setattr(Builder, "download_and_prepare", overtaken)
+  second = building.build(tmp_path, manual_dir=download, config=small)
+  assert second.reused and second.questions == {"train": 6, "validation": 4, "test": 8}
+
+
 def test_progress_and_parts_without_questions(download, tmp_path):
   calls = []
   config = builder.split_config(train_items=2, validation_items=0, test_items=1)
