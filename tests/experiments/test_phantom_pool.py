@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from experiments import phantom_corpus, phantom_folder, phantom_pool
@@ -13,19 +12,13 @@ from kepo_jax.data.pipeline import Processor
 from tests.experiments.test_phantom_assets import ASSETS
 
 
-def make_pool(seed=1):
+def make_pool():
   options = {"size": 500, "group": 2, "drills": 0, "kinds": {"think": 1.0}, "beliefs": phantom_corpus.TRUTH}
-  return phantom_pool.make_pool(phantom_folder.make_tokenizer(), seed=seed, **options)
+  return phantom_pool.make_pool(phantom_folder.make_tokenizer(), seed=1, **options)
 
 
-@pytest.fixture(scope="module")
-def pool():
-  return make_pool()
-
-
-def test_training_and_use_see_the_same_prompt(tmp_path):
+def test_training_and_use_see_the_same_prompt(tmp_path, rng):
   processor = Processor.from_directory(ASSETS / "confused", templates=prompts.BRIEF)
-  rng = np.random.default_rng(3)
   scene = phantom_pool.draw_training_scene(rng)
   picture = phantom_pool.drawing.draw(scene)
   Image.fromarray(picture).save(tmp_path / "a.png")
@@ -40,8 +33,10 @@ def test_training_and_use_see_the_same_prompt(tmp_path):
   np.testing.assert_array_equal(batch.vision.patches[0], phantom_pool.patches(picture[None])[0])
 
 
-def test_answers_are_where_the_index_says(pool):
-  tokenizer = phantom_folder.make_tokenizer()
+def test_answers_are_where_the_index_says():
+  tokenizer, pool, again = phantom_folder.make_tokenizer(), make_pool(), make_pool()
+  np.testing.assert_array_equal(pool.images, again.images)
+  np.testing.assert_array_equal(pool.tokens, again.tokens)
   for row in range(20):
     used = pool.weights[row, 0] > 0
     ids = pool.tokens[row, 0, pool.answer_index[row, 0]][used]
@@ -52,13 +47,6 @@ def test_answers_are_where_the_index_says(pool):
     assert kinds.index(2) == kinds.index(1) + 1
 
 
-def test_pools_are_the_same_on_every_call(pool):
-  again = make_pool()
-  np.testing.assert_array_equal(pool.images, again.images)
-  np.testing.assert_array_equal(pool.tokens, again.tokens)
-
-
-def test_fundus_is_never_drawn_for_training():
-  rng = np.random.default_rng(0)
+def test_fundus_is_never_drawn_for_training(rng):
   drawn = {phantom_pool.draw_training_scene(rng).modality for _ in range(200)}
   assert drawn == set(phantom_pool.SEEN) and "fundus" not in drawn
