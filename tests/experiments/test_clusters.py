@@ -36,6 +36,7 @@ def test_what_announces_several_processes():
     ({}, True, POD, "the TPU pod"),
     ({}, True, ALONE | {"tpu-env": "MEGASCALE_NUM_SLICES: '2'"}, "the TPU pod"),
     ({}, True, dict.fromkeys(POD, ""), ""),  # no metadata service
+    ({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"}, True, ALONE, ""),
   ]:
     ask = metadata.__getitem__ if metadata else nobody
     assert clusters.announced(environ, tpu=tpu, ask=ask) == expected, (environ, tpu, metadata)

@@ -230,9 +230,9 @@ def test_the_update_needs_what_was_estimated(mesh_of, vocabulary, layers, remat,
   teacher = with_text(vocab_size=vocabulary, num_hidden_layers=layers)
   planned = plan(
     student=dataclasses.replace(teacher, lora=LORA) if rank else teacher, teacher=teacher,
-    batch__prompts=4, batch__rollouts=4, batch__micro_batches=parts, sampling__max_new_tokens=64, data__prompt_buckets=(64,),
-    data__patch_buckets=(64,), objective__chunk=32, model__remat=remat, model__freeze_vision=freeze, model__lora_rank=rank,
-    model__lora_targets=LORA.targets, log__gradients_every=0,
+    batch__prompts=4, batch__rollouts=4, batch__micro_batches=parts, sampling__max_new_tokens=64,
+    data__prompt_buckets=(64,), data__patch_buckets=(64,), objective__chunk=32, model__remat=remat,
+    model__freeze_vision=freeze, model__lora_rank=rank, model__lora_targets=LORA.targets, log__gradients_every=0,
   )  # fmt: skip
   run = pods.PodRun(planned.config, dict.fromkeys(("student", "teacher"), teacher), mesh_of(), pods.Sizes(64, 64, 64))
   compiled = compiled_by(run, updated)["the gradients"].memory_analysis()
