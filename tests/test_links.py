@@ -7,7 +7,7 @@ import numpy as np
 
 from kepo_jax import links
 
-GATHER, REDUCE, PERMUTE = "all-gather", "all-reduce", "collective-permute"
+GATHER, REDUCE = "all-gather", "all-reduce"
 OPEN, CLOSED = "TPU v5 lite", "TPU v5"  # what the axes of a few chips are
 
 
@@ -43,14 +43,8 @@ def test_the_busiest_link_of_rings_by_hand():
   assert two.busiest(GATHER, eight) == torus(OPEN, 4).busiest(GATHER, four)
   assert two.busiest(REDUCE, tuple((n, n + 4) for n in range(4))) == 0
   assert two.busiest("all-to-all", eight) == 4 / 8  # a part for each of 8 members
-
-
-def test_a_permutation_is_charged_for_its_direction():
-  around = tuple((n, (n + 1) % 8) for n in range(8))
-  # On a line the last one sends over all links, in the other direction.
-  assert torus(CLOSED, 8).busiest(PERMUTE, around) == torus(OPEN, 8).busiest(PERMUTE, around) == 1
-  cores = torus(OPEN, 4, cores=2)  # which share the links of a chip
-  assert (cores.busiest(PERMUTE, ((0, 1),)), cores.busiest(PERMUTE, ((0, 2), (1, 3)))) == (0, 2)
+  # The last one of a line sends over all links, in the other direction.
+  assert torus(OPEN, 8).busiest("collective-permute", tuple((n, (n + 1) % 8) for n in range(8))) == 1
 
 
 def test_whole_pods_and_cubes_are_closed():

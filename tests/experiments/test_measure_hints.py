@@ -10,7 +10,7 @@ from experiments import phantom_folder
 from experiments.configs import kepo
 from kepo_jax.training import hints
 from kepo_jax.types import Example, Rollouts
-from tests.experiments.test_evaluate_medvqa import checkpoint, write_split  # noqa: F401, one is a fixture
+from tests.experiments.test_evaluate_medvqa import checkpoint  # noqa: F401, a fixture
 
 PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
 
@@ -58,23 +58,6 @@ def test_a_stranger_as_a_teacher_is_refused(measure_hints, checkpoint, tmp_path)
 
 
 @pytest.mark.slow
-def test_from_flags_to_a_file(measure_hints, checkpoint, tmp_path):  # noqa: F811
-  for split, count in (("train", 1), ("validation", 2), ("test", 3)):
-    write_split(tmp_path / "data" / split, count)
-  chosen = {"student": str(checkpoint), "teacher": str(checkpoint), "data": str(tmp_path / "data"), "samples": 2}
-  with flagsaver.flagsaver(**chosen, rounds=2, output=str(tmp_path / "new" / "out.json"), batch=2):
-    measure_hints.main([])
-  found = json.loads((tmp_path / "new" / "out.json").read_text())
-  assert found["settings"]["exploration"]["rounds"] == 2 and found["settings"]["data"] == chosen["data"]
-  assert [record["modality"] for record in found["records"]] == ["MRI", "X-Ray", "all"]
-  everything = found["records"][-1]
-  # Noise is never right, and no hint of it can be read.
-  assert (everything["questions"], everything["prompts"], everything["hints"]) == (3, 3, 6)
-  assert everything["parse_failure_rate"] == 1 and everything["accept_rate"] == [0, 0]
-  assert everything["candidates"] == 0 and everything["gain"] is None and everything["reliance"] is None
-
-
-@pytest.mark.slow
 def test_the_phantom_models(measure_hints, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where the benchmark is drawn
   path = tmp_path / "figures.json"
@@ -118,3 +101,5 @@ def test_completions_are_scored_at_the_temperature_that_they_were_sampled_at():
   assert found["reliance"] == found["gain"] == found["letter_gain"] == 1 / 0.5
   assert student.temperatures == {"think": 0.5, "hint_and_answer": 0.5}
   assert teacher.temperatures == {"hint_request": 0.25, "think": 0.75}
+  *_, none = hints.measured(config, student, Voice(hint_request=Voice.SAYS["think"]), [asked])
+  assert (none["parse_failure_rate"], none["candidates"], none["reliance"]) == (1, 0, None)  # no hint can be read

@@ -19,7 +19,6 @@ def test_data_sheets(monkeypatch):
     ("NVIDIA A100-SXM4-40GB", "NVIDIA A100 40 GB", 312e12, 1.555e12),
     ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80 GB", 312e12, 2.039e12),
     ("NVIDIA GH200 480GB", "NVIDIA GH200 96 GB", 989e12, 4e12),
-    ("NVIDIA L40S", "NVIDIA L40S", 362e12, 0.864e12),
     ("NVIDIA L4", "NVIDIA L4", 121e12, 0.3e12),
     ("TPU v5 lite", "TPU v5e", 197e12, 0.819e12),
     ("TPU v5", "TPU v5p", 459e12, 2.765e12),  # as jax calls a v5p
