@@ -1,11 +1,12 @@
 import json
 import sys
 
+import jax
 import pytest
 from absl import flags
 
-from experiments.configs import kepo
-from kepo_jax.planning import benchmark
+from experiments.configs import kepo, kepo_eq7
+from kepo_jax.planning import benchmark, floors
 
 SMALL = ("--image_tokens=4", "--text_tokens=6", "--new_tokens=2", "--repeats=1")
 
@@ -28,12 +29,26 @@ def run(program, tmp_path, capsys):
 def test_a_step_beside_its_floors_and_an_earlier_one(run, tmp_path):
   earlier = tmp_path / "earlier.json"
   earlier.write_text(json.dumps({"phases": {"update": {"seconds": 1000.0}}}))
-  printed, record = run(f"--before={earlier}", "--steps=7")
-  assert list(record["phases"]) == ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]
-  step = sum(phase["seconds"] for phase in record["phases"].values())
-  assert record["step_seconds"] == pytest.approx(step)
+  config = kepo_eq7.get_config()  # three models, here of one size
+  options = {"teacher": config.model.student, "lora_rank": 2, "teacher_memory": "host", "remat": "full"}
+  options = [f"--config.model.{name}={value}" for name, value in options.items()]
+  printed, record = run(f"--config={kepo_eq7.__file__}", *options, f"--before={earlier}", "--steps=7")
+  phases, step = record["phases"], record["step_seconds"]
+  assert list(phases) == ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]
+  assert step == pytest.approx(sum(phase["seconds"] for phase in phases.values()))
   assert record["step_tokens_per_second"] == pytest.approx(4 * 8 * 2 / step)
   assert record["projected"] == {"steps": 7, "seconds": pytest.approx(7 * step)}
+  for phase in phases.values():
+    assert phase["floor_seconds"] > 0
+    assert phase["flops_utilisation"] == pytest.approx(phase["flops"] / record["device"]["flops"] / phase["seconds"])
+  explored = config.exploration
+  # A quarter of the prompts is asked for hints.
+  tokens = {"sampling": 4 * 8 * 2, "hints": 1 * explored.hint_tokens, "candidates": 1 * explored.replacements * 2}
+  assert {name: phases[name]["tokens"] for name in tokens} == tokens
+  student = benchmark.model_config(config.model.student)
+  prompts = benchmark.made_up_prompts(student, 4, benchmark.Sizes(4, 6, 2))
+  one = floors.scoring(student, "float32", prompts, jax.ShapeDtypeStruct((4, 8, 2), "int32"))
+  assert phases["scoring"]["flops"] == 2 * one.flops  # a teacher and a reference
   assert any("1000.000" in line for line in printed.splitlines() if "update" in line)
 
 

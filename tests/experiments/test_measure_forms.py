@@ -1,7 +1,6 @@
 import pytest
 
 from experiments import measure_forms
-from kepo_jax.planning import benchmark
 
 
 @pytest.mark.slow
@@ -10,9 +9,6 @@ def test_a_shared_prompt_saves_what_its_tokens_say():
   ratio = found["shared"] / found["replicated"]
   # 144 + 150 + 8 x 300 tokens instead of 8 x 594 are 0.568 of the decoder; the tower is 1/8, the head the same.
   assert 0.5 < ratio < 0.6
-  alone = measure_forms.update_flops(benchmark.Sizes(0, 100, 100), rollouts=2)
-  # Without images: 300 of 400 tokens, and a head that is the same in both.
-  assert 0.75 < alone["shared"] / alone["replicated"] < 0.85
 
 
 def test_chunks_do_not_grow_with_the_tokens():

@@ -53,14 +53,6 @@ def test_hints_parse_and_conclude_what_the_teacher_was_told():
     assert exploration.parse_hint(answer).endswith(f", {told}")
 
 
-def test_slips_change_findings_but_not_the_scene_without_lesions(rng):
-  scene = scenes.draw_scene(rng, "CT", count=2)
-  seen = phantom_corpus.misread(scene, {"size": 1.0, "tone": 1.0, "count": 1.0}, rng)
-  assert seen.size != scene.size and seen.tone != scene.tone and seen.count in (1, 3)
-  healthy = scenes.draw_scene(rng, "CT", count=0)
-  assert phantom_corpus.misread(healthy, {"size": 1.0}, rng) == healthy
-
-
 def test_drills_cannot_be_solved_by_elimination(rng):
   for _ in range(50):
     text = "".join(phantom_corpus.lookup_drill(rng))

@@ -5,10 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.configs import kepo_eq7
 from kepo_jax.models.qwen3_vl import side_files
 from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig
-from kepo_jax.planning import benchmark, chips, floors
+from kepo_jax.planning import benchmark
 from tests.models.qwen3_vl import cases
 
 STUDENT = Qwen3VLConfig.from_dict(cases.config_record())
@@ -35,32 +34,6 @@ def test_prompts_have_the_sizes_that_were_asked_for():
   assert alone.tokens.shape == (2, 5) and alone.vision.patches.shape[1] == 0
   with pytest.raises(ValueError, match="2 text tokens"):
     benchmark.made_up_prompts(STUDENT, 2, benchmark.Sizes(6, 2, 3))
-
-
-@pytest.mark.slow
-def test_every_phase_is_timed_beside_its_floor(monkeypatch):
-  chip = chips.Chip("a chip", 1e9, 1e9, 0.0, measured=True)
-  monkeypatch.setattr(chips, "measured", lambda device, dtype: chip)
-  config = kepo_eq7.get_config()  # three models
-  config.model.update({"lora_rank": 2, "teacher_memory": "host", "remat": "full"})
-  config.batch.prompts, config.batch.rollouts, config.mesh.data = 4, 4, 1
-  config.sampling.max_new_tokens = SMALL.new_tokens
-  turns = []
-  ours = benchmark.Benchmark(config, STUDENT, STUDENT, SMALL)
-  phases = {phase.name: phase for phase in ours.phases(2, turns.append)}
-  assert list(phases) == ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]
-  assert turns == [0, 1, 2] and int(ours.state.step) == 3
-  for phase in phases.values():
-    assert len(phase.seconds) == 2 and phase.work.floor > 0
-    figures = phase.figures(chip, 1)
-    assert figures["seconds"] == pytest.approx(sum(phase.seconds) / 2)
-    assert figures["flops_utilisation"] == pytest.approx(phase.work.flops / 1e9 / figures["seconds"])
-  assert phases["sampling"].tokens == 4 * 4 * 3
-  assert phases["hints"].tokens == 1 * config.exploration.hint_tokens  # a quarter of the prompts
-  assert phases["candidates"].tokens == 1 * config.exploration.replacements * config.sampling.max_new_tokens
-  # A teacher and a reference of the same size.
-  one = floors.scoring(STUDENT, "float32", ours.prompts, jax.ShapeDtypeStruct((4, 4, 3), "int32"))
-  assert phases["scoring"].work.flops == 2 * one.flops
 
 
 def test_random_weights_fit_where_they_just_fit_themselves(monkeypatch, mesh_of):
