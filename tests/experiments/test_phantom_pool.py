@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from experiments import phantom_corpus, phantom_folder, phantom_pool
+from experiments import phantom_corpus, phantom_folder, phantom_pool, phantom_tower
 from kepo_jax.data import prompts
-from kepo_jax.data.phantom import questions
+from kepo_jax.data.phantom import canvas, questions, scenes
 from kepo_jax.data.pipeline import Processor
 from tests.experiments.test_phantom_assets import ASSETS
 
@@ -50,3 +50,15 @@ def test_answers_are_where_the_index_says():
 def test_fundus_is_never_drawn_for_training(rng):
   drawn = {phantom_pool.draw_training_scene(rng).modality for _ in range(200)}
   assert drawn == set(phantom_pool.SEEN) and "fundus" not in drawn
+
+
+def test_labels_for_the_tower_are_where_the_lesions_are(rng):
+  for count in (*range(4), *range(4), *range(4)):
+    scene = scenes.draw_scene(rng, "MRI", count=count)
+    labels = phantom_tower.cell_labels(scene).reshape(4, 4, 4)
+    assert labels[..., 1].sum() == scene.count and (labels[..., 3] == scene.count).all()
+    assert ((labels[..., 0] > 0) == (labels[..., 1] > 0)).all()
+    kinds = set(labels[..., 0][labels[..., 0] > 0])
+    assert len(kinds) == min(count, 1) and kinds <= set(range(1, phantom_tower.KINDS))  # one kind per scene
+    mask = canvas.lesion_mask(scene).reshape(4, 16, 4, 16).max(axis=(1, 3))
+    assert (mask[labels[..., 1] > 0] > 0.5).all()

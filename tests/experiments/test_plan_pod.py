@@ -20,11 +20,6 @@ def plan_pod(program):
 
 
 @pytest.fixture
-def plan_pods(program):
-  return program("experiments.plan_pods")
-
-
-@pytest.fixture
 def run_main(monkeypatch):
   monkeypatch.setattr("experiments.environment.prepare", lambda: None)
   monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # for this process as well
@@ -115,25 +110,19 @@ def test_the_figures_are_kept_before_a_change_is_looked_for(plan_pod, run_main, 
   assert not kept()["fits"] and kept()["suggestion"] == {"fields": {}} and seen == [total]
 
 
-def test_a_kept_plan_is_made_again_if_what_it_depends_on_has_changed(plan_pods, run_main, monkeypatch, tmp_path):
-  versions, made = {"jax": "1"}, []
+def test_a_kept_plan_is_made_again_if_what_it_depends_on_has_changed(program, run_main, monkeypatch, tmp_path):
+  plan_pods, versions, made = program("experiments.plan_pods"), {"jax": "1"}, []
   monkeypatch.setattr(plan_pods.importlib.metadata, "version", versions.get)
   monkeypatch.setattr(plan_pods, "planned", lambda name, *_: made.append(name) or record_of(plan_of(gradients())))
-  for libtpu, micro_batches, more, plans in [
-    ("2", 4, [], 1),
-    ("2", 4, [], 1),
-    ("3", 4, [], 2),
-    ("3", 2, [], 3),
-    ("3", 2, ["--again"], 4),
-  ]:
+  for libtpu, parts, again, plans in [("2", 4, 0, 1), ("2", 4, 0, 1), ("3", 4, 0, 2), ("3", 2, 0, 3), ("3", 2, 1, 4)]:
     versions["libtpu"] = libtpu
-    monkeypatch.setattr(plan_pods, "PLANS", {"2 x v5e:4x4": {"batch.micro_batches": micro_batches}})
-    run_main(plan_pods, f"--output={tmp_path}", *more)
-    assert len(made) == plans, (libtpu, micro_batches, more)
+    monkeypatch.setattr(plan_pods, "PLANS", {"2 x v5e:4x4": {"batch.micro_batches": parts}})
+    run_main(plan_pods, f"--output={tmp_path}", f"--again={again}")
+    assert len(made) == plans, (libtpu, parts, again)
 
 
-def test_every_plan_of_the_table_is_a_run(plan_pods):
-  for name, fields in plan_pods.PLANS.items():
+def test_every_plan_of_the_table_is_a_run(program):
+  for name, fields in program("experiments.plan_pods").PLANS.items():
     config = kepo_medvqa.get_config()
     config.update_from_flattened_dict(fields)
     checks.check_config(config)

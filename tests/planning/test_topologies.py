@@ -89,10 +89,9 @@ def test_groups_of_a_mesh_are_lines_of_neighbours():
 @pytest.mark.tpu
 def test_a_step_compiles_for_tpus():
   place = topologies.topology("v5e:2x2", 2)
-  config = test_memory.changed(
-    model__compute_dtype="bfloat16", model__teacher_dtype="bfloat16", model__remat="full", mesh__data=2, mesh__fsdp=2,
-    mesh__tensor=2, log__gradients_every=0,
-  )  # fmt: skip
+  fields = {f"mesh__{axis}": 2 for axis in ("data", "fsdp", "tensor")} | {"log__gradients_every": 0}
+  fields |= {"model__compute_dtype": "bfloat16", "model__teacher_dtype": "bfloat16", "model__remat": "full"}
+  config = test_memory.changed(**fields)
   text = dataclasses.replace(benchmark.MEDIUM.text, num_hidden_layers=2, vocab_size=2048)
   vision = dataclasses.replace(benchmark.MEDIUM.vision, depth=2, deepstack_visual_indexes=(0,))
   small = dataclasses.replace(benchmark.MEDIUM, text=text, vision=vision)
