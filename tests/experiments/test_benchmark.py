@@ -13,12 +13,12 @@ SMALL = ("--image_tokens=4", "--text_tokens=6", "--new_tokens=2", "--repeats=1")
 
 @pytest.fixture
 def run(program, tmp_path, capsys):
-  """`run(*flags)`: what the entry point prints, and the record that it writes."""
+  """`run(*flags, **fields of the models)`: what the entry point prints, and the record that it writes."""
 
-  def call(*more):
+  def call(*more, **model):
     entry, file = program("experiments.benchmark"), tmp_path / "figures.json"
     flags.FLAGS(["benchmark", *SMALL, f"--json={file}", *more])
-    entry._CONFIG.value.update({"batch": {"prompts": 4}, "mesh": {"data": 1}})
+    entry._CONFIG.value.update({"batch": {"prompts": 4}, "mesh": {"data": 1}, "model": model})
     entry.main([])
     return capsys.readouterr().out, json.loads(file.read_text())
 
@@ -31,8 +31,7 @@ def test_a_step_beside_its_floors_and_an_earlier_one(run, tmp_path):
   earlier.write_text(json.dumps({"phases": {"update": {"seconds": 1000.0}}}))
   config = kepo_eq7.get_config()  # three models, here of one size
   options = {"teacher": config.model.student, "lora_rank": 2, "teacher_memory": "host", "remat": "full"}
-  options = [f"--config.model.{name}={value}" for name, value in options.items()]
-  printed, record = run(f"--config={kepo_eq7.__file__}", *options, f"--before={earlier}", "--steps=7")
+  printed, record = run(f"--config={kepo_eq7.__file__}", f"--before={earlier}", "--steps=7", **options)
   phases, step = record["phases"], record["step_seconds"]
   assert list(phases) == ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]
   assert step == pytest.approx(sum(phase["seconds"] for phase in phases.values()))
