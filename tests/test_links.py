@@ -4,54 +4,11 @@ import dataclasses
 import itertools
 
 import numpy as np
-import pytest
 
 from kepo_jax import links
 
-REDUCE, GATHER, PERMUTE = "all-reduce", "all-gather", "collective-permute"
-
-
-def torus(*lengths, closed=False, slices=1, cores=1):
-  places = [(*place, core) for place in itertools.product(*map(range, lengths)) for core in range(cores)]
-  numbers = tuple(number for number in range(slices) for _ in places)
-  return links.Torus(tuple(places) * slices, numbers, lengths, closed)
-
-
-def rows(count, length):
-  return tuple(tuple(range(row * length, (row + 1) * length)) for row in range(count))
-
-
-@pytest.mark.parametrize(("closed", "busiest"), [(True, 7 / 8 / 2), (False, 7 / 8)])
-def test_a_ring_uses_both_directions_and_an_open_line_one(closed, busiest):
-  # Bytes over a link: 7/8 of the array, half of them each way; along a line both halves share every link.
-  assert torus(8, closed=closed).busiest(GATHER, rows(1, 8)) == busiest
-  assert torus(8, closed=closed).busiest("reduce-scatter", rows(1, 8)) == busiest
-  assert torus(8, closed=closed).busiest(REDUCE, rows(1, 8)) == 2 * busiest
-
-
-def test_chips_that_are_no_neighbours_share_what_lies_between():
-  place = torus(4)
-  # Two hops for each, and the middle link carries both pairs, there and back.
-  near, far = place.busiest(GATHER, ((0, 1), (2, 3))), place.busiest(GATHER, ((0, 2), (1, 3)))
-  assert (near, far) == (1 / 2, 2 * 1 / 2)
-
-
-def test_a_permutation_is_charged_for_its_direction():
-  around = tuple((n, (n + 1) % 8) for n in range(8))
-  assert torus(8, closed=True).busiest(PERMUTE, around) == 1
-  # On a line the last one sends over all links, in the other direction.
-  assert torus(8).busiest(PERMUTE, around) == 1
-  # Cores of a chip share its links.
-  cores = torus(4, cores=2)
-  assert (cores.busiest(PERMUTE, ((0, 1),)), cores.busiest(PERMUTE, ((0, 2), (1, 3)))) == (0, 2)
-
-
-def test_only_what_stays_in_a_slice_is_on_its_links():
-  both = (tuple(range(8)),)  # 4 chips of each of two slices
-  assert torus(4, slices=2).busiest(GATHER, both) == torus(4).busiest(GATHER, rows(1, 4))
-  assert torus(4, slices=2).busiest(REDUCE, tuple((n, n + 4) for n in range(4))) == 0
-  # A part for each of 8 members: those of the own slice alone.
-  assert torus(4, slices=2).busiest("all-to-all", both) == 4 / 8
+GATHER, REDUCE = "all-gather", "all-reduce"
+OPEN, CLOSED = "TPU v5 lite", "TPU v5"  # what the axes of a few chips are
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,23 +20,33 @@ class Device:
 
 
 def devices_of(kind, *lengths, slices=1, cores=1):
-  return [
-    Device(kind, list(place), core, number)
-    for number in range(slices)
-    for place in itertools.product(*map(range, lengths))
-    for core in range(cores)
-  ]
+  places = itertools.product(range(slices), itertools.product(*map(range, lengths)), range(cores))
+  return [Device(kind, list(place), core, number) for number, place, core in places]
 
 
-def test_whole_pods_and_cubes_are_closed():
-  for kind, lengths, closed in [
-    ("TPU v5 lite", (4, 4, 1), False),
-    ("TPU v5 lite", (16, 16, 1), True),
-    ("TPU v6 lite", (8, 16, 1), False),
-    ("TPU v5", (4, 4, 4), True),
-    ("TPU v5", (2, 2, 4), False),
-  ]:
-    assert links.torus(devices_of(kind, *lengths)).closed == closed, (kind, lengths)
+def torus(kind, *lengths, **settings):
+  return links.torus(devices_of(kind, *lengths, **settings))
+
+
+def test_the_busiest_link_of_rings_by_hand():
+  eight, four = (tuple(range(8)),), (tuple(range(4)),)
+  # 7/8 of the array, half of it each way; along a line both halves share every link.
+  for kind, share in ((CLOSED, 7 / 8 / 2), (OPEN, 7 / 8)):
+    place = torus(kind, 8)
+    assert place.busiest(GATHER, eight) == place.busiest("reduce-scatter", eight) == share, kind
+    assert place.busiest(REDUCE, eight) == 2 * share, kind
+  # Two hops for each, and the middle link carries both pairs, there and back.
+  near, far = (torus(OPEN, 4).busiest(GATHER, pairs) for pairs in (((0, 1), (2, 3)), ((0, 2), (1, 3))))
+  assert (near, far) == (1 / 2, 2 * 1 / 2)
+  # Of two slices of 4 chips, only what stays in a slice.
+  two = torus(OPEN, 4, slices=2)
+  assert two.busiest(GATHER, eight) == torus(OPEN, 4).busiest(GATHER, four)
+  assert two.busiest(REDUCE, tuple((n, n + 4) for n in range(4))) == 0
+  assert two.busiest("all-to-all", eight) == 4 / 8  # a part for each of 8 members
+  # Whole pods and cubes of 4 are closed, and a long axis beside a short one is not.
+  assert not torus(CLOSED, 2, 2, 4).closed and not torus(OPEN, 8, 16, 1).closed
+  # The last one of a line sends over all links, in the other direction.
+  assert torus(OPEN, 8).busiest("collective-permute", tuple((n, (n + 1) % 8) for n in range(8))) == 1
 
 
 def gathered(devices, grid, axis):
@@ -90,7 +57,7 @@ def gathered(devices, grid, axis):
 
 
 def test_axes_of_a_mesh_take_neighbours():
-  devices = devices_of("TPU v5 lite", 16, 16, 1)
+  devices = devices_of(OPEN, 16, 16, 1)
   # As mesh_utils lays them: tensor on 8 chips in a row, fsdp on 4 next to each other and 4 that are eight chips away.
   parts = np.array(devices, object).reshape(2, 8, 4, 4)  # of x, of y
   usual = parts.transpose(2, 0, 3, 1).reshape(4, 8, 8)

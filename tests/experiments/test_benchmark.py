@@ -1,26 +1,26 @@
 import json
 import sys
 
+import jax
 import pytest
 from absl import flags
 
-from experiments.configs import kepo
-from kepo_jax.planning import benchmark
+from experiments.configs import kepo, kepo_eq7
+from kepo_jax.planning import benchmark, floors
 
 SMALL = ("--image_tokens=4", "--text_tokens=6", "--new_tokens=2", "--repeats=1")
 
 
 @pytest.fixture
 def run(program, tmp_path, capsys):
-  """`run(*flags)`: what the entry point prints, and the record that it writes."""
+  """`run(*flags, **fields of the models)`: what the entry point prints, and the record that it writes."""
 
-  def call(*more):
-    entry = program("experiments.benchmark")
-    file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+  def call(*more, **model):
+    entry, file = program("experiments.benchmark"), tmp_path / "figures.json"
     flags.FLAGS(["benchmark", *SMALL, f"--json={file}", *more])
-    entry._CONFIG.value.update({"batch": {"prompts": 4}, "mesh": {"data": 1}})
+    entry._CONFIG.value.update({"batch": {"prompts": 4}, "mesh": {"data": 1}, "model": model})
     entry.main([])
-    return capsys.readouterr().out, json.loads(file.read_text()), file
+    return capsys.readouterr().out, json.loads(file.read_text())
 
   return call
 
@@ -29,15 +29,26 @@ def run(program, tmp_path, capsys):
 def test_a_step_beside_its_floors_and_an_earlier_one(run, tmp_path):
   earlier = tmp_path / "earlier.json"
   earlier.write_text(json.dumps({"phases": {"update": {"seconds": 1000.0}}}))
-  printed, record, _ = run(f"--before={earlier}", "--steps=7")
-  assert list(record["phases"]) == ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]
-  step = sum(phase["seconds"] for phase in record["phases"].values())
-  assert record["step_seconds"] == pytest.approx(step)
+  config = kepo_eq7.get_config()  # three models, here of one size
+  options = {"teacher": config.model.student, "lora_rank": 2, "teacher_memory": "host", "remat": "full"}
+  printed, record = run(f"--config={kepo_eq7.__file__}", f"--before={earlier}", "--steps=7", **options)
+  phases, step = record["phases"], record["step_seconds"]
+  assert list(phases) == ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]
+  assert step == pytest.approx(sum(phase["seconds"] for phase in phases.values()))
   assert record["step_tokens_per_second"] == pytest.approx(4 * 8 * 2 / step)
   assert record["projected"] == {"steps": 7, "seconds": pytest.approx(7 * step)}
-  assert "4 prompts x 8 rollouts; 4 image, 6 text and 2 new tokens; float32" in printed.replace("\n", " ")
-  row = next(line for line in printed.splitlines() if "update" in line and "1000.000" in line)
-  assert f"{record['phases']['update']['floor_seconds']:.3f}" in row
+  for phase in phases.values():
+    assert phase["floor_seconds"] > 0
+    assert phase["flops_utilisation"] == pytest.approx(phase["flops"] / record["device"]["flops"] / phase["seconds"])
+  explored = config.exploration
+  # A quarter of the prompts is asked for hints.
+  tokens = {"sampling": 4 * 8 * 2, "hints": 1 * explored.hint_tokens, "candidates": 1 * explored.replacements * 2}
+  assert {name: phases[name]["tokens"] for name in tokens} == tokens
+  student = benchmark.model_config(config.model.student)
+  prompts = benchmark.made_up_prompts(student, 4, benchmark.Sizes(4, 6, 2))
+  one = floors.scoring(student, "float32", prompts, jax.ShapeDtypeStruct((4, 8, 2), "int32"))
+  assert phases["scoring"]["flops"] == 2 * one.flops  # a teacher and a reference
+  assert any("1000.000" in line for line in printed.splitlines() if "update" in line)
 
 
 def test_torch_is_asked_for_by_name(run, monkeypatch):
@@ -50,51 +61,32 @@ def test_torch_is_asked_for_by_name(run, monkeypatch):
 @pytest.mark.parity
 @pytest.mark.parametrize("against", ["transformers", "trl"])
 def test_the_same_step_in_torch(run, against):
-  printed, record, _ = run(f"--against={against}")
+  printed, record = run(f"--against={against}")
   rival = record["against"]
   assert rival["name"].startswith(against) and rival["name"].split(" ")[0] in printed
   assert list(rival["phases"]) == ["sampling", "scoring", "update", "scoring and update", "step"]
   for row in rival["phases"].values():
     assert row["ratio"] == pytest.approx(row["torch"] / row["ours"]) and row["torch"] > 0
-  step = rival["phases"]["step"]
-  assert step["torch"] == pytest.approx(
-    sum(rival["phases"][name]["torch"] for name in ("sampling", "scoring", "update"))
-  )
+  parts = sum(rival["phases"][name]["torch"] for name in ("sampling", "scoring", "update"))
+  assert rival["phases"]["step"]["torch"] == pytest.approx(parts)
   assert all(rate > 0 for rates in rival["products"].values() for rate in rates.values())
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(
-  ("field", "value", "way_out"),
-  [
-    ("model.lora_rank", 4, "0"),
-    ("objective.reference_weight", 0.1, "0"),
-    ("batch.updates", 2, "1"),
-  ],
-)
-def test_a_step_that_torch_does_not_make_is_not_compared(field, value, way_out):
-  from experiments import benchmark_torch
-
-  config = kepo.get_config()
-  benchmark_torch.check_comparable(config)
-  config.update_from_flattened_dict({field: value})
-  with pytest.raises(ValueError, match=f"{field}={value} in torch; pass --config.{field}={way_out}"):
-    benchmark_torch.check_comparable(config)
-
-
-@pytest.mark.parity
-def test_a_frozen_tower_is_frozen_in_torch_too(program):
+def test_what_torch_does_not_make_is_not_compared_and_a_frozen_tower_is_frozen_there_too(program):
   program("experiments.benchmark")
   from experiments import benchmark_torch
 
   config = kepo.get_config()
+  for field, value, way_out in [("model.lora_rank", 4, 0), ("objective.reference_weight", 0.1, 0.0)]:
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=f"{field}={value} in torch; pass --config.{field}={way_out:g}"):
+      benchmark_torch.check_comparable(config)
+    config.update_from_flattened_dict({field: way_out})
   config.model.freeze_vision, config.mesh.data = True, 1
   config.batch.prompts, config.batch.rollouts, config.sampling.max_new_tokens = 2, 2, 2
   config.objective.distill_weight = config.exploration.rounds = config.exploration.replacements = 0
   student = benchmark.model_config(config.model.student)
-  ours = benchmark.Benchmark(config, student, student, benchmark.Sizes(4, 6, 2))
-  rival = benchmark_torch.Rival(ours)
+  rival = benchmark_torch.Rival(benchmark.Benchmark(config, student, student, benchmark.Sizes(4, 6, 2)))
   frozen = {name for name, weight in rival._student.named_parameters() if not weight.requires_grad}
   assert frozen and all(name.startswith("model.visual.") for name in frozen)
-  rival.turn(timed=True)
-  assert rival.seconds["update"]

@@ -17,9 +17,9 @@ def nobody(name):
   raise AssertionError(f"asked for {name}")
 
 
-@pytest.mark.parametrize(
-  ("environ", "tpu", "metadata", "expected"),
-  [
+def test_what_announces_several_processes():
+  hosts, slices = {"TPU_WORKER_HOSTNAMES": "a,b"}, {"MEGASCALE_NUM_SLICES": "2"}
+  for environ, tpu, metadata, expected in [
     ({}, False, None, ""),
     ({"OMPI_COMM_WORLD_SIZE": "1"}, False, None, ""),
     (MPI | {"OMPI_COMM_WORLD_SIZE": "2"}, False, None, "Open MPI"),
@@ -27,20 +27,21 @@ def nobody(name):
     (SLURM | {"SLURM_NTASKS": "2"}, False, None, "SLURM"),
     ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, False, None, ""),  # a batch script, no step
     ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, None, ""),  # a pod of its own
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, None, ""),  # a TPU machine that is told to use its CPU
+    (hosts, False, None, ""),  # a TPU machine that is told to use its CPU
     ({"TPU_WORKER_HOSTNAMES": "a"}, True, None, ""),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, None, "the TPU pod"),
-    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True, None, "the TPU pod"),
+    (hosts, True, None, "the TPU pod"),
+    ({"TPU_WORKER_HOSTNAMES": "a"} | slices, True, None, "the TPU pod"),
     ({"TPU_SKIP_MDS_QUERY": "1"}, True, None, ""),
     ({}, True, ALONE, ""),
     ({}, True, POD, "the TPU pod"),
     ({}, True, ALONE | {"tpu-env": "MEGASCALE_NUM_SLICES: '2'"}, "the TPU pod"),
     ({}, True, dict.fromkeys(POD, ""), ""),  # no metadata service
     ({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"}, True, ALONE, ""),
-  ],
-)
-def test_what_announces_several_processes(environ, tpu, metadata, expected):
-  assert clusters.announced(environ, tpu=tpu, ask=metadata.__getitem__ if metadata else nobody) == expected
+  ]:
+    ask = metadata.__getitem__ if metadata else nobody
+    assert clusters.announced(environ, tpu=tpu, ask=ask) == expected, (environ, tpu, metadata)
+  with pytest.raises(ValueError, match="--coordinator=HOST:PORT"):  # jax cannot find them
+    clusters.announced({"OMPI_COMM_WORLD_SIZE": "2"}, tpu=False, ask=nobody)
 
 
 def test_an_indexed_job_needs_the_package(monkeypatch):
@@ -48,11 +49,6 @@ def test_an_indexed_job_needs_the_package(monkeypatch):
   for found, expected in ((None, ""), (object(), "Kubernetes")):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
     assert clusters.announced(environ, tpu=False, ask=nobody) == expected
-
-
-def test_processes_that_jax_cannot_find_are_refused():
-  with pytest.raises(ValueError, match="--coordinator=HOST:PORT"):
-    clusters.announced({"OMPI_COMM_WORLD_SIZE": "2"}, tpu=False, ask=nobody)
 
 
 def test_a_machine_without_a_metadata_service_is_soon_told_so(monkeypatch):
@@ -69,9 +65,15 @@ def test_a_machine_without_a_metadata_service_is_soon_told_so(monkeypatch):
 def join(monkeypatch):
   """Flags -> whether this process is one of several, and with what it joined the others; none is started."""
 
-  def joined(announced="SLURM", **given):
+  def joined(announced="SLURM", refusal=None, **given):
     calls = []
-    monkeypatch.setattr("jax.distributed.initialize", lambda *arguments, **settings: calls.append(arguments))
+
+    def initialize(*arguments, **settings):
+      calls.append(arguments)
+      if refusal:
+        raise refusal
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
     monkeypatch.setattr(clusters, "announced", lambda: announced)
     values = {"distributed": "auto", "coordinator": "", "processes": 1, "process_id": 0} | given
     monkeypatch.setattr(environment, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(**values)))
@@ -86,32 +88,11 @@ def test_flags_say_which_processes_are_joined(join):
   assert join(distributed="off") == (False, [])
   assert join(coordinator="a:1", processes=2, process_id=1) == (True, [("a:1", 2, 1)])
   assert join(coordinator="a:1") == (False, [("a:1", 1, 0)])
-
-
-@pytest.mark.parametrize(
-  ("given", "match"),
-  [
+  for given, match in [
     ({"distributed": "off", "coordinator": "a:1"}, "--distributed=off and --coordinator contradict each other"),
     ({"processes": 2}, "--processes and --process_id need --coordinator=HOST:PORT"),
     ({"coordinator": "a:1", "processes": 2, "process_id": 2}, "--process_id=2 is none of the 2 of --processes"),
-  ],
-)
-def test_flags_that_do_not_fit_together_are_refused(join, given, match):
-  with pytest.raises(ValueError, match=match):
-    join(**given)
-
-
-def test_what_cannot_be_joined_says_the_way_out(monkeypatch):
-  for name, value in (SLURM | {"SLURM_NTASKS": "2"}).items():
-    monkeypatch.setenv(name, value)
-  values = types.SimpleNamespace(distributed="auto", coordinator="", processes=1, process_id=0)
-  monkeypatch.setattr(environment, "flags", types.SimpleNamespace(FLAGS=values))
-
-  def refused():
-    raise RuntimeError("none of 2")
-
-  monkeypatch.setattr("jax.distributed.initialize", refused)
-  with pytest.raises(
-    ValueError, match=r"SLURM started several processes, which cannot be joined: none.*distributed=off"
-  ):
-    environment.join_processes()
+    ({"refusal": RuntimeError("none")}, "SLURM started several processes, which cannot be joined: none.*d=off"),
+  ]:
+    with pytest.raises(ValueError, match=match):
+      join(**given)

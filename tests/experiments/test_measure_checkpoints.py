@@ -1,9 +1,6 @@
-"""The cost of checkpoints: a student of the size that is asked for, and figures that are what they say."""
-
 import json
 
 import jax
-import numpy as np
 import pytest
 from absl import flags
 
@@ -19,7 +16,6 @@ def measure(program):
 def test_the_student_has_about_the_parameters_that_are_asked_for(measure):
   config = measure.sized_config(40e6)
   assert measure.size(config) == pytest.approx(40e6, rel=0.05)
-  assert measure.size(measure.sized_config(0)) < 15e6
   leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_params(config, jax.random.key(0))))
   assert sum(leaf.size for leaf in leaves) == measure.size(config)
 
@@ -31,38 +27,23 @@ def test_the_figures(measure):
   assert found["blocked_share"] == pytest.approx(0.2 / (5 * 2.0))
   assert found["longest_blocked_share"] == pytest.approx(0.4 / (5 * 2.0))
   assert found["megabytes_per_second"] == {"save": 2.0, "save alone": 6.0, "plain write": 12.0}
-  assert "step alone" not in found["median_seconds"]
-
-
-def test_a_plain_write_is_of_all_bytes(measure, tmp_path, monkeypatch):
-  sizes = []
-  monkeypatch.setattr("os.fsync", lambda descriptor: sizes.append((tmp_path / "plain").stat().st_size))
-  assert measure.plain_write(tmp_path / "plain", [np.float32(1)[...], np.zeros((3, 5), np.int32)]) > 0
-  assert sizes == [4 + 60] and not (tmp_path / "plain").exists()
-
-
-def test_too_few_steps_are_refused(measure, tmp_path):
-  flags.FLAGS.steps, flags.FLAGS.every, flags.FLAGS.workdir = 5, 5, str(tmp_path)
-  with pytest.raises(ValueError, match="--steps=5 has too few checkpoints; use 10 or more"):
-    measure.main([])
 
 
 @pytest.mark.slow
-def test_it_measures_a_run_and_leaves_nothing(measure, tmp_path, capsys, monkeypatch):
+def test_it_measures_a_run_and_leaves_nothing(measure, tmp_path, monkeypatch):
   config = grpo.get_config()
   config.mesh.data, config.train.compile_ahead = 1, False  # of the virtual devices here, and of all sizes of prompts
   monkeypatch.setattr(measure.grpo, "get_config", lambda: config)
   chosen = {"parameters": 0.0, "every": 1, "steps": 2, "prompts": 2, "rollouts": 2, "repeats": 1}
-  for name, value in (chosen | {"workdir": str(tmp_path / "disk"), "json": str(tmp_path / "found.json")}).items():
+  chosen |= {"workdir": str(tmp_path / "disk"), "json": str(tmp_path / "found.json")}
+  for name, value in chosen.items():
     setattr(flags.FLAGS, name, value)
   measure.main([])
   found = json.loads((tmp_path / "found.json").read_text())
   assert found["state_bytes"] == pytest.approx(12 * found["parameters"], rel=1e-3)  # float32, and two moments
   assert found["disk_bytes"] > found["state_bytes"]  # nothing is compressed
-  assert {name: len(each) for name, each in found["seconds"].items()} == {
-    "step": 2, "step beside a save": 2, "step alone": 0, "blocked": 2, "save": 2,
-    "blocked alone": 1, "save alone": 1, "plain write": 1,
-  }  # fmt: skip
+  counts = {name: len(each) for name, each in found["seconds"].items()}
+  beside, alone = ("step", "step beside a save", "blocked", "save"), ("blocked alone", "save alone", "plain write")
+  assert counts == dict.fromkeys(beside, 2) | dict.fromkeys(alone, 1) | {"step alone": 0}
   assert all(value > 0 for values in found["seconds"].values() for value in values)
-  assert "share of 1 steps that is blocked" in capsys.readouterr().out
   assert list((tmp_path / "disk").iterdir()) == []

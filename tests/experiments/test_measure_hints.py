@@ -1,5 +1,3 @@
-"""The entry point: from flags to a file; and how what it measures depends on the config."""
-
 import json
 import pathlib
 import shutil
@@ -12,7 +10,7 @@ from experiments import phantom_folder
 from experiments.configs import kepo
 from kepo_jax.training import hints
 from kepo_jax.types import Example, Rollouts
-from tests.experiments.test_evaluate_medvqa import checkpoint, write_split  # noqa: F401, one is a fixture
+from tests.experiments.test_evaluate_medvqa import checkpoint  # noqa: F401, a fixture
 
 PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
 
@@ -20,14 +18,6 @@ PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
 @pytest.fixture
 def measure_hints(program):
   return program("experiments.measure_hints")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  root = tmp_path_factory.mktemp("data")
-  for split, count in (("train", 1), ("validation", 2), ("test", 3)):
-    write_split(root / split, count)
-  return root
 
 
 def test_figures_are_not_written_over(measure_hints, tmp_path):
@@ -41,23 +31,19 @@ def test_figures_are_not_written_over(measure_hints, tmp_path):
 
 
 def test_flags_and_folder_make_the_config(measure_hints, tmp_path):
-  with flagsaver.flagsaver(
-    hint_prompt="hint_only", samples=3, rounds=2, candidates=4, seed=7, data="here", lenient=True
-  ):
+  chosen = {"hint_prompt": "hint_only", "samples": 3, "rounds": 2, "candidates": 4, "seed": 7, "data": "here"}
+  with flagsaver.flagsaver(**chosen, lenient=True):
     config = measure_hints.settings_for(PHANTOM / "confused")
   explored = config.exploration
   assert (explored.hint_prompt, explored.rounds, explored.candidates) == ("hint_only", 2, 4)
   assert (config.batch.rollouts, config.seed, config.data.directory, config.data.lenient) == (3, 7, "here", True)
   # As a run with these models has them.
   assert (config.data.templates, config.data.resize, explored.hint_tokens) == ("brief", "native", 24)
-  published = tmp_path / "published"
-  shutil.copytree(
-    PHANTOM / "confused", published, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer_config.json")
-  )
-  config = measure_hints.settings_for(published)
+  shutil.copy(PHANTOM / "confused" / "config.json", tmp_path)  # as published ones: no wordings in tokenizer_config.json
+  config = measure_hints.settings_for(tmp_path)
   assert (config.data.templates, config.data.resize) == ("standard", "squash384")
   assert (config.exploration.hint_tokens, config.sampling.max_new_tokens) == (256, 1024)
-  assert config.batch.rollouts == 8 and config.exploration.rounds == 5 and config.exploration.candidates == 2
+  assert (config.batch.rollouts, config.exploration.rounds, config.exploration.candidates) == (8, 5, 2)
 
 
 def test_a_stranger_as_a_teacher_is_refused(measure_hints, checkpoint, tmp_path):  # noqa: F811
@@ -69,25 +55,6 @@ def test_a_stranger_as_a_teacher_is_refused(measure_hints, checkpoint, tmp_path)
   with flagsaver.flagsaver(student=str(checkpoint), teacher=str(stranger), output=str(tmp_path / "figures.json")):
     with pytest.raises(ValueError, match="do not match: num_position_embeddings 64 and 144"):
       measure_hints.main([])
-
-
-@pytest.mark.slow
-def test_from_flags_to_a_file(measure_hints, checkpoint, data, tmp_path, capsys):  # noqa: F811
-  chosen = {"student": str(checkpoint), "teacher": str(checkpoint), "data": str(data), "samples": 2, "rounds": 2}
-  with flagsaver.flagsaver(**chosen, output=str(tmp_path / "new" / "out.json"), batch=2):
-    measure_hints.main([])
-  printed = capsys.readouterr().out
-  assert "helped by" in printed and "1 of 1" in printed and "3 questions in" in printed
-  found = json.loads((tmp_path / "new" / "out.json").read_text())
-  assert found["settings"]["exploration"]["rounds"] == 2 and found["settings"]["data"] == str(data)
-  names = [record["modality"] for record in found["records"]]
-  assert names == ["MRI", "X-Ray", "all"]
-  everything = found["records"][-1]
-  # Noise is never right, and no hint of it can be read.
-  assert (everything["questions"], everything["prompts"], everything["hints"]) == (3, 3, 6)
-  assert everything["parse_failure_rate"] == 1 and everything["accept_rate"] == [0, 0]
-  assert everything["candidates"] == 0 and everything["gain"] is None and everything["reliance"] is None
-  assert everything["student"] == everything["teacher"] == checkpoint.name
 
 
 @pytest.mark.slow
@@ -134,3 +101,5 @@ def test_completions_are_scored_at_the_temperature_that_they_were_sampled_at():
   assert found["reliance"] == found["gain"] == found["letter_gain"] == 1 / 0.5
   assert student.temperatures == {"think": 0.5, "hint_and_answer": 0.5}
   assert teacher.temperatures == {"hint_request": 0.25, "think": 0.75}
+  *_, none = hints.measured(config, student, Voice(hint_request=Voice.SAYS["think"]), [asked])
+  assert (none["parse_failure_rate"], none["candidates"], none["reliance"]) == (1, 0, None)  # no hint can be read

@@ -13,6 +13,7 @@ from kepo_jax.training import inputs, state
 from kepo_jax.training.forward import Target
 from kepo_jax.types import Experience
 from tests.models.qwen3_vl import cases
+from tests.planning.test_memory import optimizer_of
 
 CONFIG = Qwen3VLConfig.from_dict(cases.config_record())
 PROMPTS = cases.make_prompts(CONFIG, [((4, 4), 5), (3, (4, 8), 2)])[0]
@@ -39,29 +40,28 @@ def test_the_decode_copy_reads_what_a_run_keeps_and_writes_its_own_dtype():
   assert floors.copying(adapted, kept, jnp.bfloat16).moved == (2 + 2) * whole + 4 * numbers(kept["lora"])
 
 
+def sampling(new_tokens):
+  return floors.sampling(CONFIG, jnp.float32, PROMPTS, samples=G, new_tokens=new_tokens, chip=CHIP, devices=1)
+
+
 def test_tokens_read_weights_and_caches():
-  params = model.abstract_params(CONFIG)
-  work = floors.sampling(CONFIG, jnp.float32, PROMPTS, samples=G, new_tokens=T, chip=CHIP, devices=1)
-  decoder = numbers(params["language_model"]["layers"]) + numbers(params["language_model"]["embed_tokens"])
-  text = CONFIG.text
+  params = model.abstract_params(CONFIG)["language_model"]
+  decoder, text = numbers(params["layers"]) + numbers(params["embed_tokens"]), CONFIG.text
   slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # keys and values of a token
   shared = slot * P * PROMPTS.tokens.shape[1]
   own = slot * P * G * T / 2  # half full in the mean
-  assert work.moved == 4 * (T * (decoder + shared) + (T - 1) * own)
+  assert sampling(T).moved == 4 * (T * (decoder + shared) + (T - 1) * own)
 
 
 def test_a_token_costs_two_flops_per_weight_and_row():
-  one, two = (
-    floors.sampling(CONFIG, jnp.float32, PROMPTS, samples=G, new_tokens=n, chip=CHIP, devices=1).flops for n in (1, 2)
-  )
-  prefill = functools.partial(model.prefill, CONFIG)
-  first = flops.count(prefill, model.abstract_params(CONFIG), PROMPTS)
-  assert one == first + 2 * P * CONFIG.text.vocab_size * CONFIG.text.hidden_size  # a group shares its first logits
-  layers = model.abstract_params(CONFIG)["language_model"]["layers"]
-  matrices = numbers([leaf for leaf in jax.tree.leaves(layers) if leaf.ndim == 3])
-  head = CONFIG.text.vocab_size * CONFIG.text.hidden_size
+  one, two = (sampling(new_tokens).flops for new_tokens in (1, 2))
+  params, text = model.abstract_params(CONFIG), CONFIG.text
+  first = flops.count(functools.partial(model.prefill, CONFIG), params, PROMPTS)
+  head = text.vocab_size * text.hidden_size
+  assert one == first + 2 * P * head  # a group shares its first logits
+  matrices = numbers([leaf for leaf in jax.tree.leaves(params["language_model"]["layers"]) if leaf.ndim == 3])
   products = 2 * P * G * (matrices + head)
-  attention = 2 * 2 * CONFIG.text.num_hidden_layers * P * G * CONFIG.text.num_attention_heads * CONFIG.text.head_dim
+  attention = 2 * 2 * text.num_hidden_layers * P * G * text.num_attention_heads * text.head_dim
   seen = PROMPTS.tokens.shape[1] + 1  # the prompt and the token itself; and half of two tokens
   assert two - one == products + attention * (seen + 1)
 
@@ -69,11 +69,9 @@ def test_a_token_costs_two_flops_per_weight_and_row():
 @functools.cache
 def update_work(**settings):
   params = model.abstract_params(CONFIG)
-  optimizer = state.make_optimizer(
-    lambda _: 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, moments_dtype="float32"
-  )
   counter = jax.ShapeDtypeStruct((), jnp.int32)
-  now = state.TrainState(step=counter, params=params, opt_state=jax.eval_shape(optimizer.init, params), skipped=counter)
+  kept = jax.eval_shape(optimizer_of("float32").init, params)
+  now = state.TrainState(step=counter, params=params, opt_state=kept, skipped=counter)
   flags = {name: jnp.ones((P, G), bool) for name in ("gate", "injected", "supervised", "kept")}
   experience = Experience(
     prompts=PROMPTS, tokens=jnp.ones((P, G, T), jnp.int32), mask=jnp.ones((P, G, T), bool),
@@ -90,20 +88,14 @@ def test_an_update_reads_and_writes_weights_moments_and_gradients():
   work, count = update_work()
   counters = 2 * 4  # Adam counts, read and written
   assert work.moved == 4 * count + 2 * 4 * count + 2 * (4 + 8) * count + counters
+  again, _ = update_work(remat="full", parts=2)
+  assert again == work  # what is computed again is no work
 
 
 def test_every_update_of_a_batch_counts_and_pi_old_once():
-  once, count = update_work()
-  twice, _ = update_work(updates=2)
+  (once, count), (twice, _) = update_work(), update_work(updates=2)
   score = functools.partial(floors.forward.target, CONFIG, parts=1)
-  tokens = jax.ShapeDtypeStruct((P, G, T), jnp.int32)
-  hidden = flops.count(score, model.abstract_params(CONFIG), PROMPTS, tokens)
+  hidden = flops.count(score, model.abstract_params(CONFIG), PROMPTS, jax.ShapeDtypeStruct((P, G, T), jnp.int32))
   logits = 2 * P * G * T * CONFIG.text.vocab_size * CONFIG.text.hidden_size
   assert twice.flops == 2 * once.flops + hidden + logits
   assert twice.moved == 2 * once.moved + 4 * count
-
-
-def test_what_is_computed_again_is_no_work():
-  plain, _ = update_work()
-  again, _ = update_work(remat="full", parts=2)
-  assert plain == again

@@ -2,7 +2,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from kepo_jax.models.qwen3_vl import model
@@ -37,11 +36,9 @@ def branched(x, w):
     (product, 1),
     (lambda x, w: jnp.einsum("ab,cb->ca", x, w.T), 1),
     (lambda x, w: jnp.broadcast_to(x, (3, 6, 5)) @ w, 3),
-    (lambda x, w: jnp.exp(x) + 1, 0),
     (scanned, 4),
     (unused, 4),
     (branched, 2),  # the longer way
-    (jax.jit(product), 1),
     (jax.value_and_grad(lambda x, w: (x @ w).sum(), (0, 1)), 3),
     (jax.grad(lambda x, w: (x @ w).sum(), (0, 1)), 2),  # nobody asks for the sum
     # The product is computed again for the sine behind it, and each of its two gradients is one more.
@@ -57,14 +54,11 @@ def test_a_loop_without_an_end_is_refused():
     flops.count(lambda x, w: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w @ w.T, x), X, W)
 
 
-def test_nothing_is_run():
-  huge = jax.ShapeDtypeStruct((10**6, 10**6), jnp.float32)
-  assert flops.count(product, huge, huge) == 2e18
-
-
 def test_a_model_has_the_flops_that_xla_counts():
+  # Wide enough for products to be most of the work.
+  record = cases.config_record(text={"hidden_size": 128, "intermediate_size": 256}, vision={"out_hidden_size": 128})
+  config = runs.Qwen3VLConfig.from_dict(record)
   # XLA counts the body of a scan once; with layers side by side there is none.
-  config = model_config()
   params = jax.eval_shape(lambda: model.separated(model.init_params(config, jax.random.key(0))))
   prompts, _, _ = cases.make_prompts(config, [(40,), (33,)])
   prefill = functools.partial(model.prefill, config)
@@ -73,21 +67,3 @@ def test_a_model_has_the_flops_that_xla_counts():
   # The rest is elementwise: norms, softmax, rotation.
   assert 0.85 < counted / compiled.cost_analysis()["flops"] <= 1
   assert counted == flops.count(prefill, params, prompts)
-
-
-def test_gradients_cost_three_times_the_forward_pass():
-  config = model_config()
-  params = model.abstract_params(config)
-  prompts, _, _ = cases.make_prompts(config, [(40,), (33,)])
-
-  def last(params):
-    return model.prefill(config, params, prompts).last_hidden.sum()
-
-  once, thrice = (flops.count(function, params) for function in (last, jax.grad(last)))
-  np.testing.assert_allclose(thrice / once, 3, rtol=0.02)
-
-
-def model_config():
-  """Wide enough for products to be most of the work."""
-  record = cases.config_record(text={"hidden_size": 128, "intermediate_size": 256}, vision={"out_hidden_size": 128})
-  return runs.Qwen3VLConfig.from_dict(record)

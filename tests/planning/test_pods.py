@@ -3,51 +3,41 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from experiments.configs import kepo, kepo_medvqa
-from kepo_jax import sharding, types
+from experiments.configs import kepo_medvqa
+from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import SIZES
-from kepo_jax.planning import benchmark, chips, floors, flops, hlo, memory, pods, topologies
-from kepo_jax.training import assembly, compiling, forward, programs
-from tests.planning.test_memory import SMALL
+from kepo_jax.planning import benchmark, chips, floors, hlo, memory, pods, topologies
+from kepo_jax.training import assembly, compiling
+from tests.planning import test_memory
+from tests.planning.test_memory import compiled_by, updated, with_text
 
 AXES = sharding.MESH_AXES
 LENGTHS = pods.Sizes(prompt_tokens=64, hinted_tokens=128, patches=64)
 CHIP = chips.Chip("a chip", 1e12, 1e11, 1e9, link=1e9, network=1e8)
-# Dimensions that divide over every mesh here.
-EVEN = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, vocab_size=1024))
+EVEN = with_text(vocab_size=1024)  # whose dimensions divide over every mesh here
 
 
 def config_of(**changes):
-  config = kepo.get_config()
-  config.sampling.max_new_tokens, config.exploration.hint_tokens = 32, 8
-  for name, value in changes.items():
-    section, field = name.split("__")
-    config[section][field] = value
-  return config
+  return test_memory.changed(**{"sampling__max_new_tokens": 32, "exploration__hint_tokens": 8} | changes)
 
 
-def run_of(mesh, student=EVEN, teacher=EVEN, **changes):
-  return pods.PodRun(config_of(**changes), {"student": student, "teacher": teacher}, mesh, LENGTHS)
+def run_of(mesh, **changes):
+  return pods.PodRun(config_of(**changes), {"student": EVEN, "teacher": EVEN}, mesh, LENGTHS)
 
 
-def topology_of(mesh, slices=1):
-  return topologies.Topology("v0:2x4", slices, tuple(mesh.devices.flat), CHIP)
+def topology_of(devices=tuple(range(8)), slices=1, chip=CHIP):
+  return topologies.Topology("v0:2x4", slices, tuple(devices), chip)
 
 
 def plan_of(run, slices=1, **settings):
-  return run.plan(topology_of(run.mesh, slices), compiled=lambda name, seconds: None, **settings)
+  return run.plan(topology_of(run.mesh.devices.flat, slices), compiled=lambda name, seconds: None, **settings)
 
 
-def compiled(run, call):
-  """Name -> text of the programs that a call compiles."""
-  seen = {}
-  with run._in_force(), compiling.watched(lambda each: seen.setdefault(each.name, each)):
-    call(run)
-  return {name: each.executable.as_text() for name, each in seen.items()}
+def program_of(cost=hlo.Cost(), runs=1, calls=1, resident=0.0):  # noqa: B008, it is frozen
+  return pods.ProgramPlan("update", "a program", runs, calls, 0, 0, 0, 0, resident, cost)
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +58,17 @@ def found(plan, phase, name):
 @pytest.mark.slow
 def test_every_program_of_a_step_compiles(plan):
   assert plan.failures == {} and plan.fits
-  assert [(each.phase, each.name) for each in plan.programs if "decode weights" not in each.name] == [
-    ("sampling", "the student's sampler"),
-    ("hints", "the teacher's sampler"),
-    ("candidates", "the student's sampler"),
-    ("scoring", "scoring by a frozen model"),
-    ("update", "the inputs of the loss"),
-    ("update", "the gradients"),
-    ("update", "the comparison of gradients"),
-    ("update", "the optimizer"),
+  assert [(each.phase, each.name, each.runs) for each in plan.programs if "decode weights" not in each.name] == [
+    ("sampling", "the student's sampler", 1),
+    ("hints", "the teacher's sampler", 2),
+    ("candidates", "the student's sampler", 2),
+    ("scoring", "scoring by a frozen model", 1),
+    ("update", "the inputs of the loss", 1),
+    # Every 20th step computes the gradients of two terms as well, and compares them.
+    ("update", "the gradients", 1.1),
+    ("update", "the comparison of gradients", 0.05),
+    ("update", "the optimizer", 1),
   ]
-  runs = {each.name: each.runs for each in plan.programs if each.phase == "update"}
-  # Every 20th step computes the gradients of two terms as well, and compares them.
-  assert list(runs.values()) == [1, 1.1, 0.05, 1]
-  assert {each.runs for each in plan.programs if each.phase in ("hints", "candidates")} == {2}
   # The student decodes from a copy, since its own weights are cut over fsdp. The teacher's are as well, and stay.
   layers = [each for each in plan.programs if each.name == "the decode weights of a layer"]
   assert [(each.phase, each.calls) for each in layers] == [("decode weights", 2)]
@@ -107,10 +94,10 @@ def test_what_is_there_while_a_program_runs(run, plan):
   stays = weights + moments + teacher + 2 * 4  # two counters
   assert found(plan, "sampling", "the student's sampler").resident == pytest.approx(stays + copy, abs=16)
   assert found(plan, "hints", "the teacher's sampler").resident == pytest.approx(stays + copy, abs=16)
-  gradients = found(plan, "update", "the gradients")
-  optimizer = found(plan, "update", "the optimizer")
+  gradients, optimizer, comparison = (
+    found(plan, "update", f"the {name}") for name in ("gradients", "optimizer", "comparison of gradients")
+  )
   assert gradients.results == pytest.approx(weights, rel=0.01)  # and figures
-  comparison = found(plan, "update", "the comparison of gradients")
   # The gradients of one term wait for those of the other.
   assert optimizer.resident == gradients.resident == comparison.resident - weights
   alone = run_of(run.mesh, log__gradients_every=0)
@@ -126,31 +113,26 @@ def test_what_is_there_while_a_program_runs(run, plan):
 
 @pytest.mark.slow
 def test_compiled_programs_have_the_products_of_the_traced_ones(run, plan):
-  """On a device an eighth, and of vision towers, which tensor does not cut, a quarter."""
-  config, where, tokens = run.config, {"chip": CHIP, "devices": 8}, run.config.sampling.max_new_tokens
-  token_loss = assembly.token_loss(config, benchmark.special_tokens(EVEN))
-  settings = assembly.update_settings(config)
+  # On a device an eighth, and of vision towers, which tensor does not cut, a quarter.
+  settings, where = assembly.update_settings(run.config), {"chip": CHIP, "devices": 8}
+  token_loss = assembly.token_loss(run.config, benchmark.special_tokens(EVEN))
+  samples, tokens = run.config.batch.rollouts, run.config.sampling.max_new_tokens
   with run._in_force():
-    experience = run.experience()
-    work = {
-      ("sampling", "the student's sampler"): floors.sampling(
-        EVEN, jnp.float32, run.prompts(8, 64), samples=config.batch.rollouts, new_tokens=tokens, **where
-      ),
-      ("scoring", "scoring by a frozen model"): floors.scoring(
-        EVEN, jnp.float32, experience.prompts, experience.tokens
-      ),
-      ("update", "the gradients"): floors.update(
-        EVEN, token_loss, settings, run.state, experience, run.targets(), **where
-      ),
-    }
-  shares = {name: found(plan, *name).cost.flops / each.flops for name, each in work.items()}
-  assert all(1 / 8 < share < 1.15 / 8 for share in shares.values()), shares
+    batch, targets = run.experience(), run.targets()
+    sampled = floors.sampling(EVEN, jnp.float32, run.prompts(8, 64), samples=samples, new_tokens=tokens, **where)
+    scored = floors.scoring(EVEN, jnp.float32, batch.prompts, batch.tokens)
+    learned = floors.update(EVEN, token_loss, settings, run.state, batch, targets, **where)
+  for phase, name, work in [
+    ("sampling", "the student's sampler", sampled),
+    ("scoring", "scoring by a frozen model", scored),
+    ("update", "the gradients", learned),
+  ]:
+    assert 1 / 8 < found(plan, phase, name).cost.flops / work.flops < 1.15 / 8, phase
 
 
 def test_projected_seconds_by_hand():
   program = hlo.Cost(2e12, 3e11, (hlo.Collective("all-reduce", 1e9, group=8, slices=2),))
-  each = pods.ProgramPlan("update", "a program", 3.0, 2, 1.0, 2.0, 0.0, 0.0, 0.0, program)
-  place = topologies.Topology("v0:2x4", 2, tuple(range(8)), CHIP)
+  each, place = program_of(program, runs=3.0, calls=2), topology_of(slices=2)
   # A ring of 4 in the slice, at the rate of a link. A quarter crosses.
   assert each.floors(place) == {"flops": 2.0, "hbm": 3.0, "link": 1.5, "network": 2.5}
   assert pods.PodPlan(place, {}, (each,), {}).step_seconds == 3 * 2 * (3.0 + 1.5 + 2.5)
@@ -165,8 +147,7 @@ def test_traffic_by_kind_and_axes():
     hlo.Collective("all-reduce", 1e9, 8, 2, groups=(tuple(range(8)),)),
     hlo.Collective("one-to-one", 1e7, 2, 2),
   )
-  program = pods.ProgramPlan("update", "a program", 1, 1, 0, 0, 0, 0, 0, hlo.Cost(0, 0, collectives))
-  found = pods.traffic(program, topologies.Topology("v0:2x4", 2, tuple(range(8)), CHIP), dict.fromkeys(AXES, 2))
+  found = pods.traffic(program_of(hlo.Cost(0, 0, collectives)), topology_of(slices=2), dict.fromkeys(AXES, 2))
   assert [(row.kind, row.over, row.sent, row.crossed) for row in found] == [
     ("all-reduce", AXES, 1.5e9, 2.5e8),
     ("all-reduce", ("tensor",), 3e9, 0),
@@ -175,34 +156,13 @@ def test_traffic_by_kind_and_axes():
   ]
 
 
-def test_a_program_that_is_not_parsed_is_no_refusal_of_the_compiler(mesh_of, monkeypatch):
-  def unknown(*arguments, **settings):
-    raise ValueError("1 loops")
-
-  monkeypatch.setattr(hlo, "cost", unknown)
-  with pytest.raises(ValueError, match=r"\(decode weights\) compiles, and its text is not understood: 1 l"):
-    plan_of(run_of(mesh_of(fsdp=2)))
-
-
-def test_flops_of_one_device_are_those_of_the_traced_program(mesh_of):
-  run = run_of(mesh_of())
-  text = compiled(run, pods.PodRun.targets)["scoring by a frozen model"]
-  experience = run.experience()
-  expected = flops.count(
-    lambda *arguments: forward.target(EVEN, *arguments, parts=1),
-    model.abstract_params(EVEN, jnp.float32),
-    experience.prompts,
-    experience.tokens,
-  )
-  assert hlo.cost(text).flops == pytest.approx(expected, rel=0.02)
-
-
 CACHE = (8, 2, 8, 32, 32)  # P, heads, G, T, width of keys and of values
 
 
 def test_no_weight_and_no_cache_is_gathered_for_a_token_of_the_student(run):
-  texts = compiled(run, lambda run: run.programs.rollout(run.actor(), run.prompts(8, 64), run._key))
-  text, tokens = texts["the student's sampler"], pods.token_turns(32)
+  run = run_of(run.mesh)  # what has compiled once is not seen again
+  programs = compiled_by(run, lambda run: run.programs.rollout(run.actor(), run.prompts(8, 64), run._key))
+  text, tokens = programs["the student's sampler"].as_text(), pods.token_turns(32)
   layer = sum(4 * x.size for x in jax.tree.leaves(model.abstract_params(EVEN)["language_model"]["layers"])) / 2
   gathered = hlo.cost(text, turns=tokens).sent.get("all-gather", 0.0)
   assert gathered < layer / 10  # in 31 turns together
@@ -213,9 +173,9 @@ def test_no_weight_and_no_cache_is_gathered_for_a_token_of_the_student(run):
 
 
 def teacher_sampler_of(mesh, prompts):
-  texts = compiled(run_of(mesh), lambda run: run.programs.hint(run.prompts(prompts, 64), run._key))
-  assert list(texts) == ["the teacher's sampler"]  # and nothing that would copy its weights
-  return texts["the teacher's sampler"]
+  found = compiled_by(run_of(mesh), lambda run: run.programs.hint(run.prompts(prompts, 64), run._key))
+  assert list(found) == ["the teacher's sampler"]  # and nothing that would copy its weights
+  return found["the teacher's sampler"].as_text()
 
 
 def assert_only_sums_are_sent(text, tensor):
@@ -244,86 +204,56 @@ def test_prompts_that_do_not_divide_gather_no_weight_and_are_not_repeated(mesh_o
   assert split < 0.35 * whole
 
 
-def paper_run(mesh, **changes):
+def paper_run(mesh, prompts):
   config = kepo_medvqa.get_config()
-  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  config.batch.prompts = prompts
   return pods.PodRun(config, {"student": SIZES["Qwen3-VL-2B"], "teacher": SIZES["Qwen3-VL-32B"]}, mesh, LENGTHS)
-
-
-def updated(run):
-  return run.programs.update.rehearse(run.state, run.experience(), run.targets(), compare=False)
-
-
-PROMPTS = 6  # a size that nothing else has
-
-
-def whole_in(run, least):
-  """Program, shape of arrays that a device carries through a loop or is left with, and that are not cut over the mesh.
-
-  The batch is cut if its prompts are, a weight if any of its dimensions is.
-  """
-  texts = compiled(run, updated)
-  assert set(texts) == {"scoring by a frozen model", "the inputs of the loss", "the gradients", "the optimizer"}
-  weights = [x for each in run.models.values() for x in jax.tree.leaves(each.params) if len(x.shape) > 1]
-  # A share of one weight may have the shape of another.
-  whole = {tuple(sorted(x.shape)) for x in weights}
-  whole -= {tuple(sorted(x.sharding.shard_shape(x.shape))) for x in weights if not x.sharding.is_fully_replicated}
-  return {
-    (name, array.shape)
-    for name, program in ((name, hlo.Program(text)) for name, text in texts.items())
-    for array in [*program.carried(), *program.results()]
-    if array.size >= least and (PROMPTS in array.shape or tuple(sorted(array.shape)) in whole)
-  }
 
 
 @pytest.mark.slow
 def test_no_program_of_the_paper_makes_anything_large_whole(mesh_of):
-  run = paper_run(mesh_of(fsdp=2, tensor=4), batch__prompts=PROMPTS)
-  assert whole_in(run, pods.LARGE) == set()
+  prompts = 6  # a size that nothing else has
+  run = paper_run(mesh_of(fsdp=2, tensor=4), prompts)
+  executables = compiled_by(run, updated)
+  assert set(executables) == {"scoring by a frozen model", "the inputs of the loss", "the gradients", "the optimizer"}
+  weights = [x for each in run.models.values() for x in jax.tree.leaves(each.params) if len(x.shape) > 1]
+  # A weight is cut if any of its dimensions is; a share of one weight may have the shape of another.
+  whole = {tuple(sorted(x.shape)) for x in weights}
+  whole -= {tuple(sorted(x.sharding.shard_shape(x.shape))) for x in weights if not x.sharding.is_fully_replicated}
+  for name, executable in executables.items():
+    program = hlo.Program(executable.as_text())
+    for array in [*program.carried(), *program.results()]:
+      cut = prompts not in array.shape and tuple(sorted(array.shape)) not in whole
+      assert cut or array.size < pods.LARGE, (name, array.shape)
 
 
-def uneven(trees):
-  """Names of the trees that are cut less than they should be: name -> (tree, devices, those of a vision tower).
-
-  What has one axis is not.
-  """
-  names = set()
-  for name, (tree, cut, tower) in trees.items():
-    large = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree) if leaf.ndim > 1]
-    towers = ["visual" in jax.tree_util.keystr(path) for path, _ in large]
-    bytes_of = [leaf.size * leaf.dtype.itemsize for _, leaf in large]
-    least = sum(size / (tower if inside else cut) for size, inside in zip(bytes_of, towers, strict=True))
-    if pods.bytes_per_device([leaf for _, leaf in large]) > 1.01 * least:
-      names.add(name)
-  return names
+def excess(tree, cut, tower):
+  """Bytes of a tree on a device over those of a tree that is cut over so many; what has one axis is not cut."""
+  large = [(jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(tree) if x.ndim > 1]
+  least = sum(x.size * x.dtype.itemsize / (tower if "visual" in path else cut) for path, x in large)
+  return pods.bytes_per_device([x for _, x in large]) / least
 
 
 def test_what_the_paper_holds_is_cut_as_far_as_the_table_says(mesh_of):
   for data, fsdp, tensor in ((1, 8, 1), (2, 2, 2), (1, 2, 4)):
-    run = paper_run(mesh_of(data, fsdp, tensor), batch__prompts=16)
+    run = paper_run(mesh_of(data, fsdp, tensor), 16)
     with run._in_force():
       # Weights and moments over fsdp and tensor, a vision tower over fsdp alone; rows over data and fsdp.
-      trees = {
-        "state": ((run.state.params, run.state.opt_state), fsdp * tensor, fsdp),
-        "teacher": (run.models["teacher"].params, fsdp * tensor, fsdp),
-        "batch": (run.experience(), data * fsdp, data * fsdp),
-      }
-    assert uneven(trees) == set(), run.mesh
-    assert [pods.replicated(tree) for tree, _, _ in trees.values()] == [{}] * 3, run.mesh
+      held = [(run.experience(), data * fsdp, data * fsdp)]
+      held += [((run.state.params, run.state.opt_state), fsdp * tensor, fsdp)]
+      held += [(run.models["teacher"].params, fsdp * tensor, fsdp)]
+    for tree, *share in held:
+      assert excess(tree, *share) < 1.01 and pods.replicated(tree) == {}, run.mesh
 
 
 def test_copies_and_scores_are_cut_as_far_as_the_table_says(run):
   with run._in_force():
-    # A copy that decodes over tensor alone, its vision tower whole.
-    trees = {"decode": (run.actor(), 2, 1), "hidden": ([each.hidden for each in run.targets()], 4, 4)}
-  assert uneven(trees) == set()
+    assert excess(run.actor(), 2, 1) < 1.01  # decodes over tensor alone, its vision tower whole
+    assert excess([each.hidden for each in run.targets()], 4, 4) < 1.01
 
 
-def test_turns_of_the_loops_of_a_sampler():
+def test_sizes_and_turns_of_a_run():
   assert [pods.token_turns(tokens) for tokens in (24, 256, 1024)] == [(23,), (255,), (255, 256, 256, 256)]
-
-
-def test_sizes_are_those_of_the_estimate():
   assert pods.bucket_sizes(kepo_medvqa.get_config()) == pods.Sizes(512, 1024, 576)
   assert pods.bucket_sizes(config_of(data__prompt_buckets=(64,))) == pods.Sizes(64, 64, 64)
 
@@ -344,19 +274,15 @@ def test_what_does_not_compile_is_told(mesh_of, monkeypatch):
 
 
 def test_the_first_suggestion_is_the_smallest_change_that_should_fit():
-  config, models = config_of(batch__micro_batches=1, mesh__data=8), {"student": EVEN, "teacher": EVEN}
-
   def estimated(config):
-    mesh = {name: config.mesh[name] for name in ("data", "fsdp", "tensor")}
-    return types.RunPlan(config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0)
+    return dataclasses.replace(test_memory.plan(EVEN, EVEN, dict(config.mesh)), config=config)
 
-  now, few = (
-    memory.estimate(estimated(each))["peak"] for each in (config, config_of(batch__micro_batches=2, mesh__data=8))
-  )
+  config, half = (config_of(batch__micro_batches=parts, mesh__data=8) for parts in (1, 2))
+  now, few = (memory.estimate(estimated(each))["peak"] for each in (config, half))
   assert few < now
   # A limit that two micro-batches reach; the compiled peak equals the estimate here.
-  place = topologies.Topology("v0:2x4", 1, tuple(range(8)), dataclasses.replace(CHIP, memory=(few + 1) / pods.LIMIT))
-  stuck = pods.PodPlan(place, {}, (pods.ProgramPlan("update", "a program", 1, 1, 0, 0, 0, 0, now, hlo.Cost()),), {})
+  place = topology_of(chip=dataclasses.replace(CHIP, memory=(few + 1) / pods.LIMIT))
+  stuck = pods.PodPlan(place, {}, (program_of(resident=now),), {})
   assert not stuck.fits
   fields, changed = next(pods.suggestion(config, estimated, stuck))
   assert fields == {"batch.micro_batches": 2} and changed.batch.micro_batches == 2
@@ -370,15 +296,3 @@ def test_changes_keep_the_number_of_devices_and_leave_each_slice_its_share_of_da
       assert changed.batch.prompts % changed.batch.micro_batches == 0, fields
       meshes += [changed.mesh] if "mesh.data" in fields else []
     assert min(mesh.data for mesh in meshes) == slices and all(mesh.data % slices == 0 for mesh in meshes)
-
-
-def test_decode_weights_are_those_of_one_program(mesh_of):
-  """A layer at a time gives what all at once would."""
-  mesh = mesh_of(fsdp=2, tensor=2)
-  shapes = model.abstract_params(EVEN, jnp.float32)
-  params = jax.tree.map(lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape), shapes)
-  expected = jax.device_get(model.separated(params))
-  params = jax.device_put(params, sharding.weight_shardings(mesh, shapes, model.logical_axes(EVEN)))
-  made = jax.device_get(programs.decode_weights_program(EVEN, params, jnp.bfloat16)(params))
-  assert jax.tree.structure(made) == jax.tree.structure(expected)
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), made, expected)

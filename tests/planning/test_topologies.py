@@ -2,21 +2,16 @@
 
 import dataclasses
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.configs import kepo
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.planning import benchmark, chips, pods, topologies
-
-
-@dataclasses.dataclass
-class Device:
-  device_kind: str
-  platform: str = "tpu"
+from tests.planning import test_memory
 
 
 def test_a_name_of_another_form_and_two_numbers_of_slices_are_refused():
@@ -34,10 +29,15 @@ def test_without_libtpu_the_way_out_is_said(monkeypatch):
 
 
 def test_a_core_has_its_share():
-  chip, core = (topologies._chip(Device("TPU v4"), cores) for cores in (1, 2))
+  def chip_of(kind, cores):
+    return topologies._chip(types.SimpleNamespace(device_kind=kind, platform="tpu"), cores)
+
+  chip, core = (chip_of("TPU v4", cores) for cores in (1, 2))
   assert chip == chips.CHIPS["TPU v4"] and core.name == "TPU v4, one core"
   assert (core.flops, core.memory, core.link) == (chip.flops / 2, chip.memory / 2, chip.link / 2)
-  assert topologies._chip(Device("TPU7x"), 2) is chips.CHIPS["TPU7"]  # the data sheet is that of a core
+  assert chip_of("TPU7x", 2) is chips.CHIPS["TPU7"]  # the data sheet is that of a core
+  with pytest.raises(ValueError, match=r"nothing is known about TPU v99; kepo_jax/planning/chips.py has \["):
+    chip_of("TPU v99", 1)
 
 
 def test_a_mesh_takes_all_chips_as_a_pod_does():
@@ -45,11 +45,6 @@ def test_a_mesh_takes_all_chips_as_a_pod_does():
   assert found.mesh(-1, 2, 2).size == len(jax.devices()) == 8
   with pytest.raises(ValueError, match=r"leaves 4 of the 8 chips of v5e:2x4 idle; set mesh.data=-1"):
     found.mesh(1, 2, 2)
-
-
-def test_an_unknown_chip_is_refused():
-  with pytest.raises(ValueError, match=r"nothing is known about TPU v99; kepo_jax/planning/chips.py has \["):
-    topologies._chip(Device("TPU v99"), 1)
 
 
 @pytest.mark.tpu
@@ -79,13 +74,6 @@ def test_only_the_data_axis_spans_slices():
 
 
 @pytest.mark.tpu
-def test_an_axis_may_take_part_of_a_physical_one():
-  mesh = topologies.topology("v5e:4x4").mesh(1, 2, 8)
-  assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 8}
-  assert len(set(mesh.devices.flat)) == 16
-
-
-@pytest.mark.tpu
 def test_groups_of_a_mesh_are_lines_of_neighbours():
   place = topologies.topology("v5e:16x16", 2)
   mesh = place.mesh(8, 8, 8)
@@ -101,11 +89,9 @@ def test_groups_of_a_mesh_are_lines_of_neighbours():
 @pytest.mark.tpu
 def test_a_step_compiles_for_tpus():
   place = topologies.topology("v5e:2x2", 2)
-  config = kepo.get_config()
-  config.model.compute_dtype = config.model.teacher_dtype = "bfloat16"
-  config.model.remat = "full"
-  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
-  config.log.gradients_every = 0
+  fields = {f"mesh__{axis}": 2 for axis in ("data", "fsdp", "tensor")} | {"log__gradients_every": 0}
+  fields |= {"model__compute_dtype": "bfloat16", "model__teacher_dtype": "bfloat16", "model__remat": "full"}
+  config = test_memory.changed(**fields)
   text = dataclasses.replace(benchmark.MEDIUM.text, num_hidden_layers=2, vocab_size=2048)
   vision = dataclasses.replace(benchmark.MEDIUM.vision, depth=2, deepstack_visual_indexes=(0,))
   small = dataclasses.replace(benchmark.MEDIUM, text=text, vision=vision)
