@@ -2,7 +2,6 @@ import functools
 
 import jax
 import numpy as np
-import pytest
 
 from kepo_jax.objectives import weights
 
@@ -53,10 +52,3 @@ def test_a_closed_gate_is_silent_and_an_open_one_is_uniform():
   for normaliser, uniform in (("gated_tokens", "token_mean"), ("group_mean", "sequence_mean")):
     np.testing.assert_array_equal(closed[normaliser], 0.0)
     np.testing.assert_array_equal(opened[normaliser], opened[uniform])
-
-
-def test_unknown_names_are_refused():
-  with pytest.raises(ValueError, match="sequence_mean"):
-    weights.aggregation_weights(MASK, aggregation="mean", length=T)
-  with pytest.raises(ValueError, match="gated_tokens"):
-    weights.distill_weights(MASK, GATE, normaliser="group")
