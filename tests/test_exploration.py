@@ -133,14 +133,6 @@ def test_what_is_accepted_is_up_to_the_rule_for_each_prompt_and_round():
     assert [[c.attempt for c in accepted[row]] for row in (0, 1)] == expected, rule
 
 
-def test_no_budget_asks_for_nothing():
-  for budget in ({"rounds": 0}, {"replacements": 0}):
-    student = Student({0: 1})
-    outcome = explore(student, [0], **budget)
-    assert outcome == exploration.Exploration(accepted={0: []}, candidates={0: []}, hints={0: []})
-    assert student.calls == student.asked == []
-
-
 def test_a_hint_that_is_given_once_is_asked_once():
   student = Student({2: 1, 5: 3})
   outcome = explore(student, [2, 5], hints="once")

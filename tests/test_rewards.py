@@ -189,10 +189,8 @@ def test_conventions():
   bracket = "<think>a</think><answer>(b)</answer>"
   for name, completion, accuracy, well_formed in (
     ("med_r1", RIGHT, 1, 1),
-    ("med_r1", "<answer>B</answer>", 1, 0),
     ("med_r1", bracket, 0, 1),
     ("medvlm_r1", "<think>a</think><answer>B) Brain</answer>", 0.5, 1),
-    ("medvlm_r1", "<think>a</think><ANSWER>B</ANSWER>", 1, 0),
     ("no_think", "<answer>A</answer>", 0, 1),
     ("no_think", RIGHT, 1, 0),
     ("lenient", bracket, 1, 1),
