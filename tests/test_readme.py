@@ -19,12 +19,10 @@ README = (ROOT / "README.md").read_text()
 
 def test_every_target_and_field_of_the_readme_exists():
   makefile, config = (ROOT / "Makefile").read_text(), kepo.get_config()
-  targets = set(re.findall(r"\bmake ([a-z-]+)", README))
-  assert {"demo", "test"} <= targets
-  assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
-  fields = re.findall(r"--config\.([a-z_]+)\.([a-z_]+)=", README)
-  assert len(fields) > 5
-  assert [field for field in fields if field[1] not in config[field[0]]] == []
+  for target in re.findall(r"\bmake ([a-z-]+)", README):
+    assert re.search(rf"^{target}:", makefile, re.M), target
+  for section, field in re.findall(r"--config\.([a-z_]+)\.([a-z_]+)=", README):
+    assert field in config[section], (section, field)
 
 
 MORE = """

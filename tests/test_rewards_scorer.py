@@ -89,10 +89,7 @@ def test_the_scorer_weighs_and_adds():
   # 2 a + 0 f - 0.25 length: RIGHT is 34 characters long, "B" one.
   total = scorer(2.0, 0.0, length=(length, -0.25))([[RIGHT, "B"]], [BRAIN])["total"]
   assert total.tolist() == [[2 - 8.5, 2 - 0.25]]
-
-
-def test_each_group_is_scored_with_its_own_question():
-  # The gold letters are B and A.
+  # Each group with its own question: the gold letters are B and A.
   chest = dataclasses.replace(BRAIN, answer="A")
   assert scorer()([["B", "A"], ["B", "A"]], [BRAIN, chest])["accuracy"].tolist() == [[1, 0], [0, 1]]
 

@@ -19,13 +19,12 @@ def processor():
 
 @pytest.fixture
 def drawn(tmp_path, rng):
-  """Questions about one picture, two pictures of unlike sizes, and none."""
+  """Questions about one picture, two pictures of unlike sizes, and none, in the same words."""
   paths = [str(tmp_path / f"{n}.png") for n in range(3)]
   for path, size in zip(paths, ((64, 64), (96, 64), (64, 128)), strict=True):
     Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
-  return [
-    dataclasses.replace(example(f"q{n}"), images=tuple(each)) for n, each in enumerate((paths[:1], paths[1:], ()))
-  ]
+  shown = enumerate((paths[:1], paths[1:], ()))
+  return [dataclasses.replace(example("q"), id=f"q{n}", images=tuple(each)) for n, each in shown]
 
 
 def differing(first, second):

@@ -43,11 +43,6 @@ def test_padding_changes_nothing():
     np.testing.assert_array_equal(padded[..., T:], 0.0, err_msg=name)
 
 
-def test_nothing_to_weigh_gives_exact_zeros():
-  for name, actual in all_weights(np.zeros_like(MASK), GATE).items():
-    np.testing.assert_array_equal(actual, 0.0, err_msg=name)
-
-
 def test_a_closed_gate_is_silent_and_an_open_one_is_uniform():
   closed, opened = all_weights(MASK, np.zeros_like(GATE)), all_weights(MASK, np.ones_like(GATE))
   for normaliser, uniform in (("gated_tokens", "token_mean"), ("group_mean", "sequence_mean")):

@@ -1,7 +1,6 @@
 """One process of whole runs: python -m tests.training.several FOLDER COORDINATOR COUNT NUMBER [RUN ...].
 
-RUN is a mesh, "whole" or "run", the names of runs that are alike, or something that goes wrong on one of the processes,
-see `FAULTS`; one after the other. What becomes of each is a line of FOLDER/NUMBER.
+RUN is a mesh, one of `FAULTS`, or a name. What becomes of each is a line of FOLDER/NUMBER.
 """
 
 import contextlib
@@ -30,8 +29,6 @@ def say(text):
 
 
 class Start(Hook):
-  """Says from which step the run goes on."""
-
   def start(self, plan):
     say(f"start {plan.start_step}")
 

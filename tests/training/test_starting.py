@@ -61,20 +61,15 @@ def test_another_step_than_the_one_that_was_begun():
   assert ahead.take(state_of("b"), 4).examples == ["question 4"]
 
 
-def test_a_step_that_cannot_be_prepared_fails_in_its_turn():
-  run = run_of(fails=[2])
-  ahead = starting.Ahead(run)
-  ahead.begin(state_of("a"), 2)
-  with pytest.raises(ValueError, match="no image in step 2"):
-    ahead.take(state_of("a"), 2)
-
-
-def test_a_method_that_does_not_sample():
-  run = run_of(own=0)
+def test_a_method_that_does_not_sample_and_a_step_that_fails_in_its_turn():
+  run = run_of(own=0, fails=[2])
   ahead = starting.Ahead(run)
   ahead.begin(state_of("a"), 1)
   begun = ahead.take(state_of("a"), 1)
   assert begun.rollouts is None and begun.actor is None and begun.examples == ["question 1"] and not run.log
+  ahead.begin(state_of("a"), 2)
+  with pytest.raises(ValueError, match="no image in step 2"):
+    ahead.take(state_of("a"), 2)
 
 
 def test_the_teacher_is_asked_before_texts_are_read_and_without_the_students_copy():
