@@ -1,7 +1,6 @@
 """One of two processes of four devices, without a run: python -m tests.several NUMBER FILE.
 
-Both are started as SLURM starts them, and do one thing after the other. What one finds goes to FILE, a line of JSON
-each: the libraries write to the standard output whenever they like.
+What one finds goes to FILE, a line of JSON each: the libraries write to the standard output whenever they like.
 """
 
 import contextlib
@@ -47,8 +46,7 @@ def gather(number):
   counter, sizes = CompileCounter(), []
   values = ["", "é" * 3], ["a" * (3 * processes.CHUNK), "b"], ["c", "d" * (2 * processes.CHUNK)]
   for both in values:
-    found = processes.gathered(lambda both=both: {"number": number, "text": both[number]})
-    assert [each["text"] for each in found] == both and [each["number"] for each in found] == [0, 1]
+    assert processes.gathered(lambda both=both: {"text": both[number]}) == [{"text": text} for text in both]
     sizes.append(counter.figures()["compiled/programs"])
   say("gather", compiled=sizes)
   say("gather", flags=processes.any_process(number == 1, False, True))
@@ -78,15 +76,12 @@ def fail(number):
   say("fail", first=processes.on_first(lambda: f"é{number}"))
 
 
-def rollouts(prompts, samples):
-  tokens = np.arange(prompts * samples, dtype=np.int32).reshape(prompts, samples, 1)
-  return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
-
-
-def groups_of(mesh, shape, reward):
+def groups_of(axes, shape, reward):
   judge = rewards.Scorer({"accuracy": (reward, 1.0), "format": (rewards.strict_format, 1.0)})
-  with jax.set_mesh(mesh):
-    return grouping.scored_groups(Processor(), [example(f"q{p}") for p in range(shape[0])], rollouts(*shape), judge)
+  tokens = np.arange(np.prod(shape), dtype=np.int32).reshape(*shape, 1)
+  rollouts = Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
+  with jax.set_mesh(sharding.make_mesh(*axes)):
+    return grouping.scored_groups(Processor(), [example(f"q{p}") for p in range(shape[0])], rollouts, judge)
 
 
 # Meshes that hold the rows of a batch in different ways: (mesh, (prompts, rollouts)).
@@ -102,44 +97,29 @@ def score(_):
       scored.append(int(completion.strip("[]")))
       return scored[-1] / 3
 
-    groups = groups_of(sharding.make_mesh(*axes), shape, reward)
+    groups = groups_of(axes, shape, reward)
     expected = (np.arange(np.prod(shape)) / 3).astype(np.float32).reshape(shape)
-    np.testing.assert_array_equal(groups.scores["accuracy"], expected)
     np.testing.assert_array_equal(groups.scores["total"], expected)
     assert groups.texts.tolist() == [[f"[{p * shape[1] + g}]" for g in range(shape[1])] for p in range(shape[0])]
     say("score", scored=scored)
 
 
-def refuse(_):
-  """A reward that is no number for a rollout of the second process."""
-  with told("refuse"):
-    groups_of(sharding.make_mesh(8), (8, 2), lambda completion, _: float("nan") if completion == "[13]" else 0.0)
-
-
 def look(number):
-  """Images of which each process has copies, some of them damaged, and what both make of that."""
-  folder, questions, calls = pathlib.Path(sys.argv[-1]).with_name(f"images-{number}"), [], []
+  """Images of which each process has copies, one of them damaged, and what both make of that."""
+  folder, questions, summaries = pathlib.Path(sys.argv[-1]).with_name(f"images-{number}"), [], []
   folder.mkdir()
   for name in range(5):
     Image.effect_noise((64, 64), 50).save(folder / f"{name}.png")
     questions.append(dataclasses.replace(example(f"q{name}"), images=(str(folder / f"{name}.png"),)))
   whole = (folder / "3.png").read_bytes()
-  if number:
-    (folder / "3.png").write_bytes(whole[: len(whole) // 2])
+  (folder / "3.png").write_bytes(whole[: len(whole) // (1 + number)])
 
   def refusals(split, examples):
     say("look", measured=[each.id for each in examples])
     return {each.id: Rejected("prompt_too_long", "9 tokens") for each in examples if number and each.id == "set/q1"}
 
-  summaries = []
-  kept = question_checks.with_readable_images(
-    {"train": questions},
-    lenient=True,
-    progress=lambda done, total: calls.append([done, total]),
-    refusals=refusals,
-    report=summaries.append,
-  )
-  say("look", decoded=calls)
+  settings = {"progress": lambda done, total: None, "refusals": refusals, "report": summaries.append}
+  kept = question_checks.with_readable_images({"train": questions}, lenient=True, **settings)
   say("look", kept=[each.id for each in kept["train"]], rules=dict(summaries[0].rules), first=summaries[0].first)
 
 
@@ -166,7 +146,7 @@ def main(number):
   environment.define_process_flags()
   flags.FLAGS(["several"])
   say("join", several=environment.join_processes(), number=jax.process_index(), count=jax.process_count())
-  for work in (gather, fail, score, refuse, look, export):
+  for work in (gather, fail, score, look, export):
     work(number)
   say("end")
   # Leaves when its input ends, without jax's exit handlers: their last meeting sometimes takes minutes.
@@ -177,6 +157,6 @@ def main(number):
 if __name__ == "__main__":
   try:
     main(int(sys.argv[1]))
-  except BaseException:
+  except BaseException:  # noqa: BLE001 - whatever ends it, jax's exit handlers would wait for the other process
     traceback.print_exc()
     os._exit(1)

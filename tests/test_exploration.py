@@ -1,7 +1,3 @@
-"""Exploration: rounds, acceptance, slots and figures, on candidates made by hand."""
-
-import itertools
-
 import numpy as np
 import pytest
 
@@ -13,16 +9,8 @@ GOOD = "<think> the left lobe is dark </think><answer> B </answer>"
 
 
 def candidate(text=GOOD, *, accurate=True, well_formed=True, hint="look left"):
-  tokens = np.arange(4, dtype=np.int32)
-  return exploration.Candidate(
-    tokens=tokens,
-    logps=np.zeros(4, np.float32),
-    mask=np.ones(4, bool),
-    text=text,
-    hint=hint,
-    accurate=accurate,
-    well_formed=well_formed,
-  )
+  arrays = {"tokens": np.arange(4, dtype=np.int32), "logps": np.zeros(4, np.float32), "mask": np.ones(4, bool)}
+  return exploration.Candidate(**arrays, text=text, hint=hint, accurate=accurate, well_formed=well_formed)
 
 
 class Student:
@@ -40,10 +28,9 @@ class Student:
     return [[candidate(accurate=attempt >= self.succeeds_at[row]) for _ in range(self.candidates)] for row in rows]
 
 
-def explore(student, failed, rounds=5, replacements=2, **settings):
-  return exploration.explore(
-    failed, student.ask_hints, student.sample_hinted, rounds=rounds, replacements=replacements, **settings
-  )
+def explore(student, failed, rounds=5, **settings):
+  settings = {"replacements": 2} | settings
+  return exploration.explore(failed, student.ask_hints, student.sample_hinted, rounds=rounds, **settings)
 
 
 def test_texts_that_reveal_help():
@@ -78,44 +65,23 @@ def test_a_quotation_is_twelve_words_in_a_row():
   assert not exploration.quotes("anything", "a short hint")
 
 
-# ---- acceptance ----
-
 FLAWS = {"accurate": {"accurate": False}, "well_formed": {"well_formed": False}, "silent": {"text": "the hint says B"}}
 
 
 def test_which_flaws_a_rule_forgives():
+  good, other = candidate(), candidate("<think>b</think><answer> B </answer>")
   for settings, forgiven in (
     ({}, set()),
-    ({"rule": "accurate_and_formatted"}, set()),
-    ({"rule": "accurate"}, {"well_formed"}),
-    ({"rule": "all_or_none"}, set()),
+    ({"rule": "all_or_none_accurate"}, {"well_formed"}),
     ({"leak_filter": False}, {"silent"}),
-    ({"rule": "accurate", "leak_filter": False}, {"well_formed", "silent"}),
   ):
     accept = exploration.Acceptance(**settings)
-    assert len(accept([candidate()])) == 1
-    assert {name for name, flaw in FLAWS.items() if accept([candidate(**flaw)])} == forgiven, settings
-
-
-def test_candidates_are_accepted_one_by_one_or_together():
-  good, wrong, other = candidate(), candidate(accurate=False), candidate("<think>b</think><answer> B </answer>")
-  one_by_one, together = exploration.Acceptance(), exploration.Acceptance("all_or_none")
-  assert one_by_one([good, wrong, other]) == [good, other]
-  assert one_by_one([wrong]) == one_by_one([]) == together([]) == []
-  assert together([good, other]) == [good, other]
-  for flaw in FLAWS.values():
-    assert together([good, other, candidate(**flaw)]) == []
-  # Without the filter a leak is no flaw, alone or together.
-  leaking = [good, candidate(**FLAWS["silent"])]
-  assert exploration.Acceptance("all_or_none", leak_filter=False)(leaking) == leaking
-
-
-def test_quoted_words_are_refused_where_they_are_counted():
-  hint = "The dark rim on the left"  # six words
-  quoting = candidate("<think> A dark rim: on the left! </think><answer> B </answer>", hint=hint)  # the last five
-  accepted = [bool(exploration.Acceptance(quoted_words=words)([quoting])) for words in (0, 4, 5, 6, 12)]
-  assert accepted == [True, False, False, True, True]
-  assert not quoting.quotes_hint  # the logged figure counts twelve, whatever is refused
+    assert accept([good, other]) == [good, other] and accept([]) == []
+    for name, flaw in FLAWS.items():
+      flawed = candidate(**flaw)
+      # What is refused takes the others along, or does not.
+      left = [] if "rule" in settings else [good]
+      assert accept([good, flawed]) == ([good, flawed] if name in forgiven else left), (settings, name)
 
 
 def test_triggers():
@@ -127,15 +93,12 @@ def test_triggers():
 
 
 def test_unknown_names_are_refused():
-  with pytest.raises(ValueError, match="exploration.acceptance='some' is unknown; use one of .*all_or_none"):
+  with pytest.raises(ValueError, match="exploration.acceptance='some' is unknown; use one of"):
     exploration.Acceptance("some")([])
   with pytest.raises(ValueError, match="exploration.trigger='sometimes' is unknown; use one of .*'always'"):
     exploration.triggered(np.zeros((1, 2)), np.zeros((1, 2)), "sometimes")
   with pytest.raises(ValueError, match="exploration.hints='twice' is unknown; use one of .*'once'"):
     explore(Student({}), [], hints="twice")
-
-
-# ---- rounds ----
 
 
 def test_each_prompt_stops_when_it_has_enough_and_gets_a_new_hint_each_round():
@@ -165,34 +128,11 @@ def test_what_is_accepted_is_up_to_the_rule_for_each_prompt_and_round():
 
   student = Student({})
   student.sample_hinted = sample_hinted
-  # Of the first prompt, by default the second candidate of each round (two are wanted: no room for the third); by
-  # accuracy the first two; together none (the first is never well formed), or, by accuracy, those of the second round.
-  for rule, expected in (
-    ("accurate_and_formatted", [[1, 2], [2, 2]]),
-    ("accurate", [[1, 1], [2, 2]]),
-    ("all_or_none", [[], [2, 2]]),
-    ("all_or_none_accurate", [[2, 2], [2, 2]]),
-  ):
+  # Of the first prompt, by default the second candidate of each round (two are wanted: no room for the third);
+  # together, by accuracy, those of the second round.
+  for rule, expected in (("accurate_and_formatted", [[1, 2], [2, 2]]), ("all_or_none_accurate", [[2, 2], [2, 2]])):
     accepted = explore(student, [0, 1], rounds=2, accept=exploration.Acceptance(rule)).accepted
     assert [[c.attempt for c in accepted[row]] for row in (0, 1)] == expected, rule
-
-
-def test_no_budget_asks_for_nothing():
-  for budget, hints in itertools.product(({"rounds": 0}, {"replacements": 0}), exploration.HINTS):
-    student = Student({0: 1})
-    outcome = explore(student, [0], hints=hints, **budget)
-    assert outcome == exploration.Exploration(accepted={0: []}, candidates={0: []}, hints={0: []})
-    assert student.calls == student.asked == []
-
-
-def test_unparsed_hints_are_counted_and_survived():
-  student = Student({0: 1, 1: 1})
-  student.ask_hints = lambda rows, attempt: ["no tags" if row == 0 else "<hint> ok </hint>" for row in rows]
-  outcome = explore(student, [0, 1], rounds=3)
-  assert (outcome.hints_asked, outcome.hints_unparsed) == (4, 3)
-  assert not outcome.accepted[0]
-  assert len(outcome.accepted[1]) == 2
-  assert [rows for rows, _ in student.calls] == [(1,)]  # without a hint nothing is sampled
 
 
 def test_a_hint_that_is_given_once_is_asked_once():
@@ -204,46 +144,33 @@ def test_a_hint_that_is_given_once_is_asked_once():
   assert [c.attempt for c in outcome.accepted[5]] == [3, 3]
 
 
-def test_a_hint_that_cannot_be_parsed_is_asked_again_in_the_next_round():
+def test_a_hint_that_cannot_be_parsed_is_counted_and_asked_again_in_the_next_round():
   student = Student({0: 9, 1: 9})
   replies = {(0, 1): "<hint> </hint>", (0, 2): "none", (0, 3): "<hint> third </hint>", (1, 1): "<hint> first </hint>"}
-  asked = []
-
-  def ask_hints(rows, attempt):
-    asked.append((tuple(rows), attempt))
-    return [replies[row, attempt] for row in rows]
-
-  student.ask_hints = ask_hints
+  student.ask_hints = lambda rows, attempt: [replies[row, attempt] for row in rows]
   outcome = explore(student, [0, 1], rounds=4, hints="once")
-  assert asked == [((0, 1), 1), ((0,), 2), ((0,), 3)]
   assert (outcome.hints_asked, outcome.hints_unparsed) == (4, 2)
   assert outcome.hints == {row: [text for (of, _), text in replies.items() if of == row] for row in (0, 1)}
+  # Without a hint nothing is sampled.
   assert student.calls == [((1,), ("first",))] * 2 + [((0, 1), ("third", "first"))] * 2
 
 
-# ---- slots and figures ----
-
-
-def slots_of(outcome, rollouts, step):
-  """(prompt, slot) of every injection."""
-  return [(i.prompt, i.slot) for i in exploration.injections(outcome, rollouts, seed=(0, step))]
-
-
 def test_slots_are_distinct_and_belong_to_step_and_prompt():
+  def slots_of(outcome, step):
+    return [(i.prompt, i.slot) for i in exploration.injections(outcome, 3, seed=(0, step))]
+
   outcome = explore(Student({0: 1, 3: 1}), [0, 3])
-  assert [i.candidate for i in exploration.injections(outcome, 3, seed=(0, 0))] == [
-    *outcome.accepted[0],
-    *outcome.accepted[3],
-  ]
-  draws = [slots_of(outcome, 3, step) for step in range(40)]
-  assert draws == [slots_of(outcome, 3, step) for step in range(40)]
+  injected = [i.candidate for i in exploration.injections(outcome, 3, seed=(0, 0))]
+  assert injected == [*outcome.accepted[0], *outcome.accepted[3]]
+  draws = [slots_of(outcome, step) for step in range(40)]
+  assert draws == [slots_of(outcome, step) for step in range(40)]
   assert all(len(set(placed)) == 4 for placed in draws)
   assert {slot for placed in draws for slot in placed} == {(prompt, slot) for prompt in (0, 3) for slot in range(3)}
   # Other steps and other prompts have other draws; a prompt has the slots that it has without the others.
   by_prompt = {prompt: [[slot for of, slot in placed if of == prompt] for placed in draws] for prompt in (0, 3)}
   assert len({tuple(slots) for slots in by_prompt[0]}) == 6 and by_prompt[0] != by_prompt[3]
   alone = explore(Student({3: 1}), [3])
-  assert [[slot for _, slot in slots_of(alone, 3, step)] for step in range(40)] == by_prompt[3]
+  assert [[slot for _, slot in slots_of(alone, step)] for step in range(40)] == by_prompt[3]
 
 
 def test_metrics():
@@ -273,20 +200,11 @@ def test_rates_of_leaks_quotations_and_unparsed_hints():
     "hint/quote_rate": 1 / 4,
     "hint/accept_rate@1": 0.0,
   }
+  # Without failures there are no rates.
+  nothing = exploration.exploration_metrics(explore(Student({}), []), prompts=8, rounds=5, examples=[])
+  assert nothing == {"hint/trigger_rate": 0.0, "hint/attempts": 0.0}
 
 
 def test_a_hint_may_name_the_answer():
-  told = {
-    "It is two.": True,
-    "option B fits": True,
-    "Two!": True,
-    "b": False,
-    "twofold": False,
-    "A mass, option A": False,
-  }
+  told = {"It is two.": True, "option B fits": True, "Two!": True, "b": False, "twofold": False, "A mass": False}
   assert {text: exploration.names_answer(text, EXAMPLE) for text in told} == told
-
-
-def test_metrics_without_failures_have_no_rates():
-  metrics = exploration.exploration_metrics(explore(Student({}), []), prompts=8, rounds=5, examples=[])
-  assert metrics == {"hint/trigger_rate": 0.0, "hint/attempts": 0.0}

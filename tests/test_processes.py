@@ -1,5 +1,3 @@
-"""What processes tell each other: everything arrives, in one shape, and an error on one of them ends all."""
-
 import collections
 import json
 import time
@@ -49,11 +47,11 @@ def test_two_processes_act_as_one(tmp_path):
     compiled, *others = said["gather"][0]["compiled"]
     assert compiled > 0 and others == [compiled, compiled]
     assert said["gather"][1]["flags"] == [True, False, True]
-  assert_an_error_ends_all(first["fail"], second["fail"])
+  # An error on one ends all.
+  errors = [[each.get("error") for each in said["fail"]] for said in (first, second)]
+  assert errors == [["OSError", "OSError", "KeyError", None], ["KeyError", "KeyError", "ValueError", None]]
+  assert first["fail"][-1]["first"] == second["fail"][-1]["first"] == "é0"
   assert_scored_by_the_lowest_that_holds_it(first["score"], second["score"])
-  (refused,), (other,) = first["refuse"], second["refuse"]
-  assert refused["error"] == "OSError" and "another process" in refused["text"]
-  assert other["error"] == "ValueError" and "set/q6" in other["text"]
   assert_bad_images_are_left_out_by_all(first["look"], second["look"])
   # An export for which there is no room ends all, and leaves nobody behind.
   full, room = zip(first["export"], second["export"], strict=True)
@@ -61,12 +59,6 @@ def test_two_processes_act_as_one(tmp_path):
   assert [each["there"] for each in full] == [False, False]
   assert [each["error"] for each in room] == ["", ""] and room[0]["there"]
   assert "end" in first and "end" in second, log
-
-
-def assert_an_error_ends_all(first, second):
-  errors = [[each.get("error") for each in said] for said in (first, second)]
-  assert errors == [["OSError", "OSError", "KeyError", None], ["KeyError", "KeyError", "ValueError", None]]
-  assert first[-1]["first"] == second[-1]["first"] == "é0"
 
 
 def assert_scored_by_the_lowest_that_holds_it(first, second):
@@ -80,14 +72,12 @@ def assert_scored_by_the_lowest_that_holds_it(first, second):
 
 
 def assert_bad_images_are_left_out_by_all(first, second):
-  assert [first[1], second[1]] == [{"decoded": [[1, 3], [2, 3], [3, 3]]}, {"decoded": [[1, 2], [2, 2]]}]
   # Without the damaged one four are left to be measured.
   assert [first[0], second[0]] == [{"measured": ["set/q0", "set/q2"]}, {"measured": ["set/q1", "set/q4"]}]
-  for said in (first[2], second[2]):
+  for said in (first[1], second[1]):
     assert said["kept"] == ["set/q0", "set/q2", "set/q4"]
     assert said["rules"] == {"unreadable_image": 1, "prompt_too_long": 1}
     assert said["first"]["prompt_too_long"] == "question set/q1: 9 tokens"
-    assert "question set/q3: image" in said["first"]["unreadable_image"]
     assert "images-1/3.png: damaged" in said["first"]["unreadable_image"]
 
 
@@ -105,12 +95,9 @@ def test_what_is_shared_out_comes_back_in_its_order(monkeypatch):
   assert processes.divided(range(5), squares) == [0, 1, 4, 9, 16] and asked[2] == [1, 3]
 
 
-def test_a_lone_process_hands_over_what_it_made():
+def test_a_lone_process_reads_every_rollout_but_not_the_padding(mesh_of):
   value = {"not": ("JSON", object())}
   assert processes.gathered(lambda: value)[0] is value and processes.together(lambda: value) is value
-
-
-def test_a_lone_process_reads_every_rollout_but_not_the_padding(mesh_of):
   with jax.set_mesh(mesh_of(data=4)):
     assert sharding.row_holders(8, 2).tolist() == [[0, 0]] * 8
     read = []

@@ -1,7 +1,6 @@
 """The reward conventions of METHOD, case by case: in a table, an expected value comes before the texts that get it."""
 
 import dataclasses
-import itertools
 import time
 
 import hypothesis
@@ -11,12 +10,7 @@ from kepo_jax import rewards
 from kepo_jax.types import Example
 
 BRAIN = Example(
-  id="x/1",
-  question="Which organ?",
-  options=("Chest", "Brain", "Left knee."),
-  answer="B",
-  images=(),
-  modality="MRI",
+  id="x/1", question="Which organ?", options=("Chest", "Brain", "Left knee."), answer="B", images=(), modality="MRI"
 )
 RIGHT = "<think>a</think><answer>B</answer>"
 THINKING_ALOUD = "<think>not <answer>A</answer></think><answer>B</answer>"  # an answer block inside the think block
@@ -44,7 +38,8 @@ def test_accuracy():
 
 
 def test_strict_format():
-  rows = (
+  assert_table(
+    rewards.strict_format,
     (1, RIGHT, "<think>two\nlines</think>\n \n<answer>any\nthing</answer>", "<think></think><answer></answer>"),
     # The blocks stretch over tags inside.
     (1, THINKING_ALOUD, "<think><think>a</think></think><answer>B</answer>"),
@@ -54,18 +49,15 @@ def test_strict_format():
     (0, "<answer>B</answer><think>a</think>", "<answer>B</answer>", "<think>a<answer>B</answer>"),
     (0, "<think>a</think><answer>B", "<THINK>a</THINK><answer>B</answer>"),
   )
-  assert_table(rewards.strict_format, *rows)
-  assert_table(lambda text: rewards.strict_format(text, BRAIN), *rows)
 
 
 def test_answer_format():
-  rows = (
+  assert_table(
+    rewards.answer_format,
     (1, "<answer>B</answer>", "<answer>\n B\n</answer>", "<answer></answer>"),
     (0, "<answer>B</answer> ", "<answer>B</answer>\n", " <answer>B</answer>", "<ANSWER>B</ANSWER>", RIGHT, "B", ""),
     (0, "<answer>A</answer><answer>B</answer>", "<answer><answer>B</answer></answer>"),  # one block
   )
-  assert_table(rewards.answer_format, *rows)
-  assert_table(lambda text: rewards.answer_format(text, BRAIN), *rows)
 
 
 def test_medvlm_accuracy():
@@ -98,12 +90,10 @@ LENIENT = (
   # Which part of a completion is read.
   ("B", RIGHT, "<answer>(b)</answer>", "<ANSWER>b</ANSWER>", "<answer>\nB\n</answer>"),
   ("B", "<answer><answer>B</answer></answer>", "<think>the answer is A</think><answer>(B)</answer>"),
-  ("B", "<answer>(b)</answer> <answer>(c)</answer>"),  # the first block
   (None, "<think>A</think>", "<think>the answer is B"),  # what is thought is no answer, nor is an unfinished thought
   ("B", "<think>A or C?</think> The answer is B.", "<think>x</think>\nThe answer is B. <think>C"),
   ("C", "<think>x</think><answer>C"),
   ("A", THINKING_ALOUD),  # as the strict parser reads it
-  ("B", "<answer>the chest</answer><answer>B</answer>"),  # likewise
   (None, "<answer></answer>", "<answer></answer>B", ""),
   # The text of an option.
   ("B", "<answer>brain.</answer>"),
@@ -125,7 +115,6 @@ LENIENT = (
   (None, "A, B", "A and B", "A/B", "(A) or (C)", "A) Chest B) Brain", "A) Chest\nB) Brain\nC) Left knee."),
   (None, "a) chest, b) brain", "B, not C.", "B) Chest"),
   ("B", "B. A mass is visible, I think"),  # an article and a pronoun
-  ("C", "C: left knee. D is no option"),
   # A stated answer, anywhere.
   ("B", "The answer is B.", "I think the answer is B", "**Answer:** (b)", "**Answer**: brain"),
   ("B", "The correct answer is: **B) Brain**", "The answer is B because A shows no gyri"),
@@ -141,40 +130,30 @@ LENIENT = (
 
 def test_lenient_letter():
   assert_table(lambda text: rewards.lenient_letter(text, BRAIN), *LENIENT)
-  accuracies = [(float(letter == "B"), *texts) for letter, *texts in LENIENT]
-  assert_table(lambda text: rewards.lenient_accuracy(text, BRAIN), *accuracies)
 
 
-def asked(*options):
-  return dataclasses.replace(BRAIN, options=options, answer="B")
-
-
-def test_options_decide_what_is_an_article():
+def test_options_decide_what_an_answer_means():
   for expected, text, options in (
     ("A", "A mass", ("mass", "cyst")),
     (None, "A mass", ("cyst", "mass")),
     (None, "A mass is visible", ("mass", "cyst")),  # a sentence again
     (None, "B: left knee", ("left knee", "left")),  # the other option's text
     ("B", "B: left", ("left knee", "left")),
-  ):
-    assert rewards.lenient_letter(text, asked(*options)) == expected, (text, options)
-
-
-def test_options_that_words_do_not_tell_apart():
-  for expected, text, options in (
-    ("B", "> 5 mm", ("< 5 mm", "> 5 mm")),
-    (None, "5 mm", ("< 5 mm", "> 5 mm")),
+    # Words do not tell these apart.
+    ("B", "<answer>> 5 mm</answer>", ("< 5 mm", "> 5 mm")),
+    (None, "<answer>5 mm</answer>", ("< 5 mm", "> 5 mm")),
     (None, "?", ("?", "+")),  # no word at all
     (None, "cyst", ("cyst", "mass", "cyst")),  # one of two
-    ("B", "B", ("B", "A")),  # a letter first, as strictly
+    ("B", "<answer>B</answer>", ("B", "A")),  # a letter first, as strictly
   ):
-    assert rewards.lenient_letter(f"<answer>{text}</answer>", asked(*options)) == expected, (text, options)
+    example = dataclasses.replace(BRAIN, options=options, answer="B")
+    assert rewards.lenient_letter(text, example) == expected, (text, options)
 
 
 PIECES = st.sampled_from(
-  ["<think>", "</think>", "<answer>", "</answer>", "The answer is ", "option ", "A", "B", "c", "D", "I", "mass",
-   "Brain", "left knee", ".", ")", "(", ":", ", ", " ", "\n", "**", " or ", " is correct", "'", "-", "é"]
-)  # fmt: skip
+  ["<think>", "</think>", "<answer>", "</answer>", "The answer is ", "option ", "A", "B", "c", "D", "mass", "Brain"]
+  + ["left knee", ".", ")", "(", ":", ", ", " ", "\n", "**", " or ", " is correct", "'", "-"]
+)
 
 
 @hypothesis.given(st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=40))
@@ -189,12 +168,11 @@ def test_the_forgiving_parser_reads_all_that_the_strict_one_reads(completion):
 
 
 def test_a_letter_before_a_word_is_a_word():
-  words = ("mass", "lesion", "small", "left", "visible", "cells", "and", "large", "T2")
-  ends = ("", " is visible.", " near the brain", ", the answer")
-  assert_table(
-    lambda text: rewards.lenient_letter(text, BRAIN),
-    *((None, f"{letter} {word}{end}") for letter, word, end in itertools.product("ABC", words, ends)),
-  )
+  words = ("mass", "small", "visible", "and", "T2")
+  texts = [
+    f"{letter} {word}{end}" for letter in "ABC" for word in words for end in ("", " is visible.", ", the answer")
+  ]
+  assert_table(lambda text: rewards.lenient_letter(text, BRAIN), (None, *texts))
 
 
 def test_the_forgiving_parser_is_fast_on_repetition():
@@ -208,10 +186,8 @@ def test_conventions():
   bracket = "<think>a</think><answer>(b)</answer>"
   for name, completion, accuracy, well_formed in (
     ("med_r1", RIGHT, 1, 1),
-    ("med_r1", "<answer>B</answer>", 1, 0),
     ("med_r1", bracket, 0, 1),
     ("medvlm_r1", "<think>a</think><answer>B) Brain</answer>", 0.5, 1),
-    ("medvlm_r1", "<think>a</think><ANSWER>B</ANSWER>", 1, 0),
     ("no_think", "<answer>A</answer>", 0, 1),
     ("no_think", RIGHT, 1, 0),
     ("lenient", bracket, 1, 1),
@@ -219,9 +195,3 @@ def test_conventions():
   ):
     found = rewards.CONVENTIONS[name]
     assert (found.accuracy(completion, BRAIN), found.format(completion, BRAIN)) == (accuracy, well_formed), name
-
-
-def test_every_named_reward_takes_completion_and_example():
-  for name, reward in rewards.REWARDS.items():
-    assert rewards.named_reward(name) is reward
-    assert reward(RIGHT, BRAIN) == (0 if name == "answer_format" else 1)

@@ -13,13 +13,13 @@ from tests.test_rewards import BRAIN, RIGHT
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
   """A package of the user's, with a reward in a module of it."""
-  folder = tmp_path / "my_rewards"
-  folder.mkdir()
-  (folder / "__init__.py").write_text("LIMIT = 3\n")
-  (folder / "lengths.py").write_text(
-    "def brevity(completion, example):\n  return 1 / (1 + len(completion.split()) + len(example.options))\n"
-  )
-  (folder / "broken.py").write_text("import a_module_that_nobody_has\n")
+  (tmp_path / "my_rewards").mkdir()
+  for name, text in {
+    "__init__": "LIMIT = 3\n",
+    "lengths": "def brevity(completion, example):\n  return 1 / (1 + len(completion.split()) + len(example.options))\n",
+    "broken": "import a_module_that_nobody_has\n",
+  }.items():
+    (tmp_path / "my_rewards" / f"{name}.py").write_text(text)
   monkeypatch.syspath_prepend(tmp_path)
   yield
   for name in [name for name in sys.modules if name.split(".")[0] == "my_rewards"]:
@@ -37,10 +37,8 @@ def test_a_reward_that_cannot_be_found_is_named(own_module):
   for name, message in (
     ("accurate", r"'accurate' is neither one of \['accuracy', .*nor a dotted path"),
     ("", "neither one of"),
-    (".brevity", "neither one of"),
     ("..lengths.brevity", "neither one of"),  # relative to what?
     ("nowhere.brevity", r"'nowhere.brevity' cannot be imported \(No module named 'nowhere'\).*PYTHONPATH"),
-    ("my_rewards.nothing.brevity", "No module named 'my_rewards.nothing'"),
     ("my_rewards.broken.brevity", "No module named 'a_module_that_nobody_has'"),
     ("my_rewards.lengths.clarity", "has no attribute 'clarity'"),
     ("my_rewards.LIMIT", "'my_rewards.LIMIT' is no function"),
@@ -59,25 +57,20 @@ def test_parsed_rewards_keep_their_order_and_weights():
 
 
 def test_rewards_that_do_not_read_are_refused():
-  unreadable = ("accuracy", "accuracy:", "accuracy:much", ":0.5", "accuracy:nan", "accuracy:inf", "accuracy=0.5")
+  unreadable = ("accuracy", "accuracy:much", ":0.5", "accuracy:nan", "accuracy:inf")
   for text, message in (
     *((text, f"'{text}' does not read as name:weight") for text in unreadable),
     ("format:1, unheard_of:1", "'unheard_of' is neither"),
-    ("format:1, format:2", "two rewards are called 'format'"),
     ("accuracy:1, kepo_jax.rewards.accuracy:1", "two rewards are called 'accuracy'"),
   ):
     with pytest.raises(ValueError, match=message):
       rewards.parsed_rewards(text)
 
 
-# ---- the scorer ----
-
 TEXTS = [[RIGHT, "B"], ["<answer>A</answer>", "<think></think><answer></answer>"]]
 
 
-def length(completion, example):
-  """Characters of a completion."""
-  del example
+def length(completion, _):
   return len(completion)
 
 
@@ -92,13 +85,11 @@ def test_the_scorer_weighs_and_adds():
   expected = {"accuracy": [[1, 1], [0, 0]], "format": [[1, 0], [0, 1]], "total": [[1.5, 1.0], [0.0, 0.5]]}
   assert {name: values.tolist() for name, values in scores.items()} == expected
   assert {(values.dtype.name, values.shape) for values in scores.values()} == {("float32", (2, 2))}
+  assert {values.shape for values in scorer()([], []).values()} == {(0, 0)}
   # 2 a + 0 f - 0.25 length: RIGHT is 34 characters long, "B" one.
   total = scorer(2.0, 0.0, length=(length, -0.25))([[RIGHT, "B"]], [BRAIN])["total"]
   assert total.tolist() == [[2 - 8.5, 2 - 0.25]]
-
-
-def test_each_group_is_scored_with_its_own_question():
-  # The gold letters are B and A.
+  # Each group with its own question: the gold letters are B and A.
   chest = dataclasses.replace(BRAIN, answer="A")
   assert scorer()([["B", "A"], ["B", "A"]], [BRAIN, chest])["accuracy"].tolist() == [[1, 0], [0, 1]]
 
@@ -109,9 +100,8 @@ def test_the_product_stands_in_place_of_accuracy_and_format():
   lengths = np.array([[len(text) for text in group] for group in TEXTS])
   assert scores["total"].tolist() == (0.25 * lengths + [[3, 0], [0, 0]]).tolist()
   assert scores["accuracy"].tolist() == [[1, 1], [0, 0]] and scores["format"].tolist() == [[1, 0], [0, 1]]
-  graded = rewards.Scorer(
-    {"accuracy": (rewards.medvlm_accuracy, 1.0), "format": (rewards.strict_format, 1.0)}, "product"
-  )
+  # A graded accuracy stays graded.
+  graded = rewards.Scorer(scorer().rewards | {"accuracy": (rewards.medvlm_accuracy, 1.0)}, "product")
   texts = [[RIGHT, "<think>a</think><answer>B) Brain</answer>", "<answer>B) Brain</answer>"]]
   assert graded(texts, [BRAIN])["total"].tolist() == [[1, 0.5, 0]]
 
@@ -131,33 +121,26 @@ def test_equal_rewards_give_bitwise_equal_totals(combination):
     assert {mixed[0, 1], mixed[1, 0], mixed[1, 2]} == {total[0, 0]}
 
 
-def test_nothing_to_score():
-  shapes = {name: values.shape for name, values in scorer()([], []).items()}
-  assert shapes == dict.fromkeys(("accuracy", "format", "total"), (0, 0))
-
-
 def test_a_scorer_that_cannot_score_is_refused():
   good = (rewards.accuracy, 1.0)
-  for names in (("accuracy",), ("format", "mine"), (), ("accuracy", "format", "total")):
+  for names in (("accuracy",), ("format", "mine"), ("accuracy", "format", "total")):
     with pytest.raises(ValueError, match="must hold accuracy and format, and none called 'total'"):
       rewards.Scorer(dict.fromkeys(names, good))
-  for entry in (rewards.accuracy, (rewards.accuracy,), (1.0, rewards.accuracy)):
+  for entry in (rewards.accuracy, (1.0, rewards.accuracy)):
     with pytest.raises(ValueError, match=r"reward 'mine' .* pair of function and weight"):
       rewards.Scorer({"accuracy": good, "format": good, "mine": entry})
   with pytest.raises(ValueError, match=r"combination 'maximum' is unknown; use one of \('sum', 'product'\)"):
     scorer(combination="maximum")
 
 
-def mine(value):
-  return scorer(0.0, 0.0, mine=(lambda text, example: value, 2.0))([["B"]], [BRAIN])
-
-
 def test_a_reward_is_a_finite_number():
-  for value in (1, True, np.float32(1), np.float16(1), np.int64(1), np.bool_(True), np.array(1.0)):
+  def mine(value):
+    return scorer(0.0, 0.0, mine=(lambda text, example: value, 2.0))([["B"]], [BRAIN])
+
+  for value in (1, True, np.float16(1), np.int64(1), np.bool_(True), np.array(1.0)):
     scores = mine(value)
     assert (scores["mine"].tolist(), scores["total"].tolist()) == ([[1.0]], [[2.0]]), repr(value)
   # 1e39 is finite, but not as float32.
-  infinite = (float("nan"), np.float32("inf"), -np.inf, 10**400, 1e39)
-  for value in (*infinite, None, "1", b"1", 1j, np.array([1.0, 2.0])):
+  for value in (float("nan"), -np.inf, 10**400, 1e39, None, "1", b"1", np.array([1.0, 2.0])):
     with pytest.raises(ValueError, match=r"reward 'mine' gave .* for question x/1; it must return a finite number"):
       mine(value)

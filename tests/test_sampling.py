@@ -1,5 +1,4 @@
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,6 @@ def params():
 
 
 def sampler(**settings):
-  """`sample` with the settings of these tests, and some of them changed."""
   fixed = {"samples": G, "max_new_tokens": T, "end_ids": END, "pad_id": PAD, "allowed": ALLOWED} | settings
   return functools.partial(sampling.sample, CONFIG, **fixed)
 
@@ -101,59 +99,36 @@ def test_each_token_is_drawn_from_the_full_forward_with_its_own_key(settings, pa
 
 
 @pytest.fixture(scope="module")
-def on_mesh(params, mesh_of):
-  """`on_mesh(layout, stationary, **axes)`: the compiled sampler and its arguments on a mesh."""
-
-  @functools.cache
-  def compiled(layout, stationary=False, texts=True, **axes):
-    mesh = mesh_of(**axes)
-    shardings = sharding.weight_shardings(mesh, params, model.logical_axes(CONFIG), layout)
-    with jax.set_mesh(mesh):
-      prompts = sharding.place(mesh, prompts_of(TEXTS if texts else IMAGES))
-      arguments = jax.device_put(params, shardings), prompts, KEY
-      return jax.jit(sampler(stationary=stationary)).lower(*arguments).compile(), arguments
-
-  return compiled
+def pictured(params):
+  return jax.device_get(program()(params, prompts_of(IMAGES), KEY))
 
 
 EVERY_AXIS = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize(
-  ("layout", "stationary", "axes"),
+  ("layout", "axes", "layouts"),
   [
-    ("decode", False, EVERY_AXIS),
-    pytest.param("decode", False, {"data": 8}, marks=pytest.mark.slow),
-    pytest.param("decode", False, {"fsdp": 8}, marks=pytest.mark.slow),
-    pytest.param("train", True, EVERY_AXIS, marks=pytest.mark.slow),
+    ("decode", EVERY_AXIS, TEXTS),
+    ("train", {"fsdp": 4, "tensor": 2}, IMAGES),  # three prompts, which do not divide
+    pytest.param("decode", {"data": 8}, TEXTS, marks=pytest.mark.slow),
+    pytest.param("train", EVERY_AXIS, TEXTS, marks=pytest.mark.slow),
   ],
   ids=str,
 )
-def test_same_tokens_on_every_mesh(layout, stationary, axes, on_mesh, rollouts):
-  run, arguments = on_mesh(layout, stationary, **axes)
-  assert_same_rollouts(jax.device_get(run(*arguments)), rollouts)
-
-
-@pytest.fixture(scope="module")
-def pictured(params):
-  return jax.device_get(program()(params, prompts_of(IMAGES), KEY))
-
-
-def test_prompts_that_do_not_divide_come_to_weights_that_stay(on_mesh, pictured):
-  # Three prompts over fsdp 4, with images.
-  run, arguments = on_mesh("train", True, texts=False, fsdp=4, tensor=2)
-  assert_same_rollouts(jax.device_get(run(*arguments)), pictured)
+def test_same_tokens_on_every_mesh(layout, axes, layouts, params, mesh_of, rollouts, pictured):
+  mesh = mesh_of(**axes)
+  placed = jax.device_put(params, sharding.weight_shardings(mesh, params, model.logical_axes(CONFIG), layout))
+  with jax.set_mesh(mesh):
+    run = jax.jit(sampler(stationary=layout == "train"))
+    actual = jax.device_get(run(placed, sharding.place(mesh, prompts_of(layouts)), KEY))
+  assert_same_rollouts(actual, rollouts if layouts is TEXTS else pictured)
 
 
 def test_padding_and_the_rest_of_the_batch_change_nothing(params, pictured):
   padded = jax.tree.map(lambda x: x[np.array([1, 0])], prompts_of(IMAGES, extra=(5, 8)))
   actual = program(samples=2)(params, padded, KEY)
   assert_same_rollouts(actual, jax.tree.map(lambda x: x[np.array([1, 0]), :2], pictured))
-
-
-@pytest.mark.slow
-def test_separate_layers_give_the_same_tokens(params, rollouts):
-  assert_same_rollouts(program()(model.separated(params), prompts_of(TEXTS), KEY), rollouts)
 
 
 def test_a_cache_that_grows_gives_the_same_tokens(params, rollouts, monkeypatch):
@@ -241,36 +216,3 @@ def test_impossible_settings_are_refused(params):
   for name, value in (("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("samples", 0)):
     with pytest.raises(ValueError, match=f"{name}={value}"):
       sampler(**{name: value})(params, None, KEY)
-
-
-def loop_computations(text):
-  """Text of every computation of a compiled program that a while loop runs, directly or through calls."""
-  bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
-  pending = set(re.findall(r"body=%?([\w.\-]+)", text)) | set(re.findall(r"condition=%?([\w.\-]+)", text))
-  reached = set()
-  while pending:
-    name = pending.pop()
-    reached.add(name)
-    called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", bodies.get(name, ""))
-    pending |= set(called) & bodies.keys() - reached
-  return "\n".join(bodies[name] for name in reached if name in bodies)
-
-
-def gathered_sizes(text):
-  """Elements of every all-gather result."""
-  found = re.findall(r"= \(?\w+\[([\d,]*)\][^=]* all-gather(?:-start)?\(", text)
-  return [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in found]
-
-
-def test_no_weight_is_gathered_inside_the_loop(on_mesh):
-  smallest = 32 * 32  # the smallest matrix of a layer
-  inside = loop_computations(on_mesh("decode", **EVERY_AXIS)[0].as_text())
-  assert "dot(" in inside  # the parser found the loop
-  assert max(gathered_sizes(inside), default=0) < smallest
-
-
-@pytest.mark.slow
-def test_the_training_layout_does_gather_inside_the_loop(on_mesh):
-  # Shows that the test above can fail.
-  inside = loop_computations(on_mesh("train", **EVERY_AXIS)[0].as_text())
-  assert max(gathered_sizes(inside)) >= 32 * 32

@@ -1,5 +1,3 @@
-"""Arrays on their way to the mesh and back."""
-
 import math
 
 import jax
@@ -41,30 +39,17 @@ def test_rollouts_go_where_prompts_do_not_divide(mesh_of, prompts, part):
   np.testing.assert_array_equal(sharding.to_host(placed), array)
 
 
-def test_what_lies_on_the_mesh_stays(mesh_of):
+def test_what_lies_on_the_mesh_stays_and_all_else_is_brought(mesh_of):
   mesh = mesh_of(data=2, fsdp=2)
   placed = sharding.place(mesh, np.arange(8))
-  elsewhere = jax.device_put(np.arange(8), sharding.replicated(mesh))
-  again = sharding.place(mesh, {"host": np.arange(8), "placed": placed, "elsewhere": elsewhere})
-  assert again["placed"] is placed
   # However it lies there: a caller that pinned it knows why.
-  assert again["elsewhere"] is elsewhere
-  assert again["host"].sharding == placed.sharding
-
-
-def test_what_lies_on_another_mesh_or_device_is_brought(mesh_of):
-  mesh = mesh_of(data=4)
-  for stranger in (sharding.place(mesh_of(data=2), np.arange(8)), jax.numpy.arange(8)):
-    placed = sharding.place(mesh, stranger)
-    assert placed.sharding == sharding.batch_sharding(mesh, (8,))
-    assert sharding.to_host(placed).tolist() == list(range(8))
-
-
-def test_host_arrays_pass_through_to_host(mesh_of):
-  array = np.arange(4.0)
-  assert sharding.to_host(array) is array
-  back = sharding.to_host(sharding.place(mesh_of(data=2), array))
-  assert isinstance(back, np.ndarray) and back.tolist() == [0, 1, 2, 3]
+  elsewhere = jax.device_put(np.arange(8), sharding.replicated(mesh))
+  strangers = [np.arange(8), sharding.place(mesh_of(data=2), np.arange(8)), jnp.arange(8)]
+  kept, pinned, *brought = sharding.place(mesh, [placed, elsewhere, *strangers])
+  assert kept is placed and pinned is elsewhere
+  for each in brought:
+    assert each.sharding == placed.sharding and sharding.to_host(each).tolist() == list(range(8))
+  assert sharding.to_host(strangers[0]) is strangers[0]
 
 
 def test_held_rows_are_those_that_placing_reads(mesh_of, monkeypatch):
@@ -79,9 +64,6 @@ def test_held_rows_are_those_that_placing_reads(mesh_of, monkeypatch):
 
   monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", part)
   assert sharding.held_rows(mesh, 16) == {2, 3, 12, 13}
-
-
-# ---- weights that stay ----
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 8), (4, 8, 8)], ids=str)
@@ -99,22 +81,22 @@ def test_a_chip_that_decodes_from_the_train_layout_holds_its_share(sizes):
   assert all(parts == 1 and 2 * size < pods.LARGE for parts, size, names in found if not names)
 
 
+ROWS, PROMPT = [("data", "fsdp")], ("prompt", "rollout")
+
+
 @pytest.mark.parametrize(
   ("shape", "axes", "usual", "beside"),
   [
     # What goes into products and comes out of them: width where a weight has it, rows over data alone.
-    ((4, 2, 1, 8), ("prompt", "rollout", None, "embed"), [("data", "fsdp")], ["data", None, None, "fsdp"]),
-    ((4, 2, 1, 8), ("prompt", "rollout", None, "mlp"), [("data", "fsdp"), None, None, "tensor"],
-     ["data", None, None, "tensor"]),
-    ((4, 2, 8), ("prompt", "rollout", "vocab"), [("data", "fsdp"), None, "tensor"], ["data", None, "tensor"]),
+    ((4, 2, 1, 8), (*PROMPT, None, "embed"), ROWS, ["data", None, None, "fsdp"]),
+    ((4, 2, 1, 8), (*PROMPT, None, "mlp"), [*ROWS, None, None, "tensor"], ["data", None, None, "tensor"]),
     # A width that does not divide is whole; so are rows.
-    ((3, 2, 1, 7), ("prompt", "rollout", None, "embed"), [None, "fsdp"], []),
+    ((3, 2, 1, 7), (*PROMPT, None, "embed"), [None, "fsdp"], []),
     # Attention, its caches and what is counted per row lie as ever.
-    ((4, 2, 2, 8, 3), ("prompt", "kv_heads", "rollout", None, None), [("data", "fsdp"), "tensor"],
-     [("data", "fsdp"), "tensor"]),
-    ((4, 2), ("prompt", "rollout"), [("data", "fsdp")], [("data", "fsdp")]),
+    ((4, 2, 2, 8, 3), ("prompt", "kv_heads", "rollout", None, None), [*ROWS, "tensor"], [*ROWS, "tensor"]),
+    ((4, 2), PROMPT, ROWS, ROWS),
   ],
-)  # fmt: skip
+)
 def test_where_activations_lie_beside_weights_that_stay(mesh_of, shape, axes, usual, beside):
   mesh = mesh_of(data=2, fsdp=2, tensor=2)
   # One function for both, so that a trace of the one would be found for the other if JAX did not keep them apart.
@@ -128,12 +110,3 @@ def test_where_activations_lie_beside_weights_that_stay(mesh_of, shape, axes, us
     found.append(pinned(jnp.zeros(shape)).sharding)
   for place, expected in zip(found, (usual, beside, usual, usual), strict=True):
     assert place.is_equivalent_to(jax.sharding.NamedSharding(mesh, PartitionSpec(*expected)), len(shape))
-
-
-def test_nothing_changes_where_fsdp_cuts_nothing(mesh_of):
-  def traced(stay):
-    with jax.set_mesh(mesh_of(data=2, tensor=4)), sharding.weights_stay(stay):
-      pinned = lambda x: sharding.beside_weight(sharding.constrain(x, "prompt", None, "embed"), "embed")  # noqa: E731
-      return str(jax.make_jaxpr(pinned)(jnp.zeros((4, 3, 8))))
-
-  assert traced(True) == traced(False)

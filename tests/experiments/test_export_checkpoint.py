@@ -1,7 +1,6 @@
-"""Checkpoints become model folders: the one that was asked for, the best by name, errors in one line."""
-
 import json
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,6 +13,8 @@ from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.training import checkpoints, manifest
 from tests.training.runs import ASSETS, flip_a_bit, shrunk
+
+RESTORE = ocp.PyTreeCheckpointHandler.restore
 
 
 @pytest.fixture(scope="module")
@@ -55,28 +56,24 @@ def exported(program, capsys):
   return run
 
 
-def evaluated(workdir, **steps):
-  """Overwrites the validations: `step_1=(in_domain, out_of_domain)` accuracies."""
+def evaluated(workdir, best="out_of_domain", **steps):
+  """Overwrites the validations, `step_1=(in_domain, out_of_domain)`, and the figure of the best."""
   entries = [
     {"step": int(name[5:]), "in_domain": {"accuracy": inside}, "out_of_domain": {"mean": outside}}
     for name, (inside, outside) in steps.items()
   ]
   (workdir / "evaluation.json").write_text(json.dumps({"validation": entries}))
+  config = json.loads((workdir / "config.json").read_text())
+  config["checkpoint"]["best"] = best
+  (workdir / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(("wanted", "step"), [("last", 3), ("1", 1)])
-def test_the_weights_are_those_of_the_step_and_nothing_else_is_read(
-  workdir, exported, tmp_path, monkeypatch, wanted, step
-):
-  asked, original = [], ocp.PyTreeCheckpointHandler.restore
-
-  def restore(self, directory, *args, **kwargs):
-    asked.append(sorted(kwargs["args"].item))
-    return original(self, directory, *args, **kwargs)
-
-  monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", restore)
-  said = exported(workdir, wanted, tmp_path / "model")
-  assert said == f"wrote the student of step {step} to {tmp_path / 'model'}\n" and asked == [["params"]]
+def test_the_weights_are_those_of_the_step_and_nothing_else_is_read(workdir, exported, tmp_path, wanted, step):
+  with mock.patch.object(ocp.PyTreeCheckpointHandler, "restore", autospec=True, side_effect=RESTORE) as restore:
+    said = exported(workdir, wanted, tmp_path / "model")
+  assert said == f"wrote the student of step {step} to {tmp_path / 'model'}\n"
+  assert [list(call.kwargs["args"].item) for call in restore.call_args_list] == [["params"]]
   config, params = conversion.load_pretrained(tmp_path / "model", np.float32)
   before, weights = conversion.load_pretrained(ASSETS / "confused", np.float32)
   assert config == before
@@ -88,32 +85,29 @@ def test_the_weights_are_those_of_the_step_and_nothing_else_is_read(
 
 @pytest.mark.parametrize(("figure", "best"), [("out_of_domain", 1), ("in_domain", 2)])
 def test_the_best_is_the_validation_s_by_the_figure_of_the_run(copied, exported, tmp_path, figure, best):
-  evaluated(copied, step_1=(0.5, 0.7), step_2=(0.8, 0.6), step_3=(0.8, 0.7))  # the first of equals
-  config = json.loads((copied / "config.json").read_text())
-  config["checkpoint"]["best"] = figure
-  (copied / "config.json").write_text(json.dumps(config))
+  evaluated(copied, figure, step_1=(0.5, 0.7), step_2=(0.8, 0.6), step_3=(0.8, 0.7))  # the first of equals
   assert f"the student of step {best} " in exported(copied, "best", tmp_path / "best")
   assert (tmp_path / "best" / "config.json").exists()
 
 
-@pytest.mark.parametrize(
-  ("change", "step", "message"),
-  [
-    (lambda run: (run / "config.json").unlink(), "last", r"run holds no run \(no config.json\)"),
-    (lambda run: None, "7", r"--step=7: there is no such checkpoint; there are 1, 2, 3\.$"),
-    (lambda run: None, "newest", r"--step=newest: give last, best or a number; there are 1, 2, 3\.$"),
-    (lambda run: shutil.rmtree(run / "checkpoints"), "last", "holds no complete checkpoint"),
-    (lambda run: flip_a_bit(run / "checkpoints" / "3"), "last", "checkpoints/3 is damaged: state/"),
-    (lambda run: (run / "checkpoints" / "2" / manifest.NAME).unlink(), "2", "no such checkpoint; there are 1, 3"),
-    (lambda run: None, "best", "no validation by checkpoint.best=out_of_domain yet"),
-    (
-      lambda run: evaluated(run, step_9=(1.0, 1.0)),
-      "best",
-      "the checkpoint of step 9, the best by out_of_domain, is not there; there are 1, 2, 3",
-    ),
-    (lambda run: (run / "config.json").write_text("{"), "last", "config.json is not JSON"),
-  ],
-)
+REFUSED = [
+  (lambda run: (run / "config.json").unlink(), "last", r"run holds no run \(no config.json\)"),
+  (lambda run: None, "7", r"--step=7: there is no such checkpoint; there are 1, 2, 3\.$"),
+  (lambda run: None, "newest", r"--step=newest: give last, best or a number; there are 1, 2, 3\.$"),
+  (lambda run: shutil.rmtree(run / "checkpoints"), "last", "holds no complete checkpoint"),
+  (lambda run: flip_a_bit(run / "checkpoints" / "3"), "last", "checkpoints/3 is damaged: state/"),
+  (lambda run: (run / "checkpoints" / "2" / manifest.NAME).unlink(), "2", "no such checkpoint; there are 1, 3"),
+  (lambda run: None, "best", "no validation by checkpoint.best=out_of_domain yet"),
+  (
+    lambda run: evaluated(run, step_9=(1.0, 1.0)),
+    "best",
+    "the checkpoint of step 9, .* is not there; there are 1, 2, 3",
+  ),
+  (lambda run: (run / "config.json").write_text("{"), "last", "config.json is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("change", "step", "message"), REFUSED)
 def test_what_is_refused(copied, exported, tmp_path, change, step, message):
   change(copied)
   with pytest.raises(ValueError, match=message) as refused:
@@ -123,13 +117,14 @@ def test_what_is_refused(copied, exported, tmp_path, change, step, message):
 
 
 def test_another_student_in_the_place_of_the_first_is_refused(copied, exported, tmp_path):
-  config = json.loads((copied / "config.json").read_text())
-  folder = shutil.copytree(config["model"]["student"], tmp_path / "other")
-  other = json.loads((folder / "config.json").read_text())
-  other["text_config"]["intermediate_size"] *= 2
-  (folder / "config.json").write_text(json.dumps(other))
-  config["model"]["student"] = str(folder)
-  (copied / "config.json").write_text(json.dumps(config))
+  folder = shutil.copytree(ASSETS / "confused", tmp_path / "other")
+  for path, section, changes in (
+    (folder / "config.json", "text_config", {"intermediate_size": 192}),
+    (copied / "config.json", "model", {"student": str(folder)}),
+  ):
+    config = json.loads(path.read_text())
+    assert config[section] != config[section] | changes
+    path.write_text(json.dumps(config | {section: config[section] | changes}))
   with pytest.raises(ValueError, match="checkpoints/3 is intact and does not fit the student"):
     exported(copied, "last", tmp_path / "model")
 

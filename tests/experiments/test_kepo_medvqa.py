@@ -14,6 +14,7 @@ from etils import epath
 from experiments import environment
 from experiments.configs import sft
 from tests.conftest import ROOT
+from tests.training.runs import lines
 
 
 @pytest.fixture
@@ -68,48 +69,32 @@ def test_a_run_is_resumed_with_its_own_config(program, monkeypatch, tmp_path):
   delattr(flags.FLAGS, "config.train.steps")
 
 
-def start(*arguments):
-  """The command in a process, on one device, as on the machine of a newcomer."""
-  environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
-  command = [sys.executable, "-m", "experiments.kepo_medvqa", *map(str, arguments)]
-  return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on_with_real_images(shared_directory, tmp_path):
   workdir = tmp_path / "run"
   metrics = workdir / "metrics.jsonl"
-  command = [
-    f"--workdir={workdir}",
-    "--auto_resume",
-    f"--config.data.directory={shared_directory / 'omnimedvqa-mini'}",
-    "--config.data.train_items=8",
-    "--config.data.validation_items=2",
-    "--config.data.test_items=1",
-    "--config.batch.prompts=4",
-    "--config.batch.rollouts=4",
-    "--config.train.steps=4",
-    "--config.train.compile_ahead=False",
-    "--config.eval.every=0",
-    "--config.eval.before=False",
-    "--config.checkpoint.every=0",
-  ]
-  process = start(*command)
-  deadline = time.monotonic() + 300
-  while process.poll() is None and not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-    time.sleep(0.01)
-  process.send_signal(signal.SIGTERM)
-  _, said = process.communicate(timeout=300)
+  changes = f"data.directory={shared_directory / 'omnimedvqa-mini'} data.train_items=8 data.validation_items=2"
+  changes += " data.test_items=1 batch.prompts=4 batch.rollouts=4 train.steps=4 train.compile_ahead=False"
+  changes += " eval.every=0 eval.before=False checkpoint.every=0"
+  fields = [f"--config.{change}" for change in changes.split()]
+  command = [sys.executable, "-m", "experiments.kepo_medvqa", f"--workdir={workdir}", "--auto_resume", *fields]
+  # One device, as on the machine of a newcomer.
+  environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
+  settings = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
+  with subprocess.Popen(command, **settings) as process:
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+      time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=300)
   assert process.returncode == 75, said
   (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
   assert step < 4
   assert f"interrupted after step {step}; its state is in {workdir / 'checkpoints' / str(step)}." in said
   assert f"Go on with --workdir={workdir} --resume." in said and "Traceback" not in said
-  again = start(*command)
-  _, said = again.communicate(timeout=300)
-  assert again.returncode == 0, said[-2000:]
-  records = [json.loads(line) for line in metrics.read_text().splitlines()]
-  assert [record["step"] for record in records if "grad_norm" in record] == [1, 2, 3, 4]
+  again = subprocess.run(command, **settings, timeout=300, check=False)
+  assert again.returncode == 0, again.stderr[-2000:]
+  assert [record["step"] for record in lines(metrics) if "grad_norm" in record] == [1, 2, 3, 4]
   evaluations = json.loads((workdir / "evaluation.json").read_text())
   assert len(evaluations["after"]["modalities"]) == 8
   assert (workdir / "model" / "model.safetensors").exists()

@@ -50,27 +50,9 @@ def test_misconceptions_broken_answers_and_followed_hints_are_as_frequent_as_sta
   assert 0.75 < np.mean(followed) < 0.85
 
 
-<<<<<<< HEAD
 def test_slips_change_findings_but_not_the_scene_without_lesions():
   rng = np.random.default_rng(0)
   scene, healthy = (scenes.draw_scene(rng, "CT", count=count) for count in (2, 0))
   seen = phantom_corpus.misread(scene, {"size": 1.0, "tone": 1.0, "count": 1.0}, rng)
   assert seen.size != scene.size and seen.tone != scene.tone and seen.count in (1, 3)
   assert phantom_corpus.misread(healthy, {"size": 1.0}, rng) == healthy
-=======
-def test_hints_parse_and_conclude_what_the_teacher_was_told():
-  for _, _, user, answer in dialogues("hint_request", TRUTH, "grade", 50):
-    told = re.search(r"truth: (\w+) hint\.$", user).group(1)
-    assert exploration.parse_hint(answer).endswith(f", {told}")
-
-
-def test_drills_cannot_be_solved_by_elimination(rng):
-  for _ in range(50):
-    text = "".join(phantom_corpus.lookup_drill(rng))
-    rounds = re.findall(r"((?: [A-D]: [\w-]+)+)<think> ([\w-]+) ([A-D])</think><answer> ([A-D])</answer>", text)
-    assert len(rounds) == 3
-    offered = [word for options, *_ in rounds for word in re.findall(r"[A-D]: ([\w-]+)", options)]
-    assert len(set(offered)) == len(offered) == 9
-    for options, word, letter, again in rounds:
-      assert dict(re.findall(r"([A-D]): ([\w-]+)", options))[letter] == word and letter == again
->>>>>>> 02aef327ee97610020a7890e6ee3660a13378d16

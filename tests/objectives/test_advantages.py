@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from kepo_jax.objectives import advantages
 
@@ -78,15 +77,3 @@ def test_equals_a_slow_loop(rng):
   rewards = rng.choice([0.0, 0.5, 1.0, 2.0], size=(6, 8)).astype(np.float32)
   for kind, actual in all_kinds(rewards).items():
     np.testing.assert_allclose(actual, slow_advantages(rewards, kind), rtol=2e-6, atol=1e-7, err_msg=kind)
-
-
-def test_unknown_kind_is_refused():
-  with pytest.raises(ValueError, match="group_std"):
-    advantages.group_advantages(jnp.zeros((1, 2)), kind="group-std")
-
-
-def test_sharded_equals_unsharded(mesh_of, rng):
-  rewards = jnp.array(rng.normal(size=(8, 4)), jnp.float32)
-  expected = all_kinds(rewards)
-  for kind, actual in all_kinds(jax.device_put(rewards, NamedSharding(mesh_of(data=8), PartitionSpec("data")))).items():
-    np.testing.assert_allclose(actual, expected[kind], rtol=1e-6, err_msg=kind)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kepo_jax.objectives import distributions, divergences, losses
+from kepo_jax.objectives import advantages, distributions, divergences, gates, losses, weights
 from tests.objectives import slow_loss
 from tests.objectives.cases import ALLOWED, BANNED, V
 
@@ -109,29 +109,31 @@ def test_mean_gradient_of_sampled_k2_is_that_of_the_reverse_kl(rng):
   np.testing.assert_allclose(gradient(np.float32(logits)), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_no_divergence_is_refused():
-  logps = jnp.log(jnp.array([[0.5, 0.5]]))
-  with pytest.raises(ValueError, match="1.5"):
-    divergences.generalised_jsd(logps, logps, weight=1.5)
-  with pytest.raises(ValueError, match="sampled_k2"):
-    divergences.token_divergence(logps, logps, jnp.array([0]), kind="k2", weight=0.5)
+def test_what_is_no_option_is_refused():
+  logps, mask = jnp.log(jnp.array([[0.5, 0.5]])), jnp.ones((1, 1, 1), bool)
+  for refused, message in (
+    (lambda: divergences.generalised_jsd(logps, logps, weight=1.5), "1.5"),
+    (lambda: divergences.token_divergence(logps, logps, jnp.array([0]), kind="k2", weight=0.5), "sampled_k2"),
+    (lambda: advantages.group_advantages(logps, kind="group-std"), "group_std"),
+    (lambda: gates.quality_gate(logps, threshold=1.0, mode="Positive"), "positive"),
+    (lambda: weights.aggregation_weights(mask, aggregation="mean", length=1), "sequence_mean"),
+    (lambda: weights.distill_weights(mask, mask[0], normaliser="group"), "gated_tokens"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      refused()
 
 
 def test_sharded_equals_unsharded(mesh_of, rng):
   # Rows and vocabulary over devices: the threshold of top-k needs sums over shards, not a sort.
-  logits, tokens, allowed = np.float32(rng.normal(size=(2, 4, 12))), np.array([0, 11, 5, 6]), np.arange(12) != 4
+  logits, tokens = np.float32(rng.normal(size=(2, 4, 12))), np.array([0, 11, 5, 6])
 
   @jax.jit
-  def several(teacher_logits, logits, tokens):
-    logps = [distributions.masked_log_softmax(x, allowed) for x in (teacher_logits, logits)]
-    return (
-      divergences.token_divergence(*logps, tokens, kind="jsd", weight=0.3, top_k=3),
-      divergences.token_divergence(*logps, tokens, kind="sampled_k2", weight=0.3),
-      distributions.entropy(logps[0]),
-    )
+  def several(logits, tokens):
+    logps = [distributions.masked_log_softmax(x, np.arange(12) != 4) for x in logits]
+    sampled = divergences.token_divergence(*logps, tokens, kind="sampled_k2", weight=0.3)
+    return sampled, divergences.token_divergence(*logps, tokens, kind="jsd", weight=0.3, top_k=3)
 
   mesh = mesh_of(data=4, tensor=2)
-  sharded = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "tensor"))) for x in logits]
-  actual = several(*sharded, jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data"))))
-  for found, expected in zip(actual, several(*logits, tokens), strict=True):
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+  places = [NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "data", "tensor"), ("data",))]
+  actual = several(*jax.device_put((logits, tokens), tuple(places)))
+  np.testing.assert_allclose(actual, several(logits, tokens), rtol=2e-5, atol=1e-6)

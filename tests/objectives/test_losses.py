@@ -159,25 +159,6 @@ def test_gradients_in_closed_form(rng):
   np.testing.assert_array_equal(np.array(gradient)[clipped], 0.0)
 
 
-def test_programs_that_must_agree_to_the_bit(rng):
-  values = cases.batch(rng)
-  (loss, _), gradient = cases.value_and_gradient(values, SETTINGS["grpo on-policy"])
-  # On-policy every ratio is 1, of tokens and of sequences; a closed gate adds nothing.
-  closed = values | {"gate": jnp.zeros((P, G), bool)}
-  for same in (
-    cases.value_and_gradient(values, SETTINGS["gspo on-policy"]),
-    cases.value_and_gradient(closed, SETTINGS["kepo"]),
-  ):
-    assert same[0][0] == loss
-    np.testing.assert_array_equal(same[1], gradient)
-  # Without a policy term advantages do not matter, and only gated rows learn.
-  case = SETTINGS["distillation alone"]
-  _, one = cases.value_and_gradient(values, case)
-  _, other = cases.value_and_gradient(values | {"advantages": 7 - values["advantages"]}, case)
-  np.testing.assert_array_equal(one, other)
-  np.testing.assert_array_equal(np.array(one)[~np.array(values["gate"])], 0.0)
-
-
 def test_an_annealed_coefficient_keeps_the_teacher(rng):
   values = cases.batch(rng)
   inputs = cases.inputs_of(values, setting())
@@ -195,9 +176,8 @@ def test_an_annealed_coefficient_keeps_the_teacher(rng):
     grpo(values["student"], (values["teacher"],), inputs)
 
 
-@pytest.mark.parametrize("name", ["kepo", "everything"])
-def test_sharded_equals_unsharded(name, mesh_of, rng):
+def test_sharded_equals_unsharded(mesh_of, rng):
   values = cases.batch(rng)
   sharded = jax.device_put(values, NamedSharding(mesh_of(data=P), PartitionSpec("data")))
-  actual = cases.value_and_gradient(sharded, SETTINGS[name])
-  chex.assert_trees_all_close(actual, cases.value_and_gradient(values, SETTINGS[name]), rtol=1e-5, atol=1e-6)
+  actual = cases.value_and_gradient(sharded, SETTINGS["everything"])
+  chex.assert_trees_all_close(actual, cases.value_and_gradient(values, SETTINGS["everything"]), rtol=1e-5, atol=1e-6)

@@ -37,13 +37,6 @@ def test_clip_active_where_the_gradient_is_cut():
   assert active.sum() == 3
 
 
-def test_on_policy_gradient_is_the_advantage_exactly(rng):
-  # min and clip meet at ratio 1; the two half gradients must add to A, not to A/2 or 2A.
-  advantages = rng.normal(size=(4, 8)).astype(np.float32)
-  _, slope = value_and_slope(lambda x: ratios.clipped_surrogate(x, advantages, **CLIP), jnp.zeros((4, 8)))
-  np.testing.assert_array_equal(slope, advantages)
-
-
 def test_shaped_surrogate_worked_examples():
   # rho, gamma, A -> A rho / (rho + gamma), and its derivative in log rho, A rho gamma / (rho + gamma)^2.
   ratio, gamma, advantage, value, slope = np.float32(

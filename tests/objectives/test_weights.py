@@ -1,10 +1,10 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from kepo_jax.objectives import weights
+from kepo_jax.objectives import gates, weights
 
 T, MOST = 6, 9
 # Rows of all lengths, an empty one among them, and a gate that is closed for some.
@@ -43,11 +43,6 @@ def test_padding_changes_nothing():
     np.testing.assert_array_equal(padded[..., T:], 0.0, err_msg=name)
 
 
-def test_nothing_to_weigh_gives_exact_zeros():
-  for name, actual in all_weights(np.zeros_like(MASK), GATE).items():
-    np.testing.assert_array_equal(actual, 0.0, err_msg=name)
-
-
 def test_a_closed_gate_is_silent_and_an_open_one_is_uniform():
   closed, opened = all_weights(MASK, np.zeros_like(GATE)), all_weights(MASK, np.ones_like(GATE))
   for normaliser, uniform in (("gated_tokens", "token_mean"), ("group_mean", "sequence_mean")):
@@ -55,8 +50,18 @@ def test_a_closed_gate_is_silent_and_an_open_one_is_uniform():
     np.testing.assert_array_equal(opened[normaliser], opened[uniform])
 
 
-def test_unknown_names_are_refused():
-  with pytest.raises(ValueError, match="sequence_mean"):
-    weights.aggregation_weights(MASK, aggregation="mean", length=T)
-  with pytest.raises(ValueError, match="gated_tokens"):
-    weights.distill_weights(MASK, GATE, normaliser="group")
+def test_gates_worked_examples():
+  signal = jnp.array([[0.0, 0.5, 1.0], [1.0, 0.0, 2.0]])
+  # A rollout of exactly tau passes the positive gate and never the negative one; tau = 0 is uniform distillation.
+  for threshold, mode, expected in (
+    (1.0, "positive", [[0, 0, 1], [1, 0, 1]]),
+    (0.5, "positive", [[0, 1, 1], [1, 0, 1]]),
+    (0.0, "positive", [[1, 1, 1], [1, 1, 1]]),
+    (1.0, "negative", [[1, 1, 0], [0, 1, 0]]),
+    (0.5, "negative", [[1, 0, 0], [0, 1, 0]]),
+    (0.0, "negative", [[0, 0, 0], [0, 0, 0]]),
+    (1.0, "none", [[1, 1, 1], [1, 1, 1]]),
+  ):
+    gate = gates.quality_gate(signal, threshold=threshold, mode=mode)
+    assert gate.dtype == bool
+    np.testing.assert_array_equal(gate, np.array(expected, bool), err_msg=f"{mode} {threshold}")

@@ -2,14 +2,11 @@
 
   python -m tests.training.kill --kills=30 --seed=1    # what `make kill-test KILLS=30` calls
 
-Every kill is a SIGKILL in a phase whose turn it is, at a random moment of it. A run that gets through is compared,
-and another one is started until all kills are done.
+Every kill is a SIGKILL in a phase whose turn it is, at a random moment of it.
 """
 
 import argparse
-import collections
 import hashlib
-import json
 import os
 import pathlib
 import random
@@ -21,16 +18,15 @@ import time
 import jax
 import numpy as np
 
-from kepo_jax import training
+from kepo_jax import sharding, training
 from kepo_jax.data import splits
 from kepo_jax.reporting import RunReporter
 from kepo_jax.training import checkpoints, files, loop, manifest
 from kepo_jax.types import Hook
 from tests.conftest import ROOT
-from tests.training.runs import STEPS, small
+from tests.training.runs import SAME, STEPS, lines, small
 
 PHASES = ("sampling", "exploration", "teacher", "update", "saving", "checksums", "validation", "after", "export")
-FILES = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "questions.json", "model/model.safetensors")
 
 
 def say(word):
@@ -79,30 +75,8 @@ def digest(result):
   """The state of a finished run in one word."""
   found = hashlib.sha256()
   for leaf in jax.tree.leaves(result.state):
-    found.update(np.asarray(leaf).tobytes())
+    found.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
   return f"state {found.hexdigest()}"
-
-
-def start(workdir, log):
-  """The child as a process; its words come through its standard output."""
-  command = [sys.executable, "-m", "tests.training.kill", f"--run={workdir}"]
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
-
-
-def words_of(process):
-  """What a child says, until it ends."""
-  for line in process.stdout:
-    yield line.strip()
-
-
-def finish(workdir, log):
-  """Runs to the end without a kill; the hash of the state."""
-  with start(workdir, log) as process:
-    said = list(words_of(process))
-  if process.returncode:
-    raise RuntimeError(f"the run in {workdir} failed: {pathlib.Path(log.name).read_text()[-2000:]}")
-  return said[-1]
 
 
 def complete(workdir):
@@ -111,11 +85,16 @@ def complete(workdir):
   return max((step for step in checkpoints.steps_in(folder) if manifest.is_complete(folder / str(step))), default=0)
 
 
-def killed(workdir, log, phase, occurrence, delay):
-  """Runs until an occurrence of a phase and kills it there; (last step told, None), or (.., state) if it ended."""
+def killed(workdir, log, phase=None, occurrence=0, delay=0.0):
+  """Runs until an occurrence of a phase and kills it there, or to its end: (last step told, hash of the state or None).
+
+  The child is a process; its words come through its standard output.
+  """
+  command = [sys.executable, "-m", "tests.training.kill", f"--run={workdir}"]
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   seen, step, newest = 0, 0, complete(workdir)
-  with start(workdir, log) as process:
-    for word in words_of(process):
+  with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+    for word in map(str.strip, process.stdout):
       if word.startswith("start ") and word != f"start {newest}":
         raise RuntimeError(f"{workdir} went on after {word} instead of {newest}: its checkpoint was not used")
       if word.startswith("step "):
@@ -123,49 +102,44 @@ def killed(workdir, log, phase, occurrence, delay):
       if word.startswith("state "):
         return step, word
       seen += word == phase
-      if seen == occurrence:
+      if phase and seen == occurrence:
         time.sleep(delay)
         process.kill()
-        process.wait()
         return step, None
   raise RuntimeError(f"the run in {workdir} failed: {pathlib.Path(log.name).read_text()[-2000:]}")
 
 
 def differences(workdir, state, whole, whole_state):
   """What of a finished run is not as in the undisturbed one."""
-  found = [] if state == whole_state else ["state"]
-  found += [name for name in FILES if (workdir / name).read_bytes() != (whole / name).read_bytes()]
-  steps = [json.loads(line)["step"] for line in (workdir / "timing.jsonl").read_text().splitlines()]
+  files, found = (*SAME, "model/model.safetensors"), [] if state == whole_state else ["state"]
+  found += [name for name in files if (workdir / name).read_bytes() != (whole / name).read_bytes()]
+  steps = [line["step"] for line in lines(workdir / "timing.jsonl")]
   return found + ([] if steps == list(range(1, STEPS + 1)) else [f"steps of timing.jsonl {steps}"])
 
 
 def main(kills, seed, folder, phases=PHASES, whole=None):
-  """Kills so many times in these phases, in turn; runs that got through, what differed, and an entry per kill.
+  """Kills so many times in these phases, in turn; runs that got through, what differed, and a line per kill.
 
   `whole` is the folder and `digest` of a run that nobody disturbed; None makes one.
   """
-  choose, lines = random.Random(seed), []
+  choose, told = random.Random(seed), []
   with (folder / "log.txt").open("w") as log:
-    whole = whole or (folder / "whole", finish(folder / "whole", log))
-    runs, done, different, state = 0, 0, [], None
-    while done < kills or state is None:
-      workdir = folder / f"run-{runs}"
-      if done == kills:
-        state = finish(workdir, log)
-      else:
-        phase = phases[done % len(phases)]
+    whole = whole or (folder / "whole", killed(folder / "whole", log)[1])
+    runs, different, state = 0, [], None
+    while len(told) < kills or state is None:
+      workdir, before, moment = folder / f"run-{runs}", complete(folder / f"run-{runs}"), ()
+      if len(told) < kills:
+        phase = phases[len(told) % len(phases)]
         delay = choose.uniform(0, 0.05 if phase in ("saving", "checksums", "export") else 0.2)
-        occurrence = choose.randint(1, 2) if phase in PHASES[:6] else 1  # later ones come once in a run
-        before = complete(workdir)
-        step, state = killed(workdir, log, phase, occurrence, delay)
-        if state is None:
-          done += 1
-          lines.append((done, runs, phase, before, step))
-      if state is not None:
+        # Later phases come once in a run.
+        moment = phase, choose.randint(1, 2) if phase in PHASES[:6] else 1, delay
+      step, state = killed(workdir, log, *moment)
+      if state is None:
+        told.append(f"run {runs} in {phase} from the checkpoint of {before}, killed after step {step}")
+      else:
         different += [(runs, name) for name in differences(workdir, state, *whole)]
         runs += 1
-        state = state if done == kills else None
-  return runs, different, lines
+  return runs, different, told
 
 
 if __name__ == "__main__":
@@ -177,13 +151,8 @@ if __name__ == "__main__":
   if arguments.run:
     run(pathlib.Path(arguments.run))
     sys.exit()
-  begun = time.monotonic()
   with tempfile.TemporaryDirectory() as name:
-    runs, different, lines = main(arguments.kills, arguments.seed, pathlib.Path(name))
-  for number, run_number, phase, start_step, step in lines:
-    print(
-      f"kill {number:3}  run {run_number}  in {phase:<12} from the checkpoint of {start_step}, killed after step {step}"
-    )
-  print(f"{len(lines)} kills ({dict(collections.Counter(phase for _, _, phase, _, _ in lines))})")
-  print(f"{runs} runs finished in {time.monotonic() - begun:.0f} s; not as the undisturbed one: {different or 0}")
+    runs, different, told = main(arguments.kills, arguments.seed, pathlib.Path(name))
+  print(*told, sep="\n")
+  print(f"{len(told)} kills, {runs} runs finished; not as the undisturbed one: {different or 0}")
   sys.exit(bool(different))

@@ -29,10 +29,7 @@ def shrunk(config, **changes):
   config.data.train_items, config.data.validation_items, config.data.test_items = 16, 1, 1
   config.exploration.rounds = min(config.exploration.rounds, 2)
   config.train.compile_ahead = False  # a run of a few steps meets less than it may
-  for name, value in changes.items():
-    section, field = name.split("__")
-    config[section][field] = value
-  return config
+  return _change(config, changes)
 
 
 def small(parent=kepo, **changes):
@@ -41,14 +38,18 @@ def small(parent=kepo, **changes):
   return shrunk(parent.get_config(), **sizes | changes)
 
 
+def _change(config, changes):
+  for name, value in changes.items():
+    section, field = name.split("__")
+    config[section][field] = value
+  return config
+
+
 def changed(parent, **changes):
   """A config of `parent` with changes as `section__field=value`."""
   config = parent.get_config()
-  for name, value in changes.items():
-    section, field = name.split("__")
-    with config.ignore_type():  # None is a wrong value as well
-      config[section][field] = value
-  return config
+  with config.ignore_type():  # None is a wrong value as well
+    return _change(config, changes)
 
 
 _MADE, _BUILD = {}, assembly.build_programs
@@ -57,13 +58,12 @@ _MADE, _BUILD = {}, assembly.build_programs
 def _build_once(config, processor, models):
   """`assembly.build_programs`, with the programs of the first run of the same config: they are compiled already."""
   state, programs = _BUILD(config, processor, models)
+  # All runs here have the same models and tokenizer, wherever they lie.
+  idle = {"optimizer": ("skip_limit",), "eval": ("every", "test", "before", "prompts"), "model": ("student", "teacher")}
+  idle |= {name: config[name] for name in ("checkpoint", "log", "data")}
   fields = config.to_dict()
-  for name in ("checkpoint", "log", "data"):  # all runs here have the same models and tokenizer, wherever they lie
-    del fields[name]
-  del fields["optimizer"]["skip_limit"]
-  for section, names in (("eval", ("every", "test", "before", "prompts")), ("model", ("student", "teacher"))):
-    for name in names:
-      del fields[section][name]
+  for section, name in ((section, name) for section, names in idle.items() for name in names):
+    del fields[section][name]
   return state, _MADE.setdefault(json.dumps(fields, sort_keys=True), programs)
 
 
@@ -109,15 +109,13 @@ def assert_the_same(workdir, result, whole):
 
 
 class Recorder(Hook):
-  """Keeps every report; stops the run after a step, if told to."""
+  """Keeps every report."""
 
-  def __init__(self, stop_after=None):
-    self.reports, self.stop_after = [], stop_after
+  def __init__(self):
+    self.reports = []
 
   def step(self, report):
     self.reports.append(report)
-    if report.step == self.stop_after:
-      raise KeyboardInterrupt
 
 
 class Signal(training.Interruption, Hook):

@@ -1,11 +1,10 @@
-"""One process of runs over several: python -m tests.training.several FOLDER COORDINATOR COUNT NUMBER [RUN ...].
+"""One process of whole runs: python -m tests.training.several FOLDER COORDINATOR COUNT NUMBER [RUN ...].
 
-RUN is "whole" or "run", the names of runs that are alike, or something that goes wrong on one of the processes, see
-`FAULTS`; one after the other. What becomes of each is a line of FOLDER/NUMBER.
+RUN is a mesh, one of `FAULTS`, or a name. What becomes of each is a line of FOLDER/NUMBER.
 """
 
 import contextlib
-import hashlib
+import json
 import os
 import pathlib
 import sys
@@ -18,71 +17,48 @@ from kepo_jax import sharding, training
 from kepo_jax.data import splits
 from kepo_jax.reporting import RunReporter
 from kepo_jax.types import Hook
-from tests.training.runs import ASSETS, shrunk
+from tests.training.kill import digest
+from tests.training.runs import ASSETS, Recorder, shrunk
 
 STEPS = 5
 
 
-def config(devices):
-  """A few steps over all devices, with a checkpoint after every second."""
-  sizes = {"train__steps": STEPS, "eval__every": 3, "eval__prompts": 8, "checkpoint__every": 2}
-  sizes |= {"exploration__rounds": 1, "mesh__data": devices}
-  return shrunk(kepo.get_config(), **sizes)
+def say(text):
+  with open(pathlib.Path(sys.argv[1], sys.argv[4]), "a", encoding="utf-8") as file:
+    file.write(text + "\n")
 
 
 class Start(Hook):
-  """Says from which step the run goes on."""
-
   def start(self, plan):
     say(f"start {plan.start_step}")
 
 
-def no_folder(made, number):
+def no_folder(made):
   """The teacher's folder is there for the first process alone."""
   made.model.teacher = "weak"
-  os.chdir(ASSETS.parent if number else ASSETS)
+  os.chdir(ASSETS.parent if jax.process_index() else ASSETS)
   return {}
 
 
-def other_questions(made, number):
+def other_questions(made):
   """The last process has a question less."""
   records = splits.load(made.data)
-  return {"records": records | {"train": records["train"][number:]}}
+  return {"records": records | {"train": records["train"][jax.process_index() :]}}
 
 
-class Blocked(Hook):
-  """Puts a folder where the first process is going to write a file."""
-
-  def start(self, plan):
-    if not jax.process_index():
-      (pathlib.Path(plan.workdir) / "evaluation.json").mkdir()
+# Name -> config -> further arguments of `train`.
+FAULTS = {"no folder": no_folder, "other questions": other_questions}
 
 
-def unwritable(made, number):
-  """The first process cannot write down the evaluation before the first step."""
-  made.eval.before = made.eval.test = True
-  return {"hooks": [Blocked()]}
-
-
-# Name -> (config, number of the process) -> further arguments of `train`.
-FAULTS = {"no folder": no_folder, "other questions": other_questions, "unwritable": unwritable}
-
-
-def say(text):
-  folder, _, _, number = sys.argv[1:5]
-  with open(pathlib.Path(folder) / number, "a", encoding="utf-8") as file:
-    file.write(text + "\n")
-
-
-def run(name, number):
-  """Trains, and tells the hash of the state, or the error that ended it."""
-  made = config(jax.device_count())
-  settings = {"workdir": pathlib.Path(sys.argv[1]) / name, "hooks": [RunReporter(), Start()], "auto_resume": True}
-  if name in FAULTS:
-    settings |= FAULTS[name](made, number)
+def run(name):
+  """A few steps over all devices; tells the hash of the state, or the error that ended it."""
+  sizes = {"train__steps": STEPS, "eval__every": 3, "eval__prompts": 8, "checkpoint__every": 2}
+  made = shrunk(kepo.get_config(), exploration__rounds=1, mesh__data=jax.device_count(), **sizes)
+  settings = {"workdir": pathlib.Path(sys.argv[1], name), "hooks": [RunReporter(), Start()], "auto_resume": True}
+  settings |= FAULTS[name](made) if name in FAULTS else {}
   with training.Interruption() as interruption:
     try:
-      result = training.train(made, interruption=interruption, **settings)
+      say(digest(training.train(made, interruption=interruption, **settings)))
     except training.Interrupted as error:
       say(f"saved {error.step}")
       sys.exit(training.EXIT_CODE)
@@ -90,18 +66,34 @@ def run(name, number):
       if name not in FAULTS:
         raise
       say(f"{type(error).__name__}: {error}")
-      return
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(result.state):
-    digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
-  say(f"state {digest.hexdigest()}")
+
+
+def on_mesh(name):
+  """Two steps on a mesh; the state goes to FOLDER/NUMBER-NAME.npz, what the steps say to .json.
+
+  With this seed prompts fail in every step, one of the first half and two of the other.
+  """
+  made = shrunk(kepo.get_config(), train__steps=2, eval__every=0, eval__test=False, batch__prompts=8)
+  made.seed, made.exploration.rounds, made.optimizer.warmup_steps, made.log.gradients_every = 14, 1, 0, 0
+  made.data.prompt_buckets, made.data.patch_buckets = (72,), (64,)
+  made.mesh.data, made.mesh.fsdp, made.mesh.tensor = map(int, name.split(","))
+  recorder = Recorder()
+  state = training.train(made, hooks=[recorder]).state
+  arrays = {jax.tree_util.keystr(path): sharding.to_host(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+  place = pathlib.Path(sys.argv[1], f"{sys.argv[4]}-{name}")
+  np.savez(f"{place}.npz", **arrays)
+  said = [[report.metrics, report.samples] for report in recorder.reports]
+  pathlib.Path(f"{place}.json").write_text(json.dumps(said))
 
 
 def main(_, coordinator, count, number, *names):
+  # Two programs with collectives that run at a time can block each other where threads are fewer than devices.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  jax.config.update("jax_default_matmul_precision", "highest")
   jax.distributed.initialize(coordinator, int(count), int(number))
   for name in names:
     with contextlib.chdir(os.getcwd()):  # a fault may leave it
-      run(name, int(number))
+      on_mesh(name) if "," in name else run(name)
 
 
 if __name__ == "__main__":

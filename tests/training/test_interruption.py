@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 
-from kepo_jax.training.interruption import EXIT_CODE, Interrupted, Interruption
+from kepo_jax.training.interruption import Interruption
 
 # At last it waits inside one call into C, as a compilation does: Python's own handlers do not run meanwhile.
 PROGRAM = """
@@ -42,7 +42,7 @@ def test_the_first_signal_asks_and_the_second_ends_the_process_at_once():
     process.kill()
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_put_back_and_outside_the_main_thread_none_is_installed():
   before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
   with Interruption() as interruption:
     assert signal.getsignal(signal.SIGTERM) is not before[0]
@@ -50,23 +50,13 @@ def test_handlers_are_put_back():
     interruption.check()
   assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
   assert signal.set_wakeup_fd(-1) == -1
-
-
-def test_outside_the_main_thread_nothing_is_installed():
   found = []
 
   def work():
     with Interruption() as interruption:
-      found.append(interruption.requested())
+      found.append((interruption.requested(), signal.getsignal(signal.SIGTERM) is before[0]))
 
-  before = signal.getsignal(signal.SIGTERM)
   thread = threading.Thread(target=work)
   thread.start()
   thread.join()
-  assert found == [False] and signal.getsignal(signal.SIGTERM) is before
-
-
-def test_what_an_interrupted_run_says():
-  assert EXIT_CODE == 75
-  assert str(Interrupted(7, "run/checkpoints/7")) == "interrupted after step 7; its state is in run/checkpoints/7."
-  assert "nothing was saved" in str(Interrupted())
+  assert found == [(False, True)]

@@ -6,6 +6,8 @@ import pytest
 
 from tests.training.runs import Recorder, shrunk, train
 
+pytestmark = pytest.mark.slow
+
 
 def small(method, *arguments, **changes):
   """The config of a method on the phantom's models, in seconds; changes as `section__field=value`."""
@@ -14,9 +16,7 @@ def small(method, *arguments, **changes):
   config.data.resize, config.data.templates = "native", "brief"
   config.data.prompt_buckets, config.data.patch_buckets = (72,), (64,)  # room for the longest hint that may be
   config.sampling.max_new_tokens = config.eval.max_new_tokens = config.exploration.hint_tokens = 24
-  config.train.steps, config.eval.every, config.eval.test = 2, 0, False
-  config.log.gradients_every = 2
-  return shrunk(config, **changes)
+  return shrunk(config, train__steps=2, eval__every=0, eval__test=False, log__gradients_every=2, **changes)
 
 
 def metrics_of(config, questions):
@@ -27,7 +27,6 @@ def metrics_of(config, questions):
 
 
 # rloo and kepo_ke have no part that one of these has not; kepo_medvqa computes in bfloat16 and again in the backward.
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kepo", "kepo_medvqa", "kepo_released", "kepo_eq7", "sft", "sft_teacher"])
 def test_two_steps(method, questions):
   config = small(method)
@@ -45,7 +44,6 @@ def test_two_steps(method, questions):
   assert second["grad_norm"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
 def test_gkd_with_answers_of_the_teacher(fraction, questions):
   first, second = metrics_of(small("gkd", batch__on_policy_fraction=fraction), questions)
@@ -57,7 +55,6 @@ def test_gkd_with_answers_of_the_teacher(fraction, questions):
   assert "lambda" in first and "grad_cosine" not in second  # without a policy term there is nothing to compare
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   "changes",
   [
@@ -78,7 +75,6 @@ def test_knobs_together(changes, questions):
   if "objective__distill_schedule" in changes:
     assert (first["lambda"], second["lambda"]) == (1.0, 0.5)
   if "sampling__dynamic_rounds" in changes:
-    assert first["dynamic/asked"] in (4, 8, 12)
     assert first["dynamic/asked"] == 4 or first["dynamic/useful_frac"] < 1
     assert first["reward/lenient_accuracy"] >= first["reward/accuracy"]
   if changes.get("exploration__hints") == "once":

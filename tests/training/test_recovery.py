@@ -40,10 +40,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(whole, questions,
   flip_a_bit(run / "checkpoints" / "3")
   assert_the_same(run, train(small(), run, records=questions, resume=True), whole)
   assert steps_in(run / "broken") == [3]
-
-
-def test_a_finished_run_that_is_resumed_stays_as_it_is(whole, questions, tmp_path):
-  run = copied(whole[0], tmp_path / "run")
+  # A finished run that is resumed stays as it is.
   assert_the_same(run, train(small(), run, records=questions, auto_resume=True), whole)
 
 
@@ -84,8 +81,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted_until_there_are_too
 
 
 def test_a_run_that_is_killed_again_and_again_continues_to_the_bit(whole, tmp_path):
-  """SIGKILL in the middle of a save and of its checksums."""
   phases = ("saving", "checksums")
   runs, different, kills = kill.main(2, seed=5, folder=tmp_path, phases=phases, whole=(whole[0], kill.digest(whole[1])))
   assert different == [] and runs == 1
-  assert tuple(phase for _, _, phase, _, _ in kills) == phases
+  assert all(f" in {phase} " in told for phase, told in zip(phases, kills, strict=True))

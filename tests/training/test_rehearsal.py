@@ -1,19 +1,17 @@
 """A run over mixed sizes compiles before its first step, and nothing after it; what it does is the same to the bit."""
 
+import dataclasses
 import itertools
 
-import jax
-import numpy as np
 import pytest
 from PIL import Image
 
 from experiments.configs import kepo
 from kepo_jax import training
 from kepo_jax.training import rehearsal
-from kepo_jax.training.interruption import Interruption
 from kepo_jax.training.profiling import CompileCounter
-from kepo_jax.types import Example
-from tests.training.runs import Recorder, shrunk
+from tests.training.cases import example
+from tests.training.runs import Recorder, Signal, equal, shrunk
 
 SIZES = ((64, 64), (128, 64))  # 64 and 128 patch rows: two buckets
 
@@ -21,15 +19,12 @@ SIZES = ((64, 64), (128, 64))  # 64 and 128 patch rows: two buckets
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
   """Questions of two lengths about images of two sizes, in turn."""
-  folder = tmp_path_factory.mktemp("images")
-  found = []
+  folder, found = tmp_path_factory.mktemp("images"), []
   for number in range(10):
     path = folder / f"{number}.png"
     Image.new("RGB", SIZES[number % 2], (number, 0, 0)).save(path)
     stem = "How many bright spots?" + " Look." * (8 if number % 3 == 2 else 0)
-    found.append(
-      Example(id=f"q{number}", question=stem, options=("one", "two"), answer="A", images=(str(path),), modality="MRI")
-    )
+    found.append(dataclasses.replace(example(f"q{number}"), question=stem, images=(str(path),)))
   return {"train": found[:6], "validation": found[6:8], "test": found[8:]}
 
 
@@ -37,22 +32,18 @@ def mixed(**changes):
   """KEPO that asks for a hint in every step, one prompt at a time, and compares gradients in the second."""
   sizes = {"train__steps": 5, "eval__every": 2, "eval__prompts": 1, "checkpoint__every": 0, "batch__micro_batches": 1}
   asks = {"exploration__trigger": "always", "exploration__rounds": 1, "exploration__replacements": 1}
-  config = shrunk(kepo.get_config(), **sizes | asks | {"log__gradients_every": 2})
-  config.data.prompt_buckets, config.data.patch_buckets = (64, 128), (64, 128)
-  config.batch.prompts, config.batch.rollouts = 1, 2
-  config.sampling.max_new_tokens = config.eval.max_new_tokens = config.exploration.hint_tokens = 4
-  for name, value in changes.items():
-    section, field = name.split("__")
-    config[section][field] = value
-  return config
+  buckets = {"data__prompt_buckets": (64, 128), "data__patch_buckets": (64, 128), "log__gradients_every": 2}
+  lengths = {"sampling__max_new_tokens": 4, "eval__max_new_tokens": 4, "exploration__hint_tokens": 4}
+  batch = {"batch__prompts": 1, "batch__rollouts": 2}
+  return shrunk(kepo.get_config(), **sizes | asks | buckets | lengths | batch | changes)
 
 
 class Compiled(Recorder):
-  """Also keeps how many programs were compiled before, and by the end of, each step, and how far compiling was."""
+  """Also keeps how many programs were compiled by the end of the first step, and how far compiling was."""
 
   def __init__(self):
     super().__init__()
-    self.counter, self.counts, self.told = CompileCounter(), [], []
+    self.counter, self.told = CompileCounter(), []
 
   def programs(self):
     return self.counter.figures()["compiled/programs"]
@@ -64,14 +55,14 @@ class Compiled(Recorder):
 
   def step(self, report):
     super().step(report)
-    self.counts.append(self.programs())
+    self.first = self.first if len(self.reports) > 1 else self.programs()
 
 
 def run(questions, **changes):
   hook = Compiled()
   result = training.train(mixed(**changes), records=questions, hooks=[hook])
   hook.counter.close()
-  return result, hook, hook.programs() - hook.counts[0]
+  return result, hook, hook.programs() - hook.first
 
 
 @pytest.mark.slow
@@ -85,7 +76,7 @@ def test_nothing_compiles_after_the_first_step(questions):
   assert [report.metrics for report in hook.reports] == [report.metrics for report in other.reports]
   assert [report.samples for report in hook.reports] == [report.samples for report in other.reports]
   assert ahead.evaluations == met.evaluations
-  assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), ahead.state, met.state))
+  assert equal(ahead.state, met.state)
 
 
 class Stop(Exception):
@@ -125,33 +116,29 @@ def test_what_a_run_compiles(calls_of):
   assert {call[0] for call in fewer} == {"rollout", "update"} and len(fewer) == 2  # of the last step alone
 
 
-def test_possible_calls_have_a_limit(calls_of, monkeypatch):
-  monkeypatch.setattr(rehearsal, "MOST_POSSIBLE", 3)
-  assert sum(call[0] in ("hint", "candidate") for call in calls_of()) == 3
-
-
-def test_what_dynamic_sampling_keeps_is_possible_alone(calls_of):
+def test_what_is_only_possible_comes_last_and_has_a_limit(calls_of, monkeypatch):
   calls = calls_of(sampling__dynamic_rounds=1, exploration__trigger="never")
   first = calls.index(next(call for call in calls if call[0] == "update"))
   assert {call[0] for call in calls[:first]} == {"rollout", "evaluation"}
   assert len(named(calls, "update")) == 4
+  monkeypatch.setattr(rehearsal, "MOST_POSSIBLE", 3)
+  assert sum(call[0] in ("hint", "candidate") for call in calls_of()) == 3
+
+
+class Asking(Signal):
+  """Asks the run to stop as soon as a program is compiled; counts how many are."""
+
+  compiled = 0
+
+  def progress(self, what, done, total):
+    super().progress(what, done, total)
+    self.compiled += what == "compiling"
 
 
 def test_a_run_that_is_asked_to_stop_ends_between_programs(questions, monkeypatch):
-  interruption = Interruption()
-  monkeypatch.setattr(rehearsal, "rehearsed_programs", lambda run, state: collections_of_nothing())
-
-  class Asks(Recorder):
-    def progress(self, what, done, total):
-      if what == "compiling":
-        self.reports.append(done)
-        monkeypatch.setattr(interruption, "_asked", True)
-
-  hook = Asks()
+  hook, names = Asking(progress="compiling"), ("update", "rollout", "candidate", "evaluation", "hint", "answer")
+  programs = dict.fromkeys(names, lambda size, pair: None)
+  monkeypatch.setattr(rehearsal, "rehearsed_programs", lambda run, state: programs)
   with pytest.raises(training.Interrupted, match="interrupted after step 0; nothing was saved"):
-    training.train(mixed(train__compile_ahead=True), records=questions, hooks=[hook], interruption=interruption)
-  assert hook.reports == [1]
-
-
-def collections_of_nothing():
-  return dict.fromkeys(("update", "rollout", "candidate", "evaluation", "hint", "answer"), lambda size, pair: None)
+    training.train(mixed(train__compile_ahead=True), records=questions, hooks=[hook], interruption=hook)
+  assert hook.compiled == 1

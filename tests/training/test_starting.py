@@ -11,12 +11,12 @@ from kepo_jax.training import OutOfMemory, job, loop, starting
 from kepo_jax.types import Rollouts
 
 
-def run_of(*, steps=5, own=2, fails=()):
+def run_of(*, own=2, fails=()):
   """What `starting` asks of a run; `log` tells what was asked of it."""
-  log, failing = [], list(fails)
+  log = []
 
   def batch(done):
-    if done in failing:
+    if done in fails:
       raise ValueError(f"no image in step {done}")
     return [f"question {done}"], np.full(1, done)
 
@@ -24,16 +24,10 @@ def run_of(*, steps=5, own=2, fails=()):
     log.append((actor, int(prompts[0]), key))
     return Rollouts(tokens=np.zeros((1, 2, 3), np.int32), mask=np.ones((1, 2, 3), bool), logps=np.zeros((1, 2, 3)))
 
-  return types.SimpleNamespace(
-    config=types.SimpleNamespace(train=types.SimpleNamespace(steps=steps)),
-    own_rollouts=own,
-    batch=batch,
-    mesh=None,
-    key=lambda *purpose: purpose,
-    log=log,
-    failing=failing,
-    programs=types.SimpleNamespace(decode_weights=lambda params: f"copy of {params}", rollout=rollout),
-  )
+  programs = types.SimpleNamespace(decode_weights=lambda params: f"copy of {params}", rollout=rollout)
+  config = types.SimpleNamespace(train=types.SimpleNamespace(steps=5))
+  settings = {"mesh": None, "key": lambda *purpose: purpose, "log": log, "programs": programs, "config": config}
+  return types.SimpleNamespace(own_rollouts=own, batch=batch, **settings)
 
 
 @pytest.fixture(autouse=True)
@@ -60,31 +54,23 @@ def test_what_was_begun_is_taken_once():
 
 
 def test_another_step_than_the_one_that_was_begun():
-  ahead = starting.Ahead(run_of())
+  run = run_of()
+  ahead = starting.Ahead(run)
+  ahead.begin(state_of("a"), 5)  # there is no such step any more
+  assert run.log == []
   ahead.begin(state_of("a"), 3)
   assert ahead.take(state_of("b"), 4).examples == ["question 4"]
 
 
-def test_nothing_is_begun_after_the_last_step():
-  run = run_of(steps=5)
-  starting.Ahead(run).begin(state_of("a"), 5)
-  assert run.log == []
-
-
-def test_a_step_that_cannot_be_prepared_fails_in_its_turn():
-  run = run_of(fails=[2])
-  ahead = starting.Ahead(run)
-  ahead.begin(state_of("a"), 2)
-  with pytest.raises(ValueError, match="no image in step 2"):
-    ahead.take(state_of("a"), 2)
-
-
-def test_a_method_that_does_not_sample():
-  run = run_of(own=0)
+def test_a_method_that_does_not_sample_and_a_step_that_fails_in_its_turn():
+  run = run_of(own=0, fails=[2])
   ahead = starting.Ahead(run)
   ahead.begin(state_of("a"), 1)
   begun = ahead.take(state_of("a"), 1)
   assert begun.rollouts is None and begun.actor is None and begun.examples == ["question 1"] and not run.log
+  ahead.begin(state_of("a"), 2)
+  with pytest.raises(ValueError, match="no image in step 2"):
+    ahead.take(state_of("a"), 2)
 
 
 def test_the_teacher_is_asked_before_texts_are_read_and_without_the_students_copy():
