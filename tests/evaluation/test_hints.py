@@ -70,6 +70,24 @@ def test_candidates_of_a_prompt_are_drawn_together():
   outcome = outcome_of(candidates, [["<hint>h</hint>"]] * 20)
   gains = {row: effect(gain=[float(row % 2)] * 5, answers=1) for row in range(20)}
   found = hints.hint_record(outcome, gains, [CT] * 20, range(20), questions=20, rounds=1)
+  for name in ("positive_rate", "gain"):
+    low, high = found[f"{name}_interval"]
+    assert found[name] == 0.5
+    half = 1.96 * 0.5 / 20**0.5  # 0.22; of 200 coins 0.07
+    np.testing.assert_allclose([low, high], [0.5 - half, 0.5 + half], atol=0.06)
+  assert found == hints.hint_record(outcome, gains, [CT] * 20, range(20), questions=20, rounds=1)
+
+
+def test_modalities_and_all_of_them(worked):
+  effects = {row: effect(gain=[float(row)], answers=1) for row in range(3)}
+  found = hints.hint_records(worked, effects, [MRI, CT, MRI], [MRI, CT, MRI, OCT, MRI], rounds=3)
+  assert [each["modality"] for each in found] == ["CT", "MRI", "OCT", "all"]
+  assert [(each["prompts"], each["questions"]) for each in found] == [(1, 1), (2, 3), (0, 1), (3, 5)]
+  assert [each["gain"] for each in found] == [1.0, 1.0, None, 1.0]
+  # One prompt has no interval.
+  assert found[0]["positive_rate_interval"] is None and len(found[1]["positive_rate_interval"]) == 2
+  assert found[1]["accept_rate"] == [0.5, 0.5, 0.5] and found[0]["accept_rate"] == [0, 0, 1]
+  nothing = found[2]
   rates = ("answer_rate", "leak_rate", "parse_failure_rate", "positive_rate", "accept_rate")
   for name in ("gain", "letter_gain", "reliance", *rates):
     assert nothing[name] is None, name
