@@ -14,8 +14,6 @@ from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.training import checkpoints, compiling
 from tests.training.runs import ASSETS, STEPS, Recorder, Signal, assert_the_same, equal, lines, small, train
 
-pytestmark = pytest.mark.xdist_group("whole")  # one worker makes the run that they look at
-
 
 def test_the_workdir(whole):
   workdir, result, _ = whole

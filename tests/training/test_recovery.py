@@ -10,7 +10,7 @@ from kepo_jax.training.checkpoints import steps_in
 from tests.training import kill
 from tests.training.runs import Signal, assert_the_same, copied, flip_a_bit, lines, small, train
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("whole")]
+pytestmark = pytest.mark.slow
 
 
 def test_a_run_that_is_interrupted_everywhere_ends_as_if_it_never_was(whole, questions, tmp_path):
