@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from kepo_jax.data import image_files, splits
@@ -103,7 +104,12 @@ def _builder(data_dir: str | os.PathLike, config: str) -> tfds.core.DatasetBuild
   if folder is None:
     raise ValueError(f"{data_dir}: no built config {config!r}; run python -m experiments.build_tfds")
   _check_features(folder)
-  return tfds.builder_from_directory(folder)
+  try:
+    return tfds.builder_from_directory(folder)
+  except (*_READ_ERRORS, OSError, json_format.Error) as error:
+    raise ValueError(
+      f"{folder / 'dataset_info.json'}: not readable ({str(error)[:200]}); delete the folder and build the data set again"
+    ) from error
 
 
 def _source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[Mapping[str, Any]]:
@@ -126,10 +132,12 @@ def _check_features(folder: pathlib.Path) -> None:
   path = folder / "features.json"
   try:
     found = _described_classes(json.loads(path.read_text(encoding="utf-8")))
-  except (ValueError, TypeError, AttributeError, KeyError) as error:
-    raise ValueError(f"{path}: not the description of a TFDS data set ({error!r})") from error
+  except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    raise ValueError(f"{path}: not the description of a TFDS data set ({repr(error)[:200]})") from error
   if found != expected:
-    raise ValueError(f"{path}: describes {sorted(found)}, not the records of this version; build the data set again")
+    raise ValueError(
+      f"{path}: describes {str(sorted(found))[:300]}, not the records of this version; build the data set again"
+    )
 
 
 def _classes(feature: tfds.features.FeatureConnector, name: str = "") -> set[str]:

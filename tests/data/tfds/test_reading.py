@@ -77,6 +77,20 @@ def test_what_is_not_there_is_named(built, tmp_path):
   assert len(reading.read(copy, split="test")) == 8
 
 
+def test_damaged_descriptions_are_named(built, tmp_path):
+  nested = '{"featuresDict": {"features": {"a": ' * 50_000
+  for name, texts in {
+    "dataset_info.json": ("", "[]", '{"name": ', '{"splits": 3}', '{"unknown": 1}'),
+    "features.json": ("", "[]", "{}", nested, '{"pythonClassName": "x", "sequence": 3}'),
+  }.items():
+    for number, text in enumerate(texts):
+      folder = shutil.copytree(built.directory, tmp_path / name / str(number) / "1.0.0")
+      (folder / name).write_text(text)
+      with pytest.raises(ValueError, match=name) as caught:
+        reading.read_splits(folder)
+      assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000, text[:40]
+
+
 def test_records_of_another_kind_are_refused(built, tmp_path, monkeypatch):
   copy = shutil.copytree(built.directory, tmp_path / "copy")
   description = json.loads((copy / "features.json").read_text())
