@@ -107,8 +107,9 @@ def _builder(data_dir: str | os.PathLike, config: str) -> tfds.core.DatasetBuild
   try:
     return tfds.builder_from_directory(folder)
   except (*_READ_ERRORS, OSError, json_format.Error) as error:
+    reason = " ".join(str(error).split())[:200]
     raise ValueError(
-      f"{folder / 'dataset_info.json'}: not readable ({str(error)[:200]}); delete the folder and build the data set again"
+      f"{folder / 'dataset_info.json'}: not readable ({reason}); delete the folder and build the data set again"
     ) from error
 
 
@@ -135,9 +136,8 @@ def _check_features(folder: pathlib.Path) -> None:
   except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
     raise ValueError(f"{path}: not the description of a TFDS data set ({repr(error)[:200]})") from error
   if found != expected:
-    raise ValueError(
-      f"{path}: describes {str(sorted(found))[:300]}, not the records of this version; build the data set again"
-    )
+    told = str(sorted(found))[:300]
+    raise ValueError(f"{path}: describes {told}, not the records of this version; build the data set again")
 
 
 def _classes(feature: tfds.features.FeatureConnector, name: str = "") -> set[str]:
