@@ -39,7 +39,7 @@ class RunReporter(Hook):
       console: where to show, standard error by default.
     """
     self._memory = memory
-    self.memory: dict[str, int] = {}  # part of the plan -> bytes per device; known once the run starts
+    self.memory: Mapping[str, int] = {}  # part of the plan -> bytes per device; known once the run starts
     # Every host follows the run; only the first one shows and writes anything.
     self._first_host = jax.process_index() == 0
     self._display = Display(console if self._first_host else Console(quiet=True))

@@ -83,7 +83,7 @@ def _is_entry(entry: Any) -> bool:
   """Whether an entry of a header has a dtype, a shape and the byte range that both ask for."""
   if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
     return False
-  shape, offsets = entry.get("shape"), entry.get("data_offsets")
+  shape, offsets = entry.get("shape", ""), entry.get("data_offsets", "")
   if not all(isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x) for x in (shape, offsets)):
     return False
   if len(offsets) != 2 or offsets[0] > offsets[1]:
