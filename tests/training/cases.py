@@ -81,7 +81,7 @@ def candidate(text=RIGHT, hint="look left", fill=50):
 
 def until(condition):
   """Waits for what another thread does."""
-  deadline = time.monotonic() + 20
+  deadline = time.monotonic() + 300
   while not condition() and time.monotonic() < deadline:
     time.sleep(0.01)
   assert condition()

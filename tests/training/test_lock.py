@@ -23,7 +23,7 @@ package.__path__ = [kepo_jax.__path__[0] + "/training"]
 from kepo_jax.training.lock import WorkdirLock
 with WorkdirLock(sys.argv[1]):
   print("held", flush=True)
-  time.sleep(60)
+  time.sleep(600)
 """
 
 
@@ -40,7 +40,7 @@ def test_the_lock_of_a_living_process_is_respected_and_that_of_a_killed_one_take
   with WorkdirLock(tmp_path) as taken:
     taken.check()
     assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
-  assert time.monotonic() - start < 5  # nobody waited for a beat
+  assert time.monotonic() - start < 10  # nobody waited for a beat
   assert not (tmp_path / lock.NAME).exists()
   holder.communicate()
 
