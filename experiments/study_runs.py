@@ -418,10 +418,13 @@ class Workers:
 
   def _stop(self) -> None:
     self._stopping.set()
-    with self._lock:
-      for process in self._running:
-        with contextlib.suppress(ProcessLookupError):
-          process.send_signal(signal.SIGTERM)
+    try:
+      with self._lock:
+        for process in self._running:
+          with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+    except KeyboardInterrupt:  # asked again meanwhile: it would be lost
+      self._stop()
 
 
 def _last_line(log: pathlib.Path) -> str:
