@@ -132,6 +132,24 @@ def test_lenient_letter():
   assert_table(lambda text: rewards.lenient_letter(text, BRAIN), *LENIENT)
 
 
+def test_answers_that_any_reader_understands():
+  assert_table(
+    lambda text: rewards.lenient_letter(text, BRAIN),
+    ("B", r"\boxed{B}", r"The final answer is $\boxed{\text{B}}$.", r"\boxed{Brain}", '{"answer": "B) Brain"}'),
+    ("B", "<answer>Ｂ</answer>", "<answer>\u200bB</answer>", '<answer type="choice">B</answer>', "### Answer\nB"),
+    ("B", "Final answer - B", "The answer would be B.", "答案是B。", "正解はB", "정답은 B입니다", "Die Antwort ist B."),
+    ("B", "La respuesta correcta es B", "Réponse : B", "Ответ: B"),
+    (
+      None,
+      r"\boxed{A} or \boxed{B}",
+      '{"answer": "A", "choice": "B"}',
+      "B型肝炎",
+      "The answer could be A or B",
+      "B-mode",
+    ),
+  )
+
+
 def test_options_decide_what_an_answer_means():
   for expected, text, options in (
     ("A", "A mass", ("mass", "cyst")),
