@@ -3,14 +3,12 @@
 import hashlib
 import json
 
-import numpy as np
-import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from experiments import phantom_folder
 from experiments.phantom_recipes import RECIPES, SIZES
 from kepo_jax.data import prompts
-from kepo_jax.data.phantom import build, questions, scenes
+from kepo_jax.data.phantom import build
 from kepo_jax.data.pipeline import Processor
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -45,35 +43,6 @@ def test_they_load_and_their_side_files_are_those_that_the_code_writes(tmp_path)
     assert params["language_model"]["norm"]["weight"].shape == (config.text.hidden_size,)
   processor = Processor.from_directory(ASSETS / "confused", templates=prompts.BRIEF)
   assert all(processor.same_vocabulary(ASSETS / name) for name in NAMES)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-  return AutoTokenizer.from_pretrained(ASSETS / "confused", trust_remote_code=False)
-
-
-def test_every_word_of_the_benchmark_is_one_token(tokenizer):
-  words = [*scenes.SIDES, *scenes.LEVELS, *scenes.SIZES, *scenes.TONES, *questions.NUMBERS, *questions.HEALTH]
-  words += [*scenes.MODALITIES, *questions.GRADES, *questions.DISEASES.values(), "lesions", "no"]
-  words += [organ for organs in scenes.ORGANS.values() for organ in organs]
-  for word in words:
-    assert len(tokenizer.encode(f" {word}")) == 1, word
-  for topic in questions.TOPICS.values():
-    for stem in topic.wordings:
-      assert len(tokenizer.encode(stem)) == len(stem.split()) + 1, stem  # the question mark
-  for letter in "ABCD":
-    assert len(tokenizer.encode(f" {letter}:")) == len(tokenizer.encode(f" {letter}")) == 1
-
-
-def test_any_text_round_trips(tokenizer):
-  rng = np.random.default_rng(0)
-  ranges = ((1, 128), (128, 2048), (2048, 0xD800), (0xE000, 0x110000))
-  for _ in range(300):
-    points = [int(rng.integers(*ranges[rng.integers(4)])) for _ in range(rng.integers(0, 30))]
-    text = "".join(map(chr, points))
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-  for text in ("  two  spaces ", "a\n\n\tb", "What? A:B: c", "Ä\u0301 ½ 🧠", "<think>x</think> <answer> B </answer>"):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_transformers_reads_the_folder():
