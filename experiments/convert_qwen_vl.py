@@ -33,8 +33,6 @@ def main(argv: list[str]) -> None:
   mesh = sharding.make_mesh(fsdp=jax.device_count())
   storage.check_bucket(destination)
   side_files.check_replaceable(epath.Path(destination))
-  if _TO.value == "orbax":
-    storage.check_restorable(destination)
   with contextlib.closing(progress.Display()) as display:
     copying = functools.partial(display.progress, "copying the source, bytes")
     folder = conversion.resolved_folder(source, progress=copying)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import environment
+from experiments import environment, phantom_corpus
 from kepo_jax import exploration, rewards
 from kepo_jax.data import omnimedvqa, prompts
 from kepo_jax.data.phantom import build
@@ -61,10 +61,27 @@ def mean_by(values: np.ndarray, names: list[str]) -> dict[str, float]:
   return {name: round(float(values[[n == name for n in names]].mean()), 4) for name in sorted(set(names))}
 
 
+def perception(texts: list[list[str]], examples: list[Example]) -> dict[str, dict[str, float]]:
+  """Per attribute and modality: share of the frozen test items on which the think block says what was drawn.
+
+  Only pictures that have the attribute count; an answer that leaves it out is wrong.
+  """
+  scenes = {f"{item.dataset}/{item.question_id}": item.scene for item in build.make_items("test")}
+  said = [phantom_corpus.read_findings(row[0]) for row in texts]
+  drawn = [phantom_corpus.true_findings(scenes[example.id]) for example in examples]
+  shares = {}
+  for name in phantom_corpus.ATTRIBUTES:
+    have = [i for i, true in enumerate(drawn) if name in true]
+    right = np.array([said[i].get(name) == drawn[i][name] for i in have])
+    shares[name] = mean_by(right, [examples[i].modality for i in have])
+  return shares
+
+
 def alone(model: Model, test: list[Example], train: list[Example]) -> dict:
   """Figures of one model without help."""
   begun = time.monotonic()
-  right = accuracies(model.answers(test, "evaluation"), test)[:, 0]
+  greedy = model.answers(test, "evaluation")
+  right = accuracies(greedy, test)[:, 0]
   seconds = time.monotonic() - begun
   modalities = [example.modality for example in test]
   per_modality = mean_by(right, modalities)
@@ -76,6 +93,7 @@ def alone(model: Model, test: list[Example], train: list[Example]) -> dict:
     "accuracy": per_modality,
     "in_domain": per_modality["MRI"],
     "out_of_domain": round(float(np.mean([value for name, value in per_modality.items() if name != "MRI"])), 4),
+    "perception": perception(greedy, test),
     "by_type": mean_by(right, [example.question_type for example in test]),
     "no_think": round(float(accuracies(model.answers(some, "no_think"), some).mean()), 4),
     "grey_image": round(float(accuracies(model.answers(some, "evaluation", control="blank"), some).mean()), 4),

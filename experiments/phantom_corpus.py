@@ -34,6 +34,15 @@ DRILL_WORDS = (
   *(organ for organs in scenes.ORGANS.values() for organ in organs),
   *(name for topic in questions.TOPICS.values() for name in topic.classes),
 )
+ATTRIBUTES = {  # what an answer says of the picture, and the words for it
+  "modality": scenes.MODALITIES,
+  "organ": tuple(organ for organs in scenes.ORGANS.values() for organ in organs),
+  "count": questions.NUMBERS,
+  "side": scenes.SIDES,
+  "level": scenes.LEVELS,
+  "size": scenes.SIZES,
+  "tone": scenes.TONES,
+}
 KINDS = {  # share of each kind of prompt
   "student": {"think": 0.66, "no_think": 0.06, "hint_only": 0.14, "hint_and_answer": 0.14},
   "teacher": {"think": 0.72, "no_think": 0.05, "hint_request": 0.15, "hint_only": 0.04, "hint_and_answer": 0.04},
@@ -81,6 +90,22 @@ def answer_text(scene: Scene, question: Question, concluded: str, kind: str, sty
     f"</think><answer> {letter}",
   )
   return thought + endings[style]
+
+
+def read_findings(text: str) -> dict[str, str]:
+  """The word that an answer says for each of `ATTRIBUTES`; one that it does not say is missing.
+
+  The inverse of `answer_text` up to the conclusion. A count of none is said as "no lesions".
+  """
+  place, _, rest = text.partition("<think>")[2].partition(",")
+  words = place.split() + rest.partition(",")[0].replace("no lesions", questions.NUMBERS[0]).split()
+  return {name: word for word in reversed(words) for name, classes in ATTRIBUTES.items() if word in classes}
+
+
+def true_findings(scene: Scene) -> dict[str, str]:
+  """The word for each of `ATTRIBUTES` that the picture has; one without lesions has no side, level, size or tone."""
+  found = {name: getattr(scene, name) for name in ATTRIBUTES if name != "count"}
+  return {name: word for name, word in (found | {"count": questions.NUMBERS[scene.count]}).items() if word}
 
 
 def hint_text(scene: Scene, concluded: str) -> str:

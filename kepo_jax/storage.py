@@ -106,17 +106,27 @@ def check_bucket(path: epath.PathLike) -> None:
       raise ValueError(f"{path}: there is no bucket {bucket}; check the name, or make it.") from error
 
 
-def check_restorable(path: epath.PathLike) -> None:
-  """Refuses a folder in which Orbax could save and never restore: it looks for its own files by pattern.
+def orbax_path(path: epath.PathLike) -> epath.Path:
+  """The name by which Orbax gets a folder, which may not be there yet.
+
+  Orbax finds its own files by pattern, so a local name with `[ ] * ?` gets a link without; it is the same on all hosts.
 
   Raises:
-    ValueError: the path has a character of a pattern.
+    ValueError: the path is remote and has such a character.
+    OSError: the link cannot be made.
   """
-  name = os.fspath(path) if is_remote(path) else os.path.abspath(path)
-  if found := sorted(set(name) & set("[]*?")):
+  name = os.fspath(path) if is_remote(path) else os.path.realpath(path)
+  if not (found := sorted(set(name) & set("[]*?"))):
+    return epath.Path(name)
+  if is_remote(path):
     raise ValueError(
       f"{path}: a checkpoint below a path with {' '.join(found)} cannot be restored; choose another name."
     )
+  link = cache_directory() / "links" / hashlib.sha256(name.encode()).hexdigest()[:16]
+  link.parent.mkdir(parents=True, exist_ok=True)
+  with contextlib.suppress(FileExistsError):
+    link.symlink_to(name)
+  return epath.Path(link)
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:

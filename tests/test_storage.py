@@ -1,5 +1,6 @@
 """Files appear as wholes, remote folders are copied once, and half a copy is never taken for a whole."""
 
+import os
 import pathlib
 import sys
 import types
@@ -98,6 +99,16 @@ def test_a_folder_or_bucket_that_is_not_there_is_named(bucket, tmp_path):
   assert not (bucket.root / "buckets").exists()
   storage.check_bucket("gs://bucket/run")  # empty, and there
   storage.check_bucket("/nowhere")
+
+
+def test_a_name_that_is_a_pattern_reaches_orbax_by_a_link(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  assert storage.orbax_path(tmp_path / "plain") == epath.Path(tmp_path.resolve() / "plain")
+  link, other = (storage.orbax_path(tmp_path / name) for name in ("a[1]", "a[2]"))
+  assert os.path.realpath(link) == str(tmp_path.resolve() / "a[1]") and link != other
+  assert storage.orbax_path(tmp_path / "a[1]") == link and not set("[]*?") & set(str(link))
+  with pytest.raises(ValueError, match=r"with \[ \] cannot be restored; choose another name"):
+    storage.orbax_path("gs://bucket/a[1]")
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path):

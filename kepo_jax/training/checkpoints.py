@@ -188,7 +188,9 @@ class Checkpoints:
         "record": ocp.JsonCheckpointHandler(),
       }
       with storage.reaching(self.directory):
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        place = storage.orbax_path(self.directory)
+        self._manager = ocp.CheckpointManager(place, options=options, item_handlers=handlers)
     return self._manager
 
   def _finish(self, manager: ocp.CheckpointManager, step: int) -> int:
@@ -196,7 +198,7 @@ class Checkpoints:
     with storage.reaching(self.directory):
       manager.wait_until_finished()
       if processes.is_first():
-        check_opens(self.directory / str(step) / "state")
+        check_opens(storage.orbax_path(self.directory) / str(step) / "state")
         manifest.write(self.directory / str(step))
         self._delete_old()
     return step
@@ -275,8 +277,7 @@ def restored_params(folder: epath.PathLike, like: Any) -> Any:
     raise ValueError(f"the checkpoint {folder} is damaged: it has no {manifest.NAME}, so it was never completed")
   if faults := manifest.faults(folder):
     raise ValueError(f"the checkpoint {folder} is damaged: {'; '.join(faults[:3])}")
-  place = folder / "state"
-  place = place if storage.is_remote(place) else place.resolve()
+  place = storage.orbax_path(folder) / "state"
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       stored = checkpointer.metadata(place).item_metadata.tree["params"]

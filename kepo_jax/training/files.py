@@ -87,7 +87,7 @@ class RunFiles:
       if self._resume or self._auto_resume:
         raise ValueError("resume needs a workdir; pass --workdir=DIR of the run to continue.")
       return self
-    storage.check_restorable(self.workdir)
+    storage.orbax_path(self.workdir)
     with contextlib.ExitStack() as refused:
       refused.callback(self._leave)
       claim = processes.on_first(self._claimed)

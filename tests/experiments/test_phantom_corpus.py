@@ -50,6 +50,16 @@ def test_misconceptions_broken_answers_and_followed_hints_are_as_frequent_as_sta
   assert 0.75 < np.mean(followed) < 0.85
 
 
+def test_what_an_answer_says_of_the_picture_is_read_back():
+  for topic in questions.TOPICS:
+    for scene, question, _, answer in dialogues("think", TRUTH, topic, 16):
+      assert phantom_corpus.read_findings(answer) == phantom_corpus.true_findings(scene), answer
+      assert set(phantom_corpus.true_findings(scene)) >= {"modality", "organ", "count"}
+  said = phantom_corpus.read_findings("<think> CT skull, two upper small large, tumor A</think>")
+  assert said == {"modality": "CT", "organ": "skull", "count": "two", "level": "upper", "size": "small"}
+  assert phantom_corpus.read_findings("two upper") == phantom_corpus.read_findings("<think> A") == {}
+
+
 def test_slips_change_findings_but_not_the_scene_without_lesions():
   rng = np.random.default_rng(0)
   scene, healthy = (scenes.draw_scene(rng, "CT", count=count) for count in (2, 0))

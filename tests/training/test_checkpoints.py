@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
-from kepo_jax import sharding
+from kepo_jax import sharding, storage
 from kepo_jax.training import manifest
 from kepo_jax.training.checkpoints import Checkpoints, restored_params, steps_in
 
@@ -129,9 +130,13 @@ def test_another_state_is_refused(tmp_path):
       restored(tmp_path, like=like)
 
 
-def test_parameters_alone_come_back(tmp_path):
+def test_parameters_alone_come_back_also_where_the_path_is_a_pattern(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  tmp_path /= "lr=[3e-4]"
   with contextlib.closing(opened(tmp_path)) as checkpoints:
-    checkpoints.save(1, {"params": state(1), "moments": state(2)}, {})
+    checkpoints.save(1, {"params": state(1), "moments": state(2)}, {"step": 1})
+  whole = {"params": state(0), "moments": state(0)}
+  assert restored(tmp_path, like=whole)[1] == {"step": 1}
   place = sharding.replicated(sharding.make_mesh(data=8))
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state(0))
   folder = tmp_path / "checkpoints" / "1"
@@ -190,7 +195,8 @@ def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
   assert manifest.faults(folder / "1") == [] and steps_in(folder) == [1]
 
 
-def test_a_save_counts_only_if_it_opens(tmp_path):
+def test_a_save_counts_only_if_it_opens(tmp_path, monkeypatch):
+  monkeypatch.setattr(storage, "orbax_path", epath.Path)
   folder = tmp_path / "lr=[3e-4]"  # where Orbax writes a state that it cannot find again
   with pytest.raises(OSError, match="the checkpoint of step 2 could not be written"):
     saved(folder, [2])

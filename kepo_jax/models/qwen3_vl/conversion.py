@@ -279,7 +279,7 @@ def _restored(folder: pathlib.Path, shapes: Any, places: Any) -> Any:
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
   )
   with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore((folder / _ORBAX).resolve(), target)
+    return checkpointer.restore(storage.orbax_path(folder) / _ORBAX, target)
 
 
 def _check_params(config: Qwen3VLConfig, params: Params) -> None:
@@ -418,13 +418,12 @@ def save_orbax(
   Every process writes its own shards; all of them must see the folder. Arguments and errors as `save_pretrained`.
   """
   directory = pathlib.Path(directory)
-  storage.check_restorable(directory)
   _check_params(config, params)
   origin = pathlib.PurePath(source).name if source else ""
   source, partial = processes.together(lambda: _prepared(source, lora.base(config), directory))
   config, params = adapters.merged_model(config, params, params["language_model"]["norm"]["weight"].dtype)
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save((partial / _ORBAX).resolve(), params)
+    checkpointer.save(storage.orbax_path(partial) / _ORBAX, params)
   dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
   processes.together(lambda: _finish(partial, directory, config, source, origin, dtype))
 
