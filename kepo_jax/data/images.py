@@ -13,6 +13,7 @@ import os
 import pathlib
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -121,6 +122,15 @@ def _read_settings(directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
   raise ValueError(f"{directory}: no preprocessor_config.json; copy it from the published checkpoint")
 
 
+def _check_kind(name: str, value: Any, like: int | float | tuple[float, ...]) -> None:
+  """Raises a ValueError unless a setting is of the kind of its default: a whole number, a number or several."""
+  many, kinds = isinstance(like, tuple), (int,) if isinstance(like, int) else (int, float)
+  numbers = value if isinstance(value, tuple) else (value,)
+  if isinstance(value, tuple) != many or not all(type(x) in kinds and abs(x) < 1e12 for x in numbers):
+    wanted = "a list of numbers" if many else "a whole number" if kinds == (int,) else "a number"
+    raise ValueError(f"{name} is {str(value)[:50]}, expected {wanted}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
   """Image preprocessing of one checkpoint; the defaults are those of the reference class."""
@@ -141,6 +151,8 @@ class ImageProcessor:
       raise ValueError(f"resize={self.resize!r}; choose from {sorted(RESIZES)}")
     if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
       raise ValueError(f"image_mean={self.mean} and image_std={self.std} need three channels and no zero std")
+    if self.resample not in list(Image.Resampling):
+      raise ValueError(f"resample={self.resample} is none of Pillow's filters, 0 to 5")
     if min(self.patch_size, self.merge_size, self.temporal_patch_size, self.min_pixels) < 1:
       raise ValueError("patch_size, merge_size, temporal_patch_size and the smallest area must be positive")
     if self.max_pixels < max(self.min_pixels, self.factor**2):
@@ -172,12 +184,12 @@ class ImageProcessor:
       "resample": settings.get("resample"),
     }
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-    if wrong := [key for key, value in given.items() if kinds[key] is int and type(value) not in (int, type(None))]:
-      raise ValueError(f"{path}: {wrong[0]} is {str(given[wrong[0]])[:50]}, expected a whole number")
+    given = {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+      _check_kind(f"{path}: {key}", value, getattr(cls, key))
     try:
-      return cls(resize=resize, **{key: value for key, value in given.items() if value is not None})
-    except (TypeError, ValueError) as error:
+      return cls(resize=resize, **given)
+    except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 
   @property

@@ -191,7 +191,7 @@ class Processor:
     expected = (image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size)
     if geometry != expected:
       raise ValueError(
-        f"patch, merge and temporal size are {expected} in the image settings and {geometry} in the model's "
+        f"{tokenizer.name}: patch, merge and temporal size are {expected} in the image settings and {geometry} in "
         "config.json; the two files belong to different checkpoints."
       )
     merged = vision.spatial_merge_size**2

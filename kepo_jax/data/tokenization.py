@@ -40,8 +40,12 @@ def load(directory: pathlib.Path) -> Any:
     raise ValueError(f"{directory}: no usable tokenizer (no {' or '.join(VOCABULARY_FILES)})")
   try:
     with _without_gaps(directory) as folder:
-      return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-  except Exception as error:  # noqa: BLE001 (the tokenizers library raises Exception itself)
+      tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    tokenizer.encode("?")
+    return tokenizer
+  except BaseException as error:  # noqa: BLE001 (the tokenizers library raises Exception itself, and panics)
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+      raise
     raise ValueError(
       f"{directory}: no usable tokenizer ({_short(error)}); copy the checkpoint's tokenizer files, or install a newer "
       f"version of tokenizers and transformers."
@@ -56,8 +60,10 @@ def _without_gaps(directory: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   content = _read_json(directory / "tokenizer.json")
   vocabulary, added = content.get("model", {}).get("vocab", {}), content.get("added_tokens", [])
-  used = {token["id"] for token in added}
-  used |= set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+  numbered = list(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+  if len(set(numbered)) < len(numbered):
+    raise ValueError("two entries of tokenizer.json have the same id")
+  used = {token["id"] for token in added} | set(numbered)
   missing = set(range(min(max(used, default=0), _MOST_IDS))) - used
   if not missing:
     yield directory
@@ -74,7 +80,7 @@ def _without_gaps(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     yield folder
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
   """The first line of an error, cut where it is long."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -189,6 +195,7 @@ class Tokenizer:
       )
     if not tokenizer.chat_template:
       raise ValueError(f"{name}: no chat template; an instruction-tuned checkpoint has one in its tokenizer files.")
+    self.name = name  # of the folder, in errors
     self._tokenizer = tokenizer
     self._config = config
     self._lock = threading.Lock()  # fast tokenizers refuse to be used from two threads at once
@@ -289,8 +296,8 @@ class Tokenizer:
     mark = self._config.image_token_id
     if ids.count(mark) != len(image_tokens):
       raise ValueError(
-        f"question {name}: the chat template wrote {ids.count(mark)} image marks for {len(image_tokens)} images; "
-        "image_token_id of config.json and the chat template do not fit together."
+        f"question {name}: the chat template of {self.name} wrote {ids.count(mark)} image marks for "
+        f"{len(image_tokens)} images; it and image_token_id of config.json do not fit together."
       )
     counts = iter(image_tokens)
     return [token for i in ids for token in ([i] * next(counts) if i == mark else [i])]

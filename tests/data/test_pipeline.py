@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
+import random
 import re
 import threading
 import zlib
@@ -220,6 +222,31 @@ def test_folders_that_contradict_themselves(make_checkpoint, tmp_path):
   for number, message in enumerate(("belong to different checkpoints", "no chat template", "no usable tokenizer")):
     with pytest.raises(ValueError, match=message):
       pipeline.Processor.from_directory(tmp_path / f"{number}", **SMALL)
+
+
+def test_any_value_in_a_file_of_the_processor_is_read_or_refused(make_checkpoint, tmp_path, questions):
+  folder, draw, refused = make_checkpoint(tmp_path), random.Random(0), 0
+  values = (None, True, -1, 10**12, 0.5, math.nan, "x", [], [[1]], [10**12], {"a": 1}, "<|im_end|>", "{{ x", "é" * 3000)
+  names = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json")
+  for _ in range(120):
+    file = folder / draw.choice(names)
+    text = file.read_text()
+    record = inner = json.loads(text)
+    while isinstance(
+      inner[key := draw.choice(range(len(inner)) if isinstance(inner, list) else [*inner])], dict | list
+    ):
+      if draw.random() < 0.3 or not inner[key]:
+        break
+      inner = inner[key]
+    inner[key] = draw.choice(values)
+    file.write_text(json.dumps(record))
+    try:
+      pipeline.Processor.from_directory(folder, **SMALL).prompts(questions[:1], "think")
+    except ValueError as error:
+      assert "\n" not in str(error) and len(str(error)) < 2000 and str(folder) in str(error), (file, key, error)
+      refused += 1
+    file.write_text(text)
+  assert 20 < refused < 110
 
 
 def test_chat_template_of_older_checkpoints(make_checkpoint, checkpoint, tmp_path, questions, processor):
