@@ -6,6 +6,7 @@ Accuracy is on the frozen test items; cliffs (no accurate rollout of 8 at temper
 items, which no model has seen. Each `record.json` gets its own figures under "measured".
 """
 
+import functools
 import json
 import pathlib
 import time
@@ -18,6 +19,7 @@ from experiments import environment, phantom_corpus
 from kepo_jax import exploration, rewards
 from kepo_jax.data import omnimedvqa, prompts
 from kepo_jax.data.phantom import build
+from kepo_jax.data.phantom.scenes import Scene
 from kepo_jax.data.pipeline import Processor
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.training import groups as grouping
@@ -61,19 +63,48 @@ def mean_by(values: np.ndarray, names: list[str]) -> dict[str, float]:
   return {name: round(float(values[[n == name for n in names]].mean()), 4) for name in sorted(set(names))}
 
 
-def perception(texts: list[list[str]], examples: list[Example]) -> dict[str, dict[str, float]]:
-  """Per attribute and modality: share of the frozen test items on which the think block says what was drawn.
+@functools.cache
+def scenes() -> dict[str, Scene]:
+  """What was drawn for each frozen item of the test and the training split, by its id."""
+  items = [*build.make_items("test"), *build.make_items("train")]
+  return {f"{item.dataset}/{item.question_id}": item.scene for item in items}
 
-  Only pictures that have the attribute count; an answer that leaves it out is wrong.
+
+def perception(texts: list[list[str]], examples: list[Example]) -> dict[str, dict[str, float]]:
+  """Per attribute and modality: share of the texts whose think block says what was drawn.
+
+  Only pictures that have the attribute count; a text that leaves it out is wrong.
   """
-  scenes = {f"{item.dataset}/{item.question_id}": item.scene for item in build.make_items("test")}
-  said = [phantom_corpus.read_findings(row[0]) for row in texts]
-  drawn = [phantom_corpus.true_findings(scenes[example.id]) for example in examples]
   shares = {}
+  drawn = [phantom_corpus.true_findings(scenes()[example.id]) for example in examples]
   for name in phantom_corpus.ATTRIBUTES:
-    have = [i for i, true in enumerate(drawn) if name in true]
-    right = np.array([said[i].get(name) == drawn[i][name] for i in have])
-    shares[name] = mean_by(right, [examples[i].modality for i in have])
+    rows = [i for i, true in enumerate(drawn) if name in true]
+    right = [
+      np.mean([phantom_corpus.read_findings(text).get(name) == drawn[i][name] for text in texts[i]]) for i in rows
+    ]
+    shares[name] = mean_by(np.array(right), [examples[i].modality for i in rows])
+  return shares
+
+
+def perception_in_place(model: Model, texts: list[str], examples: list[Example]) -> dict[str, float]:
+  """Per finding of two classes: share of another's texts in which a model would say the true word in its place.
+
+  The model reads the text up to that word (teacher-forced) and prefers one of the two.
+  """
+  shares, processor = {}, model.batched.processor
+  for name, classes in phantom_corpus.ATTRIBUTES.items():
+    said = [phantom_corpus.read_findings(text).get(name) for text in texts]
+    true = [phantom_corpus.true_findings(scenes()[example.id]).get(name) for example in examples]
+    rows = [i for i, (one, other) in enumerate(zip(said, true, strict=True)) if one and other]
+    if len(classes) != 2 or not rows:
+      continue
+    asked = [examples[i] for i in rows]
+    both = [[texts[i].replace(str(said[i]), word, 1) for i in rows] for word in classes]
+    tokens = np.stack([processor.completions(each, TOKENS)[0] for each in both], axis=1)
+    logps = model.batched.logps(asked, "think", tokens)
+    place = (tokens[:, 0] != tokens[:, 1]).argmax(axis=1)  # the word itself
+    chosen = np.take_along_axis(logps, place[:, None, None], axis=2)[:, :, 0].argmax(axis=1)
+    shares[name] = round(float(np.mean([classes[k] == true[i] for k, i in zip(chosen, rows, strict=True)])), 4)
   return shares
 
 
@@ -94,6 +125,7 @@ def alone(model: Model, test: list[Example], train: list[Example]) -> dict:
     "in_domain": per_modality["MRI"],
     "out_of_domain": round(float(np.mean([value for name, value in per_modality.items() if name != "MRI"])), 4),
     "perception": perception(greedy, test),
+    "sampled_perception": {name: shares["MRI"] for name, shares in perception(texts, train).items()},
     "by_type": mean_by(right, [example.question_type for example in test]),
     "no_think": round(float(accuracies(model.answers(some, "no_think"), some).mean()), 4),
     "grey_image": round(float(accuracies(model.answers(some, "evaluation", control="blank"), some).mean()), 4),
@@ -157,7 +189,11 @@ def measure(mesh: jax.sharding.Mesh) -> None:
     record["measured"] = figures[name]
     (folder / name / "record.json").write_text(json.dumps(record, indent=2) + "\n")
   for student in (name for name in STUDENTS if name in models):
+    said = models[student].answers(train, "think", temperature=1.0, seed=1)
     for teacher in (name for name in TEACHERS if name in models):
+      label = f"{teacher} in place of {student}"
+      figures[label] = perception_in_place(models[teacher], [row[0] for row in said], train)
+      logging.info("%s: %s", label, json.dumps(figures[label]))
       for kind in ("hint_and_answer", "hint_only"):
         label = f"{student} helped by {teacher}, {kind}"
         figures[label] = with_hints(models[student], models[teacher], train, kind)
