@@ -102,7 +102,7 @@ def flag_errors() -> Iterator[None]:
     way_out = "--help lists the flags"
     if any(argument.startswith("--config") for argument in given):
       reason += f" (in {' '.join(given)})"
-      way_out = "experiments/configs/grpo.py lists every field of --config with its unit"
+      way_out = "kepo_jax/config.py lists every field of --config with its unit"
     if isinstance(error, OSError):
       names = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
       way_out = f"--config takes a file, or one of {', '.join(names)}"

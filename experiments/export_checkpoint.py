@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 from absl import flags
 from etils import epath
 
 from experiments import environment
-from experiments.configs import grpo
 from kepo_jax import sharding, storage
+from kepo_jax.config import Config, ModelConfig
 from kepo_jax.data import tokenization
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -82,7 +81,9 @@ def chosen_step(workdir: epath.Path, config: dict[str, Any], wanted: str) -> int
   return int(wanted)
 
 
-def export(workdir: epath.Path, step: int, fields: Any, output: epath.Path, declared: Mapping[str, str]) -> None:
+def export(
+  workdir: epath.Path, step: int, fields: ModelConfig, output: epath.Path, declared: Mapping[str, str]
+) -> None:
   """Writes the student of a checkpoint, its weights spread over all devices meanwhile.
 
   Args:
@@ -117,9 +118,9 @@ def main(_: Sequence[str]) -> None:
     raise ValueError(f"--workdir={workdir} holds no run (no config.json).")
   config = read_json(workdir / "config.json")
   step = chosen_step(workdir, config, _STEP.value)
-  # Runs that are older than a field did what its default does.
-  fields = ml_collections.ConfigDict(grpo.get_config().model.to_dict() | config["model"])
-  export(workdir, step, fields, output, tokenization.declarations(config["data"]))
+  export(
+    workdir, step, Config.from_dict({"model": config["model"]}).model, output, tokenization.declarations(config["data"])
+  )
   print(f"wrote the student of step {step} to {output}")
 
 

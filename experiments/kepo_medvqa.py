@@ -14,13 +14,13 @@ import pathlib
 import sys
 import time
 
-import ml_collections
 from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from experiments import environment
+from experiments import environment, settings
 from kepo_jax import training
+from kepo_jax.config import Config
 from kepo_jax.planning import memory
 from kepo_jax.reporting import RunReporter, panels
 
@@ -37,7 +37,7 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 environment.define_process_flags()
 
 
-def resumed_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+def resumed_config(workdir: epath.Path) -> Config:
   """The config of the run in a folder with the fields of this command line; that of the flags alone without a run.
 
   --config=FILE asks for the config of the file instead, which is compared with that of the run.
@@ -45,27 +45,15 @@ def resumed_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   Raises:
     ValueError: config.json of the folder cannot be read.
   """
-  config, path = _CONFIG.value, workdir / "config.json"
+  config, path = settings.typed(_CONFIG.value), workdir / "config.json"
   if flags.FLAGS["config"].present or not path.exists():
     return config
   try:
-    stored = json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}); --config=FILE says what to go on with") from error
+    stored = Config.from_dict(json.loads(path.read_text()))
+  except (ValueError, AttributeError) as error:
+    raise ValueError(f"{path} is no config ({error}); --config=FILE says what to go on with.") from error
   given = config_flags.get_override_values(flags.FLAGS["config"])
-  fields = [
-    (f"{section}.{name}", value)
-    for section in stored
-    if isinstance(stored[section], dict)
-    for name, value in stored[section].items()
-  ]
-  with config.ignore_type():
-    for name, value in [*fields, ("seed", stored.get("seed", config.seed))]:
-      section, _, field = name.rpartition(".")
-      target = config[section] if section in config else config
-      if field in target and name not in given:
-        target[field] = tuple(value) if isinstance(value, list) else value
-  return config
+  return stored.replace({name: value for name, value in config.fields().items() if name in given})
 
 
 def main(_: list[str]) -> None:
@@ -79,9 +67,8 @@ def main(_: list[str]) -> None:
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = str(epath.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
   logging.info("workdir %s", workdir)
-  config = _CONFIG.value
-  if _RESUME.value or _AUTO_RESUME.value:
-    config = resumed_config(epath.Path(workdir))
+  resumes = _RESUME.value or _AUTO_RESUME.value
+  config = resumed_config(epath.Path(workdir)) if resumes else settings.typed(_CONFIG.value)
   reporter = RunReporter(memory=memory.estimate)
   with training.Interruption() as interruption:
     try:

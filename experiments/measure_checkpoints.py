@@ -25,9 +25,10 @@ import numpy as np
 from absl import flags
 from rich.table import Table
 
-from experiments import environment, phantom_folder
+from experiments import environment, phantom_folder, settings
 from experiments.configs import grpo
 from kepo_jax import storage, training
+from kepo_jax.config import Config
 from kepo_jax.models.qwen3_vl import conversion, model, side_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from kepo_jax.reporting import RunReporter, progress
@@ -108,7 +109,7 @@ def write_student(folder: pathlib.Path, config: Qwen3VLConfig) -> None:
   conversion.save_pretrained(folder, config, params, source=source, dtype=np.float32)
 
 
-def run_config(student: pathlib.Path) -> Any:
+def run_config(student: pathlib.Path) -> Config:
   """GRPO with nothing but steps and checkpoints, all of which stay."""
   config = grpo.get_config()
   config.model.student = str(student)
@@ -119,7 +120,7 @@ def run_config(student: pathlib.Path) -> Any:
   config.checkpoint.every, config.checkpoint.minutes = _EVERY.value, 0.0
   config.checkpoint.keep = _STEPS.value // _EVERY.value + 1
   config.checkpoint.best = "none"
-  return config
+  return settings.typed(config)
 
 
 def vowels(completion: str, example: Example) -> float:

@@ -16,6 +16,7 @@ those of a run's first step. A folder that is not split is cut as such a run cut
 cliffs are null.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -27,9 +28,10 @@ import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
-from experiments import environment
+from experiments import environment, settings
 from experiments.configs import kepo
 from kepo_jax import sharding, storage
+from kepo_jax.config import Config
 from kepo_jax.data import dealing, limits, pipeline, prompts, splits, tokenization
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting import progress, tables
@@ -71,7 +73,7 @@ _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that split heads, MLP and v
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the weights; empty: float32 on a CPU only.")
 
 
-def settings_for(student: pathlib.Path) -> Any:
+def settings_for(student: pathlib.Path) -> Config:
   """The config of a run with this student, with what the flags ask for.
 
   Args:
@@ -88,10 +90,10 @@ def settings_for(student: pathlib.Path) -> Any:
   config.exploration.hint_prompt = _HINT_PROMPT.value
   config.exploration.rounds, config.exploration.candidates = _ROUNDS.value, _CANDIDATES.value
   config.seed = _SEED.value
-  return config
+  return settings.typed(config)
 
 
-def questions(config: Any, processor: pipeline.Processor, display: progress.Display) -> list[Example]:
+def questions(config: Config, processor: pipeline.Processor, display: progress.Display) -> list[Example]:
   """The questions that the flags ask for, each of which can be asked in all wordings.
 
   Raises:
@@ -127,7 +129,7 @@ def check_output(path: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
 
 
-def described(config: Any, dtype: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def described(config: Config, dtype: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """What was asked of whom, JSON-able."""
   flat = {name: flags.FLAGS[name].value for name in ("split", "limit", "limit_seed", "samples", "rounds", "candidates")}
   return flat | {
@@ -139,9 +141,9 @@ def described(config: Any, dtype: str, mesh: jax.sharding.Mesh) -> dict[str, Any
     "seed": config.seed,
     "templates": config.data.templates,
     "resize": config.data.resize,
-    "sampling": config.sampling.to_dict(),
-    "reward": config.reward.to_dict(),
-    "exploration": config.exploration.to_dict(),
+    "sampling": dataclasses.asdict(config.sampling),
+    "reward": dataclasses.asdict(config.reward),
+    "exploration": dataclasses.asdict(config.exploration),
     "answer_temperature": config.supervised.temperature,
     "dtype": dtype,
     # They change no random number, and still the last bits of a logit, which may decide a token.
@@ -186,7 +188,7 @@ def main(_: list[str]) -> None:
   with jax.set_mesh(mesh):
     records = hints.measured(config, loaded("student"), loaded("teacher"), examples, progress=display.progress)
   display.close()
-  names = {role: epath.Path(config.model[role]).name for role in ("student", "teacher")}
+  names = {role: epath.Path(getattr(config.model, role)).name for role in ("student", "teacher")}
   records = [names | {"hint_prompt": _HINT_PROMPT.value} | record for record in records]
   result = {"settings": described(config, dtype, mesh), "records": records}
   storage.write_text(_OUTPUT.value, json.dumps(result, indent=2, allow_nan=False) + "\n")

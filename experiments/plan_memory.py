@@ -16,7 +16,6 @@ from ml_collections import config_flags
 
 from experiments import environment
 from kepo_jax.planning import memory
-from kepo_jax.training import checks
 
 with environment.flag_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/kepo_medvqa.py", "of the run")
@@ -60,7 +59,7 @@ def table(estimates: dict[str, dict[str, int]]) -> str:
 
 def main(_: Sequence[str]) -> None:
   """Prints the table."""
-  checks.check_config(_CONFIG.value)
+  _CONFIG.value.validate()
   print(table(rows(_CONFIG.value, compare=_COMPARE.value)))
 
 

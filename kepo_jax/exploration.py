@@ -16,7 +16,7 @@ from kepo_jax.types import Example
 
 QUOTED_WORDS = 12  # consecutive words of a hint that make a quotation, in the figure that is always logged
 TRIGGERS = ("accuracy_all_zero", "reward_all_zero", "always", "never")
-RULES = ("accurate_and_formatted", "accurate", "all_or_none", "all_or_none_accurate")
+RULES = ("accurate_and_formatted", "all_or_none_accurate")
 HINTS = ("each_round", "once")
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
 # What a completion must not say: it would teach the student to talk about help that it will not have.
@@ -58,12 +58,10 @@ class Candidate:
 class Acceptance:
   """Which candidates may replace a rollout."""
 
-  # One of RULES: "accurate_and_formatted" and "accurate" look at each candidate alone; under "all_or_none" those of a
-  # prompt and a round are accepted together, if every one of them is accurate and well formed, and under
-  # "all_or_none_accurate" if every one is accurate.
+  # One of RULES: "accurate_and_formatted" looks at each candidate alone; under "all_or_none_accurate" those of a prompt
+  # and a round are accepted together, if every one is accurate.
   rule: str = "accurate_and_formatted"
   leak_filter: bool = True  # refuse texts that talk about the help
-  quoted_words: int = 0  # refuse texts that repeat so many consecutive words of their hint; 0: none
 
   def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate]:
     """The accepted ones among the candidates of one prompt and round, in their order.
@@ -74,13 +72,11 @@ class Acceptance:
     if self.rule not in RULES:
       raise ValueError(f"exploration.acceptance={self.rule!r} is unknown; use one of {RULES}.")
     good = [candidate for candidate in candidates if self._alone(candidate)]
-    return [] if self.rule.startswith("all_or_none") and len(good) < len(candidates) else good
+    return [] if self.rule == "all_or_none_accurate" and len(good) < len(candidates) else good
 
   def _alone(self, candidate: Candidate) -> bool:
-    formed = candidate.well_formed or self.rule in ("accurate", "all_or_none_accurate")
-    silent = not (self.leak_filter and candidate.leaks)
-    own_words = not (self.quoted_words and quotes(candidate.text, candidate.hint, self.quoted_words))
-    return candidate.accurate and formed and silent and own_words
+    formed = candidate.well_formed or self.rule == "all_or_none_accurate"
+    return candidate.accurate and formed and not (self.leak_filter and candidate.leaks)
 
 
 @dataclasses.dataclass

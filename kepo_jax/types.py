@@ -11,6 +11,8 @@ from typing import Any
 import chex
 import jax
 
+from kepo_jax.config import Config
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -65,16 +67,6 @@ class Rollouts:
 
 
 @chex.dataclass(frozen=True)
-class HintedRows:
-  """Injected rollouts with the prompts under which they were sampled; Q rows, the last ones may be padding."""
-
-  prompts: Prompts  # [Q, ...], with the hint
-  prompt: jax.Array  # int32[Q], row of the batch
-  slot: jax.Array  # int32[Q], rollout of its group
-  used: jax.Array  # bool[Q], false for padding
-
-
-@chex.dataclass(frozen=True)
 class Experience:
   """Scored rollouts of the global batch: everything that one update needs besides parameters."""
 
@@ -87,14 +79,13 @@ class Experience:
   injected: jax.Array  # bool[P, G], true where an accepted hinted candidate replaced the rollout
   supervised: jax.Array  # bool[P, G], rows that the student did not sample: gold answers or the teacher's
   kept: jax.Array  # bool[P, G], false for rollouts that no term of the loss sees
-  hinted: HintedRows | None = None  # where injected rollouts keep their hint in the policy term
 
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
   """What a run is about to do; handed to the hooks before the first step."""
 
-  config: Any  # ml_collections.ConfigDict of the run
+  config: Config
   workdir: str  # "" when nothing is written
   models: dict[str, Any]  # role ("student", "teacher", "reference") -> its Qwen3VLConfig
   mesh: dict[str, int]  # devices per mesh axis

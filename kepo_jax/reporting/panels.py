@@ -12,6 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from kepo_jax.config import Config
 from kepo_jax.types import RunPlan
 
 
@@ -111,7 +112,7 @@ def start_panel(
   return Panel(table, title="this run", title_align="left", expand=False)
 
 
-def method_rows(config: Any) -> list[tuple[str, str]]:
+def method_rows(config: Config) -> list[tuple[str, str]]:
   """What the student learns from, in words: (name, value) for batch, reward, objective and exploration."""
   return [
     ("batch", _batch_line(config)),
@@ -121,7 +122,7 @@ def method_rows(config: Any) -> list[tuple[str, str]]:
   ]
 
 
-def config_rows(config: Any) -> list[tuple[str, str]]:
+def config_rows(config: Config) -> list[tuple[str, str]]:
   """A run in brief from its config alone: (name, value)."""
   rows = [("student", config.model.student)]
   if config.model.teacher:
@@ -179,7 +180,7 @@ def _lora_line(model: Any) -> str:
   return f"LoRA of rank {model.lora_rank}, {scale}, on {', '.join(model.lora_targets)}"
 
 
-def _reward_line(config: Any) -> str:
+def _reward_line(config: Config) -> str:
   """Convention, weights, and further functions as the config names them; what a caller passes is not known here."""
   reward = config.reward
   parts = f"accuracy x {reward.accuracy:g}, format x {reward.format:g}"
@@ -191,7 +192,7 @@ def _reward_line(config: Any) -> str:
   )
 
 
-def _objective_line(config: Any) -> str:
+def _objective_line(config: Config) -> str:
   objective = config.objective
   parts = []
   if objective.policy_weight and config.batch.on_policy_fraction:
@@ -207,7 +208,7 @@ def _objective_line(config: Any) -> str:
   return ", ".join(parts)
 
 
-def _batch_line(config: Any) -> str:
+def _batch_line(config: Config) -> str:
   batch, micro = config.batch, config.batch.micro_batches
   line = f"{batch.prompts} prompts x {batch.rollouts} rollouts of up to {config.sampling.max_new_tokens} tokens"
   if batch.on_policy_fraction < 1:
@@ -217,7 +218,7 @@ def _batch_line(config: Any) -> str:
   return line + (f", {batch.updates} updates" if batch.updates > 1 else "")
 
 
-def _exploration_line(config: Any) -> str:
+def _exploration_line(config: Config) -> str:
   exploration = config.exploration
   if exploration.trigger == "never" or not exploration.replacements or not exploration.rounds:
     return "none"

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from kepo_jax import processes
+from kepo_jax.config import Config
 from kepo_jax.evaluation import journal
 from kepo_jax.training import run_record
 from kepo_jax.types import Example
@@ -21,7 +22,7 @@ Facts = Mapping[str, Any]
 
 
 def check(
-  config: Any,
+  config: Config,
   *,
   questions: Mapping[str, Sequence[Example]] | None = None,
   models: Mapping[str, pathlib.Path] | None = None,
@@ -43,7 +44,7 @@ def check(
     raise ValueError(said)
 
 
-def facts(config: Any, questions: Mapping[str, Sequence[Example]], models: Mapping[str, pathlib.Path]) -> Facts:
+def facts(config: Config, questions: Mapping[str, Sequence[Example]], models: Mapping[str, pathlib.Path]) -> Facts:
   """What is compared of a process, JSON-able: the config, number and digest of the questions, hashes of the models."""
   return {
     "config": json.loads(config.to_json()),

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import optax
 
 from kepo_jax import rewards, sharding
+from kepo_jax.config import Config, ModelConfig
 from kepo_jax.data import pipeline
 from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import LoraConfig
 from kepo_jax.objectives import losses
-from kepo_jax.training import checks, compiling, inputs, programs, state, step
+from kepo_jax.training import compiling, inputs, programs, state, step
 from kepo_jax.types import Prompts, Rollouts
 
 
-def scorer(config: Any, more: rewards.WeightedRewards) -> rewards.Scorer:
+def scorer(config: Config, more: rewards.WeightedRewards) -> rewards.Scorer:
   """The rewards of a run: accuracy and format of its convention, those of `reward.more`, and `more`.
 
   Raises:
@@ -34,42 +35,19 @@ def scorer(config: Any, more: rewards.WeightedRewards) -> rewards.Scorer:
   return rewards.Scorer(named, reward.combination)
 
 
-def own_rollouts(config: Any) -> int:
-  """Rollouts of each group that the student samples; the others are supervised rows."""
-  return round(config.batch.on_policy_fraction * config.batch.rollouts)
-
-
-def candidates(config: Any) -> int:
-  """Hinted completions that are sampled for a failed prompt in a round."""
-  return max(1, config.exploration.candidates or config.exploration.replacements)
-
-
-def frozen_parts(config: Any) -> tuple[str, ...]:
-  """Top-level parts of the parameters that are not trained."""
-  if config.model.lora_rank:
-    return ("visual", "language_model", "lm_head")
-  return ("visual",) if config.model.freeze_vision else ()
-
-
-def compares(config: Any) -> bool:
-  """Whether there are two terms whose gradients are compared from time to time."""
-  objective = config.objective
-  return bool(config.log.gradients_every and objective.policy_weight and objective.distill_weight)
-
-
-def lora_config(fields: Any) -> LoraConfig | None:
+def lora_config(fields: ModelConfig) -> LoraConfig | None:
   """The matrices that `config.model` asks for; None where all weights are trained."""
   if not fields.lora_rank:
     return None
   return LoraConfig(rank=fields.lora_rank, alpha=fields.lora_alpha, targets=tuple(fields.lora_targets))
 
 
-def student_dtype(fields: Any) -> Any:
+def student_dtype(fields: ModelConfig) -> Any:
   """Dtype of the student's weights: float32 where they are trained, that of its activations where LoRA is."""
   return jnp.dtype(fields.compute_dtype if fields.lora_rank else "float32")
 
 
-def with_lora(config: Any, loaded: programs.Model, key: jax.Array) -> programs.Model:
+def with_lora(config: Config, loaded: programs.Model, key: jax.Array) -> programs.Model:
   """The student with the matrices that are trained in the place of its weights; itself where `config` has none.
 
   Args:
@@ -90,7 +68,7 @@ def with_lora(config: Any, loaded: programs.Model, key: jax.Array) -> programs.M
   return programs.Model(described, {**loaded.params, lora.PART: matrices})
 
 
-def token_loss(config: Any, processor: pipeline.Processor) -> losses.KepoTokenLoss:
+def token_loss(config: Config, processor: pipeline.Processor) -> losses.KepoTokenLoss:
   """The objective of a run."""
   objective = config.objective
   return losses.KepoTokenLoss(
@@ -111,14 +89,14 @@ def token_loss(config: Any, processor: pipeline.Processor) -> losses.KepoTokenLo
   )
 
 
-def distill_factor(config: Any) -> optax.Schedule:
+def distill_factor(config: Config) -> optax.Schedule:
   """Factor of lambda at a step, between 1 and 0."""
   if config.objective.distill_schedule == "linear":
     return optax.linear_schedule(1.0, 0.0, config.train.steps)
   return optax.constant_schedule(1.0)
 
 
-def update_settings(config: Any) -> inputs.UpdateSettings:
+def update_settings(config: Config) -> inputs.UpdateSettings:
   """How a batch of this run becomes updates."""
   objective = config.objective
   return inputs.UpdateSettings(
@@ -126,7 +104,7 @@ def update_settings(config: Any) -> inputs.UpdateSettings:
     chunk=objective.chunk,
     parts=config.batch.micro_batches,
     updates=config.batch.updates,
-    frozen=frozen_parts(config),
+    frozen=config.frozen_parts,
     remat=config.model.remat,
     aggregation=objective.aggregation,
     normaliser=objective.distill_normaliser,
@@ -137,7 +115,7 @@ def update_settings(config: Any) -> inputs.UpdateSettings:
   )
 
 
-def schedule(config: Any) -> optax.Schedule:
+def schedule(config: Config) -> optax.Schedule:
   """Learning rate at a step."""
   optimizer = config.optimizer
   return state.learning_rate_schedule(
@@ -146,14 +124,14 @@ def schedule(config: Any) -> optax.Schedule:
 
 
 def build_programs(
-  config: Any, processor: pipeline.Processor, models: Mapping[str, programs.Model]
+  config: Config, processor: pipeline.Processor, models: Mapping[str, programs.Model]
 ) -> tuple[state.TrainState, programs.Programs]:
   """The state before the first update, and the jitted programs around it."""
   student, settings = models["student"], update_settings(config)
   fields = ("b1", "b2", "eps", "weight_decay", "clip_norm")
   optimizer = state.make_optimizer(
     schedule(config),
-    **{name: config.optimizer[name] for name in fields},
+    **{name: getattr(config.optimizer, name) for name in fields},
     moments_dtype=config.optimizer.moments,
   )
   first = state.initial_state(student.params, optimizer, settings.frozen)
@@ -172,15 +150,15 @@ def build_programs(
     return programs.teacher_program(models["teacher"], processor, arguments)
 
   policy = (sampled.max_new_tokens, sampled.temperature, sampled.top_p, sampled.top_k)
-  own = own_rollouts(config)
+  own = config.own_rollouts
   return first, programs.Programs(
     decode_weights=programs.decode_weights_program(student.config, student.params, settings.compute_dtype),
     rollout=sampler(max(1, own), *policy),
-    candidate=sampler(candidates(config), *policy),
+    candidate=sampler(config.candidates, *policy),
     greedy=sampler(1, asked.max_new_tokens, 0.0),
-    hint=teacher(checks.explores(config), 1, exploration.hint_tokens, exploration.hint_temperature),
+    hint=teacher(config.explores, 1, exploration.hint_tokens, exploration.hint_temperature),
     answer=teacher(
-      checks.teacher_answers(config),
+      config.teacher_answers,
       *(config.batch.rollouts - own, sampled.max_new_tokens, config.supervised.temperature),
     ),
     targets=programs.targets_program([models[role] for role in scoring], settings.parts),

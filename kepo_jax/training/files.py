@@ -15,6 +15,7 @@ from absl import logging
 from etils import epath
 
 from kepo_jax import processes, storage
+from kepo_jax.config import Config
 from kepo_jax.data import splits
 from kepo_jax.data.rules import Summary
 from kepo_jax.evaluation import journal
@@ -46,7 +47,7 @@ class RunFiles:
   def __init__(
     self,
     workdir: epath.PathLike,
-    config: Any,
+    config: Config,
     *,
     resume: bool = False,
     auto_resume: bool = False,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kepo_jax import exploration, processes, rewards, sharding
-from kepo_jax.types import Example, Experience, HintedRows, Prompts, Rollouts
+from kepo_jax.types import Example, Experience, Prompts, Rollouts
 
 
 @dataclasses.dataclass
@@ -258,26 +258,6 @@ def truncated(groups: Groups, end_ids: Sequence[int]) -> np.ndarray:
   return ~ended & ~groups.supervised
 
 
-def hinted_rows(groups: Groups, prompts: Callable[[Sequence[Example], Sequence[str]], Prompts]) -> HintedRows | None:
-  """The injected rollouts with their hinted prompts, their number padded to a multiple of P; None without any.
-
-  Args:
-    groups: after injection.
-    prompts: (questions, hints) -> prompts on the host.
-  """
-  found = np.argwhere(groups.injected)
-  if not len(found):
-    return None
-  size = -(-len(found) // len(groups.examples)) * len(groups.examples)
-  rows = np.concatenate([found, np.repeat(found[:1], size - len(found), axis=0)]).astype(np.int32)
-  return HintedRows(
-    prompts=prompts([groups.examples[p] for p, _ in rows], [groups.hints[p, g] for p, g in rows]),
-    prompt=rows[:, 0],
-    slot=rows[:, 1],
-    used=np.arange(size) < len(found),
-  )
-
-
 def experience(
   groups: Groups,
   prompts: Prompts,
@@ -285,7 +265,6 @@ def experience(
   gate: ArrayLike,
   *,
   kept: np.ndarray,
-  hinted: HintedRows | None = None,
 ) -> Experience:
   """The batch of one update, on the host; every row of `Experience` as documented there."""
   return Experience(
@@ -298,5 +277,4 @@ def experience(
     injected=groups.injected,
     supervised=groups.supervised,
     kept=kept,
-    hinted=hinted,
   )

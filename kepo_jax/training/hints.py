@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from kepo_jax import exploration
+from kepo_jax.config import Config
 from kepo_jax.evaluation import hints as figures
 from kepo_jax.rewards import Scorer
 from kepo_jax.training import assembly, setup
@@ -192,7 +193,12 @@ def _text(processor: Any, tokens: np.ndarray) -> str:
 
 
 def measured(
-  config: Any, student: BatchedModel, teacher: BatchedModel, examples: Sequence[Example], *, progress: Progress = quiet
+  config: Config,
+  student: BatchedModel,
+  teacher: BatchedModel,
+  examples: Sequence[Example],
+  *,
+  progress: Progress = quiet,
 ) -> list[dict[str, Any]]:
   """`evaluation.hints.hint_records` of a student's cliffs: sampled, hinted at in all rounds, and scored.
 
@@ -209,7 +215,11 @@ def measured(
   explored, sampled = config.exploration, config.sampling
   scorer = assembly.scorer(config, {})
   policy = (sampled.max_new_tokens, sampled.temperature, sampled.top_p, sampled.top_k)
-  scoring = {"hint_prompt": explored.hint_prompt, "temperature": sampled.temperature, "progress": progress}
+  scoring: dict[str, Any] = {
+    "hint_prompt": explored.hint_prompt,
+    "temperature": sampled.temperature,
+    "progress": progress,
+  }
 
   def key(purpose: str, *counters: int) -> jax.Array:
     return setup.random_key(config.seed, purpose, 0, *counters)
@@ -228,11 +238,11 @@ def measured(
     cliffs,
     key,
     hint=SamplingSettings(1, explored.hint_tokens, explored.hint_temperature),
-    candidate=SamplingSettings(assembly.candidates(config), *policy),
+    candidate=SamplingSettings(config.candidates, *policy),
     hint_prompt=explored.hint_prompt,
     rounds=explored.rounds,
     scorer=scorer,
-    accept=exploration.Acceptance(explored.acceptance, explored.leak_filter, explored.quoted_words),
+    accept=exploration.Acceptance(explored.acceptance, explored.leak_filter),
     progress=progress,
   )
   found: dict[int, figures.HintEffect] = {}

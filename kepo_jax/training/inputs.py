@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +14,10 @@ from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import losses
 from kepo_jax.training import forward
-from kepo_jax.types import Experience, HintedRows, Prompts
+from kepo_jax.types import Experience, Prompts
 
 # What the importance ratio of an injected rollout, sampled under a hint, is taken between; see `UpdateSettings`.
-OFF_CONTEXT = ("drop_on_policy", "drop_behaviour_shaped", "drop_unit_shaped", "keep_hint")
+OFF_CONTEXT = ("drop_on_policy", "drop_behaviour_shaped", "drop_unit_shaped")
 UNIT_GAMMA = 0.1  # LUFFY
 BEHAVIOUR_QUANTILE = 0.9  # Guide
 
@@ -33,8 +32,6 @@ class UpdateSettings:
       gamma is the 0.9-quantile of rho over the injected tokens of the batch, before its first update (Guide,
       arXiv:2506.13923).
     `drop_unit_shaped`: p / (p + 0.1) with p = pi_theta without the hint (LUFFY, arXiv:2504.14945).
-    `keep_hint`: the hint stays in the prompt of the policy term (SAGE, arXiv:2602.03143). The divergence and the KL to
-      the reference look at the prompt without it, as in all conventions.
   """
 
   compute_dtype: Any  # of the student's activations and products; gradients and master weights are float32
@@ -55,22 +52,10 @@ class UpdateSettings:
     return scoring.chunk_of(self.chunk, *tokens.shape[:2])
 
 
-@chex.dataclass(frozen=True)
-class Inputs:
-  """Inputs of the loss of a batch, weighted over all of it."""
-
-  rows: losses.TokenInputs  # [P, G, T]
-  hinted: losses.TokenInputs | None = None  # [Q, 1, T], policy term of injected rollouts that keep their hint
-
-
-def alone(inputs: Inputs, weight: str) -> Inputs:
-  """The inputs with the weights of all terms but one at zero; the same program then gives that term's gradient."""
+def keep_one_term(inputs: losses.TokenInputs, weight: str) -> losses.TokenInputs:
+  """Zeroes every loss term except the one with this weight; the same program then gives that term's gradient."""
   others = [name for name in losses.WEIGHTS if name != weight]
-
-  def silenced(rows):
-    return rows if rows is None else rows.replace(**{name: _zeros_like(rows[name]) for name in others})
-
-  return Inputs(rows=silenced(inputs.rows), hinted=silenced(inputs.hinted))
+  return inputs.replace(**{name: _zeros_like(getattr(inputs, name)) for name in others})
 
 
 def _zeros_like(x: Any) -> Any:
@@ -83,8 +68,8 @@ def _zeros_like(x: Any) -> Any:
 
 def make_inputs(
   config: Qwen3VLConfig, token_loss: losses.KepoTokenLoss, settings: UpdateSettings
-) -> Callable[[Any, jax.Array, Experience], Inputs]:
-  """The function (params, step, experience) -> Inputs, with pi_old scored where the loss needs it.
+) -> Callable[[Any, jax.Array, Experience], losses.TokenInputs]:
+  """Returns (params, step, experience) -> inputs weighted over the batch, with pi_old scored where the loss needs it.
 
   Args:
     config: of the student.
@@ -103,9 +88,7 @@ def make_inputs(
 
     return forward.in_parts(part, prompts, tokens, settings.parts)
 
-  def inputs(params: Any, step: jax.Array, experience: Experience) -> Inputs:
-    if experience.hinted is not None and settings.off_context != "keep_hint":
-      raise ValueError(f"off_context={settings.off_context} drops hints; experience.hinted must be None.")
+  def inputs(params: Any, step: jax.Array, experience: Experience) -> losses.TokenInputs:
     old_logps: Any = None
     if settings.updates > 1 or behaviour:
       old_logps = scored(params, experience.prompts, experience.tokens)
@@ -129,12 +112,7 @@ def make_inputs(
       rows = rows.replace(shaping_logps=experience.logps + _log_gamma(old_logps - experience.logps, rows))
     elif settings.off_context == "drop_unit_shaped":
       rows = rows.replace(shaping_logps=jnp.full(rows.mask.shape, jnp.log(UNIT_GAMMA)))
-    if experience.hinted is None:
-      return Inputs(rows=rows)
-    hinted: Any = _hinted_inputs(rows, experience.hinted)
-    if settings.updates > 1:
-      hinted = hinted.replace(old_logps=scored(params, experience.hinted.prompts, hinted.tokens))
-    return Inputs(rows=rows.replace(policy_weight=jnp.where(rows.injected, 0.0, rows.policy_weight)), hinted=hinted)
+    return rows
 
   return inputs
 
@@ -145,19 +123,3 @@ def _log_gamma(log_ratio: jax.Array, rows: losses.TokenInputs) -> jax.Array:
   top = jnp.where(injected, log_ratio, -jnp.inf).max()  # taken out, so that no rho overflows
   rho = jnp.exp(jnp.where(injected, log_ratio - top, jnp.nan))
   return jnp.where(injected.any(), top + jnp.log(jnp.nanquantile(rho, BEHAVIOUR_QUANTILE)), 0.0)
-
-
-def _hinted_inputs(rows: losses.TokenInputs, hinted: HintedRows) -> losses.TokenInputs:
-  """The rows that keep their hint [Q, 1, T], with the weights that they have in the whole batch."""
-  picked = jax.tree.map(lambda x: x[hinted.prompt, hinted.slot][:, None], rows)
-  used = hinted.used[:, None, None] & picked.mask
-  nothing = jnp.zeros_like(picked.policy_weight)
-  return picked.replace(
-    mask=used,
-    injected=jnp.zeros_like(used),
-    policy_weight=jnp.where(used, picked.policy_weight, 0.0),
-    reference_weight=nothing,
-    distill_weight=nothing,
-    supervised_weight=nothing,
-    old_logps=None,
-  )

@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from kepo_jax import processes, storage
+from kepo_jax.config import Config
 from kepo_jax.rewards import WeightedRewards
 from kepo_jax.training import rehearsal, setup
 from kepo_jax.training.files import RunFiles
@@ -35,7 +36,7 @@ class Result:
 
 
 def train(
-  config: Any,
+  config: Config,
   *,
   workdir: epath.PathLike = "",
   records: Mapping[str, Sequence[Example]] | None = None,

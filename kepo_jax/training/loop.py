@@ -15,7 +15,7 @@ import numpy as np
 from kepo_jax import exploration, sharding
 from kepo_jax.data.prompts import gold_completion
 from kepo_jax.objectives import advantages, gates
-from kepo_jax.training import checks, figures, setup, step
+from kepo_jax.training import figures, setup, step
 from kepo_jax.training import groups as grouping
 from kepo_jax.training.forward import Target
 from kepo_jax.training.groups import Groups
@@ -109,7 +109,7 @@ def token_metrics(run: setup.Run, collected: Collected, kept: np.ndarray) -> dic
   counts = {"trained": run.config.batch.updates * int(mask[kept].sum())}
   if run.own_rollouts:
     counts["sampled"] = collected.sampled
-  if checks.explores(run.config) or checks.teacher_answers(run.config):
+  if run.config.explores or run.config.teacher_answers:
     counts["written"] = collected.written
   if run.config.objective.distill_weight:
     counts["scored"] = int(mask.sum())
@@ -196,7 +196,7 @@ def most_useful(run: setup.Run, groups: Groups) -> tuple[Groups, dict[str, float
 
 def asking(run: setup.Run, groups: Groups) -> list[int]:
   """Rows of the batch that ask for hints."""
-  if not checks.explores(run.config):
+  if not run.config.explores:
     return []
   return exploration.triggered(groups.scores["accuracy"], groups.scores["total"], run.config.exploration.trigger)
 
@@ -229,7 +229,7 @@ def explore(run: setup.Run, actor: Any, groups: Groups, done: int) -> tuple[expl
       sample_hinted,
       rounds=config.rounds,
       replacements=config.replacements,
-      accept=exploration.Acceptance(config.acceptance, config.leak_filter, config.quoted_words),
+      accept=exploration.Acceptance(config.acceptance, config.leak_filter),
       hints=config.hints,
     )
   return outcome, written
@@ -276,12 +276,7 @@ def experience_of(run: setup.Run, groups: Groups, prompts: Prompts, gate: np.nda
   advantage = np.zeros(groups.supervised.shape, np.float32)
   if own := run.own_rollouts:
     advantage[:, :own] = advantages.group_advantages(groups.scores["total"][:, :own], kind=config.objective.advantage)
-  hinted = None
-  if config.objective.off_context == "keep_hint":
-    kind = config.exploration.hint_prompt
-    hinted = grouping.hinted_rows(groups, lambda examples, hints: run.host_prompts(examples, kind, hints=hints))
-  batch = grouping.experience(groups, prompts, advantage, gate, kept=kept, hinted=hinted)
-  return sharding.place(run.mesh, batch)
+  return sharding.place(run.mesh, grouping.experience(groups, prompts, advantage, gate, kept=kept))
 
 
 class PhaseClock:

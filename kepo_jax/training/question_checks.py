@@ -3,19 +3,18 @@
 import collections
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 from absl import logging
 
 from kepo_jax import processes
+from kepo_jax.config import Config
 from kepo_jax.data import inspection
 from kepo_jax.data.rules import Rejected, Summary
-from kepo_jax.training import checks
 from kepo_jax.types import Example
 
 
-def check_questions(questions: Mapping[str, Sequence[Example]], config: Any) -> None:
+def check_questions(questions: Mapping[str, Sequence[Example]], config: Config) -> None:
   """Refuses splits that the config cannot use, and records that no reward could judge.
 
   Raises:
@@ -102,7 +101,7 @@ def _refused(
   return {example_id: (rule, reason) for part in processes.gathered(mine) for example_id, rule, reason in part}
 
 
-def prompt_kinds(config: Any, split: str) -> dict[str, int]:
+def prompt_kinds(config: Config, split: str) -> dict[str, int]:
   """Wordings in which a run asks the questions of a split, each with the most tokens that a hint adds to it.
 
   A hint is at most `exploration.hint_tokens` tokens long, and its tags, which the student is not shown, are among them:
@@ -111,4 +110,4 @@ def prompt_kinds(config: Any, split: str) -> dict[str, int]:
   if split != "train":
     return {config.eval.prompt: 0}
   hinted = {"hint_request": 0, config.exploration.hint_prompt: config.exploration.hint_tokens}
-  return {config.data.prompt: 0} | (hinted if checks.explores(config) else {})
+  return {config.data.prompt: 0} | (hinted if config.explores else {})

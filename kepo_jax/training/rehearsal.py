@@ -2,8 +2,8 @@
 
 Batches of training and evaluation are known: their order is seeded, and texts and headers of images tell their buckets.
 Which prompts will ask for a hint, how long its text is, and which further prompts dynamic sampling asks and keeps
-depends on what the models write: of these, what can happen in most steps is compiled, up to `MOST_POSSIBLE`. The rest,
-and the update with hinted rows (`objective.off_context = keep_hint`), compile when they are first met.
+depends on what the models write: of these, what can happen in most steps is compiled, up to `MOST_POSSIBLE`. The rest
+compiles when it is first met.
 """
 
 import collections
@@ -18,7 +18,7 @@ import numpy as np
 from kepo_jax import processes, sharding
 from kepo_jax.data import buckets, pipeline
 from kepo_jax.data.buckets import Buckets
-from kepo_jax.training import checks, compiling, setup
+from kepo_jax.training import compiling, setup
 from kepo_jax.training.compiling import Rehearsal
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Experience, Prompts
@@ -96,7 +96,7 @@ def _possible(run: setup.Run, needs: buckets.Needs, start: int) -> Iterator[Call
   rows = config.batch.prompts
   if config.sampling.dynamic_rounds:
     wanted += [(name, config.data.prompt, 0, (rows, rows)) for name in _used(run, "rollout", "update", "answer")]
-  if checks.explores(config):
+  if config.explores:
     for least, most in zip((1, *(size + 1 for size in run.row_sizes)), run.row_sizes, strict=False):
       wanted += [("hint", "hint_request", 0, (least, most))]
       wanted += [("candidate", asks.hint_prompt, asks.hint_tokens, (least, most))]
@@ -111,7 +111,7 @@ def _possible(run: setup.Run, needs: buckets.Needs, start: int) -> Iterator[Call
 def _used(run: setup.Run, *names: str) -> list[str]:
   """Those of some programs that the method calls for a batch of training."""
   unused = set() if run.own_rollouts else {"rollout"}
-  unused |= set() if checks.teacher_answers(run.config) else {"answer"}
+  unused |= set() if run.config.teacher_answers else {"answer"}
   return [name for name in names if name not in unused]
 
 
@@ -149,7 +149,7 @@ def rehearsed_programs(run: setup.Run, state: TrainState) -> Mapping[str, Callab
 
 
 def experience_shapes(mesh: jax.sharding.Mesh, prompts: Prompts, rows: tuple[int, int, int]) -> Experience:
-  """The shapes of a batch of the update without hinted rows.
+  """The shapes of a batch of the update.
 
   Args:
     mesh: of the run.

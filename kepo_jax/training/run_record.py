@@ -10,11 +10,13 @@ from typing import Any
 import jax
 from absl import logging
 
+from kepo_jax.config import Config
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "kepo_jax")
 
 
 def make(
-  config: Any, identity: Mapping[str, Any], *, step: int, positions: Mapping[str, int], validated: bool
+  config: Config, identity: Mapping[str, Any], *, step: int, positions: Mapping[str, int], validated: bool
 ) -> dict[str, Any]:
   """The record of a checkpoint, JSON-able.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from kepo_jax import evaluation, processes, sharding
+from kepo_jax.config import Config
 from kepo_jax.data import images, limits, pipeline, prompts, splits, tokenization
 from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.models.qwen3_vl import conversion
@@ -30,7 +31,7 @@ STREAMS = ("rollout", "hint", "candidate", "evaluation", "answer", "lora")
 class Run:
   """Everything that `job.train` needs, fixed for the whole run."""
 
-  config: Any
+  config: Config
   mesh: jax.sharding.Mesh
   processor: pipeline.Processor
   questions: Mapping[str, Sequence[Example]]  # split -> questions
@@ -48,14 +49,14 @@ class Run:
   @property
   def own_rollouts(self) -> int:
     """Rollouts of each group that the student samples."""
-    return assembly.own_rollouts(self.config)
+    return self.config.own_rollouts
 
   @property
   def samples_all(self) -> bool:
     """Whether what the student samples is what it learns from: nothing adds, replaces or chooses rollouts."""
     config = self.config
     own = self.own_rollouts == config.batch.rollouts
-    return own and not config.sampling.dynamic_rounds and not checks.explores(config)
+    return own and not config.sampling.dynamic_rounds and not config.explores
 
   @property
   def row_sizes(self) -> tuple[int, ...]:
@@ -66,7 +67,7 @@ class Run:
   @property
   def compares(self) -> bool:
     """Whether there are two terms whose gradients are compared from time to time."""
-    return assembly.compares(self.config)
+    return self.config.compares_gradients
 
   def distill_weight(self, done: int) -> float:
     """lambda in the step after `done` steps."""
@@ -149,8 +150,8 @@ class Run:
   def plan(self, workdir: str, start: int, positions: Mapping[str, int], data: str) -> RunPlan:
     """What the run is about to do; `data` says in words which questions it has."""
     names = ["evaluation", *(["rollout"] if self.own_rollouts else []), "inputs", "gradients", "update"]
-    names += ["hint", "hinted rollout"] if checks.explores(self.config) else []
-    names += ["teacher's answers"] if checks.teacher_answers(self.config) else []
+    names += ["hint", "hinted rollout"] if self.config.explores else []
+    names += ["teacher's answers"] if self.config.teacher_answers else []
     names += [f"{role} scoring" for role in self.models if role != "student"]
     return RunPlan(
       config=self.config,
@@ -185,7 +186,7 @@ class Run:
       student.config,
       state.params,
       source=self.config.model.student,
-      declared=tokenization.declarations(self.config.data),
+      declared=tokenization.declarations(dataclasses.asdict(self.config.data)),
     )
 
 
@@ -213,7 +214,7 @@ def show_progress(hooks: Sequence[Hook], what: str, done: int, total: int) -> No
 
 
 def prepare(
-  config: Any,
+  config: Config,
   *,
   records: Mapping[str, Sequence[Example]] | None,
   rewards: WeightedRewards,
@@ -258,7 +259,7 @@ def prepare(
 
 
 def checked_parts(
-  config: Any, rewards: WeightedRewards, hooks: Sequence[Hook]
+  config: Config, rewards: WeightedRewards, hooks: Sequence[Hook]
 ) -> tuple[Scorer, jax.sharding.Mesh, pathlib.Path, pipeline.Processor]:
   """Scorer, mesh, folder of the student and its processor: what every process makes for itself, of a config that fits.
 
@@ -266,7 +267,7 @@ def checked_parts(
     ValueError: a field, file or model that does not fit, and the way out.
     OSError: a remote folder cannot be read.
   """
-  checks.check_config(config)
+  config.validate()
   checks.warn_of_prompts(config)
   scorer = assembly.scorer(config, rewards)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -288,7 +289,7 @@ def checked_parts(
   return scorer, mesh, student, processor
 
 
-def check_memories(config: Any, mesh: jax.sharding.Mesh) -> None:
+def check_memories(config: Config, mesh: jax.sharding.Mesh) -> None:
   """Refuses to keep something in host memory where there is none.
 
   Raises:
@@ -296,12 +297,10 @@ def check_memories(config: Any, mesh: jax.sharding.Mesh) -> None:
   """
   if config.model.teacher_memory == "host":
     residence.check_host_memory(mesh, "model.teacher_memory=host", "device")
-  if config.model.remat == "dots_offloaded":
-    residence.check_host_memory(mesh, "model.remat=dots_offloaded", "dots or full")
 
 
 def usable_questions(
-  config: Any,
+  config: Config,
   processor: pipeline.Processor,
   records: Mapping[str, Sequence[Example]] | None,
   hooks: Sequence[Hook],
@@ -349,7 +348,7 @@ def usable_questions(
 
 
 def batches(
-  config: Any, processor: pipeline.Processor, examples: Sequence[Example]
+  config: Config, processor: pipeline.Processor, examples: Sequence[Example]
 ) -> Callable[[int], tuple[Sequence[Example], Prompts]]:
   """Batches of training prompts by number of updates done; a thread prepares the next one."""
 
@@ -360,7 +359,7 @@ def batches(
   return pipeline.Lookahead(batch, stop=config.train.steps)
 
 
-def model_folder(config: Any, role: str, hooks: Sequence[Hook]) -> pathlib.Path:
+def model_folder(config: Config, role: str, hooks: Sequence[Hook]) -> pathlib.Path:
   """The local folder of `model.student` or `model.teacher`; a remote one is copied into the cache.
 
   Raises:
@@ -374,7 +373,7 @@ def model_folder(config: Any, role: str, hooks: Sequence[Hook]) -> pathlib.Path:
 
 
 def model_folders(
-  config: Any, student: pathlib.Path, processor: pipeline.Processor, hooks: Sequence[Hook]
+  config: Config, student: pathlib.Path, processor: pipeline.Processor, hooks: Sequence[Hook]
 ) -> dict[str, pathlib.Path]:
   """Local folders of the checkpoints that this config uses, by role, with that of the student and its processor given.
 
@@ -382,7 +381,7 @@ def model_folders(
     ValueError: there is none, or a teacher with another vocabulary, image geometry or token ids than the student.
   """
   folders = {"student": student}
-  if checks.needs_teacher(config):
+  if config.needs_teacher:
     folders["teacher"] = model_folder(config, "teacher", hooks)
     checks.check_teacher(config, processor, folders["teacher"])
   if config.objective.reference_weight:
@@ -391,7 +390,7 @@ def model_folders(
 
 
 def load_models(
-  config: Any,
+  config: Config,
   mesh: jax.sharding.Mesh,
   folders: Mapping[str, pathlib.Path],
   hooks: Sequence[Hook],
@@ -413,12 +412,12 @@ def load_models(
   return models
 
 
-def model_dtype(config: Any, role: str) -> Any:
+def model_dtype(config: Config, role: str) -> Any:
   """The dtype in which the weights of a role are loaded."""
   return assembly.student_dtype(config.model) if role == "student" else jnp.dtype(config.model.teacher_dtype)
 
 
-def model_of(config: Any, role: str, loaded: Qwen3VLConfig, params: Any) -> programs.Model:
+def model_of(config: Config, role: str, loaded: Qwen3VLConfig, params: Any) -> programs.Model:
   """A model as the run uses it: its form of attention, where its weights live, and its matrices of LoRA.
 
   Args:
@@ -434,7 +433,7 @@ def model_of(config: Any, role: str, loaded: Qwen3VLConfig, params: Any) -> prog
   return programs.Model(made, residence.on_host(params) if to_host else params)
 
 
-def split_rule(config: Any, *, given: bool) -> str:
+def split_rule(config: Config, *, given: bool) -> str:
   """In words how the questions of a run were chosen.
 
   Args:

@@ -53,7 +53,7 @@ def make_optimizer(
     eps: added to the root of the second moment.
     weight_decay: decoupled weight decay, 0 for none.
     clip_norm: largest global gradient norm.
-    moments_dtype: of the two moments between updates, of `moments.DTYPES`.
+    moments_dtype: of the two moments between updates, float32 or bfloat16.
   """
   return optax.chain(
     optax.clip_by_global_norm(clip_norm),
@@ -94,11 +94,10 @@ def initial_state(
   shapes = jax.eval_shape(optimizer.init, moving)
   shardings = optax.tree_utils.tree_map_params(
     optimizer,
-    moments.sharding_of,
+    lambda _, place: place,
     shapes,
     jax.tree.map(lambda x: x.sharding, moving),
     transform_non_params=lambda _: sharding.replicated(mesh),
-    is_leaf=moments.is_encoded,
   )
   if compiling.is_abstract(params):
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))

@@ -4,7 +4,6 @@ Everything that depends on the global batch (the weight of each token) is comput
 number of micro-batches and devices changes nothing but rounding.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import losses, ratios
 from kepo_jax.training.compiling import Program
 from kepo_jax.training.forward import ROWS, Target, hidden_of, micro_batches
-from kepo_jax.training.inputs import Inputs, UpdateSettings, alone, make_inputs
+from kepo_jax.training.inputs import UpdateSettings, keep_one_term, make_inputs
 from kepo_jax.training.state import TrainState, trained
 from kepo_jax.types import Experience
 
@@ -39,7 +38,7 @@ def batch_sums(
   injected = mask & inputs.injected
   own = mask & ~inputs.injected & ~supervised
   gated = mask & experience["gate"][..., None]
-  learnt = inputs.policy_weight > 0  # not the rows that keep their hint, nor those that no term sees
+  learnt = inputs.policy_weight > 0  # not the rows that no term sees
   gap = experience["logps"] - aux["old_logp"]
   clipped = aux["clipped"].astype(jnp.float32)
   figures = {
@@ -67,7 +66,7 @@ def means(figures: dict[str, tuple[Any, Any]]) -> dict[str, float]:
 
 def make_gradients(
   config: Qwen3VLConfig, token_loss: losses.KepoTokenLoss, settings: UpdateSettings
-) -> Callable[[Any, Experience, Inputs, tuple[Target, ...]], tuple[dict[str, Any], Any]]:
+) -> Callable[[Any, Experience, losses.TokenInputs, tuple[Target, ...]], tuple[dict[str, Any], Any]]:
   """The function (params, experience, inputs, targets) -> ((sum, count) pairs, gradients of what is trained).
 
   Args:
@@ -75,10 +74,8 @@ def make_gradients(
     token_loss: the objective; wants the logits of `targets`, in order.
     settings: of the update.
   """
-  # The policy term alone, for rows that keep their hint: the other terms look at them without it.
-  policy_loss = dataclasses.replace(token_loss, distill_coefficient=0, reference_coefficient=0)
 
-  def rows_loss(token_loss, params, prompts, inputs, others):
+  def batch_loss(params, prompts, inputs, others):
     hidden = hidden_of(config, params, prompts, inputs.tokens, remat=settings.remat)
     head = model.head_weight(config, params)
     if settings.sequence_ratio and inputs.old_logps is not None:
@@ -95,24 +92,17 @@ def make_gradients(
     return jnp.broadcast_to(log_ratio[..., None], inputs.mask.shape)
 
   def loss(moving, fixed, part, heads):
-    (prompts, hinted_prompts), (inputs, logged, hiddens) = part
+    prompts, (inputs, logged, hiddens) = part
     params = model.cast(moving | jax.lax.stop_gradient(fixed), settings.compute_dtype)
     others = tuple(zip(hiddens, heads, strict=True))
-    value, aux = rows_loss(token_loss, params, prompts, inputs.rows, others)
-    sums = batch_sums(inputs.rows, jax.lax.stop_gradient(aux), logged)
-    if inputs.hinted is not None:
-      more, aux = rows_loss(policy_loss, params, hinted_prompts, inputs.hinted, ())
-      value += more
-      clipped = jax.lax.stop_gradient(aux["clipped"]).astype(jnp.float32)
-      sums["ratio/clip_frac_injected"] = losses.masked_sum(clipped, inputs.hinted.mask)
-    return value, sums
+    value, aux = batch_loss(params, prompts, inputs, others)
+    return value, batch_sums(inputs, jax.lax.stop_gradient(aux), logged)
 
   def gradients(params, experience, inputs, targets):
     moving = trained(params, settings.frozen)
     fixed = {name: part for name, part in params.items() if name not in moving}
-    hinted_prompts = None if experience.hinted is None else experience.hinted.prompts
     logged = {name: experience[name] for name in ("logps", "gate", "supervised")}
-    prompts, rows = (experience.prompts, hinted_prompts), (inputs, logged, tuple(t.hidden for t in targets))
+    prompts, rows = experience.prompts, (inputs, logged, tuple(t.hidden for t in targets))
     heads = tuple(t.head for t in targets)
 
     def part_gradients(part):
@@ -239,9 +229,11 @@ class Update:
       figures.append(sums | {name: (value, jnp.float32(1)) for name, value in applied.items()})
     return state, figures, comparison
 
-  def _comparison(self, params: Any, experience: Experience, inputs: Inputs, targets: tuple[Target, ...]) -> Any:
+  def _comparison(
+    self, params: Any, experience: Experience, inputs: losses.TokenInputs, targets: tuple[Target, ...]
+  ) -> Any:
     terms = [
-      self._gradients(params, experience, alone(inputs, weight), targets)[1]
+      self._gradients(params, experience, keep_one_term(inputs, weight), targets)[1]
       for weight in ("policy_weight", "distill_weight")
     ]
     names = ("grad_norm/policy", "grad_norm/distill", "grad_cosine")

@@ -24,7 +24,6 @@ Turn = tuple[jax.Array, jax.Array]  # cosine and sine of rotary angles
 _KEPT = {
   "full": None,  # nothing
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "dots_offloaded": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 REMAT = ("none", *_KEPT)  # "none" keeps everything and computes nothing twice
 
