@@ -309,9 +309,9 @@ class Config:
     """Returns the sections as dicts."""
     return dataclasses.asdict(self)
 
-  def to_json(self) -> str:
-    """Returns JSON that `from_dict` can read back."""
-    return json.dumps(self.to_dict())
+  def to_json(self, indent: int | None = None) -> str:
+    """Returns JSON, with sorted keys, that `from_dict` can read back."""
+    return json.dumps(self.to_dict(), sort_keys=True, indent=indent)
 
   @property
   def own_rollouts(self) -> int:

@@ -68,7 +68,7 @@ def check_attention(config: Config, student: Qwen3VLConfig) -> None:
   Raises:
     ValueError: what the fused kernel of the platform cannot serve.
   """
-  dtypes = [config.model.compute_dtype]
+  dtypes: list[str] = [config.model.compute_dtype]
   if config.needs_teacher or config.objective.reference_weight:
     dtypes.append(config.model.teacher_dtype)
   for dtype in dtypes:

@@ -52,7 +52,7 @@ class UpdateSettings:
     return scoring.chunk_of(self.chunk, *tokens.shape[:2])
 
 
-def keep_one_term(inputs: losses.TokenInputs, weight: str) -> losses.TokenInputs:
+def keep_one_term(inputs: Any, weight: str) -> Any:
   """Zeroes every loss term except the one with this weight; the same program then gives that term's gradient."""
   others = [name for name in losses.WEIGHTS if name != weight]
   return inputs.replace(**{name: _zeros_like(getattr(inputs, name)) for name in others})

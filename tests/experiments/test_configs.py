@@ -6,7 +6,7 @@ import pytest
 
 from experiments import settings
 from experiments.configs import grpo, grpo_medvqa, kepo, kepo_medvqa
-from kepo_jax.training import checks, run_record
+from kepo_jax.training import run_record
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "experiments" / "configs"
@@ -50,7 +50,7 @@ def test_a_method_differs_from_grpo_in_its_own_fields(method):
     # A value of another type would be another program, or fail: --config.train.steps=1.0.
     assert {name for name in parent if type(fields[name]) is not type(parent[name])} == set()
     assert config.optimizer.learning_rate in settings.LEARNING_RATES[setting]  # the grid that every method is given
-    checks.check_config(config)
+    settings.typed(config).validate()
 
 
 def test_names_of_methods_and_settings():

@@ -12,7 +12,7 @@ from experiments.configs import grpo
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import conversion, model
 from kepo_jax.training import checkpoints, manifest
-from tests.training.runs import ASSETS, flip_a_bit, shrunk
+from tests.training.runs import ASSETS, changed, flip_a_bit, shrunk
 
 RESTORE = ocp.PyTreeCheckpointHandler.restore
 
@@ -22,7 +22,7 @@ def workdir(tmp_path_factory):
   """What a run of three steps leaves, without its training: the weights of step n are n eighths of the student's."""
   folder = tmp_path_factory.mktemp("export") / "run"
   # Not what the folder of the student says: the export must say what this run was trained with.
-  config = shrunk(grpo.get_config(), data__templates="standard", data__resize="squash384")
+  config = shrunk(changed(grpo), data__templates="standard", data__resize="squash384")
   student, params = conversion.load_pretrained(ASSETS / "confused", np.float32)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   places = sharding.weight_shardings(mesh, params, model.logical_axes(student))

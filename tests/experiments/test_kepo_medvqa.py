@@ -14,7 +14,7 @@ from etils import epath
 from experiments import environment
 from experiments.configs import sft
 from tests.conftest import ROOT
-from tests.training.runs import lines
+from tests.training.runs import changed, lines
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_what_cannot_be_is_one_line(refused, tmp_path, caplog):
 
 
 def test_a_run_is_resumed_with_its_own_config(program, monkeypatch, tmp_path):
-  stored = json.loads(sft.get_config().to_json())
+  stored = json.loads(changed(sft).to_json())
   stored["train"]["steps"], stored["data"]["prompt_buckets"], stored["seed"] = 7, [64, 128], 3
   (tmp_path / "config.json").write_text(json.dumps(stored))
   monkeypatch.setattr(sys, "argv", ["kepo_medvqa", "--config.train.steps=9"])

@@ -9,16 +9,13 @@ from experiments.configs import gkd, grpo, kepo_eq7, kepo_released, sft_teacher
 from kepo_jax.reporting import panels
 from kepo_jax.types import RunPlan
 from tests.reporting.pages.cases import rollout
+from tests.training.runs import changed
 
 
 def start_lines(parent, start_step=0, memory=None, **changes):
   """Name -> text of the rows of the start panel; changes of the config of `parent` as `section__field=value`."""
-  config = parent.get_config()
-  for name, value in changes.items():
-    section, field = name.split("__")
-    config[section][field] = value
   plan = RunPlan(
-    config=config, workdir="runs/one", models={}, mesh={"data": 2, "fsdp": 4, "tensor": 1},
+    config=changed(parent, **changes), workdir="runs/one", models={}, mesh={"data": 2, "fsdp": 4, "tensor": 1},
     questions={"train": 600, "test": 2400}, programs=("rollout", "update"), start_step=start_step,
   )  # fmt: skip
   output = io.StringIO()

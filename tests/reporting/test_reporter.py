@@ -10,11 +10,11 @@ from kepo_jax.models.qwen3_vl.config import SIZES
 from kepo_jax.reporting import panels
 from tests.reporting.pages.cases import rollout
 from tests.reporting.test_curves import evaluation
+from tests.training.runs import changed
 
 
 def make_plan(workdir, start_step=0, positions=None):
-  config = kepo.get_config()
-  config.train.steps = 4
+  config = changed(kepo, train__steps=4)
   models = {"student": SIZES["Qwen3-VL-2B"], "teacher": SIZES["Qwen3-VL-8B"]}
   return types.RunPlan(
     config=config, workdir=str(workdir), models=models, mesh={"data": 2, "fsdp": 4, "tensor": 1},

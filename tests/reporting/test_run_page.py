@@ -12,6 +12,7 @@ from kepo_jax.reporting import pages, reporter, run_page
 from tests import fake_bucket
 from tests.evaluation.scripted import json_lines, output
 from tests.reporting.pages.cases import HOSTILE, Document, rollout
+from tests.training.runs import changed
 
 
 def outputs(right):
@@ -22,8 +23,7 @@ def outputs(right):
 
 def make_run(root, *, steps=4, done=4):
   """The folder of a run of two questions a step, one of them helped by a hint."""
-  config = kepo.get_config()
-  config.train.steps = steps
+  config = changed(kepo, train__steps=steps)
   root.mkdir(parents=True)
   (root / "config.json").write_text(config.to_json())
   Image.new("L", (6, 6), 90).save(root / "image.png")

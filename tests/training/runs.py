@@ -7,6 +7,7 @@ import unittest.mock
 import jax
 import numpy as np
 
+from experiments import settings
 from experiments.configs import kepo
 from kepo_jax import training
 from kepo_jax.reporting import RunReporter
@@ -19,37 +20,39 @@ SAME = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "questions.json")
 STEPS = 4
 
 
+def changed(parent, *setting, **changes):
+  """The config of `parent` with changes as `section__field=value`."""
+  return with_changes(settings.typed(parent.get_config(*setting)), changes)
+
+
+def with_changes(config, changes):
+  """A config with changes as {section__field: value}."""
+  return config.replace({name.replace("__", "."): value for name, value in changes.items()})
+
+
 def shrunk(config, **changes):
-  """The config, changed in place, with few questions, prompts and rollouts; changes as `section__field=value`."""
-  config.model.student, config.model.teacher = str(ASSETS / "confused"), str(ASSETS / "weak")
-  # One device: XLA's collectives between virtual devices can block each other for good when two cores run whole jobs
-  # of eight. What a mesh changes, and what not, is tested where it is made: sampling, scoring, update.
-  config.mesh.data = 1
-  config.batch.prompts, config.batch.rollouts = 4, min(config.batch.rollouts, 4)
-  config.data.train_items, config.data.validation_items, config.data.test_items = 16, 1, 1
-  config.exploration.rounds = min(config.exploration.rounds, 2)
-  config.train.compile_ahead = False  # a run of a few steps meets less than it may
-  return _change(config, changes)
+  """The config with few questions, prompts and rollouts; changes as `section__field=value`."""
+  small = {
+    "model.student": str(ASSETS / "confused"),
+    "model.teacher": str(ASSETS / "weak"),
+    # One device: XLA's collectives between virtual devices can block each other for good when two cores run whole jobs
+    # of eight. What a mesh changes, and what not, is tested where it is made: sampling, scoring, update.
+    "mesh.data": 1,
+    "batch.prompts": 4,
+    "batch.rollouts": min(config.batch.rollouts, 4),
+    "data.train_items": 16,
+    "data.validation_items": 1,
+    "data.test_items": 1,
+    "exploration.rounds": min(config.exploration.rounds, 2),
+    "train.compile_ahead": False,  # a run of a few steps meets less than it may
+  }
+  return with_changes(config.replace(small), changes)
 
 
 def small(parent=kepo, **changes):
   """Four steps with a validation after every second and a checkpoint after each, all of which are kept."""
   sizes = {"train__steps": STEPS, "eval__every": 2, "eval__prompts": 8, "checkpoint__every": 1, "checkpoint__keep": 9}
-  return shrunk(parent.get_config(), **sizes | changes)
-
-
-def _change(config, changes):
-  for name, value in changes.items():
-    section, field = name.split("__")
-    config[section][field] = value
-  return config
-
-
-def changed(parent, **changes):
-  """A config of `parent` with changes as `section__field=value`."""
-  config = parent.get_config()
-  with config.ignore_type():  # None is a wrong value as well
-    return _change(config, changes)
+  return shrunk(changed(parent), **sizes | changes)
 
 
 _MADE, _BUILD = {}, assembly.build_programs
@@ -60,17 +63,17 @@ def _build_once(config, processor, models):
   state, programs = _BUILD(config, processor, models)
   # All runs here have the same models and tokenizer, wherever they lie.
   idle = {"optimizer": ("skip_limit",), "eval": ("every", "test", "before", "prompts"), "model": ("student", "teacher")}
-  idle |= {name: config[name] for name in ("checkpoint", "log", "data")}
   fields = config.to_dict()
+  idle |= {name: tuple(fields[name]) for name in ("checkpoint", "log", "data")}
   for section, name in ((section, name) for section, names in idle.items() for name in names):
     del fields[section][name]
   return state, _MADE.setdefault(json.dumps(fields, sort_keys=True), programs)
 
 
-def train(config, workdir="", *, hooks=(), **settings):
+def train(config, workdir="", *, hooks=(), **how):
   """`training.train` with a reporter; runs of one config share their compiled programs."""
   with unittest.mock.patch.object(assembly, "build_programs", _build_once):
-    return training.train(config, workdir=workdir, hooks=[RunReporter(), *hooks], **settings)
+    return training.train(config, workdir=workdir, hooks=[RunReporter(), *hooks], **how)
 
 
 def copied(run, folder, last=STEPS):

@@ -18,7 +18,7 @@ from kepo_jax.data import splits
 from kepo_jax.reporting import RunReporter
 from kepo_jax.types import Hook
 from tests.training.kill import digest
-from tests.training.runs import ASSETS, Recorder, shrunk
+from tests.training.runs import ASSETS, Recorder, changed, shrunk
 
 STEPS = 5
 
@@ -53,7 +53,7 @@ FAULTS = {"no folder": no_folder, "other questions": other_questions}
 def run(name):
   """A few steps over all devices; tells the hash of the state, or the error that ended it."""
   sizes = {"train__steps": STEPS, "eval__every": 3, "eval__prompts": 8, "checkpoint__every": 2}
-  made = shrunk(kepo.get_config(), exploration__rounds=1, mesh__data=jax.device_count(), **sizes)
+  made = shrunk(changed(kepo), exploration__rounds=1, mesh__data=jax.device_count(), **sizes)
   settings = {"workdir": pathlib.Path(sys.argv[1], name), "hooks": [RunReporter(), Start()], "auto_resume": True}
   settings |= FAULTS[name](made) if name in FAULTS else {}
   with training.Interruption() as interruption:
@@ -73,9 +73,9 @@ def on_mesh(name):
 
   With this seed prompts fail in every step, one of the first half and two of the other.
   """
-  made = shrunk(kepo.get_config(), train__steps=2, eval__every=0, eval__test=False, batch__prompts=8)
-  made.seed, made.exploration.rounds, made.optimizer.warmup_steps, made.log.gradients_every = 14, 1, 0, 0
-  made.data.prompt_buckets, made.data.patch_buckets = (72,), (64,)
+  made = shrunk(changed(kepo), train__steps=2, eval__every=0, eval__test=False, batch__prompts=8)
+  fields = {"seed": 14, "exploration.rounds": 1, "optimizer.warmup_steps": 0, "log.gradients_every": 0}
+  made = made.replace(fields | {"data.prompt_buckets": (72,), "data.patch_buckets": (64,)})
   made.mesh.data, made.mesh.fsdp, made.mesh.tensor = map(int, name.split(","))
   recorder = Recorder()
   state = training.train(made, hooks=[recorder]).state

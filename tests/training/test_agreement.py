@@ -16,17 +16,17 @@ MODELS = {"student": ASSETS / "confused", "teacher": ASSETS / "weak"}
 
 
 def facts(config=None, **changes):
-  return agreement.facts(config or kepo.get_config(), QUESTIONS | changes, MODELS)
+  return agreement.facts(config or changed(kepo), QUESTIONS | changes, MODELS)
 
 
 def test_the_same_is_the_same_wherever_it_lies(tmp_path):
   teacher = shutil.copytree(ASSETS / "weak", tmp_path / "teacher")
   moved = [dataclasses.replace(each, images=(f"elsewhere/{each.id}.png",)) for each in TRAIN]
-  copied = agreement.facts(kepo.get_config(), QUESTIONS | {"train": moved}, MODELS | {"teacher": teacher})
+  copied = agreement.facts(changed(kepo), QUESTIONS | {"train": moved}, MODELS | {"teacher": teacher})
   assert agreement.differences([facts(), copied]) == "" == agreement.differences([facts()])
   # Another model under the same name.
   (teacher / "tokenizer.json").open("a").write("\n")
-  other = agreement.facts(kepo.get_config(), QUESTIONS, MODELS | {"teacher": teacher})
+  other = agreement.facts(changed(kepo), QUESTIONS, MODELS | {"teacher": teacher})
   said = agreement.differences([facts(), other])
   assert said == "process 1 has another teacher than process 0; give all of them folders with the same files."
 
@@ -54,7 +54,7 @@ def test_as_many_questions_which_are_not_the_same(train):
 
 def test_another_config_is_told_by_its_fields_and_before_what_follows_from_it():
   said = agreement.differences([facts(), facts(changed(kepo, train__steps=7), train=TRAIN[1:])])
-  fields = f"train.steps: {kepo.get_config().train.steps} -> 7"
+  fields = f"train.steps: {changed(kepo).train.steps} -> 7"
   assert said.startswith(f"process 1 has another config than process 0 ({fields}); start all of them with the same")
 
 
@@ -62,6 +62,6 @@ def test_every_process_refuses(monkeypatch):
   agreement.check(None, questions=QUESTIONS, models={"student": "nowhere"})  # a lone process reads nothing
   monkeypatch.setattr("jax.process_count", lambda: 2)
   monkeypatch.setattr(agreement.processes, "gathered", lambda work: [facts(), work()])
-  agreement.check(kepo.get_config(), questions=QUESTIONS, models=MODELS)
+  agreement.check(changed(kepo), questions=QUESTIONS, models=MODELS)
   with pytest.raises(ValueError, match="process 1 has other questions of test than process 0: 0 against 1"):
-    agreement.check(kepo.get_config(), questions=QUESTIONS | {"test": []}, models=MODELS)
+    agreement.check(changed(kepo), questions=QUESTIONS | {"test": []}, models=MODELS)

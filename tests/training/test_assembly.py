@@ -14,6 +14,7 @@ from kepo_jax import rewards, sharding
 from kepo_jax.objectives import losses
 from kepo_jax.training import assembly, inputs, programs, state
 from tests.training.cases import RIGHT, example
+from tests.training.runs import changed
 
 LENIENT = "<think>a</think><answer>(b)</answer>"
 
@@ -29,25 +30,21 @@ def half_length(completion, example):
 
 
 def test_the_scorer_of_a_config():
-  config = grpo.get_config()
-  config.reward.accuracy, config.reward.format = 3.0, 0.5
+  config = changed(grpo, reward__accuracy=3.0, reward__format=0.5)
   scorer = assembly.scorer(config, {})
   assert total(scorer, RIGHT) == 3.5 and total(scorer, LENIENT) == 0.5 and total(scorer, "B") == 3.0
-  config.reward.combination = "product"
-  product = assembly.scorer(config, {})
+  product = assembly.scorer(config.replace({"reward.combination": "product"}), {})
   assert total(product, RIGHT) == 3.0 and total(product, LENIENT) == total(product, "B") == 0.0
 
 
 def test_the_scorer_follows_its_convention():
-  config = grpo.get_config()
-  for config.reward.convention, expected in rewards.CONVENTIONS.items():
-    found = assembly.scorer(config, {}).rewards
+  for convention, expected in rewards.CONVENTIONS.items():
+    found = assembly.scorer(changed(grpo, reward__convention=convention), {}).rewards
     assert found == {"accuracy": (expected.accuracy, 1.0), "format": (expected.format, 1.0)}
 
 
 def test_more_rewards_come_from_the_config_and_the_caller():
-  config = grpo.get_config()
-  config.reward.more = "lenient_accuracy:0.25, kepo_jax.rewards.answer_format:4"
+  config = changed(grpo, reward__more="lenient_accuracy:0.25, kepo_jax.rewards.answer_format:4")
   scorer = assembly.scorer(config, {"length": (half_length, 2.0)})
   assert list(scorer.rewards) == ["accuracy", "format", "lenient_accuracy", "answer_format", "length"]
   # 1 + 1 + 0.25 + 0 + 35 characters; 1 + 0 + 0.25 + 4 + 18.
@@ -55,37 +52,32 @@ def test_more_rewards_come_from_the_config_and_the_caller():
 
 
 def test_rewards_that_cannot_be_are_refused():
-  config = grpo.get_config()
   for more, given, message in (
     ("kepo_jax.rewards.accuracy:1", {}, r"\['accuracy'\] are there twice"),  # called by the last part of its name
     ("lenient_accuracy:1", {"lenient_accuracy": (half_length, 1.0)}, "twice; give one of them another name"),
     ("", {"total": (half_length, 1.0)}, "none called 'total'"),
     ("unheard_of:1", {}, "reward 'unheard_of' is neither one of"),
   ):
-    config.reward.more = more
     with pytest.raises(ValueError, match=message):
-      assembly.scorer(config, given)
+      assembly.scorer(changed(grpo, reward__more=more), given)
 
 
 def test_own_rollouts():
-  config = gkd.get_config()
   # A typed third of 3 is 1 but for rounding.
   for rollouts, fraction, own in ((8, 1.0, 8), (8, 0.0, 0), (8, 0.375, 3), (3, 0.6666667, 2), (3, 0.3333333, 1)):
-    config.batch.rollouts, config.batch.on_policy_fraction = rollouts, fraction
-    assert assembly.own_rollouts(config) == own and isinstance(assembly.own_rollouts(config), int)
+    found = changed(gkd, batch__rollouts=rollouts, batch__on_policy_fraction=fraction).own_rollouts
+    assert found == own and isinstance(found, int)
 
 
 def test_the_weight_of_the_divergence_is_constant_or_falls_to_zero():
-  config = kepo.get_config()
-  config.train.steps = 4
+  config = changed(kepo, train__steps=4)
   assert [float(assembly.distill_factor(config)(step)) for step in range(5)] == [1.0] * 5
-  config.objective.distill_schedule = "linear"
+  config = config.replace({"objective.distill_schedule": "linear"})
   assert [float(assembly.distill_factor(config)(step)) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
 
 def test_the_learning_rate():
-  config = grpo.get_config()
-  config.optimizer.learning_rate, config.optimizer.warmup_steps, config.train.steps = 0.4, 2, 6
+  config = changed(grpo, optimizer__learning_rate=0.4, optimizer__warmup_steps=2, train__steps=6)
   # Two steps up to the peak, four down to zero.
   expected = [0.2, 0.4, 0.4, 0.3, 0.2, 0.1, 0.0]
   np.testing.assert_allclose([assembly.schedule(config)(step) for step in range(7)], expected, rtol=1e-6, atol=1e-9)
@@ -93,11 +85,7 @@ def test_the_learning_rate():
 
 def carried(kind, table, made):
   """What a record of `kind` holds after `table`, {field: (field of the config, value)}, was put into a config."""
-  config = grpo.get_config()
-  for where, value in table.values():
-    section, field = where.split(".")
-    config[section][field] = value
-  record = made(config)
+  record = made(changed(grpo).replace(dict(table.values())))
   found = {field.name: getattr(record, field.name) for field in dataclasses.fields(kind)}
   defaults = {field.name: field.default for field in dataclasses.fields(kind)}
   # A value that equals its default would hide a field that is forgotten.
@@ -117,7 +105,7 @@ def test_update_settings_carry_every_field():
     "normaliser": ("objective.distill_normaliser", "group_mean"),
     "max_tokens": ("sampling.max_new_tokens", 77),
     "sequence_ratio": ("objective.ratio", "sequence"),
-    "off_context": ("objective.off_context", "keep_hint"),
+    "off_context": ("objective.off_context", "drop_unit_shaped"),
     "distill_factor": ("objective.distill_schedule", "linear"),
   }
   found = carried(inputs.UpdateSettings, table, assembly.update_settings)
@@ -181,13 +169,11 @@ def built(monkeypatch, mesh_of):
 
 
 def test_the_programs_of_kepo(built):
-  config = kepo.get_config()
-  config.batch.rollouts, config.batch.micro_batches = 6, 2
-  config.sampling.update({"max_new_tokens": 20, "temperature": 0.9, "top_p": 0.95, "top_k": 50})
-  config.exploration.update({"hint_tokens": 30, "hint_temperature": 0.6})
-  config.eval.max_new_tokens = 40
-  config.model.update({"compute_dtype": "bfloat16", "teacher_dtype": "float16"})
-  first, made, arguments = built(config)
+  changes = {"batch.rollouts": 6, "batch.micro_batches": 2, "eval.max_new_tokens": 40}
+  changes |= {"sampling.max_new_tokens": 20, "sampling.temperature": 0.9, "sampling.top_p": 0.95, "sampling.top_k": 50}
+  changes |= {"exploration.hint_tokens": 30, "exploration.hint_temperature": 0.6}
+  changes |= {"model.compute_dtype": "bfloat16", "model.teacher_dtype": "float16"}
+  first, made, arguments = built(changed(kepo).replace(changes))
   settings = programs.SamplingSettings
   assert made.rollout == settings(6, 20, 0.9, 0.95, 50)
   assert made.candidate == settings(2, 20, 0.9, 0.95, 50)  # the student's usual settings, K of them
@@ -204,25 +190,20 @@ def test_the_programs_of_kepo(built):
 def test_who_scores_the_rollouts(built):
   for parent, changes, targets in (
     (grpo, {}, []),
-    (grpo, {"reference_weight": 0.1}, ["the reference"]),
+    (grpo, {"objective__reference_weight": 0.1}, ["the reference"]),
     (kepo_eq7, {}, ["the teacher", "the reference"]),  # in the order that the loss expects
   ):
-    config = parent.get_config()
-    config.objective.update(changes)
-    config.exploration.candidates = 5
-    _, made, _ = built(config)
+    _, made, _ = built(changed(parent, exploration__candidates=5, **changes))
     assert made.targets == (targets, 1) and made.candidate.samples == 5
 
 
 def test_the_teacher_answers_for_the_rows_that_the_student_leaves(built):
-  config = gkd.get_config()
-  config.batch.on_policy_fraction, config.supervised.temperature = 0.25, 0.5
-  _, made, _ = built(config)
+  _, made, _ = built(changed(gkd, batch__on_policy_fraction=0.25, supervised__temperature=0.5))
   assert made.rollout.samples == 2 and made.answer == programs.SamplingSettings(6, 24, 0.5)
-  _, made, _ = built(sft_teacher.get_config())
+  _, made, _ = built(changed(sft_teacher))
   assert made.answer.samples == 8 and made.answer.temperature == 1.0
   # Where no teacher is used none is made.
-  _, made, arguments = built(sft.get_config())
+  _, made, arguments = built(changed(sft))
   assert arguments["teacher"] == []
   for ask in (made.hint, made.answer):
     with pytest.raises(ValueError, match="no teacher to ask; see exploration"):
@@ -230,10 +211,9 @@ def test_the_teacher_answers_for_the_rows_that_the_student_leaves(built):
 
 
 def test_the_optimizer_has_the_fields_of_the_config(built):
-  config = grpo.get_config()
-  config.model.freeze_vision, config.batch.updates = True, 2
   changes = {"b1": 0.5, "b2": 0.6, "eps": 1e-3, "weight_decay": 0.25, "clip_norm": 7.0}
-  config.optimizer.update(changes | {"moments": "bfloat16"})
+  fields = {f"optimizer.{name}": value for name, value in (changes | {"moments": "bfloat16"}).items()}
+  config = changed(grpo, model__freeze_vision=True, batch__updates=2).replace(fields)
   with unittest.mock.patch.object(state, "make_optimizer", wraps=state.make_optimizer) as make:
     first, _, _ = built(config)
   assert make.call_args.kwargs == changes | {"moments_dtype": "bfloat16"}

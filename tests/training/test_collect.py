@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments.configs import kepo
-from kepo_jax.training import assembly, loop, starting
+from kepo_jax.training import loop, starting
 from kepo_jax.types import Rollouts
 from tests.training import cases
 from tests.training.cases import END, example
@@ -37,7 +37,7 @@ def run_of(**changes):
     config=config,
     processor=Processor(),
     scorer=cases.SCORER,
-    own_rollouts=assembly.own_rollouts(config),
+    own_rollouts=config.own_rollouts,
     key=key,
     keys=keys,
     mesh=None,
@@ -68,7 +68,7 @@ def test_injected_rollouts_are_distilled_or_not():
   groups = groups_of([[2, 2, 3]])
   groups.injected[0, 0] = True
   assert loop.gated(run, groups).tolist() == [[True, True, False]]
-  run.config.objective.gate_injected = False
+  run = run_of(objective__gate_injected=False)
   assert loop.gated(run, groups).tolist() == [[False, True, False]]
 
 
@@ -87,7 +87,7 @@ def test_advantages_compare_the_students_own_rollouts(monkeypatch):
   # Rewards 1.5 and 0.5 of the own two: mean 1, sample deviation 0.707.
   x = 0.5 / (0.5**0.5 + 1e-4)
   np.testing.assert_allclose(experience.advantages, [[x, -x, 0, 0]], rtol=1e-5)
-  assert experience.kept.tolist() == kept.tolist() and experience.hinted is None
+  assert experience.kept.tolist() == kept.tolist()
 
 
 def test_useful_groups_come_first_and_others_fill_up():
@@ -97,7 +97,7 @@ def test_useful_groups_come_first_and_others_fill_up():
   # Two of five have a signal; the first of the others fills the batch of three, and the order of asking stays.
   assert ids(chosen.examples) == ["q0", "q1", "q3"]
   assert figures == {"dynamic/asked": 5.0, "dynamic/useful_frac": 0.4}
-  run.config.exploration.rounds = 1  # a prompt without an accurate rollout may be explored, so it is of use
+  run = run_of(exploration__rounds=1)  # a prompt without an accurate rollout may be explored, so it is of use
   chosen, figures = loop.most_useful(run, groups)
   assert ids(chosen.examples) == ["q1", "q2", "q3"]
   assert figures["dynamic/useful_frac"] == 0.6
@@ -195,5 +195,5 @@ def test_tokens_are_counted_by_what_was_done_with_them():
   collected = loop.Collected(groups, None, {}, sampled=20, written=5)
   said = loop.token_metrics(run, collected, kept)
   assert said == {"tokens/trained": 10.0, "tokens/sampled": 20.0, "tokens/written": 5.0, "tokens/scored": 7.0}
-  run.config.objective.distill_weight, run.config.exploration.rounds = 0.0, 0
+  run.config = run.config.replace({"objective.distill_weight": 0.0, "exploration.rounds": 0})
   assert loop.token_metrics(run, collected, kept).keys() == {"tokens/trained", "tokens/sampled"}

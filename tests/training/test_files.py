@@ -8,11 +8,11 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
 from kepo_jax import sharding
+from kepo_jax.config import Config
 from kepo_jax.training import run_record
 from kepo_jax.training.checkpoints import steps_in
 from kepo_jax.training.files import RunFiles
@@ -21,15 +21,8 @@ from kepo_jax.types import Example
 
 
 def config(learning_rate=1e-3, lora_rank=0, best="out_of_domain"):
-  return ml_collections.ConfigDict(
-    {
-      "model": {"lora_rank": lora_rank},
-      "optimizer": {"learning_rate": learning_rate},
-      "checkpoint": {"every": 2, "minutes": 0.0, "keep": 2, "best": best},
-      "data": {"split_seed": 0},
-      "seed": 0,
-    }
-  )
+  fields = {"model.lora_rank": lora_rank, "optimizer.learning_rate": learning_rate, "checkpoint.best": best}
+  return Config().replace(fields | {"checkpoint.every": 2, "checkpoint.minutes": 0.0})
 
 
 def opened(tmp_path, settings=None, **how):

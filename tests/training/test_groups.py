@@ -197,40 +197,14 @@ def test_truncated_rows_are_the_students_without_an_end_token():
   assert grouping.truncated(groups, (END,)).tolist() == [[True, False, False], [False] * 3]
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_hinted_rows_come_in_multiples_of_the_prompts(count):
-  groups, asked = cases.mixed(), {}
-
-  def prompts_of(examples, hints):
-    asked.update(examples=[each.id for each in examples], hints=list(hints))
-    return "prompts"
-
-  slots = [(1, 2), (0, 1), (1, 0)][:count]
-  for i, (p, g) in enumerate(slots):
-    grouping.inject(groups, [exploration.Injection(p, g, cases.candidate(hint=f"hint {i}"))], SCORER)
-  found = grouping.hinted_rows(groups, prompts_of)
-  if not count:
-    assert found is None
-    return
-  # P is 2: one is filled up to two, three to four, with the first; in the order of the batch.
-  filled = sorted(slots) + sorted(slots)[:1] * (count % 2)
-  assert list(zip(found.prompt.tolist(), found.slot.tolist(), strict=True)) == filled
-  assert found.used.tolist() == [True] * count + [False] * (count % 2)
-  assert found.prompts == "prompts"
-  assert asked["examples"] == [f"set/q{p}" for p, _ in filled]
-  assert asked["hints"] == [f"hint {slots.index(row)}" for row in filled]
-  assert found.prompt.dtype == found.slot.dtype == np.int32 and found.used.dtype == bool
-
-
 def test_experience_holds_every_row():
   groups = grouping.joined(cases.mixed(), grouping.supervised_groups(cases.mixed()), axis=1)
   groups.injected[0, 1] = True
   rows = np.arange(P * 2 * G).reshape(P, 2 * G)
   kept = rows != 3
-  found = grouping.experience(groups, "prompts", rows.tolist(), rows % 2, kept=kept, hinted="hinted")
+  found = grouping.experience(groups, "prompts", rows.tolist(), rows % 2, kept=kept)
   for name in ("tokens", "mask", "logps", "injected", "supervised"):
     np.testing.assert_array_equal(found[name], getattr(groups, name), err_msg=name)
   assert found.advantages.dtype == np.float32 and found.advantages.tolist() == rows.tolist()
   assert found.gate.dtype == bool and found.gate.tolist() == (rows % 2 == 1).tolist()
-  assert found.kept is kept and (found.prompts, found.hinted) == ("prompts", "hinted")
-  assert grouping.experience(groups, "prompts", rows, rows > 2, kept=kept).hinted is None
+  assert found.kept is kept and found.prompts == "prompts"

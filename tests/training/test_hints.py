@@ -17,6 +17,7 @@ from kepo_jax.training.batches import BatchedModel
 from kepo_jax.training.programs import SamplingSettings
 from kepo_jax.types import Rollouts
 from tests.training import cases
+from tests.training.runs import changed
 
 T = 5
 END, PAD = 9, 0
@@ -187,10 +188,8 @@ class Speaker:
 
 
 def settings():
-  config = kepo.get_config()
-  config.batch.rollouts, config.exploration.rounds = 2, 2
-  config.sampling.temperature, config.exploration.hint_temperature, config.supervised.temperature = 0.5, 0.6, 0.7
-  return config
+  temperatures = {"sampling__temperature": 0.5, "exploration__hint_temperature": 0.6, "supervised__temperature": 0.7}
+  return changed(kepo, batch__rollouts=2, exploration__rounds=2, **temperatures)
 
 
 def test_from_questions_to_records():

@@ -19,7 +19,7 @@ from kepo_jax.objectives import losses
 from kepo_jax.training import assembly, compiling, inputs, programs, setup, step
 from kepo_jax.training.interruption import Interruption
 from kepo_jax.training.state import initial_state
-from tests.training.runs import ASSETS, equal, lines, shrunk, small, train
+from tests.training.runs import ASSETS, changed, equal, lines, shrunk, small, train
 
 FROZEN = ("visual", "language_model", "lm_head")
 
@@ -130,8 +130,7 @@ def test_no_second_copy_is_there_while_decode_weights_are_made(student, params, 
 
 def prepared(mesh, seed=0, **changes):
   """The config of a run, and its student on a mesh."""
-  config = shrunk(kepo.get_config(), model__compute_dtype="bfloat16", **changes)
-  config.seed = seed
+  config = shrunk(changed(kepo), model__compute_dtype="bfloat16", seed=seed, **changes)
   loaded = setup.load_models(config, mesh, {"student": ASSETS / "confused"}, (), Interruption())
   return config, loaded["student"]
 
@@ -149,7 +148,7 @@ def test_a_run_loads_the_base_in_the_compute_dtype(mesh_of):
   # A [L, in, r] is divided as the width of the weight is.
   a = matrices[lora.A]
   assert a.sharding.shard_shape(a.shape) == (a.shape[0], a.shape[1] // 2, 4)
-  assert assembly.frozen_parts(config) == FROZEN
+  assert config.frozen_parts == FROZEN
   # The matrices of a seed do not depend on the mesh; another seed draws others.
   same, other = (
     prepared(mesh_of(), seed, **changes)[1].params[lora.PART]["self_attn"]["q_proj"][lora.A] for seed in (0, 1)
@@ -158,7 +157,7 @@ def test_a_run_loads_the_base_in_the_compute_dtype(mesh_of):
   assert (np.asarray(a) != other).all()
   config, loaded = prepared(mesh_of())
   assert loaded.config.lora is None and lora.PART not in loaded.params
-  assert dtypes(loaded.params) == {"float32"} and assembly.frozen_parts(config) == ()
+  assert dtypes(loaded.params) == {"float32"} and config.frozen_parts == ()
 
 
 # ---- whole runs ----

@@ -4,19 +4,20 @@ import importlib
 
 import pytest
 
-from tests.training.runs import Recorder, shrunk, train
+from tests.training.runs import Recorder, changed, shrunk, train
 
 pytestmark = pytest.mark.slow
 
 
 def small(method, *arguments, **changes):
   """The config of a method on the phantom's models, in seconds; changes as `section__field=value`."""
-  config = importlib.import_module(f"experiments.configs.{method}").get_config(*arguments)
+  parent = importlib.import_module(f"experiments.configs.{method}")
   # What the paper's sizes would make of drawn pictures: other buckets, the phantom's wordings and its lengths.
-  config.data.resize, config.data.templates = "native", "brief"
-  config.data.prompt_buckets, config.data.patch_buckets = (72,), (64,)  # room for the longest hint that may be
-  config.sampling.max_new_tokens = config.eval.max_new_tokens = config.exploration.hint_tokens = 24
-  return shrunk(config, train__steps=2, eval__every=0, eval__test=False, log__gradients_every=2, **changes)
+  phantom = {"data__resize": "native", "data__templates": "brief", "data__directory": ""}
+  phantom |= {"data__prompt_buckets": (72,), "data__patch_buckets": (64,)}  # room for the longest hint that may be
+  phantom |= dict.fromkeys(("sampling__max_new_tokens", "eval__max_new_tokens", "exploration__hint_tokens"), 24)
+  lengths = {"train__steps": 2, "eval__every": 0, "eval__test": False, "log__gradients_every": 2}
+  return shrunk(changed(parent, *arguments), **phantom | lengths | changes)
 
 
 def metrics_of(config, questions):
@@ -58,14 +59,14 @@ def test_gkd_with_answers_of_the_teacher(fraction, questions):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"objective__off_context": "keep_hint", "objective__divergence_top_k": 20, "objective__mask_truncated": True}
+    {"objective__off_context": "drop_unit_shaped", "objective__divergence_top_k": 20, "objective__mask_truncated": True}
     | {"batch__updates": 2, "batch__micro_batches": 2, "objective__distill_schedule": "linear"},
     {"objective__off_context": "drop_behaviour_shaped", "objective__ratio": "sequence", "batch__updates": 2}
     | {"objective__divergence": "sampled_k2", "objective__importance_cap": 2.0, "objective__gate_injected": False}
     | {"exploration__hints": "once", "exploration__candidates": 3, "exploration__hint_prompt": "hint_only"},
     {"sampling__dynamic_rounds": 2, "exploration__trigger": "never", "reward__more": "lenient_accuracy:0.5"},
   ],
-  ids=["keep_hint", "sequence", "dynamic"],
+  ids=["unit", "sequence", "dynamic"],
 )
 def test_knobs_together(changes, questions):
   first, second = metrics_of(small("kepo", **changes), questions)

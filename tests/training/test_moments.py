@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kepo_jax.training import moments, state, step
@@ -20,18 +19,13 @@ def optimizer_of(dtype):
   return state.make_optimizer(lambda _: 0.1, **ADAM, weight_decay=0.0, clip_norm=1.0, moments_dtype=dtype)
 
 
-def every_draw(behind):
-  """4,096 evenly spaced words of random bits: a mean over them is an expected value."""
-  return jnp.arange(4096, dtype=jnp.uint32) << (behind - 12)
-
-
 def test_rounding_is_to_a_neighbour_and_right_on_average():
   values = np.float32([1.0, 1.003, -1.003, 3.1415927, 1e-30, -250.4])
   shape = (4096, len(values))
-  bits = jnp.broadcast_to(every_draw(16)[:, None], shape)
-  found = np.asarray(moments.rounded(jnp.broadcast_to(values, shape), bits, 16))
+  # Evenly spaced words of random bits: a mean over them is an expected value.
+  bits = jnp.broadcast_to((jnp.arange(4096, dtype=jnp.uint32) << 4)[:, None], shape)
+  found = np.asarray(moments.rounded(jnp.broadcast_to(values, shape), bits), np.float32)
   np.testing.assert_allclose(np.float64(found).mean(axis=0), values, rtol=2.0**-7 / 4000)
-  assert (found == found.astype(jnp.bfloat16)).all()
   # One step of bfloat16 is 2^-7 of the power of two below.
   assert (np.abs(found - values) < 2.0 ** (np.floor(np.log2(np.abs(values))) - 7)).all()
   assert (found[:, 0] == 1).all()
@@ -61,37 +55,6 @@ def test_the_first_update_is_that_of_optax():
   expected, _ = theirs.update(gradient, theirs.init(gradient))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), change, expected)
   assert int(after.count) == 1
-
-
-def test_an_unknown_dtype_is_refused():
-  with pytest.raises(ValueError, match="moments='int8' is unknown; use one of"):
-    moments.scale_by_adam(**ADAM, dtype="int8")
-
-
-def test_eight_bits_are_right_on_average_and_never_zero_beside_a_first_moment(mesh_of):
-  # Normal and subnormal codes; the last number sets the scale of the row to 1.
-  grid = np.unique(np.abs(np.arange(128, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float64)))
-  for value in (1e-4, 0.003, 0.017, 1.06, 417.0):
-    below, above = grid[grid <= value].max(), grid[grid >= value].min()
-    rows = jnp.broadcast_to(jnp.array([value, 448.0]), (4096, 2))
-    bits = jnp.broadcast_to(every_draw(20)[:, None], rows.shape)
-    for power in (1, 2):  # of the second moment the root is stored, and the square has the right mean
-      encoded = moments._float8(rows**power, bits, root=power == 2)
-      codes = np.float64(encoded.codes[:, 0])
-      assert (encoded.scale == 1).all() and set(np.unique(codes)) == {below, above}
-      error = (above**power - below**power) / 2000
-      np.testing.assert_allclose((codes**power).mean(), value**power, rtol=1e-5, atol=error)
-  for largest in (0.003, 449.0, 1e6):
-    scale = float(moments._scale(jnp.array([largest / 3, largest])))
-    assert np.log2(scale) == np.round(np.log2(scale)) and 224 * scale < largest <= 448 * scale
-  # 10^-7 of the largest of its row: the second moment is stored as the smallest code, not as nothing.
-  small = moments._from_float8(moments._float8(jnp.array([1e-14, 1.0]), jnp.zeros(2, jnp.uint32), root=True), root=True)
-  assert small[0] > 0
-  leaf = moments.Float8(codes=jnp.zeros((3, 8, 16), jnp.float8_e4m3fn), scale=jnp.ones((3, 8)))
-  mesh = mesh_of(fsdp=2, tensor=2)
-  spec = PartitionSpec(None, "tensor", "fsdp")
-  places = moments.sharding_of(leaf, NamedSharding(mesh, spec))
-  assert places.scale.spec == PartitionSpec(None, "tensor") and places.codes.spec == spec
 
 
 def placed(mesh):

@@ -11,7 +11,7 @@ from kepo_jax import training
 from kepo_jax.training import rehearsal
 from kepo_jax.training.profiling import CompileCounter
 from tests.training.cases import example
-from tests.training.runs import Recorder, Signal, equal, shrunk
+from tests.training.runs import Recorder, Signal, changed, equal, shrunk
 
 SIZES = ((64, 64), (128, 64))  # 64 and 128 patch rows: two buckets
 
@@ -35,7 +35,7 @@ def mixed(**changes):
   buckets = {"data__prompt_buckets": (64, 128), "data__patch_buckets": (64, 128), "log__gradients_every": 2}
   lengths = {"sampling__max_new_tokens": 4, "eval__max_new_tokens": 4, "exploration__hint_tokens": 4}
   batch = {"batch__prompts": 1, "batch__rollouts": 2}
-  return shrunk(kepo.get_config(), **sizes | asks | buckets | lengths | batch | changes)
+  return shrunk(changed(kepo), **sizes | asks | buckets | lengths | batch | changes)
 
 
 class Compiled(Recorder):

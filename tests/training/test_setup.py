@@ -15,13 +15,13 @@ from kepo_jax.training.interruption import Interruption
 from kepo_jax.types import Hook
 from tests.data.cases import Layout, record
 from tests.training.cases import example
-from tests.training.runs import ASSETS, shrunk
+from tests.training.runs import ASSETS, changed, shrunk
 
 
 def small(**changes):
   """KEPO on few questions, none of them evaluated; changes as `section__field=value`."""
   sizes = {"train__steps": 1, "eval__every": 0, "eval__test": False, "checkpoint__every": 0}
-  return shrunk(kepo.get_config(), **sizes | changes)
+  return shrunk(changed(kepo), **sizes | changes)
 
 
 def usable(config, records=None, hooks=()):
@@ -79,7 +79,7 @@ def test_an_image_that_would_stop_a_later_step(asked, tmp_path, caplog):
   config = small(data__lenient=True)
   with pytest.raises(ValueError, match="the train split has 2 questions and needs 4"):
     usable(config, asked)
-  config.batch.prompts = 2
+  config = config.replace({"batch.prompts": 2})
   with caplog.at_level("WARNING"):
     questions, summaries = usable(config, asked)
   assert {part: [example.id for example in kept] for part, kept in questions.items()} == {
@@ -119,7 +119,7 @@ def test_the_wordings_that_a_run_uses():
   hinted = {"hint_request": 0, "hint_and_answer": 17}
   assert question_checks.prompt_kinds(config, "train") == {"no_think": 0} | hinted
   assert question_checks.prompt_kinds(config, "validation") == {"evaluation": 0}
-  config.exploration.trigger = "never"
+  config = config.replace({"exploration.trigger": "never"})
   assert question_checks.prompt_kinds(config, "train") == {"no_think": 0}
 
 

@@ -14,7 +14,6 @@ from kepo_jax.objectives import losses
 from kepo_jax.training import forward, step
 from kepo_jax.training.inputs import UpdateSettings, make_inputs
 from kepo_jax.training.state import initial_state, make_optimizer
-from kepo_jax.types import HintedRows
 
 RATE = 0.5  # of plain SGD: without Adam's division an update is as accurate as its gradient
 FACTORS = (1.0, 0.0, 0.25)  # of the weight of the divergence, by step
@@ -319,52 +318,11 @@ def test_rollouts_that_are_not_kept_enter_no_term(update, tiny_experience):
 # ---- injected rollouts ----
 
 
-@pytest.fixture(scope="module")
-def hinted(tiny_experience, tiny_prompts):
-  """The same experience with the prompts of its injected rollouts, which happen to hold no hint."""
-  found = np.argwhere(tiny_experience.injected)
-  rows = np.concatenate([found, found[:1], found[:1]]).astype(np.int32)  # Q = 4, two of them padding
-  prompts = jax.tree.map(lambda x: np.asarray(x)[rows[:, 0]], tiny_prompts)
-  hinted = HintedRows(prompts=prompts, prompt=rows[:, 0], slot=rows[:, 1], used=np.arange(4) < len(found))
-  return tiny_experience.replace(hinted=hinted)
-
-
-def with_hint(batch):
-  """Words that the prompts of the batch do not have in those of its injected rollouts."""
-  prompts = batch.hinted.prompts
-  said = np.where(np.asarray(prompts.mask) & (np.asarray(prompts.image_slot) < 0), 3, prompts.tokens)
-  return batch.replace(hinted=batch.hinted.replace(prompts=prompts.replace(tokens=said)))
-
-
-def test_a_kept_hint_that_says_nothing_changes_nothing(update, reference, hinted):
-  # The policy term of injected rows runs on prompts of its own; where these are the same, so is the update.
-  kept = update(hinted, off_context="keep_hint")
-  assert difference(reference[0].params, kept[0].params) < 1e-5
-  assert kept[1]["loss"][0] == pytest.approx(reference[1]["loss"][0], rel=1e-5)
-
-
-def test_a_kept_hint_is_seen_by_the_policy_term_alone(update, hinted):
-  same, changed = (update(each, off_context="keep_hint", compare=True)[1] for each in (hinted, with_hint(hinted)))
-  assert same["grad_norm/distill"] == changed["grad_norm/distill"]
-  assert abs(same["grad_norm/policy"][0] - changed["grad_norm/policy"][0]) > 1e-4
-
-
 def inputs_of(config, allowed, params, batch, *, loss=None, **settings):
   """The inputs of the loss."""
   token_loss = losses.KepoTokenLoss(allowed=allowed, **loss or {})
   made = make_inputs(config, token_loss, UpdateSettings(compute_dtype=jnp.float32, chunk=4, **settings))
   return jax.jit(made)(params, jnp.int32(0), batch)
-
-
-def test_pi_old_of_a_kept_hint_is_given_the_hint(tiny_config, tiny_params, hinted, logits_of, allowed):
-  batch = with_hint(hinted)
-  made = inputs_of(tiny_config, allowed, tiny_params, batch, updates=2, off_context="keep_hint")
-  rows, tokens = made.hinted.mask, np.asarray(made.hinted.tokens)
-  expected = selected(logits_of(tiny_params, batch.hinted.prompts, tokens), tokens, allowed)
-  np.testing.assert_allclose(made.hinted.old_logps[rows], expected[rows], rtol=1e-5)
-  # Dropped or kept, the hint makes a difference: the row of the batch has other log-probabilities.
-  dropped = made.rows.old_logps[hinted.hinted.prompt, hinted.hinted.slot][:, None]
-  assert np.abs(made.hinted.old_logps - dropped)[rows].max() > 1e-3
 
 
 def test_ratios_of_injected_rollouts_by_hand(tiny_config, tiny_params, tiny_experience, dense, allowed):
@@ -381,7 +339,7 @@ def test_ratios_of_injected_rollouts_by_hand(tiny_config, tiny_params, tiny_expe
   }
   for convention, (ratio, loss) in cases.items():
     loss |= {"distill_coefficient": 0}
-    rows = inputs_of(tiny_config, allowed, tiny_params, tiny_experience, loss=loss, off_context=convention).rows
+    rows = inputs_of(tiny_config, allowed, tiny_params, tiny_experience, loss=loss, off_context=convention)
     others = np.minimum(rho, 0.5) if loss.get("importance_cap") else 1.0
     surrogate = np.where(injected, ratio, others) * tiny_experience.advantages[..., None]
     found, _ = losses.KepoTokenLoss(allowed=allowed, **loss)(logits, (), rows)
@@ -390,7 +348,7 @@ def test_ratios_of_injected_rollouts_by_hand(tiny_config, tiny_params, tiny_expe
 
 def test_shaping_without_injected_rows_is_finite(tiny_config, tiny_params, tiny_experience, allowed):
   batch = tiny_experience.replace(injected=np.zeros_like(tiny_experience.injected))
-  rows = inputs_of(tiny_config, allowed, tiny_params, batch, off_context="drop_behaviour_shaped").rows
+  rows = inputs_of(tiny_config, allowed, tiny_params, batch, off_context="drop_behaviour_shaped")
   np.testing.assert_array_equal(rows.shaping_logps, batch.logps)
 
 
