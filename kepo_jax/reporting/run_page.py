@@ -56,7 +56,8 @@ def run_page(workdir: epath.PathLike) -> pages.Page:
 def plan_rows(config: Mapping[str, Any]) -> tuple[tables.Row, ...]:
   """The run in brief, (name, value); none of a config of another version, whose fields are others."""
   try:
-    return tuple(panels.config_rows(Config.from_dict(config))) if config else ()
+    same = config.keys() == Config().to_dict().keys()
+    return tuple(panels.config_rows(Config.from_dict(config))) if same else ()
   except (AttributeError, KeyError, TypeError, ValueError):
     return ()
 

@@ -11,6 +11,7 @@ from experiments.configs import kepo
 from kepo_jax.training import hints
 from kepo_jax.types import Example, Rollouts
 from tests.experiments.test_evaluate_medvqa import checkpoint  # noqa: F401, a fixture
+from tests.training.runs import changed
 
 PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
 
@@ -92,8 +93,8 @@ class Voice:
 
 
 def test_completions_are_scored_at_the_temperature_that_they_were_sampled_at():
-  config = kepo.get_config()
-  config.sampling.temperature, config.exploration.hint_temperature, config.supervised.temperature = 0.5, 0.25, 0.75
+  temperatures = {"sampling__temperature": 0.5, "exploration__hint_temperature": 0.25, "supervised__temperature": 0.75}
+  config = changed(kepo, **temperatures)
   student, teacher = Voice(), Voice(think=Voice.SAYS["hint_and_answer"])
   asked = Example(id="q", question="?", options=("a", "b"), answer="A", images=(), modality="MRI")
   *_, found = hints.measured(config, student, teacher, [asked])

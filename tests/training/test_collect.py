@@ -181,7 +181,7 @@ def test_candidates_count_as_sampled_and_their_slots_differ_from_step_to_step():
     slots.append(np.flatnonzero(collected.groups.injected[0]).tolist())
   assert all(len(each) == 2 for each in slots)
   assert len({tuple(each) for each in slots[:4]}) > 1 and slots[4] == slots[0]
-  run.config.seed += 1
+  run.config = run.config.replace({"seed": 1})
   begun = starting.Started(0, [example("q0")], None, "weights", tokens_of([[3] * 8]))
   again = loop.sample_and_explore(run, begun, loop.PhaseClock()).groups.injected[0]
   assert np.flatnonzero(again).tolist() != slots[0]
