@@ -71,7 +71,7 @@ class Place:
   def _departures(self, cell: studies.Cell) -> dict[str, Any]:
     """What a run computes, as its departures from grpo.py: a field that all configs gain changes none of them."""
     config, plain = studies.config_of(cell, self.benchmark), studies.parent_config(self.benchmark)
-    teacher = checks.needs_teacher(config)
+    teacher = config.needs_teacher
     return {
       f"{section}.{name}": value
       for section, fields in config.items()

@@ -7,7 +7,7 @@ replaces a random rollout of the group (Algorithm 1 of arXiv 2602.00400, with ac
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Candidate:
   hint: str
   accurate: bool
   well_formed: bool
+  scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # reward name -> value, "total" among them
   attempt: int = 0  # round that produced it, from 1
 
   @property

@@ -207,11 +207,11 @@ class Benchmark:
         f"student and teacher have {student.text.vocab_size} and {teacher.text.vocab_size} tokens; "
         "distillation needs one vocabulary."
       )
-    checks.check_config(config)
+    config.validate()
     self.config, self.sizes = config, sizes
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     self.configs = {"student": student}
-    if checks.needs_teacher(config):
+    if config.needs_teacher:
       self.configs["teacher"] = teacher
     if config.objective.reference_weight:
       self.configs["reference"] = student
@@ -264,7 +264,7 @@ class Benchmark:
       yield "decode weights", seconds
       rollouts, seconds = timed(self.programs.rollout, actor, self.prompts, key)
       yield "sampling", seconds
-      if checks.explores(self.config):
+      if self.config.explores:
         yield "hints", timed(self.programs.hint, self.few, key)[1]
         yield "candidates", timed(self.programs.candidate, actor, self.hinted, key)[1]
       del actor
@@ -281,7 +281,7 @@ class Benchmark:
     if name == "hints":
       return self.few.tokens.shape[0] * config.exploration.hint_tokens
     if name == "candidates":
-      return self.few.tokens.shape[0] * assembly.candidates(config) * self.sizes.new_tokens
+      return self.few.tokens.shape[0] * config.candidates * self.sizes.new_tokens
     return config.batch.prompts * config.batch.rollouts * self.sizes.new_tokens
 
   def _experience(self, rollouts: Any) -> Experience:
@@ -316,12 +316,12 @@ class Benchmark:
         others["student"], settings.compute_dtype, shapes, samples=rows[1], new_tokens=rows[2], **where
       ),
     }
-    if "teacher" in self.configs and checks.explores(config):
+    if "teacher" in self.configs and config.explores:
       few = jax.eval_shape(lambda prompts: prompts, self.few)
       hints = config.exploration.hint_tokens
       work["hints"] = floors.sampling(others["teacher"], frozen, few, samples=1, new_tokens=hints, **where)
       hinted = jax.eval_shape(lambda prompts: prompts, self.hinted)
-      sampled: dict[str, Any] = {"samples": assembly.candidates(config), "new_tokens": rows[2]}
+      sampled: dict[str, Any] = {"samples": config.candidates, "new_tokens": rows[2]}
       work["candidates"] = floors.sampling(others["student"], settings.compute_dtype, hinted, **sampled, **where)
     roles = [role for role in ("teacher", "reference") if role in self.configs]
     if roles:

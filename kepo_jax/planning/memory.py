@@ -25,7 +25,7 @@ _LOGITS_OF_SAMPLER = 3
 PHASES = ("sampling", "hints", "scoring", "update", "evaluation")
 # float32 arrays as large as what is trained that the optimizer makes: clipped gradients, and changes.
 _OPTIMIZER_ARRAYS = 2
-_MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
+_MOMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Copies of a value inside a layer: before and after its norm, rotation, mask or activation.
 _COPIES = 2
 
@@ -52,9 +52,9 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   config = plan.config
   student = plan.models["student"]
   shape = _training_shape(config, plan.mesh)
-  compute, frozen = (jnp.dtype(config.model[name]).itemsize for name in ("compute_dtype", "teacher_dtype"))
+  compute, frozen = (jnp.dtype(getattr(config.model, name)).itemsize for name in ("compute_dtype", "teacher_dtype"))
   weights = parameters_per_device(student, plan.mesh)
-  fixed = assembly.frozen_parts(config)
+  fixed = config.frozen_parts
   trained = parameters_per_device(student, plan.mesh, without=fixed)
   stored = assembly.student_dtype(config.model).itemsize  # of what is not trained
   others = {role: other for role, other in plan.models.items() if role != "student"}
@@ -70,7 +70,7 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   parts |= {f"{role} in host memory" if on_host else role: size for role, size in models.items()}
   actor = _decode_copy(student, plan.mesh, compute)
   parts["sampling"] = actor + cache_bytes(student, shape, compute) + _sampler_logits(student, shape)
-  if "teacher" in others and (checks.explores(config) or checks.teacher_answers(config)):
+  if "teacher" in others and (config.explores or config.teacher_answers):
     # The student's decode copy waits for the candidates meanwhile.
     parts["hints"] = actor + max(_asked(others["teacher"], each, frozen, plan.mesh) for each in _asked_shapes(plan))
     if on_host:  # it stays for all rounds, so candidates are sampled beside it
@@ -115,7 +115,7 @@ def plan(config: Any, *, devices: int = 1) -> RunPlan:
   """
   student = benchmark.model_config(config.model.student)
   models = {"student": dataclasses.replace(student, lora=assembly.lora_config(config.model))}
-  if checks.needs_teacher(config):
+  if config.needs_teacher:
     models["teacher"] = benchmark.model_config(config.model.teacher)
   if config.objective.reference_weight:
     models["reference"] = student
@@ -209,9 +209,9 @@ def _evaluation_shape(config: Any, mesh: dict[str, int]) -> _BatchShape:
 def _asked_shapes(plan: RunPlan) -> list[_BatchShape]:
   """What the teacher may be asked for: a hint for every prompt, and the answers of supervised rows."""
   config = plan.config
-  asked = [(1, config.exploration.hint_tokens)] if checks.explores(config) else []
-  if checks.teacher_answers(config):
-    asked += [(config.batch.rollouts - assembly.own_rollouts(config), config.sampling.max_new_tokens)]
+  asked = [(1, config.exploration.hint_tokens)] if config.explores else []
+  if config.teacher_answers:
+    asked += [(config.batch.rollouts - config.own_rollouts, config.sampling.max_new_tokens)]
   shape = _training_shape(config, plan.mesh)
   return [dataclasses.replace(shape, rollouts=samples * shape.prompts, new_tokens=tokens) for samples, tokens in asked]
 

@@ -209,10 +209,10 @@ class PodRun:
     Raises:
       ValueError: the config does not fit together.
     """
-    checks.check_config(config)
+    config.validate()
     self.config, self.mesh, self.sizes = config, mesh, sizes
     roles = {"student": models["student"]}
-    roles |= {"teacher": models["teacher"]} if checks.needs_teacher(config) else {}
+    roles |= {"teacher": models["teacher"]} if config.needs_teacher else {}
     roles |= {"reference": models["student"]} if config.objective.reference_weight else {}
     with self._in_force():
       loaded = {
@@ -295,7 +295,7 @@ class PodRun:
 
   def _runs(self, name: str) -> float:
     updates = assembly.update_settings(self.config).updates
-    compared = 1 / self.config.log.gradients_every if assembly.compares(self.config) else 0.0
+    compared = 1 / self.config.log.gradients_every if self.config.compares_gradients else 0.0
     if name == _COMPARISON:
       return compared
     if name == _GRADIENTS:
@@ -310,7 +310,7 @@ class PodRun:
     frozen = {role: bytes_per_device(each.resident.shapes) for role, each in self.models.items() if role != "student"}
     on_host = self.config.model.teacher_memory == "host"
     total = bytes_per_device(self.state) + (0.0 if on_host else sum(frozen.values()))
-    if phase in ("sampling", "hints", "candidates", "answers") and assembly.own_rollouts(self.config):
+    if phase in ("sampling", "hints", "candidates", "answers") and self.config.own_rollouts:
       total += bytes_per_device(self.actor())
     if phase in ("hints", "candidates", "answers"):  # a teacher on the hosts comes once for all rounds of exploration
       total += frozen["teacher"] if on_host else 0.0
@@ -327,13 +327,13 @@ class PodRun:
     return total
 
   def _trained(self) -> dict[str, Any]:
-    frozen = assembly.frozen_parts(self.config)
+    frozen = self.config.frozen_parts
     return {name: x for name, x in self.state.params.items() if name not in frozen}
 
   def _gradients_beside(self, name: str) -> int:
     """Sets of gradients that are there while a program of the update runs."""
     # From time to time those of one term wait for those of the other.
-    waiting = 1 if assembly.compares(self.config) else 0
+    waiting = 1 if self.config.compares_gradients else 0
     return {_OPTIMIZER: 1, _GRADIENTS: waiting, _COMPARISON: 2}.get(name, 0)
 
   def phases(self) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -341,17 +341,17 @@ class PodRun:
     config = self.config
     count, usual = config.batch.prompts, self.sizes.prompt_tokens
     few = max(1, count // 4)
-    if assembly.own_rollouts(config):
+    if config.own_rollouts:
       yield "decode weights", self.actor
       yield "sampling", lambda: self.programs.rollout(self.actor(), self.prompts(count, usual), self._key)
-    if checks.explores(config):
+    if config.explores:
       yield "hints", lambda: self.programs.hint(self.prompts(few, usual), self._key)
       hinted = self.sizes.hinted_tokens
       yield "candidates", lambda: self.programs.candidate(self.actor(), self.prompts(few, hinted), self._key)
-    if checks.teacher_answers(config):
+    if config.teacher_answers:
       yield "answers", lambda: self.programs.answer(self.prompts(count, usual), self._key)
     yield "scoring", self.targets
-    compare = assembly.compares(config)
+    compare = config.compares_gradients
     yield (
       "update",
       lambda: self.programs.update.rehearse(self.state, self.experience(), self.targets(), compare=compare),
@@ -388,7 +388,7 @@ def plan(
     ValueError: the config does not fit together, or its mesh not the topology.
   """
   mesh = topology.mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  models = {role: benchmark.model_config(config.model[role]) for role in ("student", "teacher")}
+  models = {role: benchmark.model_config(getattr(config.model, role)) for role in ("student", "teacher")}
   run = PodRun(config, models, mesh, bucket_sizes(config))
   return run.plan(topology.laid(mesh), hint_rounds=hint_rounds, compiled=compiled)
 

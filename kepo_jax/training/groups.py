@@ -159,39 +159,23 @@ def has_signal(groups: Groups) -> np.ndarray:
   return (total != total[:, :1]).any(axis=1)
 
 
-def inject(groups: Groups, placed: Sequence[exploration.Injection], scorer: rewards.Scorer) -> None:
-  """Puts accepted candidates in their slots and scores those rows again, each on the host that holds it.
-
-  Raises:
-    ValueError: a reward is not a finite number.
-    OSError: another process of the run has failed.
-  """
-  if not placed:
-    return
+def inject(groups: Groups, placed: Sequence[exploration.Injection]) -> None:
+  """Puts accepted candidates in their slots, with their scores."""
   for injection in placed:
     row, slot, candidate = injection.prompt, injection.slot, injection.candidate
     for name in ("tokens", "mask", "logps"):
       getattr(groups, name)[row, slot] = getattr(candidate, name)
+    for name, value in candidate.scores.items():
+      groups.scores[name][row, slot] = value
     groups.texts[row, slot] = candidate.text
     groups.hints[row, slot] = candidate.hint
     groups.injected[row, slot] = True
-  replaced = {(injection.prompt, injection.slot) for injection in placed}
-
-  def read(row: int, slots: Sequence[int]) -> list[dict[str, float]]:
-    again = [slot for slot in slots if (row, slot) in replaced]
-    scores = dict(zip(again, _scored(scorer, groups.texts[row, again].tolist(), groups.examples[row]), strict=True))
-    return [scores.get(slot, {}) for slot in slots]
-
-  rows = groups.injected.shape
-  for (row, slot), scores in np.ndenumerate(processes.by_holders(rows, rows[0], read)):
-    for name, value in scores.items():
-      groups.scores[name][row, slot] = value
 
 
 def candidates(
   processor: Any, examples: Sequence[Example], hints: Sequence[str], rollouts: Rollouts, scorer: rewards.Scorer
 ) -> list[list[exploration.Candidate]]:
-  """Hinted rollouts [P, M, T] as candidates per question, each judged by the host that holds it.
+  """Hinted rollouts [P, M, T] as scored candidates per question, each scored by the host that holds it.
 
   Args:
     processor: decodes tokens.
@@ -201,32 +185,25 @@ def candidates(
     scorer: of the run.
 
   Raises:
+    ValueError: a reward is not a finite number.
     OSError: another process of the run has failed.
   """
-  tokens, mask, logps = _arrays(rollouts)
-  texts = _decoder(processor, tokens, mask)
-  judges = [scorer.rewards[name][0] for name in ("accuracy", "format")]
+  groups = scored_groups(processor, examples, rollouts, scorer)
 
-  def read(prompt: int, slots: Sequence[int]) -> list[tuple[str, list[bool]]]:
-    said = texts(prompt, slots)
-    return [(text, [bool(judge(text, examples[prompt]) == 1) for judge in judges]) for text in said]
-
-  def candidate(p: int, m: int, hint: str, text: str, verdicts: Sequence[bool]) -> exploration.Candidate:
+  def candidate(p: int, m: int) -> exploration.Candidate:
+    scores = {name: float(values[p, m]) for name, values in groups.scores.items()}
     return exploration.Candidate(
-      tokens=tokens[p, m],
-      logps=logps[p, m],
-      mask=mask[p, m],
-      text=text,
-      hint=hint,
-      accurate=verdicts[0],
-      well_formed=verdicts[1],
+      tokens=groups.tokens[p, m],
+      logps=groups.logps[p, m],
+      mask=groups.mask[p, m],
+      text=groups.texts[p, m],
+      hint=hints[p],
+      accurate=scores["accuracy"] == 1,
+      well_formed=scores["format"] == 1,
+      scores=scores,
     )
 
-  found = processes.by_holders(tokens.shape[:2], len(examples), read)
-  return [
-    [candidate(p, m, hint, *each) for m, each in enumerate(row)]
-    for p, (hint, row) in enumerate(zip(hints, found, strict=True))
-  ]
+  return [[candidate(p, m) for m in range(groups.tokens.shape[1])] for p in range(len(examples))]
 
 
 GATE_SIGNALS: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {

@@ -18,9 +18,9 @@ from kepo_jax.rewards import WeightedRewards
 from kepo_jax.training import rehearsal, setup
 from kepo_jax.training.files import RunFiles
 from kepo_jax.training.interruption import Interrupted, Interruption
-from kepo_jax.training.loop import NotFinite, train_step
+from kepo_jax.training.loop import NotFinite, PhaseClock, check_finite, report_of, train_step
 from kepo_jax.training.profiling import CompileCounter, Profiler
-from kepo_jax.training.starting import Ahead
+from kepo_jax.training.starting import Prefetch
 from kepo_jax.training.state import TrainState
 from kepo_jax.training.watchdog import Watchdog
 from kepo_jax.types import Example, Hook, StepReport
@@ -123,26 +123,33 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
   files.begin(run.questions, rule=rule, models=run.folders)
   processes.together(lambda: files.record_summaries(run.summaries))
   state = files.restored(run.state)
-  start, steps, ahead = int(state.step), config.train.steps, Ahead(run)
+  start, steps, prefetch = int(state.step), config.train.steps, Prefetch(run)
   processes.together(lambda: announce(run, files, start, rule))
   if config.train.compile_ahead and start < steps:
     compile_ahead(run, files, state, start)
   if config.eval.test and config.eval.before and start == 0:
-    evaluate(run, files, ahead.weights(state), "before", start)
+    evaluate(run, files, prefetch.weights(state), "before", start)
   if files.owes_validation:
-    validate(run, files, ahead.weights(state), start)
+    validate(run, files, prefetch.weights(state), start)
   for done in range(start, steps):
+    clock = PhaseClock()
+    with clock("prepare"):
+      pending = prefetch.take(state, done)
+    state, trained = train_step(run, state, done, pending, clock)
+    with clock("prepare"):
+      prefetch.begin(state, done + 1)  # the device samples while the host reports
+    report = report_of(run, trained, clock)
     try:
-      state, report = train_step(run, state, done, ahead)
+      check_finite(run, state, trained, report)
     except NotFinite as error:
       tell(run, error.report, compiled.figures())
       dump = functools.partial(files.dump, f"not_finite/step-{done + 1}", error.batch, error.samples)
       folder = processes.together(dump)
       raise ValueError(f"{error}{f' The batch is in {folder}.' if folder else ''}") from None
     tell(run, report, compiled.figures() | files.timing())
-    validate_and_save(run, files, state, report.step, ahead)
+    validate_and_save(run, files, state, report.step, prefetch)
   if config.eval.test:
-    evaluate(run, files, ahead.weights(state), "after", steps)
+    evaluate(run, files, prefetch.weights(state), "after", steps)
   files.export(lambda folder: run.export(state, folder))
   processes.together(lambda: finish(run))
   return Result(state=state, evaluations=files.evaluations, workdir=files.workdir)
@@ -249,7 +256,7 @@ def validate(run: setup.Run, files: RunFiles, weights: Any, step: int) -> None:
   keep(run, files, "validation", result)
 
 
-def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: int, ahead: Ahead) -> None:
+def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: int, prefetch: Prefetch) -> None:
   """What may follow a step: a validation, a checkpoint, and the end of a run that was asked to stop.
 
   Raises:
@@ -260,7 +267,7 @@ def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: 
   stop = run.interruption.requested()
   if owed and not stop:
     try:
-      result = run.evaluate(ahead.weights(state), "validation", "validation", step)
+      result = run.evaluate(prefetch.weights(state), "validation", "validation", step)
     except Interrupted:
       stop = True
     else:

@@ -1,4 +1,4 @@
-"""The algorithm of a step: sample, score, explore, distil, update; readable in one sitting.
+"""One step of KEPO, top to bottom: sample, explore, gate, update; and what it reports.
 
 What surrounds the steps of a run is in `job`, and what they are made of (models, programs, data) is made in `setup`.
 """
@@ -17,24 +17,25 @@ from kepo_jax.data.prompts import gold_completion
 from kepo_jax.objectives import advantages, gates
 from kepo_jax.training import figures, setup, step
 from kepo_jax.training import groups as grouping
-from kepo_jax.training.forward import Target
 from kepo_jax.training.groups import Groups
-from kepo_jax.training.starting import Ahead, Started
+from kepo_jax.training.starting import Pending
 from kepo_jax.training.state import TrainState
 from kepo_jax.types import Example, Experience, Prompts, StepReport
 
 
 @dataclasses.dataclass
-class Collected:
-  """The groups of a step, ready for the update."""
+class Trained:
+  """What a step leaves for its report."""
 
+  step: int  # updates done, this one included
   groups: Groups
-  prompts: Prompts  # of the groups, on the mesh
+  gate: np.ndarray  # bool[P, G], rollouts that were distilled
+  kept: np.ndarray  # bool[P, G], rollouts that entered the loss
+  experience: Experience
   metrics: dict[str, float]
-  sampled: int = 0  # tokens of the student, those of candidates and of rollouts that were replaced included
-  written: int = 0  # tokens of the teacher: hints, and answers whether accepted or not
-  records: tuple[dict[str, Any], ...] = ()  # hints and candidates of explored prompts, JSON-able
-  targets: tuple[Target, ...] | None = None  # what teacher and reference say about the tokens, where they were asked
+  hint_records: tuple[dict[str, Any], ...]  # hints and candidates of explored prompts, JSON-able
+  sampled: int  # tokens of the student, those of candidates and of replaced rollouts included
+  written: int  # tokens of the teacher: hints, and answers whether accepted or not
 
 
 class NotFinite(Exception):
@@ -56,125 +57,89 @@ class NotFinite(Exception):
     self.report, self.batch, self.samples = report, batch, samples
 
 
-def train_step(run: setup.Run, state: TrainState, done: int, ahead: Ahead) -> tuple[TrainState, StepReport]:
-  """One step of the method after `done` steps: the new state, and what happened.
-
-  At its end the device begins the next one, while the host says what happened in this.
-
-  Raises:
-    NotFinite: `optimizer.skip_limit` updates in a row were skipped.
-  """
-  config, clock = run.config, PhaseClock()
-  with clock("prepare"):
-    begun = ahead.take(state, done)
-  collected = collect(run, begun, clock)
-  groups, metrics = collected.groups, collected.metrics
-  with clock("teacher"):
-    kept = kept_rows(run, groups)
-    gate = gated(run, groups) & kept
-    experience = experience_of(run, groups, collected.prompts, gate, kept)
-    if collected.targets is None:
-      collected.targets = run.programs.targets(experience.prompts, experience.tokens)
-    jax.block_until_ready(collected.targets)
-  with clock("update"):
-    compare = run.compares and (done + 1) % config.log.gradients_every == 0
-    state, learned = run.programs.update(state, experience, collected.targets, compare=compare)
-    metrics |= step.means(jax.device_get(learned))
-  collected.targets = None  # gigabytes of hidden states, which the next rollouts may need the room of
-  with clock("prepare"):
-    ahead.begin(state, done + 1)
-  metrics |= figures.mixed_metrics(groups, run.processor.end_ids) | {"lr": float(run.schedule(done))}
-  metrics |= token_metrics(run, collected, kept)
-  if config.objective.distill_weight:
-    metrics |= figures.gate_metrics(groups, gate) | {"lambda": run.distill_weight(done)}
-  samples = figures.sample_records(groups, gate, step=done + 1, prompts=config.log.samples, problem=run.problem)
-  timing = clock.timing(tokens=groups.mask.sum())
-  report = StepReport(step=done + 1, metrics=metrics, timing=timing, samples=samples + collected.records)
-  if (skipped := int(state.skipped)) >= config.optimizer.skip_limit:
-    batch = {jax.tree_util.keystr(path): sharding.to_host(x) for path, x in jax.tree.leaves_with_path(experience)}
-    everything = figures.sample_records(groups, gate, step=done + 1, prompts=len(gate), problem=run.problem)
-    raise NotFinite(report, skipped, batch, everything)
-  return state, report
-
-
-def token_metrics(run: setup.Run, collected: Collected, kept: np.ndarray) -> dict[str, float]:
-  """Completion tokens of a step by what was done with them, which is what a method costs on any device.
+def train_step(
+  run: setup.Run, state: TrainState, done: int, pending: Pending, clock: "PhaseClock"
+) -> tuple[TrainState, Trained]:
+  """One step of KEPO (Algorithm 1 of arXiv:2602.00400) after `done` steps.
 
   Args:
-    run: of the step.
-    collected: its groups.
-    kept: bool[P, G], rollouts that enter the loss.
+    run: the models, data and programs.
+    state: before the update; consumed.
+    done: steps before this one.
+    pending: the prompts of the step, and the rollouts that the device samples.
+    clock: of the step.
   """
-  mask = collected.groups.mask
-  counts = {"trained": run.config.batch.updates * int(mask[kept].sum())}
-  if run.own_rollouts:
-    counts["sampled"] = collected.sampled
-  if run.config.explores or run.config.teacher_answers:
-    counts["written"] = collected.written
-  if run.config.objective.distill_weight:
-    counts["scored"] = int(mask.sum())
-  return {f"tokens/{name}": float(count) for name, count in counts.items()}
+  config, objective, own = run.config, run.config.objective, run.config.own_rollouts
+  prompts, sampled, written = pending.prompts, 0, 0
+  metrics: dict[str, float] = {}
+  hint_records: tuple[dict[str, Any], ...] = ()
+  parts: list[Groups] = []
 
-
-def collect(run: setup.Run, begun: Started, clock: "PhaseClock") -> Collected:
-  """The student's rollouts, explored, and supervised rows behind them, as the config mixes them."""
-  if begun.rollouts is None:
+  if own:
+    # 1. Sample G completions of each prompt and reward them; dynamic sampling asks further prompts.
+    with clock("sampling"):
+      groups = sampled_groups(run, pending)
+    sampled = int(groups.mask.sum())
+    metrics |= figures.reward_metrics(groups)
+    if config.sampling.dynamic_rounds:
+      with clock("prepare"):
+        groups, asked = most_useful(run, groups)
+        prompts = sharding.place(run.mesh, run.host_prompts(groups.examples, config.data.prompt))
+      metrics |= asked
+    # 2. Explore: prompts on which every rollout fails get hints, and accepted candidates replace rollouts.
+    with clock("exploration"):
+      outcome, written = explore(run, pending.weights, groups, done)
+      sampled += sum(int(tried.mask.sum()) for row in outcome.candidates.values() for tried in row)
+      grouping.inject(groups, exploration.injections(outcome, own, seed=(config.seed, done)))
+    metrics |= exploration.exploration_metrics(
+      outcome, prompts=len(groups.examples), rounds=config.exploration.rounds, examples=groups.examples
+    )
+    hint_records = figures.hint_records(outcome, groups, step=done + 1, prompts=config.log.samples)
+    parts.append(groups)
+  pending.release()  # the update needs the memory of the decode weights
+  if own < config.batch.rollouts:
     with clock("supervision"):
-      given, written = supervised_rows(run, begun.examples, begun.prompts, begun.done)
-      return Collected(given, begun.prompts, {}, written=written)
-  collected = sample_and_explore(run, begun, clock)
-  if run.own_rollouts < run.config.batch.rollouts:
-    with clock("supervision"):
-      given, written = supervised_rows(run, collected.groups.examples, collected.prompts, begun.done)
-      collected.written += written
-      collected.groups = grouping.joined(collected.groups, given, axis=1)
-  return collected
+      examples = parts[0].examples if parts else pending.examples
+      given, tokens = supervised_rows(run, examples, prompts, done)
+      written += tokens
+      parts.append(given)
+  groups = parts[0] if len(parts) == 1 else grouping.joined(*parts, axis=1)
 
+  # 3. Gate the distillation by quality, and compare rewards inside each group.
+  kept = np.ones_like(groups.supervised)
+  if objective.mask_truncated:
+    kept = ~grouping.truncated(groups, run.processor.end_ids)
+  gate = np.zeros_like(groups.supervised)
+  if objective.distill_weight:
+    signal = grouping.gate_signal(groups.scores, objective.gate_signal)
+    gate = np.asarray(gates.quality_gate(signal, threshold=objective.gate_threshold, mode=objective.gate_mode))
+    gate = gate & kept & (objective.gate_injected | ~groups.injected)
+  advantage = np.zeros(groups.supervised.shape, np.float32)
+  if own:
+    advantage[:, :own] = advantages.group_advantages(groups.scores["total"][:, :own], kind=objective.advantage)
 
-def sample_and_explore(run: setup.Run, begun: Started, clock: "PhaseClock") -> Collected:
-  """The student's groups after injection."""
-  config, done, prompts = run.config, begun.done, begun.prompts
-  targets = scored_at_once(run, begun, clock) if run.samples_all else None
-  with clock("sampling"):
-    groups = own_groups(run, begun)
-  sampled = int(groups.mask.sum())
-  metrics = figures.reward_metrics(groups)
-  if config.sampling.dynamic_rounds:
-    with clock("prepare"):
-      groups, asked = most_useful(run, groups)
-      prompts = sharding.place(run.mesh, run.host_prompts(groups.examples, config.data.prompt))
-    metrics |= asked
-  with clock("exploration"):
-    outcome, written = explore(run, begun.actor, groups, done)
-    sampled += sum(int(each.mask.sum()) for tried in outcome.candidates.values() for each in tried)
-    slots = exploration.injections(outcome, run.own_rollouts, seed=(config.seed, done))
-    grouping.inject(groups, slots, run.scorer)
-  begun.release()  # the memory of the decode copy is free before the update needs it
-  explored = exploration.exploration_metrics(
-    outcome, prompts=len(groups.examples), rounds=config.exploration.rounds, examples=groups.examples
-  )
-  records = figures.hint_records(outcome, groups, step=done + 1, prompts=config.log.samples)
-  return Collected(groups, prompts, metrics | explored, sampled, written, records, targets)
-
-
-def scored_at_once(run: setup.Run, begun: Started, clock: "PhaseClock") -> tuple[Target, ...]:
-  """What teacher and reference say about rollouts that stay as they are, asked before the host reads their texts."""
-  with clock("sampling"):
-    begun.rollouts = grouping.on_host(begun.rollouts)
-    begun.release()
+  # 4. Ask teacher and reference about the tokens, and update the student.
   with clock("teacher"):
-    return run.programs.targets(begun.prompts, sharding.place(run.mesh, begun.rollouts.tokens))
+    batch = grouping.experience(groups, prompts, advantage, gate, kept=kept)
+    experience = sharding.place(run.mesh, batch)
+    targets = run.programs.targets(experience.prompts, experience.tokens)
+    jax.block_until_ready(targets)
+  with clock("update"):
+    compare = config.compares_gradients and (done + 1) % config.log.gradients_every == 0
+    state, learned = run.programs.update(state, experience, targets, compare=compare)
+    metrics |= step.means(jax.device_get(learned))
+  return state, Trained(done + 1, groups, gate, kept, experience, metrics, hint_records, sampled, written)
 
 
-def own_groups(run: setup.Run, begun: Started) -> Groups:
+def sampled_groups(run: setup.Run, pending: Pending) -> Groups:
   """The student's rollouts; of further prompts as well, until P groups have a signal or the rounds are over (DAPO)."""
-  groups = grouping.scored_groups(run.processor, begun.examples, begun.rollouts, run.scorer)
+  groups = grouping.scored_groups(run.processor, pending.examples, pending.rollouts, run.scorer)
   for extra in range(1, run.config.sampling.dynamic_rounds + 1):
-    further = run.further_questions(begun.done, extra, asked=groups.examples)
-    if useful(run, groups).sum() >= len(begun.examples) or not further:
+    further = run.further_questions(pending.done, extra, asked=groups.examples)
+    if useful(run, groups).sum() >= len(pending.examples) or not further:
       break
     more = sharding.place(run.mesh, run.host_prompts(further, run.config.data.prompt))
-    rollouts = run.programs.rollout(begun.actor, more, run.key("rollout", begun.done))
+    rollouts = run.programs.rollout(pending.weights, more, run.key("rollout", pending.done))
     groups = grouping.joined(groups, grouping.scored_groups(run.processor, further, rollouts, run.scorer), axis=0)
   return groups
 
@@ -182,7 +147,7 @@ def own_groups(run: setup.Run, begun: Started) -> Groups:
 def useful(run: setup.Run, groups: Groups) -> np.ndarray:
   """bool[P]: groups with a signal, and those that exploration may give one."""
   found = grouping.has_signal(groups)
-  found[asking(run, groups)] = True
+  found[failed_prompts(run, groups)] = True
   return found
 
 
@@ -194,14 +159,14 @@ def most_useful(run: setup.Run, groups: Groups) -> tuple[Groups, dict[str, float
   return grouping.selected(groups, sorted(order[:wanted])), asked
 
 
-def asking(run: setup.Run, groups: Groups) -> list[int]:
+def failed_prompts(run: setup.Run, groups: Groups) -> list[int]:
   """Rows of the batch that ask for hints."""
   if not run.config.explores:
     return []
   return exploration.triggered(groups.scores["accuracy"], groups.scores["total"], run.config.exploration.trigger)
 
 
-def explore(run: setup.Run, actor: Any, groups: Groups, done: int) -> tuple[exploration.Exploration, int]:
+def explore(run: setup.Run, weights: Any, groups: Groups, done: int) -> tuple[exploration.Exploration, int]:
   """Hinted sampling for the failed prompts of a step, and how many tokens of hints the teacher wrote for it."""
   config, written = run.config.exploration, 0
 
@@ -216,10 +181,10 @@ def explore(run: setup.Run, actor: Any, groups: Groups, done: int) -> tuple[expl
   def sample_hinted(rows: Sequence[int], hints: Sequence[str], attempt: int) -> list[list[exploration.Candidate]]:
     examples = [groups.examples[row] for row in rows]
     prompts = run.prompts(examples, config.hint_prompt, hints=hints)
-    rollouts = run.programs.candidate(actor, prompts, run.key("candidate", done, attempt))
+    rollouts = run.programs.candidate(weights, prompts, run.key("candidate", done, attempt))
     return grouping.candidates(run.processor, examples, hints, rollouts, run.scorer)
 
-  rows = asking(run, groups)
+  rows = failed_prompts(run, groups)
   with contextlib.ExitStack() as phase:
     if rows:  # a teacher in host memory comes once for all rounds
       phase.enter_context(run.models["teacher"].resident.on_device())
@@ -244,7 +209,7 @@ def supervised_rows(run: setup.Run, examples: Sequence[Example], prompts: Prompt
   config = run.config
   if config.supervised.source == "answer":
     texts = [gold_completion(example, run.processor.templates) for example in examples]
-    rows = config.batch.rollouts - run.own_rollouts
+    rows = config.batch.rollouts - config.own_rollouts
     given = grouping.given_rollouts(run.processor, texts, rows, config.sampling.max_new_tokens)
     return grouping.supervised_groups(grouping.scored_groups(run.processor, examples, given, run.scorer)), 0
   answers = run.programs.answer(prompts, run.key("answer", done))
@@ -253,30 +218,43 @@ def supervised_rows(run: setup.Run, examples: Sequence[Example], prompts: Prompt
   return grouping.supervised_groups(groups, accepted=accepted), int(groups.mask.sum())
 
 
-def gated(run: setup.Run, groups: Groups) -> np.ndarray:
-  """bool[P, G]: rollouts that are distilled."""
-  objective = run.config.objective
-  if not objective.distill_weight:
-    return np.zeros_like(groups.supervised)
-  signal = grouping.gate_signal(groups.scores, objective.gate_signal)
-  gate = np.asarray(gates.quality_gate(signal, threshold=objective.gate_threshold, mode=objective.gate_mode))
-  return gate if objective.gate_injected else gate & ~groups.injected
+def report_of(run: setup.Run, trained: Trained, clock: "PhaseClock") -> StepReport:
+  """What the hooks are told about a step."""
+  config, groups, gate = run.config, trained.groups, trained.gate
+  metrics = trained.metrics | figures.mixed_metrics(groups, run.processor.end_ids)
+  metrics |= {"lr": float(run.schedule(trained.step - 1))} | token_metrics(config, trained)
+  if config.objective.distill_weight:
+    metrics |= figures.gate_metrics(groups, gate) | {"lambda": run.distill_weight(trained.step - 1)}
+  samples = figures.sample_records(groups, gate, step=trained.step, prompts=config.log.samples, problem=run.problem)
+  timing = clock.timing(tokens=groups.mask.sum())
+  return StepReport(step=trained.step, metrics=metrics, timing=timing, samples=samples + trained.hint_records)
 
 
-def kept_rows(run: setup.Run, groups: Groups) -> np.ndarray:
-  """bool[P, G]: rollouts that enter the loss."""
-  if run.config.objective.mask_truncated:
-    return ~grouping.truncated(groups, run.processor.end_ids)
-  return np.ones_like(groups.supervised)
+def token_metrics(config: Any, trained: Trained) -> dict[str, float]:
+  """Completion tokens of a step by what was done with them, which is what a method costs on any device."""
+  mask = trained.groups.mask
+  counts = {"trained": config.batch.updates * int(mask[trained.kept].sum())}
+  if config.own_rollouts:
+    counts["sampled"] = trained.sampled
+  if config.explores or config.teacher_answers:
+    counts["written"] = trained.written
+  if config.objective.distill_weight:
+    counts["scored"] = int(mask.sum())
+  return {f"tokens/{name}": float(count) for name, count in counts.items()}
 
 
-def experience_of(run: setup.Run, groups: Groups, prompts: Prompts, gate: np.ndarray, kept: np.ndarray) -> Experience:
-  """The batch of the update on the mesh: advantages of the student's own groups, and everything else of their rows."""
-  config = run.config
-  advantage = np.zeros(groups.supervised.shape, np.float32)
-  if own := run.own_rollouts:
-    advantage[:, :own] = advantages.group_advantages(groups.scores["total"][:, :own], kind=config.objective.advantage)
-  return sharding.place(run.mesh, grouping.experience(groups, prompts, advantage, gate, kept=kept))
+def check_finite(run: setup.Run, state: TrainState, trained: Trained, report: StepReport) -> None:
+  """Ends a run whose updates are skipped again and again.
+
+  Raises:
+    NotFinite: `optimizer.skip_limit` updates in a row were skipped.
+  """
+  if (skipped := int(state.skipped)) >= run.config.optimizer.skip_limit:
+    leaves = jax.tree.leaves_with_path(trained.experience)
+    batch = {jax.tree_util.keystr(path): sharding.to_host(x) for path, x in leaves}
+    prompts = len(trained.gate)
+    rows = figures.sample_records(trained.groups, trained.gate, step=trained.step, prompts=prompts, problem=run.problem)
+    raise NotFinite(report, skipped, batch, rows)
 
 
 class PhaseClock:

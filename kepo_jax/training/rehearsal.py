@@ -110,7 +110,7 @@ def _possible(run: setup.Run, needs: buckets.Needs, start: int) -> Iterator[Call
 
 def _used(run: setup.Run, *names: str) -> list[str]:
   """Those of some programs that the method calls for a batch of training."""
-  unused = set() if run.own_rollouts else {"rollout"}
+  unused = set() if run.config.own_rollouts else {"rollout"}
   unused |= set() if run.config.teacher_answers else {"answer"}
   return [name for name in names if name not in unused]
 
@@ -136,7 +136,7 @@ def rehearsed_programs(run: setup.Run, state: TrainState) -> Mapping[str, Callab
     shown = prompts(size, pair)
     experience = experience_shapes(run.mesh, shown, (size, config.batch.rollouts, config.sampling.max_new_tokens))
     targets = programs.targets(shown, experience.tokens)
-    programs.update.rehearse(student, experience, targets, compare=run.compares)
+    programs.update.rehearse(student, experience, targets, compare=run.config.compares_gradients)
 
   return {
     "update": update,

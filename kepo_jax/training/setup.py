@@ -47,27 +47,10 @@ class Run:
   batch: Callable[[int], tuple[Sequence[Example], Prompts]]  # steps done -> questions and host prompts of the next step
 
   @property
-  def own_rollouts(self) -> int:
-    """Rollouts of each group that the student samples."""
-    return self.config.own_rollouts
-
-  @property
-  def samples_all(self) -> bool:
-    """Whether what the student samples is what it learns from: nothing adds, replaces or chooses rollouts."""
-    config = self.config
-    own = self.own_rollouts == config.batch.rollouts
-    return own and not config.sampling.dynamic_rounds and not config.explores
-
-  @property
   def row_sizes(self) -> tuple[int, ...]:
     """Numbers of prompts to which those of exploration are padded, rising."""
     rows = self.config.batch.prompts
     return tuple(sorted({max(1, rows // 4), rows}))
-
-  @property
-  def compares(self) -> bool:
-    """Whether there are two terms whose gradients are compared from time to time."""
-    return self.config.compares_gradients
 
   def distill_weight(self, done: int) -> float:
     """lambda in the step after `done` steps."""
@@ -149,7 +132,7 @@ class Run:
 
   def plan(self, workdir: str, start: int, positions: Mapping[str, int], data: str) -> RunPlan:
     """What the run is about to do; `data` says in words which questions it has."""
-    names = ["evaluation", *(["rollout"] if self.own_rollouts else []), "inputs", "gradients", "update"]
+    names = ["evaluation", *(["rollout"] if self.config.own_rollouts else []), "inputs", "gradients", "update"]
     names += ["hint", "hinted rollout"] if self.config.explores else []
     names += ["teacher's answers"] if self.config.teacher_answers else []
     names += [f"{role} scoring" for role in self.models if role != "student"]
