@@ -26,7 +26,6 @@ from kepo_jax.evaluation import journal
 from kepo_jax.evaluation import studies as study_statistics
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.reporting.sinks import read_records
-from kepo_jax.training import checks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = ("grid.json", "runs.json")  # of runs that choose a learning rate, and of those that count

@@ -11,7 +11,7 @@ from kepo_jax import sampling, sharding
 from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.planning import benchmark
-from kepo_jax.training import assembly, checks
+from kepo_jax.training import assembly
 from kepo_jax.types import RunPlan
 
 # Counts that shapes do not give, set to what XLA's CPU compiler allocated for small models (the slow test compares).

@@ -75,6 +75,7 @@ def candidate(text=RIGHT, hint="look left", fill=50):
     hint=hint,
     accurate=True,
     well_formed=True,
+    scores={name: float(values[0, 0]) for name, values in SCORER([[text]], [example("x")]).items()},
     attempt=1,
   )
 

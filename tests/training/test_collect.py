@@ -5,6 +5,7 @@ import types
 
 import jax
 import numpy as np
+import pytest
 
 from experiments.configs import kepo
 from kepo_jax.training import loop, starting
@@ -37,7 +38,6 @@ def run_of(**changes):
     config=config,
     processor=Processor(),
     scorer=cases.SCORER,
-    own_rollouts=config.own_rollouts,
     key=key,
     keys=keys,
     mesh=None,
@@ -63,31 +63,51 @@ def ids(examples):
   return [example.id.removeprefix("set/") for example in examples]
 
 
+def stepped(run, rollouts, *, done=0):
+  """What `train_step` makes of the student's rollouts [P][G], with an update that changes nothing."""
+  examples = [example(f"q{number}") for number in range(len(rollouts.tokens))]
+  pending = starting.Pending(done, examples, None, "weights", rollouts)
+  run.programs = types.SimpleNamespace(**vars(run.programs) if hasattr(run, "programs") else {})
+  run.programs.targets = lambda prompts, tokens: ()
+  run.programs.update = lambda state, experience, targets, compare: (state, {})
+  _, trained = loop.train_step(run, None, done, pending, loop.PhaseClock())
+  assert pending.weights is None  # before the update, which needs their memory
+  return trained
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_placed(monkeypatch):
+  monkeypatch.setattr(loop.sharding, "place", lambda mesh, batch: batch)
+
+
 def test_injected_rollouts_are_distilled_or_not():
-  run = run_of()
-  groups = groups_of([[2, 2, 3]])
-  groups.injected[0, 0] = True
-  assert loop.gated(run, groups).tolist() == [[True, True, False]]
-  run = run_of(objective__gate_injected=False)
-  assert loop.gated(run, groups).tolist() == [[False, True, False]]
+  for distilled in (True, False):
+    run = run_of(objective__gate_injected=distilled, exploration__rounds=1, exploration__replacements=1)
+    exploring(run, [[2]])
+    trained = stepped(run, tokens_of([[3, 3, 3]]))
+    assert trained.groups.injected.sum() == 1
+    assert trained.gate.tolist() == (trained.groups.injected & distilled).tolist()
 
 
 def test_truncated_rollouts_of_the_student_are_kept_or_not():
-  groups = groups_of([[2, 2]], ended=False, supervised=[1])
-  for masked, expected in ((False, [[True, True]]), (True, [[False, True]])):
-    assert loop.kept_rows(run_of(objective__mask_truncated=masked), groups).tolist() == expected
+  for masked in (False, True):
+    run = run_of(batch__rollouts=2, batch__on_policy_fraction=0.5, supervised__source="teacher")
+    run.config = run.config.replace({"objective.mask_truncated": masked, "exploration.rounds": 0})
+    cut = tokens_of([[2]])
+    cut.tokens[...] = 2
+    run.programs = types.SimpleNamespace(answer=lambda prompts, key, cut=cut: cut)
+    trained = stepped(run, cut)
+    assert trained.kept.tolist() == trained.gate.tolist() == [[not masked, True]]
 
 
-def test_advantages_compare_the_students_own_rollouts(monkeypatch):
-  run = run_of(batch__rollouts=4, batch__on_policy_fraction=0.5, supervised__source="teacher")
-  monkeypatch.setattr(loop.sharding, "place", lambda mesh, batch: batch)
-  groups = groups_of([[2, 3, 2, 2]], supervised=[2, 3])
-  gate, kept = np.ones((1, 4), bool), np.array([[True, False, True, True]])
-  experience = loop.experience_of(run, groups, None, gate, kept)
+def test_advantages_compare_the_students_own_rollouts():
+  run = run_of(batch__rollouts=4, batch__on_policy_fraction=0.5, supervised__source="teacher", exploration__rounds=0)
+  run.programs = types.SimpleNamespace(answer=lambda prompts, key: tokens_of([[2, 2]]))
+  experience = stepped(run, tokens_of([[2, 3]])).experience
   # Rewards 1.5 and 0.5 of the own two: mean 1, sample deviation 0.707.
   x = 0.5 / (0.5**0.5 + 1e-4)
   np.testing.assert_allclose(experience.advantages, [[x, -x, 0, 0]], rtol=1e-5)
-  assert experience.kept.tolist() == kept.tolist()
+  assert experience.supervised.tolist() == [[False, False, True, True]]
 
 
 def test_useful_groups_come_first_and_others_fill_up():
@@ -103,14 +123,13 @@ def test_useful_groups_come_first_and_others_fill_up():
   assert figures["dynamic/useful_frac"] == 0.6
 
 
-def test_sampling_goes_on_until_enough_groups_are_of_use(monkeypatch):
+def test_sampling_goes_on_until_enough_groups_are_of_use():
   run = run_of(sampling__dynamic_rounds=3, exploration__rounds=0)
-  monkeypatch.setattr(loop.sharding, "place", lambda mesh, batch: batch)
   rounds = iter([[[2, 2], [2, 3], [2, 2]], [[2, 3], [3, 3], [3, 2]], [[2, 3]] * 3])
   seen = []
 
-  def rollout(actor, prompts, key):
-    assert actor == "weights"
+  def rollout(weights, prompts, key):
+    assert weights == "weights"
     return tokens_of(next(rounds))
 
   def further(done, extra, *, asked):
@@ -121,8 +140,7 @@ def test_sampling_goes_on_until_enough_groups_are_of_use(monkeypatch):
   run.batch = lambda done: ([example(f"q{number}") for number in range(3)], None)
   run.further_questions = further
   run.host_prompts = lambda examples, kind: None
-  begun = starting.started(run, types.SimpleNamespace(params="weights"), 7)
-  groups = loop.own_groups(run, begun)
+  groups = loop.sampled_groups(run, starting.start_rollouts(run, types.SimpleNamespace(params="weights"), 7))
   # One useful group of three, then three of six: enough after the second of four rounds.
   assert ids(groups.examples) == ["q0", "q1", "q2", "q10", "q11", "q12"]
   assert seen[0] == ["q0", "q1", "q2"] and run.keys == [("rollout", 7)] * 2
@@ -142,7 +160,7 @@ def exploring(run, candidates):
   """Gives the run a teacher with one hint of one token, and candidates [P][M]; the phases of the teacher."""
   hint = Rollouts(tokens=np.zeros((1, 1, 1), np.int32), mask=np.ones((1, 1, 1), bool), logps=np.zeros((1, 1, 1)))
   run.programs = types.SimpleNamespace(
-    hint=lambda prompts, key: hint, candidate=lambda actor, prompts, key: tokens_of(candidates)
+    hint=lambda prompts, key: hint, candidate=lambda weights, prompts, key: tokens_of(candidates)
   )
   phases = []
 
@@ -170,30 +188,26 @@ def test_each_round_of_exploration_draws_anew():
 
 def test_candidates_count_as_sampled_and_their_slots_differ_from_step_to_step():
   run = run_of(batch__rollouts=8, exploration__rounds=1, exploration__replacements=2)
-  run.samples_all = False
   exploring(run, [[2, 3, 2]])
   slots = []
   for done in (0, 1, 2, 3, 0):
-    begun = starting.Started(done, [example("q0")], None, "weights", tokens_of([[3] * 8]))
-    collected = loop.sample_and_explore(run, begun, loop.PhaseClock())
-    assert collected.sampled == 2 * 8 + 2 * 3  # replaced rollouts and refused candidates included
-    assert collected.written == 1 and begun.actor is None
-    slots.append(np.flatnonzero(collected.groups.injected[0]).tolist())
+    trained = stepped(run, tokens_of([[3] * 8]), done=done)
+    assert trained.sampled == 2 * 8 + 2 * 3  # replaced rollouts and refused candidates included
+    assert trained.written == 1
+    slots.append(np.flatnonzero(trained.groups.injected[0]).tolist())
   assert all(len(each) == 2 for each in slots)
   assert len({tuple(each) for each in slots[:4]}) > 1 and slots[4] == slots[0]
   run.config = run.config.replace({"seed": 1})
-  begun = starting.Started(0, [example("q0")], None, "weights", tokens_of([[3] * 8]))
-  again = loop.sample_and_explore(run, begun, loop.PhaseClock()).groups.injected[0]
-  assert np.flatnonzero(again).tolist() != slots[0]
+  assert np.flatnonzero(stepped(run, tokens_of([[3] * 8])).groups.injected[0]).tolist() != slots[0]
 
 
 def test_tokens_are_counted_by_what_was_done_with_them():
-  run = run_of(batch__updates=2, objective__distill_weight=1.0, supervised__source="none", exploration__rounds=1)
+  config = changed(kepo, batch__updates=2, objective__distill_weight=1.0, exploration__rounds=1)
   groups = groups_of([[2, 3], [3, 3]])
   groups.mask[0, 0, 1] = False
   kept = np.array([[True, True], [True, False]])
-  collected = loop.Collected(groups, None, {}, sampled=20, written=5)
-  said = loop.token_metrics(run, collected, kept)
+  trained = loop.Trained(1, groups, kept, kept, None, {}, (), sampled=20, written=5)
+  said = loop.token_metrics(config, trained)
   assert said == {"tokens/trained": 10.0, "tokens/sampled": 20.0, "tokens/written": 5.0, "tokens/scored": 7.0}
-  run.config = run.config.replace({"objective.distill_weight": 0.0, "exploration.rounds": 0})
-  assert loop.token_metrics(run, collected, kept).keys() == {"tokens/trained", "tokens/sampled"}
+  config = config.replace({"objective.distill_weight": 0.0, "exploration.rounds": 0})
+  assert loop.token_metrics(config, trained).keys() == {"tokens/trained", "tokens/sampled"}

@@ -10,7 +10,7 @@ from kepo_jax import exploration
 from kepo_jax.training import figures
 from kepo_jax.training import groups as grouping
 from tests.training import cases
-from tests.training.cases import BARE, END, NOTHING, RIGHT, SCORER, WRONG, G, P
+from tests.training.cases import BARE, END, NOTHING, RIGHT, WRONG, G, P
 
 GATE = np.array([[True, False, True], [False, True, False]])
 
@@ -56,7 +56,7 @@ def test_mixed_metrics_of_the_students_own_groups():
     "completion/length": pytest.approx(17 / 6),
     "completion/truncated_frac": pytest.approx(1 / 6),
   }
-  grouping.inject(groups, [exploration.Injection(1, 0, cases.candidate())], SCORER)
+  grouping.inject(groups, [exploration.Injection(1, 0, cases.candidate())])
   # The row that was cut off becomes a right one of two tokens: rewards 1.5 0.5 1 and 1.5 0.5 0.5.
   assert figures.mixed_metrics(groups, (END,)) == {
     "injected_frac": pytest.approx(1 / 6),
@@ -100,7 +100,7 @@ def test_gate_metrics():
 
 def test_sample_records():
   groups = cases.mixed()
-  grouping.inject(groups, [exploration.Injection(0, 2, cases.candidate(BARE))], SCORER)
+  grouping.inject(groups, [exploration.Injection(0, 2, cases.candidate(BARE))])
   groups.supervised[0, 1] = True
   records = figures.sample_records(
     groups, GATE, step=7, prompts=1, problem=lambda example: f"asked: {example.question}"

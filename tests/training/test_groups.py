@@ -94,6 +94,7 @@ def test_candidates_are_judged_by_the_scorer(processor):
     [(True, True, False), (False, False, False), (False, True, False)],  # the gold letter is A
   ]
   assert [[c.text for c in each] for each in found] == texts[:2]
+  assert [c.scores["total"] for c in found[0]] == [1.5, 1.0, 1.0]
   assert [{c.hint for c in each} for each in found] == [{"left"}, {"right"}]
   for name in ("tokens", "mask", "logps"):
     np.testing.assert_array_equal(getattr(found[1][2], name), rollouts[name][1, 2])
@@ -153,13 +154,13 @@ def test_a_signal_is_any_difference_however_small():
   assert grouping.has_signal(groups).tolist() == [False, True, True, False]
 
 
-def test_inject_replaces_a_row_and_scores_it_again():
+def test_inject_replaces_a_row_and_its_scores():
   groups, before = cases.mixed(), cases.mixed()
   placed = [
     exploration.Injection(1, 2, cases.candidate()),
     exploration.Injection(1, 0, cases.candidate(BARE, "up", 60)),
   ]
-  grouping.inject(groups, placed, SCORER)
+  grouping.inject(groups, placed)
   assert groups.injected.tolist() == [[False] * 3, [True, False, True]]
   assert groups.tokens[1, 2].tolist() == [50, END, 0, 0] and groups.tokens[1, 0].tolist() == [60, END, 0, 0]
   assert groups.mask[1].sum(axis=1).tolist() == [2, 2, 2] and groups.logps[1, 0].tolist() == [-2, -2, 0, 0]
