@@ -57,7 +57,7 @@ def reservations(found: dict[str, Any], paths: list[str], settings: list[dict[st
     notes.append("The two were asked in different words.")
   if found["other_images"]:
     notes.append(f"{found['other_images']} questions have other image files in B.")
-  lacking = [path for path, each in zip(paths, settings, strict=True) if "count" not in each]
+  lacking = [path for path, each in zip(paths, settings, strict=True) if not {"count", "whole"} & each.keys()]
   return notes + [f"{path} has no about.json beside it: whether it is whole is not known." for path in lacking]
 
 

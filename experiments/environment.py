@@ -6,13 +6,14 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 import jax
 from absl import app, flags, logging
 
 from experiments import clusters
-from kepo_jax import sharding, storage
+from kepo_jax import sharding, storage, training
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -90,29 +91,63 @@ def join_processes() -> bool:
 
 @contextlib.contextmanager
 def flag_errors() -> Iterator[None]:
-  """What is wrong with the flags as one line; fields of --config are looked up as flags are made, or parsed."""
+  """Turns what is wrong with the flags into one line; the file of --config is run as flags are made, or parsed."""
   try:
     yield
-  except (AttributeError, KeyError, TypeError, OSError, flags.Error) as error:
+  except Exception as error:  # noqa: BLE001 (a config file may raise anything)
     given = [argument for argument in sys.argv[1:] if argument.startswith("--")]
-    said = str(error).rpartition("\nValueError: ")[2]  # what a config refuses comes inside a traceback
-    reason = " ".join(said.replace("\\n", " ").replace("\\'", "'").split()).strip('" ')
-    if missing := re.search(r"Flag --(\w+) must have a value", reason):
-      reason = f"--{missing[1]} is missing: {flags.FLAGS[missing[1]].help.rstrip('.')}"
-    way_out = "--help lists the flags"
-    if any(argument.startswith("--config") for argument in given):
-      reason += f" (in {' '.join(given)})"
-      way_out = "kepo_jax/config.py lists every field of --config with its unit"
-    if isinstance(error, OSError):
-      names = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
-      way_out = f"--config takes a file, or one of {', '.join(names)}"
+    reason, way_out = _fault_of_config(error), "--help lists the flags"
+    if reason:
+      way_out = "docs/troubleshooting.md has an example of a config file"
+    else:
+      reason = _plain(str(error))
+      if missing := re.search(r"Flag --(\w+) must have a value", reason):
+        reason = f"--{missing[1]} is missing: {flags.FLAGS[missing[1]].help.rstrip('.')}"
+      if any(argument.startswith("--config") for argument in given):
+        reason += f" (in {' '.join(given)})"
+        way_out = "kepo_jax/config.py lists every field of --config with its unit"
+      if isinstance(error, OSError):
+        names = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+        way_out = f"--config takes a file, or one of {', '.join(names)}"
     raise SystemExit(f"error: {reason}; {way_out}.") from None
+
+
+def _fault_of_config(error: Exception) -> str:
+  """Which line of the file of --config fails, and how; "" where it is no such failure."""
+  if isinstance(error, SyntaxError):
+    return f"{error.filename}, line {error.lineno}: {error.msg}"
+  said = str(error)
+  if "Unexpected None value for flag config" in said:
+    return "get_config of the file of --config returns nothing; end it with `return config`"
+  if "Error whilst parsing config file" in said:  # it holds the whole traceback
+    places = re.findall(r'File "([^"]+)", line (\d+), in get_config', said)
+    what = _plain(re.split(r"\n(?=\w*Error: )", said)[-1])
+    return f"{places[-1][0]}, line {places[-1][1]}: {what}" if places else what
+  frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name in ("get_config", "<module>")]
+  own = [frame for frame in frames if pathlib.Path(frame.filename).resolve() != pathlib.Path(sys.argv[0]).resolve()]
+  if own and not isinstance(error, OSError | flags.Error):
+    return f"{own[-1].filename}, line {own[-1].lineno}: {type(error).__name__}: {_plain(said)}"
+  if "has no attribute 'get_config'" in said:
+    return "the file of --config has no function get_config"
+  return ""
+
+
+def _plain(said: str) -> str:
+  """What a library says of a flag, in one line and without the words of Python."""
+  said = said.rpartition("\nValueError: ")[2]  # what a config refuses comes inside a traceback
+  said = " ".join(said.replace("\\n", " ").replace("\\'", "'").split()).strip('" ')
+  said = re.sub(
+    r"'+(\w+)' Did you mean \"(\w+)\" instead of \"\w+\"\?'*", r"there is no field \1; did you mean \2?", said
+  )
+  said = re.sub(r"invalid literal for int\(\) with base 10: ('.*?')", r"\1 is no whole number", said)
+  return re.sub(r"could not convert string to float: ('.*?')", r"\1 is no number", said)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
   """absl's parser under `flag_errors`; --config=NAME stands for experiments/configs/NAME.py."""
   with flag_errors():
-    return flags.FLAGS([_with_config_path(argument) for argument in argv])
+    joined = re.sub(r"\0--config\0(?!-)", "\0--config=", "\0".join(argv)).split("\0")  # also `--config NAME`
+    return flags.FLAGS([_with_config_path(argument) for argument in joined])
 
 
 def _with_config_path(argument: str) -> str:
@@ -121,12 +156,12 @@ def _with_config_path(argument: str) -> str:
   Raises:
     OSError: --config names neither a file nor a config.
   """
-  given = re.fullmatch(r"--config=([^:]+)((?::.*)?)", argument)
+  given = re.fullmatch(r"--config=([^:]*)((?::.*)?)", argument)
   if not given or pathlib.Path(given[1]).is_file():
     return argument
   path = CONFIGS / f"{given[1]}.py"
-  if not path.is_file():
-    raise FileNotFoundError(f"there is no config {given[1]}")
+  if not given[1] or not path.is_file():
+    raise FileNotFoundError(f"there is no config {given[1]!r}")
   return f"--config={path}{given[2]}"
 
 
@@ -148,6 +183,12 @@ def reporting_errors(main: Callable[[list[str]], None], *, arguments: bool = Fal
       if logging.get_verbosity() > logging.INFO:
         raise
       raise SystemExit(f"error: {error}") from None
+    except flags.Error as error:
+      raise SystemExit(f"error: {_fault_of_config(error) or _plain(str(error))}.") from None
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      if not training.is_out_of_memory(error) or logging.get_verbosity() > logging.INFO:
+        raise
+      raise SystemExit("error: out of memory; lower the batch, or spread the model over more devices.") from None
 
   return reported
 

@@ -49,8 +49,8 @@ def resumed_config(workdir: epath.Path) -> Config:
   if flags.FLAGS["config"].present or not path.exists():
     return config
   try:
-    stored = Config.from_dict(json.loads(path.read_text()))
-  except (ValueError, AttributeError) as error:
+    stored = Config.from_dict(dict(json.loads(path.read_text())))
+  except (ValueError, TypeError, RecursionError) as error:
     raise ValueError(f"{path} is no config ({error}); --config=FILE says what to go on with.") from error
   given = config_flags.get_override_values(flags.FLAGS["config"])
   return stored.replace({name: value for name, value in config.fields().items() if name in given})
@@ -67,6 +67,8 @@ def main(_: list[str]) -> None:
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = str(epath.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
   logging.info("workdir %s", workdir)
+  if config_flags.get_override_values(flags.FLAGS["config"]).get("data.directory") == "":
+    raise ValueError("--config.data.directory= is empty; leave it out for the embedded benchmark.")
   resumes = _RESUME.value or _AUTO_RESUME.value
   config = resumed_config(epath.Path(workdir)) if resumes else settings.typed(_CONFIG.value)
   reporter = RunReporter(memory=memory.estimate)

@@ -122,7 +122,8 @@ def orbax_path(path: epath.PathLike) -> epath.Path:
     raise ValueError(
       f"{path}: a checkpoint below a path with {' '.join(found)} cannot be restored; choose another name."
     )
-  link = cache_directory() / "links" / hashlib.sha256(name.encode()).hexdigest()[:16]
+  cache = cache_directory() if not set(str(cache_directory())) & set("[]*?") else pathlib.Path(tempfile.gettempdir())
+  link = cache / "links" / hashlib.sha256(name.encode()).hexdigest()[:16]
   link.parent.mkdir(parents=True, exist_ok=True)
   with contextlib.suppress(FileExistsError):
     link.symlink_to(name)

@@ -134,7 +134,10 @@ def _dealt(
   parts: dict[str, list[Example]] = {name: [] for name in SPLITS}
   pools = _by_modality(examples)
   if train_modality not in pools:
-    raise ValueError(f"no question of modality {train_modality!r}; the data have {sorted(pools)}")
+    raise ValueError(
+      f"no question of modality {train_modality!r}; the data have {sorted(pools)}: set data.train_modality to one of "
+      "them, or name the modality of each record (docs/data.md)."
+    )
   groups = collections.defaultdict(list)
   for group in _image_groups(examples, same):
     # Its image must not stand on two sides, and what counts for a modality must be of it.

@@ -149,4 +149,6 @@ def unreadable() -> Iterator[None]:
       warnings.simplefilter("ignore")
       yield
   except (*images.DECODER_ERRORS, Image.DecompressionBombError) as error:
+    if isinstance(error, FileNotFoundError):
+      raise Rejected("missing_image", f"there is no such file from {pathlib.Path.cwd()}") from error
     raise Rejected("unreadable_image", f"damaged, too large or of another format ({str(error)[:200]})") from error

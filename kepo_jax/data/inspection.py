@@ -101,7 +101,8 @@ def open_images(
     if bad is None:
       kept.append(example)
     else:
-      summary.count("unreadable_image", f"question {example.id}: image {bad}: {unreadable[bad]}")
+      rule = "unreadable_image" if os.path.exists(bad) else "missing_image"
+      summary.count(rule, f"question {example.id}: image {bad}: {unreadable[bad].removeprefix(f'image {bad}: ')}")
   summary.kept = len(kept)
   return kept, _image_figures(formats, sizes) | {"bytes": total_bytes, "unreadable": unreadable}
 

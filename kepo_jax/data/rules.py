@@ -134,14 +134,19 @@ class Summary:
     errors = {rule: self.rules[rule] for rule in ERRORS if self.rules[rule]}
     if errors and not lenient:
       raise ValueError(
-        f"{self.first[next(iter(errors))]} ({sum(errors.values())} such errors: {errors}); mend the data, or read it "
-        "with lenient=True (--lenient), which drops and counts them"
+        f"{self.first[next(iter(errors))]} ({counted(errors)}); mend the data, or set data.lenient "
+        "(--config.data.lenient, or --lenient where there is no config), which drops and counts them"
       )
     if not self.kept:
       told = "; ".join(
         f"{count} {rule}: {RULES[rule]} (first: {self.first[rule]})" for rule, count in self.rules.items()
       )
       raise ValueError(f"{self.root}: none of {self.records} records is usable: {told}")
+
+
+def counted(rules: Mapping[str, int]) -> str:
+  """How often each rule applied: "2 missing_image, 1 malformed_file"."""
+  return ", ".join(f"{count} {rule}" for rule, count in rules.items())
 
 
 def printable(text: str) -> str:

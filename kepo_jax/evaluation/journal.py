@@ -149,6 +149,10 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
   folder = _outputs_file(epath.Path(path)).parent
   found = [_read_object(folder / name) for name in (ABOUT, RESULT) if (folder / name).is_file()]
   settings = {key: value for each in found for key, value in each.items()}
+  if folder.name == "outputs" and (folder.parent / RESULT).is_file():  # of a run, which writes whole evaluations
+    result = _read_object(folder.parent / RESULT).get(_outputs_file(epath.Path(path)).stem)
+    if isinstance(result, dict) and "train_modality" in result:
+      settings |= {"train_modality": result["train_modality"], "whole": True}
   if not isinstance(settings.get("train_modality", ""), str):
     raise ValueError(f"{folder / RESULT} is not that of an evaluation: train_modality is no text.")
   return settings

@@ -32,7 +32,7 @@ def terminal(*, stderr: bool = False, width: int | None = None) -> Console:
     stderr: write there instead of to the standard output.
     width: columns; by default those of the terminal, and at least 120 in a file or pipe, which has none.
   """
-  console = Console(stderr=stderr, width=width, markup=False, highlight=False)
+  console = Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
   if width is None and not console.is_terminal:
     console.width = max(console.width, _PIPE)
   return console
@@ -75,8 +75,8 @@ class Display:
 
   def show(self, *renderables: RenderableType) -> None:
     """Prints something above the bar."""
-    for renderable in renderables:
-      self._console.print(renderable)
+    for renderable in renderables:  # a text may hold any name, and the console of a caller reads markup
+      self._console.print(Text(renderable) if isinstance(renderable, str) else renderable)
 
   def warn(self, message: str) -> None:
     """Prints a warning that stands out."""

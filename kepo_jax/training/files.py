@@ -107,7 +107,23 @@ class RunFiles:
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
           self._checkpoints.close()
     finally:
+      if kind and issubclass(kind, Exception) and self._begun and not self.resumes and processes.is_first():
+        self._forget_start()
       self._leave()
+
+  def _forget_start(self) -> None:
+    """Removes what a start that failed before its first step has written, so that it can be tried again.
+
+    The folder held nothing else when it was claimed.
+    """
+    steps = self._root / "metrics.jsonl"
+    if steps.exists() and steps.read_text() or steps_in(self._root / "checkpoints"):
+      return
+    with contextlib.suppress(OSError, ValueError):
+      for path in (self._root / name for name in _BEGINNING):
+        if path.exists():
+          path.rmtree() if path.is_dir() else path.unlink()
+    self._begun = False
 
   def begin(
     self, questions: Mapping[str, Sequence[Example]], *, rule: str, models: Mapping[str, pathlib.Path] | None = None
@@ -320,10 +336,6 @@ class RunFiles:
       self._check_config()
       path = root / "evaluation.json"
       return {"resumes": True, "evaluations": json.loads(path.read_text()) if path.exists() else {}}
-    if not self._resume and {*names} - _BEFORE <= _BEGINNING and _did_nothing(root):
-      for name in {*names} & _BEGINNING:  # of a start that failed
-        (root / name).rmtree() if (root / name).is_dir() else (root / name).unlink()
-      names = []
     # What a run may leave that was killed before it began.
     there = [name for name in names if name not in _BEFORE and not (name.startswith(".") and name.endswith(".partial"))]
     if self._resume:
@@ -405,12 +417,6 @@ class RunFiles:
         more,
         need / 1e9,
       )
-
-
-def _did_nothing(root: epath.Path) -> bool:
-  """Whether a folder with no more than _BEGINNING holds neither a step nor a checkpoint."""
-  steps = root / "metrics.jsonl"
-  return not (steps.exists() and steps.read_text()) and not steps_in(root / "checkpoints")
 
 
 def best_step(evaluations: Mapping[str, Any], figure: str) -> int | None:

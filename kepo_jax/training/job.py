@@ -95,13 +95,20 @@ class OutOfMemory(Exception):
     self.phase = phase
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+  """Whether an error, of whatever type, says that the memory of a device or of the host ran out."""
+  said = str(error)
+  signs = ("RESOURCE_EXHAUSTED", "ut of memory", "Failed to allocate", "ALLOC_FAILED")
+  return isinstance(error, MemoryError) or any(sign in said for sign in signs)
+
+
 @contextlib.contextmanager
 def telling_out_of_memory() -> Iterator[None]:
-  """Turns what jax raises where a device has no room into OutOfMemory with the phase of the step."""
+  """Turns what jax raises where there is no room into OutOfMemory with the phase of the step."""
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error) and "ut of memory" not in str(error):
+  except (MemoryError, jax.errors.JaxRuntimeError, ValueError) as error:
+    if not is_out_of_memory(error):
       raise
     raise OutOfMemory(next(iter(getattr(error, "__notes__", [])), "the preparations or an evaluation")) from error
 

@@ -270,7 +270,7 @@ class PhaseClock:
     start = time.perf_counter()
     try:
       yield
-    except jax.errors.JaxRuntimeError as error:
+    except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
       error.add_note(phase)  # for who tells that memory ran out
       raise
     self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start

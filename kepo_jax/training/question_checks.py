@@ -9,9 +9,16 @@ from absl import logging
 
 from kepo_jax import processes
 from kepo_jax.config import Config
-from kepo_jax.data import inspection
+from kepo_jax.data import inspection, rules
 from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.types import Example
+
+# What changes how many questions a split has, or needs.
+WAYS_OUT = {
+  "train": "lower batch.prompts, raise data.train_items, or bring more questions of data.train_modality",
+  "validation": "raise data.validation_items, or set eval.every=0",
+  "test": "raise data.test_items, or set eval.test=False",
+}
 
 
 def check_questions(questions: Mapping[str, Sequence[Example]], config: Config) -> None:
@@ -24,9 +31,7 @@ def check_questions(questions: Mapping[str, Sequence[Example]], config: Config) 
   for split, least in needed.items():
     found = len(questions.get(split, ()))
     if found < least:
-      raise ValueError(
-        f"the {split} split has {found} questions and needs {int(least)} or more; see data.* and eval.*."
-      )
+      raise ValueError(f"the {split} split has {found} questions and needs {int(least)} or more: {WAYS_OUT[split]}.")
   for split, examples in questions.items():
     for example in examples:
       letters = [chr(ord("A") + i) for i in range(len(example.options))]
@@ -80,7 +85,7 @@ def with_readable_images(
     report(summary)
     if summary.rules and not lenient:
       raise ValueError(
-        f"{split} {next(iter(summary.first.values()))} ({summary.dropped} such questions: {dict(summary.rules)}); "
+        f"{split} {next(iter(summary.first.values()))} ({rules.counted(summary.rules)}); "
         "mend the data, or set data.lenient to leave them out."
       )
     if summary.rules:

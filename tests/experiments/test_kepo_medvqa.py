@@ -45,8 +45,30 @@ def test_what_cannot_be_is_one_line(refused, tmp_path, caplog):
   assert "learning_rat" in refused("--config.optimizer.learning_rat=1")
   assert str(nothing) in refused(f"--config.model.student={nothing}")
   assert "steps=4 is no flag" in refused("steps=4")
-  assert "there is no config nope" in (said := refused("--config=nope")) and "kepo_eq7" in said
+  assert "there is no config 'nope'" in (said := refused("--config=nope")) and "kepo_eq7" in said
   assert "data.directory is not given" in refused("--config=kepo_medvqa")
+  assert "--config.data.directory= is empty" in refused("--config.data.directory=")
+  assert "'many' is no whole number" in refused("--config", "grpo", "--config.train.steps=many")
+  for number, (text, said) in enumerate(
+    (
+      ("def get_config(:", "own.py, line 1: "),
+      ("from experiments.configs import grop", "own.py, line 1: ImportError"),
+      ("def get_config():\n  return unknown", "own.py, line 2: NameError"),
+      ("def get_config():\n  pass", "returns nothing; end it with `return config`"),
+      (
+        "from experiments.configs import grpo\ndef get_config():\n  config = grpo.get_config()\n  {}\n  return config",
+        "",
+      ),
+    )
+  ):
+    for line, way_out in (
+      ("config.train.step = 3", "no field train.step; did you mean train.steps?"),
+      ("config.batch.prompts = '4'", "own.py, line 4: TypeError"),
+    ):
+      config = tmp_path / f"{number}{line[7:10]}" / "own.py"
+      config.parent.mkdir()
+      config.write_text(text.replace("{}", line))
+      assert (said or way_out) in refused(f"--config={config}")
   mars = refused("--config=experiments/configs/kepo.py:mars")
   assert mars.startswith("error: setting 'mars' is unknown; use one of ['medvqa', 'phantom'].")
   student = "experiments/assets/phantom/confused"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import pathlib
 import shutil
 
 import jax
@@ -75,11 +76,22 @@ def test_only_a_new_folder_is_begun_and_only_a_run_is_resumed(tmp_path):
     refused("is in use by process", tmp_path=tmp_path, resume=True)
     assert (tmp_path / "run" / "lock.json").exists()
   assert json.loads((tmp_path / "run" / "config.json").read_text())["checkpoint"]["keep"] == 2
-  with opened(tmp_path):  # what began and did nothing, as where a tracker was missing, is in nobody's way
-    assert not (tmp_path / "run" / "config.json").exists()
-  with begun(tmp_path):
-    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
   refused("not empty; pass --resume", tmp_path=tmp_path)
+  with pytest.raises(RuntimeError), begun(tmp_path / "failed"):  # as where a tracker is missing
+    (tmp_path / "failed" / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "failed" / "run" / "notes.txt").write_text("")
+    raise RuntimeError
+  assert [path.name for path in (tmp_path / "failed" / "run").iterdir()] == ["notes.txt"]
+  with pytest.raises(RuntimeError), begun(tmp_path / "stepped"):
+    (tmp_path / "stepped" / "run" / "metrics.jsonl").write_text("{}\n")
+    raise RuntimeError
+  assert (tmp_path / "stepped" / "run" / "config.json").exists()
+  for name in ("config.json", "samples.jsonl", "tensorboard/other/events", "checkpoints/epoch=9.ckpt"):
+    path = tmp_path / "others" / name.partition("/")[0] / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    refused("not empty; pass --resume", tmp_path=path.parents[len(pathlib.Path(name).parts)])
+    assert path.exists()
   with pytest.raises(ValueError, match="needs a workdir"), RunFiles("", config(), resume=True):
     pass
   (tmp_path / "file").write_text("")
