@@ -119,13 +119,13 @@ def _fault_of_config(error: Exception) -> str:
   said = str(error)
   if "Unexpected None value for flag config" in said:
     return "get_config of the file of --config returns nothing; end it with `return config`"
-  if "Error whilst parsing config file" in said:  # it holds the whole traceback
+  if "Error whilst parsing config file" in said and "\nValueError: " not in said:  # it holds the whole traceback
     places = re.findall(r'File "([^"]+)", line (\d+), in get_config', said)
     what = _plain(re.split(r"\n(?=\w*Error: )", said)[-1])
     return f"{places[-1][0]}, line {places[-1][1]}: {what}" if places else what
   frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name in ("get_config", "<module>")]
   own = [frame for frame in frames if pathlib.Path(frame.filename).resolve() != pathlib.Path(sys.argv[0]).resolve()]
-  if own and not isinstance(error, OSError | flags.Error):
+  if own and not isinstance(error, OSError | ValueError | flags.Error):
     return f"{own[-1].filename}, line {own[-1].lineno}: {type(error).__name__}: {_plain(said)}"
   if "has no attribute 'get_config'" in said:
     return "the file of --config has no function get_config"
