@@ -22,12 +22,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from experiments import environment
+from experiments.benchmark import step
 from kepo_jax import storage
-from kepo_jax.planning import benchmark, memory
+from kepo_jax.planning import memory
 from kepo_jax.reporting import progress
 from kepo_jax.types import RunPlan
 
-CONFIGS = pathlib.Path(__file__).parent / "configs"
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 with environment.flag_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "kepo.py"), "The experiment: a file of configs/.")
 _STUDENT = flags.DEFINE_string("student", "", "Sizes of the student; by default those of the config's.")
@@ -54,10 +55,10 @@ def main(_: list[str]) -> None:
   config, sizes = _CONFIG.value, _sizes(_CONFIG.value)
   config.sampling.max_new_tokens = sizes.new_tokens
   student, teacher = (
-    benchmark.model_config(flag or configured)
+    step.model_sizes(flag or configured)
     for flag, configured in ((_STUDENT.value, config.model.student), (_TEACHER.value, config.model.teacher))
   )
-  ours = benchmark.Benchmark(config, student, teacher, sizes)
+  ours = step.Benchmark(config, student, teacher, sizes)
   rival = _rival(ours)
   with Progress(console=console, transient=True) as bar:
     task = bar.add_task("steps, the first one compiles", total=_REPEATS.value + 1)
@@ -81,11 +82,11 @@ def main(_: list[str]) -> None:
     storage.write_text(_JSON.value, json.dumps(result, indent=2) + "\n")
 
 
-def _sizes(config: Any) -> benchmark.Sizes:
-  return benchmark.Sizes(_IMAGE_TOKENS.value, _TEXT_TOKENS.value, _NEW_TOKENS.value or config.sampling.max_new_tokens)
+def _sizes(config: Any) -> step.Sizes:
+  return step.Sizes(_IMAGE_TOKENS.value, _TEXT_TOKENS.value, _NEW_TOKENS.value or config.sampling.max_new_tokens)
 
 
-def _rival(ours: benchmark.Benchmark) -> Any:
+def _rival(ours: step.Benchmark) -> Any:
   """The same step in torch, or None.
 
   Raises:
@@ -94,22 +95,22 @@ def _rival(ours: benchmark.Benchmark) -> Any:
   if not _AGAINST.value:
     return None
   try:
-    from experiments import benchmark_torch  # torch is no dependency
+    from experiments.benchmark import torch  # is no dependency
   except ImportError as error:
     raise ValueError(
       f"--against={_AGAINST.value} needs torch: pip install -r requirements-oracle.txt ({error})"
     ) from None
-  return benchmark_torch.Rival(ours, trl=_AGAINST.value == "trl")
+  return torch.Rival(ours, trl=_AGAINST.value == "trl")
 
 
-def record(ours: benchmark.Benchmark, phases: list[benchmark.Phase]) -> dict[str, Any]:
+def record(ours: step.Benchmark, phases: list[step.Phase]) -> dict[str, Any]:
   """Everything that was measured, JSON-able."""
   config, chip = ours.config, ours.chip
   figures = {phase.name: phase.figures(chip, ours.devices) for phase in phases}
-  peak, whose = benchmark.peak_bytes()
+  peak, whose = step.peak_bytes()
   models, mesh = ours.configs | {"student": ours.adapted}, dict(ours.mesh.shape)
   plan = RunPlan(config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0)
-  step = sum(each["seconds"] for each in figures.values())
+  step_seconds = sum(phase["seconds"] for phase in figures.values())
   steps = _STEPS.value or config.train.steps
   return {
     "device": {
@@ -131,9 +132,9 @@ def record(ours: benchmark.Benchmark, phases: list[benchmark.Phase]) -> dict[str
     },
     "repeats": _REPEATS.value,
     "phases": figures,
-    "step_seconds": step,
-    "step_tokens_per_second": figures["sampling"]["tokens"] / step,
-    "projected": {"steps": steps, "seconds": steps * step},
+    "step_seconds": step_seconds,
+    "step_tokens_per_second": figures["sampling"]["tokens"] / step_seconds,
+    "projected": {"steps": steps, "seconds": steps * step_seconds},
     "peak_bytes": peak,
     "peak_of": whose,
     "planned_bytes": memory.estimate(plan)["peak"],

@@ -7,18 +7,20 @@ so that every run does the same work.
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
+from experiments.benchmark import floors, peaks
+from kepo_jax import memory as process_memory
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import model, positions
-from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig, TextConfig, VisionConfig
-from kepo_jax.planning import chips, floors, resident
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
+from kepo_jax.planning import chips, memory
+from kepo_jax.planning.compile import special_tokens
 from kepo_jax.training import assembly, checks, programs, setup
 from kepo_jax.types import Experience, Prompts, VisionInputs
 
@@ -51,21 +53,11 @@ MEDIUM = Qwen3VLConfig(
   vision_start_token_id=7,
   vision_end_token_id=8,
 )
-MODELS: Mapping[str, Qwen3VLConfig] = SIZES | {"medium": MEDIUM}
 
 
-def model_config(name: str) -> Qwen3VLConfig:
-  """The sizes of a checkpoint folder, or of the model of `MODELS` with which the last part of a name begins.
-
-  Raises:
-    ValueError: neither, or the folder's config.json is not a Qwen3-VL's.
-  """
-  if (epath.Path(name) / "config.json").exists():
-    return Qwen3VLConfig.from_directory(name)
-  known = [config for size, config in MODELS.items() if name.split("/")[-1].startswith(size)]
-  if not known:
-    raise ValueError(f"{name!r} is neither a folder with a config.json nor one of {sorted(MODELS)}.")
-  return known[0]
+def model_sizes(name: str) -> Qwen3VLConfig:
+  """`memory.model_sizes`, which does not know "medium"."""
+  return MEDIUM if name == "medium" else memory.model_sizes(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,28 +67,6 @@ class Sizes:
   image_tokens: int  # merged tokens of the image of each prompt; 0: no image
   text_tokens: int  # other tokens of a prompt
   new_tokens: int  # tokens of a completion
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialTokens:
-  """What programs read of a processor; the one end token is banned."""
-
-  allowed: np.ndarray  # bool[V]
-  end_ids: tuple[int, ...]
-  pad_id: int
-
-
-def special_tokens(config: Qwen3VLConfig) -> Any:
-  """`SpecialTokens` in the place of a processor: all may be sampled but the end token and the vision specials."""
-  end = pad = 0
-  allowed = np.ones(config.text.vocab_size, bool)
-  allowed[[end, *_specials(config)]] = False
-  return SpecialTokens(allowed=allowed, end_ids=(end,), pad_id=pad)
-
-
-def _specials(config: Qwen3VLConfig) -> list[int]:
-  names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-  return [getattr(config, name) for name in names]
 
 
 def made_up_prompts(config: Qwen3VLConfig, count: int, sizes: Sizes) -> Prompts:
@@ -216,7 +186,7 @@ class Benchmark:
     if config.objective.reference_weight:
       self.configs["reference"] = student
     dtype = jnp.dtype(config.model.compute_dtype)
-    self.chip, self.devices = chips.chip_of(jax.local_devices()[0], dtype), self.mesh.size
+    self.chip, self.devices = peaks.chip_of(jax.local_devices()[0], dtype), self.mesh.size
     self._special = special_tokens(student)
     self.models = {role: self._model(role, seed) for seed, role in enumerate(self.configs)}
     self.adapted = self.models["student"].config  # the student with its matrices of LoRA, if it has some
@@ -258,7 +228,7 @@ class Benchmark:
 
   def _turn(self, turn: int) -> Iterator[tuple[str, float]]:
     """One step; yields the name and the seconds of each of its phases."""
-    key, timed = jax.random.key(turn), chips.timed
+    key, timed = jax.random.key(turn), peaks.timed
     with jax.set_mesh(self.mesh):
       actor, seconds = timed(self.programs.decode_weights, self.state.params)
       yield "decode weights", seconds
@@ -338,4 +308,4 @@ def peak_bytes() -> tuple[float, str]:
   peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
   if peaks and jax.default_backend() != "cpu":
     return float(max(peaks)), "of the fullest device"
-  return float(resident.peak_resident_bytes()), "of the process"
+  return float(process_memory.peak_resident_bytes()), "of the process"
