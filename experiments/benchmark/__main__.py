@@ -40,7 +40,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps, after one that compi
 _AGAINST = flags.DEFINE_enum(
   "against", "", ["", "transformers", "trl"], "Run the same step in torch as well, replicated as it would be there."
 )
-_STEPS = flags.DEFINE_integer("steps", 0, "Project the time of a run of so many steps; 0: of config.train.steps.")
+_STEPS = flags.DEFINE_integer("steps", 0, "Multiply a step's seconds by so many steps; 0: by config.train.steps.")
 _BEFORE = flags.DEFINE_string("before", "", "A file that --json wrote earlier, to print beside this run.")
 _JSON = flags.DEFINE_string("json", "", "File for the figures.")
 
@@ -134,7 +134,7 @@ def record(ours: step.Benchmark, phases: list[step.Phase]) -> dict[str, Any]:
     "phases": figures,
     "step_seconds": step_seconds,
     "step_tokens_per_second": figures["sampling"]["tokens"] / step_seconds,
-    "projected": {"steps": steps, "seconds": steps * step_seconds},
+    "run": {"steps": steps, "seconds": steps * step_seconds},
     "peak_bytes": peak,
     "peak_of": whose,
     "planned_bytes": memory.estimate(plan)["peak"],
@@ -197,11 +197,11 @@ def before_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
 
 def remarks(result: dict[str, Any]) -> list[str]:
   """What is true of the whole step."""
-  device, projected = result["device"], result["projected"]
+  device, run = result["device"], result["run"]
   source = "measured here" if device["measured"] else "data sheet"
   return [
     f"a step: {result['step_seconds']:.2f} s, {result['step_tokens_per_second']:,.0f} completion tokens/s; "
-    f"{projected['steps']} of them: {projected['seconds'] / 60:.1f} min, evaluations and checkpoints not counted",
+    f"{run['steps']} of them: {run['seconds'] / 60:.1f} min, evaluations and checkpoints not counted",
     f"peaks ({source}): {device['flops'] / 1e12:.3g} TFLOP/s, {device['bandwidth'] / 1e9:,.0f} GB/s",
     f"memory: peak {result['peak_bytes'] / 1e9:.2f} GB {result['peak_of']}, "
     f"planned {result['planned_bytes'] / 1e9:.2f} GB per device",

@@ -36,7 +36,7 @@ def test_a_step_beside_its_floors_and_an_earlier_one(run, tmp_path):
   assert list(phases) == ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]
   assert seconds == pytest.approx(sum(phase["seconds"] for phase in phases.values()))
   assert record["step_tokens_per_second"] == pytest.approx(4 * 8 * 2 / seconds)
-  assert record["projected"] == {"steps": 7, "seconds": pytest.approx(7 * seconds)}
+  assert record["run"] == {"steps": 7, "seconds": pytest.approx(7 * seconds)}
   for phase in phases.values():
     assert phase["floor_seconds"] > 0
     assert phase["flops_utilisation"] == pytest.approx(phase["flops"] / record["device"]["flops"] / phase["seconds"])
