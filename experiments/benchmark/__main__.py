@@ -87,7 +87,7 @@ def _sizes(config: Any) -> step.Sizes:
 
 
 def _rival(ours: step.Benchmark) -> Any:
-  """The same step in torch, or None.
+  """Makes the same step in torch, where it is asked for.
 
   Raises:
     ValueError: torch, transformers' torch models or trl are not installed.
@@ -104,9 +104,9 @@ def _rival(ours: step.Benchmark) -> Any:
 
 
 def record(ours: step.Benchmark, phases: list[step.Phase]) -> dict[str, Any]:
-  """Everything that was measured, JSON-able."""
+  """Collects everything that was measured, JSON-able."""
   config, chip = ours.config, ours.chip
-  figures = {phase.name: phase.figures(chip, ours.devices) for phase in phases}
+  figures = {phase.name: phase.metrics(chip, ours.devices) for phase in phases}
   peak, whose = step.peak_bytes()
   models, mesh = ours.configs | {"student": ours.adapted}, dict(ours.mesh.shape)
   plan = RunPlan(config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0)
@@ -142,7 +142,7 @@ def record(ours: step.Benchmark, phases: list[step.Phase]) -> dict[str, Any]:
 
 
 def phase_table(result: dict[str, Any]) -> Table:
-  """Seconds, rates, utilisation, floor and gap of each phase."""
+  """Lists seconds, rates, utilisation, floor and gap of each phase."""
   batch, device = result["batch"], result["device"]
   table = Table(
     title=f"{batch['prompts']} prompts x {batch['rollouts']} rollouts; {batch['image_tokens']} image, "
@@ -168,7 +168,7 @@ def phase_table(result: dict[str, Any]) -> Table:
 
 
 def ratio_table(against: dict[str, Any]) -> Table:
-  """How many times as long torch takes, and what both frameworks reach in the same products."""
+  """Shows how many times as long torch takes, and what both reach in the same products."""
   table = Table(title=f"against {against['name']}; {against['threads']} threads; turns taken alternately")
   for name in ("", "torch s", "ours s", "ratio"):
     table.add_column(name, justify="left" if not name else "right")
@@ -184,7 +184,7 @@ def ratio_table(against: dict[str, Any]) -> Table:
 
 
 def before_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
-  """Seconds of each phase in an earlier record, in this one, and its floor."""
+  """Compares the seconds of each phase with an earlier record and with its floor."""
   table = Table(title="before, after, floor")
   for name in ("phase", "before s", "after s", "floor s", "before / after", "after / floor"):
     table.add_column(name, justify="left" if name == "phase" else "right")
@@ -196,7 +196,7 @@ def before_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-  """What is true of the whole step."""
+  """Sums up the whole step."""
   device, run = result["device"], result["run"]
   source = "measured here" if device["measured"] else "data sheet"
   return [

@@ -30,7 +30,7 @@ class Work:
   floor: float = 0.0  # seconds on `devices` of a chip, set by `on`
 
   def on(self, chip: Chip, devices: int) -> "Work":
-    """With its floor: the larger of arithmetic and traffic."""
+    """Sets its floor: the larger of arithmetic and traffic."""
     return dataclasses.replace(self, floor=self.seconds(chip, devices))
 
   def seconds(self, chip: Chip, devices: int) -> float:
@@ -39,7 +39,7 @@ class Work:
 
 
 def total(parts: list[Work]) -> Work:
-  """Phases one after the other; their floors add up."""
+  """Adds up phases that run one after the other, and their floors."""
   sums = (sum(getattr(part, field.name) for part in parts) for field in dataclasses.fields(Work))
   return Work(*sums)
 
@@ -49,14 +49,14 @@ def _bytes(tree: Any) -> float:
 
 
 def copying(config: Qwen3VLConfig, params: Any, dtype: Any) -> Work:
-  """The decode copy: the weights as the run keeps them read, merged ones of `dtype` written."""
+  """Counts the decode copy: weights as the run keeps them are read, merged ones of `dtype` written."""
   return Work(0.0, _bytes(params) + _bytes(model.abstract_params(lora.base(config), dtype)))
 
 
 def sampling(
   config: Qwen3VLConfig, dtype: Any, prompts: Prompts, *, samples: int, new_tokens: int, chip: Chip, devices: int
 ) -> Work:
-  """Prompts once, then a token at a time, which reads the decoder, the prompts' cache and what is sampled so far.
+  """Counts prompts once, then a token at a time, which reads the decoder, the prompts' cache and what is sampled so far.
 
   Args:
     config: of the model.
@@ -91,7 +91,7 @@ def sampling(
 
 
 def scoring(config: Qwen3VLConfig, dtype: Any, prompts: Prompts, tokens: Any) -> Work:
-  """A frozen model over prompts and completions, once."""
+  """Counts a frozen model over prompts and completions, once."""
   params = model.abstract_params(config, dtype)
   score = functools.partial(forward.target, config, parts=1)
   return Work(count_flops(score, params, prompts, tokens), _bytes(params))
@@ -108,7 +108,7 @@ def update(
   chip: Chip,
   devices: int,
 ) -> Work:
-  """pi_old where it is scored, and for each update of the batch its gradients and the optimizer.
+  """Counts pi_old where it is scored, and for each update of the batch its gradients and the optimizer.
 
   The optimizer reads and writes weights and moments.
 
@@ -137,7 +137,7 @@ def update(
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
-  """FLOP of the matrix products of a function: 2 per multiplication and addition.
+  """Counts the FLOP of the matrix products of a function: 2 per multiplication and addition.
 
   What XLA's own cost analysis cannot say, since it counts the body of a loop once. Elementwise work is left out, and
   so is what a fused kernel does inside: count the plain form of an attention. What no result depends on does not count,

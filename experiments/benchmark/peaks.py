@@ -15,7 +15,7 @@ _REPEATS = 5
 
 
 def chip_of(device: jax.Device, dtype: Any) -> Chip:
-  """Peaks of a device: of its data sheet for bfloat16 products on a known one, else measured.
+  """Takes the peaks of a known device from its data sheet for bfloat16 products, and measures others.
 
   Args:
     device: to look up.
@@ -28,7 +28,7 @@ def chip_of(device: jax.Device, dtype: Any) -> Chip:
 
 
 def measured(device: jax.Device, dtype: Any) -> Chip:
-  """Peaks of a device as large products and large copies reach them now: the best of five."""
+  """Measures what large products and large copies reach now: the best of five."""
   on_cpu = device.platform == "cpu"
   side, rows = (2048, 2**24) if on_cpu else (8192, 2**28)
   with jax.default_device(device):
@@ -41,7 +41,7 @@ def measured(device: jax.Device, dtype: Any) -> Chip:
 
 
 def _sweeps(rows: int) -> list[float]:
-  """Seconds in which float32[rows] are read and written in place: pages that are new to a process cost far more."""
+  """Times reading and writing float32[rows] in place: pages that are new to a process cost far more."""
   sweep, taken = jax.jit(lambda x: x + 1, donate_argnums=0), []
   values = sweep(jnp.ones((rows,), jnp.float32))
   for _ in range(_REPEATS):
@@ -51,7 +51,7 @@ def _sweeps(rows: int) -> list[float]:
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-  """Results of one call, awaited, and its seconds; compile it first."""
+  """Returns the results of one call, awaited, and its seconds; compile it first."""
   jax.block_until_ready(arguments)
   start = time.perf_counter()
   results = jax.block_until_ready(function(*arguments))
@@ -59,12 +59,12 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:
-  """Seconds of one call, its results awaited; compile it first."""
+  """Times one call until its results are there; compile it first."""
   return timed(function, *arguments)[1]
 
 
 def product_rate(rows: int, inputs: int, outputs: int, dtype: Any) -> float:
-  """FLOP/s of one product [rows, inputs] x [outputs, inputs]: the median of five, each of about 20 GFLOP."""
+  """Measures the FLOP/s of one product [rows, inputs] x [outputs, inputs]: the median of five, each of about 20 GFLOP."""
   work = 2.0 * rows * inputs * outputs
   left, right = jnp.ones((rows, inputs), dtype), jnp.ones((outputs, inputs), dtype)
   product = jax.jit(lambda a, b: jnp.einsum("mk,nk->mn", a, b))

@@ -1,4 +1,4 @@
-"""The phases of a training step on random weights and made-up prompts of given sizes, timed beside their floors.
+"""Times the phases of a training step on random weights and made-up prompts, beside their floors.
 
 The programs are those of training. Weights are random, since time does not depend on them, and no completion may end,
 so that every run does the same work.
@@ -70,7 +70,7 @@ class Sizes:
 
 
 def made_up_prompts(config: Qwen3VLConfig, count: int, sizes: Sizes) -> Prompts:
-  """Host arrays of `count` prompts, each with one image of random patches, and random text.
+  """Makes host arrays of `count` prompts, each with one image of random patches, and random text.
 
   Raises:
     ValueError: too few text tokens to mark the image.
@@ -118,7 +118,7 @@ def _no_tables() -> dict[str, np.ndarray]:
 
 
 def random_weights(config: Qwen3VLConfig, mesh: jax.sharding.Mesh, dtype: Any, seed: int) -> Any:
-  """Random parameters in the train layout."""
+  """Draws random parameters in the train layout."""
   shardings = sharding.weight_shardings(mesh, model.abstract_params(config), model.logical_axes(config))
   # The generator of the hardware: threefry for 32 billion numbers takes longer than all else here.
   key = jax.random.key(seed, impl="unsafe_rbg")
@@ -140,8 +140,8 @@ class Phase:
     """Median seconds."""
     return statistics.median(self.seconds)
 
-  def figures(self, chip: chips.Chip, devices: int) -> dict[str, float]:
-    """Everything that is printed of a phase, as numbers."""
+  def metrics(self, chip: chips.Chip, devices: int) -> dict[str, float]:
+    """Returns everything that is printed of a phase."""
     return {
       "seconds": self.median,
       "fastest": min(self.seconds),
@@ -227,7 +227,7 @@ class Benchmark:
     return list(phases.values())
 
   def _turn(self, turn: int) -> Iterator[tuple[str, float]]:
-    """One step; yields the name and the seconds of each of its phases."""
+    """Runs one step; yields the name and the seconds of each of its phases."""
     key, timed = jax.random.key(turn), peaks.timed
     with jax.set_mesh(self.mesh):
       actor, seconds = timed(self.programs.decode_weights, self.state.params)
@@ -255,7 +255,7 @@ class Benchmark:
     return config.batch.prompts * config.batch.rollouts * self.sizes.new_tokens
 
   def _experience(self, rollouts: Any) -> Experience:
-    """Every rollout with an advantage, all of them distilled."""
+    """Gives every rollout an advantage, and distills all of them."""
     rows = rollouts.tokens.shape[:2]
     rng = np.random.default_rng(0)
     on_rows = {
@@ -269,7 +269,7 @@ class Benchmark:
     return Experience(prompts=self.prompts, tokens=rollouts.tokens, mask=rollouts.mask, logps=rollouts.logps, **placed)
 
   def work(self) -> dict[str, floors.Work]:
-    """What each phase has to do at least."""
+    """Counts what each phase has to do at least."""
     # Counted in the plain form: what is inside a fused kernel is not seen.
     config, student = self.config, self.configs["student"]
     adapted = dataclasses.replace(self.adapted, attention="plain")
@@ -303,7 +303,7 @@ class Benchmark:
 
 
 def peak_bytes() -> tuple[float, str]:
-  """Most memory in use until now, of the fullest device, and what it is."""
+  """Returns the most memory in use until now, and whose it is."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
   if peaks and jax.default_backend() != "cpu":

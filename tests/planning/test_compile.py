@@ -21,6 +21,7 @@ from kepo_jax.planning import compile as compiler
 from kepo_jax.training import assembly, compiling
 from tests.planning import test_memory
 from tests.planning.test_memory import compiled_by, updated, with_text
+from tests.test_torus import busiest_link
 
 AXES = sharding.MESH_AXES
 LENGTHS = compiler.Lengths(prompt_tokens=64, hinted_tokens=128, patches=64)
@@ -333,6 +334,12 @@ def test_only_the_data_axis_spans_slices():
   assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
   with pytest.raises(ValueError, match="mesh.data=1 does not divide over 2 slices"):
     place.mesh(1, 4, 2)
+
+
+@pytest.mark.tpu
+def test_groups_of_a_slice_share_no_links_that_they_need_not():
+  grid = compiler.topology("v5e:16x16").mesh(4, 8, 8).devices
+  assert (busiest_link(grid, 1, 16), busiest_link(grid, 2, 16)) == (7 / 8, 7 / 16)
 
 
 @pytest.mark.tpu

@@ -109,9 +109,23 @@ def test_groups_in_every_spelling():
     assert hlo._groups(f"channel_id=1, {written}, use_global_device_ids=true") == expected, written
 
 
-def test_taps_in_padding_are_no_work():
-  for size, kernel, out, stride, low, taps in [(8, 3, 6, 1, 0, 18), (8, 3, 8, 1, 1, 22), (9, 3, 4, 2, 0, 12)]:
-    assert hlo._taps(size, kernel, out, stride, low, 1, 1) == taps
+@pytest.mark.parametrize(
+  ("size", "out", "window", "taps"),
+  [
+    (8, 6, "size=3", 18),
+    (9, 4, "size=3 stride=2 pad=1_0", 11),
+    (9, 4, "size=3 stride=2", 12),
+    (3, 5, "size=3 pad=1_1 lhs_dilate=2", 7),
+  ],
+)
+def test_taps_in_padding_and_between_dilated_places_are_no_work(size, out, window, taps):
+  text = f"""ENTRY %main (x: f32[2,{size},5], w: f32[3,5,7]) -> f32[2,{out},7] {{
+  %x = f32[2,{size},5]{{2,1,0}} parameter(0)
+  %w = f32[3,5,7]{{2,1,0}} parameter(1)
+  ROOT %y = f32[2,{out},7]{{2,1,0}} convolution(%x, %w), window={{{window}}}, dim_labels=b0f_0io->b0f
+}}
+"""
+  assert hlo.cost(text).flops == 2 * taps * 2 * 5 * 7
 
 
 def test_what_goes_between_slices_by_hand():
@@ -222,6 +236,8 @@ def test_products_of_a_tpu_by_hand():
   # of them are written; c is read twice. What lies in the chip's own memory moves nothing. Counters on top.
   moved = 4 * (2 * 16 * 8) + 2 * 8 * 4 + 2 * 64 * 4 + 2 * (2 * 4 * 8 * 16)
   assert cost.moved == pytest.approx(moved, abs=100)
+  later = hlo.cost(WINDOWED.replace("%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} constant(2)"))
+  assert cost.flops - later.flops == 2 * 16 * 32 * 64 / 2  # one turn less
   # A loop whose step is not seen is not guessed.
   with pytest.raises(ValueError, match="1 loops turn as often as their data say"):
     hlo.cost(WINDOWED.replace("add(%one, %i.1)", "multiply(%one, %i.1)"))
