@@ -64,7 +64,7 @@ def seconds(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def product_rate(rows: int, inputs: int, outputs: int, dtype: Any) -> float:
-  """Measures the FLOP/s of one product [rows, inputs] x [outputs, inputs]: the median of five, each of about 20 GFLOP."""
+  """Measures FLOP/s of a product [rows, inputs] x [outputs, inputs]: the median of five, about 20 GFLOP each."""
   work = 2.0 * rows * inputs * outputs
   left, right = jnp.ones((rows, inputs), dtype), jnp.ones((outputs, inputs), dtype)
   product = jax.jit(lambda a, b: jnp.einsum("mk,nk->mn", a, b))
