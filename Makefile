@@ -55,7 +55,7 @@ test-tpu: $(TPU)/.ready ## compile for TPUs without a TPU (installs libtpu in an
 	$(TPU)/bin/python -m pytest -q -m tpu tests/planning tests/models/qwen3_vl/test_attention.py
 
 plan: $(TPU)/.ready ## plan a run for TPU slices that are not here: the table of docs/pods.md; ARGS="..." for another
-	$(if $(ARGS),$(TPU)/bin/python -m experiments.plan_pod $(ARGS),$(TPU)/bin/python -m experiments.plan_pods)
+	$(TPU)/bin/python -m experiments.plan $(or $(ARGS),--table)
 
 # On a copy, since a mutation is written into its file.
 mutants: $(VENV)/.dev ## change MUTATE in one place after the other and list what KILLERS do not see: hours for all of it

@@ -17,7 +17,7 @@ from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kepo_jax import links
+from kepo_jax import torus
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -87,9 +87,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
 
 
 def _slice_grid(devices: list[Any], sizes: tuple[int, int, int]) -> np.ndarray:
-  # An axis of 8 on a slice of 4 x 4 chips takes one of its axes and half of the other.
-  usual = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-  return links.arranged(devices, sizes, usual)
+  """Arranges the devices of one slice as object[data, fsdp, tensor]."""
+  try:
+    return mesh_utils.create_device_mesh(sizes, devices)
+  except NotImplementedError:  # an axis of the mesh needs a part of an axis of the slice
+    grid = torus.split_grid(devices, sizes)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True) if grid is None else grid
 
 
 def _fits(dimension: int, mesh_axes: tuple[str, ...], sizes: dict[str, int]) -> bool:

@@ -42,7 +42,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from kepo_jax.planning import resident
+from kepo_jax import memory
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -72,7 +72,7 @@ class Costs:
     self._file = location[0]
 
   def pytest_sessionfinish(self):
-    self._gigabytes.append(resident.peak_resident_bytes() / 1e9)
+    self._gigabytes.append(memory.peak_resident_bytes() / 1e9)
     if hasattr(self._config, "workeroutput"):
       self._config.workeroutput["costs"] = (dict(self._compilations), self._gigabytes[0])
 

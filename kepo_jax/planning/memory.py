@@ -1,4 +1,4 @@
-"""Memory that a run needs on one device, from shapes alone: an estimate before anything is compiled."""
+"""Estimates the memory that a run needs on one device, from shapes alone, before anything is compiled."""
 
 import dataclasses
 import math
@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from kepo_jax import sampling, sharding
 from kepo_jax.models.qwen3_vl import lora, model
-from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.planning import benchmark
+from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig
 from kepo_jax.training import assembly
 from kepo_jax.types import RunPlan
 
@@ -25,23 +25,24 @@ _LOGITS_OF_SAMPLER = 3
 PHASES = ("sampling", "hints", "scoring", "update", "evaluation")
 # float32 arrays as large as what is trained that the optimizer makes: clipped gradients, and changes.
 _OPTIMIZER_ARRAYS = 2
-_MOMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Copies of a value inside a layer: before and after its norm, rotation, mask or activation.
 _COPIES = 2
 
 
 def estimate(plan: RunPlan) -> dict[str, int]:
-  """Bytes per device of the parts of a run, and their peak.
+  """Estimates the bytes per device of the parts of a run, and their peak.
 
-  The peak is what stays (student with the moments of what it trains, frozen models) plus the largest of what sampling
-  needs (decode copy, caches, logits), what hints need (caches and logits of the teacher, which decodes from the
-  weights that it has, beside the student's decode copy), what scoring by a frozen model needs (a layer's activations
-  on one micro-batch, and a copy of the head), what the update needs (gradients and, one after the other, the backward
-  pass with compute copy, activations of one micro-batch and logits of one chunk, and the optimizer) and what
-  evaluation needs (as sampling, with one completion for each question of a batch). Frozen models in host memory count
-  in the phases that use them, and the copies of their heads in the update. It assumes prompts that fill the second
-  prompt bucket and images that fill the first patch bucket; longer ones need more. Fragmentation and the runtime's
-  own buffers are left out.
+  The peak is what stays (the student with the moments of what it trains, frozen models) plus the largest of the phases:
+
+  - sampling: decode copy, caches, logits;
+  - hints: caches and logits of the teacher, which decodes from the weights that it has, beside the student's copy;
+  - scoring: a layer's activations on one micro-batch, hidden states, and a copy of the head;
+  - update: gradients and, one after the other, the backward pass (compute copy, activations of one micro-batch, logits
+    of one chunk) and the optimizer;
+  - evaluation: as sampling, with one completion for each question of a batch.
+
+  Frozen models in host memory count in the phases that use them. Prompts fill the second prompt bucket and images the
+  first patch bucket; longer ones need more. Fragmentation and the runtime's own buffers are left out.
 
   Args:
     plan: as the hooks receive it.
@@ -59,11 +60,8 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   stored = assembly.student_dtype(config.model).itemsize  # of what is not trained
   others = {role: other for role, other in plan.models.items() if role != "student"}
   models = {role: frozen * parameters_per_device(other, plan.mesh) for role, other in others.items()}
-  parts = {
-    "student and moments": stored * (weights - trained)
-    + 4 * trained
-    + _moments(config, student, plan.mesh, trained, fixed)
-  }
+  moments = 2 * jnp.dtype(config.optimizer.moments).itemsize * trained
+  parts = {"student and moments": stored * (weights - trained) + 4 * trained + moments}
   on_host = config.model.teacher_memory == "host"
   stays = parts["student and moments"] + (0 if on_host else sum(models.values()))
   visiting = models if on_host else dict.fromkeys(models, 0)  # bytes that come for a phase
@@ -103,20 +101,34 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   return parts | {"peak": stays + max(parts[phase] for phase in PHASES if phase in parts)}
 
 
+def model_sizes(name: str) -> Qwen3VLConfig:
+  """Reads the sizes of a checkpoint folder, or finds those of the published model that the name begins with.
+
+  Raises:
+    ValueError: neither, or the folder's config.json is not a Qwen3-VL's.
+  """
+  if (epath.Path(name) / "config.json").exists():
+    return Qwen3VLConfig.from_directory(name)
+  known = [sizes for published, sizes in SIZES.items() if name.split("/")[-1].startswith(published)]
+  if not known:
+    raise ValueError(f"{name!r} is neither a folder with a config.json nor one of {sorted(SIZES)}.")
+  return known[0]
+
+
 def plan(config: Any, *, devices: int = 1) -> RunPlan:
-  """What a run of a config would show before its first step; nothing is loaded.
+  """Makes what a run of a config would show before its first step; nothing is loaded.
 
   Args:
-    config: of the run; its models are folders with a config.json, or published sizes that a name begins with.
+    config: of the run; its models are as for `model_sizes`.
     devices: of which mesh.data = -1 takes the rest.
 
   Raises:
     ValueError: a model is neither.
   """
-  student = benchmark.model_config(config.model.student)
+  student = model_sizes(config.model.student)
   models = {"student": dataclasses.replace(student, lora=assembly.lora_config(config.model))}
   if config.needs_teacher:
-    models["teacher"] = benchmark.model_config(config.model.teacher)
+    models["teacher"] = model_sizes(config.model.teacher)
   if config.objective.reference_weight:
     models["reference"] = student
   mesh = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
@@ -128,7 +140,7 @@ def plan(config: Any, *, devices: int = 1) -> RunPlan:
 def parameters_per_device(
   config: Qwen3VLConfig, mesh: dict[str, int], layout: str = "train", *, without: tuple[str, ...] = ()
 ) -> int:
-  """Weights of a model that one device of a mesh holds; dimensions that do not divide are held whole.
+  """Counts the weights of a model that one device of a mesh holds; what does not divide is held whole.
 
   Args:
     config: of the model.
@@ -136,8 +148,8 @@ def parameters_per_device(
     layout: "train" or "decode".
     without: top-level parts that are not counted, for example "visual".
   """
-  shards = _shard_shapes(config, mesh, layout)
-  return sum(math.prod(shape) for name, part in shards.items() if name not in without for shape in _leaves(part))
+  shards = {name: part for name, part in _shard_shapes(config, mesh, layout).items() if name not in without}
+  return sum(map(math.prod, jax.tree.leaves(shards, is_leaf=lambda node: isinstance(node, tuple))))
 
 
 def _shard_shapes(config: Qwen3VLConfig, mesh: dict[str, int], layout: str = "train") -> dict[str, Any]:
@@ -146,20 +158,6 @@ def _shard_shapes(config: Qwen3VLConfig, mesh: dict[str, int], layout: str = "tr
   abstract = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
   shardings = sharding.weight_shardings(abstract, shapes, model.logical_axes(config), layout)
   return jax.tree.map(lambda leaf, placed: placed.shard_shape(leaf.shape), shapes, shardings)
-
-
-def _leaves(shapes: Any) -> list[tuple[int, ...]]:
-  return jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple))
-
-
-def _moments(config: Any, student: Qwen3VLConfig, mesh: dict[str, int], trained: int, fixed: tuple[str, ...]) -> int:
-  """Both moments on one device, with the float32 scale of every row where they have one."""
-  size = 2 * _MOMENT_BYTES[config.optimizer.moments] * trained
-  if config.optimizer.moments != "float8":
-    return size
-  shards = _shard_shapes(student, mesh)
-  rows = [math.prod(shape[:-1]) for name, part in shards.items() if name not in fixed for shape in _leaves(part)]
-  return size + 2 * 4 * sum(rows)
 
 
 def _head_per_device(config: Qwen3VLConfig, mesh: dict[str, int]) -> int:
@@ -253,7 +251,7 @@ def activation_bytes(
   Without remat the inside of every layer, and the logits beside. With it the input of every layer, with "dots" the
   products with weights of every layer besides, and the largest of the logits and the inside of one layer of each tower,
   which are computed once more one after the other. A vision tower that is `fixed` is run forwards alone and keeps one
-  layer. What "dots_offloaded" keeps lies on the host.
+  layer.
   """
   text, vision = _layers(config, shape, parts=shape.micro_batches)
   depths = (config.text.num_hidden_layers, 1 if "visual" in fixed else config.vision.depth)

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from kepo_jax import memory
 from kepo_jax.data import dealing, omnimedvqa
 from kepo_jax.data.phantom import build
-from kepo_jax.planning import resident
 from tests.data.cases import record
 
 FILES, RECORDS = 42, 89_000  # of the open-access part; RadImageNet holds two thirds
@@ -36,10 +36,10 @@ def test_89000_records(tmp_path):
   rest, draw = RECORDS - 800 * (FILES - 1), random.Random(0)
   for number in range(FILES):
     write(folder, f"Set {number} (X & Y) v1.{number}", 800 if number else rest, draw)
-  before, start = resident.peak_resident_bytes(), time.process_time()
+  before, start = memory.peak_resident_bytes(), time.process_time()
   examples, summary = omnimedvqa.read(tmp_path, check_images=False)
   parts = dealing.split_by_modality(examples).ids
-  seconds, grown = time.process_time() - start, resident.peak_resident_bytes() - before
+  seconds, grown = time.process_time() - start, memory.peak_resident_bytes() - before
   assert (summary.files, summary.records, summary.kept) == (FILES, RECORDS, RECORDS)
   assert {name: len(ids) for name, ids in parts.items()} == {"train": 600, "validation": 320, "test": 2400}
   assert seconds < 60 and grown < 7e8, (seconds, grown)  # 6 s when nothing else runs

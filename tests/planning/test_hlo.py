@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kepo_jax.planning import flops, hlo, topologies
+from kepo_jax.planning import compile as compiler
+from kepo_jax.planning import hlo
 
 SIZE = 64
 MATRIX = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
@@ -26,13 +27,13 @@ def test_a_loop_counts_as_often_as_it_turns():
   assert most.moved - more.moved == more.moved - few.moved >= 6 * 3 * 4 * SIZE**2
 
 
-def test_products_are_those_of_the_traced_program():
+def test_a_scan_and_its_gradient_by_hand():
   def layers(x, stack):
     return jax.lax.scan(lambda x, w: (jnp.einsum("...i,oi->...o", jax.nn.silu(x), w), None), x, stack)[0].sum()
 
   arguments = jax.ShapeDtypeStruct((3, 8, SIZE), jnp.float32), jax.ShapeDtypeStruct((5, SIZE, SIZE), jnp.float32)
-  gradient = jax.grad(layers, argnums=(0, 1))
-  assert hlo.cost(text_of(gradient, *arguments)).flops == flops.count(gradient, *arguments)
+  # Forwards, and backwards to the inputs and to the weights, in 5 layers of 24 rows.
+  assert hlo.cost(text_of(jax.grad(layers, (0, 1)), *arguments)).flops == 3 * 5 * 2 * 24 * SIZE**2
 
 
 def test_loops_that_depend_on_data_turn_as_often_as_they_are_said_to():
@@ -108,13 +109,23 @@ def test_groups_in_every_spelling():
     assert hlo._groups(f"channel_id=1, {written}, use_global_device_ids=true") == expected, written
 
 
-def test_taps_of_a_window():
-  for size, kernel, out, window, taps in [
-    (8, 3, 6, {}, 18),
-    (8, 3, 8, {"low": 1}, 22),  # two taps in the padding
-    (9, 3, 4, {"stride": 2}, 12),
-  ]:
-    assert hlo._taps(size, kernel, out, **{"stride": 1, "low": 0, "lhs": 1, "rhs": 1} | window) == taps, window
+@pytest.mark.parametrize(
+  ("size", "out", "window", "taps"),
+  [
+    (8, 6, "size=3", 18),
+    (9, 4, "size=3 stride=2 pad=1_0", 11),
+    (9, 4, "size=3 stride=2", 12),
+    (3, 5, "size=3 pad=1_1 lhs_dilate=2", 7),
+  ],
+)
+def test_taps_in_padding_and_between_dilated_places_are_no_work(size, out, window, taps):
+  text = f"""ENTRY %main (x: f32[2,{size},5], w: f32[3,5,7]) -> f32[2,{out},7] {{
+  %x = f32[2,{size},5]{{2,1,0}} parameter(0)
+  %w = f32[3,5,7]{{2,1,0}} parameter(1)
+  ROOT %y = f32[2,{out},7]{{2,1,0}} convolution(%x, %w), window={{{window}}}, dim_labels=b0f_0io->b0f
+}}
+"""
+  assert hlo.cost(text).flops == 2 * taps * 2 * 5 * 7
 
 
 def test_what_goes_between_slices_by_hand():
@@ -225,6 +236,8 @@ def test_products_of_a_tpu_by_hand():
   # of them are written; c is read twice. What lies in the chip's own memory moves nothing. Counters on top.
   moved = 4 * (2 * 16 * 8) + 2 * 8 * 4 + 2 * 64 * 4 + 2 * (2 * 4 * 8 * 16)
   assert cost.moved == pytest.approx(moved, abs=100)
+  later = hlo.cost(WINDOWED.replace("%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} constant(2)"))
+  assert cost.flops - later.flops == 2 * 16 * 32 * 64 / 2  # one turn less
   # A loop whose step is not seen is not guessed.
   with pytest.raises(ValueError, match="1 loops turn as often as their data say"):
     hlo.cost(WINDOWED.replace("add(%one, %i.1)", "multiply(%one, %i.1)"))
@@ -232,7 +245,7 @@ def test_products_of_a_tpu_by_hand():
 
 @pytest.mark.tpu
 def test_a_product_costs_the_same_whole_and_in_parts():
-  place = topologies.topology("v5e:2x4")
+  place = compiler.topology("v5e:2x4")
   mesh, (rows, width, outputs) = place.mesh(1, 8, 1), (8192, 1024, 4096)
 
   def placed(shape, *spec):

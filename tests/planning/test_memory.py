@@ -1,27 +1,30 @@
 import dataclasses
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.configs import kepo
+from experiments.benchmark.step import MEDIUM
+from experiments.configs import kepo, kepo_eq7, kepo_medvqa
 from kepo_jax import types
 from kepo_jax.models.qwen3_vl import config as model_config
-from kepo_jax.models.qwen3_vl import model
-from kepo_jax.planning import benchmark, memory, pods
+from kepo_jax.models.qwen3_vl import model, side_files
+from kepo_jax.planning import compile as compiler
+from kepo_jax.planning import memory
 from kepo_jax.training import compiling, state, step
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 TEXT = dataclasses.replace(
-  benchmark.MEDIUM.text, vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+  MEDIUM.text, vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=2,
   num_attention_heads=4, num_key_value_heads=2, head_dim=32, mrope_section=(6, 5, 5),
 )  # fmt: skip
 VISION = dataclasses.replace(
-  benchmark.MEDIUM.vision, depth=2, hidden_size=64, intermediate_size=256, out_hidden_size=128,
+  MEDIUM.vision, depth=2, hidden_size=64, intermediate_size=256, out_hidden_size=128,
   num_position_embeddings=64, deepstack_visual_indexes=(0,),
 )  # fmt: skip
-SMALL = dataclasses.replace(benchmark.MEDIUM, text=TEXT, vision=VISION)
+SMALL = dataclasses.replace(MEDIUM, text=TEXT, vision=VISION)
 COUNT = memory.parameters_per_device(SMALL, ONE)
 LORA = model_config.LoraConfig(rank=8, alpha=16.0, targets=("q_proj", "down_proj"))
 ADAPTED = dataclasses.replace(SMALL, lora=LORA)
@@ -47,13 +50,28 @@ def plan(student=SMALL, teacher=SMALL, mesh=ONE, **changes):
 def compiled_by(run, call):
   """Name -> executable of the programs that a call compiles."""
   seen = {}
-  with run._in_force(), compiling.watched(lambda each: seen.setdefault(each.name, each.executable)):
+  with run.in_force(), compiling.watched(lambda each: seen.setdefault(each.name, each.executable)):
     call(run)
   return seen
 
 
 def updated(run):
   return run.programs.update.rehearse(run.state, run.experience(), run.targets(), compare=False)
+
+
+def test_models_are_sizes_or_folders_and_those_of_the_run(tmp_path):
+  for name in ("Qwen3-VL-2B", "Qwen/Qwen3-VL-2B-Instruct", "/models/Qwen3-VL-2B-Thinking"):
+    assert memory.model_sizes(name) == model_config.SIZES["Qwen3-VL-2B"], name
+  (tmp_path / "config.json").write_text(json.dumps(side_files.config_record(SMALL)))
+  assert memory.model_sizes(str(tmp_path)) == SMALL
+  with pytest.raises(ValueError, match="'nowhere' is neither a folder .*Qwen3-VL-2B"):
+    memory.model_sizes("nowhere")
+  assert set(memory.plan(kepo_eq7.get_config("medvqa")).models) == {"student", "teacher", "reference"}
+  config = kepo_medvqa.get_config()
+  config.model.lora_rank = 4
+  planned = memory.plan(config, devices=8)
+  assert set(planned.models) == {"student", "teacher"} and planned.models["student"].lora.rank == 4
+  assert planned.mesh == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
 def optimizer_of(moments):
@@ -234,7 +252,9 @@ def test_the_update_needs_what_was_estimated(mesh_of, vocabulary, layers, remat,
     data__prompt_buckets=(64,), data__patch_buckets=(64,), objective__chunk=32, model__remat=remat,
     model__freeze_vision=freeze, model__lora_rank=rank, model__lora_targets=LORA.targets, log__gradients_every=0,
   )  # fmt: skip
-  run = pods.PodRun(planned.config, dict.fromkeys(("student", "teacher"), teacher), mesh_of(), pods.Sizes(64, 64, 64))
+  run = compiler.AbstractRun(
+    planned.config, dict.fromkeys(("student", "teacher"), teacher), mesh_of(), compiler.Lengths(64, 64, 64)
+  )
   compiled = compiled_by(run, updated)["the gradients"].memory_analysis()
   ratio = memory.estimate(planned)["update"] / (compiled.temp_size_in_bytes + compiled.output_size_in_bytes)
   assert abs(math.log(ratio)) < math.log(1.5), ratio

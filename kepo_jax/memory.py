@@ -1,4 +1,4 @@
-"""The most memory that this process has held, from the operating system."""
+"""Reads from the operating system how much memory this process has held at most."""
 
 import pathlib
 import resource

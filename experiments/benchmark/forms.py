@@ -1,7 +1,7 @@
 """Measures what sharing prompts and never holding all logits are worth, against the forms that do neither.
 
-  python -m experiments.measure_forms                # a minute on two CPU cores; nothing large is run
-  python -m experiments.measure_forms --json=FILE
+  python -m experiments.benchmark.forms                # a minute on two CPU cores; nothing large is run
+  python -m experiments.benchmark.forms --json=FILE
 
 1. Memory of the loss and its gradients: temporaries of the compiled program, in chunks and with all logits at once,
    for Qwen3-VL-2B taught by 32B, 64 completions of 1,024 tokens.
@@ -20,12 +20,14 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import environment
+from experiments.benchmark import floors, peaks
+from experiments.benchmark import step as benchmark_step
 from experiments.configs import kepo
 from kepo_jax import storage
 from kepo_jax.models import scoring
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.objectives import losses
-from kepo_jax.planning import benchmark, chips, flops
+from kepo_jax.planning.compile import special_tokens
 from kepo_jax.reporting import progress
 from kepo_jax.training import assembly, inputs, step
 from kepo_jax.training.forward import Target
@@ -124,19 +126,19 @@ def loss_time(repeats: int) -> dict[str, float]:
   taken: dict[str, list[float]] = {name: [] for name in forms}
   for turn in range(repeats + 1):
     for name, form in forms.items():
-      seconds = chips.seconds(form, *arguments)
+      seconds = peaks.seconds(form, *arguments)
       if turn:  # the first one compiles
         taken[name].append(seconds)
   return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def update_flops(
-  sizes: benchmark.Sizes = benchmark.Sizes(144, 150, 300), rollouts: int = 8, size: str = "Qwen3-VL-2B"
+  sizes: benchmark_step.Sizes = benchmark_step.Sizes(144, 150, 300), rollouts: int = 8, size: str = "Qwen3-VL-2B"
 ) -> dict[str, float]:
   """FLOPs of the gradients of one group that shares its prompt, and of rows with a prompt each."""
-  student = benchmark.model_config(size)
+  student = benchmark_step.model_sizes(size)
   config = kepo.get_config()
-  token_loss = assembly.token_loss(config, benchmark.special_tokens(student))
+  token_loss = assembly.token_loss(config, special_tokens(student))
   settings = inputs.UpdateSettings(compute_dtype=jnp.bfloat16, chunk=CHUNK)
   params = model.abstract_params(student)
   make, gradients = (function(student, token_loss, settings) for function in (inputs.make_inputs, step.make_gradients))
@@ -144,13 +146,13 @@ def update_flops(
   def count(prompts: int, each: int) -> float:
     rows = (prompts, each, sizes.new_tokens)
     experience = jax.eval_shape(
-      functools.partial(_experience, rows), benchmark.made_up_prompts(student, prompts, sizes)
+      functools.partial(_experience, rows), benchmark_step.made_up_prompts(student, prompts, sizes)
     )
     made = jax.eval_shape(make, params, jnp.int32(0), experience)
     head = model.head_weight(student, params)
     hidden = jax.ShapeDtypeStruct((*rows, student.text.hidden_size), jnp.bfloat16)
     targets = (Target(hidden=hidden, head=jax.ShapeDtypeStruct(head.shape, jnp.bfloat16)),)
-    return flops.count(gradients, params, experience, made, targets)
+    return floors.count_flops(gradients, params, experience, made, targets)
 
   return {"shared": count(1, rollouts), "replicated": count(rollouts, 1)}
 

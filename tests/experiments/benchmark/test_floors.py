@@ -3,11 +3,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
+from experiments.benchmark import floors
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import LoraConfig, Qwen3VLConfig
 from kepo_jax.objectives import losses
-from kepo_jax.planning import floors, flops
 from kepo_jax.planning.chips import Chip
 from kepo_jax.training import inputs, state
 from kepo_jax.training.forward import Target
@@ -56,7 +57,7 @@ def test_tokens_read_weights_and_caches():
 def test_a_token_costs_two_flops_per_weight_and_row():
   one, two = (sampling(new_tokens).flops for new_tokens in (1, 2))
   params, text = model.abstract_params(CONFIG), CONFIG.text
-  first = flops.count(functools.partial(model.prefill, CONFIG), params, PROMPTS)
+  first = floors.count_flops(functools.partial(model.prefill, CONFIG), params, PROMPTS)
   head = text.vocab_size * text.hidden_size
   assert one == first + 2 * P * head  # a group shares its first logits
   matrices = numbers([leaf for leaf in jax.tree.leaves(params["language_model"]["layers"]) if leaf.ndim == 3])
@@ -95,7 +96,51 @@ def test_an_update_reads_and_writes_weights_moments_and_gradients():
 def test_every_update_of_a_batch_counts_and_pi_old_once():
   (once, count), (twice, _) = update_work(), update_work(updates=2)
   score = functools.partial(floors.forward.target, CONFIG, parts=1)
-  hidden = flops.count(score, model.abstract_params(CONFIG), PROMPTS, jax.ShapeDtypeStruct((P, G, T), jnp.int32))
+  hidden = floors.count_flops(score, model.abstract_params(CONFIG), PROMPTS, jax.ShapeDtypeStruct((P, G, T), jnp.int32))
   logits = 2 * P * G * T * CONFIG.text.vocab_size * CONFIG.text.hidden_size
   assert twice.flops == 2 * once.flops + hidden + logits
   assert twice.moved == 2 * once.moved + 4 * count
+
+
+X, W = jnp.ones((6, 5)), jnp.ones((5, 7))
+
+
+def scanned(x, w):
+  """Of two products that a loop adds up, the one that is returned."""
+  blank = (jnp.zeros((6, 7)), jnp.zeros((7, 6)))
+  return jax.lax.scan(lambda sums, _: ((sums[0] + x @ w, sums[1] + (x @ w).T), None), blank, length=4)[0][0]
+
+
+@pytest.mark.parametrize(
+  ("function", "products"),
+  [
+    (lambda x, w: jnp.einsum("ab,cb->ca", x, w.T), 1),
+    (lambda x, w: jnp.broadcast_to(x, (3, 6, 5)) @ w, 3),
+    (scanned, 4),
+    (lambda x, w: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w + x @ w), 2),  # the longer way
+    (jax.value_and_grad(lambda x, w: (x @ w).sum(), (0, 1)), 3),
+    (jax.grad(lambda x, w: (x @ w).sum(), (0, 1)), 2),  # nobody asks for the sum
+    # The product is computed again for the sine behind it, and each of its two gradients is one more.
+    (jax.value_and_grad(jax.checkpoint(lambda x, w: jnp.sin(x @ w).sum()), (0, 1)), 4),
+  ],
+)
+def test_products_of_a_jaxpr(function, products):
+  assert floors.count_flops(function, X, W) == products * 2 * 6 * 5 * 7
+
+
+def test_a_loop_without_a_known_end_is_refused():
+  with pytest.raises(ValueError, match="while"):
+    floors.count_flops(lambda x, w: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w @ w.T, x), X, W)
+
+
+def test_a_model_has_the_flops_that_xla_counts():
+  # Wide enough for products to be most of the work.
+  record = cases.config_record(text={"hidden_size": 128, "intermediate_size": 256}, vision={"out_hidden_size": 128})
+  config = Qwen3VLConfig.from_dict(record)
+  # XLA counts the body of a scan once; with layers side by side there is none.
+  params = jax.eval_shape(lambda: model.separated(model.init_params(config, jax.random.key(0))))
+  prompts, _, _ = cases.make_prompts(config, [(40,), (33,)])
+  prefill = functools.partial(model.prefill, config)
+  counted = floors.count_flops(prefill, model.abstract_params(config), prompts)
+  # The rest is elementwise: norms, softmax, rotation.
+  assert 0.85 < counted / jax.jit(prefill).lower(params, prompts).compile().cost_analysis()["flops"] <= 1

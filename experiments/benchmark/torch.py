@@ -21,10 +21,11 @@ import numpy as np
 import torch
 import transformers
 
+from experiments.benchmark import peaks, step
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import side_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.planning import benchmark, chips
+from kepo_jax.planning.compile import special_tokens
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,7 +52,7 @@ def check_comparable(config: Any) -> None:
 class Rival:
   """The models and the batch of a benchmark in torch."""
 
-  def __init__(self, ours: benchmark.Benchmark, *, trl: bool = False):
+  def __init__(self, ours: step.Benchmark, *, trl: bool = False):
     """Makes random models of the same sizes.
 
     Args:
@@ -67,7 +68,7 @@ class Rival:
     self._threads = torch.get_num_threads()
     self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     self._config, self._sizes = ours.config, ours.sizes
-    self._special = benchmark.special_tokens(ours.configs["student"])
+    self._special = special_tokens(ours.configs["student"])
     self._samples = ours.config.batch.rollouts
     dtype = _DTYPES[ours.config.model.compute_dtype]
     self._autocast = dtype if dtype != torch.float32 else None
@@ -90,7 +91,7 @@ class Rival:
     model: Any = transformers.Qwen3VLForConditionalGeneration(record)
     return model.to(self._device, dtype).eval()
 
-  def _batch(self, ours: benchmark.Benchmark) -> dict[str, torch.Tensor]:
+  def _batch(self, ours: step.Benchmark) -> dict[str, torch.Tensor]:
     host = jax.tree.map(sharding.to_host, ours.prompts)
     config = ours.configs["student"]
     tokens = torch.tensor(np.array(host.tokens), dtype=torch.long)
@@ -178,7 +179,7 @@ class Rival:
     self._optimizer.step()
     self._optimizer.zero_grad()
 
-  def record(self, result: dict[str, Any], ours: benchmark.Benchmark) -> dict[str, Any]:
+  def record(self, result: dict[str, Any], ours: step.Benchmark) -> dict[str, Any]:
     """Medians of both, their ratios, and the rate of the same products in both frameworks.
 
     Args:
@@ -203,7 +204,7 @@ class Rival:
       "products": self._product_rates(ours),
     }
 
-  def _product_rates(self, ours: benchmark.Benchmark) -> dict[str, dict[str, float]]:
+  def _product_rates(self, ours: step.Benchmark) -> dict[str, dict[str, float]]:
     """FLOP/s of products of the shapes that sampling and the update are made of."""
     text = ours.configs["student"].text
     rows = ours.config.batch.prompts * self._samples
@@ -218,7 +219,7 @@ class Rival:
     }
     dtype = ours.config.model.compute_dtype
     return {
-      name: {"torch": self._product_rate(*shape, _DTYPES[dtype]), "ours": chips.product_rate(*shape, jnp.dtype(dtype))}
+      name: {"torch": self._product_rate(*shape, _DTYPES[dtype]), "ours": peaks.product_rate(*shape, jnp.dtype(dtype))}
       for name, shape in shapes.items()
     }
 

@@ -22,12 +22,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from experiments import environment
+from experiments.benchmark import step
 from kepo_jax import storage
-from kepo_jax.planning import benchmark, memory
+from kepo_jax.planning import memory
 from kepo_jax.reporting import progress
 from kepo_jax.types import RunPlan
 
-CONFIGS = pathlib.Path(__file__).parent / "configs"
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 with environment.flag_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", str(CONFIGS / "kepo.py"), "The experiment: a file of configs/.")
 _STUDENT = flags.DEFINE_string("student", "", "Sizes of the student; by default those of the config's.")
@@ -39,7 +40,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps, after one that compi
 _AGAINST = flags.DEFINE_enum(
   "against", "", ["", "transformers", "trl"], "Run the same step in torch as well, replicated as it would be there."
 )
-_STEPS = flags.DEFINE_integer("steps", 0, "Project the time of a run of so many steps; 0: of config.train.steps.")
+_STEPS = flags.DEFINE_integer("steps", 0, "Multiply a step's seconds by so many steps; 0: by config.train.steps.")
 _BEFORE = flags.DEFINE_string("before", "", "A file that --json wrote earlier, to print beside this run.")
 _JSON = flags.DEFINE_string("json", "", "File for the figures.")
 
@@ -54,10 +55,10 @@ def main(_: list[str]) -> None:
   config, sizes = _CONFIG.value, _sizes(_CONFIG.value)
   config.sampling.max_new_tokens = sizes.new_tokens
   student, teacher = (
-    benchmark.model_config(flag or configured)
+    step.model_sizes(flag or configured)
     for flag, configured in ((_STUDENT.value, config.model.student), (_TEACHER.value, config.model.teacher))
   )
-  ours = benchmark.Benchmark(config, student, teacher, sizes)
+  ours = step.Benchmark(config, student, teacher, sizes)
   rival = _rival(ours)
   with Progress(console=console, transient=True) as bar:
     task = bar.add_task("steps, the first one compiles", total=_REPEATS.value + 1)
@@ -81,12 +82,12 @@ def main(_: list[str]) -> None:
     storage.write_text(_JSON.value, json.dumps(result, indent=2) + "\n")
 
 
-def _sizes(config: Any) -> benchmark.Sizes:
-  return benchmark.Sizes(_IMAGE_TOKENS.value, _TEXT_TOKENS.value, _NEW_TOKENS.value or config.sampling.max_new_tokens)
+def _sizes(config: Any) -> step.Sizes:
+  return step.Sizes(_IMAGE_TOKENS.value, _TEXT_TOKENS.value, _NEW_TOKENS.value or config.sampling.max_new_tokens)
 
 
-def _rival(ours: benchmark.Benchmark) -> Any:
-  """The same step in torch, or None.
+def _rival(ours: step.Benchmark) -> Any:
+  """Makes the same step in torch, where it is asked for.
 
   Raises:
     ValueError: torch, transformers' torch models or trl are not installed.
@@ -94,22 +95,22 @@ def _rival(ours: benchmark.Benchmark) -> Any:
   if not _AGAINST.value:
     return None
   try:
-    from experiments import benchmark_torch  # torch is no dependency
+    from experiments.benchmark import torch  # is no dependency
   except ImportError as error:
     raise ValueError(
       f"--against={_AGAINST.value} needs torch: pip install -r requirements-oracle.txt ({error})"
     ) from None
-  return benchmark_torch.Rival(ours, trl=_AGAINST.value == "trl")
+  return torch.Rival(ours, trl=_AGAINST.value == "trl")
 
 
-def record(ours: benchmark.Benchmark, phases: list[benchmark.Phase]) -> dict[str, Any]:
-  """Everything that was measured, JSON-able."""
+def record(ours: step.Benchmark, phases: list[step.Phase]) -> dict[str, Any]:
+  """Collects everything that was measured, JSON-able."""
   config, chip = ours.config, ours.chip
-  figures = {phase.name: phase.figures(chip, ours.devices) for phase in phases}
-  peak, whose = benchmark.peak_bytes()
+  figures = {phase.name: phase.metrics(chip, ours.devices) for phase in phases}
+  peak, whose = step.peak_bytes()
   models, mesh = ours.configs | {"student": ours.adapted}, dict(ours.mesh.shape)
   plan = RunPlan(config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0)
-  step = sum(each["seconds"] for each in figures.values())
+  step_seconds = sum(phase["seconds"] for phase in figures.values())
   steps = _STEPS.value or config.train.steps
   return {
     "device": {
@@ -131,9 +132,9 @@ def record(ours: benchmark.Benchmark, phases: list[benchmark.Phase]) -> dict[str
     },
     "repeats": _REPEATS.value,
     "phases": figures,
-    "step_seconds": step,
-    "step_tokens_per_second": figures["sampling"]["tokens"] / step,
-    "projected": {"steps": steps, "seconds": steps * step},
+    "step_seconds": step_seconds,
+    "step_tokens_per_second": figures["sampling"]["tokens"] / step_seconds,
+    "run": {"steps": steps, "seconds": steps * step_seconds},
     "peak_bytes": peak,
     "peak_of": whose,
     "planned_bytes": memory.estimate(plan)["peak"],
@@ -141,7 +142,7 @@ def record(ours: benchmark.Benchmark, phases: list[benchmark.Phase]) -> dict[str
 
 
 def phase_table(result: dict[str, Any]) -> Table:
-  """Seconds, rates, utilisation, floor and gap of each phase."""
+  """Lists seconds, rates, utilisation, floor and gap of each phase."""
   batch, device = result["batch"], result["device"]
   table = Table(
     title=f"{batch['prompts']} prompts x {batch['rollouts']} rollouts; {batch['image_tokens']} image, "
@@ -167,7 +168,7 @@ def phase_table(result: dict[str, Any]) -> Table:
 
 
 def ratio_table(against: dict[str, Any]) -> Table:
-  """How many times as long torch takes, and what both frameworks reach in the same products."""
+  """Shows how many times as long torch takes, and what both reach in the same products."""
   table = Table(title=f"against {against['name']}; {against['threads']} threads; turns taken alternately")
   for name in ("", "torch s", "ours s", "ratio"):
     table.add_column(name, justify="left" if not name else "right")
@@ -183,7 +184,7 @@ def ratio_table(against: dict[str, Any]) -> Table:
 
 
 def before_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
-  """Seconds of each phase in an earlier record, in this one, and its floor."""
+  """Compares the seconds of each phase with an earlier record and with its floor."""
   table = Table(title="before, after, floor")
   for name in ("phase", "before s", "after s", "floor s", "before / after", "after / floor"):
     table.add_column(name, justify="left" if name == "phase" else "right")
@@ -195,12 +196,12 @@ def before_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-  """What is true of the whole step."""
-  device, projected = result["device"], result["projected"]
+  """Sums up the whole step."""
+  device, run = result["device"], result["run"]
   source = "measured here" if device["measured"] else "data sheet"
   return [
     f"a step: {result['step_seconds']:.2f} s, {result['step_tokens_per_second']:,.0f} completion tokens/s; "
-    f"{projected['steps']} of them: {projected['seconds'] / 60:.1f} min, evaluations and checkpoints not counted",
+    f"{run['steps']} of them: {run['seconds'] / 60:.1f} min, evaluations and checkpoints not counted",
     f"peaks ({source}): {device['flops'] / 1e12:.3g} TFLOP/s, {device['bandwidth'] / 1e9:,.0f} GB/s",
     f"memory: peak {result['peak_bytes'] / 1e9:.2f} GB {result['peak_of']}, "
     f"planned {result['planned_bytes'] / 1e9:.2f} GB per device",

@@ -5,8 +5,8 @@ import jax
 import pytest
 from absl import flags
 
+from experiments.benchmark import floors, step
 from experiments.configs import kepo, kepo_eq7
-from kepo_jax.planning import benchmark, floors
 
 SMALL = ("--image_tokens=4", "--text_tokens=6", "--new_tokens=2", "--repeats=1")
 
@@ -16,7 +16,7 @@ def run(program, tmp_path, capsys):
   """`run(*flags, **fields of the models)`: what the entry point prints, and the record that it writes."""
 
   def call(*more, **model):
-    entry, file = program("experiments.benchmark"), tmp_path / "figures.json"
+    entry, file = program("experiments.benchmark.__main__"), tmp_path / "figures.json"
     flags.FLAGS(["benchmark", *SMALL, f"--json={file}", *more])
     entry._CONFIG.value.update({"batch": {"prompts": 4}, "mesh": {"data": 1}, "model": model})
     entry.main([])
@@ -32,11 +32,11 @@ def test_a_step_beside_its_floors_and_an_earlier_one(run, tmp_path):
   config = kepo_eq7.get_config()  # three models, here of one size
   options = {"teacher": config.model.student, "lora_rank": 2, "teacher_memory": "host", "remat": "full"}
   printed, record = run(f"--config={kepo_eq7.__file__}", f"--before={earlier}", "--steps=7", **options)
-  phases, step = record["phases"], record["step_seconds"]
+  phases, seconds = record["phases"], record["step_seconds"]
   assert list(phases) == ["decode weights", "sampling", "hints", "candidates", "scoring", "update"]
-  assert step == pytest.approx(sum(phase["seconds"] for phase in phases.values()))
-  assert record["step_tokens_per_second"] == pytest.approx(4 * 8 * 2 / step)
-  assert record["projected"] == {"steps": 7, "seconds": pytest.approx(7 * step)}
+  assert seconds == pytest.approx(sum(phase["seconds"] for phase in phases.values()))
+  assert record["step_tokens_per_second"] == pytest.approx(4 * 8 * 2 / seconds)
+  assert record["run"] == {"steps": 7, "seconds": pytest.approx(7 * seconds)}
   for phase in phases.values():
     assert phase["floor_seconds"] > 0
     assert phase["flops_utilisation"] == pytest.approx(phase["flops"] / record["device"]["flops"] / phase["seconds"])
@@ -44,16 +44,16 @@ def test_a_step_beside_its_floors_and_an_earlier_one(run, tmp_path):
   # A quarter of the prompts is asked for hints.
   tokens = {"sampling": 4 * 8 * 2, "hints": 1 * explored.hint_tokens, "candidates": 1 * explored.replacements * 2}
   assert {name: phases[name]["tokens"] for name in tokens} == tokens
-  student = benchmark.model_config(config.model.student)
-  prompts = benchmark.made_up_prompts(student, 4, benchmark.Sizes(4, 6, 2))
+  student = step.model_sizes(config.model.student)
+  prompts = step.made_up_prompts(student, 4, step.Sizes(4, 6, 2))
   one = floors.scoring(student, "float32", prompts, jax.ShapeDtypeStruct((4, 8, 2), "int32"))
   assert phases["scoring"]["flops"] == 2 * one.flops  # a teacher and a reference
   assert any("1000.000" in line for line in printed.splitlines() if "update" in line)
 
 
 def test_torch_is_asked_for_by_name(run, monkeypatch):
-  monkeypatch.setitem(sys.modules, "experiments.benchmark_torch", None)
-  monkeypatch.setattr(benchmark, "Benchmark", lambda *_: None)
+  monkeypatch.setitem(sys.modules, "experiments.benchmark.torch", None)
+  monkeypatch.setattr(step, "Benchmark", lambda *_: None)
   with pytest.raises(ValueError, match="--against=trl needs torch: pip install -r requirements-oracle.txt"):
     run("--against=trl")
 
@@ -74,19 +74,19 @@ def test_the_same_step_in_torch(run, against):
 
 @pytest.mark.parity
 def test_what_torch_does_not_make_is_not_compared_and_a_frozen_tower_is_frozen_there_too(program):
-  program("experiments.benchmark")
-  from experiments import benchmark_torch
+  program("experiments.benchmark.__main__")
+  from experiments.benchmark import torch
 
   config = kepo.get_config()
   for field, value, way_out in [("model.lora_rank", 4, 0), ("objective.reference_weight", 0.1, 0.0)]:
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=f"{field}={value} in torch; pass --config.{field}={way_out:g}"):
-      benchmark_torch.check_comparable(config)
+      torch.check_comparable(config)
     config.update_from_flattened_dict({field: way_out})
   config.model.freeze_vision, config.mesh.data = True, 1
   config.batch.prompts, config.batch.rollouts, config.sampling.max_new_tokens = 2, 2, 2
   config.objective.distill_weight = config.exploration.rounds = config.exploration.replacements = 0
-  student = benchmark.model_config(config.model.student)
-  rival = benchmark_torch.Rival(benchmark.Benchmark(config, student, student, benchmark.Sizes(4, 6, 2)))
+  student = step.model_sizes(config.model.student)
+  rival = torch.Rival(step.Benchmark(config, student, student, step.Sizes(4, 6, 2)))
   frozen = {name for name, weight in rival._student.named_parameters() if not weight.requires_grad}
   assert frozen and all(name.startswith("model.visual.") for name in frozen)

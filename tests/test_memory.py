@@ -1,11 +1,11 @@
-from kepo_jax.planning import resident
+from kepo_jax import memory
 
 
 def test_the_figure_of_proc_is_read_and_without_it_that_of_getrusage(monkeypatch, tmp_path):
-  exact = resident.peak_resident_bytes()
+  exact = memory.peak_resident_bytes()
   assert exact > 1e7
-  monkeypatch.setattr(resident, "_STATUS", tmp_path / "status")
-  assert resident.peak_resident_bytes() >= 0.99 * exact  # inherited over exec, so no smaller
+  monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+  assert memory.peak_resident_bytes() >= 0.99 * exact  # inherited over exec, so no smaller
   # VmHWM is the most that this process held, whoever started it; see proc_pid_status(5).
   (tmp_path / "status").write_text("Name:\tpython\nVmPeak:\t   300 kB\nVmHWM:\t   200 kB\nVmRSS:\t   100 kB\n")
-  assert resident.peak_resident_bytes() == 200 * 1024
+  assert memory.peak_resident_bytes() == 200 * 1024

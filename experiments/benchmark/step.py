@@ -1,4 +1,4 @@
-"""The phases of a training step on random weights and made-up prompts of given sizes, timed beside their floors.
+"""Times the phases of a training step on random weights and made-up prompts, beside their floors.
 
 The programs are those of training. Weights are random, since time does not depend on them, and no completion may end,
 so that every run does the same work.
@@ -7,18 +7,20 @@ so that every run does the same work.
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
+from experiments.benchmark import floors, peaks
+from kepo_jax import memory as process_memory
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import model, positions
-from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig, TextConfig, VisionConfig
-from kepo_jax.planning import chips, floors, resident
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
+from kepo_jax.planning import chips, memory
+from kepo_jax.planning.compile import special_tokens
 from kepo_jax.training import assembly, checks, programs, setup
 from kepo_jax.types import Experience, Prompts, VisionInputs
 
@@ -51,21 +53,11 @@ MEDIUM = Qwen3VLConfig(
   vision_start_token_id=7,
   vision_end_token_id=8,
 )
-MODELS: Mapping[str, Qwen3VLConfig] = SIZES | {"medium": MEDIUM}
 
 
-def model_config(name: str) -> Qwen3VLConfig:
-  """The sizes of a checkpoint folder, or of the model of `MODELS` with which the last part of a name begins.
-
-  Raises:
-    ValueError: neither, or the folder's config.json is not a Qwen3-VL's.
-  """
-  if (epath.Path(name) / "config.json").exists():
-    return Qwen3VLConfig.from_directory(name)
-  known = [config for size, config in MODELS.items() if name.split("/")[-1].startswith(size)]
-  if not known:
-    raise ValueError(f"{name!r} is neither a folder with a config.json nor one of {sorted(MODELS)}.")
-  return known[0]
+def model_sizes(name: str) -> Qwen3VLConfig:
+  """`memory.model_sizes`, which does not know "medium"."""
+  return MEDIUM if name == "medium" else memory.model_sizes(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,30 +69,8 @@ class Sizes:
   new_tokens: int  # tokens of a completion
 
 
-@dataclasses.dataclass(frozen=True)
-class SpecialTokens:
-  """What programs read of a processor; the one end token is banned."""
-
-  allowed: np.ndarray  # bool[V]
-  end_ids: tuple[int, ...]
-  pad_id: int
-
-
-def special_tokens(config: Qwen3VLConfig) -> Any:
-  """`SpecialTokens` in the place of a processor: all may be sampled but the end token and the vision specials."""
-  end = pad = 0
-  allowed = np.ones(config.text.vocab_size, bool)
-  allowed[[end, *_specials(config)]] = False
-  return SpecialTokens(allowed=allowed, end_ids=(end,), pad_id=pad)
-
-
-def _specials(config: Qwen3VLConfig) -> list[int]:
-  names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-  return [getattr(config, name) for name in names]
-
-
 def made_up_prompts(config: Qwen3VLConfig, count: int, sizes: Sizes) -> Prompts:
-  """Host arrays of `count` prompts, each with one image of random patches, and random text.
+  """Makes host arrays of `count` prompts, each with one image of random patches, and random text.
 
   Raises:
     ValueError: too few text tokens to mark the image.
@@ -148,7 +118,7 @@ def _no_tables() -> dict[str, np.ndarray]:
 
 
 def random_weights(config: Qwen3VLConfig, mesh: jax.sharding.Mesh, dtype: Any, seed: int) -> Any:
-  """Random parameters in the train layout."""
+  """Draws random parameters in the train layout."""
   shardings = sharding.weight_shardings(mesh, model.abstract_params(config), model.logical_axes(config))
   # The generator of the hardware: threefry for 32 billion numbers takes longer than all else here.
   key = jax.random.key(seed, impl="unsafe_rbg")
@@ -170,8 +140,8 @@ class Phase:
     """Median seconds."""
     return statistics.median(self.seconds)
 
-  def figures(self, chip: chips.Chip, devices: int) -> dict[str, float]:
-    """Everything that is printed of a phase, as numbers."""
+  def metrics(self, chip: chips.Chip, devices: int) -> dict[str, float]:
+    """Returns everything that is printed of a phase."""
     return {
       "seconds": self.median,
       "fastest": min(self.seconds),
@@ -216,7 +186,7 @@ class Benchmark:
     if config.objective.reference_weight:
       self.configs["reference"] = student
     dtype = jnp.dtype(config.model.compute_dtype)
-    self.chip, self.devices = chips.chip_of(jax.local_devices()[0], dtype), self.mesh.size
+    self.chip, self.devices = peaks.chip_of(jax.local_devices()[0], dtype), self.mesh.size
     self._special = special_tokens(student)
     self.models = {role: self._model(role, seed) for seed, role in enumerate(self.configs)}
     self.adapted = self.models["student"].config  # the student with its matrices of LoRA, if it has some
@@ -257,8 +227,8 @@ class Benchmark:
     return list(phases.values())
 
   def _turn(self, turn: int) -> Iterator[tuple[str, float]]:
-    """One step; yields the name and the seconds of each of its phases."""
-    key, timed = jax.random.key(turn), chips.timed
+    """Runs one step; yields the name and the seconds of each of its phases."""
+    key, timed = jax.random.key(turn), peaks.timed
     with jax.set_mesh(self.mesh):
       actor, seconds = timed(self.programs.decode_weights, self.state.params)
       yield "decode weights", seconds
@@ -285,7 +255,7 @@ class Benchmark:
     return config.batch.prompts * config.batch.rollouts * self.sizes.new_tokens
 
   def _experience(self, rollouts: Any) -> Experience:
-    """Every rollout with an advantage, all of them distilled."""
+    """Gives every rollout an advantage, and distills all of them."""
     rows = rollouts.tokens.shape[:2]
     rng = np.random.default_rng(0)
     on_rows = {
@@ -299,7 +269,7 @@ class Benchmark:
     return Experience(prompts=self.prompts, tokens=rollouts.tokens, mask=rollouts.mask, logps=rollouts.logps, **placed)
 
   def work(self) -> dict[str, floors.Work]:
-    """What each phase has to do at least."""
+    """Counts what each phase has to do at least."""
     # Counted in the plain form: what is inside a fused kernel is not seen.
     config, student = self.config, self.configs["student"]
     adapted = dataclasses.replace(self.adapted, attention="plain")
@@ -333,9 +303,9 @@ class Benchmark:
 
 
 def peak_bytes() -> tuple[float, str]:
-  """Most memory in use until now, of the fullest device, and what it is."""
+  """Returns the most memory in use until now, and whose it is."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
   if peaks and jax.default_backend() != "cpu":
     return float(max(peaks)), "of the fullest device"
-  return float(resident.peak_resident_bytes()), "of the process"
+  return float(process_memory.peak_resident_bytes()), "of the process"
