@@ -15,7 +15,6 @@ libtpu is another one, or with --again. Models are folders with a config.json, o
 with; batches fill the second bucket of prompts and the first one of images. docs/pods.md explains the figures.
 """
 
-import copy
 import hashlib
 import importlib.metadata
 import itertools
@@ -32,9 +31,10 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import environment
+from experiments import environment, settings
 from experiments.configs import kepo_medvqa
 from kepo_jax import storage
+from kepo_jax.config import Config
 from kepo_jax.planning import compile as compiler
 from kepo_jax.planning import memory
 from kepo_jax.reporting import progress
@@ -80,9 +80,8 @@ PLANS: dict[str, dict[str, Any]] = {
 
 def main(_: list[str]) -> None:
   """Prints the plan that the flags describe."""
-  config = _CONFIG.value
-  config.model.student = _STUDENT.value or config.model.student
-  config.model.teacher = _TEACHER.value or config.model.teacher
+  named = {"model.student": _STUDENT.value, "model.teacher": _TEACHER.value}
+  config = settings.typed(_CONFIG.value).replace({name: value for name, value in named.items() if value})
   if not (_TABLE.value or _TOPOLOGY.value):
     config.validate()
     print(estimates(config, compare=_COMPARE.value))
@@ -97,7 +96,7 @@ def main(_: list[str]) -> None:
     plan_one(config, compiler.topology(_TOPOLOGY.value, _SLICES.value), console)
 
 
-def estimates(config: Any, *, compare: bool) -> str:
+def estimates(config: Config, *, compare: bool) -> str:
   """Markdown of the estimate in GB; a teacher in host memory has no place in its column.
 
   Args:
@@ -107,19 +106,12 @@ def estimates(config: Any, *, compare: bool) -> str:
   rows = []
   options: dict[str, dict[str, Any]] = {"as configured": {}} | (OPTIONS if compare else {})
   for name, fields in options.items():
-    parts = memory.estimate(memory.plan(changed(config, fields)))
+    parts = memory.estimate(memory.plan(config.replace(fields)))
     rows.append([name, *(f"{parts[part] / 1e9:.1f}" if part in parts else "" for part in COLUMNS)])
   return markdown(["", *COLUMNS], rows)
 
 
-def changed(config: Any, fields: dict[str, Any]) -> Any:
-  """Copies a config with other values of fields such as "batch.prompts"."""
-  config = copy.deepcopy(config)
-  config.update_from_flattened_dict(fields)
-  return config
-
-
-def plan_one(config: Any, topology: compiler.Topology, console: Console) -> None:
+def plan_one(config: Config, topology: compiler.Topology, console: Console) -> None:
   """Prints one plan and keeps its figures; where it does not fit, suggests a change and exits with status 3."""
   plan = compiled(config, topology, console)
   result = compiler.record(config, plan)
@@ -138,7 +130,7 @@ def keep(result: dict[str, Any]) -> None:
     storage.write_text(_JSON.value, json.dumps(result, indent=2) + "\n")
 
 
-def compiled(config: Any, topology: compiler.Topology, console: Console) -> compiler.Plan:
+def compiled(config: Config, topology: compiler.Topology, console: Console) -> compiler.Plan:
   """Compiles the programs of a config for a topology, showing how far it is."""
   with console.status(f"compiling for {topology.label}"):
 
@@ -148,7 +140,7 @@ def compiled(config: Any, topology: compiler.Topology, console: Console) -> comp
     return compiler.plan(config, topology, seen)
 
 
-def suggested(config: Any, plan: compiler.Plan, console: Console) -> dict[str, Any] | None:
+def suggested(config: Config, plan: compiler.Plan, console: Console) -> dict[str, Any] | None:
   """Compiles the smallest changes that should make a run fit, and returns the first that does; None: none was found."""
   topology, tries = plan.topology, 0
   for fields, smaller in itertools.islice(should_fit(config, plan), _TRIES):
@@ -164,19 +156,19 @@ def suggested(config: Any, plan: compiler.Plan, console: Console) -> dict[str, A
   return None
 
 
-def should_fit(config: Any, plan: compiler.Plan) -> Iterator[tuple[dict[str, Any], Any]]:
+def should_fit(config: Config, plan: compiler.Plan) -> Iterator[tuple[dict[str, Any], Any]]:
   """Yields the changes that should make a plan fit, by the estimate from shapes."""
   devices, slices = len(plan.topology.devices), plan.topology.slices
   now = memory.estimate(memory.plan(config, devices=devices))["peak"]
   # The estimate is off by what the compiler shows, where everything compiled.
   factor = 1.0 if plan.failures else plan.peak / now
   for fields in smaller_fields(config, devices, slices):
-    smaller = changed(config, fields)
+    smaller = config.replace(fields)
     if factor * memory.estimate(memory.plan(smaller, devices=devices))["peak"] <= plan.limit:
       yield fields, smaller
 
 
-def smaller_fields(config: Any, devices: int, slices: int = 1) -> Iterator[dict[str, Any]]:
+def smaller_fields(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, Any]]:
   """Yields changes that make a run smaller on each device, the least first.
 
   Args:
@@ -283,7 +275,7 @@ def kept_plans(console: Console) -> Iterator[dict[str, Any]]:
   folder.mkdir(parents=True, exist_ok=True)
   for name, fields in PLANS.items():
     path = folder / (name.replace(" ", "").replace(":", "_") + ".json")
-    config = changed(kepo_medvqa.get_config(), fields)
+    config = settings.typed(kepo_medvqa.get_config()).replace(fields)
     made_with = origin(config)
     kept = json.loads(path.read_text()) if path.exists() and not _AGAIN.value else {}
     if kept.get("made_with") == made_with:
@@ -294,10 +286,10 @@ def kept_plans(console: Console) -> Iterator[dict[str, Any]]:
     yield kept
 
 
-def origin(config: Any) -> dict[str, str]:
+def origin(config: Config) -> dict[str, str]:
   """Says what a plan depends on, but for the code of kepo_jax: versions, and a digest of the config."""
   versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-  return versions | {"config": hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:16]}
+  return versions | {"config": hashlib.sha256(config.to_json().encode()).hexdigest()[:16]}
 
 
 def table(records: list[dict[str, Any]]) -> str:

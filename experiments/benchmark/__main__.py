@@ -21,9 +21,10 @@ from ml_collections import config_flags
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments import environment
+from experiments import environment, settings
 from experiments.benchmark import step
 from kepo_jax import storage
+from kepo_jax.config import Config
 from kepo_jax.planning import memory
 from kepo_jax.reporting import progress
 from kepo_jax.types import RunPlan
@@ -52,8 +53,8 @@ def main(_: list[str]) -> None:
   environment.prepare()
   console = progress.terminal(width=_WIDTH)
   before = json.loads(pathlib.Path(_BEFORE.value).read_text()) if _BEFORE.value else None
-  config, sizes = _CONFIG.value, _sizes(_CONFIG.value)
-  config.sampling.max_new_tokens = sizes.new_tokens
+  sizes = _sizes(settings.typed(_CONFIG.value))
+  config = settings.typed(_CONFIG.value).replace({"sampling.max_new_tokens": sizes.new_tokens})
   student, teacher = (
     step.model_sizes(flag or configured)
     for flag, configured in ((_STUDENT.value, config.model.student), (_TEACHER.value, config.model.teacher))
@@ -82,7 +83,7 @@ def main(_: list[str]) -> None:
     storage.write_text(_JSON.value, json.dumps(result, indent=2) + "\n")
 
 
-def _sizes(config: Any) -> step.Sizes:
+def _sizes(config: Config) -> step.Sizes:
   return step.Sizes(_IMAGE_TOKENS.value, _TEXT_TOKENS.value, _NEW_TOKENS.value or config.sampling.max_new_tokens)
 
 

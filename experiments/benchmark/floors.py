@@ -56,7 +56,7 @@ def copying(config: Qwen3VLConfig, params: Any, dtype: Any) -> Work:
 def sampling(
   config: Qwen3VLConfig, dtype: Any, prompts: Prompts, *, samples: int, new_tokens: int, chip: Chip, devices: int
 ) -> Work:
-  """Counts prompts once, then a token at a time, which reads the decoder, the prompts' cache and what is sampled so far.
+  """Counts prompts once, then a token at a time, which reads the decoder, the cache of prompts and what is sampled.
 
   Args:
     config: of the model.

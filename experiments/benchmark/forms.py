@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import environment
+from experiments import environment, settings
 from experiments.benchmark import floors, peaks
 from experiments.benchmark import step as benchmark_step
 from experiments.configs import kepo
 from kepo_jax import storage
+from kepo_jax.config import Config
 from kepo_jax.models import scoring
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.objectives import losses
@@ -36,7 +37,7 @@ from kepo_jax.types import Experience
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed turns.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", "", "File for the figures.")
 
-CHUNK = kepo.get_config().objective.chunk
+CHUNK = Config().objective.chunk
 
 
 def main(_: list[str]) -> None:
@@ -137,11 +138,13 @@ def update_flops(
 ) -> dict[str, float]:
   """FLOPs of the gradients of one group that shares its prompt, and of rows with a prompt each."""
   student = benchmark_step.model_sizes(size)
-  config = kepo.get_config()
+  config = settings.typed(kepo.get_config())
   token_loss = assembly.token_loss(config, special_tokens(student))
-  settings = inputs.UpdateSettings(compute_dtype=jnp.bfloat16, chunk=CHUNK)
+  update_settings = inputs.UpdateSettings(compute_dtype=jnp.bfloat16, chunk=CHUNK)
   params = model.abstract_params(student)
-  make, gradients = (function(student, token_loss, settings) for function in (inputs.make_inputs, step.make_gradients))
+  make, gradients = (
+    function(student, token_loss, update_settings) for function in (inputs.make_inputs, step.make_gradients)
+  )
 
   def count(prompts: int, each: int) -> float:
     rows = (prompts, each, sizes.new_tokens)

@@ -17,6 +17,7 @@ import numpy as np
 from experiments.benchmark import floors, peaks
 from kepo_jax import memory as process_memory
 from kepo_jax import sharding
+from kepo_jax.config import Config
 from kepo_jax.models.qwen3_vl import model, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from kepo_jax.planning import chips, memory
@@ -160,7 +161,7 @@ class Phase:
 class Benchmark:
   """One training step of a config, phase by phase."""
 
-  def __init__(self, config: Any, student: Qwen3VLConfig, teacher: Qwen3VLConfig, sizes: Sizes):
+  def __init__(self, config: Config, student: Qwen3VLConfig, teacher: Qwen3VLConfig, sizes: Sizes):
     """Makes weights, prompts and programs.
 
     Args:

@@ -23,6 +23,7 @@ import transformers
 
 from experiments.benchmark import peaks, step
 from kepo_jax import sharding
+from kepo_jax.config import Config
 from kepo_jax.models.qwen3_vl import side_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.planning.compile import special_tokens
@@ -30,7 +31,7 @@ from kepo_jax.planning.compile import special_tokens
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_comparable(config: Any) -> None:
+def check_comparable(config: Config) -> None:
   """Refuses a comparison in which one side would do work that the other is spared.
 
   Args:
@@ -255,7 +256,7 @@ def _plain_loss(
   return loss + jsd.mean()
 
 
-def _trl_loss(config: Any) -> Callable[..., torch.Tensor]:
+def _trl_loss(config: Config) -> Callable[..., torch.Tensor]:
   """GRPO as TRL's trainer computes it, plus the JSD of its GKD trainer."""
   from trl import GRPOTrainer
   from trl.experimental.gkd.gkd_trainer import GKDTrainer

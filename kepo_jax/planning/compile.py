@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from kepo_jax import sampling, sharding
+from kepo_jax.config import Config
 from kepo_jax.data import pipeline
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -257,7 +258,7 @@ class Lengths:
   patches: int  # rows per image
 
 
-def usual_lengths(config: Any) -> Lengths:
+def usual_lengths(config: Config) -> Lengths:
   """Takes what `memory.estimate` assumes: the second bucket of prompts, the next with a hint, the first of images."""
   buckets = config.data.prompt_buckets
   usual = min(1, len(buckets) - 1)
@@ -267,7 +268,7 @@ def usual_lengths(config: Any) -> Lengths:
 class AbstractRun:
   """A run of a config on the devices of a mesh that may not be here, made of shapes."""
 
-  def __init__(self, config: Any, models: Mapping[str, Qwen3VLConfig], mesh: jax.sharding.Mesh, lengths: Lengths):
+  def __init__(self, config: Config, models: Mapping[str, Qwen3VLConfig], mesh: jax.sharding.Mesh, lengths: Lengths):
     """Builds its programs; nothing compiles yet.
 
     Args:
@@ -433,7 +434,7 @@ def token_turns(tokens: int) -> tuple[int, ...]:
   return tuple(after - before for before, after in zip((1, *lengths), lengths, strict=False))
 
 
-def plan(config: Any, topology: Topology, compiled: Callable[[str, float], None]) -> Plan:
+def plan(config: Config, topology: Topology, compiled: Callable[[str, float], None]) -> Plan:
   """Compiles a training step of a config for a topology.
 
   Args:
@@ -449,7 +450,7 @@ def plan(config: Any, topology: Topology, compiled: Callable[[str, float], None]
   return AbstractRun(config, models, mesh, usual_lengths(config)).plan(topology, compiled)
 
 
-def record(config: Any, plan: Plan) -> dict[str, Any]:
+def record(config: Config, plan: Plan) -> dict[str, Any]:
   """Everything about a plan, JSON-able."""
   chip = plan.topology.chip
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from kepo_jax import sampling, sharding
+from kepo_jax.config import Config
 from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig
 from kepo_jax.training import assembly
@@ -115,7 +116,7 @@ def model_sizes(name: str) -> Qwen3VLConfig:
   return known[0]
 
 
-def plan(config: Any, *, devices: int = 1) -> RunPlan:
+def plan(config: Config, *, devices: int = 1) -> RunPlan:
   """Makes what a run of a config would show before its first step; nothing is loaded.
 
   Args:
@@ -178,7 +179,7 @@ class _BatchShape:
   new_tokens: int
 
 
-def _training_shape(config: Any, mesh: dict[str, int]) -> _BatchShape:
+def _training_shape(config: Config, mesh: dict[str, int]) -> _BatchShape:
   batch, data = config.batch, config.data
   rows = math.ceil(batch.prompts * batch.rollouts / (mesh["data"] * mesh["fsdp"]))
   return _BatchShape(
@@ -192,7 +193,7 @@ def _training_shape(config: Any, mesh: dict[str, int]) -> _BatchShape:
   )
 
 
-def _evaluation_shape(config: Any, mesh: dict[str, int]) -> _BatchShape:
+def _evaluation_shape(config: Config, mesh: dict[str, int]) -> _BatchShape:
   """One completion per question; where questions do not divide over the devices, several hold the same ones."""
   asked = config.eval.prompts
   split = next(n for n in (mesh["data"] * mesh["fsdp"], mesh["data"], 1) if asked % n == 0)

@@ -10,8 +10,8 @@ from rich.console import Console
 from experiments.configs import kepo_medvqa
 from kepo_jax.planning import chips, hlo, memory
 from kepo_jax.planning import compile as compiler
-from kepo_jax.training import checks
 from tests.conftest import ROOT
+from tests.training.runs import changed
 
 PLACE = compiler.Topology("v5e:4x4", 2, tuple(range(32)), chips.CHIPS["TPU v5e"])
 
@@ -47,7 +47,7 @@ def plan_of(*programs, **failures):
 
 
 def test_without_a_topology_the_estimate_of_every_option_is_printed(run_main, plan, capsys):
-  config = kepo_medvqa.get_config()
+  config = changed(kepo_medvqa)
   run_main("--compare")
   header, _, *rows = (line.split(" | ") for line in capsys.readouterr().out.strip().splitlines())
   assert [row[0].strip("| ") for row in rows] == ["as configured", *plan.OPTIONS]
@@ -84,8 +84,7 @@ def test_tables_show_totals_with_all_code_and_the_highest_floor(plan):
 
 
 def test_a_suggestion_is_compiled_before_it_is_made(plan, monkeypatch):
-  config = kepo_medvqa.get_config()
-  config.mesh.data = 32
+  config = changed(kepo_medvqa, mesh__data=32)
   for now, later, expected in [
     (14e9, [15e9, 9e9], "fits with --config."),
     (14e9, [15e9, 15e9, 15e9], "none of the 3 changes that were tried is enough; take more chips"),
@@ -100,7 +99,7 @@ def test_a_suggestion_is_compiled_before_it_is_made(plan, monkeypatch):
 
 
 def test_the_first_suggestion_is_the_smallest_change_that_should_fit(plan, monkeypatch):
-  config = plan.changed(kepo_medvqa.get_config(), {"mesh.data": 32})
+  config = changed(kepo_medvqa).replace({"mesh.data": 32})
   monkeypatch.setattr(plan.memory, "estimate", lambda run: {"peak": 4e9 / run.config.batch.micro_batches})
   # The compiler needs 10 times the estimate; 85 % of 16 GB are 13.6.
   suggestions = plan.should_fit(config, plan_of(program_of(4e10)))
@@ -109,11 +108,11 @@ def test_the_first_suggestion_is_the_smallest_change_that_should_fit(plan, monke
 
 
 def test_changes_keep_the_number_of_devices_and_leave_each_slice_its_share_of_data(plan):
-  config = plan.changed(kepo_medvqa.get_config(), {"mesh.data": 8})
+  config = changed(kepo_medvqa).replace({"mesh.data": 8})
   for slices in (1, 2):
     meshes = []
     for fields in plan.smaller_fields(config, 8, slices):
-      mesh = plan.changed(config, fields).mesh
+      mesh = config.replace(fields).mesh
       assert mesh.data * mesh.fsdp * mesh.tensor == 8, fields
       meshes += [mesh.data] if "mesh.data" in fields else []
     assert min(meshes) == slices and all(data % slices == 0 for data in meshes)
@@ -152,6 +151,6 @@ def test_a_kept_plan_is_made_again_if_what_it_depends_on_has_changed(plan, run_m
 
 def test_every_plan_of_the_table_is_a_run(plan):
   for name, fields in plan.PLANS.items():
-    config = plan.changed(kepo_medvqa.get_config(), fields)
-    checks.check_config(config)
+    config = changed(kepo_medvqa).replace(fields)
+    config.validate()
     assert config.batch.prompts % config.batch.micro_batches == 0, name

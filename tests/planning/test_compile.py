@@ -12,16 +12,16 @@ import pytest
 
 from experiments.benchmark import floors
 from experiments.benchmark.step import MEDIUM
-from experiments.configs import kepo_medvqa
+from experiments.configs import kepo, kepo_medvqa
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import SIZES
 from kepo_jax.planning import chips, hlo
 from kepo_jax.planning import compile as compiler
 from kepo_jax.training import assembly, compiling
-from tests.planning import test_memory
 from tests.planning.test_memory import compiled_by, updated, with_text
 from tests.test_torus import busiest_link
+from tests.training.runs import changed
 
 AXES = sharding.MESH_AXES
 LENGTHS = compiler.Lengths(prompt_tokens=64, hinted_tokens=128, patches=64)
@@ -31,7 +31,7 @@ LARGE = 64 * 2**20  # bytes from which on an array should not lie whole on every
 
 
 def config_of(**changes):
-  return test_memory.changed(**{"sampling__max_new_tokens": 32, "exploration__hint_tokens": 8} | changes)
+  return changed(kepo, **{"sampling__max_new_tokens": 32, "exploration__hint_tokens": 8} | changes)
 
 
 def run_of(mesh, **changes):
@@ -210,8 +210,7 @@ def test_prompts_that_do_not_divide_gather_no_weight_and_are_not_repeated(mesh_o
 
 
 def paper_run(mesh, prompts):
-  config = kepo_medvqa.get_config()
-  config.batch.prompts = prompts
+  config = changed(kepo_medvqa, batch__prompts=prompts)
   models = {"student": SIZES["Qwen3-VL-2B"], "teacher": SIZES["Qwen3-VL-32B"]}
   return compiler.AbstractRun(config, models, mesh, LENGTHS)
 
@@ -260,7 +259,7 @@ def test_copies_and_scores_are_cut_as_far_as_the_table_says(run):
 
 def test_lengths_and_turns_of_a_run():
   assert [compiler.token_turns(tokens) for tokens in (24, 256, 1024)] == [(23,), (255,), (255, 256, 256, 256)]
-  assert compiler.usual_lengths(kepo_medvqa.get_config()) == compiler.Lengths(512, 1024, 576)
+  assert compiler.usual_lengths(changed(kepo_medvqa)) == compiler.Lengths(512, 1024, 576)
   assert compiler.usual_lengths(config_of(data__prompt_buckets=(64,))) == compiler.Lengths(64, 64, 64)
   special = compiler.special_tokens(EVEN)
   assert not special.allowed[[*special.end_ids, 5, 6, 7, 8]].any() and special.allowed.sum() == 1024 - 5
@@ -347,7 +346,7 @@ def test_a_step_compiles_for_tpus():
   place = compiler.topology("v5e:2x2", 2)
   fields = {f"mesh__{axis}": 2 for axis in AXES} | {"log__gradients_every": 0}
   fields |= {"model__compute_dtype": "bfloat16", "model__teacher_dtype": "bfloat16", "model__remat": "full"}
-  config = test_memory.changed(**fields)
+  config = changed(kepo, **fields)
   text = dataclasses.replace(MEDIUM.text, num_hidden_layers=2, vocab_size=2048)
   vision = dataclasses.replace(MEDIUM.vision, depth=2, deepstack_visual_indexes=(0,))
   small = dataclasses.replace(MEDIUM, text=text, vision=vision)

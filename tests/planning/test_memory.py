@@ -14,6 +14,7 @@ from kepo_jax.models.qwen3_vl import model, side_files
 from kepo_jax.planning import compile as compiler
 from kepo_jax.planning import memory
 from kepo_jax.training import compiling, state, step
+from tests.training.runs import changed
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 TEXT = dataclasses.replace(
@@ -34,15 +35,8 @@ def with_text(**changes):
   return dataclasses.replace(SMALL, text=dataclasses.replace(TEXT, **changes))
 
 
-def changed(**fields):
-  """A config with other values of fields such as batch__prompts."""
-  config = kepo.get_config()
-  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
-  return config
-
-
 def plan(student=SMALL, teacher=SMALL, mesh=ONE, **changes):
-  config = changed(**changes)
+  config = changed(kepo, **changes)
   models = {"student": student, "teacher": teacher}
   return types.RunPlan(config=config, workdir="", models=models, mesh=mesh, questions={}, programs=(), start_step=0)
 
@@ -66,9 +60,8 @@ def test_models_are_sizes_or_folders_and_those_of_the_run(tmp_path):
   assert memory.model_sizes(str(tmp_path)) == SMALL
   with pytest.raises(ValueError, match="'nowhere' is neither a folder .*Qwen3-VL-2B"):
     memory.model_sizes("nowhere")
-  assert set(memory.plan(kepo_eq7.get_config("medvqa")).models) == {"student", "teacher", "reference"}
-  config = kepo_medvqa.get_config()
-  config.model.lora_rank = 4
+  assert set(memory.plan(changed(kepo_eq7, "medvqa")).models) == {"student", "teacher", "reference"}
+  config = changed(kepo_medvqa, model__lora_rank=4)
   planned = memory.plan(config, devices=8)
   assert set(planned.models) == {"student", "teacher"} and planned.models["student"].lora.rank == 4
   assert planned.mesh == {"data": 8, "fsdp": 1, "tensor": 1}

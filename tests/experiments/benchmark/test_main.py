@@ -7,6 +7,7 @@ from absl import flags
 
 from experiments.benchmark import floors, step
 from experiments.configs import kepo, kepo_eq7
+from tests.training.runs import changed
 
 SMALL = ("--image_tokens=4", "--text_tokens=6", "--new_tokens=2", "--repeats=1")
 
@@ -29,7 +30,7 @@ def run(program, tmp_path, capsys):
 def test_a_step_beside_its_floors_and_an_earlier_one(run, tmp_path):
   earlier = tmp_path / "earlier.json"
   earlier.write_text(json.dumps({"phases": {"update": {"seconds": 1000.0}}}))
-  config = kepo_eq7.get_config()  # three models, here of one size
+  config = changed(kepo_eq7)  # three models, here of one size
   options = {"teacher": config.model.student, "lora_rank": 2, "teacher_memory": "host", "remat": "full"}
   printed, record = run(f"--config={kepo_eq7.__file__}", f"--before={earlier}", "--steps=7", **options)
   phases, seconds = record["phases"], record["step_seconds"]
@@ -77,15 +78,12 @@ def test_what_torch_does_not_make_is_not_compared_and_a_frozen_tower_is_frozen_t
   program("experiments.benchmark.__main__")
   from experiments.benchmark import torch
 
-  config = kepo.get_config()
   for field, value, way_out in [("model.lora_rank", 4, 0), ("objective.reference_weight", 0.1, 0.0)]:
-    config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=f"{field}={value} in torch; pass --config.{field}={way_out:g}"):
-      torch.check_comparable(config)
-    config.update_from_flattened_dict({field: way_out})
-  config.model.freeze_vision, config.mesh.data = True, 1
-  config.batch.prompts, config.batch.rollouts, config.sampling.max_new_tokens = 2, 2, 2
-  config.objective.distill_weight = config.exploration.rounds = config.exploration.replacements = 0
+      torch.check_comparable(changed(kepo).replace({field: value}))
+  sizes = {"batch__prompts": 2, "batch__rollouts": 2, "sampling__max_new_tokens": 2, "mesh__data": 1}
+  alone = {"objective__distill_weight": 0.0, "exploration__rounds": 0, "exploration__replacements": 0}
+  config = changed(kepo, model__freeze_vision=True, **sizes, **alone)
   student = step.model_sizes(config.model.student)
   rival = torch.Rival(step.Benchmark(config, student, student, step.Sizes(4, 6, 2)))
   frozen = {name for name, weight in rival._student.named_parameters() if not weight.requires_grad}
