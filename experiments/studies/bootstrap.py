@@ -1,35 +1,35 @@
-"""Hierarchical bootstrap over seeds and questions, for trainings that were repeated with several seeds.
+"""A bootstrap over seeds and questions, for trainings that were repeated with several seeds.
 
-Every seed answers the same questions, so the design is crossed: an answer has an effect of its seed (variance a), of
-its question (b) and of both (e), and the mean over S seeds and N questions has the variance a / S + b / N + e / (S N).
+All seeds answer the same questions, so the design is crossed: an answer has an effect of its seed (variance a), of its
+question (b) and of both (e), and the mean over S seeds and N questions has the variance a / S + b / N + e / (S N).
 Seeds and images are drawn with replacement, independently of each other (Owen, "The pigeonhole bootstrap", Annals of
 Applied Statistics 1, 2007), images inside their modality, questions about one image together. One draw serves all
-methods, which makes differences paired. Three things would make intervals wrong with the few seeds that there are:
+methods, so that differences are paired. With few seeds, three corrections are needed:
 
-- Drawing cells of the table in both ways at once counts e three times (ibid.). A draw is the mean over all seeds of the
-  drawn questions, plus what drawn seeds change in the mean over all questions.
-- Seeds differ also because e makes them differ on finitely many questions, and drawing questions accounts for that.
-  Deviations of seeds are made smaller by the square root of the share of their variance that it does not explain.
-- S seeds have (S - 1) / S of the variance, and a normal quantile is not that of Student's t: the same deviations are
-  made larger by `widening` (Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69,
+- Drawing cells of the table in both ways at once counts e three times (ibid.). A draw is therefore the mean over all
+  seeds of the drawn questions, plus what the drawn seeds change in the mean over all questions.
+- Seeds also differ because e makes them differ on finitely many questions, and drawing questions accounts for that.
+  Their deviations are scaled down by the square root of the share of their variance that this does not explain.
+- The variance of S seeds is biased by (S - 1) / S, and a normal quantile is not that of Student's t: the deviations are
+  scaled up by `widening` (Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69,
   2015).
 
-On simulated answers, intervals of 3 and 5 seeds cover the truth in 94.5 to 96.5 % of the cases, whichever effect is the
-largest; of 2 seeds in 92 to 96 %.
+With normal effects of seeds, intervals of 3 and 5 seeds cover the truth in 94.5 to 96.5 % of simulated cases, those of
+2 seeds in 92 to 96 %. Where seeds come in lumps (most alike, some far off), they cover less: 76 to 92 % with 3 seeds,
+92 to 94 % with 5.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special
+from scipy import stats
 
-from kepo_jax.evaluation import statistics
+from kepo_jax.evaluation.statistics import RESAMPLES, percentile_interval
 
 _CHUNK = 500  # draws whose sums exist at one time
-_KINDS = ("items", "seeds and items")  # what an interval accounts for
+_INTERVALS = ("items", "seeds and items")  # what an interval accounts for
 Answers = Mapping[int | None, np.ndarray]  # seed, None of a model that was not trained -> bool[n]
 
 
@@ -45,7 +45,7 @@ class Design:
 
 
 def design(items: Mapping[str, Any]) -> Design:
-  """The statistics of a benchmark.
+  """Returns the statistics of a benchmark.
 
   `in_domain` is the accuracy on the training modality; `out_of_domain` the unweighted mean over the other modalities,
   `out_of_domain_seen` that without the unseen ones, `unseen` that of the unseen ones; `overall` that of all questions.
@@ -55,11 +55,13 @@ def design(items: Mapping[str, Any]) -> Design:
     items: the record of items.json: `modalities` and `question_types` (names), `modality`, `question_type` and `image`
       (int per question), `train_modality` and `unseen` (names).
   """
-  modality, kind = np.asarray(items["modality"]), np.asarray(items["question_type"])
-  modalities, kinds = list(items["modalities"]), list(items["question_types"])
+  modality, question_type = np.asarray(items["modality"]), np.asarray(items["question_type"])
+  modalities = list(items["modalities"])
   groups = {f"modalities/{name}": modality == i for i, name in enumerate(modalities)}
-  groups |= {f"question_types/{name}": kind == i for i, name in enumerate(kinds)}
-  groups = {name: found for name, found in groups.items() if found.any()} | {"overall": np.ones(len(modality), bool)}
+  groups |= {f"question_types/{name}": question_type == i for i, name in enumerate(items["question_types"])}
+  groups = {name: members for name, members in groups.items() if members.any()} | {
+    "overall": np.ones(len(modality), bool)
+  }
   others = [name for name in modalities if name != items["train_modality"]]
   means = {
     "in_domain": [items["train_modality"]],
@@ -67,10 +69,10 @@ def design(items: Mapping[str, Any]) -> Design:
     "out_of_domain_seen": [name for name in others if name not in items["unseen"]],
     "unseen": [name for name in others if name in items["unseen"]],
   }
-  parts = {name: [f"modalities/{each}" for each in found] for name, found in means.items()}
-  parts = {name: [each for each in found if each in groups] for name, found in parts.items()}
-  parts = {name: found for name, found in parts.items() if found} | {name: [name] for name in groups}
-  mixing = np.array([[(name in found) / len(found) for name in groups] for found in parts.values()], np.float32)
+  parts = {name: [f"modalities/{modality}" for modality in averaged] for name, averaged in means.items()}
+  parts = {name: [group for group in averaged if group in groups] for name, averaged in parts.items()}
+  parts = {name: averaged for name, averaged in parts.items() if averaged} | {name: [name] for name in groups}
+  mixing = np.array([[(name in part) / len(part) for name in groups] for part in parts.values()], np.float32)
   clusters, strata = _clusters(modality, np.asarray(items["image"]))
   return Design(tuple(parts), np.array(list(groups.values())), mixing, clusters, strata)
 
@@ -81,13 +83,13 @@ def _clusters(modality: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, tupl
 
 
 def points(answers: np.ndarray, plan: Design) -> np.ndarray:
-  """float64[rows, statistics] of answers [rows, n]: right or wrong, or any figure per question."""
+  """Computes float64[rows, statistics] from answers [rows, n]: right or wrong, or any value per question."""
   members = plan.members.astype(float)
   return (np.asarray(answers, float) @ members.T / members.sum(axis=1)) @ plan.mixing.T.astype(float)
 
 
 def cluster_counts(plan: Design, *, resamples: int, seed: int) -> Iterator[np.ndarray]:
-  """How often each cluster is drawn, float32[up to 500, clusters] at a time: as many of each modality as it has."""
+  """Yields how often each cluster is drawn, float32[up to 500, clusters]: as many of each modality as it has."""
   rng = np.random.default_rng([0, seed])
   for start in range(0, resamples, _CHUNK):
     rows = min(_CHUNK, resamples - start)
@@ -100,10 +102,8 @@ def _counts(picked: np.ndarray, size: int) -> np.ndarray:
   return np.bincount(places.ravel(), minlength=len(picked) * size).reshape(-1, size)
 
 
-def item_draws(
-  answers: np.ndarray, plan: Design, *, resamples: int = statistics.RESAMPLES, seed: int = 0
-) -> np.ndarray:
-  """Statistics of each row of answers under resampled questions, the same draws for all rows.
+def item_draws(answers: np.ndarray, plan: Design, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+  """Computes the statistics of each row of answers under resampled questions, with the same draws for all rows.
 
   Args:
     answers: bool or float[rows, n], a row per training.
@@ -115,11 +115,11 @@ def item_draws(
     float32[R, rows, statistics]; nan where a draw holds no question of a question type.
   """
   rows, groups = len(answers), len(plan.members)
-  each = np.asarray(answers, np.float32).T[:, :, None] * plan.members.T[:, None, :]  # [n, rows, groups]
-  each = np.concatenate([each.reshape(len(each), -1), plan.members.T], axis=1, dtype=np.float32)
+  right = np.asarray(answers, np.float32).T[:, :, None] * plan.members.T[:, None, :]  # [n, rows, groups]
+  right = np.concatenate([right.reshape(len(right), -1), plan.members.T], axis=1, dtype=np.float32)
   order = np.argsort(plan.clusters, kind="stable")
-  table = np.add.reduceat(each[order], np.searchsorted(plan.clusters[order], np.arange(sum(plan.strata))), axis=0)
-  found = []
+  table = np.add.reduceat(right[order], np.searchsorted(plan.clusters[order], np.arange(sum(plan.strata))), axis=0)
+  draws = []
   for counts in cluster_counts(plan, resamples=resamples, seed=seed):
     sums = counts @ table  # of right answers exact in float32: they are whole numbers
     with np.errstate(invalid="ignore"):
@@ -127,28 +127,17 @@ def item_draws(
       # A group without a question must not spoil the statistics that do not use it.
       mixed = np.where(np.isfinite(means), means, 0) @ plan.mixing.T
     lost = (~np.isfinite(means)).astype(np.float32) @ (plan.mixing.T > 0)
-    found.append(np.where(lost > 0, np.float32(np.nan), mixed))
-  return np.concatenate(found)
+    draws.append(np.where(lost > 0, np.float32(np.nan), mixed))
+  return np.concatenate(draws)
 
 
 def widening(seeds: int) -> float:
-  """How much larger the deviations of S seeds are made: sqrt(S / (S - 1)) t(0.975, S - 1) / z(0.975)."""
-  return math.sqrt(seeds / (seeds - 1)) * float(special.stdtrit(seeds - 1, 0.975)) / statistics.NORMAL_QUANTILE
+  """Returns by how much the deviations of S seeds are scaled up: sqrt(S / (S - 1)) t(0.975, S - 1) / z(0.975)."""
+  return float(np.sqrt(seeds / (seeds - 1)) * stats.t.ppf(0.975, seeds - 1) / stats.norm.ppf(0.975))
 
 
-def deviation_interval(deviation: float, seeds: int) -> tuple[float, float]:
-  """95 % interval for the standard deviation of a normal population, from that of a sample of S: by chi-square.
-
-  Args:
-    deviation: of the sample, with S - 1 in its denominator.
-    seeds: S, at least 2.
-  """
-  low, high = (deviation * math.sqrt((seeds - 1) / special.chdtri(seeds - 1, tail)) for tail in (0.025, 0.975))
-  return low, high
-
-
-def seed_shifts(seeds: Sequence[int | None], *, resamples: int = statistics.RESAMPLES, seed: int = 0) -> np.ndarray:
-  """Weights of the seeds in each draw less those of their mean, float64[R, S]; the same seeds get the same draws."""
+def seed_shifts(seeds: Sequence[int | None], *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+  """Draws weights of seeds less those of their mean, float64[R, S]; the same seeds get the same draws."""
   size = len(seeds)
   if size == 1:
     return np.zeros((resamples, 1))
@@ -159,7 +148,7 @@ def seed_shifts(seeds: Sequence[int | None], *, resamples: int = statistics.RESA
 
 
 def mean_draws(values: np.ndarray, drawn: np.ndarray, shifts: np.ndarray, factor: float) -> np.ndarray:
-  """Draws of the mean over seeds of some statistics: of questions, and of seeds in what questions do not explain.
+  """Draws means over seeds: of drawn questions, plus the deviations of drawn seeds that questions do not explain.
 
   Args:
     values: float64[S, statistics], the statistics of each seed.
@@ -187,10 +176,10 @@ def bootstrap(
   plan: Design,
   *,
   references: Sequence[str] = (),
-  resamples: int = statistics.RESAMPLES,
+  resamples: int = RESAMPLES,
   seed: int = 0,
 ) -> dict[str, Any]:
-  """Every statistic of every method, and paired differences to some, with 95 % intervals.
+  """Computes every statistic of every method, and paired differences to some, with 95 % intervals.
 
   Args:
     answers: method -> seed (None where nothing was trained) -> bool[n].
@@ -207,7 +196,7 @@ def bootstrap(
     subtracted from every seed. Bounds of accuracies are cut to [0, 1].
   """
   rows = {
-    (method, number): i for i, (method, number) in enumerate((m, n) for m, found in answers.items() for n in found)
+    (method, number): i for i, (method, number) in enumerate((m, n) for m, by_seed in answers.items() for n in by_seed)
   }
   stacked = np.stack([answers[method][number] for method, number in rows])
   exact, draws = points(stacked, plan), item_draws(stacked, plan, resamples=resamples, seed=seed)
@@ -221,22 +210,22 @@ def bootstrap(
     size = len(part.seeds)
     return mean_draws(part.values, part.drawn, shifts, widening(size) if size > 1 else 1.0)
 
-  wholes = {method: part(method, list(found)) for method, found in answers.items()}
+  parts = {method: part(method, list(by_seed)) for method, by_seed in answers.items()}
   differences: dict[str, Any] = {reference: {} for reference in references if reference in answers}
-  for reference, found in differences.items():
+  for reference, less in differences.items():
     for method in [method for method in answers if method != reference]:
       shared = [number for number in answers[method] if number in answers[reference]]
-      first, second = (part(name, shared) if shared else wholes[name] for name in (method, reference))
-      found[method] = _difference(first, second, means, plan)
-  return {"methods": {name: _entry(whole, means(whole), plan) for name, whole in wholes.items()},
-          "differences": differences}  # fmt: skip
+      first, second = (part(name, shared) if shared else parts[name] for name in (method, reference))
+      less[method] = _difference(first, second, means, plan)
+  methods = {name: _entry(seeds, means(seeds), plan) for name, seeds in parts.items()}
+  return {"methods": methods, "differences": differences}
 
 
-def seeds_alone(values: Mapping[int, float], *, resamples: int = statistics.RESAMPLES, seed: int = 0) -> dict[str, Any]:
-  """Mean of one figure per seed, where answers are not known question by question: the interval is over seeds alone.
+def seeds_alone(values: Mapping[int, float], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
+  """Averages one value per seed, where single answers are not known: the interval is over seeds alone.
 
   Args:
-    values: seed -> figure, or difference of the figures of two methods.
+    values: seed -> value, or difference of the values of two methods.
     resamples: R.
     seed: of the draws.
 
@@ -248,7 +237,7 @@ def seeds_alone(values: Mapping[int, float], *, resamples: int = statistics.RESA
     return {"mean": float(exact.mean()), "low": None, "high": None, "seeds": len(exact)}
   shifts = seed_shifts(list(values), resamples=resamples, seed=seed)
   draws = mean_draws(exact, np.broadcast_to(exact, (resamples, *exact.shape)), shifts, widening(len(exact)))
-  low, high = statistics.percentile_interval(draws)
+  low, high = percentile_interval(draws)
   return {"mean": float(exact.mean()), "low": low, "high": high, "seeds": len(exact)}
 
 
@@ -270,18 +259,19 @@ def _difference(first: _Part, second: _Part, means: Callable[[_Part], np.ndarray
   center = (first.values.mean(axis=0) - second.values.mean(axis=0))[None]
   entry = _entry(_Part(first.seeds, center, first.drawn), means(first) - means(second), plan, lowest=-1.0)
   several = max(len(first.seeds), len(second.seeds)) > 1
-  found = {
-    name: {key: value for key, value in each.items() if key != "values"} for name, each in entry["statistics"].items()
+  statistics = {
+    name: {key: value for key, value in statistic.items() if key != "values"}
+    for name, statistic in entry["statistics"].items()
   }
-  return entry | {"paired": False, "statistics": found, "interval": _KINDS[several]}
+  return entry | {"paired": False, "statistics": statistics, "interval": _INTERVALS[several]}
 
 
 def _entry(part: _Part, draws: np.ndarray, plan: Design, *, lowest: float = 0.0) -> dict[str, Any]:
   known = np.isfinite(draws).all()
   low, high = np.clip((np.percentile if known else np.nanpercentile)(draws, [2.5, 97.5], axis=0), lowest, 1.0)
-  found = {
+  statistics = {
     name: {"mean": float(part.values[:, i].mean()), "low": float(low[i]), "high": float(high[i]),
            "values": [float(value) for value in part.values[:, i]]}
     for i, name in enumerate(plan.names)
   }  # fmt: skip
-  return {"seeds": list(part.seeds), "interval": _KINDS[len(part.seeds) > 1], "statistics": found}
+  return {"seeds": list(part.seeds), "interval": _INTERVALS[len(part.seeds) > 1], "statistics": statistics}

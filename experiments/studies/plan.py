@@ -1,4 +1,4 @@
-"""The studies of `experiments.reproduce`: what is compared, and what varies.
+"""What is compared: the studies, their methods, pairs of models and seeds.
 
 A study is a few lines: methods, each a config file and the fields in which it differs from it. Add one to STUDIES and
 `python -m experiments.reproduce --study=NAME` runs it.
@@ -28,17 +28,18 @@ class Method:
   measures: str = ""  # hint prompt under which the teacher's hints are measured, without training
   times: int = 1  # steps, as a multiple of those of the config
   kind: str = "evaluation"  # wording of the questions to a model that is only evaluated
-  rate_of: str = ""  # method of the main study whose chosen learning rate it takes; empty: it has a grid of its own
+  rate_of: str = ""  # method of the main study whose chosen learning rate it uses; empty: it has a grid of its own
 
   @property
   def trained(self) -> bool:
-    """Whether there is something to train."""
+    """Says whether there is something to train."""
     return bool(self.config)
 
 
 START, TEACHER = Method("start", "start"), Method("teacher", "teacher")
 # What `sft` starts from, which is asked for the answer alone.
 START_PLAIN = Method("start-no_think", "start, asked for the answer alone", kind="no_think")
+UNTRAINED = tuple(method.name for method in (START, START_PLAIN, TEACHER))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +62,12 @@ class Study:
   asks: str  # the question, in a sentence
   notes: str  # what a reader should know of its figures
   methods: Sequence[Method]
+  references: Sequence[str]  # methods that the others are compared with
   others: Sequence[str] = ()  # methods that also run on the other pairs of a benchmark, at the rates of the first one
   hints: bool = False  # whether the hints themselves are measured
 
   def only(self, names: Iterable[str]) -> "Study":
-    """The study with those of its methods alone that are named."""
+    """Keeps only the named methods."""
     return dataclasses.replace(self, methods=[method for method in self.methods if method.name in set(names)])
 
 
@@ -79,12 +81,12 @@ class Benchmark:
   pairs: Sequence[Pair]
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # fields of every config
   unseen: Sequence[str] = ()  # modalities that no model has seen in its own training
-  # Fingerprints of models and questions, where paths name them: of `study_runs.identity_of`.
+  # Fingerprints of models and questions, where paths name them: of `runs.identity_of`.
   identity: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
   @property
   def rates(self) -> tuple[float, ...]:
-    """The grid of learning rates, the same for every method."""
+    """Returns the grid of learning rates, the same for every method."""
     return settings.LEARNING_RATES[self.setting]
 
 
@@ -99,7 +101,7 @@ class Cell:
 
   @property
   def name(self) -> str:
-    """In words, for progress and messages: "kepo-tau1 (confused, weak) rate 0.0003 seed 2"."""
+    """Names the cell for progress and messages: "kepo-tau1 (confused, weak) rate 0.0003 seed 2"."""
     rate = f" rate {self.learning_rate:g} seed {self.seed}" if self.method.trained else ""
     return f"{self.method.name} ({self.pair}){rate}"
 
@@ -109,7 +111,7 @@ _SHORT = {"eval.every": 10, "checkpoint.every": 0, "checkpoint.keep": 1, "checkp
 
 
 def phantom(overrides: Mapping[str, Any] = _NOTHING) -> Benchmark:
-  """The embedded benchmark with its four pairs, and fields of every config; no model has seen fundus pictures."""
+  """Returns the embedded benchmark with four pairs, and fields of every config; no model has seen fundus pictures."""
   names = ("confused", "noisy", "weak", "strong")
   return Benchmark(
     name="phantom",
@@ -122,7 +124,7 @@ def phantom(overrides: Mapping[str, Any] = _NOTHING) -> Benchmark:
 
 
 def omnimedvqa(student: str, teacher: str, directory: str, overrides: Mapping[str, Any] = _NOTHING) -> Benchmark:
-  """The paper's benchmark, from a folder in a format of docs/data.md, and fields of every config."""
+  """Returns the paper's benchmark, from a folder in a format of docs/data.md, and fields of every config."""
   return Benchmark(
     name="omnimedvqa",
     setting="medvqa",
@@ -133,7 +135,7 @@ def omnimedvqa(student: str, teacher: str, directory: str, overrides: Mapping[st
 
 
 def config_of(cell: Cell, benchmark: Benchmark) -> ml_collections.ConfigDict:
-  """The whole config of a cell that is trained."""
+  """Builds the whole config of a cell that is trained."""
   module = importlib.import_module(f"experiments.configs.{cell.method.config}")
   config: ml_collections.ConfigDict = module.get_config(benchmark.setting)
   config.update_from_flattened_dict(fields_of(cell, benchmark))
@@ -141,7 +143,7 @@ def config_of(cell: Cell, benchmark: Benchmark) -> ml_collections.ConfigDict:
 
 
 def fields_of(cell: Cell, benchmark: Benchmark) -> dict[str, Any]:
-  """Every field of a cell's config that differs from its file."""
+  """Collects the fields of a cell's config that differ from its file."""
   plain = plain_config(benchmark)
   steps = cell.method.times * plain.train.steps
   return {
@@ -153,25 +155,27 @@ def fields_of(cell: Cell, benchmark: Benchmark) -> dict[str, Any]:
     **benchmark.overrides,
     **cell.method.overrides,
     "train.steps": steps,
-    "eval.every": max(each for each in range(1, plain.eval.every + 1) if steps % each == 0),  # the last step included
+    "eval.every": max(
+      every for every in range(1, plain.eval.every + 1) if steps % every == 0
+    ),  # the last step included
   }
 
 
 def parent_config(benchmark: Benchmark) -> ml_collections.ConfigDict:
-  """grpo.py in the setting of a benchmark, as it stands."""
+  """Loads grpo.py in the setting of a benchmark."""
   config: ml_collections.ConfigDict = importlib.import_module("experiments.configs.grpo").get_config(benchmark.setting)
   return config
 
 
 def plain_config(benchmark: Benchmark) -> ml_collections.ConfigDict:
-  """The parent of every config of a benchmark: what is not a matter of the method."""
+  """Loads the parent of every config of a benchmark: what does not depend on the method."""
   config = parent_config(benchmark)
   config.update_from_flattened_dict(benchmark.overrides)
   return config
 
 
 def grid(study: Study, benchmark: Benchmark, seeds: int) -> Iterator[Cell]:
-  """The runs that choose the learning rate of each method that has a grid, on the first pair."""
+  """Yields the runs that choose the learning rate of each method with a grid, on the first pair."""
   wanted = {m.name: m for m in study.methods if m.trained and not m.rate_of}
   wanted |= {m.rate_of: MAIN_METHODS[m.rate_of] for m in study.methods if m.rate_of}
   for method in wanted.values():
@@ -181,14 +185,14 @@ def grid(study: Study, benchmark: Benchmark, seeds: int) -> Iterator[Cell]:
 
 
 def measured(study: Study, benchmark: Benchmark) -> Iterator[Cell]:
-  """The measurements of hints that a study asks for: under both hint prompts, for every pair."""
+  """Yields the measurements of hints that a study needs: under both hint prompts, for every pair."""
   for pair in benchmark.pairs if study.hints else ():
     for prompt in HINT_PROMPTS:
       yield Cell(Method(f"hints-{prompt}", prompt, measures=prompt), pair)
 
 
 def finals(study: Study, benchmark: Benchmark, seeds: int, rates: Mapping[str, float]) -> Iterator[Cell]:
-  """The runs that count; models that are only evaluated come last.
+  """Yields the runs that count; models that are only evaluated come last.
 
   Args:
     study: of the table.
@@ -210,8 +214,8 @@ HINT_PROMPTS = ("hint_and_answer", "hint_only")
 # Seeds of the runs that choose a learning rate. They are not among those that count: what was chosen for being the best
 # of several would look better than it is.
 GRID_SEEDS = (100, 101)
-# Of what a config computes: raised when defaults or algorithms change the figures of runs. Runs are told apart by what
-# differs from the defaults, so that nothing else would notice; tests/experiments/test_studies.py asks for it.
+# Raise it when defaults or algorithms change the results of runs. A run is identified by what differs from the
+# defaults, so nothing else would notice; tests/experiments/studies/test_plan.py checks the defaults.
 REVISION = 1
 
 _MAIN = (
@@ -237,13 +241,13 @@ MAIN_METHODS = {method.name: method for method in _MAIN}
 def _variant(
   name: str, label: str, overrides: Mapping[str, Any], *, config: str = "kepo", rate_of: str | None = None
 ) -> Method:
-  """KEPO with other fields, by default at the rate that it has in the main study; "" for a grid of its own."""
+  """Returns KEPO with other fields, by default at the rate that it has in the main study; "" for a grid of its own."""
   like = "kepo_ke-tau1" if config == "kepo_ke" else "kepo-tau1"
   return Method(name, label, config, overrides, rate_of=like if rate_of is None else rate_of)
 
 
 def _tau(signal: str, threshold: float, *, swapped: bool = False) -> Method:
-  """A gate at the rate of KEPO with that threshold, or, swapped, with the other one."""
+  """Returns a gate at the rate of KEPO with that threshold, or, swapped, with the other one."""
   fields = {"objective.gate_signal": signal, "objective.gate_threshold": threshold}
   rate_of = "kepo-tau1" if bool(threshold) != swapped else "kepo-tau0"
   name, label = f"{signal}-{threshold:g}", f"{signal}, τ = {threshold:g}"
@@ -270,6 +274,7 @@ STUDIES: Mapping[str, Study] = {
       "the start under that prompt; the phantom's models cannot look up a letter without reasoning. Methods on other "
       "pairs of student and teacher have the learning rates that were chosen on the first pair.",
       _MAIN,
+      references=("grpo", "gkd-1", "kepo-tau1"),
       others=("start", "teacher", "grpo", "gkd-1", "kepo-tau1"),
     ),
     Study(
@@ -285,6 +290,7 @@ STUDIES: Mapping[str, Study] = {
         *(_tau("accuracy", tau, swapped=True) for tau in (0.0, 1.0)),
         *(_tau("mean", tau) for tau in (0.0, 0.5, 1.0)),
       ),
+      references=("accuracy-1",),
     ),
     Study(
       "budget",
@@ -293,6 +299,7 @@ STUDIES: Mapping[str, Study] = {
       "One candidate per round, so that there is something to gain from further rounds: with two, the default of KEPO, "
       "nearly every prompt of the phantom is helped by its first hint.",
       (START, *map(_rounds, (0, 1, 2, 5, 10))),
+      references=("rounds-5",),
     ),
     Study(
       "hints",
@@ -307,6 +314,7 @@ STUDIES: Mapping[str, Study] = {
         _variant("once", "hint and answer, once", {"exploration.hints": "once"}),
         _variant("undistilled", "hints without distillation", {"objective.distill_weight": 0.0}),
       ),
+      references=("hint_and_answer",),
       hints=True,
     ),
     Study(
@@ -323,13 +331,14 @@ STUDIES: Mapping[str, Study] = {
         _variant("negative-unhinted", "wrong rollouts, no hints", _NEGATIVE, config="kepo_ke", rate_of=""),
         _variant("all-unhinted", "all rollouts, no hints", _ALL, config="kepo_ke", rate_of="kepo_ke-tau0"),
       ),
+      references=("positive", "positive-unhinted"),
     ),
   )
 }
 
 
 def reserved(study: Study) -> set[str]:
-  """Fields that a study sets itself, which nobody else may set for all of its runs."""
+  """Returns the fields that a study sets itself, which --set must not change for all of its runs."""
   methods = [*study.methods, *_MAIN]
   own = {"seed", "model.student", "model.teacher", "optimizer.learning_rate", "eval.before"}
   return own | {name for method in methods for name in method.overrides}
