@@ -105,8 +105,7 @@ def study_figures(
     if number == 0:
       figures["modalities"] = modalities_figure(summary, looks)
       if statistics.trained_methods(group):
-        figures["validation_steps"] = learning_figure(group, summary["train_modality"], looks)
-        figures["validation_tokens"] = learning_figure(group, summary["train_modality"], looks, against="tokens")
+        figures["validation"] = learning_figure(group, summary["train_modality"], looks)
         figures["training"] = dynamics_figure(group, looks)
         figures["exploration"] = exploration_figure(group, looks)
       figures |= _varied_figure(study, group, items, summary)
@@ -248,16 +247,13 @@ def forest_figure(summary: Summary, looks: Looks) -> Figure:
   return figure
 
 
-def learning_figure(
-  entries: Sequence[Entry], train_modality: str, looks: Looks, *, against: str = "steps"
-) -> Figure:  # fmt: skip
+def learning_figure(entries: Sequence[Entry], train_modality: str, looks: Looks) -> Figure:
   """Draws validation accuracy, out of domain and on the training modality, a column of panels per family of methods.
 
   Args:
     entries: of one pair, "start" among them.
     train_modality: name of the in-domain modality.
     looks: of `styles`.
-    against: "steps", or "tokens" of student and teacher.
   """
   groups = families(described(entries))
   several = len(groups) > 1
@@ -266,7 +262,7 @@ def learning_figure(
   for row, (metric, title) in zip(
     axes, (("out_of_domain", "out of domain"), ("in_domain", train_modality)), strict=True
   ):
-    bands = _validation_bands(entries, metric, against)
+    bands = _validation_bands(entries, metric)
     for axis, (family, group) in zip(row, groups.items(), strict=True):
       for method in [name for name in bands if name not in group]:
         axis.plot(bands[method]["across"], bands[method]["mean"], color=GREY, linewidth=0.8, alpha=0.8, zorder=1)
@@ -275,13 +271,11 @@ def learning_figure(
       _dress(axis, family if metric == "out_of_domain" else "")
     row[0].set_ylabel(f"validation, {title}", fontsize=8.5)
   for axis in axes[1]:
-    axis.set_xlabel("step" if against == "steps" else "thousand tokens", fontsize=8.5, color=TEXT)
-    if against == "tokens":
-      axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e3:,g}")
+    axis.set_xlabel("thousand tokens", fontsize=8.5, color=TEXT)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e3:,g}")
   _legend_below(figure, [looks[name].handle() for group in groups.values() for name in group])
   grey = " Grey: the methods of the other panels." if several else ""
-  what = "steps" if against == "steps" else "tokens of student and teacher"
-  _head(figure, f"Validation accuracy against {what}", BAND + grey)
+  _head(figure, "Validation accuracy against tokens of student and teacher", BAND + grey)
   return figure
 
 
@@ -461,14 +455,11 @@ def curve_band(entries: Sequence[Entry], metric: str) -> dict[str, np.ndarray] |
   return statistics.banded([(np.array(curve["step"], float), np.array(curve[metric], float)) for curve in curves])
 
 
-def _validation_bands(entries: Sequence[Entry], metric: str, against: str) -> dict[str, Band]:
+def _validation_bands(entries: Sequence[Entry], metric: str) -> dict[str, Band]:
   groups = statistics.methods(entries)
   bands = {
     name: statistics.banded(
-      [
-        statistics.validation_curve(entry, statistics.start_of(entry, groups), metric, against=against)
-        for entry in group
-      ]
+      [statistics.validation_curve(entry, statistics.start_of(entry, groups), metric) for entry in group]
     )
     for name, group in statistics.trained_methods(entries).items()
   }

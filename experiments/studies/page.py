@@ -15,18 +15,14 @@ from kepo_jax.reporting.sinks import read_records
 
 SHOWN = ("start", "grpo", "kepo-tau1")  # methods of the main study whose answers the page shows beside each other
 _FEW = 3  # methods of the other studies
-_SAMPLES = 150_000  # bytes of a page for questions and answers: pages of studies are kept in the repository
-_FILES = ("accuracy", "differences", "tau", "budget", "hints")  # figures that are also written as files
+_SAMPLES = 60_000  # bytes of a page for questions and answers: pages of studies are kept in the repository
+_FILES = ("accuracy", "tau", "budget", "hints")  # figures that are also written as files
 # Name of a figure, without the pair behind it -> what it shows, and how to read it.
 _CAPTIONS: Mapping[str, tuple[str, str]] = {
   "accuracy": ("Test accuracy of every method", "Means over seeds, 95 % intervals over seeds and questions."),
   "differences": ("Paired differences between methods", "Same questions, same seeds where both have them; 95 %."),
   "modalities": ("Test accuracy per modality", "95 % intervals; a modality that no model has seen is marked."),
-  "validation_steps": ("Validation accuracy against steps", "Bands reach from the lowest to the highest seed."),
-  "validation_tokens": (
-    "Validation accuracy against tokens",
-    "Tokens that both models wrote, scored or learnt.",
-  ),
+  "validation": ("Validation accuracy against tokens", "Tokens that both models wrote, scored or learnt."),
   "training": ("The student's own rollouts during training", "Means over windows of steps and over seeds."),
   "exploration": ("Prompts that no rollout solves, and hints", "Acceptance after b hints, of the prompts that asked."),
   "tau": (
@@ -43,7 +39,7 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
   ),
   "Modalities and question types": ("modalities", "question_types"),
   "Validation during training": (
-    "validation_steps", "validation_tokens", "equal_cost_out_of_domain", "equal_cost_in_domain",
+    "validation", "equal_cost_out_of_domain", "equal_cost_in_domain",
   ),
   "Training": ("training", "exploration", "cost", "learning_rates"),
 }  # fmt: skip

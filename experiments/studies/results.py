@@ -85,9 +85,10 @@ def entry_of(place: runs.Place, cell: plan.Cell, outputs: Sequence[Mapping[str, 
       {"step": record["step"], **_accuracies(record), "cost": _costs(costs[record["step"] - 1])}
       for record in stored.get("validation", [])
     ],
-    "curves": curves_of(metrics),
     "cost": costs[-1],
   }
+  if cell.seed not in plan.GRID_SEEDS:  # nothing is drawn of these
+    entry["curves"] = curves_of(metrics)
   return entry
 
 

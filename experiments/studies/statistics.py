@@ -269,28 +269,19 @@ def start_of(entry: Entry, groups: Mapping[str, Sequence[Entry]]) -> Entry | Non
   return groups.get(entry.get("start", "start"), [None])[0]
 
 
-def validation_curve(
-  entry: Entry, start: Entry | None, metric: str, *, against: str = "steps"
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (steps or tokens, accuracy) at each validation of a training, each float64[k].
+def validation_curve(entry: Entry, start: Entry | None, metric: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (tokens of student and teacher, accuracy) at each validation of a training, each float64[k].
 
   Args:
     entry: of a training.
     start: the untrained student, whose validation is the point at 0; None leaves this point out.
-    metric: of `METRICS`, or the name of a modality.
-    against: "steps" or "tokens".
+    metric: of `METRICS`.
   """
   records = sorted(entry["validation"], key=lambda record: record["step"])
-  across = [float(record["step"]) if against == "steps" else tokens(record["cost"]) for record in records]
-  values = [_accuracy(record, metric) for record in records]
   if start and not (records and records[0]["step"] == 0):
-    across, values = [0.0, *across], [_accuracy(start["validation"][0], metric), *values]
-  return np.array(across), np.array(values, float)
-
-
-def _accuracy(record: Mapping[str, Any], metric: str) -> float:
-  value = record[metric] if metric in METRICS else record["modalities"].get(metric)
-  return np.nan if value is None else value
+    records = [start["validation"][0] | {"cost": {"student_tokens": 0, "teacher_tokens": 0}}, *records]
+  across = [tokens(record["cost"]) for record in records]
+  return np.array(across), np.array([record[metric] for record in records], float)  # None becomes nan
 
 
 def accuracy_at_cost(entries: Sequence[Entry], metric: str, *, budget: float) -> dict[str, dict[str, Any]]:
@@ -309,7 +300,7 @@ def accuracy_at_cost(entries: Sequence[Entry], metric: str, *, budget: float) ->
   """
   groups, result = methods(entries), {}
   for name, group in trained_methods(entries).items():
-    values = [_at(budget, validation_curve(e, start_of(e, groups), metric, against="tokens")) for e in group]
+    values = [_at(budget, validation_curve(e, start_of(e, groups), metric)) for e in group]
     known = [value for value in values if value is not None]
     if len(known) < len(values):
       result[name] = dict.fromkeys(("mean", "low", "high"))
@@ -337,7 +328,7 @@ def differences_at_cost(
   groups, trained = methods(entries), trained_methods(entries)
 
   def read(name: str) -> dict[int, float]:
-    curves = {e["seed"]: validation_curve(e, start_of(e, groups), metric, against="tokens") for e in trained[name]}
+    curves = {e["seed"]: validation_curve(e, start_of(e, groups), metric) for e in trained[name]}
     values = {seed: _at(budget, curve) for seed, curve in curves.items()}
     if any(value is None for value in values.values()):
       return {}

@@ -496,7 +496,8 @@ def correlation_rows(records: Sequence[Mapping[str, Any]], unseen: Sequence[str]
 
 
 def _nats(value: float | None, interval: Sequence[float] | None = None) -> Estimate:
-  return Estimate(value, *(interval or (None, None)), form="+.2f", scale=1.0)
+  low, high = interval or (None, None)
+  return Estimate(value, low, high, "+.2f", scale=1.0)
 
 
 def _difference(summary: Mapping[str, Any], reference: str, name: str) -> Estimate | str:
