@@ -156,7 +156,7 @@ def test_a_run_made_again_is_compared(reproduce, made, tmp_path):
 def test_a_reproduction_is_compared_with_what_is_shipped(reproduce, made, tmp_path, monkeypatch, capsys):
   with flagsaver.flagsaver(study="main", methods=["start", "grpo"]):
     reproduce.main([])
-    assert "0 of 0 runs that are also in docs/results" in capsys.readouterr().out  # shipped runs have other questions
+    assert "0 of 4 runs that are also in docs/results" in capsys.readouterr().out  # others than shipped: start
     monkeypatch.setattr(reproduce, "SHIPPED", shutil.copytree(tmp_path / "results", tmp_path / "shipped"))
     reproduce.main([])
     assert "12 of 12 runs" in (said := capsys.readouterr().out) and "others" not in said
