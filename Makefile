@@ -95,8 +95,8 @@ $(RUN)/python:
 	  "Ubuntu install its python3-venv package." >&2; exit 1; }
 
 # One stamp per set of packages: a repeated call installs nothing.
-$(VENV)/.runtime: requirements.txt setup.cfg pyproject.toml | $(RUN)/python
-	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -e .
+$(VENV)/.runtime: requirements.txt requirements-studies.txt setup.cfg pyproject.toml | $(RUN)/python
+	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-studies.txt -e .
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime

@@ -19,13 +19,12 @@ from kepo_jax.evaluation.statistics import (
   guessing,
   holm,
   mcnemar,
-  mean_over_modalities,
   pass_at_k,
   share,
   wilson_interval,
 )
 
 __all__ = [
-  "CONTROLS", "compared", "evaluate", "guessing", "holm", "mcnemar", "mean_over_modalities", "pass_at_k", "share",
+  "CONTROLS", "compared", "evaluate", "guessing", "holm", "mcnemar", "pass_at_k", "share",
   "shown_prompts", "summarised", "wilson_interval",
 ]  # fmt: skip

@@ -5,34 +5,32 @@ together, since what a model sees in a picture it sees for all of them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import scipy  # which imports scipy.stats at its first use: half a second that most runs save
 
 NORMAL_QUANTILE = 1.959963984540054  # of 0.975: two-sided 95 %
 RESAMPLES = 10_000
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-  """Wilson's 95 % interval of a share of successes; (0, 1) without trials."""
+  """Returns Wilson's 95 % interval of a share of successes; (0, 1) without trials."""
   if not count:
     return 0.0, 1.0
-  share, z2 = correct / count, NORMAL_QUANTILE**2
-  center = (share + z2 / (2 * count)) / (1 + z2 / count)
-  half = NORMAL_QUANTILE / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-  # At shares of 0 and 1 the bound is exact; rounding must not push it off.
-  return (0.0 if correct == 0 else center - half), (1.0 if correct == count else center + half)
+  interval = scipy.stats.binomtest(correct, count).proportion_ci(confidence_level=0.95, method="wilson")
+  return float(interval.low), float(interval.high)
 
 
 def share(correct: int, count: int) -> dict[str, Any]:
-  """A share of correct answers with its 95 % interval: count, correct, accuracy, low, high."""
+  """Returns a share of correct answers with its 95 % interval: count, correct, accuracy, low, high."""
   low, high = wilson_interval(correct, count)
   return {"count": count, "correct": correct, "accuracy": correct / count if count else 0.0, "low": low, "high": high}
 
 
 def resampled_means(values: np.ndarray, rng: np.random.Generator, clusters: np.ndarray | None = None) -> np.ndarray:
-  """Bootstrap of a mean: as many clusters as there are, drawn with replacement, and the mean of all their values.
+  """Bootstraps a mean: draws as many clusters as there are, with replacement, and averages all their values.
 
   Args:
     values: float[n], one figure per question.
@@ -52,13 +50,13 @@ def resampled_means(values: np.ndarray, rng: np.random.Generator, clusters: np.n
 
 
 def percentile_interval(draws: np.ndarray) -> tuple[float, float]:
-  """The middle 95 % of bootstrap draws."""
+  """Returns the middle 95 % of bootstrap draws."""
   low, high = np.percentile(draws, [2.5, 97.5])
   return float(low), float(high)
 
 
 def mean_share(values: np.ndarray, clusters: np.ndarray | None = None, *, seed: int = 0) -> dict[str, Any]:
-  """Mean of one figure per question, float[n] in [0, 1], with a bootstrap 95 % interval: count, accuracy, low, high."""
+  """Averages one value per question, float[n] in [0, 1], with a bootstrap 95 % interval: count, accuracy, low, high."""
   low, high = percentile_interval(resampled_means(values, np.random.default_rng(seed), clusters))
   return {"count": len(values), "accuracy": float(np.mean(values)), "low": low, "high": high}
 
@@ -66,10 +64,10 @@ def mean_share(values: np.ndarray, clusters: np.ndarray | None = None, *, seed: 
 def mean_over_groups(
   groups: Mapping[str, np.ndarray], clusters: Mapping[str, np.ndarray] | None = None, *, seed: int = 0
 ) -> dict[str, Any] | None:
-  """Unweighted mean of the means of groups with a bootstrap 95 % interval; clusters are drawn inside each group.
+  """Averages the means of groups, unweighted, with a bootstrap 95 % interval; draws clusters inside each group.
 
   Args:
-    groups: name of a modality -> one figure per question, float[n].
+    groups: name of a modality -> one value per question, float[n].
     clusters: name -> the cluster of each question, int[n]; None: each question is its own.
     seed: of the resampling.
 
@@ -90,16 +88,8 @@ def mean_over_groups(
   }
 
 
-def mean_over_modalities(modalities: Mapping[str, Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any] | None:
-  """`mean_over_groups` of entries of `share`: name of a modality -> entry."""
-  return mean_over_groups(
-    {name: np.repeat([1.0, 0.0], [e["correct"], e["count"] - e["correct"]]) for name, e in modalities.items()},
-    seed=seed,
-  )
-
-
 def guessing(groups: Mapping[str, np.ndarray]) -> tuple[float, float, float]:
-  """What guessing scores: expected accuracy, and the bounds between which 95 % of uniform guessers fall.
+  """Returns what guessing scores: expected accuracy, and the bounds between which 95 % of uniform guessers fall.
 
   Args:
     groups: name -> 1 / number of options of each question, float[n]; groups count the same.
@@ -114,7 +104,7 @@ def guessing(groups: Mapping[str, np.ndarray]) -> tuple[float, float, float]:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-  """Unbiased estimate, from n samples of which c are right, that at least one of k is (arXiv:2107.03374, Eq. 1).
+  """Estimates without bias, from n samples of which c are right, the chance that one of k is (arXiv:2107.03374, Eq. 1).
 
   1 - C(n - c, k) / C(n, k): the share of the subsets of k samples that hold a right one.
 
@@ -131,38 +121,23 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
   return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def correlation(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
-  """Pearson's r of n pairs with a 95 % interval by Fisher's z, which supposes pairs that are normally distributed.
-
-  Returns:
-    `r`, `low`, `high` and `count`; r is None for fewer than two pairs or where one side does not vary, the bounds are
-    None below four pairs.
-  """
-  count = len(first)
-  found: dict[str, Any] = {"r": None, "low": None, "high": None, "count": count}
-  if count < 2 or not (np.ptp(first) and np.ptp(second)):
-    return found
-  r = float(np.clip(np.corrcoef(first, second)[0, 1], -1, 1))
-  found["r"] = r
-  if count > 3 and abs(r) < 1:
-    half = NORMAL_QUANTILE / math.sqrt(count - 3)
-    found |= {"low": math.tanh(math.atanh(r) - half), "high": math.tanh(math.atanh(r) + half)}
-  return found
-
-
 def mcnemar(gained: int, lost: int) -> float:
-  """Two-sided exact p-value of McNemar's test: questions that only the second, only the first got right."""
-  discordant = gained + lost
-  tail = sum(math.comb(discordant, k) for k in range(min(gained, lost) + 1))
-  return min(1.0, 2 * tail / 2**discordant)
+  """Returns the two-sided exact p-value of McNemar's test.
+
+  Args:
+    gained: questions that only the second model got right.
+    lost: questions that only the first one got right.
+  """
+  return float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-  """p-values of a family of tests, corrected after Holm (1979); in the given order.
+  """Corrects the p-values of a family of tests after Holm (1979); keeps their order.
 
   The i-th smallest of m is multiplied by m - i + 1, and none may be below a smaller one's: rejecting what is below
   0.05 errs anywhere in the family with a probability of at most 0.05.
   """
+  # scipy has no Holm, and six lines are no reason to depend on statsmodels.
   corrected, largest = dict(p_values), 0.0
   for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
     largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))

@@ -10,11 +10,11 @@ import types
 import pytest
 from absl.testing import flagsaver
 
-from experiments import studies, study_report, study_runs
+from experiments.studies import page, plan, runs
 from kepo_jax.training import lock
 from tests.conftest import ROOT
 from tests.evaluation.scripted import json_lines
-from tests.experiments.test_study_runs import output, write_run
+from tests.experiments.studies.test_results import output, write_run
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def module(program):
 
 @pytest.fixture
 def reproduce(module, monkeypatch, tmp_path):
-  monkeypatch.setattr(module, "worker_slots", lambda count: [{}])
-  monkeypatch.setattr(study_report, "write", lambda *given, **options: "")  # figures take seconds; see the last test
+  monkeypatch.setattr(runs, "worker_slots", lambda count, devices: [{}])
+  monkeypatch.setattr(page, "write", lambda *given, **options: "")  # figures take seconds; see the last test
   with flagsaver.flagsaver(output=str(tmp_path / "results"), workdir=str(tmp_path / "runs"), seeds=2):
     yield module
 
@@ -50,13 +50,13 @@ def made(monkeypatch):
       finished(cell, 1.0, 5.0, "exit code 1" if fails else "")
 
   made = types.SimpleNamespace(names=names, failing=())
-  monkeypatch.setattr(study_runs, "Workers", lambda slots: types.SimpleNamespace(run=run))
+  monkeypatch.setattr(runs, "Workers", lambda slots: types.SimpleNamespace(run=run))
   return made
 
 
 def evaluated(folder, cell):
   """What evaluate_medvqa leaves; it was asked one question more than training."""
-  for split in ("test", "validation") if cell.method == studies.START else ("test",):
+  for split in ("test", "validation") if cell.method == plan.START else ("test",):
     (folder / split).mkdir(parents=True)
     (folder / split / "outputs.jsonl").write_text(json_lines(map(output, range(5))))
     figures = {"in_domain": {"accuracy": 1.0}, "out_of_domain": {"mean": 0.5}, "overall": {"accuracy": 0.7}}
@@ -64,7 +64,7 @@ def evaluated(folder, cell):
 
 
 def place_of(tmp_path):
-  return study_runs.Place(studies.phantom(), tmp_path / "runs" / "phantom")
+  return runs.Place(plan.phantom(), tmp_path / "runs" / "phantom")
 
 
 def entries(tmp_path, study, file="runs.json"):
@@ -90,11 +90,11 @@ def test_a_study_is_run_once_and_shares_its_runs(reproduce, made, tmp_path):
   with flagsaver.flagsaver(study="main", methods=["kepo-tau1"]):
     reproduce.main([])
     assert len(made.names) == ran + 2 * 3  # the other three pairs alone: on the first one accuracy-1 is KEPO itself
-  assert json.loads((tmp_path / "results" / "tau" / "items.json").read_text())["ids"] == ["q0", "q1", "q2", "q3"]
+  assert json.loads((tmp_path / "results" / "items.json").read_text())["ids"] == ["q0", "q1", "q2", "q3"]
 
 
 def test_faults_are_told_and_the_rest_goes_on(reproduce, made, tmp_path):
-  cell, *_ = studies.grid(studies.STUDIES["main"].only(["grpo"]), studies.phantom(), 2)
+  cell, *_ = plan.grid(plan.STUDIES["main"].only(["grpo"]), plan.phantom(), 2)
   folder = place_of(tmp_path).folder(cell)
   write_run(folder)
   made.failing = ("rloo",)
@@ -154,18 +154,18 @@ def test_a_run_made_again_is_compared(reproduce, made, tmp_path):
 
 
 def test_a_reproduction_is_compared_with_what_is_shipped(reproduce, made, tmp_path, monkeypatch, capsys):
-  with flagsaver.flagsaver(study="main", methods=["grpo"]):
+  with flagsaver.flagsaver(study="main", methods=["start", "grpo"]):
     reproduce.main([])
-    assert "0 of 0 runs that are also in docs/results" in capsys.readouterr().out  # shipped runs have other questions
+    assert "0 of 4 runs that are also in docs/results" in capsys.readouterr().out  # others than shipped: start
     monkeypatch.setattr(reproduce, "SHIPPED", shutil.copytree(tmp_path / "results", tmp_path / "shipped"))
     reproduce.main([])
-    assert "8 of 8 runs" in (said := capsys.readouterr().out) and "others" not in said
+    assert "12 of 12 runs" in (said := capsys.readouterr().out) and "others" not in said
     shipped = tmp_path / "shipped" / "main" / "runs.json"
     changed = json.loads(shipped.read_text())
     changed["runs"][0]["curves"]["entropy"][0] += 1e-3
     shipped.write_text(json.dumps(changed))
     reproduce.main([])
-  assert "7 of 8 runs" in (said := capsys.readouterr().out) and "others than shipped: " in said
+  assert "11 of 12 runs" in (said := capsys.readouterr().out) and "others than shipped: " in said
 
 
 @pytest.mark.slow
@@ -177,12 +177,12 @@ def test_from_raw_data_to_tables(module, shared_directory, tmp_path, monkeypatch
     "eval.max_new_tokens=24", "exploration.hint_tokens=24", "model.compute_dtype=float32",
     "model.teacher_dtype=float32", "model.remat=none",
   ]  # fmt: skip
-  monkeypatch.setattr(studies.Benchmark, "rates", (1e-4,))  # one run chooses the rate, one counts
+  monkeypatch.setattr(plan.Benchmark, "rates", (1e-4,))  # one run chooses the rate, one counts
   monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1")
   models = ROOT / "experiments" / "assets" / "phantom"
   paths = {
     "data": shared_directory / "omnimedvqa-mini", "student": models / "confused", "teacher": models / "weak",
-    "output": tmp_path / "results", "workdir": tmp_path / "runs",
+    "output": tmp_path / "results", "workdir": tmp_path / "runs", "tables": tmp_path / "tables",
   }  # fmt: skip
   given = {"benchmark": "omnimedvqa", "seeds": 1, "methods": ["start", "kepo-tau1"], "set": fields}
   with flagsaver.flagsaver(**given, **{name: str(path) for name, path in paths.items()}):
@@ -191,6 +191,6 @@ def test_from_raw_data_to_tables(module, shared_directory, tmp_path, monkeypatch
   folder = tmp_path / "results" / "omnimedvqa-main"
   assert f"{folder / 'index.html'}: 2 of 2 runs" in printed and "missing" not in printed
   assert "model teacher" in json.loads((folder / "runs.json").read_text())["identity"]
-  start, kepo = csv.DictReader((folder / "main.csv").read_text().splitlines())
+  start, kepo = csv.DictReader((tmp_path / "tables" / "main.csv").read_text().splitlines())
   assert all(0 <= float(row["out of domain, mean of 7"]) <= 100 for row in (start, kepo))
   assert "data:image/jpeg;base64" in (folder / "index.html").read_text()  # questions; figures are PNG
