@@ -200,18 +200,17 @@ def fields(given: Sequence[str]) -> dict[str, Any]:
   Raises:
     ValueError: one is no field of a config, or its value of another type.
   """
-  config, found = plan.plain_config(plan.phantom()), {}
+  config, found = plan.plain_config(plan.phantom()).fields(), {}
   for text in given:
     name, equals, value = text.partition("=")
-    section, _, field = name.rpartition(".")
-    default = config.get(section, {}).get(field) if section else None
+    default = config.get(name) if "." in name else None
     readers = {bool: {"true": True, "false": False}.__getitem__, tuple: lambda v: tuple(int(x) for x in v.split(","))}
     try:
       if not equals or default is None:
         raise KeyError(name)
       found[name] = readers.get(type(default), type(default))(value.lower() if type(default) is bool else value)
     except (KeyError, ValueError):
-      raise ValueError(f"--set={text} is no SECTION.FIELD=VALUE of experiments/configs/grpo.py.") from None
+      raise ValueError(f"--set={text} is no SECTION.FIELD=VALUE of kepo_jax/config.py.") from None
   return found
 
 

@@ -10,9 +10,9 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_collections
-
 from experiments import settings
+from experiments.configs import grpo
+from kepo_jax.config import Config
 
 _NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
@@ -134,12 +134,10 @@ def omnimedvqa(student: str, teacher: str, directory: str, overrides: Mapping[st
   )
 
 
-def config_of(cell: Cell, benchmark: Benchmark) -> ml_collections.ConfigDict:
+def config_of(cell: Cell, benchmark: Benchmark) -> Config:
   """Builds the whole config of a cell that is trained."""
   module = importlib.import_module(f"experiments.configs.{cell.method.config}")
-  config: ml_collections.ConfigDict = module.get_config(benchmark.setting)
-  config.update_from_flattened_dict(fields_of(cell, benchmark))
-  return config
+  return settings.typed(module.get_config(benchmark.setting)).replace(fields_of(cell, benchmark))
 
 
 def fields_of(cell: Cell, benchmark: Benchmark) -> dict[str, Any]:
@@ -161,17 +159,14 @@ def fields_of(cell: Cell, benchmark: Benchmark) -> dict[str, Any]:
   }
 
 
-def parent_config(benchmark: Benchmark) -> ml_collections.ConfigDict:
+def parent_config(benchmark: Benchmark) -> Config:
   """Loads grpo.py in the setting of a benchmark."""
-  config: ml_collections.ConfigDict = importlib.import_module("experiments.configs.grpo").get_config(benchmark.setting)
-  return config
+  return settings.typed(grpo.get_config(benchmark.setting))
 
 
-def plain_config(benchmark: Benchmark) -> ml_collections.ConfigDict:
+def plain_config(benchmark: Benchmark) -> Config:
   """Loads the parent of every config of a benchmark: what does not depend on the method."""
-  config = parent_config(benchmark)
-  config.update_from_flattened_dict(benchmark.overrides)
-  return config
+  return parent_config(benchmark).replace(benchmark.overrides)
 
 
 def grid(study: Study, benchmark: Benchmark, seeds: int) -> Iterator[Cell]:

@@ -55,16 +55,14 @@ class Place:
 
   def _departures(self, cell: plan.Cell) -> dict[str, Any]:
     """Returns where a config departs from grpo.py, so that a new field with a default changes no digest."""
-    config, plain = plan.config_of(cell, self.benchmark), plan.parent_config(self.benchmark)
-    teacher = config.needs_teacher
+    config, plain = plan.config_of(cell, self.benchmark), plan.parent_config(self.benchmark).fields()
     return {
-      f"{section}.{name}": value
-      for section, fields in config.items()
-      if section != "seed" and section not in IDLE_SECTIONS
-      for name, value in fields.items()
-      if f"{section}.{name}" != _WHERE
-      and value != plain[section][name]
-      and (teacher or (section, name) != ("model", "teacher"))
+      name: value
+      for name, value in config.fields().items()
+      if name not in ("seed", _WHERE)
+      and name.partition(".")[0] not in IDLE_SECTIONS
+      and value != plain[name]
+      and (config.needs_teacher or name != "model.teacher")
     } | {"seed": cell.seed}
 
   @property
@@ -113,7 +111,7 @@ class Place:
       "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor,
     }  # fmt: skip
     names = ("split_files", "train_items", "validation_items", "test_items", "split_seed")
-    given |= {"data": data.directory, "lenient": data.lenient, **{name: data[name] for name in names}}
+    given |= {"data": data.directory, "lenient": data.lenient, **{name: getattr(data, name) for name in names}}
     resumed = ["--resume"] if (folder / journal.ABOUT).exists() else []
     return ["experiments.evaluate_medvqa", *(f"--{name}={value}" for name, value in given.items()), *resumed]
 
