@@ -98,7 +98,7 @@ def flag_errors() -> Iterator[None]:
     given = [argument for argument in sys.argv[1:] if argument.startswith("--")]
     reason, way_out = _fault_of_config(error), "--help lists the flags"
     if reason:
-      way_out = "docs/troubleshooting.md has an example of a config file"
+      way_out = "docs/data.md has an example of a config file"
     else:
       reason = _plain(str(error))
       if missing := re.search(r"Flag --(\w+) must have a value", reason):

@@ -53,7 +53,7 @@ def train(
   folder, as the command line sees to.
 
   Args:
-    config: an `ml_collections.ConfigDict` with the fields of experiments/configs/grpo.py.
+    config: see `kepo_jax.Config`.
     workdir: folder for the config, checkpoints, evaluations and the exported model, local or remote; "" writes nothing.
     records: split ("train", "validation", "test") -> questions; None reads `config.data`.
     rewards: name -> (function of (completion, example), weight), added to those of `config.reward`.
