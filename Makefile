@@ -95,8 +95,9 @@ $(RUN)/python:
 	  "Ubuntu install its python3-venv package." >&2; exit 1; }
 
 # One stamp per set of packages: a repeated call installs nothing.
-$(VENV)/.runtime: requirements.txt requirements-studies.txt setup.cfg pyproject.toml | $(RUN)/python
-	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-studies.txt -e .
+$(VENV)/.runtime: requirements.txt requirements-studies.txt requirements-test.txt setup.cfg pyproject.toml | $(RUN)/python
+	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-studies.txt \
+	  -r requirements-test.txt -e .
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
@@ -107,9 +108,9 @@ $(VENV)/.oracle: requirements-oracle.txt $(VENV)/.runtime
 	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements-oracle.txt
 	@touch $@
 
-$(TPU)/.ready: requirements-tpu.txt requirements.txt setup.cfg pyproject.toml | $(RUN)/python
+$(TPU)/.ready: requirements-tpu.txt requirements.txt requirements-test.txt setup.cfg pyproject.toml | $(RUN)/python
 	$(RUN)/python -m venv $(TPU)
-	$(TPU)/bin/python -m pip install -q --disable-pip-version-check -r requirements-tpu.txt -e .
+	$(TPU)/bin/python -m pip install -q --disable-pip-version-check -r requirements-tpu.txt -r requirements-test.txt -e .
 	@touch $@
 
 # Away from what it audits: its own dependencies are none of ours.

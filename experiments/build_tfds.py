@@ -70,5 +70,10 @@ def main(argv: list[str]) -> None:
   print(built.text())
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """Starts the command."""
   environment.run(main)
+
+
+if __name__ == "__main__":
+  run()

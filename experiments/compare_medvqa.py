@@ -110,5 +110,10 @@ def _write(path: str, text: str) -> None:
   file.write_text(text)
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """Starts the command."""
   environment.run(main, arguments=True)
+
+
+if __name__ == "__main__":
+  run()

@@ -46,5 +46,10 @@ def main(argv: list[str]) -> None:
   print(f"wrote {destination}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """Starts the command."""
   environment.run(main, arguments=True)
+
+
+if __name__ == "__main__":
+  run()

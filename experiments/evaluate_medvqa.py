@@ -306,10 +306,10 @@ def main(_: list[str]) -> None:
   """Evaluates, with --output to itself."""
   environment.prepare()
   with locked(_OUTPUT.value) as check_lock:
-    run(check_lock)
+    evaluate_questions(check_lock)
 
 
-def run(check_lock: Callable[[], None]) -> None:
+def evaluate_questions(check_lock: Callable[[], None]) -> None:
   """Loads, asks, counts, prints and writes.
 
   Args:
@@ -400,5 +400,10 @@ def run(check_lock: Callable[[], None]) -> None:
     console.print(f"written to {_OUTPUT.value}", markup=False)
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """Starts the command."""
   environment.run(main)
+
+
+if __name__ == "__main__":
+  run()

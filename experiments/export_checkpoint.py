@@ -124,5 +124,10 @@ def main(_: Sequence[str]) -> None:
   print(f"wrote the student of step {step} to {output}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """Starts the command."""
   environment.run(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -162,5 +162,10 @@ def main(argv: list[str]) -> None:
       sys.stdout.write(json.dumps(result, indent=2) + "\n")
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """Starts the command."""
   environment.run(main, arguments=True)
+
+
+if __name__ == "__main__":
+  run()

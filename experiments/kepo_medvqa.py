@@ -92,5 +92,10 @@ def main(_: list[str]) -> None:
       sys.exit(training.EXIT_CODE)
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """Starts the command."""
   environment.run(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -199,5 +199,10 @@ def main(_: list[str]) -> None:
   console.print(f"written to {_OUTPUT.value}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """Starts the command."""
   environment.run(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -3,6 +3,8 @@
 A config file states a method; `--config=experiments/configs/kepo.py:medvqa` runs it in another setting.
 """
 
+import pathlib
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -53,9 +55,17 @@ def editable(setting: str) -> ml_collections.ConfigDict:
 
 
 def typed(config: ml_collections.ConfigDict) -> Config:
-  """Returns the config that the library takes.
+  """Returns the config that the library takes; the phantom's models are found from any folder.
 
   Raises:
     ValueError: it has a field that the library does not know.
   """
-  return Config.from_dict(config.to_dict())
+  found = Config.from_dict(config.to_dict())
+  names = {"model.student": found.model.student, "model.teacher": found.model.teacher}
+  return found.replace({field: _located(name) for field, name in names.items()})
+
+
+def _located(name: str) -> str:
+  """A model of this package by its whole path, where the working directory is not that of the checkout."""
+  inside = name.startswith("experiments/assets/") and not pathlib.Path(name).exists()
+  return str(pathlib.Path(__file__).parent.parent / name) if inside else name
