@@ -14,8 +14,10 @@ LONGEST = 10_000  # characters of a question with its options; the longest real 
 
 def _mark(label: str, more: str = r"|[ \t]?[:、]|[ \t][-–—](?=\s)") -> str:
   """The pattern of `A)`, `A.)`, `A.`, `(A)`, `[A]` and `more`, `A:` and `A -`, in bold or behind "Option"."""
-  bare = rf"[*_]*[ \t]?(?:\.?[)\]][.:]?|\.(?!\w\.|\d){more})"  # `A.B. x` and `1.5 cm` have none
-  return rf"[*_]*(?:(?i:option|choice)[ \t]+)?[*_]*(?P<open>[(\[])?(?P<label>{label})(?(open)[)\]][.:]?|{bare})[*_]*"
+  bold = "[*_]{0,3}"
+  bare = rf"{bold}[ \t]?(?:\.?[)\]][.:]?|\.(?!\w\.|\d){more})"  # `A.B. x` and `1.5 cm` have none
+  bracket = r"(?P<open>[(\[])"
+  return rf"{bold}(?:(?i:option|choice)[ \t]+)?{bold}{bracket}?(?P<label>{label})(?(open)[)\]][.:]?|{bare}){bold}"
 
 
 # Of a text in a list. `1: 10` and `1 - 2 cm` are a ratio and a range.

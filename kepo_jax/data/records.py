@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from kepo_jax import rewards
+from kepo_jax import forgiving
 from kepo_jax.data import rules
 from kepo_jax.data.lettering import LETTERS, LONGEST
 from kepo_jax.data.rules import IMAGE, Rejected, Summary
@@ -35,9 +35,8 @@ def check_length(question: str, options: Sequence[str]) -> None:
 
 
 def named(answer: str, options: Sequence[str]) -> int | None:
-  """Index of the option that an answer names beyond doubt, as the forgiving reward reads completions."""
-  example = Example(id="", question="", options=tuple(options), answer="", images=(), modality="")
-  letter = rewards.lenient_letter(answer, example)
+  """Index of the option that an answer names beyond doubt, as completions are read forgivingly."""
+  letter = forgiving.option_letter(answer, options)
   return LETTERS.index(letter) if letter and options[LETTERS.index(letter)] else None
 
 

@@ -1,9 +1,11 @@
 """Options cut out of a question: three syntaxes, with everything in them that looks like another option."""
 
+import contextlib
 import itertools
 import random
 import re
 import sys
+import time
 
 import pytest
 
@@ -194,6 +196,16 @@ def test_the_work_grows_as_the_text_does():
   }.items():
     half, whole = lines_run(text(lettering.LONGEST // 2)), lines_run(text(lettering.LONGEST))
     assert whole < 2.2 * half and whole < 20 * lettering.LONGEST, name
+
+
+def test_repetition_takes_no_time():
+  start = time.process_time()
+  for piece in ("*", "\n", "\n*", " ", "please answer ", "\nA) x\nB) ", " or"):
+    text = (piece * lettering.LONGEST)[: lettering.LONGEST]
+    with contextlib.suppress(Rejected):
+      lettering.cut(text)
+    lettering.own_letters([text, text])
+  assert time.process_time() - start < 5  # 0.2 s; a quadratic one took 20
 
 
 def test_long_texts_are_refused():
