@@ -7,12 +7,13 @@ import dataclasses
 import importlib
 import math
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from kepo_jax import forgiving
+from kepo_jax.forgiving import named_letters as named_letters
 from kepo_jax.types import Example
 
 Reward = Callable[[str, Example], float]
@@ -24,33 +25,6 @@ _STRICT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 _ANSWER_ALONE = re.compile(r"<answer>[^<]*</answer>")
 _EVALUATED = re.compile(r"<answer>\s*(\w+)\s*</answer>")
 _ISOLATED_LETTER = re.compile(r"(?<![A-Za-z])[A-J](?![A-Za-z])")
-# What may stand around a letter, as in "(B)", "**B**" and "'B'"; and "option B".
-_OPENING = " \t\n\"'“‘`*_$([{<"
-_LEAD_IN = re.compile(r"(?:the\s+)?(?:answer|option|choice|letter)\b[" + re.escape(_OPENING) + "]*", re.IGNORECASE)
-# A letter that begins no word: neither "Abdomen" nor "A-lines" nor "B's". Chinese and its relatives write no space
-# behind a letter, so their signs begin no word here.
-_WORD = r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]"
-_FIRST_LETTER = re.compile(rf"([A-J])(?!['’-]?{_WORD})", re.IGNORECASE)
-# The same anywhere, in capitals; an "A" or "I" before a word is an article or a pronoun.
-_OTHER_LETTER = re.compile(r"(?<!\w)(?<!\w['’-])(?:[B-HJ](?!['’-]?\w)|[AI](?!['’-]?\w|\s+\w))")
-# What ends an answer behind its letter: no word, a bracket or another mark, a line, "because", "is correct".
-_ENDING = re.compile(
-  r"\W*$|\s*[)\]}>:;,—–]|[\"'”’`*_$]*\.(?!\w)|[\"'”’`*_$]*[ \t]*\n|\s+-\s"
-  r"|\s+(?:because|since|as|based|given)\b|\s+is\s+(?:the\s+)?(?:correct|right|best)\b|\s*(?:选项|選項|です|입니다)",
-  re.IGNORECASE,
-)
-# What states an answer: "the answer is", "would be", a colon, a dash, or a heading on a line of its own.
-_STATEMENT = re.compile(
-  r"(?:(?<!wrong )(?<!incorrect )\b(?:answer|(?:correct|right|best)\s+(?:option|choice)|respuesta(?:\s+correcta)?"
-  r"|r[ée]ponse(?:\s+correcte)?|antwort|resposta(?:\s+correta)?|risposta(?:\s+corretta)?|ответ)"
-  r"|答案|答え|正解|정답)[*_]*\s*"
-  r"(?:(?:is|(?:would|should|must|will|can|could|may|might)\s+be|es|est|ist|lautet|é|è)\b\s*:?"
-  r"|[是为為は은는]\s*:?|:|\s[-–—]\s|\n)[*_]*\s*",
-  re.IGNORECASE,
-)
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-_JSON_FIELD = re.compile(r"\"(?:final[_ ])?(?:answer|choice|option|letter)\"\s*:\s*\"([^\"]*)\"", re.IGNORECASE)
 
 
 def accuracy(completion: str, example: Example) -> float:
@@ -122,109 +96,7 @@ def lenient_letter(completion: str, example: Example) -> str | None:
   strict = answer_letter(completion)
   if strict in letters:
     return strict
-  completion = _plain_signs(completion)
-  example = dataclasses.replace(example, options=tuple(map(_plain_signs, example.options)))
-  found = _ANSWER_ANY_CASE.search(completion)
-  content = found.group(1) if found else _outside_thought(completion)
-  content = re.sub(r"</?answer(?:\s[^<>]*)?>", " ", content, flags=re.IGNORECASE).strip()
-  texts = {letter: _plain(option) for letter, option in zip(letters, example.options, strict=True)}
-  if option := _option_of(content, texts, example):
-    return option
-  if marked := _BOXED.findall(content) or _JSON_FIELD.findall(content):
-    named = {_named(_COMMAND.sub(r"\1", text), texts, example) for text in marked}
-    return named.pop() if len(named) == 1 else None
-  stated = {_stated(told, texts, example) for told in _STATEMENT.split(content)[1:]} - {None}
-  if stated:
-    return stated.pop() if len(stated) == 1 else None
-  return _leading(content, texts)
-
-
-def _plain_signs(text: str) -> str:
-  """A text with full-width and other compatible signs as plain ones, and without invisible ones."""
-  if text.isascii():
-    return text
-  return "".join(sign for sign in unicodedata.normalize("NFKC", text) if unicodedata.category(sign) != "Cf")
-
-
-def _named(text: str, texts: Mapping[str, str], example: Example) -> str | None:
-  """The option that a short text names: its letter, its own text, or both."""
-  return _option_of(text, texts, example) or _leading(text, texts)
-
-
-def _outside_thought(completion: str) -> str:
-  """What follows the last think block; of a block that does not end nothing is an answer."""
-  content = re.split("</think>", completion, flags=re.IGNORECASE)[-1]
-  return re.split("<think>", content, flags=re.IGNORECASE)[0]
-
-
-def _plain(text: str) -> str:
-  return " ".join(re.findall(r"\w+", text.casefold()))
-
-
-def _option_of(text: str, texts: Mapping[str, str], example: Example) -> str | None:
-  """The letter of the option that a text is. Where signs alone tell options apart, "< 5" and "> 5", they count."""
-  plain = _plain(text)
-  same = [letter for letter in texts if plain and texts[letter] == plain]
-  if len(same) > 1:
-    options = dict(zip(texts, example.options, strict=True))
-    same = [letter for letter in same if options[letter].strip().casefold() == text.strip().casefold()]
-  return same[0] if len(same) == 1 else None
-
-
-def _stated(told: str, texts: Mapping[str, str], example: Example) -> str | None:
-  """The option that follows "the answer is", None where what follows is none or more than one."""
-  letter, rest = _first_letter(told, texts)
-  if letter and _ends(rest, letter, texts):
-    return None if _others(letter, _sentence(rest), texts) else letter
-  return _option_of(told, texts, example) or _option_of(_sentence(told), texts, example)
-
-
-def _sentence(text: str) -> str:
-  """A text up to its first period or line break."""
-  return re.split(r"[.\n]", text, maxsplit=1)[0]
-
-
-def _leading(content: str, texts: Mapping[str, str]) -> str | None:
-  """The letter that a text begins with, None where it may be a word or is one of several."""
-  letter, rest = _first_letter(content, texts)
-  if letter is None or not _ends(rest, letter, texts) or _others(letter, rest, texts):
-    return None
-  capital = content[len(content) - len(rest) - 1].isupper()
-  return letter if capital or _plain(rest) in ("", texts[letter]) else None
-
-
-def _first_letter(text: str, texts: Mapping[str, str]) -> tuple[str | None, str]:
-  """The letter of an option with which a text begins, behind marks and "option", and what follows it."""
-  text = text.lstrip(_OPENING)
-  text = text[lead.end() :] if (lead := _LEAD_IN.match(text)) else text
-  match = _FIRST_LETTER.match(text)
-  if match is None or match.group(1).upper() not in texts:
-    return None, ""
-  return match.group(1).upper(), text[match.end() :]
-
-
-def _ends(rest: str, letter: str, texts: Mapping[str, str]) -> bool:
-  """Whether what follows a letter lets it be an answer."""
-  if _begins_with(rest, texts[letter]):
-    return True
-  contradicted = any(_begins_with(rest, text) for other, text in texts.items() if other != letter)
-  return not contradicted and _ENDING.match(rest) is not None
-
-
-def _begins_with(text: str, option: str) -> bool:
-  """Whether the words of an option begin a text and a mark or nothing follows them."""
-  words = r"\W+".join(map(re.escape, option.split()))
-  return bool(words) and re.match(rf"\W*{words}\s*(?:[^\w\s]|$)", text, re.IGNORECASE) is not None
-
-
-def named_letters(text: str) -> set[str]:
-  """Letters of options that a text names; an "A" or "I" before a word is an article or a pronoun."""
-  return {*_OTHER_LETTER.findall(text)}
-
-
-def _others(letter: str, text: str, texts: Mapping[str, str]) -> set[str]:
-  """Letters of other options that a text names."""
-  return (named_letters(text) & texts.keys()) - {letter}
+  return forgiving.option_letter(completion, example.options)
 
 
 def lenient_accuracy(completion: str, example: Example) -> float:

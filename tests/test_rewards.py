@@ -150,6 +150,39 @@ def test_answers_that_any_reader_understands():
   )
 
 
+ORGANS = dataclasses.replace(BRAIN, options=("liver", "kidney", "spleen"))
+UNREAD = (
+  # An alternative, a condition, another option.
+  r"\boxed{B} or C", "The answer is B, or perhaps the liver.", "The answer would be B, if it were a kidney.",
+  "If it were round, the answer would be B", "The answer is kidney (C).", "the kidney or the spleen", "答案是B或C",
+  "Answer:\nA. liver\nB. kidney\nC. spleen", '{"answer": ["A", "B"]}', "B?", "The answer is B or C",
+  # A negation, before or behind.
+  r"\boxed{B} is wrong", r"The answer is not \boxed{B}", "B) is not correct", "B. This is incorrect.", "It is not B",
+  "The answer is B, which is wrong.", "The answer is B. That is wrong.", "The least likely answer is B",
+  "I don't think the answer is B.", "I would not choose B", "B. The answer is not B", '{"incorrect_answer": "B"}',
+  "错误答案是B", "答案不是B", "不正解はB", "오답은 B", "Die falsche Antwort ist B", "La mauvaise réponse est B",
+  "La respuesta incorrecta es B", "La risposta sbagliata è B", "A resposta errada é B", "Het foute antwoord is B",
+  "неправильный ответ: B", "Đáp án sai: B", "الإجابة الخاطئة: B",
+)  # fmt: skip
+PLAIN = (
+  "The answer is likely B", "The answer is most likely B.", "The answer is clearly B", "The answer is therefore B",
+  "The answer has to be B", "The answer seems to be B", "The answer is the kidney.", "The answer is: the kidney",
+  "the kidney", "kidney (B)", "B is the answer.", "Therefore, I choose B.", "It is B", "Choice: B", "Conclusion: B",
+  "{'answer': 'B'}", '{"answer": ["B"]}', '{"correct_answer":"B"}', '{"finalAnswer":"B"}', '{"selected_option":"B"}',
+  "<final_answer>B</final_answer>", "<answer>B</answer", r"\boxed{\textit{B}}", r"\fbox{B}", "Answer\n------\nB",
+  "选B", "故选B。", "正确选项是B", "答：B", "La respuesta correcta es la B", "La réponse est la B", "Richtig ist B",
+  "Het antwoord is B", "Đáp án: B", "الإجابة: B", r"The answer is \textbf{B}", "The answer is kidney (B).",
+  # What is negated or named elsewhere does not matter.
+  "There is no mass, so the answer is B.", "Since this is not the liver, the answer is B.", "No, the answer is B.",
+  "The answer is B because the liver is not shown", "The answer is B. Options A and C are wrong.",
+  "The answer is B: the heart is not enlarged", "A) is wrong, C) is wrong, so the answer is B.",
+)  # fmt: skip
+
+
+def test_plain_answers_are_read_and_those_in_doubt_are_not():
+  assert_table(lambda text: rewards.lenient_letter(text, ORGANS), (None, *UNREAD), ("B", *PLAIN))
+
+
 def test_options_decide_what_an_answer_means():
   for expected, text, options in (
     ("A", "A mass", ("mass", "cyst")),
@@ -163,6 +196,11 @@ def test_options_decide_what_an_answer_means():
     (None, "?", ("?", "+")),  # no word at all
     (None, "cyst", ("cyst", "mass", "cyst")),  # one of two
     ("B", "<answer>B</answer>", ("B", "A")),  # a letter first, as strictly
+    # What negates or names another is part of the option.
+    ("B", "The answer is no.", ("Yes", "No")),
+    ("B", "B) Not visible.", ("Visible", "Not visible")),
+    ("B", "The answer is viral pneumonia.", ("pneumonia", "viral pneumonia")),
+    (None, "The answer is A, viral pneumonia.", ("pneumonia", "viral pneumonia")),
   ):
     example = dataclasses.replace(BRAIN, options=options, answer="B")
     assert rewards.lenient_letter(text, example) == expected, (text, options)
@@ -195,7 +233,7 @@ def test_a_letter_before_a_word_is_a_word():
 
 def test_the_forgiving_parser_is_fast_on_repetition():
   start = time.process_time()
-  for piece in ("(", "A ", "answer is ", "<think>", "answer: A, ", "\n", "**", "Brain "):
+  for piece in ("(", "A ", "answer is ", "<think>", "answer: A, ", "\n", "**", "Brain ", "<answer>", "not "):
     rewards.lenient_letter(piece * 4000, BRAIN)
   assert time.process_time() - start < 5  # 0.3 s; a quadratic one took 12
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kepo_jax.data import json_files, records, rules
+from kepo_jax.data import json_files, lettering, records, rules
 from kepo_jax.data.image_files import ImageFiles
 from kepo_jax.data.rules import MODALITIES, Rejected, Summary, modality_name
 from kepo_jax.types import Example
@@ -139,15 +139,17 @@ class _Reader:
       self._summary.count("dataset_from_file", place)
       dataset = stem
     options = self._options(record, place)
-    if bare := records.without_letters(options):
-      self._summary.count("option_letters", place)
+    bare, rule = lettering.own_letters(options, [answer])
+    if rule:
+      self._summary.count(rule, place)
       answer, options = bare[options.index(answer)] if answer in options else answer, bare
+    gold = self._collector.gold(answer, options, place)
     return self._collector.example(
       place,
       name=f"{dataset}/{question_id}",
       question=question,
-      options=options,
-      gold=self._collector.gold(answer, options, place),
+      options=[option for option in options if option],
+      gold=gold - options[:gold].count(""),
       images=(self._images.path(relative),),
       modality=modality,
       question_type=rules.text_field(record, "question_type", required=False),
@@ -161,10 +163,12 @@ class _Reader:
     return self._collector.modality(rules.text_field(record, key if key in record else "modality_type"), place)
 
   def _options(self, record: Mapping[str, Any], place: str) -> list[str]:
-    keys = sorted(key for key in record if re.fullmatch(r"option_[A-Z]", key))
-    present = [key for key in keys if rules.text_field(record, key, required=False)]
-    if len(present) < len(keys):
+    """Options by the place of their letters, absent ones empty."""
+    texts = {key: rules.text_field(record, key, required=False) for key in record if re.fullmatch(r"option_[A-Z]", key)}
+    if not all(texts.values()):
       self._summary.count("null_option", place)
-    if any(key != f"option_{chr(ord('A') + i)}" for i, key in enumerate(present)):
+    last = max((ord(key[-1]) for key, text in texts.items() if text), default=0)
+    options = [texts.get(f"option_{chr(code)}", "") for code in range(ord("A"), last + 1)]
+    if "" in options:
       self._summary.count("option_gap", place)
-    return [rules.text_field(record, key) for key in present]
+    return options

@@ -1,18 +1,26 @@
 """From the fields of a record to an `Example`: options, answer, duplicates and ids, alike for every format."""
 
-import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from kepo_jax import forgiving
 from kepo_jax.data import rules
-from kepo_jax.data.rules import Rejected, Summary
+from kepo_jax.data.lettering import LETTERS, LONGEST
+from kepo_jax.data.rules import IMAGE, Rejected, Summary
 from kepo_jax.types import Example
 
-LETTERS = "ABCDEFGHIJ"  # of answers
-LONGEST = 10_000  # characters of a question with its options; the longest real one has about 1,200
-IMAGE = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands in a question or option for one of its images, in their order
-_PLACEHOLDER = re.compile(r"<image(?:[ _]?(\d+))?>", re.IGNORECASE)
+# What data sets write for a picture; in angle brackets it is nothing else, in others only where no angle ones are.
+# Some wrap it in tokens of their own, some write its number inside or between two tags.
+_NAME = r"(?:start_of_)?(?:image|img)(?:[ _]?(?:here|placeholder|pad|token|soft_token|context))?[ _-]?(\d*)"
+_PLACEHOLDERS = tuple(
+  re.compile(pattern, re.IGNORECASE)
+  for pattern in (
+    r"(?:<\|(?:vision_start|begin_of_image)\|>)?(?:<\|image_pad\|>)*"
+    rf"<\s?\|?\s?{_NAME}\s?\|?\s?/?\s?>(?:\s?(\d*)\s?</\s?(?:image|img)\s?>)?(?:<\|?(?:vision_end|end_of_image)\|?>)?",
+    rf"(?:\[{_NAME}\]|\{{{_NAME}\}})",
+  )
+)
+_LIKE = re.compile(r"[<\[{][^\s<>\[\]{}]{0,30}(?:image|img|picture|vision|video)[^<>\[\]{}]{0,60}[>\]}]", re.IGNORECASE)
 UNKNOWN = "unknown"  # modality of a record that does not tell
 
 
@@ -24,6 +32,16 @@ def check_length(question: str, options: Sequence[str]) -> None:
   """
   if (length := len(question) + sum(map(len, options))) > LONGEST:
     raise Rejected("question_too_long", f"a question of {length} characters with its options, more than {LONGEST}")
+
+
+def named(answer: str, options: Sequence[str]) -> int | None:
+  """Index of the option that an answer names beyond doubt, as completions are read forgivingly."""
+  letter = forgiving.option_letter(answer, options)
+  return LETTERS.index(letter) if letter and options[LETTERS.index(letter)] else None
+
+
+def _holds_image(text: str) -> bool:
+  return any(pattern.search(text) for pattern in _PLACEHOLDERS)
 
 
 class Collector:
@@ -83,18 +101,29 @@ class Collector:
     )
 
   def gold(self, answer: str, options: Sequence[str], place: str) -> int:
-    """Index of the option whose text is the answer.
+    """Index of the option that an answer names: by its text, its letter, or both.
+
+    Args:
+      answer: of the record.
+      options: by the place of their letter; absent ones are empty.
+      place: file and record, for messages.
 
     Raises:
-      Rejected: there is none.
+      Rejected: there is none, or it is empty.
     """
-    if answer in options:
-      return list(options).index(answer)
     plain = [rules.normalised(option) for option in options]
-    if (wanted := rules.normalised(answer)) not in plain:
+    wanted = rules.normalised(answer)
+    pictures = [i for i, option in enumerate(options) if option == answer and _holds_image(option)]
+    if answer in options and answer and len(pictures) < 2:
+      return list(options).index(answer)
+    if wanted in plain and wanted and not pictures:
+      self.summary.count("answer_normalised", place)
+      return plain.index(wanted)
+    index = named(answer, options)
+    if index is None:
       raise Rejected("answer_unmatched", f"the answer {answer!r} is none of {list(options)}"[:400])
-    self.summary.count("answer_normalised", place)
-    return plain.index(wanted)
+    self.summary.count("solution_letter", place)
+    return index
 
   def modality(self, spelling: str, place: str) -> str:
     """Canonical name of a spelling; another one is kept, "" is called unknown."""
@@ -110,26 +139,32 @@ class Collector:
   def _with_images_in_place(
     self, question: str, options: Sequence[str], images: tuple[str, ...], place: str
   ) -> tuple[str, list[str], tuple[str, ...]]:
-    """Texts with IMAGE in place of `<image>` or `<image 1>`, and the images in the order in which they stand there.
+    """Texts with IMAGE in place of placeholders, and the images in the order in which they stand there.
 
     A single one at the beginning goes: that is where images stand anyway.
     """
     texts = [question, *options]
-    named = [found[1] for text in texts for found in _PLACEHOLDER.finditer(text)]
+    pattern = next((each for each in _PLACEHOLDERS if any(map(each.search, texts))), _PLACEHOLDERS[0])
+    named = ["".join(filter(None, found.groups())) for text in texts for found in pattern.finditer(text)]
+    if any(_LIKE.search(pattern.sub("", text)) for text in texts):
+      self.summary.count("image_word", place)
     if not named:
       return question, list(options), images
-    order = list(dict.fromkeys(int(number) - 1 if number else i for i, number in enumerate(named)))
+    first = 0 if any(number and not int(number) for number in named) else 1
+    order = list(dict.fromkeys(int(number) - first if number else i for i, number in enumerate(named)))
     if sorted(order) != list(range(len(images))):
-      raise Rejected("image_unplaced", f"{len(set(order))} places for {len(images)} images in {question[:200]!r}")
+      places = ", ".join(number or "one without number" for number in named)
+      raise Rejected("image_unplaced", f"places ({places}) for {len(images)} images in {question[:200]!r}"[:400])
     self.summary.count("image_placed", place)
     seen: set[str] = set()
 
     def mark(found: re.Match[str]) -> str:
-      again = found[1] in seen
-      seen.update({found[1]} - {None})
-      return f"image {found[1]}" if again else IMAGE  # a picture is shown once
+      number = "".join(filter(None, found.groups()))
+      again = number in seen
+      seen.update({number} - {""})
+      return f"image {number}" if again else IMAGE  # a picture is shown once
 
-    question, *options = (_PLACEHOLDER.sub(mark, text).strip() for text in texts)
+    question, *options = (pattern.sub(mark, text).strip() for text in texts)
     if len(images) == 1 and question.startswith(IMAGE):
       question = question.removeprefix(IMAGE).lstrip()
     if not question.strip(IMAGE + " \n"):
@@ -139,7 +174,10 @@ class Collector:
   def _different(self, options: Sequence[str], gold: int, place: str) -> tuple[tuple[str, ...], str]:
     if len(options) > len(LETTERS):
       raise Rejected("too_many_options", f"{len(options)} options, more than {len(LETTERS)}")
-    plain = [rules.normalised(option) for option in options]
+    # Two pictures are two options, though their texts are the same.
+    plain = [
+      f"{rules.normalised(text)} {i}" if IMAGE in text else rules.normalised(text) for i, text in enumerate(options)
+    ]
     kept = [i for i in range(len(options)) if i == gold or plain[i] != plain[gold]]
     different = len({plain[i] for i in kept})
     if len(kept) < len(options):
@@ -162,118 +200,3 @@ class Collector:
       self.summary.count("duplicate_id", place)
     self._ids.add(unique)
     return unique
-
-
-def _on_lines(opening: str, closing: str, first: str = "A", further: str = "B-Z"):
-  line = rf"\r?\n[ \t]*{opening}"
-  return re.compile(f"{line}({first}){closing}"), re.compile(f"{line}([{further}]){closing}"), False
-
-
-# How options are written. `first` begins the row, `further` marks each next one by its letter.
-# On one line a letter in brackets may also be part of the text, `type (A), `: see `_markers`.
-_INLINE = r"(?:^|(?<=[\s?:.]))(A)\)"
-_SYNTAXES = (
-  _on_lines("", r"\)"),
-  _on_lines("", ":"),
-  (re.compile(_INLINE), re.compile(r",\s*([B-Z])\)"), True),
-  _on_lines("", r"\.(?=\s)"),
-  _on_lines(r"\(", r"\)"),
-  _on_lines("", r"\)", "a", "b-z"),
-  (re.compile(_INLINE), re.compile(r"\s([B-Z])\)"), True),
-)
-
-
-def without_letters(options: Sequence[str]) -> list[str] | None:
-  """Options without the letters that they begin with, `A. x`, `(B) y`; None unless each begins with its own."""
-  found = [re.fullmatch(r"\(?([A-Za-z])\s?[).:、]\s*(.*)", option.strip(), re.DOTALL) for option in options]
-  if not found or any(each is None or each[1].upper() != LETTERS[i : i + 1] for i, each in enumerate(found)):
-    return None
-  return [each[2] for each in found if each]
-
-
-class _Marker(NamedTuple):
-  """What may begin an option."""
-
-  letter: str
-  start: int  # of the separator
-  end: int  # where the option's text begins
-  opened: int  # place of the innermost bracket that is open here, -1 for none
-
-  def fits(self, begin: int) -> bool:
-    """Whether it stands in no bracket that was opened from a place on."""
-    return self.opened < begin
-
-
-def cut(problem: str) -> tuple[str, list[str], bool]:
-  """A question text taken apart: (stem, options in the order of their letters, whether it could be read otherwise).
-
-  Known are `stem A)x, B)y` on one line, with commas or without, and on lines of their own `A) x`, `A: x`, `A. x`,
-  `(A) x` and `a) x`. Each option ends
-  where the next expected letter stands behind the syntax's separator; options may contain commas, brackets and other
-  letters, stems anything that looks like an option. The row that begins last is used.
-
-  The time is proportional to the length of the text, whatever it holds.
-
-  Raises:
-    Rejected: no two options.
-  """
-  if len(problem) > LONGEST:
-    raise Rejected("malformed_record", f"a question of {len(problem)} characters, more than {LONGEST}")
-  rows: list[tuple[int, int, _Marker, list[_Marker]]] = []  # of each place where one begins
-  for rank, (first, further, inline) in enumerate(_SYNTAXES):
-    beginnings = _markers(problem, first, inline)
-    markers = _markers(problem, further, inline) if beginnings else []
-    rows += [(begin.end, -rank, begin, markers) for begin in _beginnings(beginnings, markers)]
-  if not rows:
-    raise Rejected("options_not_found", f"no options in {problem[-200:]!r}")
-  *_, begin, markers = max(rows, key=lambda found: found[:2])
-  row = _row(begin, markers)
-  ends = [marker.start for marker in row[1:]] + [len(problem)]
-  options = [problem[marker.end : end].strip() for marker, end in zip(row, ends, strict=True)]
-  # One letter may begin a row in two syntaxes; two letters are two readings.
-  return problem[: begin.start].strip(), options, len({place for place, *_ in rows}) > 1
-
-
-def _markers(problem: str, pattern: re.Pattern[str], inline: bool) -> list[_Marker]:
-  """What a pattern finds, in the order of the text.
-
-  On one line a letter with a bracket may also end something like `type (A)` or `(A, B)`: there it is a marker only
-  outside the brackets, unless the option's text follows at once.
-  """
-  brackets = re.finditer(r"[()]", problem) if inline else iter(())
-  bracket = next(brackets, None)
-  opened: list[int] = []
-  found = []
-  for match in pattern.finditer(problem):
-    while bracket and bracket.start() < match.start():
-      if bracket[0] == "(":
-        opened.append(bracket.start())
-      elif opened:  # the bracket of `A)` closes nothing
-        opened.pop()
-      bracket = next(brackets, None)
-    free = re.match(r"[^\W_]", problem[match.end() : match.end() + 1])
-    found.append(_Marker(match[1].upper(), match.start(), match.end(), -1 if free or not opened else opened[-1]))
-  return found
-
-
-def _beginnings(candidates: list[_Marker], markers: list[_Marker]) -> list[_Marker]:
-  """The markers of an A behind which a B can be found."""
-  found = []
-  seconds = [marker for marker in markers if marker.letter == "B"]
-  earliest: float = math.inf
-  for begin in reversed(candidates):
-    while seconds and seconds[-1].start >= begin.end:
-      earliest = min(earliest, seconds.pop().opened)  # if any fits, then the one whose bracket was opened first
-    if begin.fits(0) and earliest < begin.end:
-      found.append(begin)
-  return found
-
-
-def _row(begin: _Marker, markers: list[_Marker]) -> list[_Marker]:
-  """The marker that begins a row, and for each next letter the first that fits behind the one before it."""
-  row = [begin]
-  for marker in markers:
-    expected = chr(ord(row[-1].letter) + 1)
-    if marker.letter == expected and marker.start >= row[-1].end and marker.fits(row[-1].end):
-      row.append(marker)
-  return row

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+IMAGE = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands in a question or option for one of its images, in their order
 # What is repaired or only noted, what is dropped, and what stops a strict read.
 RULES: Mapping[str, str] = {
   "modality_key": "repaired: the modality stands under `modality` instead of `modality_type`",
@@ -20,9 +21,11 @@ RULES: Mapping[str, str] = {
   "option_gap": "repaired: a letter between two options is absent; the following options move up",
   "options_ambiguous": "kept: the letters that begin options stand in the text more than once; the last row is used",
   "option_letters": "repaired: options of the record's list begin with their own letters, which are taken off",
+  "option_letters_kept": "kept: options begin with letters that may belong to them, as in `A. baumannii`",
+  "text_after_options": "repaired: what stands behind the last option, an instruction or a paragraph, is left out",
   "options_listed": "repaired: the options cut from the text differ from the record's own list, which is used",
   "answer_normalised": "repaired: the answer equals an option except for case, spaces, quotes or a final period",
-  "solution_letter": "repaired: the solution names a letter as `(B)`, `b` or `B) kidney`",
+  "solution_letter": "repaired: the answer names a letter in more words, as `(B)`, `b`, `B) kidney` or `Answer: B`",
   "solution_text": "repaired: the solution is the text of an option instead of its letter",
   "repeated_answer": "repaired: the right answer stood among the options more than once; one is left",
   "repeated_distractor": "kept: a wrong option stands there more than once",
@@ -30,14 +33,17 @@ RULES: Mapping[str, str] = {
   "class_spelling": "kept: the right answer is an odd spelling of its class, such as `x_ray.` or `Dermoscopy.`",
   "nonsense_option": "kept: an option without meaning, such as `ABC DEF` or `123 456`",
   "leaked_label": "kept: an option repeats a folder's label, such as `Intra type of radimageNet dataset.`",
-  "image_placed": "kept: the text says with `<image>` where its pictures stand",
+  "image_placed": "kept: the text says with `<image>` or its like where its pictures stand",
+  "image_word": "kept: what looks like a place for a picture stays as a word",
   "duplicate_id": "repaired: another record has the same question id; a number is added",
   "duplicate_record": "dropped: image, question, options and answer equal an earlier record's",
-  "image_unplaced": "dropped: the text has another number of `<image>` than the record has images",
+  "image_unplaced": "dropped: the text has another number of places for pictures than the record has images",
   "answer_unmatched": "dropped: the answer is none of the options",
   "answer_contradicted": "dropped: the record's answer text is not the option that its letter names",
-  "options_not_found": "dropped: no two options can be cut from the text: `A) x, B) y` on one line, or `A) x`, `A. x`, "
-  "`A: x` or `(A) x` on lines of their own",
+  "options_not_found": "dropped: no two options can be cut from the text: `A) x, B) y`, `A) x B) y`, `(A) x (B) y`, "
+  "`A. x B. y` or `A: x, B: y` on one line, or on lines of their own `A) x`, `A. x`, `A: x`, `A - x`, `(A) x`, "
+  "`[A] x`, `Option A: x`, `**A.** x` or `- A) x`, or `a) x` and its like",
+  "options_unclear": "dropped: the letters that begin options have another order, or a question stands behind them",
   "too_few_options": "dropped: fewer than two different options",
   "too_many_options": "dropped: more than ten options; answers are the letters A to J",
   "file_skipped": "dropped: a file of another kind lies beside those of the format; nothing of it is read",
@@ -165,7 +171,7 @@ def normalised(text: str) -> str:
 
 
 def text_field(record: Mapping[str, Any], field: str, *, required: bool = True) -> str:
-  """A field of a record, stripped; "" for an absent one that is not required.
+  """A field of a record, `cleaned`; "" for an absent one that is not required.
 
   Raises:
     Rejected: it is missing, empty, no text or no valid Unicode.
@@ -175,11 +181,16 @@ def text_field(record: Mapping[str, Any], field: str, *, required: bool = True) 
     return ""
   if not isinstance(value, str):
     raise Rejected("malformed_record", f"field {field} is {'missing' if value is None else _shown(value)}")
-  if required and not value.strip():
+  if required and not cleaned(value):
     raise Rejected("malformed_record", f"field {field} is empty")
   if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
     raise Rejected("malformed_record", f"field {field} holds half of a surrogate pair: {value!r}"[:120])
-  return value.strip()
+  return cleaned(value)
+
+
+def cleaned(text: str) -> str:
+  """A text of a source, stripped, without the signs that mark pictures here; texts copied from PDF hold some."""
+  return text.replace(IMAGE, "").strip()
 
 
 def _shown(value: Any) -> str:

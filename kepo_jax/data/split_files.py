@@ -1,6 +1,6 @@
 """Records of `image`, `problem` and `solution`: Med-R1's split files, MedVLM-R1's test set, R1-V's columns.
 
-A record's `problem` holds stem and options in one text, see `records.cut`; its `solution` is a letter, bare or
+A record's `problem` holds stem and options in one text, see `lettering.cut`; its `solution` is a letter, bare or
 inside answer tags, or the text of an option, as released code writes where it finds no letter. MedVLM-R1 adds
 `question`, `options`, `answer` and `subset`, which are checked against the text.
 """
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from kepo_jax.data import json_files, records, rules
+from kepo_jax.data import json_files, lettering, records, rules
 from kepo_jax.data.image_files import ImageFiles
 from kepo_jax.data.rules import Rejected, Summary
 from kepo_jax.types import Example
@@ -29,8 +29,7 @@ PARTS = {
   "dev": "validation", "test": "test",
 }  # fmt: skip
 _ENDING = re.compile(r"(?:_filtered)?_(?:train|test|val|validation|eval)(?:_\d+)?$", re.IGNORECASE)
-_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_BOXED = re.compile(r"^\s*\\boxed\s*\{(?:\\text\s*\{)?([^{}]*)\}+\s*$")
+_TAGS = re.compile(r"<answer>([^<]*)</answer>", re.IGNORECASE)
 _CLIMB = 5  # folders above a file that are searched for its images
 
 
@@ -185,61 +184,59 @@ class RecordReader:
     )
 
   def _question(self, record: Mapping[str, Any], problem: str, place: str) -> tuple[str, list[str]]:
-    listed = record.get("options")
-    if listed is not None and not (isinstance(listed, list) and all(isinstance(text, str) for text in listed)):
-      raise Rejected("malformed_record", "field options is no list of texts")
+    listed, told = self._listed(record, place), rules.text_field(record, "question", required=False)
     try:
-      question, options, ambiguous = records.cut(problem)
+      question, options, applied = lettering.cut(problem)
     except Rejected as rejected:
-      told = listed and rules.text_field(record, "question", required=False)
-      if rejected.rule != "options_not_found" or not told:
+      if not listed or rejected.rule not in ("options_not_found", told and "options_unclear"):
         raise
-      question, options, ambiguous = "", [], False
-    if ambiguous:
-      self._summary.count("options_ambiguous", place)
-    if bare := listed and records.without_letters(listed):
-      self._summary.count("option_letters", place)
-      listed = bare
-    if listed and [text.strip() for text in listed] != options:
-      self._summary.count("options_listed", place)
-      options = [rules.text_field({"options": text}, "options", required=False) for text in listed]
-      question = rules.text_field(record, "question", required=False) or question
-    if not question:
+      question, options, applied = told or problem, [], []
+    if listed and listed != options:
+      listed, rule = lettering.own_letters(listed, options)
+      applied += [rule] if rule else []
+    if listed and listed != options:
+      applied.append("options_listed")
+      question, options = told or question, listed
+    if not (question or told):
       raise Rejected("malformed_record", "field problem has no question before its options")
-    return question, options
+    for rule in applied:
+      self._summary.count(rule, place)
+    return question or told, options
+
+  def _listed(self, record: Mapping[str, Any], place: str) -> list[str]:
+    """The record's own options, by letter; absent ones between others are empty."""
+    listed = record.get("options")
+    if isinstance(listed, dict):
+      letters = {str(key).strip().upper(): text for key, text in listed.items()}
+      listed = [letters.pop(letter, None) for letter in lettering.LETTERS[: len(listed)]]
+      listed = None if letters else listed
+    elif listed is None:
+      return []
+    if not isinstance(listed, list) or not all(isinstance(text, str | None) for text in listed):
+      raise Rejected("malformed_record", "field options is no list of texts, and no object of texts by letter")
+    texts = [rules.text_field({"options": text}, "options", required=False) for text in listed]
+    while texts and not texts[-1]:
+      texts.pop()
+    if len(texts) < len(listed) and "" not in texts:  # else it is counted with the ones between
+      self._summary.count("null_option", place)
+    return texts
 
   def _gold(self, record: Mapping[str, Any], solution: str, options: Sequence[str], place: str) -> int:
-    tagged = _TAGS.search(solution) or _BOXED.search(solution)
+    tagged = _TAGS.search(solution)
     content = (tagged.group(1) if tagged else solution).strip()
-    if letter := _letter_of(content, options):
-      self._summary.count("solution_letter", place)
-      content = letter
-    if len(content) == 1 and content in records.LETTERS and records.LETTERS.index(content) < len(options):
-      gold = records.LETTERS.index(content)
+    if content in list(lettering.LETTERS[: len(options)]):
+      gold = lettering.LETTERS.index(content)
       if not options[gold]:
         raise Rejected("answer_unmatched", f"the solution names {content}, an empty option")
     else:
-      gold = self._collector.gold(content, options, place) if content else -1
-      if gold < 0:
-        raise Rejected("answer_unmatched", "the solution is empty")
-      self._summary.count("solution_text", place)
+      gold = self._collector.gold(content, options, place)
+      if rules.normalised(content) in map(rules.normalised, options):
+        self._summary.count("solution_text", place)
     answer = rules.text_field(record, "answer", required=False)
-    told = (rules.normalised(options[gold]), content.casefold(), records.LETTERS[gold].casefold())
-    if answer and rules.normalised(_letter_of(answer, options) or answer) not in told:
+    texts = {rules.normalised(options[gold]), content.casefold()}
+    if answer and rules.normalised(answer) not in texts and records.named(answer, options) != gold:
       raise Rejected("answer_contradicted", f"answer {answer!r}, but solution {content!r} is {options[gold]!r}"[:400])
     return gold
-
-
-def _letter_of(content: str, options: Sequence[str]) -> str:
-  """The letter that a solution names beyond doubt, `(B)`, `b`, `B.` or `B) kidney`; "" for others and a bare letter."""
-  if content in records.LETTERS or any(rules.normalised(content) == rules.normalised(option) for option in options):
-    return ""
-  found = re.fullmatch(r"\(?([A-Ja-j])\s?[).:]?\s*(.*)", content, re.DOTALL)
-  number = records.LETTERS.index(found[1].upper()) if found else len(options)
-  if not found or number >= len(options):
-    return ""
-  named = rules.normalised(found[2]) in ("", rules.normalised(options[number]))
-  return records.LETTERS[number] if named else ""
 
 
 def image_entries(record: Mapping[str, Any]) -> list[Any]:

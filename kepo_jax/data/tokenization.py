@@ -268,12 +268,16 @@ class Tokenizer:
 
     Special tokens inside the text are broken up: neither a data set nor a hint can end a turn or add an image.
     """
-    text = self._specials.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
-    *parts, last = text.split(records.IMAGE, maxsplit=images)
+    parts = text.split(records.IMAGE, maxsplit=images)
+    # A mark too many goes first: it may stand in the middle of a special token.
+    *parts, last = (
+      self._specials.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", part.replace(records.IMAGE, ""))
+      for part in parts
+    )
     content = [{"type": "image"}] * (images - len(parts))  # what has no place in the text stands before it
     for part in parts:
       content += [*([{"type": "text", "text": part}] if part else []), {"type": "image"}]
-    content.append({"type": "text", "text": last.replace(records.IMAGE, "")})
+    content.append({"type": "text", "text": last})
     with self._lock:
       return self._tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

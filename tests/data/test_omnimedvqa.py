@@ -58,6 +58,7 @@ def test_modality_spellings(layout):
   assert summary.rules == {"modality_unlisted": 1, "modality_spelling": 7}
 
 
+READ = {"solution_letter": 1}
 # Changed fields -> options and answer of the example, and the rules that applied; `...` takes a field away.
 REPAIRS = {
   "two options": ({"option_C": ..., "option_D": ...}, "Chest Brain", "B", {}),
@@ -70,6 +71,40 @@ REPAIRS = {
   "exact wins": ({"option_A": "brain", "gt_answer": "Brain"}, "Brain Knee Hand", "A", {"repeated_answer": 1}),
   "wrong twice": ({"option_D": "chest"}, "Chest Brain Knee chest", "B", {"repeated_distractor": 1}),
   "other key": ({"modality_type": ..., "modality": "X-Ray"}, "Chest Brain Knee Hand", "B", {"modality_key": 1}),
+  **{
+    f"lettered, gold {gold}": (
+      {"option_A": "A. chest", "option_B": "B. brain", "option_C": None, "option_D": "", "gt_answer": gold},
+      "chest brain",
+      "B",
+      {"null_option": 1, "option_letters": 1} | more,
+    )
+    for gold, more in {
+      "B. brain": {},
+      "brain": {},
+      "B": READ,
+      "b. Brain": READ,
+      "B) brain": READ,
+      "(B) Brain": READ,
+    }.items()
+  },
+  "a letter and a gap": (
+    {"option_A": None, "gt_answer": "B"},
+    "Brain Knee Hand",
+    "A",
+    {"null_option": 1, "option_gap": 1} | READ,
+  ),
+  "names": (
+    {"option_A": "A.cereus", "option_B": "B.coli", "option_C": ..., "option_D": ..., "gt_answer": "B.coli"},
+    "A.cereus B.coli",
+    "B",
+    {"option_letters_kept": 1},
+  ),
+  "names that the answer lacks": (
+    {"option_A": "A.cereus", "option_B": "B.coli", "option_C": ..., "option_D": ..., "gt_answer": "coli"},
+    "cereus coli",
+    "B",
+    {"option_letters": 1},
+  ),
   "no data set": ({"dataset": ...}, "Chest Brain Knee Hand", "B", {"dataset_from_file": 1}),
 }
 

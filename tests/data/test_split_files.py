@@ -76,8 +76,19 @@ REPAIRS = {
                                        {"option_letters": 1, "options_listed": 1}),
   "a first word of one letter": ({"options": ["A. Chest", "C. Brain"], "answer": "C. Brain", "problem": "Which?"},
                                  ("A. Chest", "C. Brain"), "B", {"options_listed": 1}),
+  "options by letter": ({"problem": "Which?", "options": {"b": "Brain", "a": "Chest"}}, "Chest Brain", "B",
+                        {"options_listed": 1}),
+  "a list is enough": ({"problem": "Which?", "question": ...}, "Chest Brain", "B", {"options_listed": 1}),
+  "padded": ({"options": ["A. Chest", "B. Brain", "", None]}, "Chest Brain", "B",
+             {"null_option": 1, "option_letters": 1}),
+  "names": ({"problem": "A) A. cereus\nB) B. baumannii", "options": ["A. cereus", "B. baumannii"],
+             "answer": "B. baumannii"}, ("A. cereus", "B. baumannii"), "B", {}),
+  "instruction": ({"problem": "Q?\nA. Chest\nB. Brain\nAnswer with the option's letter directly."},
+                  "Chest Brain", "B", {"text_after_options": 1}),
   **{f"solution {text}": ({"solution": text}, "Chest Brain", "B", {"solution_letter": 1})
-     for text in ("b", "(B)", "B.", "B) Brain", r"\boxed{b}", "<answer>B) brain</answer>")},
+     for text in ("b", "(B)", "B.", "B) Brain", r"\boxed{b}", "<answer>B) brain</answer>", "Option B", "[B]", "**B**",
+                  "Answer: B", "The answer is B", "B,", "B - Brain", "Brain (B)", r"$\boxed{B}$", r"\boxed{\mathrm{B}}",
+                  r"<answer>\boxed{B}</answer>", "<think>x</think>B", "Ｂ", '"B"')},
 }  # fmt: skip
 
 
@@ -91,6 +102,26 @@ def test_repairs(root):
     options = tuple(options.split()) if isinstance(options, str) else options
     assert (example.options, example.answer) == (options, answer), case
     assert dict(summary.rules) == expected, case
+
+
+PLACEHOLDERS = (
+  "<img>", "<|image|>", "<|image_1|>", "<|vision_start|><|image_pad|><|vision_end|>", "<image/>", "< image >",
+  "<ImageHere>", "<image_placeholder>", "[IMG]", "{image}", "<start_of_image>", "<image></image>", "<image>1</image>",
+  "<image_0>", "<IMG_1>",
+)  # fmt: skip
+
+
+def test_pictures_as_options_and_words_that_stay(root):
+  paths = MEDVLM["image"] + [MEDR1["image"]]
+  for first, second in (("<image>", "<image>"), ("<image 1>", "<image 2>")):
+    record = changed({"problem": f"Which?\nA) {first}\nB) {second}", "image": paths, "options": ..., "answer": ...})
+    (example,), summary = split_files.read(write_records(root / "file.json", record))
+    assert example.options == (records.IMAGE,) * 2 and example.answer == "B" and len(example.images) == 2
+    assert dict(summary.rules) == {"image_placed": 1}
+  record = changed({"problem": "<image> Is <Picture 1> odd, or [image]?\nA) Chest\nB) Brain", "options": ...})
+  (example,), summary = split_files.read(write_records(root / "file.json", record))
+  assert example.question == "Is <Picture 1> odd, or [image]?"
+  assert dict(summary.rules) == {"image_placed": 1, "image_word": 1}
 
 
 def test_pictures_stand_where_the_text_says(root):
@@ -110,6 +141,10 @@ def test_pictures_stand_where_the_text_says(root):
   assert read("<image 2> or <image_1>?" + tail, images=2) == (both, (second, first), 1)
   again = f"{records.IMAGE}, {records.IMAGE}; in image 1?"
   assert read("<image 1>, <image 2>; in <image 1>?" + tail, images=2) == (again, (first, second), 1)
+  for mark in PLACEHOLDERS:
+    assert read(f"Of {mark} which?" + tail) == (f"Of {records.IMAGE} which?", (first,), 1), mark
+  assert read("<image_1> or <image_0>?" + tail, images=2) == (both, (second, first), 1)
+  assert read("\ufffcOf <|image_\ufffcpad|>?" + tail) == (f"Of {records.IMAGE}?", (first,), 1)  # a sign that PDFs leave
   for problem, images in (("<image> or <image>?", 1), ("<image>?", 2), ("<image 3>?", 1)):
     with pytest.raises(ValueError, match="image_unplaced"):
       read(problem + tail, images)
@@ -117,14 +152,21 @@ def test_pictures_stand_where_the_text_says(root):
 
 BAD = {
   "answer_contradicted": [{"answer": "Chest"}, {"answer": "Liver"}],
-  "answer_unmatched": [{"solution": "C"}, {"solution": "Liver"}, {"solution": "<answer> </answer>"}],
-  "options_not_found": [{"problem": "Which?", "options": ...}, {"problem": "Which?", "question": ...}],
+  "answer_unmatched": [{"solution": "AB"}, {"solution": "A or B"},
+                       {"solution": "C"}, {"solution": "Liver"}, {"solution": "<answer> </answer>"}],
+  "options_not_found": [{"problem": "Which?", "options": ...}],
+  "options_unclear": [
+    {"problem": "Q? A) 5 cm (grade B) C) x B) 3", "options": ...}, {"problem": "Q?\nA) x\nC) y\nB) z", "options": ...},
+    {"problem": "Q?\nA) x\n(a) y\n(b) z\nB) v", "options": ...}, {"problem": "Q?\nA) x\nB) y C) z", "options": ...},
+    {"problem": "Look.\nA) x\nB) y\n\nWhich is it?", "options": ...},
+  ],
   "too_many_options": [
     {"problem": "Q?" + "".join(f"\n{c}) {c}1" for c in "ABCDEFGHIJK"), "options": ..., "answer": ...},
   ],
   "malformed_record": [
     {"image": ...}, {"image": []}, {"image": [None]}, {"problem": ["x"]}, {"solution": None}, {"options": "AB"},
-    {"options": [1, 2]}, {"problem": "A)x, B)Brain", "options": ...}, {"subset": 7}, {"problem": "x" * 20_000},
+    {"options": [1, 2]}, {"problem": "A)x, B)Brain", "options": ..., "question": ...}, {"subset": 7},
+    {"options": {"A": "x", "C": "y"}}, {"options": {"A": 1, "B": 2}}, {"problem": "x" * 20_000},
   ],
   "unsafe_path": [{"image": ["images/a.png", "images/../../a.png"]}, {"image": ""}, {"image": "a\ud800.png"}],
   "missing_image": [{"image": "images/b.png"}],
