@@ -195,4 +195,9 @@ def reporting_errors(main: Callable[[list[str]], None], *, arguments: bool = Fal
 
 def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
   """Starts an entry point, see `reporting_errors`."""
+  module = sys.modules[main.__module__]
+  if module is not sys.modules["__main__"]:  # a console script: --help shows the flags and the text of the module
+    for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    sys.modules["__main__"].__doc__ = module.__doc__
   app.run(reporting_errors(main, arguments=arguments), flags_parser=parse_flags)
