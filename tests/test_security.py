@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kepo_jax import sharding
-from kepo_jax.data import prompts, tokenization
+from kepo_jax.data import prompts, tokenizer_files
 from kepo_jax.data.pipeline import Processor
 from kepo_jax.models.qwen3_vl import conversion
 from kepo_jax.training import checkpoints
@@ -79,14 +79,14 @@ def test_code_and_pickles_of_a_model_folder_are_ignored(folder, tmp_path):
 
 def test_a_tokenizer_class_of_the_folder_s_own_is_ignored(folder):
   text = "Which finding does the image show? <think>"
-  genuine = tokenization.load(ASSETS / "confused")(text)["input_ids"]
+  genuine = tokenizer_files.load(ASSETS / "confused", 1024)(text)["input_ids"]
   change(folder / "tokenizer_config.json", tokenizer_class="evil.EvilTokenizer")
   load(folder)  # tokenizer.json says all that is needed
   for name in ("evil.EvilTokenizer", "someone/evil--evil.EvilTokenizer"):
     auto_map = {"AutoTokenizer": [None, name]}
     change(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=auto_map)
     load(folder)
-    assert tokenization.load(folder)(text)["input_ids"] == genuine
+    assert tokenizer_files.load(folder, 1024)(text)["input_ids"] == genuine
 
 
 def test_pickled_weights_are_refused(folder):

@@ -6,23 +6,41 @@ pixels are 8-bit, so scaling and normalising is one look-up of 256 values per ch
 reference's own roundings.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
+
+from kepo_jax.models.qwen3_vl.config import shown
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit before it speaks of a decompression bomb
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # no format that starts a program, such as EPS
 MAX_ASPECT_RATIO = 200  # the reference refuses more
+_SETTINGS = (
+  ("patch_size", "patch_size"), ("merge_size", "merge_size"), ("temporal_patch_size", "temporal_patch_size"),
+  ("image_mean", "mean"), ("image_std", "std"), ("rescale_factor", "scale"), ("resample", "resample"),
+)  # fmt: skip  # name in the file, and here
 _BOUNDS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))  # old and new name of an area in pixels
 RESIZES = {"native": None, "squash384": 384}  # side of a square that ignores the aspect ratio, before all else
+
+_GDAL_NODATA = 42113  # tag of a TIFF
+# No measurement: GDAL and ITK fill with the greatest number that there is.
+_BEYOND = float(np.finfo(np.float32).max) / 2
+_TURNS: dict[object, Image.Transpose] = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}  # fmt: skip  # EXIF orientation
 
 # What Pillow's decoders raise on damaged files, besides OSError.
 DECODER_ERRORS = (
@@ -43,18 +61,18 @@ DECODER_ERRORS = (
 def load_image(path: str | os.PathLike) -> Image.Image:
   """The decoded image of a file, 8 bits per channel, turned as its EXIF orientation says.
 
-  Greyscale of more than 8 bits is mapped linearly from its own least and greatest finite value, where Pillow would
-  clip nearly everything to white.
+  Greyscale of more than 8 bits is mapped linearly from its own least and greatest value, where Pillow would clip nearly
+  everything to white. Values that are not finite, or that fill places without a value, are brought between these two.
 
   Raises:
     ValueError: the file is missing, damaged, of another format or too large; the message names it.
   """
   try:
-    with Image.open(path, formats=FORMATS) as image:
+    with quiet(), Image.open(path, formats=FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
       image.load()
-      return _eight_bit(ImageOps.exif_transpose(image))
+      return _eight_bit(_upright(image), _fill(image))
   except FileNotFoundError as error:
     raise ValueError(f"image {path}: no such file; check the data directory") from error
   except Image.DecompressionBombError as error:
@@ -65,15 +83,43 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     raise ValueError(f"image {path}: damaged or truncated ({error}); fetch the file again") from error
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Keeps Pillow from warning of metadata that it cannot read: they say nothing of the pixels."""
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    yield
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  """Turns an image; `ImageOps.exif_transpose` would write all of EXIF anew, and raise at a tag that it cannot write."""
+  try:
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+  except DECODER_ERRORS:
+    return image
+  return image if turn is None else image.transpose(turn)
+
+
+def _fill(image: Image.Image) -> float:
+  """What the TIFF of an image says that its places without a value hold; NaN where it says nothing."""
+  try:
+    fill = float(getattr(image, "tag_v2", {}).get(_GDAL_NODATA, math.nan))
+    return fill if abs(fill) < _BEYOND else math.nan
+  except (TypeError, ValueError):
+    return math.nan
+
+
+def _eight_bit(image: Image.Image, fill: float) -> Image.Image:
   if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
     return image.copy()
   grey = np.asarray(image, dtype=np.float64)
-  finite = grey[np.isfinite(grey)]
-  if not finite.size:
+  if image.mode == "F":
+    fill = float(np.array(fill, np.float32))  # as rounded as the pixels
+  values = grey[(np.abs(grey) < _BEYOND) & (grey != fill)]
+  if not values.size:
     raise ValueError("no pixel is a finite number")
-  low, high = finite.min(), finite.max()
-  grey = np.nan_to_num(grey, nan=low, posinf=high, neginf=low)
+  low, high = values.min(), values.max()
+  grey = np.clip(np.nan_to_num(grey, nan=low), low, high)
   return Image.fromarray(np.round((grey - low) * (255 / (high - low) if high > low else 0.0)).astype(np.uint8))
 
 
@@ -115,20 +161,43 @@ def _read_settings(directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
     try:
       settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-      raise ValueError(f"{path}: not valid JSON ({str(error)[:200]})") from error
+      raise ValueError(f"{path}: not valid JSON ({shown(str(error))})") from error
     settings = settings.get(part) if part and isinstance(settings, dict) else settings
     if isinstance(settings, dict):
       return path, settings
   raise ValueError(f"{directory}: no preprocessor_config.json; copy it from the published checkpoint")
 
 
-def _check_kind(name: str, value: Any, like: int | float | tuple[float, ...]) -> None:
-  """Raises a ValueError unless a setting is of the kind of its default: a whole number, a number or several."""
-  many, kinds = isinstance(like, tuple), (int,) if isinstance(like, int) else (int, float)
-  numbers = value if isinstance(value, tuple) else (value,)
-  if isinstance(value, tuple) != many or not all(type(x) in kinds and abs(x) < 1e12 for x in numbers):
-    wanted = "a list of numbers" if many else "a whole number" if kinds == (int,) else "a number"
-    raise ValueError(f"{name} is {str(value)[:50]}, expected {wanted}")
+def _areas(settings: dict, defaults: dict[str, int]) -> dict[str, Any]:
+  """The bounds of the area after resizing, merged and refused as the reference does.
+
+  Raises:
+    ValueError: others than two whole numbers of pixels.
+  """
+  size = settings.get("size")
+  size = defaults if size is None else size
+  for old, edge in _BOUNDS if isinstance(size, dict) else ():
+    if settings.get(old) is not None:
+      size = {key: value for key, value in size.items() if key != old} | {edge: settings[old]}
+  if not isinstance(size, dict) or size.keys() != defaults.keys():
+    raise ValueError(f"size is {shown(size)}, expected areas in pixels as shortest_edge and longest_edge alone")
+  # JSON of other languages writes 1024.0 for a whole number.
+  whole = {edge: int(x) if isinstance(x, float) and x.is_integer() else x for edge, x in size.items()}
+  return {old: _checked(f"{edge} or {old}", whole[edge], defaults[edge]) for old, edge in _BOUNDS}
+
+
+def _checked(name: str, value: Any, like: int | float | tuple[float, ...]) -> Any:
+  """A setting of the kind of its default: a whole number, a number or several, for which one may stand.
+
+  Raises:
+    ValueError: it is of another kind.
+  """
+  kinds = (int,) if isinstance(like, int) else (int, float)
+  many = isinstance(like, tuple) and isinstance(value, list)
+  if not all(type(x) in kinds and abs(x) < 1e12 for x in (value if many else (value,))):
+    wanted = "a list of numbers" if isinstance(like, tuple) else "a whole number" if kinds == (int,) else "a number"
+    raise ValueError(f"{name} is {shown(value)}, expected {wanted}")
+  return tuple(value) if many else (value,) * len(like) if isinstance(like, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +219,9 @@ class ImageProcessor:
     if self.resize not in RESIZES:
       raise ValueError(f"resize={self.resize!r}; choose from {sorted(RESIZES)}")
     if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
-      raise ValueError(f"image_mean={self.mean} and image_std={self.std} need three channels and no zero std")
+      raise ValueError(
+        f"image_mean={shown(self.mean)} and image_std={shown(self.std)} need three channels and no zero std"
+      )
     if self.resample not in list(Image.Resampling):
       raise ValueError(f"resample={self.resample} is none of Pillow's filters, 0 to 5")
     if min(self.patch_size, self.merge_size, self.temporal_patch_size, self.min_pixels) < 1:
@@ -166,29 +237,15 @@ class ImageProcessor:
       ValueError: the settings are missing, unreadable or ask for something that is not supported.
     """
     path, settings = _read_settings(pathlib.Path(directory))
-    for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-      if settings.get(key) is False:
-        raise ValueError(f"{path}: {key}=false is not supported; Qwen-VL preprocessing has every step on")
-    size = settings.get("size")
-    size = {} if size is None else size
-    if not isinstance(size, dict) or size and not all(settings.get(a) or size.get(b) for a, b in _BOUNDS):
-      raise ValueError(f"{path}: size is {str(size)[:50]}, expected areas in pixels as shortest_edge and longest_edge")
-    given = {
-      "patch_size": settings.get("patch_size"),
-      "merge_size": settings.get("merge_size"),
-      "temporal_patch_size": settings.get("temporal_patch_size"),
-      **{name: _first(settings.get(name), size.get(edge)) for name, edge in _BOUNDS},
-      "mean": settings.get("image_mean"),
-      "std": settings.get("image_std"),
-      "scale": settings.get("rescale_factor"),
-      "resample": settings.get("resample"),
-    }
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    given = {key: value for key, value in given.items() if value is not None}
-    for key, value in given.items():
-      _check_kind(f"{path}: {key}", value, getattr(cls, key))
     try:
-      return cls(resize=resize, **given)
+      for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if settings.get(key, True) is not True:
+          raise ValueError(f"{key} is {shown(settings[key])}, expected true: Qwen-VL preprocessing has every step on")
+      if settings.get("do_center_crop") and not settings.get("crop_size"):  # with both the reference ignores them
+        raise ValueError("do_center_crop is on without crop_size, expected false")
+      areas = _areas(settings, {edge: getattr(cls, old) for old, edge in _BOUNDS})
+      given = {name: _checked(key, settings[key], getattr(cls, name)) for key, name in _SETTINGS if key in settings}
+      return cls(resize=resize, **areas, **given)
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 
@@ -235,7 +292,3 @@ class ImageProcessor:
     """(float32[r, 3 * temporal * patch * patch], grid), equal to the reference in every bit."""
     pixels, grid = self.pixels(image)
     return self.normalised(pixels), grid
-
-
-def _first(*values):
-  return next((value for value in values if value is not None), None)

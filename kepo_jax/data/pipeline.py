@@ -19,7 +19,7 @@ import chex
 import jax
 import numpy as np
 
-from kepo_jax.data import image_files, images, tokenization
+from kepo_jax.data import image_files, images, tokenization, tokenizer_files
 from kepo_jax.data import prompts as wordings
 from kepo_jax.data.rules import Rejected
 from kepo_jax.models.qwen3_vl import conversion, positions
@@ -254,7 +254,8 @@ class Processor:
 
   def same_vocabulary(self, directory: str | pathlib.Path) -> bool:
     """Whether another checkpoint folder's tokenizer maps every entry to the same id."""
-    other = tokenization.load(conversion.resolved_folder(directory))
+    folder = conversion.resolved_folder(directory)
+    other = tokenizer_files.load(folder, Qwen3VLConfig.from_directory(folder).text.vocab_size)
     return other.get_vocab() == self.tokenizer.vocabulary
 
   def prompts(

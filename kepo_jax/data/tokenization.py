@@ -3,98 +3,22 @@
 Loaded by transformers from the files of the folder; no code of the folder is run and nothing is downloaded.
 """
 
-import contextlib
-import json
 import pathlib
 import re
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from absl import logging
-from transformers import AutoTokenizer
 
-from kepo_jax.data import records
+from kepo_jax.data import records, tokenizer_files
 from kepo_jax.data.images import RESIZES
-from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, shown
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<hint>", "</hint>")  # a decoded completion must keep them
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-_MOST_IDS = 2**24  # a larger id is refused once it is compared with the rows of the model
-_FILLER = "\0no token "  # begins the content of entries that only number those behind them
-VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
-
-
-def load(directory: pathlib.Path) -> Any:
-  """The transformers tokenizer of a folder.
-
-  Raises:
-    ValueError: its files are missing or unreadable.
-  """
-  # Without files transformers makes an empty tokenizer of the right class, and says nothing.
-  if directory.is_dir() and not any((directory / name).is_file() for name in VOCABULARY_FILES):
-    raise ValueError(f"{directory}: no usable tokenizer (no {' or '.join(VOCABULARY_FILES)})")
-  try:
-    with _without_gaps(directory) as folder:
-      tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    tokenizer.encode("?")
-    return tokenizer
-  except BaseException as error:  # noqa: BLE001 (the tokenizers library raises Exception itself, and panics)
-    if isinstance(error, KeyboardInterrupt | SystemExit):
-      raise
-    raise ValueError(
-      f"{directory}: no usable tokenizer ({_short(error)}); copy the checkpoint's tokenizer files, or install a newer "
-      f"version of tokenizers and transformers."
-    ) from error
-
-
-@contextlib.contextmanager
-def _without_gaps(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-  """The folder, or a copy of its tokenizer in which every id up to the largest has an entry.
-
-  The tokenizers library numbers the entries behind a gap anew, without a word; the rows of the model stay as they are.
-  """
-  content = _read_json(directory / "tokenizer.json")
-  vocabulary, added = content.get("model", {}).get("vocab", {}), content.get("added_tokens", [])
-  numbered = list(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
-  if len(set(numbered)) < len(numbered):
-    raise ValueError("two entries of tokenizer.json have the same id")
-  used = {token["id"] for token in added} | set(numbered)
-  missing = set(range(min(max(used, default=0), _MOST_IDS))) - used
-  if not missing:
-    yield directory
-    return
-  filler = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-  added = [*added, *({"id": number, "content": f"{_FILLER}{number}"} | filler for number in missing)]
-  content["added_tokens"] = sorted(added, key=lambda token: token["id"])
-  with tempfile.TemporaryDirectory(prefix="kepo_jax-") as name:
-    folder = pathlib.Path(name)
-    for file in directory.iterdir():
-      if file.suffix in (".json", ".jinja", ".txt") and file.is_file():
-        shutil.copy(file, folder)
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    yield folder
-
-
-def _short(error: BaseException) -> str:
-  """The first line of an error, cut where it is long."""
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _read_json(path: pathlib.Path) -> dict:
-  if not path.is_file():
-    return {}
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: not valid JSON ({_short(error)})") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{path}: expected a JSON object")
-  return content
+_PROBE = "Which organ is shown?"  # a text that every chat template must write
 
 
 def declared_templates(directory: pathlib.Path) -> str | None:
@@ -118,7 +42,7 @@ def declared_resize(directory: pathlib.Path) -> str | None:
   """
   found = _declared(directory, "kepo_resize")
   if found is not None and found not in RESIZES:
-    raise ValueError(f"{directory}/tokenizer_config.json: kepo_resize={found!r}; choose from {sorted(RESIZES)}.")
+    raise ValueError(f"{directory}/tokenizer_config.json: kepo_resize={shown(found)}; choose from {sorted(RESIZES)}.")
   return found
 
 
@@ -139,9 +63,9 @@ def declarations(data: Mapping[str, Any]) -> dict[str, str]:
 
 def _declared(directory: pathlib.Path, name: str) -> str | None:
   path = directory / "tokenizer_config.json"
-  found = _read_json(path).get(name)
+  found = tokenizer_files.read_json(path).get(name)
   if not isinstance(found, str | None):
-    raise ValueError(f"{path}: {name}={found!r} is no text.")
+    raise ValueError(f"{path}: {name}={shown(found)} is no text.")
   return found
 
 
@@ -160,27 +84,10 @@ def _ids_of(generation: Mapping[str, Any], key: str, size: int, name: str) -> tu
   ids = _as_ids(generation.get(key))
   if not all(type(i) is int and 0 <= i < size for i in ids):
     raise ValueError(
-      f"{name}/generation_config.json: {key} is {str(generation[key])[:50]}, expected ids below vocab_size {size}; "
+      f"{name}/generation_config.json: {key} is {shown(generation[key])}, expected ids below vocab_size {size}; "
       f"copy the checkpoint's own."
     )
   return ids
-
-
-def _chat_template(directory: pathlib.Path, tokenizer: Any) -> Any:
-  """The chat template of a folder, from where transformers' AutoProcessor takes it first.
-
-  Raises:
-    ValueError: it is no text, or several templates without a default.
-  """
-  places = ("processor_config.json", "chat_template.json")
-  found = {name: _read_json(directory / name).get("chat_template") for name in places}
-  found["tokenizer_config.json"] = tokenizer.chat_template  # with chat_template.jinja, which counts before it
-  name, template = next(((name, text) for name, text in found.items() if text), ("", None))
-  if isinstance(template, dict):
-    template = template.get("default", template)
-  if not isinstance(template, str | None):
-    raise ValueError(f"{directory}/{name}: chat_template is neither a text nor has one named default.")
-  return template
 
 
 class Tokenizer:
@@ -206,11 +113,10 @@ class Tokenizer:
     pad_ids = _as_ids(tokenizer.pad_token_id) or _ids_of(generation, "pad_token_id", size, name) or self.end_ids
     self.pad_id: int = pad_ids[0]
     self.allowed = self._allowed_ids()
-    added = tokenizer.added_tokens_decoder.values()
-    specials = [token.content for token in added if token.special or token.content in VISION_TOKENS]
-    self._specials = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
     self._check_tags(name)
-    self._check_template(name)
+    self._specials = re.compile(r"(?!)")
+    written = self._check_template(name)
+    self._specials = re.compile("|".join(map(re.escape, self._reserved(written))) or r"(?!)")
 
   @classmethod
   def from_directory(cls, directory: pathlib.Path, config: Qwen3VLConfig) -> "Tokenizer":
@@ -219,9 +125,9 @@ class Tokenizer:
     Raises:
       ValueError: files are missing or contradict each other; names the folder or file.
     """
-    tokenizer = load(directory)
-    tokenizer.chat_template = _chat_template(directory, tokenizer)
-    return cls(tokenizer, config, _read_json(directory / "generation_config.json"), str(directory))
+    tokenizer = tokenizer_files.load(directory, config.text.vocab_size)
+    tokenizer.chat_template = tokenizer_files.chat_template(directory, tokenizer)
+    return cls(tokenizer, config, tokenizer_files.read_json(directory / "generation_config.json"), str(directory))
 
   @property
   def vocabulary(self) -> dict[str, int]:
@@ -233,11 +139,27 @@ class Tokenizer:
     """bool[V]: false for vision tokens and for head rows without a tokenizer entry."""
     config, vocabulary = self._config, self._tokenizer.get_vocab()
     allowed = np.zeros(config.text.vocab_size, bool)
-    allowed[[i for text, i in vocabulary.items() if not text.startswith(_FILLER)]] = True
+    allowed[[i for text, i in vocabulary.items() if not text.startswith(tokenizer_files.FILLER)]] = True
     named = [vocabulary[name] for name in VISION_TOKENS if name in vocabulary]
-    ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
-    allowed[[i for i in (*named, *ids) if i < len(allowed)]] = False
+    allowed[[i for i in (*named, *self._vision_ids()) if i < len(allowed)]] = False
     return allowed
+
+  def _vision_ids(self) -> tuple[int, ...]:
+    """Token ids that config.json names."""
+    config = self._config
+    return config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id
+
+  def _reserved(self, written: set[int]) -> list[str]:
+    """Contents of entries that no text may forge, the longest first.
+
+    Args:
+      written: ids that the chat template writes.
+    """
+    added = self._tokenizer.added_tokens_decoder
+    ids = {*self.end_ids, *written}
+    found = {token.content for i, token in added.items() if token.special or i in ids} - {*TAGS}
+    found |= {*VISION_TOKENS, *(self._tokenizer.decode([i]) for i in self._vision_ids())} - {""}
+    return sorted(found, key=len, reverse=True)
 
   def _check_tags(self, name: str) -> None:
     sentence = " ".join(TAGS)
@@ -247,19 +169,33 @@ class Tokenizer:
         f"{name}: the tokenizer turns {sentence!r} into {decoded!r}; rewards need these tags in the text."
       )
 
-  def _check_template(self, name: str) -> None:
-    try:
-      rendered = self.render("?", images=0)
-    except (jinja2.TemplateError, TypeError) as error:  # a template runs in a sandbox without files
-      raise ValueError(
-        f"{name}: the chat template cannot be used ({_short(error)}); copy the checkpoint's own."
-      ) from error
+  def _check_template(self, name: str) -> set[int]:
+    """The ids that the chat template writes around a text and an image.
+
+    Raises:
+      ValueError: it cannot be used, leaves the text out, or writes other than one mark per image.
+    """
+    written: set[int] = set()
+    for images in (0, 1):
+      try:
+        rendered = self.render(_PROBE, images)
+        ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        if _PROBE not in rendered:
+          raise ValueError("it leaves the text out")
+        if (marks := ids.count(self._config.image_token_id)) != images:
+          raise ValueError(f"it writes image_token_id of config.json {marks} times for {images} images")
+      except Exception as error:  # noqa: BLE001 (a template runs in a sandbox without files, and may raise anything)
+        raise ValueError(
+          f"{name}: the chat template cannot be used ({tokenizer_files.short(error)}); copy the checkpoint's own."
+        ) from error
+      written.update(ids)
     if rendered.rstrip().endswith("<think>"):
       logging.warning(
         "%s: the chat template opens a think block itself, so completions lack their <think> tag and no format reward "
         "is ever given. Use an Instruct checkpoint.",
         name,
       )
+    return written
 
   def render(self, text: str, images: int) -> str:
     """The chat with one user turn of `images` images and a text, up to where the assistant begins.

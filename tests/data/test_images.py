@@ -1,10 +1,12 @@
 """Bit equality with the reference processor, and errors that name the file."""
 
 import json
+import struct
+import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from transformers import image_utils
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -111,16 +113,56 @@ def test_unusable_settings_are_refused(tmp_path):
   with pytest.raises(ValueError, match="preprocessor_config.json: not valid JSON"):
     images.ImageProcessor.from_directory(tmp_path)
   for settings, message in [
-    ({"do_resize": False}, "do_resize=false is not supported"),
+    ({"do_resize": False}, "do_resize is False, expected true"),
     ({"image_mean": [0.5]}, "three channels"),
+    ({"image_mean": [0.5] * 10**5}, "^.{,400}three channels"),
     ({"min_pixels": 10**6, "max_pixels": 10**5}, "max_pixels=100000"),
     ({"patch_size": "16"}, "preprocessor_config.json"),
     ({"size": 64}, "size is 64"),
-    ({"size": {"height": 64, "width": 64}}, "shortest_edge and longest_edge"),
     ({"patch_size": 1.5}, "patch_size is 1.5"),
   ]:
     with pytest.raises(ValueError, match=message):
       images.ImageProcessor.from_directory(write_settings(tmp_path, settings))
+
+
+BOUNDS = {"shortest_edge": 1024, "longest_edge": 9216}
+PAIR = {"min_pixels": 1024, "max_pixels": 9216}
+SQUARE = {"height": 64, "width": 64}
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"size": {}}, {"size": SQUARE}, {"size": SQUARE} | PAIR, {"size": BOUNDS | {"height": 64}}, {"size": {}} | PAIR,
+    {"size": BOUNDS | {"height": None}}, {"size": BOUNDS | {"min_pixels": 2048}}, {"size": {"shortest_edge": 1024}},
+    {"size": {"shortest_edge": None, "longest_edge": 9216}}, {"size": {"shortest_edge": 1024}, "max_pixels": 9216},
+    {"size": {"shortest_edge": 1024.0, "longest_edge": 9216.0}}, {"size": BOUNDS, "min_pixels": None}, {"size": None},
+    {"image_mean": 0.5}, {"image_mean": 0, "image_std": 1}, {"image_mean": [1, 0, 1]}, {"rescale_factor": 1},
+    {"patch_size": 16.0}, {"do_center_crop": True}, {"do_center_crop": None}, {"do_resize": 0},
+    *({key: None} for key in ("patch_size", "merge_size", "temporal_patch_size", "resample", "do_resize")),
+    *({key: None} for key in ("image_mean", "image_std", "rescale_factor", "min_pixels", "max_pixels")),
+  ],
+  ids=json.dumps,
+)  # fmt: skip
+def test_settings_are_refused_where_the_reference_refuses_them_and_equal_where_not(settings, tmp_path, rng):
+  write_settings(tmp_path, settings)
+  image = drawn("RGB", 90, 70, rng)
+  try:
+    reference = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    reference(images=[image], return_tensors="np")
+  except (ValueError, TypeError):
+    with pytest.raises(ValueError, match="preprocessor_config.json: .* expected|do_center_crop"):
+      images.ImageProcessor.from_directory(tmp_path)
+  else:
+    assert_bit_equal(images.ImageProcessor.from_directory(tmp_path), reference, image)
+
+
+@pytest.mark.parametrize("key", ["do_rescale", "do_normalize", "do_convert_rgb"])
+def test_a_step_that_is_not_on_is_refused(key, tmp_path):
+  for value in (None, 0, [], "no", "x" * 10**6):
+    with pytest.raises(ValueError, match=f"{key} is .*, expected true") as caught:
+      images.ImageProcessor.from_directory(write_settings(tmp_path, {key: value}))
+    assert len(str(caught.value)) < 500
 
 
 def test_damaged_files_are_named(tmp_path, rng, monkeypatch):
@@ -150,18 +192,57 @@ def test_deep_grey_is_spread_over_eight_bits(tmp_path):
   np.testing.assert_array_equal(np.asarray(images.load_image(tmp_path / "deep.png")), [[0, 0], [128, 255]])
 
 
-@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, LARGEST, -LARGEST, 1.8e38])
 def test_pixels_that_are_no_number_leave_the_others_as_they_are(tmp_path, odd):
   values = np.arange(12, dtype=np.float32).reshape(3, 4) + 1000
   Image.fromarray(values).save(tmp_path / "whole.tif")
   values[1, 1] = odd
   Image.fromarray(values).save(tmp_path / "odd.tif")
   whole, found = (np.array(images.load_image(tmp_path / f"{name}.tif")) for name in ("whole", "odd"))
-  whole[1, 1] = 255 if odd == np.inf else 0
+  whole[1, 1] = 255 if odd > 0 else 0
   np.testing.assert_array_equal(found, whole)
   Image.fromarray(np.full((2, 2), odd, np.float32)).save(tmp_path / "none.tif")
   with pytest.raises(ValueError, match="none.tif: .*no pixel is a finite number"):
     images.load_image(tmp_path / "none.tif")
+
+
+@pytest.mark.parametrize(("kind", "fill"), [(np.float32, -9999.1), (np.float32, 1e9), (np.int32, -32768)])
+def test_what_a_tiff_names_as_its_fill_is_no_value(kind, fill, tmp_path):
+  values = (np.arange(12).reshape(3, 4) + 1000).astype(kind)
+  Image.fromarray(values).save(tmp_path / "whole.tif")
+  values[1, 1] = fill
+  tags = TiffImagePlugin.ImageFileDirectory_v2()
+  for text in (f"{fill} ", "nothing"):
+    tags[42113] = text
+    Image.fromarray(values).save(tmp_path / "filled.tif", tiffinfo=tags)
+    whole, found = (np.array(images.load_image(tmp_path / f"{name}.tif")) for name in ("whole", "filled"))
+    whole[1, 1] = 255 if fill > 0 else 0
+    assert (found == whole).all() == (text != "nothing")
+
+
+@pytest.mark.parametrize(
+  "tag",
+  [
+    struct.pack("<HHII", 0x100, 2, 4, 0xFFFFFFFF),  # text that is none
+    struct.pack("<HHII", 0x10F, 2, 10**6, 10**6),  # beyond the end
+    struct.pack("<HHII", 0x11A, 5, 2, 8),
+    b"\xff" * 12,
+  ],
+)
+def test_odd_metadata_leave_the_pixels_as_they_are(tag, tmp_path, rng):
+  picture = drawn("RGB", 8, 6, rng)
+  turn = struct.pack("<HHII", 0x112, 3, 1, 6)
+  for name, data in (("plain", turn), ("odd", turn + tag)):
+    directory = struct.pack("<H", len(data) // 12) + data + bytes(4)
+    picture.save(tmp_path / f"{name}.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0" + directory)
+  picture.save(tmp_path / "none.jpg", exif=b"Exif\0\0nothing of the kind")
+  with warnings.catch_warnings(action="error"):
+    plain, odd, none = (images.load_image(tmp_path / f"{name}.jpg") for name in ("plain", "odd", "none"))
+  assert plain.size == (6, 8) and none.size == (8, 6)
+  np.testing.assert_array_equal(np.asarray(odd), np.asarray(plain))
 
 
 def test_pictures_are_turned_as_transformers_turns_them(tmp_path, rng):

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from kepo_jax import rewards
-from kepo_jax.data import images, pipeline, prompts, records
+from kepo_jax.data import images, limits, pipeline, prompts, records
 from kepo_jax.data.tokenization import Tokenizer
 from kepo_jax.models.qwen3_vl import positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -347,14 +347,16 @@ def test_threads_may_share_a_processor(processor, questions):
 def test_vision_tokens_are_banned_by_their_names_alone(checkpoint):
   tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
   tokenizer.add_tokens(["<|vision_pad|>"], special_tokens=True)  # of which no config.json knows
-  spare = len(tokenizer)  # a row of the head without an entry: config.json bans nothing else
+  tokenizer.add_tokens(["<mark>"])
+  mark = tokenizer.convert_tokens_to_ids("<mark>")
+  tokenizer.chat_template = tokenizer.chat_template.replace("<|image_pad|>", "<mark>")
   fields = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-  config = dataclasses.replace(Qwen3VLConfig.from_directory(checkpoint), **dict.fromkeys(fields, spare))
+  config = dataclasses.replace(Qwen3VLConfig.from_directory(checkpoint), **dict.fromkeys(fields, mark))
   allowed = Tokenizer(tokenizer, config, {}, "folder").allowed
   names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
   banned = set(tokenizer.convert_tokens_to_ids(list(names)))
-  assert len(banned) == 5 and max(banned) < spare
-  assert set(np.flatnonzero(~allowed[:spare])) == banned
+  assert len(banned) == 5 and max(banned) < mark
+  assert set(np.flatnonzero(~allowed[:mark])) == banned
 
 
 def edited(folder, **changes):
@@ -378,15 +380,77 @@ def test_ids_behind_a_gap_are_those_of_the_file(make_checkpoint, tmp_path):
   assert found.tokenizer.completion("<new>")[0] == new and found.tokenizer.decode([[new]]) == ["<new>"]
 
 
-def test_vision_tokens_in_a_text_are_broken_up_though_they_are_not_special(make_checkpoint, tmp_path, questions):
+@pytest.mark.parametrize("number", [200_000, 2_000_000, 2**40])
+def test_an_id_beyond_the_model_is_refused_before_the_gap_is_filled(number, make_checkpoint, tmp_path):
+  token = {"content": "<new>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+  folder = edited(
+    make_checkpoint(tmp_path), tokenizer=lambda content: content["added_tokens"].append(token | {"id": number})
+  )
+  with pytest.raises(ValueError, match=f"id {number} and the model .* different checkpoints"):
+    pipeline.Processor.from_directory(folder, **SMALL)
+
+
+def test_an_id_that_would_be_numbered_anew_is_refused(make_checkpoint, tmp_path):
+  token = {"content": "<new>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+  used = len(AutoTokenizer.from_pretrained(str(make_checkpoint(tmp_path / "0"))))
+  for name, number, change in (
+    ("tokenizer_config", used + 9, lambda content: content.update(added_tokens_decoder={f"{used + 9}": token})),
+    ("added_tokens", used + 9, lambda content: content.update({"<new>": used + 9})),
+    ("tokenizer", 5, lambda content: content["added_tokens"].append(token | {"id": 5, "special": False})),
+  ):
+    folder = edited(make_checkpoint(tmp_path / name), **{name: change})
+    with pytest.raises(ValueError, match=f"{name}: .*'<new>' is {number} in its file and "):
+      pipeline.Processor.from_directory(folder, **SMALL)
+
+
+def test_marks_in_a_text_are_broken_up_whatever_they_are_called(make_checkpoint, tmp_path, questions):
+  names = {"<|image_pad|>": "<IMG_CONTEXT>", "<|im_start|>": "<turn>"}
+
   def plain(content):
     for token in content["added_tokens"]:
-      token["special"] = token["special"] and not token["content"].startswith(("<|image", "<|video", "<|vision"))
+      token |= {"special": False, "content": names.get(token["content"], token["content"])}
 
-  folder = edited(make_checkpoint(tmp_path / "model"), tokenizer=plain)
+  folder = edited(
+    make_checkpoint(tmp_path, opening="<think>"),
+    tokenizer=plain,
+    tokenizer_config=lambda content: content.pop("additional_special_tokens"),
+  )
+  template = (folder / "chat_template.jinja").read_text()
+  for old, new in names.items():
+    template = template.replace(old, new)
+  (folder / "chat_template.jinja").write_text(template)
   found = pipeline.Processor.from_directory(folder, **SMALL)
-  literal = dataclasses.replace(questions[0], question="What is <|image_pad|> or <|video_pad|>?")
-  assert found.prompts([literal], "think").tokens.shape[0] == 1
+  marks = ("<IMG_CONTEXT>", "<|video_pad|>", "<|vision_start|>", "<turn>", "<|im_end|>")
+  asked = [dataclasses.replace(questions[0], question=f"What is {text} ?") for text in ("it", *marks)]
+  assert limits.refusals(asked, found, {"think": 0}) == {}
+  unmarked, *literal = found.prompts(asked, "think").tokens.tolist()
+  for mark, row in zip(marks, literal, strict=True):
+    number = found.tokenizer.vocabulary[mark]
+    assert row.count(number) == unmarked.count(number), mark
+  assert found.tokenizer.render("<think>", 0).count("<think>") == 2  # the wordings have it, and this template
+
+
+TEMPLATES = {
+  "{{ 1/0 }}": "division by zero",
+  "{% for i in range(10**10) %}{% endfor %}": "Range too big",
+  "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+  "{% if messages[0].content | length > 1 %}{{ raise_exception('no\nimages') }}{% endif %}{{ messages }}": "no",
+  "{% for part in messages[0].content %}{{ part.text }}{% endfor %}": "0 times for 1 images",
+  "{% for part in messages[0].content %}{{ part.text or '<|image_pad|>' * 2 }}{% endfor %}": "2 times for 1 images",
+  "<|image_pad|>{% for part in messages[0].content %}{{ part.text }}{% endfor %}": "1 times for 0 images",
+  "{{ messages[0].role }}": "leaves the text out",
+  "{% if %}": "Expected an expression",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_that_no_prompt_can_use_is_refused_at_the_start(template, make_checkpoint, tmp_path):
+  (make_checkpoint(tmp_path) / "chat_template.jinja").write_text(template)
+  with pytest.raises(
+    ValueError, match=f"{tmp_path}: the chat template cannot be used .*{TEMPLATES[template]}"
+  ) as caught:
+    pipeline.Processor.from_directory(tmp_path, **SMALL)
+  assert "\n" not in str(caught.value)
 
 
 def test_pictures_stand_in_the_text(tokenizer, processor):
@@ -400,11 +464,12 @@ def test_pictures_stand_in_the_text(tokenizer, processor):
 
 def test_what_a_folder_says_of_its_chat(make_checkpoint, tmp_path):
   folder = make_checkpoint(tmp_path / "model")
-  edited(folder, chat_template=lambda content: content.update(chat_template="before {{ messages[0].role }}"))
+  marked = "{% for part in messages[0].content %}{{ part.text or '<|image_pad|>' }}{% endfor %}"
+  edited(folder, chat_template=lambda content: content.update(chat_template=f"before {marked}"))
   render = lambda: pipeline.Processor.from_directory(folder, **SMALL).tokenizer.render("?", 0)  # noqa: E731
-  assert render() == "before user"  # as transformers' AutoProcessor has it
-  edited(folder, processor_config=lambda content: content.update(chat_template="first"))
-  assert render() == "first"
+  assert render() == "before ?"  # as transformers' AutoProcessor has it
+  edited(folder, processor_config=lambda content: content.update(chat_template=f"first {marked}"))
+  assert render() == "first ?"
   edited(folder, processor_config=lambda content: content.update(chat_template={"a": "x"}))
   with pytest.raises(ValueError, match="processor_config.json: chat_template is neither a text nor has one named"):
     render()

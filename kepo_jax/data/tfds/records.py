@@ -54,7 +54,7 @@ def encoded_image(path: str | os.PathLike) -> bytes:
     ValueError: the file is missing, damaged or of another format; names it.
   """
   picture = images.load_image(path)  # decoded in any case: a data set with a damaged image is not built
-  with Image.open(path, formats=images.FORMATS) as stored:
+  with images.quiet(), Image.open(path, formats=images.FORMATS) as stored:
     plain = stored.mode in ("L", "RGB") and stored.info.get("transparency") is None
     if plain and stored.format in ("PNG", "JPEG"):
       return pathlib.Path(path).read_bytes()

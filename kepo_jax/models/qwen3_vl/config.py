@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,16 @@ from etils import epath
 _RELATIVES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe")
 # Far above any model, and small enough that a damaged file cannot fill the memory before it meets the weights.
 _MOST, _MOST_LAYERS = 2**24, 1_000
+_LONGEST = 80  # characters that an error quotes
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = _LONGEST
+_QUOTE.maxlevel = 2
+
+
+def shown(value: Any) -> str:
+  """Quotes what stands in a foreign file: in one line, escaped, and at most 80 characters."""
+  text = _QUOTE.repr(value)
+  return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +143,12 @@ class Qwen3VLConfig:
       ValueError: no such file, no JSON, or as `from_dict`.
     """
     file = epath.Path(path) / "config.json"
-    if not file.exists():
+    if not file.is_file():
       raise ValueError(f"{file} does not exist; expected a Hugging Face folder of a Qwen3-VL")
     try:
       record = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-      raise ValueError(f"{file} is not JSON: {str(error)[:100]}") from error
+      raise ValueError(f"{file} is not JSON: {shown(str(error))}") from error
     return cls.from_dict(record, str(file))
 
 
@@ -147,7 +158,7 @@ def _check_architecture(record: Mapping[str, Any], name: str) -> None:
     return
   relative = " (a relative that is not supported)" if str(model_type) in _RELATIVES else ""
   raise ValueError(
-    f"{name}: model_type is {str(model_type)[:50]!r}{relative}; supported is 'qwen3_vl', the dense Qwen3-VL "
+    f"{name}: model_type is {shown(model_type)}{relative}; supported is 'qwen3_vl', the dense Qwen3-VL "
     f"(2B, 4B, 8B, 32B or any other size)."
   )
 
@@ -162,7 +173,7 @@ def _section(record: Mapping[str, Any], key: str, name: str) -> Mapping[str, Any
 def _optional_section(section: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
   found = section.get(key)
   if not isinstance(found, Mapping | None):
-    raise ValueError(f"{name}: {key} is {str(found)[:50]}, expected a JSON object")
+    raise ValueError(f"{name}: {key} is {shown(found)}, expected a JSON object")
   return dict(found or {})
 
 
@@ -194,13 +205,13 @@ def _checked(key: str, value: Any, kind: Any, name: str) -> Any:
     fits = isinstance(value, list | tuple) and all(type(each) is int and 0 <= each <= _MOST for each in value)
     expected = "a list of numbers"
   if not fits:
-    raise ValueError(f"{name}: {key} is {str(value)[:50]}, expected {expected}")
+    raise ValueError(f"{name}: {key} is {shown(value)}, expected {expected}")
   return tuple(value) if isinstance(value, list) else value
 
 
 def _refuse_unless(value: Any, expected: Any, what: str, name: str) -> None:
   if value != expected:
-    raise ValueError(f"{name}: {what} is {repr(value)[:50]}, supported is {expected!r}")
+    raise ValueError(f"{name}: {what} is {shown(value)}, supported is {expected!r}")
 
 
 def _text_config(section: Mapping[str, Any], name: str) -> TextConfig:

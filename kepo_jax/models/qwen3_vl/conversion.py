@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from kepo_jax import processes, sharding, storage
 from kepo_jax.models.qwen3_vl import adapters, lora, model, safetensors_files, side_files
-from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, shown
 from kepo_jax.models.qwen3_vl.layers import Params
 
 _STACKS = ("blocks", "layers", "deepstack_merger_list")
@@ -113,12 +113,13 @@ def _exported(run: pathlib.Path) -> pathlib.Path:
   return run / "model"
 
 
-def _stored_tensors(folder: pathlib.Path) -> dict[str, safetensors_files.Stored]:
+def _stored_tensors(folder: pathlib.Path, leaves) -> dict[str, safetensors_files.Stored]:
   """Every tensor of a folder by its published name; `Qwen3VLModel.save_pretrained` leaves `model.` out."""
   stored = safetensors_files.stored_tensors(folder)
   if any(name.startswith(_PREFIX) for name in stored):
     return stored
-  return {name if name == _HEAD else _PREFIX + name: tensor for name, tensor in stored.items()}
+  published = {name for leaf in leaves.values() for name in leaf.names}
+  return {_PREFIX + name if _PREFIX + name in published else name: tensor for name, tensor in stored.items()}
 
 
 def _check_names(directory: pathlib.Path, leaves, stored: Mapping[str, safetensors_files.Stored], tied: bool) -> None:
@@ -129,27 +130,45 @@ def _check_names(directory: pathlib.Path, leaves, stored: Mapping[str, safetenso
   quantised = sorted(name for name, tensor in stored.items() if _is_quantised(name, tensor))
   if quantised:
     raise ValueError(
-      f"{directory} holds quantised weights ({stored[quantised[0]].dtype}: {safetensors_files.few(quantised)}), which "
-      f"cannot be trained or read here; take the checkpoint in bfloat16."
+      f"{directory} holds quantised weights ({shown(stored[quantised[0]].dtype)}: {safetensors_files.few(quantised)}), "
+      f"which cannot be trained or read here; take the checkpoint in bfloat16."
     )
   present = {name: stored[name] for name in expected if name in stored}
-  problems = {
-    "missing": sorted(expected.keys() - stored.keys()),
-    "unknown": unknown,
-    "misshaped": [f"{n} {t.shape} instead of {expected[n]}" for n, t in present.items() if t.shape != expected[n]],
-    "truncated": [f"{n} in {t.file.name}" for n, t in present.items() if not t.complete],
-    "not of a floating-point type": [
-      f"{n} {t.dtype}" for n, t in present.items() if t.dtype not in safetensors_files.DTYPES
-    ],
+  problems: dict[str, tuple[list[str], Callable[[str], str]]] = {
+    "missing": (sorted(expected.keys() - stored.keys()), str),
+    "unknown": (unknown, shown),
+    "misshaped": (
+      [name for name, tensor in present.items() if tensor.shape != expected[name]],
+      lambda name: f"{name} {shown(present[name].shape)} instead of {expected[name]}",
+    ),
+    "truncated": (
+      [name for name, tensor in present.items() if not tensor.complete],
+      lambda name: f"{name} in {shown(present[name].file.name)}",
+    ),
+    "not of a floating-point type": (
+      [name for name, tensor in present.items() if tensor.dtype not in safetensors_files.DTYPES],
+      lambda name: f"{name} {shown(present[name].dtype)}",
+    ),
   }
-  report = [f"{len(names):,} {kind}: {safetensors_files.few(names)}" for kind, names in problems.items() if names]
+  report = [
+    f"{len(names):,} {kind}: {safetensors_files.few(names, show)}" for kind, (names, show) in problems.items() if names
+  ]
   if report:
-    ending = "visual.patch_embed.proj.weight"
-    prefix = next((name.removesuffix(ending) for name in unknown if name.endswith(ending)), "")
-    other = f"its names begin with {prefix!r} instead of {_PREFIX!r}: save it with transformers 5; " if prefix else ""
     raise ValueError(
-      f"{directory} does not hold the weights that its config.json describes; {other}" + "; ".join(report)
+      f"{directory} does not hold the weights that its config.json describes; {_other_names(unknown)}"
+      + "; ".join(report)
     )
+
+
+def _other_names(unknown: list[str]) -> str:
+  """Says whose names a folder has, and the way out; "" where nothing is known of them."""
+  if any(name.startswith("base_model.") for name in unknown):
+    return "its names begin with 'base_model.' as those of PEFT: merge the adapter (merge_and_unload), and save that; "
+  ending = "visual.patch_embed.proj.weight"
+  prefix = next((name.removesuffix(ending) for name in unknown if name.endswith(ending)), None)
+  if prefix is None:
+    return ""
+  return f"its names begin with {shown(prefix)} instead of {_PREFIX!r}: save it with transformers 5; "
 
 
 def _is_quantised(name: str, tensor: safetensors_files.Stored) -> bool:
@@ -235,7 +254,7 @@ def load_pretrained(
     params = _restored(folder, shapes, places)
     return config, _taken_apart(config, params, mesh, layout) if separate else params
   leaves = _leaves(config, shapes)
-  stored = _stored_tensors(folder)
+  stored = _stored_tensors(folder, leaves)
   _check_names(folder, leaves, stored, config.tie_word_embeddings)
   if config.tie_word_embeddings and _HEAD in stored:
     _check_head(folder, stored)

@@ -7,6 +7,7 @@ are read through a memory map, so a slice touches only its own bytes; bfloat16 n
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from absl import logging
+
+from kepo_jax.models.qwen3_vl.config import shown
 
 DTYPES = {
   "F64": np.dtype(np.float64),
@@ -25,6 +28,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_MOST_AXES = 64  # of NumPy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +59,12 @@ def _header(file: pathlib.Path) -> tuple[dict, int]:
     try:
       header = json.loads(stream.read(length))
     except (ValueError, RecursionError) as error:
-      raise ValueError(f"{file} is not a safetensors file ({str(error)[:100]}); download it again") from error
+      raise ValueError(f"{file} is not a safetensors file ({shown(str(error))}); download it again") from error
   if not isinstance(header, dict):
     raise ValueError(f"{file} is not a safetensors file (its header is no JSON object); download it again")
-  header.pop("__metadata__", None)
+  notes = header.pop("__metadata__", None)
+  if not (isinstance(notes, dict | None) and all(isinstance(text, str) for text in (notes or {}).values())):
+    raise ValueError(f"{file}: __metadata__ in its header is damaged; download it again")
   return header, 8 + length
 
 
@@ -66,16 +72,24 @@ def tensors_in(file: pathlib.Path) -> dict[str, Stored]:
   """Every tensor of one file by name.
 
   Raises:
-    ValueError: the file is not safetensors, or an entry of its header is damaged.
+    ValueError: the file is not safetensors, or its header is damaged: as the format has it, the bytes of the tensors
+      follow each other without a gap and fill the file.
   """
   header, start = _header(file)
   size = file.stat().st_size
   found = {}
   for name, entry in header.items():
     if not _is_entry(entry):
-      raise ValueError(f"{file}: the entry of {name[:100]} in its header is damaged; download it again")
+      raise ValueError(f"{file}: the entry of {shown(name)} in its header is damaged; download it again")
+  filled = 0
+  for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
     begin, end = entry["data_offsets"]
+    if begin != filled:
+      raise ValueError(f"{file}: {shown(name)} begins at byte {begin}, expected {filled}; download the file again")
+    filled = end
     found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), start + begin, start + end <= size)
+  if start + filled < size:
+    raise ValueError(f"{file} has {size - start - filled:,} bytes behind its last tensor; download it again")
   return found
 
 
@@ -84,7 +98,10 @@ def _is_entry(entry: Any) -> bool:
   if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
     return False
   shape, offsets = entry.get("shape", ""), entry.get("data_offsets", "")
-  if not all(isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x) for x in (shape, offsets)):
+  if not all(
+    isinstance(x, list) and len(x) <= _MOST_AXES and all(type(n) is int and 0 <= n < 2**63 for n in x)
+    for x in (shape, offsets)
+  ):
     return False
   if len(offsets) != 2 or offsets[0] > offsets[1]:
     return False
@@ -99,28 +116,28 @@ def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     ValueError: there are none, the index is damaged, or files that it names are missing.
   """
   index, single = directory / INDEX, directory / SINGLE
-  if single.exists():
+  if os.path.isfile(single):
     if index.exists():
       logging.warning("%s has %s beside %s; the single file is read.", directory, INDEX, SINGLE)
     return [single]
-  if not index.exists():
-    raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}; only safetensors weights are read")
+  if not os.path.isfile(index):
+    raise ValueError(f"{directory} holds neither a file {SINGLE} nor {INDEX}; only safetensors weights are read")
   try:
     places = json.loads(index.read_text())["weight_map"].values()
     names = sorted({name for name in places if pathlib.PurePath(name).name == name})
     if len(names) < len(set(places)):
       raise ValueError("it names files outside of the folder")
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-    raise ValueError(f"{index} has no usable weight_map ({str(error)[:100]}); download it again") from error
-  missing = [name for name in names if not (directory / name).exists()]
+    raise ValueError(f"{index} has no usable weight_map ({shown(str(error))}); download it again") from error
+  missing = [name for name in names if not os.path.isfile(directory / name)]
   if missing:
     raise ValueError(f"{index} names files that do not exist: {few(missing)}; download the folder again")
   return [directory / name for name in names]
 
 
-def few(names: Sequence[str]) -> str:
+def few(names: Sequence[str], show: Callable[[str], str] = shown) -> str:
   """At most five names, and how many more there are."""
-  return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+  return ", ".join(map(show, names[:5])) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def stored_tensors(directory: pathlib.Path) -> dict[str, Stored]:

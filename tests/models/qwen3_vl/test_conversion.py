@@ -202,9 +202,9 @@ def test_one_error_lists_everything_that_does_not_fit(broken):
     conversion.load_pretrained(broken(change))
   for problem in (
     "1 missing: model.language_model.norm.weight",
-    "1 unknown: model.visual.extra",
+    "1 unknown: 'model.visual.extra'",
     "1 misshaped: model.visual.merger.linear_fc2.bias (31,) instead of (32,)",
-    "1 not of a floating-point type: model.visual.pos_embed.weight I32",
+    "1 not of a floating-point type: model.visual.pos_embed.weight 'I32'",
   ):
     assert problem in str(caught.value)
 
@@ -214,7 +214,7 @@ def test_truncated_tensors_are_listed(broken):
   file = folder / "model.safetensors"
   file.write_bytes(file.read_bytes()[:-8])
   # The last tensor in the file is the last name in the alphabet.
-  with pytest.raises(ValueError, match="1 truncated: model.visual.pos_embed.weight in model.safetensors"):
+  with pytest.raises(ValueError, match="1 truncated: model.visual.pos_embed.weight in 'model.safetensors'"):
     conversion.load_pretrained(folder)
   file.write_bytes(file.read_bytes()[:100])
   with pytest.raises(ValueError, match="truncated or not a safetensors file"):
@@ -224,7 +224,7 @@ def test_truncated_tensors_are_listed(broken):
 def test_a_missing_shard_is_named(tmp_path):
   conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, max_shard_bytes=60_000)
   sorted((tmp_path / "out").glob("*.safetensors"))[1].unlink()
-  with pytest.raises(ValueError, match="files that do not exist: model-00002-of-"):
+  with pytest.raises(ValueError, match="files that do not exist: 'model-00002-of-"):
     conversion.load_pretrained(tmp_path / "out")
 
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from kepo_jax.models.qwen3_vl import conversion, model, safetensors_files
-from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from tests.models.qwen3_vl import cases
 
 RECORD = cases.config_record()
@@ -42,12 +42,17 @@ def loaded_embedding(folder):
 
 
 def refusal(folder):
-  """What loading says, which must be one line of moderate length; "" where it loads."""
+  """What loading says, which must be one line of moderate length; "" where it loads what safetensors reads."""
   try:
-    conversion.load_pretrained(folder)
+    config, params = conversion.load_pretrained(folder)
   except ValueError as error:
     assert "\n" not in str(error) and len(str(error)) < 2000 and str(folder) in str(error), error
     return str(error)
+  conversion.save_pretrained(folder / "export", config, params, dtype=np.float32)
+  written, expected = tensors_of(folder / "export"), tensors_of(folder)
+  assert written.keys() == expected.keys()
+  for name, tensor in expected.items():
+    np.testing.assert_array_equal(written[name], tensor, err_msg=name)
   return ""
 
 
@@ -95,26 +100,68 @@ def test_names_without_a_prefix_are_read(folder):
   np.testing.assert_array_equal(loaded_embedding(folder), tensors[EMBEDDING])
 
 
-def test_other_names_and_quantised_weights_of_a_published_size_are_told_shortly(tmp_path):
-  sizes = SIZES["Qwen3-VL-2B"]
-  leaves = conversion._leaves(sizes)
-
-  def said(rename, dtype):
-    stored = {
-      rename(name): safetensors_files.Stored(tmp_path, dtype, leaf.stored_shape, 0, True)
-      for leaf in leaves.values()
-      for name in leaf.names
-    }
-    with pytest.raises(ValueError) as caught:
-      conversion._check_names(tmp_path, leaves, stored, sizes.tie_word_embeddings)
-    assert len(str(caught.value)) < 2000
-    return str(caught.value)
-
-  assert "'base_model.model.model.'" in said(lambda name: f"base_model.model.{name}", "BF16")
-  assert "quantised" in said(lambda name: name, "F8_E4M3")
+def header_of(file):
+  """The header of a weight file and the bytes of its tensors."""
+  data = file.read_bytes()
+  length = int.from_bytes(data[:8], "little")
+  return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-VALUES = (None, True, -1, 0, 3, 10**12, 0.5, 1e308, "x", [], [1], [10**12], {}, {"rope_theta": "x"}, "é" * 3000)
+def write_header(file, header, data):
+  encoded = json.dumps(header).encode()
+  file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+
+
+@pytest.mark.parametrize(
+  ("rename", "said"),
+  [
+    (lambda name: f"base_model.model.{name}", ("merge the adapter", "unknown: 'base_model.model.model.language")),
+    (lambda name: f"vlm.{name}", ("begin with 'vlm.model.'", "transformers 5")),
+    (lambda name: name.replace("model.language_model.", "language_model.model."), ("'language_model.model.embed",)),
+    (lambda name: name.removesuffix("weight") + "qweight", ("quantised weights ('F32': 'model.", "bfloat16")),
+    (lambda name: f"{name}\n" + "x" * 10**5, ("unknown: 'model.language_model",)),
+  ],
+)
+def test_other_names_are_told_as_they_stand_in_the_file(folder, rename, said):
+  renamed = {rename(name): tensor for name, tensor in tensors_of(folder).items()}
+  safetensors.numpy.save_file(renamed, folder / "model.safetensors")
+  found = refusal(folder)
+  assert all(part in found for part in said), found
+
+
+@pytest.mark.parametrize(
+  "changes", [{"dtype": "F8_E4M3\n" + "x" * 10**6}, {"shape": [1] * 10**5}, {"shape": [2**62] * 10**5}]
+)
+def test_long_values_of_a_header_are_told_shortly(folder, changes):
+  header, data = header_of(folder / "model.safetensors")
+  header[EMBEDDING] |= changes
+  write_header(folder / "model.safetensors", header, data)
+  assert EMBEDDING in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["", "..", "x" * 5000, "a\nb", "a\0b", "folder"])
+def test_what_an_index_names_must_be_a_file(folder, name):
+  (folder / "model.safetensors").rename(folder / "other.safetensors")
+  for place in ("folder", "model.safetensors"):
+    (folder / place).mkdir()
+  assert "only safetensors weights are read" in refusal(folder)
+  (folder / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {EMBEDDING: name}}))
+  assert safetensors_files.INDEX in refusal(folder)
+
+
+def test_bytes_of_another_tensor_are_not_read(folder):
+  file = folder / "model.safetensors"
+  header, data = header_of(file)
+  one, other = (f"model.language_model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+  write_header(file, header | {one: header[one] | {"data_offsets": header[other]["data_offsets"]}}, data)
+  assert "expected" in refusal(folder) and "model.safetensors" in refusal(folder)
+  write_header(file, header, data + bytes(8))
+  assert "8 bytes behind its last tensor" in refusal(folder)
+  write_header(file, {"empty": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]}} | header, data)
+  assert "model.safetensors" in refusal(folder)
+
+
+VALUES = (None, True, -1, 0, 3, 10**12, 0.5, 1e308, "x", [], [1], [10**12], {}, {"rope_theta": "x"}, "é\n" * 3000)
 
 
 def test_any_value_in_a_config_is_read_or_refused(folder):
@@ -124,28 +171,32 @@ def test_any_value_in_a_config_is_read_or_refused(folder):
     section = draw.choice([record, record["text_config"], record["vision_config"]])
     section[draw.choice([*section, "rope_scaling", "rope_parameters"])] = draw.choice(VALUES)
     (folder / "config.json").write_text(json.dumps(record))
-    refusal(folder)
+    said = refusal(folder)
+    assert not said or "config.json" in said
   for text in ("", "[]", "null", "[" * 100_000, '{"model_type": ["qwen3_vl"]}'):
     (folder / "config.json").write_text(text)
     assert "config.json" in refusal(folder)
 
 
 def test_any_header_of_a_weight_file_is_read_or_refused(folder):
-  draw = random.Random(0)
+  draw, loaded = random.Random(0), 0
   file = folder / "model.safetensors"
-  data = file.read_bytes()
-  length = int.from_bytes(data[:8], "little")
-  for _ in range(150):
-    header = json.loads(data[8 : 8 + length])
+  whole, data = header_of(file)
+  for _ in range(200):
+    header = json.loads(json.dumps(whole))
     name = draw.choice([*header])
-    if draw.random() < 0.2:
+    if (kind := draw.random()) < 0.2:
       header[name] = draw.choice(VALUES)
+    elif kind < 0.4:
+      header[name]["data_offsets"] = header[draw.choice([*header])]["data_offsets"]
     else:
       field = draw.choice(["dtype", "shape", "data_offsets"])
       header[name][field] = draw.choice([*VALUES, [0, 10**30], [5, 2], [-4, 0], [1.5, 2], "I64", [[0], [4]]])
-    encoded = json.dumps(header).encode()
-    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + length :])
-    refusal(folder)
+    write_header(file, header, data)
+    said = refusal(folder)
+    assert "model.safetensors" in said or "config.json" in said or not said
+    loaded += not said
+  assert loaded < 40
   for start in (b"", b"\0" * 7, b"\xff" * 64, (9).to_bytes(8, "little") + b"[" * 9, (2).to_bytes(8, "little") + b"[]"):
     file.write_bytes(start)
     assert "model.safetensors" in refusal(folder)
