@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from kepo_jax.data import image_files, splits
 from kepo_jax.data.rules import Rejected
 from kepo_jax.data.tfds import folders, records
+from kepo_jax.models.qwen3_vl.config import shown
 from kepo_jax.types import Example
 
 # What comes of a file that is cut off, overwritten or exchanged: array_record's own, and what TFDS makes of no record.
@@ -105,7 +107,13 @@ def _builder(data_dir: str | os.PathLike, config: str) -> tfds.core.DatasetBuild
     raise ValueError(f"{data_dir}: no built config {config!r}; run python -m experiments.build_tfds")
   _check_features(folder)
   try:
-    return tfds.builder_from_directory(folder)
+    builder = tfds.builder_from_directory(folder)
+    told = {pathlib.Path(path) for split in builder.info.splits.values() for path in split.filepaths}
+    if left_out := sorted(
+      path.name for path in pathlib.Path(builder.data_dir).glob("*.array_record*") if path not in told
+    ):
+      raise ValueError(f"splits leave out {shown(left_out[0])}, {len(left_out)} files in all")
+    return builder
   except (*_READ_ERRORS, OSError, json_format.Error) as error:
     reason = " ".join(str(error).split())[:200]
     raise ValueError(
@@ -120,10 +128,13 @@ def _source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[Mapping[s
   if missing := [path.name for path in files if not path.is_file()]:
     raise ValueError(f"{builder.data_dir}: {missing[0]} is missing ({len(missing)} in all); build the data set again")
   try:
+    held = [array_record_module.ArrayRecordReader(str(path)).num_records() for path in files]
+    if held != (told := list(builder.info.splits[split].shard_lengths)):
+      raise ValueError(f"shardLengths in dataset_info.json is {shown(told)}, and the files hold {shown(held)} records")
     return builder.as_data_source(split, decoders={"images": EncodedImages()})
-  except RuntimeError as error:  # what array_record raises on a file that is cut off
+  except (RuntimeError, ValueError) as error:  # RuntimeError: what array_record raises on a file that is cut off
     raise ValueError(
-      f"{builder.data_dir}: {split} cannot be read ({error}); delete the folder and build the data set again"
+      f"{builder.data_dir}, {split}: cannot be read ({error}); delete the folder and build the data set again"
     ) from error
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -89,6 +90,31 @@ def test_damaged_descriptions_are_named(built, tmp_path):
       with pytest.raises(ValueError, match=name) as caught:
         reading.read_splits(folder)
       assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000, text[:40]
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (lambda info: info.update(splits=None), "leave out 'omnimedvqa-test.array_record-00000-of-00001', 3 files"),
+    (lambda info: info.update(splits=[]), "3 files"),
+    (lambda info: info["splits"].pop(), "1 files"),
+    (lambda info: info["splits"][0].update(shardLengths=["5"]), r"train: .*shardLengths .*\[5\], .* hold \[6\]"),
+    (lambda info: info["splits"][0].update(shardLengths=["-1"]), "shardLengths"),
+    (lambda info: info["splits"][0].update(shardLengths=["3", "3"]), "leave out"),
+    (lambda info: info["splits"][0].update(shardLengths=[]), "leave out"),
+    (lambda info: info["splits"][0].update(name="x"), "leave out"),
+    (lambda info: info["splits"][0].update(filepathTemplate="{X}"), "template"),
+    (lambda info: info["splits"][0].update(filepathTemplate="../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"), "out"),
+  ],
+)
+def test_a_description_that_does_not_fit_its_files_is_refused(change, said, built, tmp_path):
+  copy = shutil.copytree(built.directory, tmp_path / "1.0.0")
+  info = json.loads((copy / "dataset_info.json").read_text())
+  change(info)
+  (copy / "dataset_info.json").write_text(json.dumps(info))
+  with pytest.raises(ValueError, match=f"{copy}.*dataset_info.json.*delete the folder and build") as caught:
+    reading.read_splits(copy)
+  assert re.search(said, str(caught.value)) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
 def test_records_of_another_kind_are_refused(built, tmp_path, monkeypatch):
