@@ -78,11 +78,15 @@ def lenient_letter(completion: str, example: Example) -> str | None:
   read, or, where there is none, what stands outside of think blocks, with full-width letters as plain ones, in this
   order:
 
-  1. it is the text of one option, but for case and punctuation;
+  1. it is the text of one option, but for case, punctuation and an article, alone or with its letter, "x (B)";
   2. it has boxed answers, or the field "answer" of a JSON object: letters or texts of options, all the same;
-  3. it states an answer, "the answer is ..", "correct option: ..", anywhere: letters or texts of options, all the same,
-     none of them in a sentence that names other letters;
+  3. it states an answer, "the answer is probably ..", "correct option: ..", "I choose ..", anywhere and in several
+     languages: letters or texts of options, all the same;
   4. it begins with a letter, or "option B", and names no other.
+
+  A box, statement or beginning is void where its sentence negates it ("I don't think ..", ".. is wrong"), gives an
+  alternative or a condition (".. or ..", "if .."), or names another option, where the next sentence takes it back
+  ("This is wrong."), and where the list of options follows. What is said behind "because" does not matter.
 
   A letter, in either case, must be followed by nothing, by punctuation, by its option's own text or by words such as
   "is correct", and not by the text of another option: "A mass is visible" has an article. At the beginning a lower-case

@@ -453,11 +453,15 @@ def test_a_template_that_no_prompt_can_use_is_refused_at_the_start(template, mak
   assert "\n" not in str(caught.value)
 
 
-def test_pictures_stand_in_the_text(tokenizer, processor):
+def test_pictures_stand_in_the_text(tokenizer, processor, questions):
   text = f"see {records.IMAGE} and {records.IMAGE}."
   place = "<|vision_start|><|image_pad|><|vision_end|>"
   assert f"see {place} and {place}." in processor.tokenizer.render(text, 2)
   assert f"{place}see {place}." in processor.tokenizer.render(f"see {records.IMAGE}.", 2)
+  # A mark too many joins nothing to a special token, and a hint's moves no picture.
+  assert processor.tokenizer.render(f"{records.IMAGE}<|image_{records.IMAGE}pad|>", 1).count("<|image_pad|>") == 1
+  hinted = prompts.prompt_text(questions[0], prompts.BRIEF, "hint_only", hint=f"see {records.IMAGE}")
+  assert records.IMAGE not in hinted
   assert f"{place}{place}see ." in processor.tokenizer.render("see .", 2)  # none is placed: all before the text
   assert f"see {place} and ." in processor.tokenizer.render(text, 1)  # a hint cannot add a picture
 

@@ -21,6 +21,7 @@ from tests.training.kill import digest
 from tests.training.runs import ASSETS, Recorder, changed, shrunk
 
 STEPS = 5
+MESH = ("data", "fsdp", "tensor")
 
 
 def say(text):
@@ -35,9 +36,8 @@ class Start(Hook):
 
 def no_folder(made):
   """The teacher's folder is there for the first process alone."""
-  made.model.teacher = "weak"
   os.chdir(ASSETS.parent if jax.process_index() else ASSETS)
-  return {}
+  return {"config": made.replace({"model.teacher": "weak"})}
 
 
 def other_questions(made):
@@ -46,7 +46,7 @@ def other_questions(made):
   return {"records": records | {"train": records["train"][jax.process_index() :]}}
 
 
-# Name -> config -> further arguments of `train`.
+# Name -> config -> other arguments of `train`.
 FAULTS = {"no folder": no_folder, "other questions": other_questions}
 
 
@@ -55,10 +55,11 @@ def run(name):
   sizes = {"train__steps": STEPS, "eval__every": 3, "eval__prompts": 8, "checkpoint__every": 2}
   made = shrunk(changed(kepo), exploration__rounds=1, mesh__data=jax.device_count(), **sizes)
   settings = {"workdir": pathlib.Path(sys.argv[1], name), "hooks": [RunReporter(), Start()], "auto_resume": True}
+  settings["config"] = made
   settings |= FAULTS[name](made) if name in FAULTS else {}
   with training.Interruption() as interruption:
     try:
-      say(digest(training.train(made, interruption=interruption, **settings)))
+      say(digest(training.train(interruption=interruption, **settings)))
     except training.Interrupted as error:
       say(f"saved {error.step}")
       sys.exit(training.EXIT_CODE)
@@ -76,7 +77,7 @@ def on_mesh(name):
   made = shrunk(changed(kepo), train__steps=2, eval__every=0, eval__test=False, batch__prompts=8)
   fields = {"seed": 14, "exploration.rounds": 1, "optimizer.warmup_steps": 0, "log.gradients_every": 0}
   made = made.replace(fields | {"data.prompt_buckets": (72,), "data.patch_buckets": (64,)})
-  made.mesh.data, made.mesh.fsdp, made.mesh.tensor = map(int, name.split(","))
+  made = made.replace({f"mesh.{axis}": int(size) for axis, size in zip(MESH, name.split(","), strict=True)})
   recorder = Recorder()
   state = training.train(made, hooks=[recorder]).state
   arrays = {jax.tree_util.keystr(path): sharding.to_host(leaf) for path, leaf in jax.tree.leaves_with_path(state)}

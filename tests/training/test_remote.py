@@ -23,7 +23,7 @@ def local(tmp_path_factory):
   """A folder with models and data in it."""
   top, config = tmp_path_factory.mktemp("local"), small()
   for role in ("student", "teacher"):
-    shutil.copytree(config.model[role], top / "models" / role)
+    shutil.copytree(getattr(config.model, role), top / "models" / role)
   for name, every in (("train", 12), ("validation", 10), ("test", 50)):
     phantom.write_split(top / "data" / name, phantom.make_items(name)[::every])
   return top
