@@ -156,8 +156,10 @@ UNREAD = (
   r"\boxed{B} or C", "The answer is B, or perhaps the liver.", "The answer would be B, if it were a kidney.",
   "If it were round, the answer would be B", "The answer is kidney (C).", "the kidney or the spleen", "答案是B或C",
   "Answer:\nA. liver\nB. kidney\nC. spleen", '{"answer": ["A", "B"]}', "B?", "The answer is B or C",
+  "The answer is B, the liver.",
   # A negation, before or behind.
-  r"\boxed{B} is wrong", r"The answer is not \boxed{B}", "B) is not correct", "B. This is incorrect.", "It is not B",
+  r"\boxed{B} is wrong", r"The answer is not \boxed{B}", "B) is not correct", "B) is not it", "B. This is incorrect.",
+  "It is not B",
   "The answer is B, which is wrong.", "The answer is B. That is wrong.", "The least likely answer is B",
   "I don't think the answer is B.", "I would not choose B", "B. The answer is not B", '{"incorrect_answer": "B"}',
   "错误答案是B", "答案不是B", "不正解はB", "오답은 B", "Die falsche Antwort ist B", "La mauvaise réponse est B",

@@ -20,7 +20,9 @@ _PLACEHOLDERS = tuple(
     rf"(?:\[{_NAME}\]|\{{{_NAME}\}})",
   )
 )
-_LIKE = re.compile(r"[<\[{][^\s<>\[\]{}]{0,30}(?:image|img|picture|vision|video)[^<>\[\]{}]{0,60}[>\]}]", re.IGNORECASE)
+_LIKE = re.compile(
+  r"[<\[{][^\s<>\[\]{}]{0,30}(?:image|img|picture|figure|vision|video)[^<>\[\]{}]{0,60}[>\]}]", re.IGNORECASE
+)
 UNKNOWN = "unknown"  # modality of a record that does not tell
 
 
