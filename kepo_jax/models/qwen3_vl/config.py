@@ -211,7 +211,7 @@ def _checked(key: str, value: Any, kind: Any, name: str) -> Any:
 
 def _refuse_unless(value: Any, expected: Any, what: str, name: str) -> None:
   if value != expected:
-    raise ValueError(f"{name}: {what} is {shown(value)}, supported is {expected!r}")
+    raise ValueError(f"{name}: {what} is {shown(value)}, supported is {shown(expected)}")
 
 
 def _text_config(section: Mapping[str, Any], name: str) -> TextConfig:

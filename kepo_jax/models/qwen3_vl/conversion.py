@@ -95,7 +95,7 @@ def resolved_folder(
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*"]
     return pathlib.Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
   except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise ValueError(f"{name} is no folder, and the Hugging Face Hub did not deliver it: {reason}") from error
 
 

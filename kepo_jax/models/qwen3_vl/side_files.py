@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, shown
 
 _WRITTEN_HERE = ("config.json", "README.md")
 _NOT_CARRIED = ("adapter_config.json",)  # its weights stay behind as well
@@ -129,8 +129,8 @@ def _declare(path: pathlib.Path, declared: Mapping[str, str]) -> None:
   """Adds fields to a JSON file, which is made if there is none."""
   try:
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-  except ValueError as error:
-    raise ValueError(f"{path.name} of the source is not valid JSON ({error})") from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path.name} of the source is not valid JSON ({shown(str(error))})") from error
   if not isinstance(record, dict):
     raise ValueError(f"{path.name} of the source is no JSON object")
   path.write_text(json.dumps(record | dict(declared), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -173,6 +173,9 @@ def test_any_value_in_a_config_is_read_or_refused(folder):
     (folder / "config.json").write_text(json.dumps(record))
     said = refusal(folder)
     assert not said or "config.json" in said
+  record = RECORD | {"vision_config": RECORD["vision_config"] | {"patch_size": [8, 9] * 10**4}}
+  (folder / "config.json").write_text(json.dumps(record))
+  assert "patch_size is [8, 9," in refusal(folder)
   for text in ("", "[]", "null", "[" * 100_000, '{"model_type": ["qwen3_vl"]}'):
     (folder / "config.json").write_text(text)
     assert "config.json" in refusal(folder)
