@@ -91,9 +91,11 @@ def verified(study: plan.Study, place: runs.Place) -> str:
   """
   name, _, seed = _VERIFY.value.partition(":")
   kept, first = results_of(study.name, place.benchmark), place.benchmark.pairs[0]
-  rates = results.chosen_rates(
-    list(plan.grid(study, place.benchmark, _SEEDS.value)), place, results_of("main", place.benchmark)
-  )
+  chosen_on = results_of("main", place.benchmark)
+  if not kept.entries:  # nothing was made here: the shipped ones
+    kept = results.Results(SHIPPED / kept.folder.name, study.name, place.benchmark)
+    chosen_on = results.Results(SHIPPED / chosen_on.folder.name, "main", place.benchmark)
+  rates = results.chosen_rates(list(plan.grid(study, place.benchmark, _SEEDS.value)), place, chosen_on)
   cells = [
     cell
     for cell in plan.finals(study, place.benchmark, _SEEDS.value, rates)

@@ -137,7 +137,7 @@ def test_what_cannot_be_run_is_refused(reproduce, made, tmp_path):
   assert made.names == []
 
 
-def test_a_run_made_again_is_compared(reproduce, made, tmp_path):
+def test_a_run_made_again_is_compared(reproduce, made, tmp_path, monkeypatch):
   with flagsaver.flagsaver(study="main", methods=["grpo"]):
     reproduce.main([])
   with flagsaver.flagsaver(study="main", verify="grpo:1"):
@@ -150,6 +150,11 @@ def test_a_run_made_again_is_compared(reproduce, made, tmp_path):
   with flagsaver.flagsaver(study="main", verify="grpo:1"), pytest.raises(ValueError, match="otherwise: curves differ"):
     reproduce.verified(reproduce.chosen_study(), place_of(tmp_path))
   with flagsaver.flagsaver(study="main", verify="grpo:7"), pytest.raises(ValueError, match="has no such run"):
+    reproduce.verified(reproduce.chosen_study(), place_of(tmp_path))
+  # In a fresh clone nothing was made yet, and the shipped run is made again.
+  monkeypatch.setattr(reproduce, "SHIPPED", tmp_path / "shipped")
+  (tmp_path / "results").rename(tmp_path / "shipped")
+  with flagsaver.flagsaver(study="main", verify="grpo:1"), pytest.raises(ValueError, match="otherwise: curves differ"):
     reproduce.verified(reproduce.chosen_study(), place_of(tmp_path))
 
 
