@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
         number, share = splits.overlap(earlier, examples)
         result["overlaps"].append({"first": before, "second": path, "images": number, "share": share})
         if not _JSON.value:
-          line = f"{number:,} images of {path}, {100 * share:.1f} %, are also in {before}"
+          line = f"{number:,} images of {path}, {100 * share:.1f} %, are also in {before}, by path"
           console.print(rules.printable(line), soft_wrap=True)
       read[path] = examples
   except (ValueError, OSError) as error:

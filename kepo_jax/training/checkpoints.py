@@ -29,6 +29,11 @@ def _said_once(record: stdlib_logging.LogRecord) -> bool:
   return not (record.levelno >= stdlib_logging.ERROR and record.exc_info and "/orbax/" in record.pathname)
 
 
+def _not_of_a_part(record: stdlib_logging.LogRecord) -> bool:
+  """A part of a checkpoint has no metadata of its own, which Orbax warns of."""
+  return "Metadata file does not exist" not in record.getMessage()
+
+
 class Checkpoints:
   """The `checkpoints/` folder of one run."""
 
@@ -278,6 +283,7 @@ def restored_params(folder: epath.PathLike, like: Any) -> Any:
   if faults := manifest.faults(folder):
     raise ValueError(f"the checkpoint {folder} is damaged: {'; '.join(faults[:3])}")
   place = storage.orbax_path(folder) / "state"
+  logging.get_absl_logger().addFilter(_not_of_a_part)
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       stored = checkpointer.metadata(place).item_metadata.tree["params"]
@@ -287,6 +293,8 @@ def restored_params(folder: epath.PathLike, like: Any) -> Any:
   except (ValueError, KeyError, TypeError) as error:
     reason = str(error).strip().splitlines()[0]
     raise ValueError(f"{folder} is intact and does not fit the student of the run's config: {reason}") from error
+  finally:
+    logging.get_absl_logger().removeFilter(_not_of_a_part)
 
 
 def _paths(tree: Any) -> set[str]:
