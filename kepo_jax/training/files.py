@@ -114,10 +114,12 @@ class RunFiles:
   def _forget_start(self) -> None:
     """Removes what a start that failed before its first step has written, so that it can be tried again.
 
-    The folder held nothing else when it was claimed.
+    The folder held nothing when it was claimed. With more in it than a start writes, such as an evaluation, it is a run
+    that --resume goes on with.
     """
-    steps = self._root / "metrics.jsonl"
-    if steps.exists() and steps.read_text() or steps_in(self._root / "checkpoints"):
+    steps, names = self._root / "metrics.jsonl", {path.name for path in self._root.iterdir()}
+    began = steps.exists() and steps.read_text() or steps_in(self._root / "checkpoints")
+    if began or names - _BEFORE - _BEGINNING:
       return
     with contextlib.suppress(OSError, ValueError):
       for path in (self._root / name for name in _BEGINNING):

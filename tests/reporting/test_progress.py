@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from kepo_jax.reporting.progress import Display, figures_line
+from kepo_jax.reporting.progress import Display, figures_line, terminal
 
 METRICS = {"reward/mean": 1.5, "reward/accuracy": 0.75, "cliff_rate": 0.25, "gate/frac": 0.5,
            "hint/accept_rate@1": 0.2, "hint/accept_rate@10": 0.6, "hint/accept_rate@2": 0.4}  # fmt: skip
@@ -59,3 +59,12 @@ def test_a_terminal_gets_a_live_bar_and_ci_plain_lines(monkeypatch):
   text = output.getvalue()
   assert "1/10" in text and "accuracy 0.75" in text and "something is odd" in text
   assert text.rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_names_are_shown_as_they_are_on_every_console(capsys):
+  name = "runs/[/v2]/lr:x:[b]1"
+  terminal().print(name)
+  assert capsys.readouterr().out.strip() == name
+  output = io.StringIO()
+  Display(Console(file=output, width=99)).show(name)  # a caller's, which reads markup
+  assert output.getvalue().strip() == name

@@ -79,13 +79,14 @@ def test_only_a_new_folder_is_begun_and_only_a_run_is_resumed(tmp_path):
   refused("not empty; pass --resume", tmp_path=tmp_path)
   with pytest.raises(RuntimeError), begun(tmp_path / "failed"):  # as where a tracker is missing
     (tmp_path / "failed" / "run" / "metrics.jsonl").write_text("")
-    (tmp_path / "failed" / "run" / "notes.txt").write_text("")
     raise RuntimeError
-  assert [path.name for path in (tmp_path / "failed" / "run").iterdir()] == ["notes.txt"]
-  with pytest.raises(RuntimeError), begun(tmp_path / "stepped"):
-    (tmp_path / "stepped" / "run" / "metrics.jsonl").write_text("{}\n")
-    raise RuntimeError
-  assert (tmp_path / "stepped" / "run" / "config.json").exists()
+  assert not (tmp_path / "failed" / "run").exists()
+  for name in ("metrics.jsonl", "evaluation.json"):  # a step, and what may come before the first
+    with pytest.raises(RuntimeError), begun(tmp_path / name):
+      (tmp_path / name / "run" / name).write_text("{}\n")
+      raise RuntimeError
+    with begun(tmp_path / name, resume=True) as files:
+      assert files.resumes
   for name in ("config.json", "samples.jsonl", "tensorboard/other/events", "checkpoints/epoch=9.ckpt"):
     path = tmp_path / "others" / name.partition("/")[0] / "run" / name
     path.parent.mkdir(parents=True)
