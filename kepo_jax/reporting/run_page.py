@@ -8,9 +8,9 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from kepo_jax.reporting import curves, pages, panels, tables
-from kepo_jax.reporting.sinks import read_records
+from kepo_jax.reporting import curves, pages, progress, tables
 from kepo_jax.reporting.warnings import Watch
+from kepo_jax.reporting.writers import read_records
 
 Record = Mapping[str, Any]
 
@@ -56,7 +56,7 @@ def run_page(workdir: epath.PathLike) -> pages.Page:
 def plan_rows(config: Mapping[str, Any]) -> tuple[tables.Row, ...]:
   """The run in brief, (name, value); none of a config of another version, whose fields are others."""
   try:
-    return tuple(panels.config_rows(ml_collections.ConfigDict(config)))
+    return tuple(progress.config_rows(ml_collections.ConfigDict(config)))
   except (AttributeError, KeyError, TypeError, ValueError):
     return ()
 
