@@ -152,7 +152,7 @@ _RANGES = 4  # parts of the training by which its questions are filtered
 
 
 def training_samples(records: Sequence[Record], *, prefix: str = "") -> tuple[Sample, ...]:
-  """The questions of samples.jsonl, each with the rollouts of its group, the hints that were asked for and candidates.
+  """Returns the questions of samples.jsonl, each with the rollouts of its group, hints and candidates.
 
   Args:
     records: of samples.jsonl, in order.
@@ -174,7 +174,7 @@ def training_samples(records: Sequence[Record], *, prefix: str = "") -> tuple[Sa
 def evaluated_samples(
   evaluations: Mapping[str, Sequence[Record]], *, source: str = "test", prefix: str = ""
 ) -> tuple[Sample, ...]:
-  """Evaluated questions, with one answer for each evaluation and the outcome "wrong → right" or the like.
+  """Returns evaluated questions, with one answer per evaluation and the outcome "wrong → right" or the like.
 
   Args:
     evaluations: name ("before", "after", or that of a model) -> records as kepo_jax.evaluation writes them, with
@@ -327,7 +327,7 @@ _LARGEST = 300_000  # bytes of a vector figure; curves over thousands of steps a
 def figure_block(
   figure: Figure, *, alt: str, caption: str = "", wide: bool = True, vectors: bool = True
 ) -> FigureBlock:
-  """A figure as vectors where these are small, else in pixels; the same figure gives the same bytes.
+  """Draws a figure as vectors where these are small, else in pixels; the same figure gives the same bytes.
 
   Its ground is transparent, so that a dark page can turn its colours over.
 
@@ -360,7 +360,7 @@ def _pixels(figure: Figure) -> bytes:
 
 
 def balanced(samples: Iterable[Sample]) -> list[Sample]:
-  """All samples in the order in which a page takes them: as many of each cell as there are, whatever the number taken.
+  """Orders samples so that any first part of them is balanced over the cells.
 
   Cells are source, modality and outcome; within one, tags take turns. Hashes of the keys decide the rest, so that the
   same samples are taken in whatever order they come.
@@ -387,7 +387,7 @@ _LOSSLESS = 24_000  # bytes up to which a thumbnail stays a PNG; noisy photograp
 
 
 class Thumbnails:
-  """Data URIs of image files; each file is read once."""
+  """Makes data URIs of image files; reads each file once."""
 
   def __init__(self) -> None:
     """Reads nothing."""
@@ -395,7 +395,7 @@ class Thumbnails:
     self._unreachable: set[str] = set()
 
   def __call__(self, path: str) -> str:
-    """The image as a data URI, "" where it cannot be read; the same pixels give the same text."""
+    """Returns the image as a data URI, "" where it cannot be read; the same pixels give the same text."""
     if path not in self._found:
       self._found[path] = self._made(path)
     return self._found[path]
@@ -416,7 +416,7 @@ class Thumbnails:
 
 
 def thumbnail(image: Image.Image) -> str:
-  """An RGB image as a data URI: as it is if it is small, else with a longest side of 256 pixels."""
+  """Encodes an RGB image as a data URI: as it is if it is small, else with a longest side of 256 pixels."""
   image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
   grey = image.convert("L")
   if ImageChops.difference(image, grey.convert("RGB")).getbbox() is None:
@@ -468,7 +468,7 @@ _ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"
 
 
 def rendered(page: Page) -> str:
-  """The page as HTML; the same page gives the same text.
+  """Renders a page as HTML; the same page gives the same text.
 
   Raises:
     ValueError: more than one browser of questions on the page.
@@ -494,7 +494,7 @@ def rendered(page: Page) -> str:
 
 
 def embedded(value: Any) -> str:
-  """A value as JSON that can stand inside a script element, whatever its texts are."""
+  """Encodes a value as JSON that can stand inside a script element, whatever its texts are."""
   text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
   return text.translate(_ESCAPES)
 
@@ -542,7 +542,7 @@ def _clipped_group(group: AnswerGroup) -> dict[str, Any]:
 
 
 def clipped(text: str, head: int = _HEAD, tail: int = _TAIL) -> str:
-  """A text without the middle of it, where it is long; says how much is missing."""
+  """Cuts the middle out of a long text; says how much is missing."""
   missing = len(text) - head - tail
   if missing <= 100:  # what tells it would take as much room
     return text

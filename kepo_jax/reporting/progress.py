@@ -32,7 +32,7 @@ FIGURES = (
 
 
 def terminal(*, stderr: bool = False, width: int | None = None) -> Console:
-  """A console that shows names as they are: brackets in them are no markup.
+  """Makes a console that shows names as they are: brackets in them are no markup.
 
   Args:
     stderr: write there instead of to the standard output.
@@ -136,7 +136,7 @@ class Display:
 
 
 def figures_line(metrics: Mapping[str, float], timing: Mapping[str, float]) -> str:
-  """The figures that matter most while one waits; those that a step does not have are left out."""
+  """Formats the metrics that matter most while one waits; leaves out those that a step does not have."""
   parts = [f"{label} {pattern.format(metrics[name])}" for label, name, pattern in FIGURES if name in metrics]
   accepted = accept_rate(metrics)
   if accepted is not None:
@@ -147,13 +147,13 @@ def figures_line(metrics: Mapping[str, float], timing: Mapping[str, float]) -> s
 
 
 def accept_rate(metrics: Mapping[str, float]) -> float | None:
-  """Share of the failed prompts with an accepted candidate after the last round; None without failed prompts."""
+  """Returns the share of the failed prompts that got an accepted candidate; None without failed prompts."""
   rounds = [name for name in metrics if name.startswith("hint/accept_rate@")]
   return metrics[max(rounds, key=lambda name: int(name.split("@")[1]))] if rounds else None
 
 
 def human_bytes(count: float) -> str:
-  """A number of bytes in three digits, for example "1.23 GB" (powers of 1,000)."""
+  """Formats a number of bytes in three digits, for example "1.23 GB" (powers of 1,000)."""
   for unit in ("B", "kB", "MB", "GB", "TB"):
     if count < 999.5 or unit == "TB":
       return f"{count:.3g} {unit}"
@@ -162,7 +162,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_count(count: float) -> str:
-  """A number in three digits, for example "2.13 B"."""
+  """Formats a number in three digits, for example "2.13 B"."""
   for unit in ("", " K", " M", " B"):
     if count < 999.5 or unit == " B":
       return f"{count:.3g}{unit}"
@@ -171,7 +171,7 @@ def human_count(count: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-  """A duration as "42 s", "3 min 05 s" or "2 h 07 min"."""
+  """Formats a duration as "42 s", "3 min 05 s" or "2 h 07 min"."""
   seconds = round(seconds)
   if seconds < 60:
     return f"{seconds} s"
@@ -188,7 +188,7 @@ MEMORY_FIELDS = (
 
 
 def device_bytes() -> int | None:
-  """Memory of one device in bytes; on a CPU its share of the machine's. None where nobody tells."""
+  """Returns the memory of one device in bytes, on a CPU its share of the machine's; None where it is not known."""
   device = jax.local_devices()[0]
   if device.platform != "cpu":
     return (device.memory_stats() or {}).get("bytes_limit")
@@ -199,7 +199,7 @@ def device_bytes() -> int | None:
 
 
 def largest_parts(memory: Mapping[str, int]) -> str:
-  """The three largest parts of a plan of memory, in words."""
+  """Names the three largest parts of a plan of memory."""
   parts = sorted(((size, name) for name, size in memory.items() if name != "peak"), reverse=True)[:3]
   return ", ".join(f"{name} {human_bytes(size)}" for size, name in parts)
 
@@ -207,7 +207,7 @@ def largest_parts(memory: Mapping[str, int]) -> str:
 def start_panel(
   plan: RunPlan, parameters: Mapping[str, int], memory: Mapping[str, int] | None = None
 ) -> RenderableType:
-  """What the run will do.
+  """Shows what the run will do.
 
   Args:
     plan: as the hooks receive it.
@@ -249,7 +249,7 @@ def start_panel(
 
 
 def method_rows(config: Any) -> list[tuple[str, str]]:
-  """What the student learns from, in words: (name, value) for batch, reward, objective and exploration."""
+  """Says what the student learns from: (name, value) for batch, reward, objective and exploration."""
   return [
     ("batch", _batch_line(config)),
     ("reward", _reward_line(config)),
@@ -259,7 +259,7 @@ def method_rows(config: Any) -> list[tuple[str, str]]:
 
 
 def config_rows(config: Any) -> list[tuple[str, str]]:
-  """A run in brief from its config alone: (name, value)."""
+  """Describes a run from its config alone: (name, value)."""
   rows = [("student", config.model.student)]
   if config.model.teacher:
     rows.append(("teacher", config.model.teacher))
@@ -276,7 +276,7 @@ def config_rows(config: Any) -> list[tuple[str, str]]:
 
 
 def samples_panel(samples: Sequence[Mapping[str, Any]], *, step: int, limit: int = 4) -> RenderableType:
-  """The first decoded rollouts of a step, each question shown once; hints and their candidates are left out.
+  """Shows the first rollouts of a step, each question once; leaves out hints and their candidates.
 
   Args:
     samples: records as samples.jsonl has them.

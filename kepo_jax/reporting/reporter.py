@@ -100,7 +100,7 @@ class RunReporter(Hook):
       self._warn(self._watch.evaluation(figures["validation/in_domain"], figures["validation/out_of_domain"]))
 
   def position(self) -> dict[str, int]:
-    """Brings the files to the disk; how long they are."""
+    """Flushes the files to the disk; returns their lengths."""
     for sink in self._all():
       sink.flush()
     return {name: file.position for name, file in self._files.items()}
@@ -155,18 +155,18 @@ class RunReporter(Hook):
 
 
 def compiled_line(timing: Mapping[str, float]) -> str:
-  """In words how many programs there are by now, and how many did not have to be compiled."""
+  """Says how many programs there are, and how many of them came from the compilation cache."""
   programs, cached = int(timing["compiled/programs"]), int(timing["compiled/cached"])
   return f"{programs} programs, {cached} from the compilation cache"
 
 
 def parameter_count(config: Any) -> int:
-  """Weights of a Qwen3-VL of a `Qwen3VLConfig`, tied ones once."""
+  """Counts the weights of a Qwen3-VL of a `Qwen3VLConfig`, tied ones once."""
   return sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(config, jnp.float32)))
 
 
 def validation_figures(result: Mapping[str, Any]) -> dict[str, float]:
-  """The figures of an evaluation that go among the metrics: `validation/in_domain` and the like."""
+  """Picks the accuracies of an evaluation that go among the metrics: `validation/in_domain` and the like."""
   entries = {key: result.get(key) for key in ("in_domain", "out_of_domain", "overall")}
   return {f"validation/{key}": tables.center(entry) for key, entry in entries.items() if entry}
 
