@@ -22,7 +22,7 @@ from experiments import environment, settings
 from kepo_jax import training
 from kepo_jax.config import Config
 from kepo_jax.planning import memory
-from kepo_jax.reporting import RunReporter, panels
+from kepo_jax.reporting import RunReporter, progress
 
 with environment.flag_errors():
   _CONFIG = config_flags.DEFINE_config_file(
@@ -84,8 +84,8 @@ def main(_: list[str]) -> None:
         interruption=interruption,
       )
     except training.OutOfMemory as error:
-      planned = f"; the plan's largest parts: {panels.largest_parts(reporter.memory)}" if reporter.memory else ""
-      raise ValueError(f"{error}{planned}. {panels.MEMORY_FIELDS}") from error
+      planned = f"; the plan's largest parts: {progress.largest_parts(reporter.memory)}" if reporter.memory else ""
+      raise ValueError(f"{error}{planned}. {progress.MEMORY_FIELDS}") from error
     except training.Interrupted as error:
       resume = "--resume" if error.saved else "--auto_resume"  # without a checkpoint there may be no run to resume yet
       print(f"{error} Go on with --workdir={workdir} {resume}.", file=sys.stderr)

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import environment
 from experiments.studies import page, plan, results, runs
 from kepo_jax.reporting import progress
-from kepo_jax.reporting.panels import human_time
+from kepo_jax.reporting.progress import human_time
 from kepo_jax.training import lock
 
 _STUDY = flags.DEFINE_enum("study", "main", list(plan.STUDIES), "What is compared: experiments/studies/plan.py.")

@@ -10,8 +10,8 @@ from experiments.studies import figures, plan, results, runs, statistics, tables
 from experiments.studies.tables import Table
 from kepo_jax import storage
 from kepo_jax.reporting import pages
-from kepo_jax.reporting.panels import human_time
-from kepo_jax.reporting.sinks import read_records
+from kepo_jax.reporting.progress import human_time
+from kepo_jax.reporting.writers import read_records
 
 SHOWN = ("start", "grpo", "kepo-tau1")  # methods of the main study whose answers the page shows beside each other
 _FEW = 3  # methods of the other studies

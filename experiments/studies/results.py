@@ -13,7 +13,7 @@ import numpy as np
 from experiments.studies import plan, runs, statistics
 from kepo_jax import evaluation, storage
 from kepo_jax.evaluation import journal
-from kepo_jax.reporting.sinks import read_records
+from kepo_jax.reporting.writers import read_records
 
 FILES = ("grid.json", "runs.json")  # of runs that choose a learning rate, and of those that count
 WINDOWS = 20  # points of a stored curve

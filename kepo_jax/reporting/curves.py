@@ -32,7 +32,7 @@ _STYLE: dict[str, Any] = {"linewidth": 1.8, "solid_capstyle": "round"}
 
 
 def smoothed(values: np.ndarray, span: int) -> np.ndarray:
-  """Moving average of float64[n] over the `span` points around each, cut at both ends; nan values are left out."""
+  """Averages float64[n] over the `span` points around each, fewer at both ends; leaves out nan values."""
   known = np.isfinite(values)
   sums = np.cumsum(np.concatenate([[0.0], np.where(known, values, 0.0)]))
   counts = np.cumsum(np.concatenate([[0], known]))
@@ -43,14 +43,14 @@ def smoothed(values: np.ndarray, span: int) -> np.ndarray:
 
 
 def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-  """(steps, values) of one metric over the records that have it; null reads as nan."""
+  """Returns (steps, values) of one metric over the records that have it; null reads as nan."""
   found = [(record["step"], record[name]) for record in records if name in record]
   steps = np.array([step for step, _ in found], float)
   return steps, np.array([np.nan if value is None else value for _, value in found], float)
 
 
 def curves_figure(records: Sequence[Mapping[str, Any]], *, title: str = "", columns: int | None = None) -> Figure:
-  """Training curves, one panel per family of figures that the run logged.
+  """Draws training curves, one panel per family of metrics that the run logged.
 
   Args:
     records: of metrics.jsonl.
@@ -81,7 +81,7 @@ def curves_figure(records: Sequence[Mapping[str, Any]], *, title: str = "", colu
 def bars_figure(
   evaluations: Mapping[str, Mapping[str, Any]], *, title: str = "", section: str = "modalities"
 ) -> Figure:
-  """Accuracy per modality (or question type), one bar per evaluation, with 95 % intervals.
+  """Draws accuracy per modality (or question type), one bar per evaluation, with 95 % intervals.
 
   Args:
     evaluations: name ("before", "after") -> result of kepo_jax.evaluation.
@@ -119,7 +119,7 @@ def bars_figure(
 def validation_figure(
   validations: Sequence[Mapping[str, Any]], *, ends: Mapping[int, Mapping[str, Any]] | None = None, title: str = ""
 ) -> Figure:
-  """Validation accuracy over the steps with 95 % intervals, and the test accuracy of both ends beside it.
+  """Draws validation accuracy over the steps with 95 % intervals, and test accuracy before and after.
 
   Args:
     validations: results of kepo_jax.evaluation with their `step`, as evaluation.json has them.

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from kepo_jax import storage
 from kepo_jax.models.qwen3_vl import model
-from kepo_jax.reporting import curves, pages, panels, tables
+from kepo_jax.reporting import curves, pages, progress, tables
 from kepo_jax.reporting.progress import Display
 from kepo_jax.reporting.run_page import run_page
-from kepo_jax.reporting.sinks import JsonLines, Sink, TensorBoardSink, TrackioSink, WandbSink, read_records, write_all
 from kepo_jax.reporting.warnings import Watch
+from kepo_jax.reporting.writers import JsonLines, Sink, TensorBoardSink, TrackioSink, WandbSink, read_records, write_all
 from kepo_jax.types import Hook, RunPlan, StepReport
 
 _FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
@@ -64,11 +64,11 @@ class RunReporter(Hook):
       self._open(plan)
     self.memory = self._memory(plan) if self._memory else {}
     parameters = {role: parameter_count(config) for role, config in plan.models.items()}
-    self._display.show(panels.start_panel(plan, parameters, self.memory))
-    if self.memory and (room := panels.device_bytes()) and self.memory["peak"] > room:
+    self._display.show(progress.start_panel(plan, parameters, self.memory))
+    if self.memory and (room := progress.device_bytes()) and self.memory["peak"] > room:
       self._display.warn(
-        f"the plan needs about {panels.human_bytes(self.memory['peak'])} per device, which has "
-        f"{panels.human_bytes(room)}: it will not fit. {panels.MEMORY_FIELDS}"
+        f"the plan needs about {progress.human_bytes(self.memory['peak'])} per device, which has "
+        f"{progress.human_bytes(room)}: it will not fit. {progress.MEMORY_FIELDS}"
       )
     self._display.begin(plan.config.train.steps)
 
@@ -82,7 +82,7 @@ class RunReporter(Hook):
     if report.step == self._first_step and "compiled/programs" in report.timing:
       self._display.show(compiled_line(report.timing))
     if report.step == self._first_step and report.samples:
-      self._display.show(panels.samples_panel(report.samples, step=report.step))
+      self._display.show(progress.samples_panel(report.samples, step=report.step))
     self._display.step(report.step, report.metrics, report.timing)
     self._warn(self._watch.step(report.metrics))
 
@@ -100,7 +100,7 @@ class RunReporter(Hook):
       self._warn(self._watch.evaluation(figures["validation/in_domain"], figures["validation/out_of_domain"]))
 
   def position(self) -> dict[str, int]:
-    """Brings the files to the disk; how long they are."""
+    """Flushes the files to the disk; returns their lengths."""
     for sink in self._all():
       sink.flush()
     return {name: file.position for name, file in self._files.items()}
@@ -155,18 +155,18 @@ class RunReporter(Hook):
 
 
 def compiled_line(timing: Mapping[str, float]) -> str:
-  """In words how many programs there are by now, and how many did not have to be compiled."""
+  """Says how many programs there are, and how many of them came from the compilation cache."""
   programs, cached = int(timing["compiled/programs"]), int(timing["compiled/cached"])
   return f"{programs} programs, {cached} from the compilation cache"
 
 
 def parameter_count(config: Any) -> int:
-  """Weights of a Qwen3-VL of a `Qwen3VLConfig`, tied ones once."""
+  """Counts the weights of a Qwen3-VL of a `Qwen3VLConfig`, tied ones once."""
   return sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(config, jnp.float32)))
 
 
 def validation_figures(result: Mapping[str, Any]) -> dict[str, float]:
-  """The figures of an evaluation that go among the metrics: `validation/in_domain` and the like."""
+  """Picks the accuracies of an evaluation that go among the metrics: `validation/in_domain` and the like."""
   entries = {key: result.get(key) for key in ("in_domain", "out_of_domain", "overall")}
   return {f"validation/{key}": tables.center(entry) for key, entry in entries.items() if entry}
 

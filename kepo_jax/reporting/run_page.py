@@ -8,9 +8,9 @@ from typing import Any
 from etils import epath
 
 from kepo_jax.config import Config
-from kepo_jax.reporting import curves, pages, panels, tables
-from kepo_jax.reporting.sinks import read_records
+from kepo_jax.reporting import curves, pages, progress, tables
 from kepo_jax.reporting.warnings import Watch
+from kepo_jax.reporting.writers import read_records
 
 Record = Mapping[str, Any]
 
@@ -25,7 +25,7 @@ _FOOTER += (
 
 
 def run_page(workdir: epath.PathLike) -> pages.Page:
-  """The page of a run, finished or not; what its files do not have is left out.
+  """Lays out the page of a run, finished or not; leaves out what its files do not have.
 
   Raises:
     ValueError: a file is not what a run writes.
@@ -54,16 +54,16 @@ def run_page(workdir: epath.PathLike) -> pages.Page:
 
 
 def plan_rows(config: Mapping[str, Any]) -> tuple[tables.Row, ...]:
-  """The run in brief, (name, value); none of a config of another version, whose fields are others."""
+  """Describes the run, (name, value); empty for a config of another version, with other fields."""
   try:
     same = config.keys() == Config().to_dict().keys()
-    return tuple(panels.config_rows(Config.from_dict(config))) if same else ()
+    return tuple(progress.config_rows(Config.from_dict(config))) if same else ()
   except (AttributeError, KeyError, TypeError, ValueError):
     return ()
 
 
 def warnings_of(metrics: Sequence[Record]) -> list[str]:
-  """The warnings that a run gave, found again in its figures."""
+  """Recomputes the warnings of a run from its metrics."""
   watch, messages = Watch(), []
   for record in metrics:
     values = {name: math.nan if value is None else value for name, value in record.items() if name != "step"}

@@ -15,7 +15,7 @@ _FEW = range(2, 9)  # source data sets that are shown without being asked for
 
 
 def accuracy_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-  """Rows of (name, n questions, chance, one cell per evaluation), modalities first, then types and summaries.
+  """Returns rows of (name, n questions, chance, one cell per evaluation), modalities first, then types and summaries.
 
   Args:
     evaluations: name ("before", "after") -> result of kepo_jax.evaluation.
@@ -51,7 +51,7 @@ def accuracy_rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 
 
 def evaluation_rows(result: Mapping[str, Any], *, datasets: bool | None = None) -> list[Row]:
-  """One evaluation: name, n questions, images they are about, chance, strict and forgiving parser side by side.
+  """Returns the rows of one evaluation: name, questions and images, chance, strict and forgiving parser side by side.
 
   Args:
     result: of kepo_jax.evaluation.
@@ -76,14 +76,14 @@ def evaluation_rows(result: Mapping[str, Any], *, datasets: bool | None = None) 
 
 
 def rate_rows(result: Mapping[str, Any]) -> list[Row]:
-  """Unparsed and truncated completions of one evaluation per modality, in percent, header first."""
+  """Returns unparsed and truncated completions per modality, in percent, header first."""
   names = ("unparsed", "truncated")
   found = {**result["rates"], "all": result}
   return [("", *names), *[(label, *(f"{100 * each[name]:.1f}" for name in names)) for label, each in found.items()]]
 
 
 def pass_rows(result: Mapping[str, Any]) -> list[Row]:
-  """pass@k of a sampled evaluation: one column per k, in percent with 95 % intervals, header first."""
+  """Returns pass@k of a sampled evaluation: one column per k, in percent with 95 % intervals, header first."""
   blocks = result["pass_at_k"]
   rows: list[Row] = [("", "n", *(f"pass@{k}" for k in blocks))]
   for name, entry in result["modalities"].items():
@@ -95,7 +95,7 @@ def pass_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def comparison_rows(comparison: Mapping[str, Any], names: tuple[str, str] = ("A", "B")) -> list[Row]:
-  """A paired comparison: n, images, both accuracies, the difference with its interval, gained and lost, p-values.
+  """Returns a paired comparison: n, images, accuracies, difference with interval, gained and lost, p-values.
 
   Args:
     comparison: of kepo_jax.evaluation.compared.
@@ -121,7 +121,7 @@ def comparison_rows(comparison: Mapping[str, Any], names: tuple[str, str] = ("A"
 
 
 def hint_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-  """How good hints are, one row per record of `evaluation.hints`, header first: shares in percent, the rest in nats."""
+  """Returns how good hints are, a row per record of `evaluation.hints`: shares in percent, the rest in nats."""
   rounds = max((len(each["accept_rate"]) for each in records if each["accept_rate"]), default=0)
   shown = sorted({min(1, rounds), rounds} - {0})  # the first and the last
   accepted = [f"accepted@{b}" if i == 0 else f"@{b}" for i, b in enumerate(shown)]
@@ -154,7 +154,7 @@ def hint_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def rich_table(rows: Sequence[Row], *, title: str = "") -> Table:
-  """Rows, header first, for the terminal; what is too wide for it wraps, nothing is cut.
+  """Formats rows, header first, for the terminal; what is too wide wraps.
 
   Where that is enough for a terminal of 80 columns, names wrap and figures do not.
   """
@@ -178,14 +178,14 @@ def rich_table(rows: Sequence[Row], *, title: str = "") -> Table:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-  """Rows, header first, as a table in Markdown."""
+  """Formats rows, header first, as a table in Markdown."""
   header, *body = [f"| {' | '.join(row)} |" for row in rows]
   rule = "|" + "|".join(["---"] + ["---:"] * (len(rows[0]) - 1)) + "|"
   return "\n".join([header, rule, *body]) + "\n"
 
 
 def center(entry: Mapping[str, float]) -> float:
-  """The point estimate of an entry: a share of correct answers or a mean over modalities."""
+  """Returns the point estimate of an entry: a share of correct answers or a mean over modalities."""
   return entry["accuracy"] if "accuracy" in entry else entry["mean"]
 
 

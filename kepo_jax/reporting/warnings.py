@@ -45,7 +45,7 @@ class Watch:
     self._said: set[str] = set()
 
   def step(self, metrics: Mapping[str, float]) -> list[str]:
-    """Warnings that the figures of one more step give rise to; a figure that is absent says nothing."""
+    """Returns the warnings that the metrics of one more step give rise to; an absent metric gives none."""
     messages = []
     for anchor, holds in self._signatures(metrics).items():
       if holds is not None:
@@ -55,7 +55,7 @@ class Watch:
     return messages + self._divergence(metrics)
 
   def evaluation(self, in_domain: float, out_of_domain: float) -> list[str]:
-    """Warnings after one more validation: accuracies in [0, 1]."""
+    """Returns the warnings after one more validation: accuracies in [0, 1]."""
     self._accuracies.append((in_domain, out_of_domain))
     if len(self._accuracies) < 3:
       return []

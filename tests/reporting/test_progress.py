@@ -1,24 +1,90 @@
+"""What a run shows in a terminal: its plan, samples, and how far it is."""
+
 import io
 
+import pytest
 from rich.console import Console
 
-from kepo_jax.reporting.progress import Display, figures_line, terminal
+from experiments.configs import gkd, grpo, kepo_eq7, kepo_released, sft_teacher
+from kepo_jax.reporting import progress
+from kepo_jax.types import RunPlan
+from tests.reporting.cases import rollout
+from tests.training.runs import changed
 
 METRICS = {"reward/mean": 1.5, "reward/accuracy": 0.75, "cliff_rate": 0.25, "gate/frac": 0.5,
            "hint/accept_rate@1": 0.2, "hint/accept_rate@10": 0.6, "hint/accept_rate@2": 0.4}  # fmt: skip
 TIMING = {"tokens_per_second/step": 12345.6}
 
 
+def start_lines(parent, start_step=0, memory=None, **changes):
+  """Name -> text of the rows of the start panel; changes of the config of `parent` as `section__field=value`."""
+  plan = RunPlan(
+    config=changed(parent, **changes), workdir="runs/one", models={}, mesh={"data": 2, "fsdp": 4, "tensor": 1},
+    questions={"train": 600, "test": 2400}, programs=("rollout", "update"), start_step=start_step,
+  )  # fmt: skip
+  output = io.StringIO()
+  Console(file=output, width=300).print(progress.start_panel(plan, {}, memory))
+  rows = [line.strip("│ \n") for line in output.getvalue().splitlines()[1:-1]]
+  return {name: text.strip() for name, _, text in (row.partition("  ") for row in rows)}
+
+
+def test_the_start_panel():
+  lines = start_lines(grpo)
+  assert lines["mesh"].endswith("(data 2, fsdp 4, tensor 1)") and lines["questions"] == "train 600, test 2,400"
+  assert lines["reward"] == "med_r1: accuracy x 1, format x 1" and lines["exploration"] == "none"
+  lines = start_lines(grpo, start_step=20, memory={"student": 3e9, "teacher": 0, "peak": 4.26e9})
+  assert lines["steps"] == "80, from step 20; learning rate 0.0003"
+  assert lines["memory"] == "about 4.26 GB per device at most (estimate: student 3 GB)"
+
+
+@pytest.mark.parametrize(
+  ("parent", "changes", "line", "expected"),
+  [
+    (grpo, {"model__lora_rank": 8, "model__lora_targets": ("q_proj", "v_proj")}, "trained",
+     "LoRA of rank 8, scale 32 / 8, on q_proj, v_proj"),
+    (kepo_eq7, {}, "objective", "policy gradient (group_std, sequence_mean, token ratio), "
+     "distillation x 1 (forward_kl, positive product gate), reference KL x 0.001"),
+    # A weight of rollouts that there are not is not shown.
+    (sft_teacher, {"objective__policy_weight": 1.0}, "objective", "likelihood x 1"),
+    (gkd, {"batch__on_policy_fraction": 0.375, "batch__micro_batches": 4, "batch__updates": 2}, "batch",
+     "8 prompts x 8 rollouts of up to 24 tokens, 62% of them by the teacher, 4 micro-batches, 2 updates"),
+    (kepo_released, {"exploration__candidates": 6}, "exploration",
+     "on reward_all_zero: up to 5 rounds of 6 candidates, up to 2 rollouts replaced (drop_on_policy)"),
+  ],
+)  # fmt: skip
+def test_what_a_config_makes_of_the_plan(parent, changes, line, expected):
+  assert start_lines(parent, **changes)[line] == expected
+
+
+def test_numbers_for_people():
+  assert [progress.human_bytes(x) for x in (0, 999, 1500, 2e12)] == ["0 B", "999 B", "1.5 kB", "2 TB"]
+  assert [progress.human_count(x) for x in (12, 842_000, 2.13e9, 33e9)] == ["12", "842 K", "2.13 B", "33 B"]
+  assert [progress.human_time(x) for x in (4.4, 185, 7620)] == ["4 s", "3 min 05 s", "2 h 07 min"]
+
+
+def test_rollouts_are_shown_with_their_question_once():
+  output = io.StringIO()
+  hint = {"kind": "hint", "step": 1, "id": "a", "text": "<hint> look left </hint>"}
+  tried = {"kind": "candidate", "step": 1, "id": "a", "completion": "tried"}
+  first, second = rollout(), rollout(completion="[bold]y", accuracy=1.0, gate=True, injected=True)
+  samples = [hint, tried, first, hint, second, rollout(name="b", question="Where?"), first, first]
+  Console(file=output, width=100).print(progress.samples_panel(samples, step=1))
+  text = output.getvalue()
+  assert text.count("How many?") == 2 and text.count("Where?") == 1  # four shown, the first again after "b"
+  assert "accuracy 1 format 1 distilled injected" in text and "look left" not in text and "tried" not in text
+  assert "[bold]y" in text  # completions are text, not markup
+
+
 def display(**console):
   output = io.StringIO()
   ticks = iter(range(10_000))
-  return Display(Console(file=output, width=120, **console), clock=lambda: float(next(ticks))), output
+  return progress.Display(Console(file=output, width=120, **console), clock=lambda: float(next(ticks))), output
 
 
 def test_the_figures_of_a_step():
   expected = "reward 1.50  accuracy 0.75  cliff 0.25  gate 0.50  hints accepted 0.60  12,346 tokens/s"
-  assert figures_line(METRICS, TIMING) == expected
-  assert figures_line({"supervised/nll": 0.69315, "lr": 1e-4}, TIMING) == "nll 0.693  12,346 tokens/s"
+  assert progress.figures_line(METRICS, TIMING) == expected
+  assert progress.figures_line({"supervised/nll": 0.69315, "lr": 1e-4}, TIMING) == "nll 0.693  12,346 tokens/s"
 
 
 def test_plain_lines_come_about_every_twentieth_of_the_run():
@@ -63,8 +129,8 @@ def test_a_terminal_gets_a_live_bar_and_ci_plain_lines(monkeypatch):
 
 def test_names_are_shown_as_they_are_on_every_console(capsys):
   name = "runs/[/v2]/lr:x:[b]1"
-  terminal().print(name)
+  progress.terminal().print(name)
   assert capsys.readouterr().out.strip() == name
   output = io.StringIO()
-  Display(Console(file=output, width=99)).show(name)  # a caller's, which reads markup
+  progress.Display(Console(file=output, width=99)).show(name)  # a caller's, which reads markup
   assert output.getvalue().strip() == name

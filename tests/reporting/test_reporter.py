@@ -7,8 +7,8 @@ from rich.console import Console
 from experiments.configs import kepo
 from kepo_jax import reporting, types
 from kepo_jax.models.qwen3_vl.config import SIZES
-from kepo_jax.reporting import panels
-from tests.reporting.pages.cases import rollout
+from kepo_jax.reporting import progress
+from tests.reporting.cases import rollout
 from tests.reporting.test_curves import evaluation
 from tests.training.runs import changed
 
@@ -50,14 +50,14 @@ def follow(workdir, steps, start=0, finish=True, positions=None, saved=None):
 
 
 def test_a_plan_that_does_not_fit_is_told_before_the_first_step(monkeypatch):
-  monkeypatch.setattr(panels, "device_bytes", lambda: 5_000_000_000)
+  monkeypatch.setattr(progress, "device_bytes", lambda: 5_000_000_000)
   for peak, warns in ((6e9, True), (4e9, False)):
     output = io.StringIO()
     plan = {"student": 3e9, "teacher": 1e9, "update": 2e9, "hints": 1.0, "peak": peak}
     reporter = reporting.RunReporter(memory=lambda _, plan=plan: plan, console=Console(file=output, width=300))
     reporter.start(make_plan("", 0))
     assert ("it will not fit. Raise batch.micro_batches" in output.getvalue()) == warns
-    assert panels.largest_parts(reporter.memory) == "student 3 GB, update 2 GB, teacher 1 GB"
+    assert progress.largest_parts(reporter.memory) == "student 3 GB, update 2 GB, teacher 1 GB"
 
 
 def test_a_run_leaves_its_figures_samples_and_report(tmp_path):

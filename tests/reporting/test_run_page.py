@@ -11,7 +11,7 @@ from kepo_jax import evaluation, reporting
 from kepo_jax.reporting import pages, reporter, run_page
 from tests import fake_bucket
 from tests.evaluation.scripted import json_lines, output
-from tests.reporting.pages.cases import HOSTILE, Document, rollout
+from tests.reporting.cases import HOSTILE, Document, rollout
 from tests.training.runs import changed
 
 

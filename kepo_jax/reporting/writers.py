@@ -1,4 +1,4 @@
-"""Where the figures of a run go: files of JSON lines, TensorBoard, and optional trackers.
+"""Where the metrics of a run go: files of JSON lines, TensorBoard, and optional trackers.
 
 metrics.jsonl holds deterministic values only, so two runs of one config leave equal files; what depends on the
 machine goes to timing.jsonl.
@@ -30,7 +30,7 @@ class Sink(Protocol):
   """Takes the scalar figures of steps in order."""
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Figures after `step` updates."""
+    """Writes the values after `step` updates."""
 
   def flush(self) -> None:
     """Makes sure that what was written outlives the process."""
@@ -40,7 +40,7 @@ class Sink(Protocol):
 
 
 def read_records(path: epath.PathLike) -> list[dict[str, Any]]:
-  """Records of a file of JSON lines; a last line that a crash cut short is left out.
+  """Reads a file of JSON lines; leaves out a last line that a crash cut short.
 
   Raises:
     ValueError: a line before the last one is not a JSON object.
@@ -93,11 +93,11 @@ class JsonLines:
 
   @property
   def position(self) -> int:
-    """Bytes written."""
+    """Returns the number of bytes written."""
     return self._file.tell()
 
   def records(self) -> list[dict[str, Any]]:
-    """What the file holds."""
+    """Reads what the file holds."""
     return read_records(self._file.name)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -141,7 +141,7 @@ class JsonLines:
 
 
 class TensorBoardSink:
-  """Scalars as TensorBoard events; what a resumed run repeats is written anew from the records that stay."""
+  """Writes scalars as TensorBoard events; what a resumed run repeats is written anew from the records that stay."""
 
   def __init__(self, directory: epath.PathLike, *, history: Iterable[Mapping[str, Any]] = ()):
     """Opens `directory`, without the events of an earlier try.
@@ -182,7 +182,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-  """Scalars to Weights & Biases."""
+  """Sends scalars to Weights & Biases."""
 
   def __init__(self, project: str, *, workdir: str, config: Mapping[str, Any], start_step: int = 0):
     """Starts a run, or continues the one of the same workdir.
@@ -213,7 +213,7 @@ class WandbSink:
 
 
 class TrackioSink:
-  """Scalars to a local trackio dashboard."""
+  """Sends scalars to a local trackio dashboard."""
 
   def __init__(self, project: str, *, workdir: str, config: Mapping[str, Any], start_step: int = 0):
     """Starts a run, or continues the one of the same workdir.
@@ -238,7 +238,7 @@ class TrackioSink:
 
 
 def write_all(sinks: Iterable[Sink], step: int, values: Mapping[str, float]) -> None:
-  """Hands one step's figures to every sink."""
+  """Writes the values of one step to every sink."""
   for sink in sinks:
     sink.write(step, values)
 
@@ -251,7 +251,7 @@ def _optional(name: str) -> ModuleType:
 
 
 def _plain(value: Any) -> Any:
-  """A value as JSON has it: arrays' scalars to Python, nan and infinities to None, inside containers too."""
+  """Converts a value for JSON: arrays to Python numbers, nan and infinities to None, inside containers too."""
   if isinstance(value, Mapping):
     return {str(key): _plain(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
