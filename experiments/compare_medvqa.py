@@ -17,7 +17,8 @@ from absl import flags
 
 from experiments import environment
 from kepo_jax import evaluation
-from kepo_jax.evaluation import comparison, journal
+from kepo_jax.evaluation import comparison
+from kepo_jax.evaluation import outputs as outputs_lib
 from kepo_jax.reporting import progress, tables
 
 _FIELD = flags.DEFINE_enum("field", "correct", list(comparison.FIELDS), "Strict or forgiving parser.")
@@ -79,8 +80,8 @@ def main(argv: list[str]) -> None:
   if len(argv) != 3:
     raise ValueError("give two evaluations: python -m experiments.compare_medvqa A B")
   paths = argv[1:]
-  outputs = [journal.read_outputs(path) for path in paths]
-  settings = [journal.read_settings(path) for path in paths]
+  outputs = [outputs_lib.read_outputs(path) for path in paths]
+  settings = [outputs_lib.read_settings(path) for path in paths]
   modality = _TRAIN_MODALITY.value or settings[0].get("train_modality", "MRI")
   try:
     found = evaluation.compared(*outputs, train_modality=modality, field=_FIELD.value, seed=_SEED.value)

@@ -18,7 +18,7 @@ from etils import epath
 
 from experiments import environment
 from kepo_jax import sharding, storage
-from kepo_jax.models.qwen3_vl import conversion, side_files
+from kepo_jax.models.qwen3_vl import checkpoint, side_files
 from kepo_jax.reporting import progress
 
 _TO = flags.DEFINE_enum("to", "orbax", ["orbax", "hf"], "What to write: orbax or hf.")
@@ -35,14 +35,14 @@ def main(argv: list[str]) -> None:
   side_files.check_replaceable(epath.Path(destination))
   with contextlib.closing(progress.Display()) as display:
     copying = functools.partial(display.progress, "copying the source, bytes")
-    folder = conversion.resolved_folder(source, progress=copying)
-  config, params = conversion.load_pretrained(folder, dtype, mesh)
+    folder = checkpoint.resolved_folder(source, progress=copying)
+  config, params = checkpoint.load_pretrained(folder, dtype, mesh)
   # A folder without config.json is no model.
   with storage.written_locally(destination, last="config.json") as local:
     if _TO.value == "orbax":
-      conversion.save_orbax(local, config, params, source=folder)
+      checkpoint.save_orbax(local, config, params, source=folder)
     else:
-      conversion.save_pretrained(local, config, params, source=folder, dtype=dtype)
+      checkpoint.save_pretrained(local, config, params, source=folder, dtype=dtype)
   print(f"wrote {destination}")
 
 

@@ -36,7 +36,7 @@ def caption(findings: dict) -> str:
 
 def contact_sheet() -> Image.Image:
   """One row per modality; its two organs side by side, each with the findings of `FINDINGS`."""
-  cell = drawing.canvas.SIDE * ZOOM + MARGIN
+  cell = drawing.SIDE * ZOOM + MARGIN
   columns = 2 * len(FINDINGS)
   size = (LABEL + columns * cell, BAND + len(scenes.MODALITIES) * cell)
   sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)

@@ -37,12 +37,14 @@ from rich.console import Console
 from experiments import environment
 from experiments.configs import grpo, grpo_medvqa
 from kepo_jax import evaluation, sharding, storage
-from kepo_jax.data import dealing, formats, images, limits, pipeline, prompts, rules, splits, tokenization
+from kepo_jax.data import cleaning, images, prompts, splits, splitting, tokenization, usable
+from kepo_jax.data import processor as processor_lib
+from kepo_jax.data.readers import formats
 from kepo_jax.data.tfds import folders
-from kepo_jax.evaluation import journal
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.evaluation import outputs
+from kepo_jax.models.qwen3_vl import checkpoint
 from kepo_jax.reporting import progress, tables
-from kepo_jax.training import lock, programs, question_checks
+from kepo_jax.training import checks, lock, programs
 from kepo_jax.types import Example, Prompts, Rollouts
 
 DATA = grpo.get_config().data  # how training cuts its data, unless flags say otherwise
@@ -117,7 +119,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Of the wei
 _LENIENT = flags.DEFINE_bool("lenient", False, "Drop and count unusable records instead of stopping at them.")
 
 
-def questions(display: progress.Display) -> tuple[list[Example], rules.Summary, str]:
+def questions(display: progress.Display) -> tuple[list[Example], cleaning.Summary, str]:
   """The questions that the flags ask for, what the reader found, and in words how they were chosen.
 
   Raises:
@@ -155,7 +157,7 @@ def questions(display: progress.Display) -> tuple[list[Example], rules.Summary, 
   return limited(examples, summary, how)
 
 
-def built_questions(folder: pathlib.Path) -> tuple[list[Example], rules.Summary, str]:
+def built_questions(folder: pathlib.Path) -> tuple[list[Example], cleaning.Summary, str]:
   """The same of a data set that TFDS has built.
 
   Raises:
@@ -168,15 +170,17 @@ def built_questions(folder: pathlib.Path) -> tuple[list[Example], rules.Summary,
     raise ValueError(
       f"--split={_SPLIT.value}: {folder} has {sorted(name for name in parts if parts[name])}; choose one."
     )
-  summary = rules.Summary(root=storage.origin(folder), format="TFDS", records=len(found), kept=len(found))
+  summary = cleaning.Summary(root=storage.origin(folder), format="TFDS", records=len(found), kept=len(found))
   return found, summary, f"the part {_SPLIT.value}"
 
 
-def limited(examples: list[Example], summary: rules.Summary, how: str) -> tuple[list[Example], rules.Summary, str]:
+def limited(
+  examples: list[Example], summary: cleaning.Summary, how: str
+) -> tuple[list[Example], cleaning.Summary, str]:
   """At most --limit questions of each modality, and their number in words."""
   kept = examples
   if _LIMIT.value:
-    kept = dealing.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
+    kept = splitting.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
     how += f", at most {_LIMIT.value} per modality"
   return kept, summary, f"{len(kept)} of {summary.kept} questions: {how}"
 
@@ -196,7 +200,7 @@ def cut(examples: list[Example]) -> splits.Split:
     ) from error
 
 
-def askable(examples: list[Example], processor: pipeline.Processor, display: progress.Display) -> list[Example]:
+def askable(examples: list[Example], processor: processor_lib.Processor, display: progress.Display) -> list[Example]:
   """The questions whose images can be read and whose prompts have room: all of them, unless --lenient.
 
   Raises:
@@ -205,11 +209,11 @@ def askable(examples: list[Example], processor: pipeline.Processor, display: pro
   if not (_DATA.value or _SPLIT_FILES.value):
     return examples  # the phantom's pictures were drawn here
   split = _SPLIT.value
-  found = question_checks.with_readable_images(
+  found = checks.with_readable_images(
     {split: examples},
     lenient=_LENIENT.value,
     progress=functools.partial(display.progress, "checking images"),
-    refusals=lambda _, asked: limits.refusals(asked, processor, {_KIND.value: 0}),
+    refusals=lambda _, asked: usable.refusals(asked, processor, {_KIND.value: 0}),
   )
   return found[split]
 
@@ -248,13 +252,17 @@ def sampling_settings(tokens: int) -> programs.SamplingSettings:
 
 
 def sampler(
-  model: str, processor: pipeline.Processor, mesh: jax.sharding.Mesh, dtype: str, settings: programs.SamplingSettings
+  model: str,
+  processor: processor_lib.Processor,
+  mesh: jax.sharding.Mesh,
+  dtype: str,
+  settings: programs.SamplingSettings,
 ) -> Callable[[Prompts], Rollouts]:
   """Loads the weights: host prompts -> completions."""
   # The decode layout holds weights whole over fsdp, which is what --fsdp is there to avoid.
   layout = "decode" if _FSDP.value == 1 else "train"
   # Side by side, as the token loop of a run has them: out of a stack each layer would be copied for every token.
-  config, params = conversion.load_pretrained(model, jnp.dtype(dtype), mesh, layout=layout, separate=True)
+  config, params = checkpoint.load_pretrained(model, jnp.dtype(dtype), mesh, layout=layout, separate=True)
   program = programs.sampling_program(config, processor, settings, stationary=_FSDP.value > 1)
   key = jax.random.key(_SEED.value)
   # One key for all batches: the sampler folds each question's identity into it.
@@ -317,12 +325,12 @@ def evaluate_questions(check_lock: Callable[[], None]) -> None:
   """
   console = progress.terminal()
   if not _RESUME.value:
-    journal.Journal.check_fresh(_OUTPUT.value)
+    outputs.Journal.check_fresh(_OUTPUT.value)
   display = progress.Display()
   examples, summary, how = questions(display)
   console.print(f"{summary.text()}\n{how}", soft_wrap=True)
   copying = functools.partial(display.progress, "copying the model, bytes")
-  model = conversion.resolved_folder(_MODEL.value, progress=copying)
+  model = checkpoint.resolved_folder(_MODEL.value, progress=copying)
   declared = tokenization.declared_templates(model) or "standard"
   family = _TEMPLATES.value or declared
   if family not in prompts.TEMPLATES:
@@ -330,7 +338,7 @@ def evaluate_questions(check_lock: Callable[[], None]) -> None:
   resize, why = image_size(model)
   console.print(f"images: {resize}, {why}", soft_wrap=True)
   mesh = environment.device_mesh(_FSDP.value, _TENSOR.value)
-  processor = pipeline.Processor.from_directory(
+  processor = processor_lib.Processor.from_directory(
     model,
     templates=prompts.TEMPLATES[family],
     resize=resize,
@@ -358,9 +366,9 @@ def evaluate_questions(check_lock: Callable[[], None]) -> None:
   notes = {"model": str(_MODEL.value), "data": summary.root}
   console.print(", ".join(f"{k} {v}" for k, v in (notes | asked).items()))
   if _OUTPUT.value:  # who writes nothing does not wait for the hashes
-    asked |= {"model_hash": journal.model_hash(model)}
-    asked |= journal.questions_identity(examples, processor.templates, _KIND.value)
-  record = journal.Journal(
+    asked |= {"model_hash": outputs.model_hash(model)}
+    asked |= outputs.questions_identity(examples, processor.templates, _KIND.value)
+  record = outputs.Journal(
     _OUTPUT.value,
     asked,
     notes | {"questions": how, "summary": summary.to_dict()},

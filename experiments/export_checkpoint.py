@@ -23,9 +23,10 @@ from experiments import environment
 from kepo_jax import sharding, storage
 from kepo_jax.config import Config, ModelConfig
 from kepo_jax.data import tokenization
-from kepo_jax.models.qwen3_vl import conversion, model
+from kepo_jax.models.qwen3_vl import checkpoint, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.training import assembly, checkpoints, files, manifest
+from kepo_jax.training import checkpoints, manifest, setup
+from kepo_jax.training import workdir as workdir_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or remote.", required=True)
 _STEP = flags.DEFINE_string("step", "last", "Which checkpoint: last, best, or the number of its step.")
@@ -68,7 +69,7 @@ def chosen_step(workdir: epath.Path, config: dict[str, Any], wanted: str) -> int
     return there[-1]
   if wanted == "best":
     figure, path = config["checkpoint"]["best"], workdir / "evaluation.json"
-    best = files.best_step(read_json(path) if path.exists() else {}, figure)
+    best = workdir_lib.best_step(read_json(path) if path.exists() else {}, figure)
     if best is None:
       raise ValueError(f"--step=best: the run has no validation by checkpoint.best={figure} yet; {listed}.")
     if best not in there:
@@ -97,15 +98,15 @@ def export(
     ValueError: the checkpoint is damaged, or the student is not there or another one.
     OSError: a file cannot be read or written.
   """
-  student = conversion.resolved_folder(fields.student)
-  config = dataclasses.replace(Qwen3VLConfig.from_directory(student), lora=assembly.lora_config(fields))
-  shapes = model.abstract_params(config, assembly.student_dtype(fields))  # as the run keeps them
+  student = checkpoint.resolved_folder(fields.student)
+  config = dataclasses.replace(Qwen3VLConfig.from_directory(student), lora=setup.lora_config(fields))
+  shapes = model.abstract_params(config, setup.student_dtype(fields))  # as the run keeps them
   mesh = sharding.make_mesh(fsdp=jax.device_count())
   places = sharding.weight_shardings(mesh, shapes, model.logical_axes(config), "train")
   like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
   params = checkpoints.restored_params(workdir / "checkpoints" / str(step), like)
   with storage.written_locally(output, last="config.json") as folder:
-    conversion.save_pretrained(folder, config, params, source=fields.student, declared=declared)
+    checkpoint.save_pretrained(folder, config, params, source=fields.student, declared=declared)
 
 
 def main(_: Sequence[str]) -> None:

@@ -27,7 +27,8 @@ from rich.table import Table
 
 from experiments import environment
 from kepo_jax import storage
-from kepo_jax.data import formats, inspection, rules, splits
+from kepo_jax.data import cleaning, inspection, splits
+from kepo_jax.data.readers import formats
 from kepo_jax.reporting import progress
 from kepo_jax.types import Example
 
@@ -79,7 +80,7 @@ def table_of(title: str, *columns: str) -> Table:
 def rule_table(summary: Mapping[str, Any]) -> Table:
   """Every rule that applied."""
   table = table_of("rules", "rule", "records", "what it means")
-  for rule, text in rules.RULES.items():
+  for rule, text in cleaning.RULES.items():
     if rule in summary["rules"]:
       table.add_row(rule, f"{summary['rules'][rule]:,}", text)
   return table
@@ -87,7 +88,7 @@ def rule_table(summary: Mapping[str, Any]) -> Table:
 
 def first_lines(summary: Mapping[str, Any]) -> str:
   """Where each rule applied first; a path in a table could not be copied."""
-  return "\n".join(f"first {rule}: {summary['first'][rule]}" for rule in rules.RULES if rule in summary["rules"])
+  return "\n".join(f"first {rule}: {summary['first'][rule]}" for rule in cleaning.RULES if rule in summary["rules"])
 
 
 def group_table(title: str, kind: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -95,7 +96,7 @@ def group_table(title: str, kind: str, groups: Mapping[str, Mapping[str, Any]]) 
   table = table_of(title, kind, "questions", "chance", "options", "gold letters")
   for name, group in groups.items():
     table.add_row(
-      rules.printable(name),
+      cleaning.printable(name),
       f"{group['questions']:,}",
       f"{100 * group['chance']:.1f} %",
       "  ".join(f"{options}:{count:,}" for options, count in group["options"].items()),
@@ -121,7 +122,9 @@ def image_lines(found: Mapping[str, Any], report: Mapping[str, Any] | None) -> s
 def show(report: Mapping[str, Any], console: Console) -> None:
   """Prints a report."""
   summary, found = report["summary"], report["figures"]
-  head = f"{rules.printable(summary['root'])}: {summary['format']}, {summary['files']} files, {summary['records']:,} "
+  head = (
+    f"{cleaning.printable(summary['root'])}: {summary['format']}, {summary['files']} files, {summary['records']:,} "
+  )
   head += f"records, {summary['kept']:,} kept, {summary['dropped']:,} dropped"
   shown: list[RenderableType] = [head]
   if summary["rules"]:
@@ -151,7 +154,7 @@ def main(argv: list[str]) -> None:
         result["overlaps"].append({"first": before, "second": path, "images": number, "share": share})
         if not _JSON.value:
           line = f"{number:,} images of {path}, {100 * share:.1f} %, are also in {before}, by path"
-          console.print(rules.printable(line), soft_wrap=True)
+          console.print(cleaning.printable(line), soft_wrap=True)
       read[path] = examples
   except (ValueError, OSError) as error:
     result |= {"usable": False, "error": str(error)}

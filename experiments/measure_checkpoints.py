@@ -29,7 +29,7 @@ from experiments import environment, phantom_folder, settings
 from experiments.configs import grpo
 from kepo_jax import storage, training
 from kepo_jax.config import Config
-from kepo_jax.models.qwen3_vl import conversion, model, side_files
+from kepo_jax.models.qwen3_vl import checkpoint, model, side_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from kepo_jax.reporting import RunReporter, progress
 from kepo_jax.training import checkpoints, manifest
@@ -106,7 +106,7 @@ def write_student(folder: pathlib.Path, config: Qwen3VLConfig) -> None:
   source = folder.with_name(f"{folder.name}-source")
   phantom_folder.write_folder(source, side_files.config_record(config))
   params = model.init_params(config, jax.random.key(0))
-  conversion.save_pretrained(folder, config, params, source=source, dtype=np.float32)
+  checkpoint.save_pretrained(folder, config, params, source=source, dtype=np.float32)
 
 
 def run_config(student: pathlib.Path) -> Config:

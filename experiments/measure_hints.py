@@ -28,15 +28,16 @@ import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
-from experiments import environment, settings
+from experiments import environment, hints, settings
 from experiments.configs import kepo
 from kepo_jax import sharding, storage
 from kepo_jax.config import Config
-from kepo_jax.data import dealing, limits, pipeline, prompts, splits, tokenization
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.data import processor as processor_lib
+from kepo_jax.data import prompts, splits, splitting, tokenization, usable
+from kepo_jax.models.qwen3_vl import checkpoint
 from kepo_jax.reporting import progress, tables
-from kepo_jax.training import checks, hints, question_checks
-from kepo_jax.training.batches import BatchedModel
+from kepo_jax.training import checks
+from kepo_jax.training.batched_model import BatchedModel
 from kepo_jax.types import Example
 
 DEFAULT = kepo.get_config()
@@ -93,7 +94,7 @@ def settings_for(student: pathlib.Path) -> Config:
   return settings.typed(config)
 
 
-def questions(config: Config, processor: pipeline.Processor, display: progress.Display) -> list[Example]:
+def questions(config: Config, processor: processor_lib.Processor, display: progress.Display) -> list[Example]:
   """The questions that the flags ask for, each of which can be asked in all wordings.
 
   Raises:
@@ -101,13 +102,13 @@ def questions(config: Config, processor: pipeline.Processor, display: progress.D
     OSError: a remote folder cannot be read.
   """
   found = splits.load(config.data, progress=functools.partial(display.progress, "copying data, bytes"))
-  examples = dealing.limited(found[_SPLIT.value], _LIMIT.value or None, _LIMIT_SEED.value)
-  kinds = question_checks.prompt_kinds(config, "train")  # those of exploration, whatever the split
-  asked = question_checks.with_readable_images(
+  examples = splitting.limited(found[_SPLIT.value], _LIMIT.value or None, _LIMIT_SEED.value)
+  kinds = checks.prompt_kinds(config, "train")  # those of exploration, whatever the split
+  asked = checks.with_readable_images(
     {_SPLIT.value: examples},
     lenient=_LENIENT.value,
     progress=functools.partial(display.progress, "checking images"),
-    refusals=lambda _, asked: limits.refusals(asked, processor, kinds),
+    refusals=lambda _, asked: usable.refusals(asked, processor, kinds),
   )[_SPLIT.value]
   if not asked:
     raise ValueError(f"--split={_SPLIT.value}: no question in {_DATA.value or 'the phantom benchmark'}.")
@@ -159,14 +160,14 @@ def main(_: list[str]) -> None:
   check_output(_OUTPUT.value)
   begun, display = time.perf_counter(), progress.Display()
   folders = {
-    role: conversion.resolved_folder(name, progress=functools.partial(display.progress, f"copying {role}, bytes"))
+    role: checkpoint.resolved_folder(name, progress=functools.partial(display.progress, f"copying {role}, bytes"))
     for role, name in (("student", _STUDENT.value), ("teacher", _TEACHER.value))
   }
   config = settings_for(folders["student"])
   if config.data.templates not in prompts.TEMPLATES:
     raise ValueError(f"{_STUDENT.value} names the wordings {config.data.templates}, which are unknown.")
   mesh = environment.device_mesh(_FSDP.value, _TENSOR.value)
-  processor = pipeline.Processor.from_directory(
+  processor = processor_lib.Processor.from_directory(
     folders["student"],
     templates=prompts.TEMPLATES[config.data.templates],
     resize=config.data.resize,
@@ -180,7 +181,7 @@ def main(_: list[str]) -> None:
 
   def loaded(role: str) -> BatchedModel:
     tell = functools.partial(display.progress, f"loading {role}")
-    parts = conversion.load_pretrained(
+    parts = checkpoint.load_pretrained(
       folders[role], jnp.dtype(dtype), mesh, layout="decode", separate=True, progress=tell
     )
     return BatchedModel(*parts, processor, mesh, size=_BATCH.value, chunk=config.objective.chunk)

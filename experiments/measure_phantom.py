@@ -15,16 +15,16 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import environment, phantom_corpus
+from experiments import environment, hints, phantom_corpus
 from kepo_jax import exploration, rewards
-from kepo_jax.data import omnimedvqa, prompts
+from kepo_jax.data import prompts
 from kepo_jax.data.phantom import build
 from kepo_jax.data.phantom.scenes import Scene
-from kepo_jax.data.pipeline import Processor
-from kepo_jax.models.qwen3_vl import conversion
-from kepo_jax.training import groups as grouping
-from kepo_jax.training import hints
-from kepo_jax.training.batches import BatchedModel
+from kepo_jax.data.processor import Processor
+from kepo_jax.data.readers import omnimedvqa
+from kepo_jax.models.qwen3_vl import checkpoint
+from kepo_jax.training import rollouts as rollouts_lib
+from kepo_jax.training.batched_model import BatchedModel
 from kepo_jax.training.programs import SamplingSettings
 from kepo_jax.types import Example
 
@@ -42,7 +42,7 @@ class Model:
 
   def __init__(self, folder: pathlib.Path, mesh: jax.sharding.Mesh):
     processor = Processor.from_directory(folder, templates=prompts.TEMPLATES["brief"], prompt_buckets=(40, 56))
-    loaded = conversion.load_pretrained(folder, mesh=mesh, layout="decode", separate=True)
+    loaded = checkpoint.load_pretrained(folder, mesh=mesh, layout="decode", separate=True)
     self.batched = BatchedModel(*loaded, processor, mesh, size=BATCH)
 
   def answers(self, examples: list[Example], kind: str, *, samples: int = 1, temperature: float = 0.0, seed: int = 0,
@@ -50,7 +50,7 @@ class Model:
     """Texts of `samples` completions for each question."""
     settings = SamplingSettings(samples, TOKENS, temperature)
     rollouts = self.batched.rollouts(examples, kind, settings, jax.random.key(seed), control=control)
-    return grouping.texts_of(self.batched.processor, rollouts, prompts=len(examples)).tolist()
+    return rollouts_lib.texts_of(self.batched.processor, rollouts, prompts=len(examples)).tolist()
 
 
 def accuracies(texts: list[list[str]], examples: list[Example]) -> np.ndarray:

@@ -22,7 +22,7 @@ from absl import flags, logging
 from experiments import environment, phantom_corpus, phantom_folder, phantom_pool, phantom_tower
 from experiments.phantom_pool import Pool
 from experiments.phantom_recipes import RECIPES, SIZES, Recipe
-from kepo_jax.models.qwen3_vl import conversion, model, positions
+from kepo_jax.models.qwen3_vl import checkpoint, model, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Prompts, VisionInputs
 
@@ -152,7 +152,7 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path):
   tokenizer = phantom_folder.make_tokenizer()
   config = Qwen3VLConfig.from_dict(phantom_folder.model_config(tokenizer, **SIZES[recipe.role]))
   if recipe.parent:
-    config, params = conversion.load_pretrained(workdir / recipe.parent)
+    config, params = checkpoint.load_pretrained(workdir / recipe.parent)
   else:
     params = fresh_params(config, recipe.seed)
   steps = sum(phase.steps for phase in recipe.phases)
@@ -201,7 +201,7 @@ def write_model(
   phantom_folder.write_folder(
     source, phantom_folder.model_config(phantom_folder.make_tokenizer(), **SIZES[recipe.role])
   )
-  conversion.save_pretrained(workdir / name, config, params, source=source, dtype=jnp.bfloat16)
+  checkpoint.save_pretrained(workdir / name, config, params, source=source, dtype=jnp.bfloat16)
   record = {
     "model": name,
     "command": f"python -m experiments.pretrain_phantom --model={name}",

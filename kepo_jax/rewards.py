@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from kepo_jax import forgiving
-from kepo_jax.forgiving import named_letters as named_letters
+from kepo_jax import answers
+from kepo_jax.answers import named_letters as named_letters
 from kepo_jax.types import Example
 
 Reward = Callable[[str, Example], float]
@@ -100,7 +100,7 @@ def lenient_letter(completion: str, example: Example) -> str | None:
   strict = answer_letter(completion)
   if strict in letters:
     return strict
-  return forgiving.option_letter(completion, example.options)
+  return answers.option_letter(completion, example.options)
 
 
 def lenient_accuracy(completion: str, example: Example) -> float:

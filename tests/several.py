@@ -18,12 +18,12 @@ from absl import flags
 from PIL import Image
 
 from experiments import environment
-from kepo_jax import processes, rewards, sharding
-from kepo_jax.data.rules import Rejected
-from kepo_jax.models.qwen3_vl import conversion
-from kepo_jax.training import groups as grouping
-from kepo_jax.training import question_checks
-from kepo_jax.training.profiling import CompileCounter
+from kepo_jax import multihost, rewards, sharding
+from kepo_jax.data.cleaning import Rejected
+from kepo_jax.models.qwen3_vl import checkpoint
+from kepo_jax.training import checks
+from kepo_jax.training import rollouts as rollouts_lib
+from kepo_jax.training.monitoring import CompileCounter
 from kepo_jax.types import Rollouts
 from tests.training.cases import example
 from tests.training.runs import ASSETS
@@ -44,12 +44,12 @@ def say(about, **said):
 def gather(number):
   """Values of different sizes, the longest longer than a message; and how many programs that compiles."""
   counter, sizes = CompileCounter(), []
-  values = ["", "é" * 3], ["a" * (3 * processes.CHUNK), "b"], ["c", "d" * (2 * processes.CHUNK)]
+  values = ["", "é" * 3], ["a" * (3 * multihost.CHUNK), "b"], ["c", "d" * (2 * multihost.CHUNK)]
   for both in values:
-    assert processes.gathered(lambda both=both: {"text": both[number]}) == [{"text": text} for text in both]
+    assert multihost.gathered(lambda both=both: {"text": both[number]}) == [{"text": text} for text in both]
     sizes.append(counter.figures()["compiled/programs"])
   say("gather", compiled=sizes)
-  say("gather", flags=processes.any_process(number == 1, False, True))
+  say("gather", flags=multihost.any_process(number == 1, False, True))
 
 
 @contextlib.contextmanager
@@ -68,12 +68,12 @@ def fail(number):
     return {}[0] if number == failing else 0
 
   with told("fail"):
-    processes.gathered(lambda: work(1))
+    multihost.gathered(lambda: work(1))
   with told("fail"):
-    processes.together(lambda: work(1))
+    multihost.together(lambda: work(1))
   with told("fail"):
-    processes.on_first(lambda: work(0))
-  say("fail", first=processes.on_first(lambda: f"é{number}"))
+    multihost.on_first(lambda: work(0))
+  say("fail", first=multihost.on_first(lambda: f"é{number}"))
 
 
 def groups_of(axes, shape, reward):
@@ -81,7 +81,7 @@ def groups_of(axes, shape, reward):
   tokens = np.arange(np.prod(shape), dtype=np.int32).reshape(*shape, 1)
   rollouts = Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
   with jax.set_mesh(sharding.make_mesh(*axes)):
-    return grouping.scored_groups(Processor(), [example(f"q{p}") for p in range(shape[0])], rollouts, judge)
+    return rollouts_lib.scored_groups(Processor(), [example(f"q{p}") for p in range(shape[0])], rollouts, judge)
 
 
 # Meshes that hold the rows of a batch in different ways: (mesh, (prompts, rollouts)).
@@ -119,7 +119,7 @@ def look(number):
     return {each.id: Rejected("prompt_too_long", "9 tokens") for each in examples if number and each.id == "set/q1"}
 
   settings = {"progress": lambda done, total: None, "refusals": refusals, "report": summaries.append}
-  kept = question_checks.with_readable_images({"train": questions}, lenient=True, **settings)
+  kept = checks.with_readable_images({"train": questions}, lenient=True, **settings)
   say("look", kept=[each.id for each in kept["train"]], rules=dict(summaries[0].rules), first=summaries[0].first)
 
 
@@ -127,7 +127,7 @@ def export(number):
   """An export that the first process cannot write to its end, for its second half; then one for which there is room."""
   folder = pathlib.Path(sys.argv[-1]).with_name("model")
   mesh = sharding.make_mesh(fsdp=8)
-  config, params = conversion.load_pretrained(ASSETS / "confused", np.float32, mesh)
+  config, params = checkpoint.load_pretrained(ASSETS / "confused", np.float32, mesh)
   assert any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   for room in (100_000, limits[0]):
@@ -135,7 +135,7 @@ def export(number):
       resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     error = ""
     try:
-      conversion.save_pretrained(folder, config, params, source=ASSETS / "confused")
+      checkpoint.save_pretrained(folder, config, params, source=ASSETS / "confused")
     except OSError as raised:
       error = str(raised)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -12,8 +12,8 @@ from kepo_jax import exploration, rewards
 from kepo_jax.config import PROJECTIONS, Config
 from kepo_jax.data import images, prompts
 from kepo_jax.models.qwen3_vl import attention, layers, lora
-from kepo_jax.objectives import advantages, divergences, gates, ratios, weights
-from kepo_jax.training import groups, inputs, residence
+from kepo_jax.objectives import advantages, divergences, ratios, weights
+from kepo_jax.training import programs, rollouts, update
 from tests.training.runs import changed
 
 
@@ -26,7 +26,7 @@ def legal(field):
 
 def test_legal_values_are_those_that_the_library_has():
   for field, values in {
-    "model.teacher_memory": residence.PLACES,
+    "model.teacher_memory": programs.PLACES,
     "model.remat": layers.REMAT,
     "model.attention": attention.FORMS,
     "data.resize": images.RESIZES,
@@ -35,11 +35,11 @@ def test_legal_values_are_those_that_the_library_has():
     "reward.combination": rewards.COMBINATIONS,
     "objective.advantage": advantages.ESTIMATORS,
     "objective.aggregation": weights.AGGREGATIONS,
-    "objective.off_context": inputs.OFF_CONTEXT,
+    "objective.off_context": update.OFF_CONTEXT,
     "objective.divergence": divergences.KINDS,
     "objective.distill_normaliser": weights.NORMALISERS,
-    "objective.gate_signal": groups.GATE_SIGNALS,
-    "objective.gate_mode": gates.MODES,
+    "objective.gate_signal": rollouts.GATE_SIGNALS,
+    "objective.gate_mode": weights.MODES,
     "objective.reference_estimator": ratios.KL_ESTIMATORS,
     "exploration.trigger": exploration.TRIGGERS,
     "exploration.hints": exploration.HINTS,

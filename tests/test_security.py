@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from kepo_jax import sharding
-from kepo_jax.data import prompts, tokenizer_files
-from kepo_jax.data.pipeline import Processor
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.data import prompts, tokenization
+from kepo_jax.data.processor import Processor
+from kepo_jax.models.qwen3_vl import checkpoint
 from kepo_jax.training import checkpoints
 from tests.training.runs import ASSETS
 
@@ -66,27 +66,27 @@ def folder(tmp_path, marker, monkeypatch):
 def load(folder: pathlib.Path) -> None:
   """All that a run reads of a model folder."""
   Processor.from_directory(folder, templates=prompts.TEMPLATES["brief"])
-  conversion.load_pretrained(folder)
+  checkpoint.load_pretrained(folder)
 
 
 def test_code_and_pickles_of_a_model_folder_are_ignored(folder, tmp_path):
   load(folder)
-  config, params = conversion.load_pretrained(folder)
-  conversion.save_pretrained(tmp_path / "export", config, params, source=folder)
+  config, params = checkpoint.load_pretrained(folder)
+  checkpoint.save_pretrained(tmp_path / "export", config, params, source=folder)
   suffixes = {path.suffix for path in (tmp_path / "export").iterdir()}
   assert suffixes <= {".json", ".jinja", ".md", ".safetensors", ".txt"}
 
 
 def test_a_tokenizer_class_of_the_folder_s_own_is_ignored(folder):
   text = "Which finding does the image show? <think>"
-  genuine = tokenizer_files.load(ASSETS / "confused", 1024)(text)["input_ids"]
+  genuine = tokenization.load(ASSETS / "confused", 1024)(text)["input_ids"]
   change(folder / "tokenizer_config.json", tokenizer_class="evil.EvilTokenizer")
   load(folder)  # tokenizer.json says all that is needed
   for name in ("evil.EvilTokenizer", "someone/evil--evil.EvilTokenizer"):
     auto_map = {"AutoTokenizer": [None, name]}
     change(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=auto_map)
     load(folder)
-    assert tokenizer_files.load(folder, 1024)(text)["input_ids"] == genuine
+    assert tokenization.load(folder, 1024)(text)["input_ids"] == genuine
 
 
 def test_pickled_weights_are_refused(folder):

@@ -17,7 +17,8 @@ from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.objectives import losses
 from kepo_jax.planning.chips import Chip
-from kepo_jax.training import forward, inputs, state, step
+from kepo_jax.training import optimizer
+from kepo_jax.training import update as update_lib
 from kepo_jax.types import Experience, Prompts
 
 
@@ -93,17 +94,17 @@ def sampling(
 def scoring(config: Qwen3VLConfig, dtype: Any, prompts: Prompts, tokens: Any) -> Work:
   """Counts a frozen model over prompts and completions, once."""
   params = model.abstract_params(config, dtype)
-  score = functools.partial(forward.target, config, parts=1)
+  score = functools.partial(update_lib.target, config, parts=1)
   return Work(count_flops(score, params, prompts, tokens), _bytes(params))
 
 
 def update(
   config: Qwen3VLConfig,
   token_loss: losses.KepoTokenLoss,
-  settings: inputs.UpdateSettings,
-  now: state.TrainState,
+  settings: update_lib.UpdateSettings,
+  now: optimizer.TrainState,
   experience: Experience,
-  targets: tuple[forward.Target, ...],
+  targets: tuple[update_lib.Target, ...],
   *,
   chip: Chip,
   devices: int,
@@ -123,13 +124,13 @@ def update(
     devices: of it.
   """
   plain = dataclasses.replace(settings, remat="none", parts=1)
-  make = inputs.make_inputs(config, token_loss, plain)
+  make = update_lib.make_inputs(config, token_loss, plain)
   made = jax.eval_shape(make, now.params, now.step, experience)
-  gradients = step.make_gradients(config, token_loss, plain)
+  gradients = update_lib.make_gradients(config, token_loss, plain)
   products = count_flops(gradients, now.params, experience, made, targets)
   scored = count_flops(make, now.params, now.step, experience)  # pi_old
   scoring = Work(scored, _bytes(now.params) if scored else 0.0).on(chip, devices)
-  trained = _bytes(state.trained(now.params, settings.frozen))
+  trained = _bytes(optimizer.trained(now.params, settings.frozen))
   computing = Work(products, _bytes(now.params)).on(chip, devices)
   # A gradient is written and read; weights and moments are read and written.
   storing = Work(0.0, 2 * trained + 2 * (trained + _bytes(now.opt_state))).on(chip, devices)

@@ -30,8 +30,8 @@ from kepo_jax.models.qwen3_vl import model
 from kepo_jax.objectives import losses
 from kepo_jax.planning.compile import special_tokens
 from kepo_jax.reporting import progress
-from kepo_jax.training import assembly, inputs, step
-from kepo_jax.training.forward import Target
+from kepo_jax.training import setup, update
+from kepo_jax.training.update import Target
 from kepo_jax.types import Experience
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed turns.", lower_bound=1)
@@ -139,11 +139,11 @@ def update_flops(
   """FLOPs of the gradients of one group that shares its prompt, and of rows with a prompt each."""
   student = benchmark_step.model_sizes(size)
   config = settings.typed(kepo.get_config())
-  token_loss = assembly.token_loss(config, special_tokens(student))
-  update_settings = inputs.UpdateSettings(compute_dtype=jnp.bfloat16, chunk=CHUNK)
+  token_loss = setup.token_loss(config, special_tokens(student))
+  update_settings = update.UpdateSettings(compute_dtype=jnp.bfloat16, chunk=CHUNK)
   params = model.abstract_params(student)
   make, gradients = (
-    function(student, token_loss, update_settings) for function in (inputs.make_inputs, step.make_gradients)
+    function(student, token_loss, update_settings) for function in (update.make_inputs, update.make_gradients)
   )
 
   def count(prompts: int, each: int) -> float:

@@ -22,7 +22,7 @@ from kepo_jax.models.qwen3_vl import model, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from kepo_jax.planning import chips, memory
 from kepo_jax.planning.compile import special_tokens
-from kepo_jax.training import assembly, checks, programs, setup
+from kepo_jax.training import checks, programs, setup
 from kepo_jax.types import Experience, Prompts, VisionInputs
 
 # Between the tiny models of the embedded default and the smallest that is published: large enough for products to
@@ -193,7 +193,7 @@ class Benchmark:
     self.adapted = self.models["student"].config  # the student with its matrices of LoRA, if it has some
     with jax.set_mesh(self.mesh):
       checks.check_attention(config, student)
-      self.state, self.programs = assembly.build_programs(config, self._special, self.models)
+      self.state, self.programs = setup.build_programs(config, self._special, self.models)
     count = config.batch.prompts
     self.prompts = sharding.place(self.mesh, made_up_prompts(student, count, sizes))
     few = max(1, count // 4)  # ask for a hint, and are asked again with it
@@ -275,7 +275,7 @@ class Benchmark:
     config, student = self.config, self.configs["student"]
     adapted = dataclasses.replace(self.adapted, attention="plain")
     others = {role: dataclasses.replace(each, attention="plain") for role, each in self.configs.items()}
-    settings = assembly.update_settings(config)
+    settings = setup.update_settings(config)
     frozen = jnp.dtype(config.model.teacher_dtype)
     where: dict[str, Any] = {"chip": self.chip, "devices": self.devices}
     shapes = jax.eval_shape(lambda prompts: prompts, self.prompts)
@@ -298,7 +298,7 @@ class Benchmark:
     if roles:
       scored = [floors.scoring(others[role], frozen, shapes, tokens).on(**where) for role in roles]
       work["scoring"] = floors.total(scored)
-    token_loss = assembly.token_loss(config, self._special)
+    token_loss = setup.token_loss(config, self._special)
     work["update"] = floors.update(adapted, token_loss, settings, self.state, *self._batch, **where)
     return work
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.studies import plan, runs, statistics
 from kepo_jax import evaluation, storage
-from kepo_jax.evaluation import journal
+from kepo_jax.evaluation import outputs as outputs_lib
 from kepo_jax.reporting.writers import read_records
 
 FILES = ("grid.json", "runs.json")  # of runs that choose a learning rate, and of those that count
@@ -41,11 +41,11 @@ def outputs_of(place: runs.Place, cell: plan.Cell, items: Mapping[str, Any] | No
   folder = place.folder(cell)
   if cell.method.trained:
     finished = folder / "model" / "config.json"  # the export comes last, and its config at its end
-    return journal.read_outputs(folder / "outputs" / "after.jsonl") if finished.exists() else []
-  validated = cell.method == plan.TEACHER or (folder / "validation" / journal.RESULT).exists()
-  if not (validated and (folder / "test" / journal.RESULT).exists()):
+    return outputs_lib.read_outputs(folder / "outputs" / "after.jsonl") if finished.exists() else []
+  validated = cell.method == plan.TEACHER or (folder / "validation" / outputs_lib.RESULT).exists()
+  if not (validated and (folder / "test" / outputs_lib.RESULT).exists()):
     return []
-  outputs = journal.read_outputs(folder / "test")
+  outputs = outputs_lib.read_outputs(folder / "test")
   by_id = {output["id"]: output for output in outputs}
   return [by_id[name] for name in items["ids"] if name in by_id] if items else outputs
 
@@ -68,7 +68,7 @@ def entry_of(place: runs.Place, cell: plan.Cell, outputs: Sequence[Mapping[str, 
     train_modality = plan.plain_config(place.benchmark).data.train_modality
     entry["test"] = _tested(evaluation.summarised(outputs, train_modality=train_modality), outputs)
     if cell.method != plan.TEACHER:
-      validation = json.loads((folder / "validation" / journal.RESULT).read_text())
+      validation = json.loads((folder / "validation" / outputs_lib.RESULT).read_text())
       cost = {**dict.fromkeys(TOKENS, 0), "seconds": 0.0}
       entry["validation"] = [{"step": 0, **_accuracies(validation), "cost": cost}]
     return entry

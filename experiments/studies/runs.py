@@ -17,8 +17,8 @@ from typing import Any
 
 from experiments.studies import plan
 from kepo_jax.data import splits
-from kepo_jax.evaluation import journal
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.evaluation import outputs
+from kepo_jax.models.qwen3_vl import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 HINTS = "hints.json"
@@ -112,7 +112,7 @@ class Place:
     }  # fmt: skip
     names = ("split_files", "train_items", "validation_items", "test_items", "split_seed")
     given |= {"data": data.directory, "lenient": data.lenient, **{name: getattr(data, name) for name in names}}
-    resumed = ["--resume"] if (folder / journal.ABOUT).exists() else []
+    resumed = ["--resume"] if (folder / outputs.ABOUT).exists() else []
     return ["experiments.evaluate_medvqa", *(f"--{name}={value}" for name, value in given.items()), *resumed]
 
 
@@ -136,12 +136,12 @@ def identity_of(benchmark: plan.Benchmark) -> dict[str, str]:
   if benchmark.name == "phantom" and not (data.directory or data.split_files):
     return {}
   identity = {
-    f"model {name}": journal.model_hash(conversion.resolved_folder(path))[:16]
+    f"model {name}": outputs.model_hash(checkpoint.resolved_folder(path))[:16]
     for name, path in benchmark.models.items()
   }
   for part, examples in splits.load(data).items():
     told = (json.dumps([e.id, e.question, e.options, e.answer, e.modality, e.question_type]) for e in examples)
-    identity[f"{part} questions"] = journal.digest(told)[:16]
+    identity[f"{part} questions"] = outputs.digest(told)[:16]
   return identity
 
 

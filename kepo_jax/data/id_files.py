@@ -13,8 +13,9 @@ from typing import Any
 from etils import epath
 
 from kepo_jax import storage
-from kepo_jax.data import image_files, json_files
-from kepo_jax.data.rules import Rejected
+from kepo_jax.data import images as images_lib
+from kepo_jax.data.cleaning import Rejected
+from kepo_jax.data.readers import json_files
 from kepo_jax.types import Example
 
 DIGITS = 12  # of a question's digest that a file holds: enough to name what has changed
@@ -36,7 +37,7 @@ def contents(examples: Iterable[Example]) -> dict[str, str]:
     for path in example.images:
       if path not in images:
         try:
-          images[path] = image_files.fingerprint(path)
+          images[path] = images_lib.fingerprint(path)
         except ValueError as error:
           raise ValueError(f"question {example.id}: {error}") from error
     content = dataclasses.asdict(example) | {"images": [images[path] for path in example.images]}

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from kepo_jax.data import image_files, images, rules
-from kepo_jax.data.rules import Summary
+from kepo_jax.data import cleaning, images
+from kepo_jax.data.cleaning import Summary
 from kepo_jax.types import Example
 
 # (things to look at, function of some of them) -> what it finds about all of them, in their order.
@@ -110,11 +110,11 @@ def open_images(
 def _opened(path: str, *, decode: bool) -> tuple[str, int, int, int] | str:
   """Format, width, height and bytes of an image file, or why it cannot be read."""
   try:
-    kind, width, height = image_files.header(path)
+    kind, width, height = images.header(path)
     if decode:
       images.load_image(path)
     return kind, width, height, os.stat(path).st_size
-  except (rules.Rejected, ValueError, OSError) as error:
+  except (cleaning.Rejected, ValueError, OSError) as error:
     return str(error)
 
 

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kepo_jax.data.rules import Rejected
+from kepo_jax.data.cleaning import Rejected
 
 LETTERS = "ABCDEFGHIJ"  # of answers
 LONGEST = 10_000  # characters of a question with its options; the longest real one has about 1,200

@@ -7,7 +7,7 @@ every word costs a prompt token. Training and evaluation wordings are separate, 
 
 import dataclasses
 
-from kepo_jax.data import rules
+from kepo_jax.data import cleaning
 from kepo_jax.types import Example
 
 
@@ -95,7 +95,7 @@ def prompt_text(example: Example, templates: Templates, kind: str, *, hint: str 
     hint: text of the teacher's hint, for the two hinted kinds.
   """
   answer = templates.answer.format(letter=example.answer, option=example.answer_text)
-  hint = hint.replace(rules.IMAGE, "")  # a teacher may write the sign that marks a picture's place
+  hint = hint.replace(cleaning.IMAGE, "")  # a teacher may write the sign that marks a picture's place
   return getattr(templates, kind).format(problem=problem(example, templates), answer=answer, hint=hint)
 
 

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Sequence
 
-from kepo_jax import forgiving
-from kepo_jax.data import rules
+from kepo_jax import answers
+from kepo_jax.data import cleaning
+from kepo_jax.data.cleaning import IMAGE, Rejected, Summary
 from kepo_jax.data.lettering import LETTERS, LONGEST
-from kepo_jax.data.rules import IMAGE, Rejected, Summary
 from kepo_jax.types import Example
 
 # What data sets write for a picture; in angle brackets it is nothing else, in others only where no angle ones are.
@@ -38,7 +38,7 @@ def check_length(question: str, options: Sequence[str]) -> None:
 
 def named(answer: str, options: Sequence[str]) -> int | None:
   """Index of the option that an answer names beyond doubt, as completions are read forgivingly."""
-  letter = forgiving.option_letter(answer, options)
+  letter = answers.option_letter(answer, options)
   return LETTERS.index(letter) if letter and options[LETTERS.index(letter)] else None
 
 
@@ -113,8 +113,8 @@ class Collector:
     Raises:
       Rejected: there is none, or it is empty.
     """
-    plain = [rules.normalised(option) for option in options]
-    wanted = rules.normalised(answer)
+    plain = [cleaning.normalised(option) for option in options]
+    wanted = cleaning.normalised(answer)
     pictures = [i for i, option in enumerate(options) if option == answer and _holds_image(option)]
     if answer in options and answer and len(pictures) < 2:
       return list(options).index(answer)
@@ -129,7 +129,7 @@ class Collector:
 
   def modality(self, spelling: str, place: str) -> str:
     """Canonical name of a spelling; another one is kept, "" is called unknown."""
-    name = rules.modality_name(spelling)
+    name = cleaning.modality_name(spelling)
     if not spelling:
       self.summary.count("modality_unknown", place)
     elif name is None:
@@ -178,7 +178,8 @@ class Collector:
       raise Rejected("too_many_options", f"{len(options)} options, more than {len(LETTERS)}")
     # Two pictures are two options, though their texts are the same.
     plain = [
-      f"{rules.normalised(text)} {i}" if IMAGE in text else rules.normalised(text) for i, text in enumerate(options)
+      f"{cleaning.normalised(text)} {i}" if IMAGE in text else cleaning.normalised(text)
+      for i, text in enumerate(options)
     ]
     kept = [i for i in range(len(options)) if i == gold or plain[i] != plain[gold]]
     different = len({plain[i] for i in kept})
@@ -189,7 +190,7 @@ class Collector:
     if different < len(kept):
       self.summary.count("repeated_distractor", place)
     texts, gold = tuple(options[i] for i in kept), kept.index(gold)
-    for rule in rules.notes(texts, gold):
+    for rule in cleaning.notes(texts, gold):
       self.summary.count(rule, place)
     return texts, LETTERS[gold]
 

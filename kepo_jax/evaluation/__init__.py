@@ -12,9 +12,9 @@ modality counting the same. Chance, the mean of 1 / number of options, differs b
 every accuracy. Two controls say how much the pictures matter: grey ones, and none.
 """
 
-from kepo_jax.evaluation.asking import CONTROLS, evaluate, shown_prompts
+from kepo_jax.evaluation.accuracy import summarised
 from kepo_jax.evaluation.comparison import compared
-from kepo_jax.evaluation.figures import summarised
+from kepo_jax.evaluation.evaluate import CONTROLS, evaluate, shown_prompts
 from kepo_jax.evaluation.statistics import (
   guessing,
   holm,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kepo_jax.evaluation import figures, statistics
+from kepo_jax.evaluation import accuracy, statistics
 
 FIELDS = ("correct", "lenient_correct")
 _SAME = ("modality", "question", "options", "answer")  # what makes two records with one id the same question
@@ -43,17 +43,17 @@ def compared(
   Raises:
     ValueError: the two do not hold the same questions; says how many and which.
   """
-  questions = [{records[0]["id"]: records for records in figures.by_question(outputs)} for outputs in (first, second)]
+  questions = [{records[0]["id"]: records for records in accuracy.by_question(outputs)} for outputs in (first, second)]
   _check_same(*questions)
   order = list(questions[0])
-  values = [figures.per_question([each[name] for name in order], field) for each in questions]
+  values = [accuracy.per_question([each[name] for name in order], field) for each in questions]
   single = all(len(each[order[0]]) == 1 for each in questions)
   names = [questions[0][name][0]["modality"] for name in order]
-  groups = [figures.grouped(each, names) for each in values]
+  groups = [accuracy.grouped(each, names) for each in values]
   asked = [[each[name] for name in order] for each in questions]
-  told = asked[0] if figures.distinct_images(asked[0]) else asked[1]  # older records do not name their images
-  images, shared = figures.image_counts(told, train_modality, brief=True), figures.clusters(told)
-  members = figures.grouped(shared, names)
+  told = asked[0] if accuracy.distinct_images(asked[0]) else asked[1]  # older records do not name their images
+  images, shared = accuracy.image_counts(told, train_modality, brief=True), accuracy.clusters(told)
+  members = accuracy.grouped(shared, names)
   rng = np.random.default_rng(seed)
   draws = {
     name: statistics.resampled_means(groups[1][name] - groups[0][name], rng, members[name]) for name in groups[0]
@@ -73,7 +73,7 @@ def compared(
     "overall": _entry(values[0], values[1], drawn, images["overall"], single),
     "in_domain": modalities.get(train_modality),
     "out_of_domain": _mean(
-      figures.without(modalities, train_modality), figures.without(draws, train_modality), images["out_of_domain"]
+      accuracy.without(modalities, train_modality), accuracy.without(draws, train_modality), images["out_of_domain"]
     ),
     "modalities": modalities,
   }

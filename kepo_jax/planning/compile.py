@@ -17,11 +17,11 @@ import numpy as np
 
 from kepo_jax import sampling, sharding
 from kepo_jax.config import Config
-from kepo_jax.data import pipeline
+from kepo_jax.data import processor
 from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.planning import chips, hlo, memory
-from kepo_jax.training import assembly, checks, compiling, rehearsal, setup
+from kepo_jax.training import checks, compile_ahead, compiling, setup
 from kepo_jax.types import Prompts
 
 # Share of a chip's memory that a plan may fill: the compiler keeps some for itself, and allocation is never perfect.
@@ -292,7 +292,7 @@ class AbstractRun:
       }
       checks.check_attention(config, models["student"])
       special = special_tokens(models["student"])
-      self.state, self.programs = assembly.build_programs(config, special, self.models)
+      self.state, self.programs = setup.build_programs(config, special, self.models)
     self._patch_width = models["student"].vision.patch_width
     key = jax.eval_shape(jax.random.key, 0)
     self.key: Any = jax.ShapeDtypeStruct((), key.dtype, sharding=sharding.replicated(mesh))
@@ -303,7 +303,7 @@ class AbstractRun:
 
   def prompts(self, count: int, length: int) -> Prompts:
     """Shapes of a batch of prompts on the mesh."""
-    shapes = pipeline.prompt_shapes(count, length, self.lengths.patches, self._patch_width)
+    shapes = processor.prompt_shapes(count, length, self.lengths.patches, self._patch_width)
     return sharding.placed_shapes(self.mesh, shapes)
 
   def actor(self) -> Any:
@@ -314,7 +314,7 @@ class AbstractRun:
     """Shapes of the batch of an update."""
     config = self.config
     rows = (config.batch.prompts, config.batch.rollouts, config.sampling.max_new_tokens)
-    return rehearsal.experience_shapes(self.mesh, self.prompts(rows[0], self.lengths.prompt_tokens), rows)
+    return compile_ahead.experience_shapes(self.mesh, self.prompts(rows[0], self.lengths.prompt_tokens), rows)
 
   def targets(self) -> Any:
     """Shapes of what frozen models say about it."""
@@ -386,7 +386,7 @@ class AbstractRun:
     )
 
   def _runs(self, name: str) -> float:
-    updates = assembly.update_settings(self.config).updates
+    updates = setup.update_settings(self.config).updates
     compared = 1 / self.config.log.gradients_every if self.config.compares_gradients else 0.0
     return {
       _LAYER_COPY: float(self.models["student"].config.text.num_hidden_layers),

@@ -12,7 +12,7 @@ from kepo_jax import sampling, sharding
 from kepo_jax.config import Config
 from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import SIZES, Qwen3VLConfig
-from kepo_jax.training import assembly
+from kepo_jax.training import setup
 from kepo_jax.types import RunPlan
 
 # Counts that shapes do not give, set to what XLA's CPU compiler allocated for small models (the slow test compares).
@@ -58,7 +58,7 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   weights = parameters_per_device(student, plan.mesh)
   fixed = config.frozen_parts
   trained = parameters_per_device(student, plan.mesh, without=fixed)
-  stored = assembly.student_dtype(config.model).itemsize  # of what is not trained
+  stored = setup.student_dtype(config.model).itemsize  # of what is not trained
   others = {role: other for role, other in plan.models.items() if role != "student"}
   models = {role: frozen * parameters_per_device(other, plan.mesh) for role, other in others.items()}
   moments = 2 * jnp.dtype(config.optimizer.moments).itemsize * trained
@@ -127,7 +127,7 @@ def plan(config: Config, *, devices: int = 1) -> RunPlan:
     ValueError: a model is neither.
   """
   student = model_sizes(config.model.student)
-  models = {"student": dataclasses.replace(student, lora=assembly.lora_config(config.model))}
+  models = {"student": dataclasses.replace(student, lora=setup.lora_config(config.model))}
   if config.needs_teacher:
     models["teacher"] = model_sizes(config.model.teacher)
   if config.objective.reference_weight:

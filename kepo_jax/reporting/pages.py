@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageChops
 
 from kepo_jax import exploration, storage
-from kepo_jax.data import images
+from kepo_jax.data import images as images_lib
 from kepo_jax.reporting.tables import Row
 
 
@@ -406,7 +406,7 @@ class Thumbnails:
       return ""
     try:
       with _local(path) as file:
-        return thumbnail(images.rgb(images.load_image(file)))
+        return thumbnail(images_lib.rgb(images_lib.load_image(file)))
     except _Unreachable:
       # Asking once is enough: a storage that does not answer costs seconds of retries for every image.
       self._unreachable.add(bucket)

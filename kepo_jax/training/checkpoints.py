@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from kepo_jax import processes, storage
+from kepo_jax import multihost, storage
 from kepo_jax.training import manifest
 
 _STORAGE_ERRORS = (OSError, ValueError, RuntimeError)  # as Orbax and TensorStore pass them on
@@ -72,7 +72,7 @@ class Checkpoints:
   def due(self, step: int) -> bool:
     """Whether a checkpoint after `step` updates has its turn; on several hosts the same on all."""
     late = bool(self._minutes) and self._clock() - self._saved_at >= 60 * self._minutes
-    return bool(self._every and step % self._every == 0) or processes.any_process(late)[0]
+    return bool(self._every and step % self._every == 0) or multihost.any_process(late)[0]
 
   def save(self, step: int, state: Any, record: Mapping[str, Any], *, best: int | None = None) -> None:
     """Starts to save; returns as soon as the state may change.
@@ -137,7 +137,7 @@ class Checkpoints:
       ValueError: the checkpoint holds the state of other models or another optimizer.
     """
     with storage.reaching(self.directory):
-      step, self.damaged = processes.on_first(self._newest_intact)
+      step, self.damaged = multihost.on_first(self._newest_intact)
     if step is None:
       return None
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -202,7 +202,7 @@ class Checkpoints:
     """In the background: waits for the commit, then reads the files back for their checksums."""
     with storage.reaching(self.directory):
       manager.wait_until_finished()
-      if processes.is_first():
+      if multihost.is_first():
         check_opens(storage.orbax_path(self.directory) / str(step) / "state")
         manifest.write(self.directory / str(step))
         self._delete_old()

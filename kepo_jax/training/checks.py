@@ -1,16 +1,26 @@
-"""What is refused, or warned of, before anything large is loaded."""
+"""Checks before anything large is loaded: the config, the questions, and that all hosts train on the same."""
 
+import collections
+import functools
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import logging
 
+from kepo_jax import multihost
 from kepo_jax.config import Config
-from kepo_jax.data import pipeline, tokenization
+from kepo_jax.data import cleaning, inspection, tokenization
+from kepo_jax.data import processor as processor_lib
+from kepo_jax.data.cleaning import Rejected, Summary
+from kepo_jax.evaluation import outputs
 from kepo_jax.models.qwen3_vl import attention, lora
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.training import run_record
+from kepo_jax.types import Example
 
 
 def check_rank(config: Config, student: Qwen3VLConfig) -> None:
@@ -76,7 +86,7 @@ def check_attention(config: Config, student: Qwen3VLConfig) -> None:
       attention.kernel_for(config.model.attention, jnp.dtype(dtype), head_dim)
 
 
-def check_teacher(config: Config, processor: pipeline.Processor, folder: pathlib.Path) -> None:
+def check_teacher(config: Config, processor: processor_lib.Processor, folder: pathlib.Path) -> None:
   """Student and teacher must read the same token ids and the same patches.
 
   Args:
@@ -106,3 +116,188 @@ def check_teacher(config: Config, processor: pipeline.Processor, folder: pathlib
       + ", ".join(f"{name} {a} and {b}" for name, (a, b) in different.items())
       + "; distillation compares them token by token, so both must come from one family."
     )
+
+
+# What changes how many questions a split has, or needs.
+WAYS_OUT = {
+  "train": "lower batch.prompts, raise data.train_items, or bring more questions of data.train_modality",
+  "validation": "raise data.validation_items, or set eval.every=0",
+  "test": "raise data.test_items, or set eval.test=False",
+}
+
+
+def check_questions(questions: Mapping[str, Sequence[Example]], config: Config) -> None:
+  """Refuses splits that the config cannot use, and records that no reward could judge.
+
+  Raises:
+    ValueError: which split is missing or too small, or which record is wrong and how.
+  """
+  needed = {"train": config.batch.prompts, "validation": config.eval.every > 0, "test": config.eval.test}
+  for split, least in needed.items():
+    found = len(questions.get(split, ()))
+    if found < least:
+      raise ValueError(f"the {split} split has {found} questions and needs {int(least)} or more: {WAYS_OUT[split]}.")
+  for split, examples in questions.items():
+    for example in examples:
+      letters = [chr(ord("A") + i) for i in range(len(example.options))]
+      if example.answer not in letters:
+        raise ValueError(
+          f"{split} question {example.id}: answer {example.answer!r} is not the letter of one of its "
+          f"{len(letters)} options ({', '.join(letters)})."
+        )
+    repeated = [each for each, count in collections.Counter(example.id for example in examples).items() if count > 1]
+    if repeated:
+      raise ValueError(
+        f"{split} has {len(repeated)} ids more than once, {repeated[0]!r} among them; an id names one question."
+      )
+
+
+def with_readable_images(
+  questions: Mapping[str, Sequence[Example]],
+  *,
+  lenient: bool,
+  progress: Callable[[int, int], None],
+  refusals: Callable[[str, Sequence[Example]], Mapping[str, Rejected]] = lambda split, examples: {},
+  report: Callable[[Summary], None] = lambda summary: None,
+) -> dict[str, list[Example]]:
+  """Decodes every image once and measures every question, so that none stops a run in its middle.
+
+  Of several processes each looks at a share of them, and all go by what any of them has found.
+
+  Args:
+    questions: split -> questions, the same on every process.
+    lenient: leave out, and count, questions whose image cannot be read or for which there is no room.
+    progress: called with the number of images done and of all that this process decodes, for each split.
+    refusals: (split, questions with readable images) -> id -> why there is no room for it, as `limits.refusals` tells.
+    report: called with what was left out of each split.
+
+  Returns:
+    split -> questions that can be asked.
+
+  Raises:
+    ValueError: a question cannot be asked, unless lenient; names it, the file, sizes, and the way out.
+    OSError: another process of the run has failed.
+  """
+  kept = {}
+  for split, examples in questions.items():
+    summary = Summary(root=f"{split} questions of the run", format="checked", records=len(examples))
+    readable, _ = inspection.open_images(examples, summary, decode=True, progress=progress, divided=multihost.divided)
+    refused = _refused(readable, functools.partial(refusals, split))
+    for example_id, (rule, reason) in refused.items():
+      summary.count(rule, f"question {example_id}: {reason}")
+    kept[split] = [example for example in readable if example.id not in refused]
+    summary.kept = len(kept[split])
+    report(summary)
+    if summary.rules and not lenient:
+      raise ValueError(
+        f"{split} {next(iter(summary.first.values()))} ({cleaning.counted(summary.rules)}); "
+        "mend the data, or set data.lenient to leave them out."
+      )
+    if summary.rules:
+      logging.warning("%d questions left out: %s", summary.dropped, summary.text())
+  return kept
+
+
+def _refused(
+  examples: Sequence[Example], refusals: Callable[[Sequence[Example]], Mapping[str, Rejected]]
+) -> dict[str, tuple[str, str]]:
+  """Id -> rule and reason of the questions that are refused, each looked at by one process; on every process."""
+  count, number = jax.process_count(), jax.process_index()
+
+  def mine() -> list[tuple[str, str, str]]:
+    refused = refusals(examples[number::count])
+    return [(example_id, rejected.rule, str(rejected)) for example_id, rejected in refused.items()]
+
+  return {example_id: (rule, reason) for part in multihost.gathered(mine) for example_id, rule, reason in part}
+
+
+def prompt_kinds(config: Config, split: str) -> dict[str, int]:
+  """Wordings in which a run asks the questions of a split, each with the most tokens that a hint adds to it.
+
+  A hint is at most `exploration.hint_tokens` tokens long, and its tags, which the student is not shown, are among them:
+  they leave some room for a text that is cut into other tokens when it is read than when it was written.
+  """
+  if split != "train":
+    return {config.eval.prompt: 0}
+  hinted = {"hint_request": 0, config.exploration.hint_prompt: config.exploration.hint_tokens}
+  return {config.data.prompt: 0} | (hinted if config.explores else {})
+
+
+Facts = Mapping[str, Any]
+
+
+def check_hosts_agree(
+  config: Config,
+  *,
+  questions: Mapping[str, Sequence[Example]] | None = None,
+  models: Mapping[str, pathlib.Path] | None = None,
+) -> None:
+  """Compares what the processes of a run have; all must call it at the same point. A lone process does nothing.
+
+  Args:
+    config: of the run.
+    questions: split -> questions, in the order in which they were read.
+    models: role -> local folder of the checkpoint; of weights evenly spread blocks are read.
+
+  Raises:
+    ValueError: processes differ; says in what and which of them, and the way out, on every process.
+    OSError: a file of a model cannot be read, here or on another process.
+  """
+  if jax.process_count() == 1:
+    return
+  if said := host_differences(multihost.gathered(lambda: host_facts(config, questions or {}, models or {}))):
+    raise ValueError(said)
+
+
+def host_facts(config: Config, questions: Mapping[str, Sequence[Example]], models: Mapping[str, pathlib.Path]) -> Facts:
+  """What is compared of a process, JSON-able: the config, number and digest of the questions, hashes of the models."""
+  return {
+    "config": json.loads(config.to_json()),
+    "questions": {split: [len(examples), _digest(examples)] for split, examples in questions.items()},
+    "models": {role: outputs.model_hash(folder) for role, folder in models.items()},
+  }
+
+
+def host_differences(found: Sequence[Facts]) -> str:
+  """In words what some processes have that the first one has not, and the way out; "" where all have the same.
+
+  Args:
+    found: `facts` of each process, in their order.
+  """
+  who = collections.defaultdict(list)
+  for number, each in enumerate(found):
+    if told := _difference(found[0], each):
+      who[told].append(number)
+  return " ".join(f"{_named(numbers)} {what} than process 0{more}" for (what, more), numbers in who.items())
+
+
+def _difference(first: Facts, other: Facts) -> tuple[str, str] | None:
+  """What another process has, and the rest of the sentence, of the first thing that differs."""
+  if changes := run_record.changes(first["config"], other["config"]):
+    return "another config", f" ({changes}); start all of them with the same command."
+  none = [0, ""]
+  for split in sorted(first["questions"].keys() | other["questions"].keys()):
+    here, there = (each["questions"].get(split, none) for each in (first, other))
+    if here != there:
+      return f"other questions of {split}", (
+        f": {there[0]} against {here[0]}. All must read the same data: see that each reaches all of them, and start "
+        "again. With data.lenient, what one process cannot read for a moment is left out there alone."
+      )
+  for role in sorted(first["models"].keys() | other["models"].keys()):
+    if first["models"].get(role) != other["models"].get(role):
+      return f"another {role}", "; give all of them folders with the same files."
+  return None
+
+
+def _named(numbers: Sequence[int]) -> str:
+  if len(numbers) == 1:
+    return f"process {numbers[0]} has"
+  return f"processes {', '.join(map(str, numbers))} have"
+
+
+def _digest(examples: Sequence[Example]) -> str:
+  """SHA-256 over questions in their order; of images the number alone, as each process may have copies of its own."""
+  return outputs.digest(
+    json.dumps([e.id, e.question, e.options, e.answer, e.modality, e.question_type, e.dataset, len(e.images)])
+    for e in examples
+  )

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from kepo_jax import processes
+from kepo_jax import multihost
 
 # Compilations at a time: XLA needs one core for the most part, and some GB of the host for a program of a large model.
 WORKERS = min(8, os.cpu_count() or 1)
@@ -166,7 +166,7 @@ def rehearse(rehearsals: Sequence[Rehearsal], mesh: jax.sharding.Mesh, *, progre
   try:
     pending = [pool.submit(made, rehearsal) for rehearsal in rehearsals]
     for done, each in enumerate(pending, 1):
-      processes.together(each.result)
+      multihost.together(each.result)
       progress(done, len(pending))
   finally:
     pool.shutdown(cancel_futures=True)

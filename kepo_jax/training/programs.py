@@ -1,8 +1,9 @@
-"""The jitted programs of one run."""
+"""The jitted programs of a run, and where frozen models wait between them: on the devices, or in host memory."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +13,88 @@ import numpy as np
 from kepo_jax import sampling, sharding
 from kepo_jax.models.qwen3_vl import lora, model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
-from kepo_jax.training import compiling, forward, residence, step
+from kepo_jax.training import compiling
+from kepo_jax.training import update as update_lib
 from kepo_jax.types import Prompts, Rollouts
+
+PLACES = ("device", "host")
+
+_HOST = "pinned_host"  # pages that a device copies from by itself, beside its work
+
+
+def check_host_memory(mesh: jax.sharding.Mesh, field: str, instead: str) -> None:
+  """Refuses a choice that needs host memory on a backend without.
+
+  Args:
+    mesh: of the run.
+    field: "section.name=value", as the message says it.
+    instead: a value that works.
+
+  Raises:
+    ValueError: there is no host memory that the devices can address.
+  """
+  device = mesh.local_devices[0]
+  kinds = sorted(memory.kind for memory in device.addressable_memories())
+  if _HOST not in kinds:
+    raise ValueError(f"{field} needs memory of the kind {_HOST}, and {device.platform} has {kinds}; use {instead}.")
+
+
+def on_host(params: Any) -> Any:
+  """The arrays in the memory of their hosts, sharded as they were; those on the devices are given up one by one."""
+
+  def moved(x: jax.Array) -> jax.Array:
+    there = jax.block_until_ready(jax.device_put(x, x.sharding.with_memory_kind(_HOST)))
+    x.delete()
+    return there
+
+  return jax.tree.map(moved, params)
+
+
+class Resident:
+  """Weights that are wanted on the devices now and then."""
+
+  def __init__(self, params: Any):
+    """Keeps them where they are.
+
+    Args:
+      params: arrays, on the devices or, from `on_host`, in host memory.
+    """
+    self._home = params
+    self._places = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), params)
+    self._on_device: Any = None
+    self._phases = 0  # that are open
+
+  @property
+  def shapes(self) -> Any:
+    """The tree as `jax.ShapeDtypeStruct`, with the shardings that it has on the devices."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._home, self._places)
+
+  @contextlib.contextmanager
+  def on_device(self) -> Iterator[Any]:
+    """The arrays on the devices for a phase; phases inside it share them, and the outermost one gives them up.
+
+    The copy is only started: programs that take the arrays wait for it, and the host goes on. Nor are they deleted at
+    the end, since programs may still run on them, and results may be one of them (the head of a target): they are gone
+    when nothing uses them any more.
+    """
+    if not self._phases:
+      self._on_device = jax.device_put(self._home, self._places)  # arrays that are there already stay as they are
+    self._phases += 1
+    try:
+      yield self._on_device
+    finally:
+      self._phases -= 1
+      if not self._phases:
+        self._on_device = None
+
+  @contextlib.contextmanager
+  def beside(self, arguments: Any) -> Iterator[Any]:
+    """`on_device` for a call with these arguments; where they are shapes, its own `shapes`, and nothing is moved."""
+    if compiling.is_abstract(arguments):
+      yield self.shapes
+      return
+    with self.on_device() as params:
+      yield params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +105,9 @@ class Model:
   params: Any  # in the train layout; of a frozen model on the devices or in host memory
 
   @functools.cached_property
-  def resident(self) -> residence.Resident:
+  def resident(self) -> Resident:
     """The weights of a frozen model, for the phases that use them."""
-    return residence.Resident(self.params)
+    return Resident(self.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +219,9 @@ class Programs:
   hint: Callable[[Prompts, jax.Array], Rollouts]  # by the teacher; an error where the config has no use for it
   answer: Callable[[Prompts, jax.Array], Rollouts]  # by the teacher as well, for supervised rows
   targets: Callable[
-    [Prompts, jax.Array], tuple[forward.Target, ...]
+    [Prompts, jax.Array], tuple[update_lib.Target, ...]
   ]  # teacher, then reference, where the loss uses them
-  update: step.Update
+  update: update_lib.Update
 
 
 def teacher_program(
@@ -166,12 +247,14 @@ def no_teacher(prompts: Prompts, key: jax.Array) -> Rollouts:
   raise ValueError("this run has no teacher to ask; see exploration.*, supervised.source and model.teacher.")
 
 
-def targets_program(models: Sequence[Model], parts: int) -> Callable[[Prompts, jax.Array], tuple[forward.Target, ...]]:
+def targets_program(
+  models: Sequence[Model], parts: int
+) -> Callable[[Prompts, jax.Array], tuple[update_lib.Target, ...]]:
   """What each frozen model says about the rollouts of a batch, scored in `parts` micro-batches: (prompts, tokens)."""
 
-  def scoring(config: Qwen3VLConfig) -> Callable[[Any, Prompts, jax.Array], forward.Target]:
+  def scoring(config: Qwen3VLConfig) -> Callable[[Any, Prompts, jax.Array], update_lib.Target]:
     def target(params, prompts, tokens):
-      return forward.target(config, params, prompts, tokens, parts=parts)
+      return update_lib.target(config, params, prompts, tokens, parts=parts)
 
     return compiling.Program("scoring by a frozen model", target)
 

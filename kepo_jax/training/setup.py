@@ -1,4 +1,4 @@
-"""What a run is made of: models on the mesh, data and programs, checked against each other before the first step."""
+"""Builds a run: models on the mesh, data, rewards, loss and programs, checked against each other."""
 
 import dataclasses
 import functools
@@ -11,17 +11,169 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kepo_jax import evaluation, processes, sharding
-from kepo_jax.config import Config
-from kepo_jax.data import images, limits, pipeline, prompts, splits, tokenization
-from kepo_jax.data.rules import Rejected, Summary
-from kepo_jax.models.qwen3_vl import conversion
-from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax import evaluation, multihost, rewards, sharding
+from kepo_jax.config import Config, ModelConfig
+from kepo_jax.data import images, prompts, splits, tokenization, usable
+from kepo_jax.data import processor as processor_lib
+from kepo_jax.data.cleaning import Rejected, Summary
+from kepo_jax.models.qwen3_vl import checkpoint, lora, model
+from kepo_jax.models.qwen3_vl.config import LoraConfig, Qwen3VLConfig
+from kepo_jax.objectives import losses
 from kepo_jax.rewards import Scorer, WeightedRewards
-from kepo_jax.training import agreement, assembly, checks, compiling, programs, question_checks, residence
-from kepo_jax.training.interruption import Interruption
-from kepo_jax.training.state import TrainState
+from kepo_jax.training import checks, compiling, programs, update
+from kepo_jax.training import optimizer as optimizer_lib
+from kepo_jax.training import programs as programs_lib
+from kepo_jax.training.optimizer import TrainState
+from kepo_jax.training.signals import Interruption
 from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
+
+
+def make_scorer(config: Config, more: rewards.WeightedRewards) -> rewards.Scorer:
+  """The rewards of a run: accuracy and format of its convention, those of `reward.more`, and `more`.
+
+  Raises:
+    ValueError: a reward cannot be found, or two have one name.
+  """
+  reward = config.reward
+  convention = rewards.CONVENTIONS[reward.convention]
+  named = {"accuracy": (convention.accuracy, reward.accuracy), "format": (convention.format, reward.format)}
+  for others in (rewards.parsed_rewards(reward.more), more):
+    if twice := sorted(named.keys() & others.keys()):
+      raise ValueError(f"the rewards {twice} are there twice; give one of them another name.")
+    named |= others
+  return rewards.Scorer(named, reward.combination)
+
+
+def lora_config(fields: ModelConfig) -> LoraConfig | None:
+  """The matrices that `config.model` asks for; None where all weights are trained."""
+  if not fields.lora_rank:
+    return None
+  return LoraConfig(rank=fields.lora_rank, alpha=fields.lora_alpha, targets=tuple(fields.lora_targets))
+
+
+def student_dtype(fields: ModelConfig) -> Any:
+  """Dtype of the student's weights: float32 where they are trained, that of its activations where LoRA is."""
+  return jnp.dtype(fields.compute_dtype if fields.lora_rank else "float32")
+
+
+def with_lora(config: Config, loaded: programs.Model, key: jax.Array) -> programs.Model:
+  """The student with the matrices that are trained in the place of its weights; itself where `config` has none.
+
+  Args:
+    config: of the run.
+    loaded: the student on a mesh, or its shapes with shardings; the matrices are shapes then as well.
+    key: of the matrices.
+  """
+  described = dataclasses.replace(loaded.config, lora=lora_config(config.model))
+  if described.lora is None:
+    return loaded
+  mesh = jax.tree.leaves(loaded.params)[0].sharding.mesh
+  shapes, axes = (tree(described)[lora.PART] for tree in (model.abstract_params, model.logical_axes))
+  places = sharding.weight_shardings(mesh, shapes, axes)
+  if compiling.is_abstract(loaded.params):
+    matrices = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, places)
+  else:
+    matrices = jax.jit(functools.partial(lora.initial, described), out_shardings=places)(key)
+  return programs.Model(described, {**loaded.params, lora.PART: matrices})
+
+
+def token_loss(config: Config, processor: processor_lib.Processor) -> losses.KepoTokenLoss:
+  """The objective of a run."""
+  objective = config.objective
+  return losses.KepoTokenLoss(
+    allowed=jnp.asarray(processor.allowed),
+    temperature=config.sampling.temperature,
+    policy_coefficient=objective.policy_weight,
+    clip_low=objective.clip_low,
+    clip_high=objective.clip_high,
+    importance_cap=objective.importance_cap,
+    distill_coefficient=objective.distill_weight,
+    divergence=objective.divergence,
+    jsd_weight=objective.divergence_weight,
+    top_k=objective.divergence_top_k,
+    distill_temperature=objective.distill_temperature,
+    reference_coefficient=objective.reference_weight,
+    reference_estimator=objective.reference_estimator,
+    supervised_coefficient=objective.supervised_weight,
+  )
+
+
+def distill_factor(config: Config) -> optax.Schedule:
+  """Factor of lambda at a step, between 1 and 0."""
+  if config.objective.distill_schedule == "linear":
+    return optax.linear_schedule(1.0, 0.0, config.train.steps)
+  return optax.constant_schedule(1.0)
+
+
+def update_settings(config: Config) -> update.UpdateSettings:
+  """How a batch of this run becomes updates."""
+  objective = config.objective
+  return update.UpdateSettings(
+    compute_dtype=jnp.dtype(config.model.compute_dtype),
+    chunk=objective.chunk,
+    parts=config.batch.micro_batches,
+    updates=config.batch.updates,
+    frozen=config.frozen_parts,
+    remat=config.model.remat,
+    aggregation=objective.aggregation,
+    normaliser=objective.distill_normaliser,
+    max_tokens=config.sampling.max_new_tokens,
+    sequence_ratio=objective.ratio == "sequence",
+    off_context=objective.off_context,
+    distill_factor=distill_factor(config),
+  )
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+  """Learning rate at a step."""
+  optimizer = config.optimizer
+  return optimizer_lib.learning_rate_schedule(
+    learning_rate=optimizer.learning_rate, warmup_steps=optimizer.warmup_steps, steps=config.train.steps
+  )
+
+
+def build_programs(
+  config: Config, processor: processor_lib.Processor, models: Mapping[str, programs.Model]
+) -> tuple[optimizer_lib.TrainState, programs.Programs]:
+  """The state before the first update, and the jitted programs around it."""
+  student, settings = models["student"], update_settings(config)
+  fields = ("b1", "b2", "eps", "weight_decay", "clip_norm")
+  optimizer = optimizer_lib.make_optimizer(
+    make_schedule(config),
+    **{name: getattr(config.optimizer, name) for name in fields},
+    moments_dtype=config.optimizer.moments,
+  )
+  first = optimizer_lib.initial_state(student.params, optimizer, settings.frozen)
+  scoring = ["teacher"] if config.objective.distill_weight else []
+  scoring += ["reference"] if config.objective.reference_weight else []
+  exploration, sampled, asked = config.exploration, config.sampling, config.eval
+
+  def sampler(samples: int, tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
+    arguments = programs.SamplingSettings(samples, tokens, temperature, top_p, top_k)
+    return programs.sampling_program(student.config, processor, arguments, name="the student's sampler")
+
+  def teacher(used: bool, samples: int, tokens: int, temperature: float) -> Callable[[Prompts, jax.Array], Rollouts]:
+    if not used:
+      return programs.no_teacher
+    arguments = programs.SamplingSettings(samples, tokens, temperature)
+    return programs.teacher_program(models["teacher"], processor, arguments)
+
+  policy = (sampled.max_new_tokens, sampled.temperature, sampled.top_p, sampled.top_k)
+  own = config.own_rollouts
+  return first, programs.Programs(
+    decode_weights=programs.decode_weights_program(student.config, student.params, settings.compute_dtype),
+    rollout=sampler(max(1, own), *policy),
+    candidate=sampler(config.candidates, *policy),
+    greedy=sampler(1, asked.max_new_tokens, 0.0),
+    hint=teacher(config.explores, 1, exploration.hint_tokens, exploration.hint_temperature),
+    answer=teacher(
+      config.teacher_answers,
+      *(config.batch.rollouts - own, sampled.max_new_tokens, config.supervised.temperature),
+    ),
+    targets=programs.targets_program([models[role] for role in scoring], settings.parts),
+    update=update.Update(student.config, optimizer, token_loss(config, processor), settings, first),
+  )
+
 
 # One random stream per purpose; the order is part of what makes a run repeatable.
 STREAMS = ("rollout", "hint", "candidate", "evaluation", "answer", "lora")
@@ -33,17 +185,17 @@ class Run:
 
   config: Config
   mesh: jax.sharding.Mesh
-  processor: pipeline.Processor
+  processor: processor_lib.Processor
   questions: Mapping[str, Sequence[Example]]  # split -> questions
   summaries: Mapping[str, Sequence[Summary]]  # "reading" and "checking" -> what was kept, repaired and dropped in it
   scorer: Scorer
   hooks: Sequence[Hook]
   interruption: Interruption
   folders: Mapping[str, pathlib.Path]  # role -> checkpoint
-  models: Mapping[str, programs.Model]  # role ("student", "teacher", "reference") -> model
+  models: Mapping[str, programs_lib.Model]  # role ("student", "teacher", "reference") -> model
   schedule: optax.Schedule
   state: TrainState  # before the first update
-  programs: programs.Programs
+  programs: programs_lib.Programs
   batch: Callable[[int], tuple[Sequence[Example], Prompts]]  # steps done -> questions and host prompts of the next step
 
   @property
@@ -54,12 +206,12 @@ class Run:
 
   def distill_weight(self, done: int) -> float:
     """lambda in the step after `done` steps."""
-    return float(self.config.objective.distill_weight * assembly.distill_factor(self.config)(done))
+    return float(self.config.objective.distill_weight * distill_factor(self.config)(done))
 
   def further_questions(self, done: int, extra: int, *, asked: Sequence[Example]) -> list[Example]:
     """P more training questions for a step, none of them asked before in it; empty where too few are left."""
     seen, wanted = {example.id for example in asked}, self.config.batch.prompts
-    order = pipeline.shuffled(self.questions["train"], self.config.seed, "further", done, extra)
+    order = processor_lib.shuffled(self.questions["train"], self.config.seed, "further", done, extra)
     fresh = [example for example in order if example.id not in seen]
     return fresh[:wanted] if len(fresh) >= wanted else []
 
@@ -86,7 +238,7 @@ class Run:
       ValueError: an image or a prompt cannot be used.
       OSError: so it is on another process, whose images are others: none goes on without the others.
     """
-    return processes.together(lambda: self.processor.prompts(examples, kind, hints=hints))
+    return multihost.together(lambda: self.processor.prompts(examples, kind, hints=hints))
 
   def evaluate(
     self, weights: Any, split: str, name: str, done: int, *, on_output: Callable[[dict[str, Any]], None] | None = None
@@ -164,7 +316,7 @@ class Run:
     After training with LoRA its weights are merged ones, and the matrices lie in its folder adapter/.
     """
     student = self.models["student"]
-    conversion.save_pretrained(
+    checkpoint.save_pretrained(
       directory,
       student.config,
       state.params,
@@ -215,13 +367,13 @@ def prepare(
   """
   if records is None:
     splits.check_named(config.data)  # before a model is fetched
-  scorer, mesh, student, processor = processes.together(lambda: checked_parts(config, rewards, hooks))
+  scorer, mesh, student, processor = multihost.together(lambda: checked_parts(config, rewards, hooks))
   questions, summaries = usable_questions(config, processor, records, hooks)
-  folders = processes.together(lambda: model_folders(config, student, processor, hooks))
-  agreement.check(config, questions=questions, models=folders)
+  folders = multihost.together(lambda: model_folders(config, student, processor, hooks))
+  checks.check_hosts_agree(config, questions=questions, models=folders)
   models = load_models(config, mesh, folders, hooks, interruption)
   with jax.set_mesh(mesh):
-    state, compiled = assembly.build_programs(config, processor, models)
+    state, compiled = build_programs(config, processor, models)
   interruption.check()
   return Run(
     config=config,
@@ -234,7 +386,7 @@ def prepare(
     interruption=interruption,
     folders=folders,
     models=models,
-    schedule=assembly.schedule(config),
+    schedule=make_schedule(config),
     state=state,
     programs=compiled,
     batch=batches(config, processor, questions["train"]),
@@ -243,7 +395,7 @@ def prepare(
 
 def checked_parts(
   config: Config, rewards: WeightedRewards, hooks: Sequence[Hook]
-) -> tuple[Scorer, jax.sharding.Mesh, pathlib.Path, pipeline.Processor]:
+) -> tuple[Scorer, jax.sharding.Mesh, pathlib.Path, processor_lib.Processor]:
   """Scorer, mesh, folder of the student and its processor: what every process makes for itself, of a config that fits.
 
   Raises:
@@ -252,13 +404,13 @@ def checked_parts(
   """
   config.validate()
   checks.warn_of_prompts(config)
-  scorer = assembly.scorer(config, rewards)
+  scorer = make_scorer(config, rewards)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   checks.warn_of_replication(config, dict(mesh.shape))
   check_memories(config, mesh)
   student = model_folder(config, "student", hooks)
   checks.warn_of_templates(config, student)
-  processor = pipeline.Processor.from_directory(
+  processor = processor_lib.Processor.from_directory(
     student,
     templates=prompts.TEMPLATES[config.data.templates],
     resize=config.data.resize,
@@ -279,12 +431,12 @@ def check_memories(config: Config, mesh: jax.sharding.Mesh) -> None:
     ValueError: the backend has no such memory.
   """
   if config.model.teacher_memory == "host":
-    residence.check_host_memory(mesh, "model.teacher_memory=host", "device")
+    programs_lib.check_host_memory(mesh, "model.teacher_memory=host", "device")
 
 
 def usable_questions(
   config: Config,
-  processor: pipeline.Processor,
+  processor: processor_lib.Processor,
   records: Mapping[str, Sequence[Example]] | None,
   hooks: Sequence[Hook],
 ) -> tuple[dict[str, list[Example]], dict[str, list[Summary]]]:
@@ -304,7 +456,7 @@ def usable_questions(
   summaries: dict[str, list[Summary]] = {"reading": [], "checking": []}
 
   def refusals(split: str, examples: Sequence[Example]) -> Mapping[str, Rejected]:
-    return limits.refusals(examples, processor, question_checks.prompt_kinds(config, split))
+    return usable.refusals(examples, processor, checks.prompt_kinds(config, split))
 
   def read() -> Mapping[str, Sequence[Example]]:
     found = records
@@ -314,32 +466,32 @@ def usable_questions(
         report=summaries["reading"].append,
         progress=functools.partial(show_progress, hooks, "copying data, bytes"),
       )
-    question_checks.check_questions(found, config)
+    checks.check_questions(found, config)
     return found
 
-  found = processes.together(read)
-  agreement.check(config, questions=found)  # before they are shared out by their numbers
-  questions = question_checks.with_readable_images(
+  found = multihost.together(read)
+  checks.check_hosts_agree(config, questions=found)  # before they are shared out by their numbers
+  questions = checks.with_readable_images(
     found,
     lenient=config.data.lenient,
     progress=functools.partial(show_progress, hooks, "checking images"),
     refusals=refusals,
     report=summaries["checking"].append,
   )
-  question_checks.check_questions(questions, config)
+  checks.check_questions(questions, config)
   return questions, summaries
 
 
 def batches(
-  config: Config, processor: pipeline.Processor, examples: Sequence[Example]
+  config: Config, processor: processor_lib.Processor, examples: Sequence[Example]
 ) -> Callable[[int], tuple[Sequence[Example], Prompts]]:
   """Batches of training prompts by number of updates done; a thread prepares the next one."""
 
   def batch(done: int) -> tuple[Sequence[Example], Prompts]:
-    chosen = pipeline.batch_at(examples, config.batch.prompts, seed=config.seed, step=done)
+    chosen = processor_lib.batch_at(examples, config.batch.prompts, seed=config.seed, step=done)
     return chosen, processor.prompts(chosen, config.data.prompt)
 
-  return pipeline.Lookahead(batch, stop=config.train.steps)
+  return processor_lib.Lookahead(batch, stop=config.train.steps)
 
 
 def model_folder(config: Config, role: str, hooks: Sequence[Hook]) -> pathlib.Path:
@@ -350,13 +502,13 @@ def model_folder(config: Config, role: str, hooks: Sequence[Hook]) -> pathlib.Pa
     OSError: a remote folder cannot be read.
   """
   progress = functools.partial(show_progress, hooks, f"copying {role}, bytes")
-  return conversion.resolved_folder(
+  return checkpoint.resolved_folder(
     config.model.student if role == "student" else config.model.teacher, progress=progress
   )
 
 
 def model_folders(
-  config: Config, student: pathlib.Path, processor: pipeline.Processor, hooks: Sequence[Hook]
+  config: Config, student: pathlib.Path, processor: processor_lib.Processor, hooks: Sequence[Hook]
 ) -> dict[str, pathlib.Path]:
   """Local folders of the checkpoints that this config uses, by role, with that of the student and its processor given.
 
@@ -378,7 +530,7 @@ def load_models(
   folders: Mapping[str, pathlib.Path],
   hooks: Sequence[Hook],
   interruption: Interruption,
-) -> dict[str, programs.Model]:
+) -> dict[str, programs_lib.Model]:
   """The models of a run by role; of the student float32 what is trained, the others frozen.
 
   Raises:
@@ -389,18 +541,18 @@ def load_models(
   models = {}
   for role, folder in folders.items():
     progress = functools.partial(show_progress, hooks, f"loading {role}")
-    load = functools.partial(conversion.load_pretrained, folder, model_dtype(config, role), mesh, progress=progress)
-    models[role] = model_of(config, role, *processes.together(load))
+    load = functools.partial(checkpoint.load_pretrained, folder, model_dtype(config, role), mesh, progress=progress)
+    models[role] = model_of(config, role, *multihost.together(load))
     interruption.check()
   return models
 
 
 def model_dtype(config: Config, role: str) -> Any:
   """The dtype in which the weights of a role are loaded."""
-  return assembly.student_dtype(config.model) if role == "student" else jnp.dtype(config.model.teacher_dtype)
+  return student_dtype(config.model) if role == "student" else jnp.dtype(config.model.teacher_dtype)
 
 
-def model_of(config: Config, role: str, loaded: Qwen3VLConfig, params: Any) -> programs.Model:
+def model_of(config: Config, role: str, loaded: Qwen3VLConfig, params: Any) -> programs_lib.Model:
   """A model as the run uses it: its form of attention, where its weights live, and its matrices of LoRA.
 
   Args:
@@ -411,9 +563,9 @@ def model_of(config: Config, role: str, loaded: Qwen3VLConfig, params: Any) -> p
   """
   made = dataclasses.replace(loaded, attention=config.model.attention)
   if role == "student":
-    return assembly.with_lora(config, programs.Model(made, params), stream(config.seed, "lora"))
+    return with_lora(config, programs_lib.Model(made, params), stream(config.seed, "lora"))
   to_host = config.model.teacher_memory == "host" and not compiling.is_abstract(params)
-  return programs.Model(made, residence.on_host(params) if to_host else params)
+  return programs_lib.Model(made, programs_lib.on_host(params) if to_host else params)
 
 
 def split_rule(config: Config, *, given: bool) -> str:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from kepo_jax.data import pipeline, prompts
+from kepo_jax.data import processor as processor_lib
+from kepo_jax.data import prompts
 from kepo_jax.types import Example
 
 SMALL = {"templates": prompts.BRIEF, "prompt_buckets": (72, 128, 512), "patch_buckets": (16, 48, 128)}
@@ -87,8 +88,8 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def processor(checkpoint) -> pipeline.Processor:
-  return pipeline.Processor.from_directory(checkpoint, **SMALL)
+def processor(checkpoint) -> processor_lib.Processor:
+  return processor_lib.Processor.from_directory(checkpoint, **SMALL)
 
 
 @pytest.fixture(scope="session")

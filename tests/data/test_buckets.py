@@ -4,8 +4,8 @@ import itertools
 
 import jax
 
-from kepo_jax.data import buckets
-from kepo_jax.data.buckets import Need
+from kepo_jax.data import batching
+from kepo_jax.data.batching import Need
 
 
 def buckets_of(batch):
@@ -13,11 +13,11 @@ def buckets_of(batch):
 
 
 def test_batches_have_the_buckets_that_were_told(processor, questions):
-  needs, found = buckets.Needs(processor), set()
+  needs, found = batching.Needs(processor), set()
   for kind in ("think", "hint_request"):
     for chosen in itertools.chain.from_iterable(itertools.combinations(questions, size) for size in (1, 2, 3)):
       batch = processor.prompts(chosen, kind)
-      assert buckets.batch_buckets(needs(chosen, kind)) == buckets_of(batch), (kind, [each.id for each in chosen])
+      assert batching.batch_buckets(needs(chosen, kind)) == buckets_of(batch), (kind, [each.id for each in chosen])
       told = processor.shapes(len(chosen), *buckets_of(batch))
       same = jax.tree.map(lambda array, shape: (array.shape, array.dtype) == (shape.shape, shape.dtype), batch, told)
       assert all(jax.tree.leaves(same))
@@ -26,7 +26,7 @@ def test_batches_have_the_buckets_that_were_told(processor, questions):
 
 
 def test_hints_reach_no_other_buckets(processor, questions):
-  needs = buckets.Needs(processor)
+  needs = batching.Needs(processor)
   hint = " ".join(["look"] * 10)  # a token per character at most
   for example in questions:
     (need,) = needs([example], "hint_only", hint=60)
@@ -50,4 +50,4 @@ def test_reachable_buckets_are_those_of_all_choices():
   crossed = (Need((64,), 64), Need((256,), 16))  # no one fills both buckets
   for chosen in (needs, needs[:3], needs[1:], crossed, needs[:1] * 4):
     for least, most in [(1, 1), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]:
-      assert buckets.reachable(chosen, least, most) == slowly_reachable(chosen, least, most), (chosen, least, most)
+      assert batching.reachable(chosen, least, most) == slowly_reachable(chosen, least, most), (chosen, least, most)

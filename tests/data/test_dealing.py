@@ -7,7 +7,7 @@ import pathlib
 import pytest
 from PIL import Image
 
-from kepo_jax.data import dealing, image_files, images, same_images
+from kepo_jax.data import images, splitting
 from tests.data.cases import question
 
 
@@ -18,7 +18,7 @@ def pool():
 
 def cut(examples, **changes):
   numbers = {"train": 20, "validation_per_modality": 5, "test_per_modality": 15, "seed": 1} | changes
-  return dealing.split_by_modality(examples, **numbers)
+  return splitting.split_by_modality(examples, **numbers)
 
 
 def test_numbers_and_modalities():
@@ -116,10 +116,10 @@ def test_unreadable_images_are_replaced(tmp_path, caplog, monkeypatch):
   # No image is decoded twice, and the whole pool is not.
   assert len(opened) == len(set(opened)) < len(examples) and chosen <= set(opened)
   assert cut([each for each in found if not bad & set(each.images)], train=20) == split
-  given = dealing.limited(found, 30, 5, lenient=True)
+  given = splitting.limited(found, 30, 5, lenient=True)
   assert len(given) == 60 and not any(bad & set(each.images) for each in given)
-  assert given == dealing.limited([each for each in found if not bad & set(each.images)], 30, 5)
-  assert len(dealing.limited(found, 60, 5, lenient=True)) == 90  # all that there are
+  assert given == splitting.limited([each for each in found if not bad & set(each.images)], 30, 5)
+  assert len(splitting.limited(found, 60, 5, lenient=True)) == 90  # all that there are
 
 
 def test_too_few_questions():
@@ -137,8 +137,8 @@ def test_only_the_bytes_of_equal_sizes_are_read(tmp_path, monkeypatch):
   for path, data in zip(names, (b"a", b"bb", b"bb", b"cc", b"ddd", b"bb"), strict=True):
     path.write_bytes(data)
   read = []
-  whole = image_files.fingerprint
-  monkeypatch.setattr(image_files, "fingerprint", lambda path: read.append(path) or whole(path))
+  whole = images.fingerprint
+  monkeypatch.setattr(images, "fingerprint", lambda path: read.append(path) or whole(path))
   paths = [str(path) for path in names]
-  assert same_images.repeats([*paths, "/absent.png"]) == {paths[2]: paths[1], paths[5]: paths[1]}
+  assert images.repeats([*paths, "/absent.png"]) == {paths[2]: paths[1], paths[5]: paths[1]}
   assert read == [paths[1], paths[2], paths[3], paths[5]]

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from kepo_jax.data import formats
+from kepo_jax.data.readers import formats
 from tests.data import cases
 
 

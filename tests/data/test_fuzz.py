@@ -10,8 +10,9 @@ import warnings
 
 import pytest
 
-from kepo_jax.data import formats, image_files, images
-from kepo_jax.data.rules import Rejected
+from kepo_jax.data import images
+from kepo_jax.data.cleaning import Rejected
+from kepo_jax.data.readers import formats
 from tests.data import cases
 
 OUTSIDE = "secret.png"  # beside the root, of which records try to reach it
@@ -116,7 +117,7 @@ def test_images_of_any_content(tmp_path):
     path.write_bytes(mutated(draw, draw.choice(good)))
     with warnings.catch_warnings(action="ignore"):
       with contextlib.suppress(Rejected):
-        image_files.store(path.read_bytes(), check=True)
+        images.store(path.read_bytes(), check=True)
       try:
         assert images.load_image(path).width > 0
       except ValueError as error:

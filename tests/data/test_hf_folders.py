@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from kepo_jax.data import hf_folders, images
+from kepo_jax.data import images
+from kepo_jax.data.readers import hf_folders
 from tests.data.cases import IMAGE, bomb, encoded, rows, table, write_parquet, write_saved
 
 

@@ -6,7 +6,8 @@ import json
 import pytest
 from PIL import Image
 
-from kepo_jax.data import limits, pipeline, prompts
+from kepo_jax.data import processor as processor_lib
+from kepo_jax.data import prompts, usable
 from kepo_jax.data.records import LONGEST
 
 KINDS = {"think": 0, "hint_request": 0, "hint_and_answer": 0}
@@ -14,7 +15,7 @@ KINDS = {"think": 0, "hint_request": 0, "hint_and_answer": 0}
 
 def made(checkpoint, **changes):
   settings = {"templates": prompts.STANDARD, "prompt_buckets": (512,), "patch_buckets": (16, 48)}
-  return pipeline.Processor.from_directory(checkpoint, **settings | changes)
+  return processor_lib.Processor.from_directory(checkpoint, **settings | changes)
 
 
 def lengths(processor, questions, kind, hints=None):
@@ -28,16 +29,16 @@ def test_the_longest_prompt_that_fits(checkpoint, questions):
     longest = max(tokens)
     assert tokens.count(longest) == 1
     name = questions[tokens.index(longest)].id
-    assert limits.refusals(questions, made(checkpoint, prompt_buckets=(64, longest)), {kind: 0}) == {}
+    assert usable.refusals(questions, made(checkpoint, prompt_buckets=(64, longest)), {kind: 0}) == {}
     tight = made(checkpoint, prompt_buckets=(64, longest - 1))
-    refused = limits.refusals(questions, tight, {kind: 0})
+    refused = usable.refusals(questions, tight, {kind: 0})
     assert {each: rejected.rule for each, rejected in refused.items()} == {name: "prompt_too_long"}
     assert f"the prompt {kind} has {longest} tokens" in str(refused[name])
     assert f"data.prompt_buckets=(64, {longest - 1}); add a larger bucket" in str(refused[name])
     with pytest.raises(ValueError, match=f"question {name}: its prompt has {longest} tokens, more than the largest"):
       tight.prompts(questions, kind)  # as the run would have found out
   # Every kind counts: here the longest of them alone is too long.
-  refused = limits.refusals(questions, tight, KINDS)
+  refused = usable.refusals(questions, tight, KINDS)
   assert [str(rejected).split()[2] for rejected in refused.values()] == ["hint_and_answer"]
 
 
@@ -47,7 +48,7 @@ def test_characters_of_several_bytes_are_tokenized(checkpoint, questions):
   asked = [dataclasses.replace(questions[3], question="影" * 200)]
   (tokens,) = lengths(made(checkpoint, prompt_buckets=(2048,)), asked, "no_think")
   assert tokens > 600 and len(prompts.prompt_text(asked[0], prompts.STANDARD, "no_think")) < 400
-  (rejected,) = limits.refusals(asked, processor, {"no_think": 0}).values()
+  (rejected,) = usable.refusals(asked, processor, {"no_think": 0}).values()
   assert f"has {tokens} tokens" in str(rejected)
 
 
@@ -58,15 +59,15 @@ def test_an_image_alone_may_be_too_long_for_a_prompt(make_checkpoint, questions,
   (tokens,) = lengths(made(tmp_path, prompt_buckets=(2048,), **square), questions[:1], "think")
   processor = made(tmp_path, prompt_buckets=(tokens - 1,), **square)
   assert tokens > 576 > len(processor.tokenizer.render(prompts.prompt_text(questions[0], prompts.BRIEF, "think"), 1))
-  (rejected,) = limits.refusals(questions[:1], processor, {"think": 0}).values()
+  (rejected,) = usable.refusals(questions[:1], processor, {"think": 0}).values()
   assert f"has {tokens} tokens (576 of them for images)" in str(rejected)
 
 
 def test_room_for_the_longest_hint(checkpoint, questions):
   bare = max(lengths(made(checkpoint), questions, "hint_only"))
   processor = made(checkpoint, prompt_buckets=(bare + 7,))
-  assert limits.refusals(questions, processor, {"hint_only": 7}) == {}
-  (rejected,) = limits.refusals(questions, processor, {"hint_only": 8}).values()
+  assert usable.refusals(questions, processor, {"hint_only": 7}) == {}
+  (rejected,) = usable.refusals(questions, processor, {"hint_only": 8}).values()
   assert "and 8 for the longest hint" in str(rejected) and "or lower exploration.hint_tokens" in str(rejected)
   # A hint of seven tokens does fit: " 1" is a token of a space and one of a digit.
   assert max(lengths(processor, questions, "hint_only", ["1 1 1 1"] * len(questions))) <= bare + 7
@@ -74,9 +75,9 @@ def test_room_for_the_longest_hint(checkpoint, questions):
 
 def test_prompts_are_tokenized_in_parts(checkpoint, questions, monkeypatch):
   processor = made(checkpoint, prompt_buckets=(64,))
-  whole = limits.refusals(questions, processor, KINDS)
-  monkeypatch.setattr(limits, "_AT_ONCE", 2)
-  parts = limits.refusals(questions, processor, KINDS)
+  whole = usable.refusals(questions, processor, KINDS)
+  monkeypatch.setattr(usable, "_AT_ONCE", 2)
+  parts = usable.refusals(questions, processor, KINDS)
   assert {name: str(why) for name, why in parts.items()} == {name: str(why) for name, why in whole.items()}
   assert len(whole) == len(questions)
 
@@ -88,8 +89,8 @@ def test_patches_of_all_images_of_a_question(checkpoint, questions):
   rows = {example.id: 4 * sum(processor.image_tokens([example])) for example in questions}
   largest = rows["set/2"]
   assert largest > max(rows["set/0"], rows["set/4"])
-  assert limits.refusals(questions, made(checkpoint, patch_buckets=(largest,)), {}) == {}
-  refused = limits.refusals(questions, made(checkpoint, patch_buckets=(16, largest - 4)), KINDS)
+  assert usable.refusals(questions, made(checkpoint, patch_buckets=(largest,)), {}) == {}
+  refused = usable.refusals(questions, made(checkpoint, patch_buckets=(16, largest - 4)), KINDS)
   assert {name: rejected.rule for name, rejected in refused.items()} == {"set/2": "image_too_large"}
   expected = f"{largest} patch rows, more than the largest of data.patch_buckets=(16, {largest - 4}); add a larger"
   for part in ("square.png of 32 x 32 pixels, ", "tall.png of 20 x 60 pixels", expected):
@@ -104,11 +105,11 @@ def test_images_that_only_a_square_can_hold(size, rule, checkpoint, questions, t
   native = made(checkpoint)
   if rule == "image_too_large":  # the tiny model's processor would scale everything down
     native.image_processor = dataclasses.replace(native.image_processor, max_pixels=1 << 20)
-  (rejected,) = limits.refusals(asked, native, KINDS).values()
+  (rejected,) = usable.refusals(asked, native, KINDS).values()
   assert rejected.rule == rule
   assert all(part in str(rejected) for part in (f"{size[0]} x {size[1]}", path, "data.resize=squash384"))
   square = made(checkpoint, resize="squash384", patch_buckets=(2304,), prompt_buckets=(4096,))
-  assert limits.refusals(asked, square, KINDS) == {}
+  assert usable.refusals(asked, square, KINDS) == {}
 
 
 def test_a_text_that_no_question_has(checkpoint, questions):
@@ -116,5 +117,5 @@ def test_a_text_that_no_question_has(checkpoint, questions):
   rest = sum(map(len, questions[0].options))
   for length, found in ((LONGEST - rest, {}), (LONGEST - rest + 1, {"set/0": "question_too_long"})):
     long = dataclasses.replace(questions[0], question="a" * length)
-    refused = limits.refusals([long, questions[1]], processor, {"think": 0})
+    refused = usable.refusals([long, questions[1]], processor, {"think": 0})
     assert {name: rejected.rule for name, rejected in refused.items()} == found

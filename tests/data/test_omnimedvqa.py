@@ -5,7 +5,8 @@ import os
 import pytest
 from PIL import Image
 
-from kepo_jax.data import images, omnimedvqa
+from kepo_jax.data import images
+from kepo_jax.data.readers import omnimedvqa
 from tests.data.cases import RECORD, Layout, record
 
 

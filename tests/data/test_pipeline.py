@@ -17,7 +17,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from kepo_jax import rewards
-from kepo_jax.data import images, limits, pipeline, prompts, records
+from kepo_jax.data import images, prompts, records, usable
+from kepo_jax.data import processor as processor_lib
 from kepo_jax.data.tokenization import Tokenizer
 from kepo_jax.models.qwen3_vl import positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -88,7 +89,7 @@ def test_vision_rows_are_patches_and_tables(processor, questions):
 
 def test_a_host_decodes_the_images_of_its_own_rows_alone(checkpoint, processor, questions, monkeypatch):
   whole = processor.prompts(questions, "think")
-  mine = pipeline.Processor.from_directory(checkpoint, **SMALL, held_rows=lambda count: range(count - 2, count))
+  mine = processor_lib.Processor.from_directory(checkpoint, **SMALL, held_rows=lambda count: range(count - 2, count))
   opened = []
   load = images.load_image
   monkeypatch.setattr(images, "load_image", lambda path: opened.append(path) or load(path))
@@ -116,7 +117,7 @@ def test_what_an_image_costs(processor, questions, monkeypatch):
 
 
 def test_patches_are_never_cut(checkpoint, questions):
-  processor = pipeline.Processor.from_directory(checkpoint, **SMALL | {"patch_buckets": (16,)})
+  processor = processor_lib.Processor.from_directory(checkpoint, **SMALL | {"patch_buckets": (16,)})
   with pytest.raises(ValueError, match=r"question set/1: its prompt has \d\d patch rows, .* add a larger bucket"):
     processor.prompts(questions[:2], "think")
 
@@ -155,7 +156,7 @@ def test_end_and_padding_ids_as_number_list_or_from_the_tokenizer(make_checkpoin
     (None, (end,), end),
   ]:
     path.unlink() if stored is None else path.write_text(json.dumps(stored))
-    made = pipeline.Processor.from_directory(tmp_path, **SMALL)
+    made = processor_lib.Processor.from_directory(tmp_path, **SMALL)
     assert (made.end_ids, made.pad_id) == (expected, padding), stored
     assert made.tokenizer.completion("B") == [tokenizer.convert_tokens_to_ids("B"), last], stored
   settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -163,7 +164,7 @@ def test_end_and_padding_ids_as_number_list_or_from_the_tokenizer(make_checkpoin
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
   for stored, expected in [({"eos_token_id": 5, "pad_token_id": 7}, 7), ({"eos_token_id": [6, 5]}, 6)]:
     path.write_text(json.dumps(stored))
-    assert pipeline.Processor.from_directory(tmp_path, **SMALL).pad_id == expected
+    assert processor_lib.Processor.from_directory(tmp_path, **SMALL).pad_id == expected
 
 
 def test_completions_are_texts_with_an_end_token(processor, tokenizer):
@@ -184,7 +185,7 @@ def test_completions_are_texts_with_an_end_token(processor, tokenizer):
 
 def test_the_gold_completion_is_accurate(processor, questions):
   folder = ROOT / "experiments" / "assets" / "phantom" / "confused"
-  phantom = pipeline.Processor.from_directory(folder, templates=prompts.BRIEF)
+  phantom = processor_lib.Processor.from_directory(folder, templates=prompts.BRIEF)
   no_think = rewards.CONVENTIONS["no_think"]
   for processor, templates in itertools.product((processor, phantom), prompts.TEMPLATES.values()):
     texts = [prompts.gold_completion(example, templates) for example in questions]
@@ -203,15 +204,15 @@ def test_a_tokenizer_that_drops_the_tags_is_refused(make_checkpoint, tmp_path):
   hints.write_text(json.dumps(content))
   for folder in (make_checkpoint(tmp_path / "answers", special_tags=True), hints.parent):
     with pytest.raises(ValueError, match=f"{folder}: .*rewards need these tags"):
-      pipeline.Processor.from_directory(folder, **SMALL)
+      processor_lib.Processor.from_directory(folder, **SMALL)
 
 
 def test_a_template_that_opens_a_think_block_is_reported(make_checkpoint, tmp_path, monkeypatch):
   said = []
   monkeypatch.setattr(logging, "warning", lambda message, *values: said.append(message % values))
-  pipeline.Processor.from_directory(make_checkpoint(tmp_path / "plain"), **SMALL)
+  processor_lib.Processor.from_directory(make_checkpoint(tmp_path / "plain"), **SMALL)
   assert said == []
-  pipeline.Processor.from_directory(make_checkpoint(tmp_path / "thinking", opening="<think>\n"), **SMALL)
+  processor_lib.Processor.from_directory(make_checkpoint(tmp_path / "thinking", opening="<think>\n"), **SMALL)
   assert len(said) == 1 and "opens a think block" in said[0] and "thinking" in said[0]
 
 
@@ -221,7 +222,7 @@ def test_folders_that_contradict_themselves(make_checkpoint, tmp_path):
   (make_checkpoint(tmp_path / "2") / "tokenizer.json").unlink()
   for number, message in enumerate(("belong to different checkpoints", "no chat template", "no usable tokenizer")):
     with pytest.raises(ValueError, match=message):
-      pipeline.Processor.from_directory(tmp_path / f"{number}", **SMALL)
+      processor_lib.Processor.from_directory(tmp_path / f"{number}", **SMALL)
 
 
 def test_any_value_in_a_file_of_the_processor_is_read_or_refused(make_checkpoint, tmp_path, questions):
@@ -241,7 +242,7 @@ def test_any_value_in_a_file_of_the_processor_is_read_or_refused(make_checkpoint
     inner[key] = draw.choice(values)
     file.write_text(json.dumps(record))
     try:
-      pipeline.Processor.from_directory(folder, **SMALL).prompts(questions[:1], "think")
+      processor_lib.Processor.from_directory(folder, **SMALL).prompts(questions[:1], "think")
     except ValueError as error:
       assert "\n" not in str(error) and len(str(error)) < 2000 and str(folder) in str(error), (file, key, error)
       refused += 1
@@ -254,7 +255,7 @@ def test_chat_template_of_older_checkpoints(make_checkpoint, checkpoint, tmp_pat
   template = (tmp_path / "chat_template.jinja").read_text()
   (tmp_path / "chat_template.jinja").unlink()
   (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-  older = pipeline.Processor.from_directory(tmp_path, **SMALL)
+  older = processor_lib.Processor.from_directory(tmp_path, **SMALL)
   expected = processor.prompts(questions, "think")
   np.testing.assert_array_equal(older.prompts(questions, "think").tokens, expected.tokens)
 
@@ -280,7 +281,7 @@ def test_image_cache_is_bounded_and_keeps_what_is_used(tmp_path, monkeypatch):
   loaded = []
   load = images.load_image
   monkeypatch.setattr(images, "load_image", lambda path: (loaded.append(paths.index(path)), load(path))[1])
-  cache = pipeline.ImageCache(processor, limit_bytes=2 * 32 * 32 * 3)
+  cache = processor_lib.ImageCache(processor, limit_bytes=2 * 32 * 32 * 3)
   for i in (0, 1, 0, 2, 0, 1):  # 2 drops 1, the least recently used
     pixels, grid = cache.pixels(paths[i])
     assert pixels[0, 0] == i and grid == (1, 4, 4)
@@ -292,13 +293,13 @@ def test_the_order_is_that_of_a_hash_of_salt_and_id(questions):
   """Anybody can make the published split again, and no two salts mean the same."""
   examples = [dataclasses.replace(questions[0], id=f"e{i}") for i in range(12)]
   expected = sorted(examples, key=lambda example: hashlib.sha256(f"1/12/{example.id}".encode()).digest())
-  assert pipeline.shuffled(examples, 1, 12) == pipeline.shuffled(examples[::-1], 1, 12) == expected
-  assert pipeline.shuffled(examples, 11, 2) != expected
+  assert processor_lib.shuffled(examples, 1, 12) == processor_lib.shuffled(examples[::-1], 1, 12) == expected
+  assert processor_lib.shuffled(examples, 11, 2) != expected
 
 
 def test_batches_are_random_access_and_cover_each_epoch(questions):
   examples = [dataclasses.replace(questions[0], id=f"e{i}") for i in range(22)]
-  stream = pipeline.epoch_batches(examples, 5, 3)
+  stream = processor_lib.epoch_batches(examples, 5, 3)
   names = lambda batch: [example.id for example in batch]  # noqa: E731
   batches = [names(next(stream)) for _ in range(12)]
   for epoch in range(3):
@@ -306,12 +307,12 @@ def test_batches_are_random_access_and_cover_each_epoch(questions):
     assert len(set(seen)) == 20  # 22 questions, batches of 5: two are left out of each epoch
   assert len({tuple(batch) for batch in batches}) == 12
   assert set(sum(batches, [])) == {example.id for example in examples}
-  resumed = pipeline.epoch_batches(examples[::-1], 5, 3, start_step=7)  # whatever order a reader gives
+  resumed = processor_lib.epoch_batches(examples[::-1], 5, 3, start_step=7)  # whatever order a reader gives
   assert [names(next(resumed)) for _ in range(5)] == batches[7:]
-  assert names(pipeline.batch_at(examples, 5, seed=3, step=9)) == batches[9]
-  assert names(pipeline.batch_at(examples, 5, seed=4, step=9)) != batches[9]
+  assert names(processor_lib.batch_at(examples, 5, seed=3, step=9)) == batches[9]
+  assert names(processor_lib.batch_at(examples, 5, seed=4, step=9)) != batches[9]
   with pytest.raises(ValueError, match="22 questions do not fill a batch of 23"):
-    next(pipeline.epoch_batches(examples, 23, 0))
+    next(processor_lib.epoch_batches(examples, 23, 0))
 
 
 def test_lookahead_prepares_the_next_and_passes_errors_on():
@@ -325,7 +326,7 @@ def test_lookahead_prepares_the_next_and_passes_errors_on():
       raise ValueError("batch 5")
     return i * i
 
-  ahead = pipeline.Lookahead(work, stop=7)
+  ahead = processor_lib.Lookahead(work, stop=7)
   assert ahead(0) == 0
   assert started[1].wait(5)  # without being asked for
   assert [ahead(i) for i in (1, 2, 4)] == [1, 4, 16]
@@ -338,7 +339,7 @@ def test_lookahead_prepares_the_next_and_passes_errors_on():
 
 def test_threads_may_share_a_processor(processor, questions):
   expected = processor.prompts(questions, "think").tokens
-  ahead = pipeline.Lookahead(lambda i: processor.prompts(questions, "think"), stop=20)
+  ahead = processor_lib.Lookahead(lambda i: processor.prompts(questions, "think"), stop=20)
   for i in range(20):
     np.testing.assert_array_equal(ahead(i).tokens, expected)
     assert processor.decode(expected[:1, :3], np.ones((1, 3), bool))
@@ -375,7 +376,7 @@ def test_ids_behind_a_gap_are_those_of_the_file(make_checkpoint, tmp_path):
   vocabulary = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
   new = max(vocabulary.values()) + 3
   edited(folder, tokenizer=lambda content: content["added_tokens"].append(token | {"id": new, "special": False}))
-  found = pipeline.Processor.from_directory(folder, **SMALL)
+  found = processor_lib.Processor.from_directory(folder, **SMALL)
   assert [bool(found.allowed[i]) for i in (new - 2, new - 1, new)] == [False, False, True]
   assert found.tokenizer.completion("<new>")[0] == new and found.tokenizer.decode([[new]]) == ["<new>"]
 
@@ -387,7 +388,7 @@ def test_an_id_beyond_the_model_is_refused_before_the_gap_is_filled(number, make
     make_checkpoint(tmp_path), tokenizer=lambda content: content["added_tokens"].append(token | {"id": number})
   )
   with pytest.raises(ValueError, match=f"id {number} and the model .* different checkpoints"):
-    pipeline.Processor.from_directory(folder, **SMALL)
+    processor_lib.Processor.from_directory(folder, **SMALL)
 
 
 def test_an_id_that_would_be_numbered_anew_is_refused(make_checkpoint, tmp_path):
@@ -400,7 +401,7 @@ def test_an_id_that_would_be_numbered_anew_is_refused(make_checkpoint, tmp_path)
   ):
     folder = edited(make_checkpoint(tmp_path / name), **{name: change})
     with pytest.raises(ValueError, match=f"{name}: .*'<new>' is {number} in its file and "):
-      pipeline.Processor.from_directory(folder, **SMALL)
+      processor_lib.Processor.from_directory(folder, **SMALL)
 
 
 def test_marks_in_a_text_are_broken_up_whatever_they_are_called(make_checkpoint, tmp_path, questions):
@@ -419,10 +420,10 @@ def test_marks_in_a_text_are_broken_up_whatever_they_are_called(make_checkpoint,
   for old, new in names.items():
     template = template.replace(old, new)
   (folder / "chat_template.jinja").write_text(template)
-  found = pipeline.Processor.from_directory(folder, **SMALL)
+  found = processor_lib.Processor.from_directory(folder, **SMALL)
   marks = ("<IMG_CONTEXT>", "<|video_pad|>", "<|vision_start|>", "<turn>", "<|im_end|>")
   asked = [dataclasses.replace(questions[0], question=f"What is {text} ?") for text in ("it", *marks)]
-  assert limits.refusals(asked, found, {"think": 0}) == {}
+  assert usable.refusals(asked, found, {"think": 0}) == {}
   unmarked, *literal = found.prompts(asked, "think").tokens.tolist()
   for mark, row in zip(marks, literal, strict=True):
     number = found.tokenizer.vocabulary[mark]
@@ -449,7 +450,7 @@ def test_a_template_that_no_prompt_can_use_is_refused_at_the_start(template, mak
   with pytest.raises(
     ValueError, match=f"{tmp_path}: the chat template cannot be used .*{TEMPLATES[template]}"
   ) as caught:
-    pipeline.Processor.from_directory(tmp_path, **SMALL)
+    processor_lib.Processor.from_directory(tmp_path, **SMALL)
   assert "\n" not in str(caught.value)
 
 
@@ -470,7 +471,7 @@ def test_what_a_folder_says_of_its_chat(make_checkpoint, tmp_path):
   folder = make_checkpoint(tmp_path / "model")
   marked = "{% for part in messages[0].content %}{{ part.text or '<|image_pad|>' }}{% endfor %}"
   edited(folder, chat_template=lambda content: content.update(chat_template=f"before {marked}"))
-  render = lambda: pipeline.Processor.from_directory(folder, **SMALL).tokenizer.render("?", 0)  # noqa: E731
+  render = lambda: processor_lib.Processor.from_directory(folder, **SMALL).tokenizer.render("?", 0)  # noqa: E731
   assert render() == "before ?"  # as transformers' AutoProcessor has it
   edited(folder, processor_config=lambda content: content.update(chat_template=f"first {marked}"))
   assert render() == "first ?"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kepo_jax.data import published
+from kepo_jax.data import splits
 from tests.data import cases
 
 
@@ -33,9 +33,9 @@ def test_parts(tmp_path):
   for case, (names, expected) in FOUND.items():
     top = touch(tmp_path / case, *names)
     places = [top / name for name in expected.split()]
-    assert published.parts(top) == dict(zip(("train", "test", "validation"), places, strict=False)), case
+    assert splits.published_parts(top) == dict(zip(("train", "test", "validation"), places, strict=False)), case
     with pytest.raises(ValueError, match="holds a published split"):
-      published.refuse(top)
+      splits.refuse_published(top)
 
 
 LACKING = {
@@ -51,7 +51,7 @@ def test_parts_that_are_not_clear(tmp_path):
   for number, (message, names) in enumerate(LACKING.items()):
     (tmp_path / f"{number}").mkdir()
     with pytest.raises(ValueError, match=message):
-      published.parts(touch(tmp_path / f"{number}", *names))
+      splits.published_parts(touch(tmp_path / f"{number}", *names))
 
 
 def test_a_pool_that_holds_both_and_one_that_does_not(tmp_path):
@@ -62,12 +62,12 @@ def test_a_pool_that_holds_both_and_one_that_does_not(tmp_path):
     ("below/dataset_dict.json", "below/train/state.json"),
   ]):  # fmt: skip
     with pytest.raises(ValueError, match="holds a published split, whose training and test questions would be mixed"):
-      published.refuse(touch(tmp_path / f"both {number}", *names))
+      splits.refuse_published(touch(tmp_path / f"both {number}", *names))
   for number, names in enumerate([("MRI_train.json", "CT_train.json"), ("latest.json", "trainer.json"), ()]):
-    published.refuse(touch(tmp_path / f"pool {number}", *names))
+    splits.refuse_published(touch(tmp_path / f"pool {number}", *names))
 
 
 def test_names_of_data_sets_are_no_parts(tmp_path):
   cases.Layout(tmp_path / "OmniMedVQA").write(cases.RECORD, name="Set train")
   cases.Layout.write(cases.Layout(tmp_path / "b" / "c"), cases.RECORD, name="Set test")
-  published.refuse(tmp_path)
+  splits.refuse_published(tmp_path)

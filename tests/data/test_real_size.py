@@ -7,8 +7,9 @@ import time
 import pytest
 
 from kepo_jax import memory
-from kepo_jax.data import dealing, omnimedvqa
+from kepo_jax.data import splitting
 from kepo_jax.data.phantom import build
+from kepo_jax.data.readers import omnimedvqa
 from tests.data.cases import record
 
 FILES, RECORDS = 42, 89_000  # of the open-access part; RadImageNet holds two thirds
@@ -38,7 +39,7 @@ def test_89000_records(tmp_path):
     write(folder, f"Set {number} (X & Y) v1.{number}", 800 if number else rest, draw)
   before, start = memory.peak_resident_bytes(), time.process_time()
   examples, summary = omnimedvqa.read(tmp_path, check_images=False)
-  parts = dealing.split_by_modality(examples).ids
+  parts = splitting.split_by_modality(examples).ids
   seconds, grown = time.process_time() - start, memory.peak_resident_bytes() - before
   assert (summary.files, summary.records, summary.kept) == (FILES, RECORDS, RECORDS)
   assert {name: len(ids) for name, ids in parts.items()} == {"train": 600, "validation": 320, "test": 2400}

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from kepo_jax.data import lettering
-from kepo_jax.data.rules import RULES, Rejected
+from kepo_jax.data.cleaning import RULES, Rejected
 
 STEMS = {
   "plain": ("What is shown?", []),

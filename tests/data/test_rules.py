@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kepo_jax.data import rules
+from kepo_jax.data import cleaning
 
 
 def test_notes_on_options():
@@ -28,11 +28,11 @@ def test_notes_on_options():
     (("MRI", "mri."), []),  # equal but for case and period: repeated_distractor or repeated_answer
     (("CT angiography", "CT"), []),
   ]:
-    assert rules.notes(options, 0) == found, options
+    assert cleaning.notes(options, 0) == found, options
 
 
 def test_counting_and_the_text():
-  summary = rules.Summary(root="a\x1bb\ud800", records=5, kept=3)
+  summary = cleaning.Summary(root="a\x1bb\ud800", records=5, kept=3)
   for place in ("file\n1", "file 2"):
     summary.count("null_option", place)
   summary.count("missing_image", "file 3")
@@ -46,7 +46,7 @@ def test_counting_and_the_text():
 
 
 def test_the_verdict():
-  summary = rules.Summary(root="here", records=2, kept=1)
+  summary = cleaning.Summary(root="here", records=2, kept=1)
   summary.count("answer_unmatched", "file")
   summary.verdict(lenient=False)  # what is dropped by a rule does not stop a strict reading
   summary.count("malformed_record", "file, record 7")

@@ -8,7 +8,8 @@ import pathlib
 import pytest
 from PIL import Image
 
-from kepo_jax.data import records, split_files
+from kepo_jax.data import records
+from kepo_jax.data.readers import split_files
 from tests.data.cases import MEDR1, MEDVLM, write_records
 
 

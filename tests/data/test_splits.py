@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from kepo_jax import storage
-from kepo_jax.data import omnimedvqa, same_images, splits
+from kepo_jax.data import images as images_lib
+from kepo_jax.data import splits
+from kepo_jax.data.readers import omnimedvqa
 from kepo_jax.data.tfds import folders, reading
 from tests import fake_bucket
 from tests.data.cases import MEDR1, Layout, question, record, settings, write_parquet, write_records
@@ -126,8 +128,8 @@ def test_images_in_two_parts_of_folders_are_warned_of(tmp_path, caplog, monkeypa
 def test_only_images_of_questions_that_are_used_are_compared(tmp_path, monkeypatch):
   top = write_parts(tmp_path, {"train": ["0", "1", "2"], "validation": ["7"], "test": ["2b", "8", "1b"]})
   looked = set()
-  repeats = same_images.repeats
-  monkeypatch.setattr(same_images, "repeats", lambda paths: looked.update(paths) or repeats(paths))
+  repeats = images_lib.repeats
+  monkeypatch.setattr(images_lib, "repeats", lambda paths: looked.update(paths) or repeats(paths))
   found = splits.load(settings(top, train_items=1, validation_items=1, test_items=1))
   assert looked == {image for part in found.values() for example in part for image in example.images}
   assert len(looked) == 3

@@ -7,7 +7,7 @@ from PIL import Image
 
 from kepo_jax import evaluation
 from kepo_jax.data import images, prompts
-from kepo_jax.data.pipeline import Processor
+from kepo_jax.data.processor import Processor
 from tests.training.cases import example
 from tests.training.runs import ASSETS
 

@@ -3,16 +3,16 @@
 import pytest
 
 from kepo_jax import evaluation
-from kepo_jax.evaluation import figures
+from kepo_jax.evaluation import accuracy
 from tests.evaluation.scripted import output
 
 
 def test_questions_that_share_an_image_form_a_cluster():
   shown = [["a"], ["b"], ["a", "c"], [], ["c"], ["b"], []]
   records = [[{"id": f"q{n}", "images": images}] for n, images in enumerate(shown)]
-  assert figures.clusters(records).tolist() == [0, 1, 0, 2, 0, 1, 3]  # the fifth by way of the third
-  assert figures.distinct_images(records) == 3
-  assert figures.clusters([[{"id": "q0"}], [{"id": "q1"}]]).tolist() == [0, 1]  # records that do not tell
+  assert accuracy.clusters(records).tolist() == [0, 1, 0, 2, 0, 1, 3]  # the fifth by way of the third
+  assert accuracy.distinct_images(records) == 3
+  assert accuracy.clusters([[{"id": "q0"}], [{"id": "q1"}]]).tolist() == [0, 1]  # records that do not tell
 
 
 def test_intervals_of_several_completions_are_over_questions():

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from experiments import hints
 from kepo_jax import exploration
-from kepo_jax.evaluation import hints
 from tests.training import cases
 
 GOOD, LEAKY = "<think> a</think><answer>B</answer>", "<think> as the hint says</think><answer>B</answer>"

@@ -9,7 +9,7 @@ import pytest
 
 from kepo_jax import evaluation
 from kepo_jax.data import prompts
-from kepo_jax.evaluation import journal
+from kepo_jax.evaluation import outputs as outputs_lib
 from tests import fake_bucket
 from tests.evaluation.scripted import Scripted, examples
 
@@ -20,7 +20,7 @@ IDENTITY = {"model_hash": "m", "count": 8, "samples": SAMPLES, "control": "none"
 
 def opened(folder, *, resume=False, identity=IDENTITY, **notes):
   order = [(example.id, number) for example in ASKED for number in range(SAMPLES)]
-  return journal.Journal(folder, identity, notes, order=order, batch=BATCH * SAMPLES, resume=resume)
+  return outputs_lib.Journal(folder, identity, notes, order=order, batch=BATCH * SAMPLES, resume=resume)
 
 
 def run(folder, *, resume=False, progress=None, dies_after=None):
@@ -62,13 +62,13 @@ def interrupted(unbroken, tmp_path):
 def test_the_files_of_an_evaluation(unbroken):
   found = contents(unbroken)
   assert found.keys() == {"about.json", "outputs.jsonl", "evaluation.json"}
-  records = journal.read_outputs(unbroken)
-  assert records == journal.read_outputs(unbroken / "outputs.jsonl")
+  records = outputs_lib.read_outputs(unbroken)
+  assert records == outputs_lib.read_outputs(unbroken / "outputs.jsonl")
   assert [(r["id"], r["sample"]) for r in records] == [(f"q{n}", g) for n in range(8) for g in range(SAMPLES)]
   assert json.loads(found["about.json"]) == IDENTITY
   result = json.loads(found["evaluation.json"])
   assert result == IDENTITY | evaluation.summarised(records)
-  assert journal.read_settings(unbroken / "outputs.jsonl") == result
+  assert outputs_lib.read_settings(unbroken / "outputs.jsonl") == result
 
 
 def test_a_kill_at_any_byte_changes_nothing(unbroken, interrupted, rng):
@@ -121,13 +121,13 @@ def test_a_folder_in_a_bucket_is_continued_like_a_local_one(unbroken, tmp_path, 
       run("gs://bucket/evaluation", dies_after=4)
     assert run("gs://bucket/evaluation", resume=True) == [6, 7, 6]  # two of three batches were answered
     assert contents(bucket / "evaluation") == contents(unbroken)
-    assert journal.read_outputs("gs://bucket/evaluation") == journal.read_outputs(unbroken)
+    assert outputs_lib.read_outputs("gs://bucket/evaluation") == outputs_lib.read_outputs(unbroken)
     with pytest.raises(ValueError, match="there is no bucket gs://other"):
       opened("gs://other/evaluation")
-    monkeypatch.setattr(journal, "_COPY_SECONDS", -1)
+    monkeypatch.setattr(outputs_lib, "_COPY_SECONDS", -1)
     with opened("gs://bucket/more") as record:
       record.write({"id": "q0", "sample": 0})
-      assert (bucket / "more" / journal.OUTPUTS).read_text() == '{"id": "q0", "sample": 0}\n'
+      assert (bucket / "more" / outputs_lib.OUTPUTS).read_text() == '{"id": "q0", "sample": 0}\n'
 
 
 def test_damaged_outputs_are_refused(unbroken, interrupted):
@@ -143,11 +143,11 @@ def test_damaged_outputs_are_refused(unbroken, interrupted):
 
 
 def test_every_field_of_a_record_is_checked(unbroken, tmp_path):
-  record = journal.read_outputs(unbroken)[0]
+  record = outputs_lib.read_outputs(unbroken)[0]
 
   def reread(record):
     (tmp_path / "outputs.jsonl").write_text(json.dumps(record) + "\n")
-    return journal.read_outputs(tmp_path)
+    return outputs_lib.read_outputs(tmp_path)
 
   for name in record.keys() - {"images"}:
     for other in ({key: value for key, value in record.items() if key != name}, record | {name: {}}):
@@ -167,20 +167,20 @@ def test_what_is_not_finished_cannot_be_read(unbroken, interrupted, tmp_path):
     ([*lines, lines[0].replace(b"q0", b"q9")], "holds 17 completions and .* 16"),
   ):
     with pytest.raises(ValueError, match=message):
-      journal.read_outputs(interrupted(b"".join(outputs)))
+      outputs_lib.read_outputs(interrupted(b"".join(outputs)))
   with pytest.raises(ValueError, match="nothing.jsonl does not exist; give the --output"):
-    journal.read_outputs(tmp_path / "nothing.jsonl")
-  assert journal.read_settings(tmp_path) == {}
+    outputs_lib.read_outputs(tmp_path / "nothing.jsonl")
+  assert outputs_lib.read_settings(tmp_path) == {}
   (tmp_path / "run" / "outputs").mkdir(parents=True)
   (tmp_path / "run" / "outputs" / "after.jsonl").write_bytes(b"".join(lines))
-  assert journal.read_outputs(tmp_path / "run") == journal.read_outputs(unbroken)
+  assert outputs_lib.read_outputs(tmp_path / "run") == outputs_lib.read_outputs(unbroken)
 
 
 def test_questions_are_told_apart():
-  first = journal.questions_identity(ASKED, prompts.STANDARD, "evaluation")
+  first = outputs_lib.questions_identity(ASKED, prompts.STANDARD, "evaluation")
 
   def changed(asked, templates=prompts.STANDARD, kind="evaluation"):
-    other = journal.questions_identity(asked, templates, kind)
+    other = outputs_lib.questions_identity(asked, templates, kind)
     return {name.removesuffix("_hash") for name in first if first[name] != other[name]}
 
   assert changed(examples(8)) == set()
@@ -202,7 +202,7 @@ def test_images_are_told_apart_by_content(tmp_path):
 
   def identity_of(paths):
     asked = examples(1, images=tuple(map(str, paths)))
-    return journal.questions_identity(asked, prompts.STANDARD, "evaluation")
+    return outputs_lib.questions_identity(asked, prompts.STANDARD, "evaluation")
 
   first = identity(b"abc", b"def")
   for other in (identity(b"abc", b"deg"), identity(b"def", b"abc")):
@@ -215,7 +215,7 @@ def test_images_are_told_apart_by_content(tmp_path):
 def test_models_are_told_apart(tmp_path):
   def written(name, content):
     (tmp_path / name).write_bytes(content)
-    return journal.model_hash(tmp_path)
+    return outputs_lib.model_hash(tmp_path)
 
   large = bytearray(np.random.default_rng(0).bytes(6 << 20))  # more than the blocks that are read
   first = written("model.safetensors", bytes(large))

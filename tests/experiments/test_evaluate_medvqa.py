@@ -16,11 +16,13 @@ from experiments import environment, phantom_folder
 from experiments.configs import grpo
 from experiments.phantom_recipes import SIZES
 from kepo_jax import evaluation
-from kepo_jax.data import pipeline, prompts, splits, tokenization
+from kepo_jax.data import processor as processor_lib
+from kepo_jax.data import prompts, splits, tokenization
 from kepo_jax.data.tfds import building, reading
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder
-from kepo_jax.evaluation import journal
-from kepo_jax.models.qwen3_vl import conversion, model
+from kepo_jax.evaluation import outputs as outputs_lib
+from kepo_jax.models.qwen3_vl import checkpoint as checkpoint_lib
+from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.reporting import progress
 from kepo_jax.training import lock, programs
@@ -39,7 +41,7 @@ def checkpoint(tmp_path_factory):
   rng = np.random.default_rng(0)  # on the host: `init_params` would be compiled for this test alone
   shapes = model.abstract_params(config)
   params = jax.tree.map(lambda leaf: 0.02 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
-  conversion.save_pretrained(folder, config, params, source=source)
+  checkpoint_lib.save_pretrained(folder, config, params, source=source)
   return folder
 
 
@@ -174,14 +176,14 @@ def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, dat
       assert "resumed: 4 of 10 completions are there" in capsys.readouterr().out
       # What is complete is counted again; the weights are not even loaded.
       (cut / "evaluation.json").unlink()
-      monkeypatch.setattr(conversion, "load_pretrained", None)
+      monkeypatch.setattr(checkpoint_lib, "load_pretrained", None)
       evaluate_medvqa.main([])
   for name in ("about.json", "outputs.jsonl", "evaluation.json"):
     assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_a_folder_belongs_to_one_evaluation_at_a_time(evaluate_medvqa, checkpoint, data, tmp_path, monkeypatch):
-  finish, refused = journal.Journal.finish, []
+  finish, refused = outputs_lib.Journal.finish, []
 
   def second(self, result):
     with flagsaver.flagsaver(resume=True), pytest.raises(ValueError, match="in use by .* another --output"):
@@ -189,7 +191,7 @@ def test_a_folder_belongs_to_one_evaluation_at_a_time(evaluate_medvqa, checkpoin
     refused.append(1)
     finish(self, result)
 
-  monkeypatch.setattr(journal.Journal, "finish", second)
+  monkeypatch.setattr(outputs_lib.Journal, "finish", second)
   with flags_of(checkpoint, data, tmp_path / "out"):
     evaluate_medvqa.main([])
   assert len(refused) == 1
@@ -226,7 +228,7 @@ def test_the_image_size_is_that_of_the_flag_the_folder_or_the_training(evaluate_
 def test_samples_depend_on_question_and_seed_alone(evaluate_medvqa, checkpoint, data):
   with flagsaver.flagsaver(data=str(data)):
     examples, _, _ = evaluate_medvqa.questions(DISPLAY)
-  processor = pipeline.Processor.from_directory(checkpoint, templates=prompts.BRIEF)
+  processor = processor_lib.Processor.from_directory(checkpoint, templates=prompts.BRIEF)
   mesh = environment.device_mesh(fsdp=1, tensor=1)
 
   def completions(asked, seed=0):
@@ -264,7 +266,7 @@ def test_how_a_published_folder_is_loaded_and_asked(evaluate_medvqa, checkpoint,
     layouts.append(layout)
     raise ValueError("stop here")
 
-  monkeypatch.setattr(conversion, "load_pretrained", load)
+  monkeypatch.setattr(checkpoint_lib, "load_pretrained", load)
   for shared in (1, 4):
     with flags_of(base, data, fsdp=shared, max_new_tokens=0), pytest.raises(ValueError, match="stop here"):
       evaluate_medvqa.main([])

@@ -10,7 +10,7 @@ from absl import flags
 
 from experiments.configs import grpo
 from kepo_jax import sharding
-from kepo_jax.models.qwen3_vl import conversion, model
+from kepo_jax.models.qwen3_vl import checkpoint, model
 from kepo_jax.training import checkpoints, manifest
 from tests.training.runs import ASSETS, changed, flip_a_bit, shrunk
 
@@ -23,7 +23,7 @@ def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("export") / "run"
   # Not what the folder of the student says: the export must say what this run was trained with.
   config = shrunk(changed(grpo), data__templates="standard", data__resize="squash384")
-  student, params = conversion.load_pretrained(ASSETS / "confused", np.float32)
+  student, params = checkpoint.load_pretrained(ASSETS / "confused", np.float32)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   places = sharding.weight_shardings(mesh, params, model.logical_axes(student))
   store = checkpoints.Checkpoints(folder / "checkpoints", every=1, minutes=0.0, keep=3)
@@ -74,8 +74,8 @@ def test_the_weights_are_those_of_the_step_and_nothing_else_is_read(workdir, exp
     said = exported(workdir, wanted, tmp_path / "model")
   assert said == f"wrote the student of step {step} to {tmp_path / 'model'}\n"
   assert [list(call.kwargs["args"].item) for call in restore.call_args_list] == [["params"]]
-  config, params = conversion.load_pretrained(tmp_path / "model", np.float32)
-  before, weights = conversion.load_pretrained(ASSETS / "confused", np.float32)
+  config, params = checkpoint.load_pretrained(tmp_path / "model", np.float32)
+  before, weights = checkpoint.load_pretrained(ASSETS / "confused", np.float32)
   assert config == before
   # Stored as bfloat16: half a unit in the last of 8 bits.
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y * (step / 8), rtol=2**-8), params, weights)

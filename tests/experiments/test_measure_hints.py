@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
+from experiments import hints as hints_lib
 from experiments import phantom_folder
 from experiments.configs import kepo
-from kepo_jax.training import hints
 from kepo_jax.types import Example, Rollouts
 from tests.experiments.test_evaluate_medvqa import checkpoint  # noqa: F401, a fixture
 from tests.training.runs import changed
@@ -97,10 +97,10 @@ def test_completions_are_scored_at_the_temperature_that_they_were_sampled_at():
   config = changed(kepo, **temperatures)
   student, teacher = Voice(), Voice(think=Voice.SAYS["hint_and_answer"])
   asked = Example(id="q", question="?", options=("a", "b"), answer="A", images=(), modality="MRI")
-  *_, found = hints.measured(config, student, teacher, [asked])
+  *_, found = hints_lib.measured(config, student, teacher, [asked])
   assert found["prompts"] == 1 and found["accept_rate"][-1] == 1
   assert found["reliance"] == found["gain"] == found["letter_gain"] == 1 / 0.5
   assert student.temperatures == {"think": 0.5, "hint_and_answer": 0.5}
   assert teacher.temperatures == {"hint_request": 0.25, "think": 0.75}
-  *_, none = hints.measured(config, student, Voice(hint_request=Voice.SAYS["think"]), [asked])
+  *_, none = hints_lib.measured(config, student, Voice(hint_request=Voice.SAYS["think"]), [asked])
   assert (none["parse_failure_rate"], none["candidates"], none["reliance"]) == (1, 0, None)  # no hint can be read

@@ -9,8 +9,8 @@ from experiments import phantom_folder
 from experiments.phantom_recipes import RECIPES, SIZES
 from kepo_jax.data import prompts
 from kepo_jax.data.phantom import build
-from kepo_jax.data.pipeline import Processor
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.data.processor import Processor
+from kepo_jax.models.qwen3_vl import checkpoint
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from tests.conftest import ROOT
 
@@ -38,7 +38,7 @@ def test_they_load_and_their_side_files_are_those_that_the_code_writes(tmp_path)
       else:
         read = json.loads if path.suffix == ".json" else str
         assert read(path.read_text()) == read((shipped / path.name).read_text()), path.name
-    config, params = conversion.load_pretrained(shipped)
+    config, params = checkpoint.load_pretrained(shipped)
     assert config == Qwen3VLConfig.from_directory(written)
     assert params["language_model"]["norm"]["weight"].shape == (config.text.hidden_size,)
   processor = Processor.from_directory(ASSETS / "confused", templates=prompts.BRIEF)

@@ -7,8 +7,8 @@ from PIL import Image
 
 from experiments import phantom_corpus, phantom_folder, phantom_pool, phantom_tower
 from kepo_jax.data import prompts
-from kepo_jax.data.phantom import canvas, questions, scenes
-from kepo_jax.data.pipeline import Processor
+from kepo_jax.data.phantom import drawing, questions, scenes
+from kepo_jax.data.processor import Processor
 from tests.experiments.test_phantom_assets import ASSETS
 
 
@@ -60,5 +60,5 @@ def test_labels_for_the_tower_are_where_the_lesions_are(rng):
     assert ((labels[..., 0] > 0) == (labels[..., 1] > 0)).all()
     kinds = set(labels[..., 0][labels[..., 0] > 0])
     assert len(kinds) == min(count, 1) and kinds <= set(range(1, phantom_tower.KINDS))  # one kind per scene
-    mask = canvas.lesion_mask(scene).reshape(4, 16, 4, 16).max(axis=(1, 3))
+    mask = drawing.lesion_mask(scene).reshape(4, 16, 4, 16).max(axis=(1, 3))
     assert (mask[labels[..., 1] > 0] > 0.5).all()

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import pretrain_phantom
 from experiments.phantom_recipes import RECIPES, Phase
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.models.qwen3_vl import checkpoint
 
 
 def test_picks_are_epochs_over_permutations():
@@ -35,7 +35,7 @@ def test_a_model_is_trained_written_and_continued(program, tmp_path):
   config, params, seconds = pretrain_phantom.train("first", recipe, tmp_path)
   pretrain_phantom.write_model("first", recipe, config, params, seconds, tmp_path)
   assert json.loads((tmp_path / "first" / "record.json").read_text())["parameters"] > 1e6
-  loaded_config, loaded = conversion.load_pretrained(tmp_path / "first")
+  loaded_config, loaded = checkpoint.load_pretrained(tmp_path / "first")
   assert loaded_config == config
   # Stored as bfloat16: half a unit in the last of 8 bits.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), loaded, params)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kepo_jax.objectives import gates, weights
+from kepo_jax.objectives import weights
 
 T, MOST = 6, 9
 # Rows of all lengths, an empty one among them, and a gate that is closed for some.
@@ -62,6 +62,6 @@ def test_gates_worked_examples():
     (0.0, "negative", [[0, 0, 0], [0, 0, 0]]),
     (1.0, "none", [[1, 1, 1], [1, 1, 1]]),
   ):
-    gate = gates.quality_gate(signal, threshold=threshold, mode=mode)
+    gate = weights.quality_gate(signal, threshold=threshold, mode=mode)
     assert gate.dtype == bool
     np.testing.assert_array_equal(gate, np.array(expected, bool), err_msg=f"{mode} {threshold}")

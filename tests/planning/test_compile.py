@@ -18,7 +18,7 @@ from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import SIZES
 from kepo_jax.planning import chips, hlo
 from kepo_jax.planning import compile as compiler
-from kepo_jax.training import assembly, compiling
+from kepo_jax.training import compiling, setup
 from tests.planning.test_memory import compiled_by, updated, with_text
 from tests.test_torus import busiest_link
 from tests.training.runs import changed
@@ -116,8 +116,8 @@ def test_a_teacher_on_the_hosts_is_there_for_all_rounds_of_exploration(run):
 @pytest.mark.slow
 def test_compiled_programs_have_the_products_of_the_traced_ones(run, plan):
   # On a device an eighth, and of vision towers, which tensor does not cut, a quarter.
-  settings, where = assembly.update_settings(run.config), {"chip": CHIP, "devices": 8}
-  token_loss = assembly.token_loss(run.config, compiler.special_tokens(EVEN))
+  settings, where = setup.update_settings(run.config), {"chip": CHIP, "devices": 8}
+  token_loss = setup.token_loss(run.config, compiler.special_tokens(EVEN))
   samples, tokens = run.config.batch.rollouts, run.config.sampling.max_new_tokens
   with run.in_force():
     batch, targets = run.experience(), run.targets()

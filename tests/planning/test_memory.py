@@ -13,7 +13,9 @@ from kepo_jax.models.qwen3_vl import config as model_config
 from kepo_jax.models.qwen3_vl import model, side_files
 from kepo_jax.planning import compile as compiler
 from kepo_jax.planning import memory
-from kepo_jax.training import compiling, state, step
+from kepo_jax.training import compiling
+from kepo_jax.training import optimizer as optimizer_lib
+from kepo_jax.training import update as update_lib
 from tests.training.runs import changed
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -69,7 +71,7 @@ def test_models_are_sizes_or_folders_and_those_of_the_run(tmp_path):
 
 def optimizer_of(moments):
   settings = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
-  return state.make_optimizer(lambda _: 1e-4, moments_dtype=moments, **settings)
+  return optimizer_lib.make_optimizer(lambda _: 1e-4, moments_dtype=moments, **settings)
 
 
 def estimate(*arguments, **changes):
@@ -172,7 +174,7 @@ def test_a_comparison_of_gradients_holds_a_second_set():
 def test_moments_are_those_that_the_optimizer_keeps():
   whole, parts = (estimate(optimizer__moments=each, model__freeze_vision=True) for each in ("float32", "bfloat16"))
   params = model.abstract_params(SMALL, jnp.float32)
-  kept = jax.eval_shape(optimizer_of("bfloat16").init, state.trained(params, ("visual",)))
+  kept = jax.eval_shape(optimizer_of("bfloat16").init, optimizer_lib.trained(params, ("visual",)))
   held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, kept)))
   assert 0 <= held - parts["student and moments"] < 64  # counters
   saved = whole["student and moments"] - parts["student and moments"]
@@ -225,8 +227,8 @@ def test_what_the_optimizer_needs_is_what_is_compiled():
   counter = jax.ShapeDtypeStruct((), jnp.int32)
   optimizer = optimizer_of("float32")
   kept = jax.eval_shape(optimizer.init, params)
-  first = state.TrainState(step=counter, params=params, opt_state=kept, skipped=counter)
-  apply = jax.jit(lambda *args: step.apply_gradients(optimizer, *args, steps=1), donate_argnums=0)
+  first = optimizer_lib.TrainState(step=counter, params=params, opt_state=kept, skipped=counter)
+  apply = jax.jit(lambda *args: update_lib.apply_gradients(optimizer, *args, steps=1), donate_argnums=0)
   compiled = apply.lower(first, params, jax.ShapeDtypeStruct((), jnp.float32)).compile().memory_analysis()
   expected = 4 * memory._OPTIMIZER_ARRAYS * sum(leaf.size for leaf in params.values())
   assert expected / 1.5 < compiled.temp_size_in_bytes < 1.5 * expected

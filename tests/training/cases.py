@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from kepo_jax import exploration, rewards
-from kepo_jax.training.groups import Groups
+from kepo_jax.training.rollouts import Groups
 from kepo_jax.types import Example
 
 P, G, T = 2, 3, 4

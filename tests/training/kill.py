@@ -21,7 +21,9 @@ import numpy as np
 from kepo_jax import sharding, training
 from kepo_jax.data import splits
 from kepo_jax.reporting import RunReporter
-from kepo_jax.training import checkpoints, files, loop, manifest
+from kepo_jax.training import checkpoints, manifest
+from kepo_jax.training import step as step_lib
+from kepo_jax.training import workdir as workdir_lib
 from kepo_jax.types import Hook
 from tests.conftest import ROOT
 from tests.training.runs import SAME, STEPS, lines, small
@@ -60,11 +62,11 @@ def announced(function, word):
 
 def run(workdir):
   """The child: starts or continues the run, saying what it does, and at last the hash of its state."""
-  clock = loop.PhaseClock.__call__
-  loop.PhaseClock.__call__ = lambda self, phase: (say(phase), clock(self, phase))[1]
+  clock = step_lib.PhaseClock.__call__
+  step_lib.PhaseClock.__call__ = lambda self, phase: (say(phase), clock(self, phase))[1]
   checkpoints.Checkpoints.save = announced(checkpoints.Checkpoints.save, "saving")
   manifest.write = announced(manifest.write, "checksums")
-  files.RunFiles.export = announced(files.RunFiles.export, "export")
+  workdir_lib.RunFiles.export = announced(workdir_lib.RunFiles.export, "export")
   # One old checkpoint is deleted whenever a new one is complete.
   config = small(checkpoint__keep=1)
   hooks = [RunReporter(), Phases()]

@@ -11,7 +11,7 @@ from experiments import settings
 from experiments.configs import kepo
 from kepo_jax import training
 from kepo_jax.reporting import RunReporter
-from kepo_jax.training import assembly, checkpoints
+from kepo_jax.training import checkpoints, setup
 from kepo_jax.types import Hook
 from tests.conftest import ROOT
 
@@ -55,7 +55,7 @@ def small(parent=kepo, **changes):
   return shrunk(changed(parent), **sizes | changes)
 
 
-_MADE, _BUILD = {}, assembly.build_programs
+_MADE, _BUILD = {}, setup.build_programs
 
 
 def _build_once(config, processor, models):
@@ -72,7 +72,7 @@ def _build_once(config, processor, models):
 
 def train(config, workdir="", *, hooks=(), **how):
   """`training.train` with a reporter; runs of one config share their compiled programs."""
-  with unittest.mock.patch.object(assembly, "build_programs", _build_once):
+  with unittest.mock.patch.object(setup, "build_programs", _build_once):
     return training.train(config, workdir=workdir, hooks=[RunReporter(), *hooks], **how)
 
 

@@ -12,7 +12,8 @@ import pytest
 from experiments.configs import gkd, grpo, kepo, kepo_eq7, sft, sft_teacher
 from kepo_jax import rewards, sharding
 from kepo_jax.objectives import losses
-from kepo_jax.training import assembly, inputs, programs, state
+from kepo_jax.training import optimizer, programs, setup
+from kepo_jax.training import update as update_lib
 from tests.training.cases import RIGHT, example
 from tests.training.runs import changed
 
@@ -31,21 +32,21 @@ def half_length(completion, example):
 
 def test_the_scorer_of_a_config():
   config = changed(grpo, reward__accuracy=3.0, reward__format=0.5)
-  scorer = assembly.scorer(config, {})
+  scorer = setup.make_scorer(config, {})
   assert total(scorer, RIGHT) == 3.5 and total(scorer, LENIENT) == 0.5 and total(scorer, "B") == 3.0
-  product = assembly.scorer(config.replace({"reward.combination": "product"}), {})
+  product = setup.make_scorer(config.replace({"reward.combination": "product"}), {})
   assert total(product, RIGHT) == 3.0 and total(product, LENIENT) == total(product, "B") == 0.0
 
 
 def test_the_scorer_follows_its_convention():
   for convention, expected in rewards.CONVENTIONS.items():
-    found = assembly.scorer(changed(grpo, reward__convention=convention), {}).rewards
+    found = setup.make_scorer(changed(grpo, reward__convention=convention), {}).rewards
     assert found == {"accuracy": (expected.accuracy, 1.0), "format": (expected.format, 1.0)}
 
 
 def test_more_rewards_come_from_the_config_and_the_caller():
   config = changed(grpo, reward__more="lenient_accuracy:0.25, kepo_jax.rewards.answer_format:4")
-  scorer = assembly.scorer(config, {"length": (half_length, 2.0)})
+  scorer = setup.make_scorer(config, {"length": (half_length, 2.0)})
   assert list(scorer.rewards) == ["accuracy", "format", "lenient_accuracy", "answer_format", "length"]
   # 1 + 1 + 0.25 + 0 + 35 characters; 1 + 0 + 0.25 + 4 + 18.
   assert total(scorer, RIGHT) == 2.25 + 35 and total(scorer, "<answer>B</answer>") == 5.25 + 18
@@ -59,7 +60,7 @@ def test_rewards_that_cannot_be_are_refused():
     ("unheard_of:1", {}, "reward 'unheard_of' is neither one of"),
   ):
     with pytest.raises(ValueError, match=message):
-      assembly.scorer(changed(grpo, reward__more=more), given)
+      setup.make_scorer(changed(grpo, reward__more=more), given)
 
 
 def test_own_rollouts():
@@ -71,16 +72,16 @@ def test_own_rollouts():
 
 def test_the_weight_of_the_divergence_is_constant_or_falls_to_zero():
   config = changed(kepo, train__steps=4)
-  assert [float(assembly.distill_factor(config)(step)) for step in range(5)] == [1.0] * 5
+  assert [float(setup.distill_factor(config)(step)) for step in range(5)] == [1.0] * 5
   config = config.replace({"objective.distill_schedule": "linear"})
-  assert [float(assembly.distill_factor(config)(step)) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+  assert [float(setup.distill_factor(config)(step)) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
 
 def test_the_learning_rate():
   config = changed(grpo, optimizer__learning_rate=0.4, optimizer__warmup_steps=2, train__steps=6)
   # Two steps up to the peak, four down to zero.
   expected = [0.2, 0.4, 0.4, 0.3, 0.2, 0.1, 0.0]
-  np.testing.assert_allclose([assembly.schedule(config)(step) for step in range(7)], expected, rtol=1e-6, atol=1e-9)
+  np.testing.assert_allclose([setup.make_schedule(config)(step) for step in range(7)], expected, rtol=1e-6, atol=1e-9)
 
 
 def carried(kind, table, made):
@@ -108,7 +109,7 @@ def test_update_settings_carry_every_field():
     "off_context": ("objective.off_context", "drop_unit_shaped"),
     "distill_factor": ("objective.distill_schedule", "linear"),
   }
-  found = carried(inputs.UpdateSettings, table, assembly.update_settings)
+  found = carried(update_lib.UpdateSettings, table, setup.update_settings)
   assert 0 < float(found.pop("distill_factor")(5)) < 1
   assert found == {name: value for name, (_, value) in table.items() if name != "distill_factor"} | {
     "compute_dtype": jnp.dtype("bfloat16"),
@@ -135,7 +136,7 @@ def test_token_loss_carries_every_field():
   }
   allowed = np.array([True, False, True])
   processor = types.SimpleNamespace(allowed=allowed)
-  found = carried(losses.KepoTokenLoss, table, lambda config: assembly.token_loss(config, processor))
+  found = carried(losses.KepoTokenLoss, table, lambda config: setup.token_loss(config, processor))
   assert found.pop("allowed").tolist() == allowed.tolist()
   assert found == {name: value for name, (_, value) in table.items()}
 
@@ -158,12 +159,12 @@ def built(monkeypatch, mesh_of):
       "targets_program": lambda models, parts: (models, parts),
     }.items():
       monkeypatch.setattr(programs, name, maker)
-    monkeypatch.setattr(assembly.step, "Update", lambda *arguments: made["update"].append(arguments))
+    monkeypatch.setattr(setup.step, "Update", lambda *arguments: made["update"].append(arguments))
     params = {name: {"w": np.ones(3, np.float32)} for name in ("visual", "language_model")}
     student = programs.Model("config", jax.device_put(params, sharding.replicated(mesh_of())))
     models = {"student": student, "teacher": "the teacher", "reference": "the reference"}
     processor = types.SimpleNamespace(allowed=np.ones(3, bool))
-    return *assembly.build_programs(config, processor, models), made
+    return *setup.build_programs(config, processor, models), made
 
   return build
 
@@ -214,7 +215,7 @@ def test_the_optimizer_has_the_fields_of_the_config(built):
   changes = {"b1": 0.5, "b2": 0.6, "eps": 1e-3, "weight_decay": 0.25, "clip_norm": 7.0}
   fields = {f"optimizer.{name}": value for name, value in (changes | {"moments": "bfloat16"}).items()}
   config = changed(grpo, model__freeze_vision=True, batch__updates=2).replace(fields)
-  with unittest.mock.patch.object(state, "make_optimizer", wraps=state.make_optimizer) as make:
+  with unittest.mock.patch.object(optimizer, "make_optimizer", wraps=optimizer.make_optimizer) as make:
     first, _, _ = built(config)
   assert make.call_args.kwargs == changes | {"moments_dtype": "bfloat16"}
   # Two moments of the language model; the tower has none.

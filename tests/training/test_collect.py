@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.configs import kepo
-from kepo_jax.training import loop, starting
+from kepo_jax.training import prefetch, step
 from kepo_jax.types import Rollouts
 from tests.training import cases
 from tests.training.cases import END, example
@@ -66,18 +66,18 @@ def ids(examples):
 def stepped(run, rollouts, *, done=0):
   """What `train_step` makes of the student's rollouts [P][G], with an update that changes nothing."""
   examples = [example(f"q{number}") for number in range(len(rollouts.tokens))]
-  pending = starting.Pending(done, examples, None, "weights", rollouts)
+  pending = prefetch.Pending(done, examples, None, "weights", rollouts)
   run.programs = types.SimpleNamespace(**vars(run.programs) if hasattr(run, "programs") else {})
   run.programs.targets = lambda prompts, tokens: ()
   run.programs.update = lambda state, experience, targets, compare: (state, {})
-  _, trained = loop.train_step(run, None, done, pending, loop.PhaseClock())
+  _, trained = step.train_step(run, None, done, pending, step.PhaseClock())
   assert pending.weights is None  # before the update, which needs their memory
   return trained
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_placed(monkeypatch):
-  monkeypatch.setattr(loop.sharding, "place", lambda mesh, batch: batch)
+  monkeypatch.setattr(step.sharding, "place", lambda mesh, batch: batch)
 
 
 def test_injected_rollouts_are_distilled_or_not():
@@ -113,12 +113,12 @@ def test_advantages_compare_the_students_own_rollouts():
 def test_useful_groups_come_first_and_others_fill_up():
   run = run_of(exploration__rounds=0)
   groups = groups_of([[2, 2], [2, 3], [3, 3], [3, 2], [2, 2]])
-  chosen, figures = loop.most_useful(run, groups)
+  chosen, figures = step.most_useful(run, groups)
   # Two of five have a signal; the first of the others fills the batch of three, and the order of asking stays.
   assert ids(chosen.examples) == ["q0", "q1", "q3"]
   assert figures == {"dynamic/asked": 5.0, "dynamic/useful_frac": 0.4}
   run = run_of(exploration__rounds=1)  # a prompt without an accurate rollout may be explored, so it is of use
-  chosen, figures = loop.most_useful(run, groups)
+  chosen, figures = step.most_useful(run, groups)
   assert ids(chosen.examples) == ["q1", "q2", "q3"]
   assert figures["dynamic/useful_frac"] == 0.6
 
@@ -140,7 +140,7 @@ def test_sampling_goes_on_until_enough_groups_are_of_use():
   run.batch = lambda done: ([example(f"q{number}") for number in range(3)], None)
   run.further_questions = further
   run.host_prompts = lambda examples, kind: None
-  groups = loop.sampled_groups(run, starting.start_rollouts(run, types.SimpleNamespace(params="weights"), 7))
+  groups = step.sampled_groups(run, prefetch.start_rollouts(run, types.SimpleNamespace(params="weights"), 7))
   # One useful group of three, then three of six: enough after the second of four rounds.
   assert ids(groups.examples) == ["q0", "q1", "q2", "q10", "q11", "q12"]
   assert seen[0] == ["q0", "q1", "q2"] and run.keys == [("rollout", 7)] * 2
@@ -150,7 +150,7 @@ def test_refused_answers_of_the_teacher_leave_their_rows_empty():
   run = run_of(batch__rollouts=3, batch__on_policy_fraction=0.0, supervised__source="teacher")
   rollouts = tokens_of([[2, 3, 4]])  # right; wrong; right and not well formed
   run.programs = types.SimpleNamespace(answer=lambda prompts, key: rollouts)
-  groups, written = loop.supervised_rows(run, [example("q0")], None, 4)
+  groups, written = step.supervised_rows(run, [example("q0")], None, 4)
   assert written == 6  # the refused ones cost as much
   assert groups.mask.any(-1).tolist() == [[True, False, False]]
   assert groups.supervised.all() and run.keys == [("answer", 4)]
@@ -177,10 +177,10 @@ def exploring(run, candidates):
 def test_each_round_of_exploration_draws_anew():
   run = run_of(exploration__hints="once", exploration__rounds=3)
   phases = exploring(run, [[3, 3]])
-  outcome, written = loop.explore(run, None, groups_of([[3, 3]]), 9)
+  outcome, written = step.explore(run, None, groups_of([[3, 3]]), 9)
   assert run.keys == [("hint", 9, 1), *[("candidate", 9, attempt) for attempt in (1, 2, 3)]]
   assert phases == ["begun", "over"]  # the teacher comes once for three rounds, and not where nobody asks
-  loop.explore(run, None, groups_of([[2, 2]]), 9)
+  step.explore(run, None, groups_of([[2, 2]]), 9)
   assert phases == ["begun", "over"]
   assert outcome.accepted == {0: []} and len(outcome.candidates[0]) == 6
   assert written == 1  # one hint of one token, once for three rounds
@@ -206,8 +206,8 @@ def test_tokens_are_counted_by_what_was_done_with_them():
   groups = groups_of([[2, 3], [3, 3]])
   groups.mask[0, 0, 1] = False
   kept = np.array([[True, True], [True, False]])
-  trained = loop.Trained(1, groups, kept, kept, None, {}, (), sampled=20, written=5)
-  said = loop.token_metrics(config, trained)
+  trained = step.Trained(1, groups, kept, kept, None, {}, (), sampled=20, written=5)
+  said = step.token_metrics(config, trained)
   assert said == {"tokens/trained": 10.0, "tokens/sampled": 20.0, "tokens/written": 5.0, "tokens/scored": 7.0}
   config = config.replace({"objective.distill_weight": 0.0, "exploration.rounds": 0})
-  assert loop.token_metrics(config, trained).keys() == {"tokens/trained", "tokens/sampled"}
+  assert step.token_metrics(config, trained).keys() == {"tokens/trained", "tokens/sampled"}

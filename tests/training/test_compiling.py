@@ -10,7 +10,7 @@ from kepo_jax import sharding
 from kepo_jax.reporting.reporter import compiled_line
 from kepo_jax.training import compiling
 from kepo_jax.training.compiling import Program, Rehearsal, rehearse
-from kepo_jax.training.profiling import CompileCounter
+from kepo_jax.training.monitoring import CompileCounter
 
 
 @pytest.fixture

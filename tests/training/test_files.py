@@ -16,8 +16,8 @@ from kepo_jax import sharding
 from kepo_jax.config import Config
 from kepo_jax.training import run_record
 from kepo_jax.training.checkpoints import steps_in
-from kepo_jax.training.files import RunFiles
-from kepo_jax.training.state import TrainState
+from kepo_jax.training.optimizer import TrainState
+from kepo_jax.training.workdir import RunFiles
 from kepo_jax.types import Example
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from kepo_jax import exploration, rewards
-from kepo_jax.data import pipeline, prompts
-from kepo_jax.training import groups as grouping
+from kepo_jax.data import processor as processor_lib
+from kepo_jax.data import prompts
+from kepo_jax.training import rollouts as rollouts_lib
 from kepo_jax.types import Rollouts
 from tests.conftest import ROOT
 from tests.training import cases
@@ -20,7 +21,7 @@ LENGTH = 16  # tokens of a completion in the phantom's vocabulary
 @pytest.fixture(scope="module")
 def processor():
   folder = ROOT / "experiments" / "assets" / "phantom" / "confused"
-  return pipeline.Processor.from_directory(folder, templates=prompts.TEMPLATES["brief"])
+  return processor_lib.Processor.from_directory(folder, templates=prompts.TEMPLATES["brief"])
 
 
 def rollouts_of(processor, texts):
@@ -44,7 +45,7 @@ def assert_equal(a, b):
 def test_scored_groups_are_the_rollouts_decoded_and_scored(processor):
   texts, examples = [[RIGHT, WRONG], [BARE, NOTHING]], [cases.example("a"), cases.example("b")]
   rollouts = rollouts_of(processor, texts)
-  found = grouping.scored_groups(processor, examples, rollouts, SCORER)
+  found = rollouts_lib.scored_groups(processor, examples, rollouts, SCORER)
   for name in ("tokens", "mask", "logps"):
     np.testing.assert_array_equal(getattr(found, name), rollouts[name])
   assert found.texts.tolist() == texts and found.texts.dtype == object
@@ -64,14 +65,14 @@ def test_what_lies_behind_the_mask_is_not_read(processor):
   rollouts = rollouts_of(processor, [["<answer>B</answer>"]])
   (word, *_), _ = processor.completions(["A"], 2)
   rollouts = rollouts.replace(tokens=np.where(rollouts.mask, rollouts.tokens, word[0]))
-  found = grouping.scored_groups(processor, [cases.example("a")], rollouts, SCORER)
+  found = rollouts_lib.scored_groups(processor, [cases.example("a")], rollouts, SCORER)
   # One text stays one: NumPy makes an array of another shape of some lists of texts.
   assert found.texts.tolist() == [["<answer>B</answer>"]] and found.scores["accuracy"].tolist() == [[1]]
 
 
 def test_given_rollouts_repeat_what_was_written_and_are_not_cut(processor):
   texts = ["<answer> A</answer>", "<answer> B</answer>"]
-  given = grouping.given_rollouts(processor, texts, 3, 6)
+  given = rollouts_lib.given_rollouts(processor, texts, 3, 6)
   assert (given.tokens == given.tokens[:, :1]).all()
   assert [processor.decode(given.tokens[:, g], given.mask[:, g]) for g in range(3)] == [texts] * 3
   # Tag, letter, tag and end token; the rest is padding.
@@ -79,14 +80,14 @@ def test_given_rollouts_repeat_what_was_written_and_are_not_cut(processor):
   assert (given.tokens[..., 3] == processor.end_ids[0]).all() and (given.tokens[..., 4:] == processor.pad_id).all()
   assert given.logps.dtype == np.float32 and given.logps.shape == (2, 3, 6) and not given.logps.any()
   with pytest.raises(ValueError, match=r"'<answer> A</answer>' needs 4 tokens; raise sampling.max_new_tokens=3"):
-    grouping.given_rollouts(processor, texts, 2, 3)
+    rollouts_lib.given_rollouts(processor, texts, 2, 3)
 
 
 def test_candidates_are_judged_by_the_scorer(processor):
   texts = [[RIGHT, BARE, "the hint says <think></think><answer>B</answer>"], [WRONG, NOTHING, RIGHT], [RIGHT] * 3]
   rollouts = rollouts_of(processor, texts)
   examples = [cases.example("a"), cases.example("b", answer="A")]
-  found = grouping.candidates(processor, examples, ["left", "right"], rollouts, SCORER)
+  found = rollouts_lib.candidates(processor, examples, ["left", "right"], rollouts, SCORER)
   assert [len(each) for each in found] == [3, 3]  # the third row is padding
   judged = [[(c.accurate, c.well_formed, c.leaks) for c in each] for each in found]
   assert judged == [
@@ -103,16 +104,16 @@ def test_candidates_are_judged_by_the_scorer(processor):
 def test_a_half_right_candidate_is_not_accurate(processor):
   graded = rewards.Scorer({"accuracy": (rewards.medvlm_accuracy, 1.0), "format": (rewards.strict_format, 1.0)})
   rollouts = rollouts_of(processor, [["<answer>B) two</answer>", "<answer>B</answer>"]])
-  (found,) = grouping.candidates(processor, [cases.example("a")], ["left"], rollouts, graded)
+  (found,) = rollouts_lib.candidates(processor, [cases.example("a")], ["left"], rollouts, graded)
   assert [c.accurate for c in found] == [False, True]
 
 
 def test_supervised_rows_that_are_not_accepted_become_empty():
   groups = cases.mixed()
-  whole = grouping.supervised_groups(groups)
+  whole = rollouts_lib.supervised_groups(groups)
   assert_equal(dataclasses.replace(whole, supervised=groups.supervised), groups)
   accepted = np.array([[True, False, True], [False, False, False]])
-  found = grouping.supervised_groups(groups, accepted=accepted)
+  found = rollouts_lib.supervised_groups(groups, accepted=accepted)
   assert found.mask.sum(axis=2).tolist() == [[4, 0, 1], [0, 0, 0]]
   assert found.supervised.all()
   assert groups.mask.sum(axis=2).tolist() == [[4, 3, 1], [4, 2, 3]]  # as it was
@@ -122,11 +123,11 @@ def test_supervised_rows_that_are_not_accepted_become_empty():
 def test_joined_and_selected():
   first = cases.mixed()
   second = cases.groups([[BARE, BARE, RIGHT], [RIGHT, RIGHT, RIGHT]], [[1, 1, 4], [4, 3, 2]], name="r")
-  second = grouping.supervised_groups(second)
+  second = rollouts_lib.supervised_groups(second)
   first.hints[0, 1] = "left"
   first.injected[0, 1] = True
   for axis in (0, 1):
-    found = grouping.joined(first, second, axis=axis)
+    found = rollouts_lib.joined(first, second, axis=axis)
     # More rollouts belong to the questions of the first; more prompts bring their own.
     ids = [each.id for each in found.examples]
     assert ids == ["set/q0", "set/q1", *(["set/r0", "set/r1"] if axis == 0 else [])]
@@ -136,9 +137,9 @@ def test_joined_and_selected():
       assert getattr(found, name).dtype == getattr(first, name).dtype
     for name, values in found.scores.items():
       np.testing.assert_array_equal(values, np.concatenate([first.scores[name], second.scores[name]], axis), name)
-  both = grouping.joined(first, second, axis=0)
-  assert_equal(grouping.selected(both, [0, 1]), first)
-  turned = grouping.selected(both, np.array([3, 0]))
+  both = rollouts_lib.joined(first, second, axis=0)
+  assert_equal(rollouts_lib.selected(both, [0, 1]), first)
+  turned = rollouts_lib.selected(both, np.array([3, 0]))
   assert [each.id for each in turned.examples] == ["set/r1", "set/q0"]
   np.testing.assert_array_equal(turned.tokens, both.tokens[[3, 0]])
   np.testing.assert_array_equal(turned.scores["total"], both.scores["total"][[3, 0]])
@@ -151,7 +152,7 @@ def test_a_signal_is_any_difference_however_small():
   total[1, 6] = np.nextafter(np.float32(0.1), np.float32(1))  # the last of a group, by one bit
   total[2, 0] = 0.0
   groups.scores["total"] = total
-  assert grouping.has_signal(groups).tolist() == [False, True, True, False]
+  assert rollouts_lib.has_signal(groups).tolist() == [False, True, True, False]
 
 
 def test_inject_replaces_a_row_and_its_scores():
@@ -160,7 +161,7 @@ def test_inject_replaces_a_row_and_its_scores():
     exploration.Injection(1, 2, cases.candidate()),
     exploration.Injection(1, 0, cases.candidate(BARE, "up", 60)),
   ]
-  grouping.inject(groups, placed)
+  rollouts_lib.inject(groups, placed)
   assert groups.injected.tolist() == [[False] * 3, [True, False, True]]
   assert groups.tokens[1, 2].tolist() == [50, END, 0, 0] and groups.tokens[1, 0].tolist() == [60, END, 0, 0]
   assert groups.mask[1].sum(axis=1).tolist() == [2, 2, 2] and groups.logps[1, 0].tolist() == [-2, -2, 0, 0]
@@ -168,7 +169,7 @@ def test_inject_replaces_a_row_and_its_scores():
   # Bare: 1 + 0; wrong in the right format: 0 + 0.5; right: 1 + 0.5.
   assert groups.scores["total"][1].tolist() == [1, 0.5, 1.5]
   assert groups.scores["accuracy"][1].tolist() == [1, 0, 1] and groups.scores["format"][1].tolist() == [0, 1, 1]
-  assert_equal(grouping.selected(groups, [0]), grouping.selected(before, [0]))
+  assert_equal(rollouts_lib.selected(groups, [0]), rollouts_lib.selected(before, [0]))
   np.testing.assert_array_equal(groups.tokens[1, 1], before.tokens[1, 1])
 
 
@@ -180,30 +181,30 @@ def test_gate_signals():
     "sum": [[2, 1, 1], [0, 1, 1]],
     "product": [[1, 0, 0], [0, 0, 0]],
   }.items():
-    assert grouping.gate_signal(cases.mixed().scores, signal).tolist() == expected, signal
+    assert rollouts_lib.gate_signal(cases.mixed().scores, signal).tolist() == expected, signal
   with pytest.raises(ValueError, match=r"objective.gate_signal='reward' is unknown; use one of \['accuracy', 'mean'"):
-    grouping.gate_signal(cases.mixed().scores, "reward")
+    rollouts_lib.gate_signal(cases.mixed().scores, "reward")
 
 
 def test_truncated_rows_are_the_students_without_an_end_token():
   groups = cases.mixed()
-  assert grouping.truncated(groups, (END,)).tolist() == [[False] * 3, [True, False, False]]
+  assert rollouts_lib.truncated(groups, (END,)).tolist() == [[False] * 3, [True, False, False]]
   # Any end id ends: this is the first token of the row that was cut off.
-  assert not grouping.truncated(groups, (END, groups.tokens[1, 0, 0])).any()
+  assert not rollouts_lib.truncated(groups, (END, groups.tokens[1, 0, 0])).any()
   groups.supervised[1] = True
-  assert not grouping.truncated(groups, (END,)).any()
+  assert not rollouts_lib.truncated(groups, (END,)).any()
   # An end token behind the mask ends nothing, though padding is often an end id as well.
   groups.mask[0, 0, 3] = False  # where its end token is
   groups.tokens[~groups.mask] = END
-  assert grouping.truncated(groups, (END,)).tolist() == [[True, False, False], [False] * 3]
+  assert rollouts_lib.truncated(groups, (END,)).tolist() == [[True, False, False], [False] * 3]
 
 
 def test_experience_holds_every_row():
-  groups = grouping.joined(cases.mixed(), grouping.supervised_groups(cases.mixed()), axis=1)
+  groups = rollouts_lib.joined(cases.mixed(), rollouts_lib.supervised_groups(cases.mixed()), axis=1)
   groups.injected[0, 1] = True
   rows = np.arange(P * 2 * G).reshape(P, 2 * G)
   kept = rows != 3
-  found = grouping.experience(groups, "prompts", rows.tolist(), rows % 2, kept=kept)
+  found = rollouts_lib.experience(groups, "prompts", rows.tolist(), rows % 2, kept=kept)
   for name in ("tokens", "mask", "logps", "injected", "supervised"):
     np.testing.assert_array_equal(found[name], getattr(groups, name), err_msg=name)
   assert found.advantages.dtype == np.float32 and found.advantages.tolist() == rows.tolist()

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import hints as hints_lib
 from experiments.configs import kepo
 from kepo_jax import exploration
-from kepo_jax.data import pipeline
+from kepo_jax.data import processor
 from kepo_jax.models.qwen3_vl import model
-from kepo_jax.training import groups as grouping
-from kepo_jax.training import hints
-from kepo_jax.training.batches import BatchedModel
+from kepo_jax.training import rollouts as rollouts_lib
+from kepo_jax.training.batched_model import BatchedModel
 from kepo_jax.training.programs import SamplingSettings
 from kepo_jax.types import Rollouts
 from tests.training import cases
@@ -35,7 +35,7 @@ def prompts_of(rows, config):
   """Prompts of text alone, their padding as wide as the longest."""
   size, length = len(rows), max(map(len, rows))
   made = jax.tree.map(
-    lambda x: np.zeros(x.shape, x.dtype), pipeline.prompt_shapes(size, length, 0, config.vision.patch_width)
+    lambda x: np.zeros(x.shape, x.dtype), processor.prompt_shapes(size, length, 0, config.vision.patch_width)
   )
   made.image_slot[:] = -1
   for i, row in enumerate(rows):
@@ -95,7 +95,7 @@ def drawn(rng, *shape):
 def answers_of(tokens, mask, right):
   scores = {name: np.asarray(right, np.float32) for name in ("accuracy", "format", "total")}
   blank = np.zeros(mask.shape[:2], bool)
-  return grouping.Groups(
+  return rollouts_lib.Groups(
     EXAMPLES[: len(tokens)], tokens, mask, np.zeros(mask.shape), blank.astype(object), scores, blank, blank, blank
   )
 
@@ -105,7 +105,7 @@ def test_gain_equals_brute_force(loaded, brute_force, rng):
   right = [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]]
   written = [[BLOCK.format("ab"), "none", BLOCK.format("cde")], [BLOCK.format("a")] * 3, [BLOCK.format("b")], ["none"]]
   outcome = exploration.Exploration({}, {}, dict(enumerate(written)))
-  found = hints.gains(
+  found = hints_lib.gains(
     loaded(3), answers_of(tokens, mask, right), outcome, kind="think", hint_prompt="hint_only", temperature=1.0
   )
   assert [list(numbers) for numbers, _ in found] == [[0, 2], [], [1], []]  # no answer is right, no hint can be read
@@ -130,7 +130,7 @@ def test_reliance_equals_brute_force(loaded, brute_force, rng):
   tried = {0: [*first, *second], 1: refused, 2: other}
   accepted = {0: [first[0], *second], 1: [], 2: [other[1]]}
   outcome = exploration.Exploration(accepted, tried, {})
-  found = hints.reliances(
+  found = hints_lib.reliances(
     loaded(2), EXAMPLES[:3], outcome, kind="think", hint_prompt="hint_and_answer", temperature=1.0
   )
   for row, group in accepted.items():
@@ -202,7 +202,7 @@ def test_from_questions_to_records():
 
   student, teacher = Speaker(said), Speaker(told)
   examples = [EXAMPLES[0], EXAMPLES[1], dataclasses.replace(EXAMPLES[2], modality="CT")]
-  ct, mri, everything = hints.measured(settings(), student, teacher, examples)
+  ct, mri, everything = hints_lib.measured(settings(), student, teacher, examples)
   assert [(each["modality"], each["questions"], each["prompts"]) for each in (ct, mri, everything)] == [
     ("CT", 1, 1), ("MRI", 2, 1), ("all", 3, 2),
   ]  # fmt: skip
@@ -222,6 +222,6 @@ def test_from_questions_to_records():
 
 def test_without_cliffs_nobody_is_asked():
   student, teacher = Speaker(lambda *_: cases.RIGHT), Speaker(lambda *_: "")
-  *_, everything = hints.measured(settings(), student, teacher, EXAMPLES)
+  *_, everything = hints_lib.measured(settings(), student, teacher, EXAMPLES)
   assert everything["questions"] == 5 and everything["prompts"] == 0 and everything["gain"] is None
   assert teacher.asked == [] and len(student.asked) == 1

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 
-from kepo_jax.training.interruption import Interruption
+from kepo_jax.training.signals import Interruption
 
 # At last it waits inside one call into C, as a compilation does: Python's own handlers do not run meanwhile.
 PROGRAM = """

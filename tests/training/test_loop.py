@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 from kepo_jax import training
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.models.qwen3_vl import checkpoint
 from kepo_jax.training import checkpoints, compiling
 from tests.training.runs import ASSETS, STEPS, Recorder, Signal, assert_the_same, equal, lines, small, train
 
@@ -57,15 +57,15 @@ def test_the_learning_rate_is_that_of_the_update_it_is_logged_with(whole):
   np.testing.assert_allclose(told, [3e-4 * step / 5 for step in range(1, STEPS + 1)], rtol=1e-6)
   # Adam's first update moves every weight with a gradient by the rate, whatever the gradient.
   first = checkpoints.restored_params(workdir / "checkpoints" / "1", compiling.shapes_of(result.state.params))
-  before = conversion.load_pretrained(ASSETS / "confused", np.float32)[1]
+  before = checkpoint.load_pretrained(ASSETS / "confused", np.float32)[1]
   moved = jax.tree.map(lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), first, before)
   assert max(jax.tree.leaves(moved)) == pytest.approx(told[0], rel=0.02)
 
 
 def test_the_export_is_the_trained_student(whole, program, tmp_path):
   workdir, result, _ = whole
-  config, params = conversion.load_pretrained(workdir / "model", np.float32)
-  assert config == conversion.load_pretrained(ASSETS / "confused", np.float32)[0]
+  config, params = checkpoint.load_pretrained(workdir / "model", np.float32)
+  assert config == checkpoint.load_pretrained(ASSETS / "confused", np.float32)[0]
   assert equal(params, jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), result.state.params))
   before, after = (
     json.loads((at / "tokenizer_config.json").read_text()) for at in (ASSETS / "confused", workdir / "model")

@@ -13,12 +13,13 @@ from absl import flags
 
 from experiments.configs import kepo
 from kepo_jax import sharding
-from kepo_jax.models.qwen3_vl import conversion, lora, model, safetensors_files
+from kepo_jax.models.qwen3_vl import checkpoint, lora, model, safetensors_files
 from kepo_jax.models.qwen3_vl.config import LoraConfig
 from kepo_jax.objectives import losses
-from kepo_jax.training import assembly, compiling, inputs, programs, setup, step
-from kepo_jax.training.interruption import Interruption
-from kepo_jax.training.state import initial_state
+from kepo_jax.training import compiling, programs, setup
+from kepo_jax.training import update as update_lib
+from kepo_jax.training.optimizer import initial_state
+from kepo_jax.training.signals import Interruption
 from tests.training.runs import ASSETS, changed, equal, lines, shrunk, small, train
 
 FROZEN = ("visual", "language_model", "lm_head")
@@ -46,12 +47,12 @@ def update(student, params, tiny_experience, allowed, mesh_of):
   def run(axes=(), *, frozen=FROZEN, calls=True, **settings):
     mesh, optimizer = mesh_of(*axes), optax.sgd(1.0)
     token_loss = losses.KepoTokenLoss(allowed=allowed, distill_coefficient=0)
-    settings = inputs.UpdateSettings(compute_dtype=jnp.float32, chunk=4, frozen=frozen, **settings)
+    settings = update_lib.UpdateSettings(compute_dtype=jnp.float32, chunk=4, frozen=frozen, **settings)
     places = sharding.weight_shardings(mesh, params, model.logical_axes(student))
     seen = []
     with jax.set_mesh(mesh):
       state = initial_state(jax.device_put(params, places), optimizer, frozen)
-      made = step.Update(student, optimizer, token_loss, settings, state)
+      made = update_lib.Update(student, optimizer, token_loss, settings, state)
       batch = sharding.place(mesh, tiny_experience)
       with compiling.watched(seen.append):
         made.rehearse(compiling.shapes_of(state), compiling.shapes_of(batch), (), compare=False)
@@ -179,14 +180,14 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_trains_the_matrices_and_exports_them_merged(finished):
   workdir, result = finished
-  config, base = conversion.load_pretrained(ASSETS / "confused")
-  described = dataclasses.replace(config, lora=assembly.lora_config(settings().model))
+  config, base = checkpoint.load_pretrained(ASSETS / "confused")
+  described = dataclasses.replace(config, lora=setup.lora_config(settings().model))
   params = result.state.params
   assert equal(lora.without(params), base)
   assert all(bool(leaf.any()) for leaf in jax.tree.leaves(params[lora.PART]))  # B left zero
   # Adam's two moments and its counter, of the matrices alone.
   assert len(jax.tree.leaves(result.state.opt_state)) == 2 * len(jax.tree.leaves(params[lora.PART])) + 1
-  loaded_config, loaded = conversion.load_pretrained(workdir / "model", np.float32)
+  loaded_config, loaded = checkpoint.load_pretrained(workdir / "model", np.float32)
   assert loaded_config == lora.base(described)
   assert equal(loaded, model.cast(lora.merged(described, params, jnp.bfloat16), "float32"))
   assert not equal(loaded, model.cast(model.cast(base, jnp.bfloat16), "float32"))

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kepo_jax.training import moments, state, step
+from kepo_jax.training import optimizer as optimizer_lib
+from kepo_jax.training import update as update_lib
 from kepo_jax.training.checkpoints import Checkpoints
 from tests.training.runs import equal
 
@@ -16,7 +17,7 @@ ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 
 def optimizer_of(dtype):
-  return state.make_optimizer(lambda _: 0.1, **ADAM, weight_decay=0.0, clip_norm=1.0, moments_dtype=dtype)
+  return optimizer_lib.make_optimizer(lambda _: 0.1, **ADAM, weight_decay=0.0, clip_norm=1.0, moments_dtype=dtype)
 
 
 def test_rounding_is_to_a_neighbour_and_right_on_average():
@@ -24,7 +25,7 @@ def test_rounding_is_to_a_neighbour_and_right_on_average():
   shape = (4096, len(values))
   # Evenly spaced words of random bits: a mean over them is an expected value.
   bits = jnp.broadcast_to((jnp.arange(4096, dtype=jnp.uint32) << 4)[:, None], shape)
-  found = np.asarray(moments.rounded(jnp.broadcast_to(values, shape), bits), np.float32)
+  found = np.asarray(optimizer_lib.rounded(jnp.broadcast_to(values, shape), bits), np.float32)
   np.testing.assert_allclose(np.float64(found).mean(axis=0), values, rtol=2.0**-7 / 4000)
   # One step of bfloat16 is 2^-7 of the power of two below.
   assert (np.abs(found - values) < 2.0 ** (np.floor(np.log2(np.abs(values))) - 7)).all()
@@ -34,7 +35,7 @@ def test_rounding_is_to_a_neighbour_and_right_on_average():
 def test_rounding_to_nearest_stalls_and_ours_follows():
   # A second moment at 1, and gradients of zero from then on: 0.999^n.
   steps, count = 300, 4096
-  adam = moments.scale_by_adam(**ADAM, dtype="bfloat16")
+  adam = optimizer_lib.scale_by_adam(**ADAM, dtype="bfloat16")
   nothing = {"a": jnp.zeros((count // 16, 16))}
   update = jax.jit(lambda moved: adam.update(nothing, moved)[1])
   moved, nearest = adam.init(nothing)._replace(nu={"a": jnp.ones((count // 16, 16), jnp.bfloat16)}), np.ones(1)
@@ -50,7 +51,7 @@ def test_rounding_to_nearest_stalls_and_ours_follows():
 def test_the_first_update_is_that_of_optax():
   # Nothing is rounded yet: the maths is optax's, on stacks of layers as on single arrays.
   gradient = {"a": jax.random.normal(jax.random.key(0), (3, 4, 5)), "b": jnp.array([0.5, -2.0])}
-  ours, theirs = moments.scale_by_adam(**ADAM, dtype="bfloat16"), optax.scale_by_adam(**ADAM)
+  ours, theirs = optimizer_lib.scale_by_adam(**ADAM, dtype="bfloat16"), optax.scale_by_adam(**ADAM)
   change, after = ours.update(gradient, ours.init(gradient))
   expected, _ = theirs.update(gradient, theirs.init(gradient))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), change, expected)
@@ -73,10 +74,10 @@ def gradients(params, n):
 
 def test_one_device_and_eight_store_the_same_numbers_where_the_parameters_lie(mesh_of):
   # Adam alone: the norm of a clip would be summed in another order.
-  adam, ends = moments.scale_by_adam(**ADAM, dtype="bfloat16"), []
+  adam, ends = optimizer_lib.scale_by_adam(**ADAM, dtype="bfloat16"), []
   for mesh in (mesh_of(), mesh_of(data=2, fsdp=2, tensor=2)):
     params = placed(mesh)
-    moved = state.initial_state(params, adam).opt_state
+    moved = optimizer_lib.initial_state(params, adam).opt_state
     for tree in (moved.mu, moved.nu):
       for leaf, parameter in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
         assert leaf.dtype == jnp.bfloat16 and leaf.sharding.is_equivalent_to(parameter.sharding, leaf.ndim)
@@ -91,7 +92,7 @@ def test_one_device_and_eight_store_the_same_numbers_where_the_parameters_lie(me
 
 
 def test_each_array_layer_moment_and_update_has_bits_of_its_own():
-  adam = moments.scale_by_adam(b1=0.5, b2=0.5, eps=1e-8, dtype="bfloat16")
+  adam = optimizer_lib.scale_by_adam(b1=0.5, b2=0.5, eps=1e-8, dtype="bfloat16")
   value = jnp.full((2, 3, 64), 1.003)
   tree, moved, seen = {"a": value, "b": value}, adam.init({"a": value, "b": value}), []
   for _ in range(2):
@@ -102,7 +103,7 @@ def test_each_array_layer_moment_and_update_has_bits_of_its_own():
 
 def test_updates_after_a_checkpoint_are_those_without_it(tmp_path, mesh_of):
   params, optimizer = placed(mesh_of(fsdp=2, tensor=2)), optimizer_of("bfloat16")
-  apply = jax.jit(functools.partial(step.apply_gradients, optimizer, steps=1))
+  apply = jax.jit(functools.partial(update_lib.apply_gradients, optimizer, steps=1))
 
   def go_on(reached, start, stop):
     for n in range(start, stop):
@@ -110,12 +111,12 @@ def test_updates_after_a_checkpoint_are_those_without_it(tmp_path, mesh_of):
     return reached
 
   checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, minutes=0.0, keep=1)
-  middle = go_on(state.initial_state(params, optimizer), 0, 2)
+  middle = go_on(optimizer_lib.initial_state(params, optimizer), 0, 2)
   checkpoints.save(2, middle, {})
   checkpoints.close()
   expected, end = jax.device_get(middle), jax.device_get(go_on(middle, 2, 4))
   again = Checkpoints(tmp_path / "checkpoints", every=1, minutes=0.0, keep=1)
-  restored, _ = again.restore(state.initial_state(jax.tree.map(jnp.copy, params), optimizer))
+  restored, _ = again.restore(optimizer_lib.initial_state(jax.tree.map(jnp.copy, params), optimizer))
   assert equal(jax.device_get(restored), expected)
   assert equal(jax.device_get(go_on(restored, 2, 4)), end)
   again.close()
@@ -123,9 +124,9 @@ def test_updates_after_a_checkpoint_are_those_without_it(tmp_path, mesh_of):
 
 def test_the_state_is_donated_whole(mesh_of):
   params, optimizer = placed(mesh_of()), optimizer_of("bfloat16")
-  first = state.initial_state(params, optimizer)
+  first = optimizer_lib.initial_state(params, optimizer)
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(first.opt_state) if leaf.ndim)
   assert size == 4 * sum(leaf.size for leaf in jax.tree.leaves(params))  # two bytes each
-  apply = jax.jit(functools.partial(step.apply_gradients, optimizer, steps=1), donate_argnums=0)
+  apply = jax.jit(functools.partial(update_lib.apply_gradients, optimizer, steps=1), donate_argnums=0)
   compiled = apply.lower(first, gradients(params, 0), jnp.float32(1)).compile()
   assert compiled.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(first))

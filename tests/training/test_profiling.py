@@ -4,7 +4,7 @@ import types
 
 import jax.numpy as jnp
 
-from kepo_jax.training.profiling import WARM_UP, Profiler
+from kepo_jax.training.monitoring import WARM_UP, Profiler
 from kepo_jax.types import StepReport
 
 

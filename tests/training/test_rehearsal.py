@@ -8,8 +8,8 @@ from PIL import Image
 
 from experiments.configs import kepo
 from kepo_jax import training
-from kepo_jax.training import rehearsal
-from kepo_jax.training.profiling import CompileCounter
+from kepo_jax.training import compile_ahead
+from kepo_jax.training.monitoring import CompileCounter
 from tests.training.cases import example
 from tests.training.runs import Recorder, Signal, changed, equal, shrunk
 
@@ -91,10 +91,10 @@ def calls_of(questions, monkeypatch):
     kept = []
 
     def instead(run, state, start_, splits_):
-      kept.extend(rehearsal.calls(run, start, splits))
+      kept.extend(compile_ahead.calls(run, start, splits))
       raise Stop
 
-    monkeypatch.setattr(rehearsal, "compile_ahead", instead)
+    monkeypatch.setattr(compile_ahead, "compile_ahead", instead)
     with pytest.raises(Stop):
       training.train(mixed(train__compile_ahead=True, **changes), records=questions)
     return kept
@@ -121,7 +121,7 @@ def test_what_is_only_possible_comes_last_and_has_a_limit(calls_of, monkeypatch)
   first = calls.index(next(call for call in calls if call[0] == "update"))
   assert {call[0] for call in calls[:first]} == {"rollout", "evaluation"}
   assert len(named(calls, "update")) == 4
-  monkeypatch.setattr(rehearsal, "MOST_POSSIBLE", 3)
+  monkeypatch.setattr(compile_ahead, "MOST_POSSIBLE", 3)
   assert sum(call[0] in ("hint", "candidate") for call in calls_of()) == 3
 
 
@@ -138,7 +138,7 @@ class Asking(Signal):
 def test_a_run_that_is_asked_to_stop_ends_between_programs(questions, monkeypatch):
   hook, names = Asking(progress="compiling"), ("update", "rollout", "candidate", "evaluation", "hint", "answer")
   programs = dict.fromkeys(names, lambda size, pair: None)
-  monkeypatch.setattr(rehearsal, "rehearsed_programs", lambda run, state: programs)
+  monkeypatch.setattr(compile_ahead, "rehearsed_programs", lambda run, state: programs)
   with pytest.raises(training.Interrupted, match="interrupted after step 0; nothing was saved"):
     training.train(mixed(train__compile_ahead=True), records=questions, hooks=[hook], interruption=hook)
   assert hook.compiled == 1

@@ -9,10 +9,10 @@ import pytest
 
 from kepo_jax import training
 from kepo_jax.data.phantom import build as phantom
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.models.qwen3_vl import checkpoint
 from kepo_jax.training import lock
 from kepo_jax.training.checkpoints import steps_in
-from kepo_jax.training.files import RunFiles
+from kepo_jax.training.workdir import RunFiles
 from kepo_jax.types import Hook
 from tests import fake_bucket
 from tests.training.runs import SAME, Signal, equal, flip_a_bit, small, train
@@ -83,5 +83,5 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, local, tmp_path):
   assert any((folder / "tensorboard").iterdir()) and "run/lock.json" not in bucket.names("bucket")
   for name in ("model.safetensors", "tokenizer.json"):
     assert (folder / "model" / name).read_bytes() == (tmp_path / "run" / "model" / name).read_bytes()
-  _, exported = conversion.load_pretrained("gs://bucket/run/model")
+  _, exported = checkpoint.load_pretrained("gs://bucket/run/model")
   assert jax.tree.structure(exported) == jax.tree.structure(remote.state.params)

@@ -10,7 +10,7 @@ import pytest
 from experiments.configs import kepo, kepo_eq7
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import model
-from kepo_jax.training import forward, programs, residence, setup
+from kepo_jax.training import programs, setup, update
 from tests.training.runs import Recorder, changed, equal, small, train
 
 
@@ -28,9 +28,9 @@ def held():
 
 def test_a_phase_brings_weights_and_gives_them_up(mesh_of):
   expected = jax.device_get(weights(mesh_of(fsdp=2)))
-  home = residence.on_host(weights(mesh_of(fsdp=2)))
+  home = programs.on_host(weights(mesh_of(fsdp=2)))
   assert held() == ["pinned_host"]
-  resident = residence.Resident(home)
+  resident = programs.Resident(home)
   places = jax.tree.map(lambda x: x.sharding, weights(mesh_of(fsdp=2)))
   assert jax.tree.map(lambda x: x.sharding, resident.shapes) == places
   for _ in range(2):
@@ -49,7 +49,7 @@ def test_a_phase_brings_weights_and_gives_them_up(mesh_of):
   assert held() == ["pinned_host"]
   # Weights on the devices stay there.
   there = weights(mesh_of(fsdp=2))
-  with residence.Resident(there).on_device() as found:
+  with programs.Resident(there).on_device() as found:
     assert found["w"] is there["w"]
 
 
@@ -62,10 +62,10 @@ def test_targets_outlive_the_weights_that_made_them(tiny_config, tiny_params, ti
 
   found = []
   with jax.set_mesh(mesh):
-    for params in (placed(), residence.on_host(placed())):
+    for params in (placed(), programs.on_host(placed())):
       score = programs.targets_program([programs.Model(tiny_config, params)] * 2, parts=1)
       found.append(jax.device_get(score(batch.prompts, batch.tokens)))
-    expected = jax.jit(lambda p, b: forward.target(tiny_config, p, b.prompts, b.tokens, parts=1))(placed(), batch)
+    expected = jax.jit(lambda p, b: update.target(tiny_config, p, b.prompts, b.tokens, parts=1))(placed(), batch)
   assert equal(*found)
   np.testing.assert_array_equal(found[1][0].head, expected.head)
   np.testing.assert_array_equal(found[1][1].hidden, expected.hidden)
@@ -88,7 +88,7 @@ def test_a_backend_without_host_memory_is_named(mesh_of):
 @pytest.mark.slow
 def test_a_run_is_the_same_to_the_bit(questions):
   found = []
-  for place in residence.PLACES:
+  for place in programs.PLACES:
     recorder = Recorder()
     config = small(kepo_eq7, train__steps=2, eval__every=0, eval__test=False, model__teacher_memory=place)
     found.append((train(config, records=questions, hooks=[recorder]), recorder.reports))

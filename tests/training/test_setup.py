@@ -8,10 +8,11 @@ from PIL import Image
 
 from experiments.configs import kepo
 from kepo_jax import training
-from kepo_jax.data import pipeline, prompts
+from kepo_jax.data import processor as processor_lib
+from kepo_jax.data import prompts
 from kepo_jax.data.records import LONGEST
-from kepo_jax.training import question_checks, setup
-from kepo_jax.training.interruption import Interruption
+from kepo_jax.training import checks, setup
+from kepo_jax.training.signals import Interruption
 from kepo_jax.types import Hook
 from tests.data.cases import Layout, record
 from tests.training.cases import example
@@ -25,7 +26,7 @@ def small(**changes):
 
 
 def usable(config, records=None, hooks=()):
-  processor = pipeline.Processor.from_directory(
+  processor = processor_lib.Processor.from_directory(
     ASSETS / "confused",
     templates=prompts.TEMPLATES[config.data.templates],
     resize=config.data.resize,
@@ -117,10 +118,10 @@ def test_prompts_of_training_exploration_and_evaluation(asked):
 def test_the_wordings_that_a_run_uses():
   config = small(data__prompt="no_think", exploration__hint_tokens=17)
   hinted = {"hint_request": 0, "hint_and_answer": 17}
-  assert question_checks.prompt_kinds(config, "train") == {"no_think": 0} | hinted
-  assert question_checks.prompt_kinds(config, "validation") == {"evaluation": 0}
+  assert checks.prompt_kinds(config, "train") == {"no_think": 0} | hinted
+  assert checks.prompt_kinds(config, "validation") == {"evaluation": 0}
   config = config.replace({"exploration.trigger": "never"})
-  assert question_checks.prompt_kinds(config, "train") == {"no_think": 0}
+  assert checks.prompt_kinds(config, "train") == {"no_think": 0}
 
 
 class Stopped(Hook):

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from kepo_jax.training import OutOfMemory, job, loop, starting
+from kepo_jax.training import OutOfMemory, step, train
+from kepo_jax.training import prefetch as prefetch_lib
 from kepo_jax.types import Rollouts
 
 
@@ -31,7 +32,7 @@ def run_of(*, own=2, fails=()):
 
 @pytest.fixture(autouse=True)
 def nothing_is_placed(monkeypatch):
-  monkeypatch.setattr(starting.sharding, "place", lambda mesh, batch: batch)
+  monkeypatch.setattr(prefetch_lib.sharding, "place", lambda mesh, batch: batch)
 
 
 def state_of(name):
@@ -40,7 +41,7 @@ def state_of(name):
 
 def test_what_was_begun_is_taken_once():
   run = run_of()
-  prefetch = starting.Prefetch(run)
+  prefetch = prefetch_lib.Prefetch(run)
   prefetch.begin(state_of("a"), 3)
   assert prefetch.weights(state_of("a")) == "copy of a"
   begun = prefetch.take(state_of("a"), 3)
@@ -54,7 +55,7 @@ def test_what_was_begun_is_taken_once():
 
 def test_another_step_than_the_one_that_was_begun():
   run = run_of()
-  prefetch = starting.Prefetch(run)
+  prefetch = prefetch_lib.Prefetch(run)
   prefetch.begin(state_of("a"), 5)  # there is no such step any more
   assert run.log == []
   prefetch.begin(state_of("a"), 3)
@@ -63,7 +64,7 @@ def test_another_step_than_the_one_that_was_begun():
 
 def test_a_method_that_does_not_sample_and_a_step_that_fails_in_its_turn():
   run = run_of(own=0, fails=[2])
-  prefetch = starting.Prefetch(run)
+  prefetch = prefetch_lib.Prefetch(run)
   prefetch.begin(state_of("a"), 1)
   begun = prefetch.take(state_of("a"), 1)
   assert begun.rollouts is None and begun.weights is None and begun.examples == ["question 1"] and not run.log
@@ -74,9 +75,9 @@ def test_a_method_that_does_not_sample_and_a_step_that_fails_in_its_turn():
 
 def test_nothing_is_begun_where_another_process_cannot(monkeypatch):
   run = run_of()
-  prefetch = starting.Prefetch(run)
+  prefetch = prefetch_lib.Prefetch(run)
   with monkeypatch.context() as elsewhere:
-    elsewhere.setattr(starting.processes, "any_process", lambda *flags: (True,))
+    elsewhere.setattr(prefetch_lib.processes, "any_process", lambda *flags: (True,))
     prefetch.begin(state_of("a"), 3)
     assert run.log == []
     with pytest.raises(OSError, match="another process of this run has failed"):
@@ -87,9 +88,9 @@ def test_nothing_is_begun_where_another_process_cannot(monkeypatch):
 def test_out_of_memory_names_the_phase_whatever_says_so():
   full = [jax.errors.JaxRuntimeError(text) for text in ("RESOURCE_EXHAUSTED: 9 bytes", "Failed to allocate 9 bytes")]
   for error in (*full, ValueError("RESOURCE_EXHAUSTED"), MemoryError()):
-    with pytest.raises(OutOfMemory) as caught, job.telling_out_of_memory(), loop.PhaseClock()("update"):
+    with pytest.raises(OutOfMemory) as caught, train.telling_out_of_memory(), step.PhaseClock()("update"):
       raise error
     assert str(caught.value) == "out of memory in update"
   for other in (jax.errors.JaxRuntimeError("INVALID_ARGUMENT"), ValueError("an image")):
-    with pytest.raises(type(other), match=str(other)), job.telling_out_of_memory(), loop.PhaseClock()("update"):
+    with pytest.raises(type(other), match=str(other)), train.telling_out_of_memory(), step.PhaseClock()("update"):
       raise other

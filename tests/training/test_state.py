@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kepo_jax import sharding
-from kepo_jax.training import state
+from kepo_jax.training import optimizer as optimizer_lib
 
 OPTIMIZER = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
 
@@ -25,14 +25,14 @@ def test_schedule_by_hand():
     (0, 6, decay),
     (4, 2, [0.1, 0.2]),  # a warmup longer than the run
   ):
-    schedule = state.learning_rate_schedule(learning_rate=0.4, warmup_steps=warmup, steps=steps)
+    schedule = optimizer_lib.learning_rate_schedule(learning_rate=0.4, warmup_steps=warmup, steps=steps)
     np.testing.assert_allclose([schedule(i) for i in range(len(expected))], expected, rtol=1e-6, atol=1e-9)
     assert all(schedule(i) >= 0 for i in range(steps + 5))
 
 
 def test_the_rate_is_that_of_the_step_whatever_the_number_of_updates():
-  schedule = state.learning_rate_schedule(learning_rate=0.4, warmup_steps=0, steps=4)
-  optimizer = state.make_optimizer(schedule, **OPTIMIZER)
+  schedule = optimizer_lib.learning_rate_schedule(learning_rate=0.4, warmup_steps=0, steps=4)
+  optimizer = optimizer_lib.make_optimizer(schedule, **OPTIMIZER)
   params, gradient = {"a": jnp.zeros(1)}, {"a": jnp.array([0.5])}
   moments, moved = optimizer.init(params), []
   for step in (0, 0, 1, 3, 3):
@@ -45,7 +45,7 @@ def test_the_rate_is_that_of_the_step_whatever_the_number_of_updates():
 def test_the_optimizer_is_adamw_of_optax():
   chain = {"b1": 0.9, "b2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
   schedule = optax.linear_schedule(0.3, 0.1, 3)
-  ours = state.make_optimizer(schedule, clip_norm=1.0, **chain)
+  ours = optimizer_lib.make_optimizer(schedule, clip_norm=1.0, **chain)
   theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, **chain))
   left = right = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
   mine, other = ours.init(left), theirs.init(right)
@@ -68,8 +68,8 @@ def params(mesh_of):
 
 
 def test_the_first_state(params):
-  optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
-  first = state.initial_state(params, optimizer)
+  optimizer = optimizer_lib.make_optimizer(constant(0.1), **OPTIMIZER)
+  first = optimizer_lib.initial_state(params, optimizer)
   assert first.params is params
   assert all(counter.dtype == jnp.int32 and int(counter) == 0 for counter in (first.step, first.skipped))
   mu, nu = (optax.tree_utils.tree_get(first.opt_state, name) for name in ("mu", "nu"))
@@ -85,10 +85,10 @@ def test_the_first_state(params):
 
 
 def test_frozen_parts_have_no_moments(params):
-  optimizer = state.make_optimizer(constant(0.1), **OPTIMIZER)
-  first = state.initial_state(params, optimizer, ("visual",))
+  optimizer = optimizer_lib.make_optimizer(constant(0.1), **OPTIMIZER)
+  first = optimizer_lib.initial_state(params, optimizer, ("visual",))
   assert first.params is params  # they stay in the state, for the forward pass and the export
-  moving = state.trained(params, ("visual",))
+  moving = optimizer_lib.trained(params, ("visual",))
   for name in ("mu", "nu"):
     moment = optax.tree_utils.tree_get(first.opt_state, name)
     assert (

@@ -11,9 +11,9 @@ import pytest
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import layers, model
 from kepo_jax.objectives import losses
-from kepo_jax.training import forward, step
-from kepo_jax.training.inputs import UpdateSettings, make_inputs
-from kepo_jax.training.state import initial_state, make_optimizer
+from kepo_jax.training import update as update_lib
+from kepo_jax.training.optimizer import initial_state, make_optimizer
+from kepo_jax.training.update import UpdateSettings, make_inputs
 
 RATE = 0.5  # of plain SGD: without Adam's division an update is as accurate as its gradient
 FACTORS = (1.0, 0.0, 0.25)  # of the weight of the divergence, by step
@@ -44,10 +44,10 @@ def update(tiny_config, tiny_params, tiny_experience, teacher, allowed, mesh_of)
     places = sharding.weight_shardings(mesh, tiny_params, model.logical_axes(tiny_config))
     fresh = lambda: initial_state(jax.device_put(tiny_params, places), optimizer, settings.frozen)  # noqa: E731
     frozen = jax.device_put(teacher, places)
-    score = functools.partial(jax.jit(functools.partial(forward.target, tiny_config, parts=settings.parts)), frozen)
+    score = functools.partial(jax.jit(functools.partial(update_lib.target, tiny_config, parts=settings.parts)), frozen)
     wanted = token_loss.distils + bool(token_loss.reference_coefficient)
     with jax.set_mesh(mesh):
-      return mesh, fresh, score, wanted, step.Update(tiny_config, optimizer, token_loss, settings, fresh())
+      return mesh, fresh, score, wanted, update_lib.Update(tiny_config, optimizer, token_loss, settings, fresh())
 
   def run(experience=tiny_experience, *, axes=(), loss=None, compare=False, done=0, skipped=0, **settings):
     settings = {"compute_dtype": jnp.float32, "chunk": 4, "distill_factor": factor} | settings
@@ -83,7 +83,7 @@ def logits_of(tiny_config):
 
   @jax.jit
   def logits(params, prompts, tokens):
-    hidden = forward.hidden_of(tiny_config, params, prompts, tokens, remat="none")
+    hidden = update_lib.hidden_of(tiny_config, params, prompts, tokens, remat="none")
     return jnp.einsum("pgtd,vd->pgtv", hidden, model.head_weight(tiny_config, params))
 
   return logits
@@ -248,11 +248,13 @@ def test_moments_stay_where_an_update_is_skipped():
   params = {"a": jnp.array([1.0, 2.0])}
   optimizer = make_optimizer(lambda step: 0.1, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1, clip_norm=0.1)
   before = initial_state(jax.device_put(params, sharding.replicated(sharding.make_mesh())), optimizer)
-  before, figures = step.apply_gradients(optimizer, before, {"a": jnp.array([0.3, -0.4])}, jnp.float32(1), steps=1)
+  before, figures = update_lib.apply_gradients(
+    optimizer, before, {"a": jnp.array([0.3, -0.4])}, jnp.float32(1), steps=1
+  )
   assert float(figures["grad_norm"]) == pytest.approx(0.5)  # before it is clipped
   for gradient, loss in (([np.nan, 1.0], 1.0), ([0.1, 0.2], np.inf), ([3e38, 3e38], 1.0)):
     gradient = {"a": jnp.array(gradient, jnp.float32)}
-    after, figures = step.apply_gradients(optimizer, before, gradient, jnp.float32(loss), steps=1)
+    after, figures = update_lib.apply_gradients(optimizer, before, gradient, jnp.float32(loss), steps=1)
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
     assert figures["update/skipped"] == 1 and int(after.step) == 2 and int(after.skipped) == 1
 
@@ -366,5 +368,5 @@ def test_a_repeated_token_adds_up_in_bfloat16():
 
 def test_micro_batches_take_equal_rows_of_every_device():
   # Eight rows on four devices (two rows each) in two parts: each part has one row of every device.
-  parts = forward.micro_batches({"x": jnp.arange(8)}, 2)["x"]
+  parts = update_lib.micro_batches({"x": jnp.arange(8)}, 2)["x"]
   assert parts.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]

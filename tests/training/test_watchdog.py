@@ -3,7 +3,7 @@
 import threading
 import time
 
-from kepo_jax.training.watchdog import Watchdog
+from kepo_jax.training.monitoring import Watchdog
 from kepo_jax.types import StepReport
 from tests.training.cases import until
 

@@ -1,14 +1,89 @@
-"""Eight modality styles: very different rendering of the same findings.
-
-Each style is a function (scene, noise, lesions) -> picture: it paints the organ, blends the lesions towards the dark
-or bright colour of the modality, and then adds what the machine adds (speckle, grain, vignette, fan).
-"""
+"""Eight modality styles: very different rendering of the same findings, on a 64 x 64 canvas."""
 
 import numpy as np
 
-from kepo_jax.data.phantom import canvas
-from kepo_jax.data.phantom.canvas import X, Y, box, clouds, ellipse, grain, gray, paint, ramp, segment
 from kepo_jax.data.phantom.scenes import Scene
+
+SIDE = 64
+Y, X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float64)
+
+
+def ramp(distance: np.ndarray, width: float = 1.0) -> np.ndarray:
+  """0 outside, 1 inside; `distance` in pixels is positive inside, the edge is `width` pixels wide."""
+  return np.clip(distance / width + 0.5, 0.0, 1.0)
+
+
+def frame(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+  """Pixel coordinates x, y of the organ: centred, tilted and scaled as the scene says."""
+  x, y = X - 31.5 - scene.shift[0], Y - 31.5 - scene.shift[1]
+  c, s = np.cos(scene.tilt) / scene.scale, np.sin(scene.tilt) / scene.scale
+  return c * x + s * y, c * y - s * x
+
+
+def ellipse(x: np.ndarray, y: np.ndarray, a: float | np.ndarray, b: float) -> np.ndarray:
+  """Distance in pixels to the edge of an ellipse around 0, positive inside (exact on the axes)."""
+  return (1.0 - np.sqrt((x / a) ** 2 + (y / b) ** 2 + 1e-12)) * np.minimum(a, b)
+
+
+def box(x: np.ndarray, y: np.ndarray, a: float | np.ndarray, b: float, corner: float = 0.0) -> np.ndarray:
+  """Distance to the edge of a rectangle of half sides a and b with rounded corners, positive inside."""
+  dx, dy = np.abs(x) - a + corner, np.abs(y) - b + corner
+  outside = np.hypot(np.maximum(dx, 0), np.maximum(dy, 0))
+  return corner - outside - np.minimum(np.maximum(dx, dy), 0)
+
+
+def _weights(cells: int) -> np.ndarray:
+  """float64[64, cells], smooth interpolation from a coarse grid to the pixels."""
+  position = np.linspace(0, cells - 1, SIDE)
+  closeness = np.clip(1 - np.abs(position[:, None] - np.arange(cells)), 0, None)
+  smooth = closeness**2 * (3 - 2 * closeness)
+  return smooth / smooth.sum(axis=1, keepdims=True)
+
+
+_WEIGHTS = {cells: _weights(cells) for cells in (4, 6, 8, 12, 16, 24, 32, 48)}
+
+
+def clouds(rng: np.random.Generator, rows: int, columns: int | None = None) -> np.ndarray:
+  """Smooth noise in about -1.5..1.5 with `rows` x `columns` random cells."""
+  columns = columns or rows
+  return _WEIGHTS[rows] @ rng.uniform(-1.5, 1.5, (rows, columns)) @ _WEIGHTS[columns].T
+
+
+def grain(rng: np.random.Generator, strength: float) -> np.ndarray:
+  """Independent noise per pixel."""
+  return rng.uniform(-1.7, 1.7, (SIDE, SIDE)) * strength
+
+
+def segment(x: np.ndarray, y: np.ndarray, start: tuple[float, float], end: tuple[float, float]) -> np.ndarray:
+  """Distance in pixels to a straight segment (never negative)."""
+  dx, dy = end[0] - start[0], end[1] - start[1]
+  along = np.clip(((x - start[0]) * dx + (y - start[1]) * dy) / (dx * dx + dy * dy + 1e-9), 0, 1)
+  return np.hypot(x - start[0] - along * dx, y - start[1] - along * dy)
+
+
+def lesion_mask(scene: Scene) -> np.ndarray:
+  """Where the lesions are; in picture axes around the shifted centre, neither tilted nor scaled."""
+  mask = np.zeros((SIDE, SIDE))
+  x, y = X - 31.5 - scene.shift[0], Y - 31.5 - scene.shift[1]
+  for lesion in scene.lesions:
+    c, s = np.cos(lesion.angle), np.sin(lesion.angle)
+    dx, dy = x - lesion.x, y - lesion.y
+    stretch = np.sqrt(lesion.aspect)
+    distance = ellipse(c * dx + s * dy, c * dy - s * dx, lesion.radius * stretch, lesion.radius / stretch)
+    mask = np.maximum(mask, ramp(distance, 1.3))
+  return mask
+
+
+def gray(level: np.ndarray) -> np.ndarray:
+  """A picture of equal channels."""
+  return np.repeat(level[:, :, None], 3, axis=2)
+
+
+def paint(picture: np.ndarray, mask: np.ndarray, colour: tuple[float, ...] | float | np.ndarray) -> np.ndarray:
+  """`picture` blended towards one colour where the mask says; works on [64, 64] and [64, 64, 3]."""
+  if picture.ndim == 3:
+    mask = mask[:, :, None]
+  return picture + mask * (np.asarray(colour, dtype=np.float64) - picture)
 
 
 def _show(picture: np.ndarray, scene: Scene, lesions: np.ndarray, dark, bright, strength: float = 0.92) -> np.ndarray:
@@ -18,7 +93,7 @@ def _show(picture: np.ndarray, scene: Scene, lesions: np.ndarray, dark, bright, 
 
 
 def _mri(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
-  x, y = canvas.frame(scene)
+  x, y = frame(scene)
   level = np.full((64, 64), 0.02)
   if scene.organ == "brain":
     level = paint(level, ramp(ellipse(x, y, 28, 30.5), 1.5), 0.62)  # scalp
@@ -42,7 +117,7 @@ def _mri(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.nd
 
 
 def _ct(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
-  x, y = canvas.frame(scene)
+  x, y = frame(scene)
   level = np.zeros((64, 64))
   table = np.abs(Y - 60.5 + 0.006 * (X - 31.5) ** 2)
   level = paint(level, ramp(1.0 - table, 1.0), 0.7)  # the table under the patient
@@ -77,7 +152,7 @@ def _turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.
 
 
 def _xray(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
-  x, y = canvas.frame(scene)
+  x, y = frame(scene)
   if scene.organ == "chest":
     level = 0.66 + 0.05 * clouds(noise, 4)
     level = paint(level, ramp(-24 - y + 0.1 * np.abs(x), 4) * ramp(np.abs(x) - 8, 4), 0.28)  # air above the shoulders
@@ -102,7 +177,7 @@ def _xray(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.n
 
 
 def _ultrasound(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
-  x, y = canvas.frame(scene)
+  x, y = frame(scene)
   level = 0.4 + 0.06 * clouds(noise, 8)
   if scene.organ == "kidney":
     bean = ellipse(x, y - 0.006 * x * x, 27, 20)
@@ -125,7 +200,7 @@ def _ultrasound(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -
 
 
 def _dermoscopy(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
-  x, y = canvas.frame(scene)
+  x, y = frame(scene)
   tone = clouds(noise, 6)[:, :, None]
   picture = np.array([0.86, 0.63, 0.52]) + tone * np.array([0.02, 0.03, 0.03])
   if scene.organ == "skin":
@@ -150,7 +225,7 @@ def _dermoscopy(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -
 
 
 def _fundus(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
-  x, y = canvas.frame(scene)
+  x, y = frame(scene)
   centre = np.hypot(X - 31.5, Y - 31.5)
   glow = (1.0 - 0.3 * (centre / 31) ** 2 + 0.05 * clouds(noise, 8))[:, :, None]
   picture = glow * np.array([0.84, 0.4, 0.13])
@@ -186,7 +261,7 @@ def _vessels(x, y, disc: tuple[float, float], noise: np.random.Generator, straig
 
 
 def _oct(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
-  x, y = canvas.frame(scene)
+  x, y = frame(scene)
   wave = 0.8 * np.sin(X / 13 + noise.uniform(0, 6)) + scene.shift[1]
   dip = 7.5 * np.exp(-((x / 7) ** 2)) if scene.organ == "fovea" else 11.0 * np.exp(-((x / 4.8) ** 4))
   level = np.full((64, 64), 0.05)
@@ -215,7 +290,7 @@ def _blood_cells(x: np.ndarray, y: np.ndarray, noise: np.random.Generator) -> np
 
 
 def _microscopy(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
-  x, y = canvas.frame(scene)
+  x, y = frame(scene)
   if scene.organ == "blood":
     picture = np.array([0.9, 0.85, 0.84]) + 0.012 * clouds(noise, 8)[:, :, None]
     cell = _blood_cells(x, y, noise)
@@ -249,5 +324,5 @@ STYLES = {
 def draw(scene: Scene) -> np.ndarray:
   """The picture of a scene, uint8[64, 64, 3]."""
   noise = np.random.default_rng(scene.texture)
-  picture = STYLES[scene.modality](scene, noise, canvas.lesion_mask(scene))
+  picture = STYLES[scene.modality](scene, noise, lesion_mask(scene))
   return np.round(np.clip(picture, 0.0, 1.0) * 255).astype(np.uint8)

@@ -11,8 +11,8 @@ from array_record.python import array_record_module
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
-from kepo_jax.data import image_files, splits
-from kepo_jax.data.rules import Rejected
+from kepo_jax.data import images, splits
+from kepo_jax.data.cleaning import Rejected
 from kepo_jax.data.tfds import folders, records
 from kepo_jax.models.qwen3_vl.config import shown
 from kepo_jax.types import Example
@@ -96,7 +96,7 @@ def _stored(image: Any, name: bytes) -> str:
       'decoders={"images": EncodedImages()}'
     )
   try:
-    return image_files.store(image, check=True)
+    return images.store(image, check=True)
   except Rejected as rejected:
     raise ValueError(f"question {name.decode()}: {rejected}; build the data set again") from rejected
 

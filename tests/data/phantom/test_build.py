@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kepo_jax.data import omnimedvqa
 from kepo_jax.data.phantom import build, drawing, scenes
+from kepo_jax.data.readers import omnimedvqa
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from kepo_jax.data.phantom import canvas, drawing, scenes
+from kepo_jax.data.phantom import drawing, scenes
 
 
 @pytest.mark.parametrize("modality", scenes.MODALITIES)
@@ -18,17 +18,17 @@ def test_lesions_darken_or_brighten_their_place(modality):
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
     np.testing.assert_array_equal(picture, drawing.draw(scene))
     healthy = drawing.draw(dataclasses.replace(scene, lesions=()))
-    inside = canvas.lesion_mask(scene) > 0.9
+    inside = drawing.lesion_mask(scene) > 0.9
     change = picture.astype(float).mean(axis=2) - healthy.astype(float).mean(axis=2)
     assert (change[inside].mean() > 12) if tone == "bright" else (change[inside].mean() < -12), (organ, size, tone)
-    outside = canvas.lesion_mask(scene) == 0
+    outside = drawing.lesion_mask(scene) == 0
     np.testing.assert_array_equal(picture[outside], healthy[outside])
 
 
 def test_the_mask_holds_as_many_blobs_as_lesions():
   for seed in range(20):
     scene = scenes.draw_scene(np.random.default_rng(seed), "MRI")
-    assert ndimage.label(canvas.lesion_mask(scene) > 0.5, np.ones((3, 3)))[1] == scene.count
+    assert ndimage.label(drawing.lesion_mask(scene) > 0.5, np.ones((3, 3)))[1] == scene.count
 
 
 def test_modalities_differ_more_between_than_within():

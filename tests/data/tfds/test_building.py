@@ -9,8 +9,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from kepo_jax.data import images, omnimedvqa, splits
+from kepo_jax.data import images, splits
 from kepo_jax.data.phantom import build as phantom
+from kepo_jax.data.readers import omnimedvqa
 from kepo_jax.data.tfds import building, reading
 from kepo_jax.data.tfds.omnimedvqa import Builder
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder

@@ -12,7 +12,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from kepo_jax.data import dealing, images, omnimedvqa, splits
+from kepo_jax.data import images, splits, splitting
+from kepo_jax.data.readers import omnimedvqa
 from kepo_jax.data.tfds import building, folders, reading, records
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
 from kepo_jax.types import Example
@@ -135,7 +136,7 @@ def test_records_of_another_kind_are_refused(built, tmp_path, monkeypatch):
 
 def test_the_loader_of_a_run_reads_it(built, download):
   numbers = {"train": 6, "validation_per_modality": 2, "test_per_modality": 4, "seed": 3}
-  expected = dealing.split_by_modality(omnimedvqa.read(download)[0], **numbers).as_dict()
+  expected = splitting.split_by_modality(omnimedvqa.read(download)[0], **numbers).as_dict()
   kinds = {pathlib.Path(each.images[0]).suffix for part in expected.values() for each in part}
   assert {".tif", ".bmp", ".png", ".jpg"} <= kinds
   for directory in (built.directory, built.directory.parents[2]):

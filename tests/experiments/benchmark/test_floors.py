@@ -10,8 +10,8 @@ from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import LoraConfig, Qwen3VLConfig
 from kepo_jax.objectives import losses
 from kepo_jax.planning.chips import Chip
-from kepo_jax.training import inputs, state
-from kepo_jax.training.forward import Target
+from kepo_jax.training import optimizer, update
+from kepo_jax.training.update import Target
 from kepo_jax.types import Experience
 from tests.models.qwen3_vl import cases
 from tests.planning.test_memory import optimizer_of
@@ -72,7 +72,7 @@ def update_work(**settings):
   params = model.abstract_params(CONFIG)
   counter = jax.ShapeDtypeStruct((), jnp.int32)
   kept = jax.eval_shape(optimizer_of("float32").init, params)
-  now = state.TrainState(step=counter, params=params, opt_state=kept, skipped=counter)
+  now = optimizer.TrainState(step=counter, params=params, opt_state=kept, skipped=counter)
   flags = {name: jnp.ones((P, G), bool) for name in ("gate", "injected", "supervised", "kept")}
   experience = Experience(
     prompts=PROMPTS, tokens=jnp.ones((P, G, T), jnp.int32), mask=jnp.ones((P, G, T), bool),
@@ -80,7 +80,7 @@ def update_work(**settings):
   )  # fmt: skip
   targets = (Target(hidden=jnp.zeros((P, G, T, 32)), head=jnp.zeros((96, 32))),)
   token_loss = losses.KepoTokenLoss(allowed=jnp.ones(96, bool))
-  whole = inputs.UpdateSettings(compute_dtype=jnp.float32, chunk=8, **settings)
+  whole = update.UpdateSettings(compute_dtype=jnp.float32, chunk=8, **settings)
   make = functools.partial(floors.update, CONFIG, token_loss, whole, now, experience, targets)
   return make(chip=CHIP, devices=1), numbers(params)
 

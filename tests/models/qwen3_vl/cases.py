@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kepo_jax.models.qwen3_vl import conversion, model, positions
+from kepo_jax.models.qwen3_vl import checkpoint, model, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Prompts, VisionInputs
 
@@ -163,8 +163,8 @@ SMALL_PROMPTS = [(3, (4, 4), 2), (2, (4, 2), 1, (2, 4), 1), (6,), (1, (2, 6), 1)
 
 def as_tensors(config: Qwen3VLConfig, tree: Any) -> dict[str, np.ndarray]:
   """A tree like the parameters as tensors with the names and shapes of the checkpoint."""
-  tensor = conversion._tensor_source(conversion._leaves(config), tree, np.dtype(np.float32))
-  return {name: tensor(name) for leaf in conversion._leaves(config).values() for name in leaf.names}
+  tensor = checkpoint._tensor_source(checkpoint._leaves(config), tree, np.dtype(np.float32))
+  return {name: tensor(name) for leaf in checkpoint._leaves(config).values() for name in leaf.names}
 
 
 # Stored as golden vectors: every trap in as few models as possible, so that few programs are compiled.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.models.qwen3_vl import checkpoint
 from tests.models.qwen3_vl import cases
 
 
@@ -97,7 +97,7 @@ class Oracle:
 
 def saved(folder: pathlib.Path, case: cases.Case) -> pathlib.Path:
   """A checkpoint of the case, with the case's own config.json: both schemas then reach both readers."""
-  conversion.save_pretrained(folder, case.config, case.params(), dtype=np.float32)
+  checkpoint.save_pretrained(folder, case.config, case.params(), dtype=np.float32)
   (folder / "config.json").write_text(json.dumps(case.record))
   return folder
 

@@ -16,7 +16,7 @@ import safetensors.numpy
 from absl.testing import flagsaver
 
 from kepo_jax import sharding
-from kepo_jax.models.qwen3_vl import conversion, model, safetensors_files, side_files
+from kepo_jax.models.qwen3_vl import checkpoint, model, safetensors_files, side_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from tests import fake_bucket
 from tests.models.qwen3_vl import cases
@@ -33,7 +33,7 @@ def assert_same(actual, expected):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
   directory = tmp_path_factory.mktemp("source") / "tiny"
-  conversion.save_pretrained(directory, CONFIG, PARAMS, dtype=np.float32)
+  checkpoint.save_pretrained(directory, CONFIG, PARAMS, dtype=np.float32)
   (directory / "config.json").write_text(json.dumps(RECORD))
   (directory / "tokenizer.json").write_bytes(b'{"a":\r\n 1}')
   (directory / "chat_template.jinja").write_text("{{ messages }}")
@@ -56,7 +56,7 @@ def broken(source, tmp_path):
 
 
 def test_names_and_shapes_are_those_of_the_checkpoint(source):
-  config, params = conversion.load_pretrained(source)
+  config, params = checkpoint.load_pretrained(source)
   assert config == CONFIG
   assert_same(params, PARAMS)
   tensors = safetensors.numpy.load_file(source / "model.safetensors")  # a reader that is not ours
@@ -73,7 +73,7 @@ def test_names_and_shapes_are_those_of_the_checkpoint(source):
 @pytest.fixture(scope="module")
 def orbax(source, tmp_path_factory):
   folder = tmp_path_factory.mktemp("orbax") / "tiny"
-  conversion.save_orbax(folder, CONFIG, PARAMS, source=source)
+  checkpoint.save_orbax(folder, CONFIG, PARAMS, source=source)
   return folder
 
 
@@ -83,7 +83,7 @@ def stored(request):
 
 
 def test_shards_with_an_index_hold_the_same_bfloat16_weights(source, tmp_path):
-  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source, max_shard_bytes=30_000)
+  checkpoint.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source, max_shard_bytes=30_000)
   index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
   files = sorted((tmp_path / "out").glob("*.safetensors"))
   assert len(files) > 2 and {file.name for file in files} == set(index["weight_map"].values())
@@ -91,15 +91,15 @@ def test_shards_with_an_index_hold_the_same_bfloat16_weights(source, tmp_path):
   assert index["metadata"]["total_size"] == total
   assert len(files) <= 2 * total // 30_000 + 1  # two neighbours are more than one file may hold
   assert all(file.stat().st_size < 30_000 + 10_000 for file in files)  # tensors and a header
-  _, params = conversion.load_pretrained(tmp_path / "out")
+  _, params = checkpoint.load_pretrained(tmp_path / "out")
   assert_same(params, jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), PARAMS))
 
 
 def test_export_keeps_the_source_but_for_the_dtype(source, tmp_path):
-  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source)
+  checkpoint.save_pretrained(tmp_path / "out", CONFIG, PARAMS, source=source)
   # An earlier export is replaced, and the form of attention is that of a run.
   plain = dataclasses.replace(CONFIG, attention="plain")
-  conversion.save_pretrained(tmp_path / "out", plain, PARAMS, source=source)
+  checkpoint.save_pretrained(tmp_path / "out", plain, PARAMS, source=source)
   assert json.loads((tmp_path / "out" / "config.json").read_text()) == RECORD | {"dtype": "bfloat16"}
   names = {file.name for file in (tmp_path / "out").iterdir()}
   assert names == {"README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"}
@@ -110,7 +110,7 @@ def test_an_export_says_how_the_model_was_trained(source, tmp_path):
   declared = {"kepo_templates": "standard", "kepo_resize": "native"}
 
   def exported(name, source, **options):
-    conversion.save_pretrained(tmp_path / name, CONFIG, PARAMS, source=source, **options)
+    checkpoint.save_pretrained(tmp_path / name, CONFIG, PARAMS, source=source, **options)
     return tmp_path / name / "tokenizer_config.json"
 
   first = exported("first", source, declared=declared)
@@ -127,16 +127,16 @@ def test_an_export_says_how_the_model_was_trained(source, tmp_path):
 def test_what_does_not_fit_is_not_written(source, tmp_path):
   (tmp_path / "thesis.tex").write_text("years of work")
   with pytest.raises(ValueError, match="no earlier export"):
-    conversion.save_pretrained(tmp_path, CONFIG, PARAMS, source=source)
+    checkpoint.save_pretrained(tmp_path, CONFIG, PARAMS, source=source)
   assert (tmp_path / "thesis.tex").exists()
   params = PARAMS | {"lm_head": {"weight": np.zeros((96, 32), np.float32)}}
   with pytest.raises(ValueError, match=r"lm_head.*instead of None"):
-    conversion.save_pretrained(tmp_path / "out", CONFIG, params)
+    checkpoint.save_pretrained(tmp_path / "out", CONFIG, params)
   with pytest.raises(ValueError, match="is the source itself"):
-    conversion.save_pretrained(source, CONFIG, PARAMS, source=source)
+    checkpoint.save_pretrained(source, CONFIG, PARAMS, source=source)
   other = dataclasses.replace(CONFIG, image_token_id=89)
   with pytest.raises(ValueError, match="describes another model"):
-    conversion.save_pretrained(tmp_path / "out", other, PARAMS, source=source)
+    checkpoint.save_pretrained(tmp_path / "out", other, PARAMS, source=source)
   assert not (tmp_path / "out").exists()
 
 
@@ -149,7 +149,7 @@ class Killed(BaseException):
 def test_an_export_that_was_killed_is_finished_by_the_next(source, tmp_path, monkeypatch, call, after):
   """Killed before or after each renaming and deleting; half of a folder may be gone by then."""
   directory, later = tmp_path / "out", jax.tree.map(lambda x: x + 1, PARAMS)
-  export = functools.partial(conversion.save_pretrained, directory, CONFIG, source=source, dtype=np.float32)
+  export = functools.partial(checkpoint.save_pretrained, directory, CONFIG, source=source, dtype=np.float32)
   export(PARAMS)
   old = {path.name for path in directory.iterdir()}
   calls = itertools.count()
@@ -173,22 +173,22 @@ def test_an_export_that_was_killed_is_finished_by_the_next(source, tmp_path, mon
     export(later)
   if directory.exists():  # a whole model, old or new
     assert {path.name for path in directory.iterdir()} == old
-    found = jax.tree.leaves(conversion.load_pretrained(directory)[1])
+    found = jax.tree.leaves(checkpoint.load_pretrained(directory)[1])
     assert any(all(map(np.array_equal, found, jax.tree.leaves(params))) for params in (PARAMS, later))
   side_files.check_replaceable(directory)
   export(later)
-  assert_same(conversion.load_pretrained(directory)[1], later)
+  assert_same(checkpoint.load_pretrained(directory)[1], later)
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_old_model_comes_back_if_no_new_one_took_its_place(source, tmp_path, monkeypatch):
   directory = tmp_path / "out"
-  conversion.save_pretrained(directory, CONFIG, PARAMS, source=source, dtype=np.float32)
+  checkpoint.save_pretrained(directory, CONFIG, PARAMS, source=source, dtype=np.float32)
   directory.rename(tmp_path / ".out.replaced")  # killed between two renamings
   monkeypatch.setattr(safetensors_files, "write", lambda *args, **kwargs: 1 / 0)  # and again, while weights are written
   with pytest.raises(ZeroDivisionError):
-    conversion.save_pretrained(directory, CONFIG, PARAMS, source=source)
-  assert_same(conversion.load_pretrained(directory)[1], PARAMS)
+    checkpoint.save_pretrained(directory, CONFIG, PARAMS, source=source)
+  assert_same(checkpoint.load_pretrained(directory)[1], PARAMS)
 
 
 def test_one_error_lists_everything_that_does_not_fit(broken):
@@ -199,7 +199,7 @@ def test_one_error_lists_everything_that_does_not_fit(broken):
     tensors["model.visual.pos_embed.weight"] = tensors["model.visual.pos_embed.weight"].astype(np.int32)
 
   with pytest.raises(ValueError) as caught:
-    conversion.load_pretrained(broken(change))
+    checkpoint.load_pretrained(broken(change))
   for problem in (
     "1 missing: model.language_model.norm.weight",
     "1 unknown: 'model.visual.extra'",
@@ -215,39 +215,39 @@ def test_truncated_tensors_are_listed(broken):
   file.write_bytes(file.read_bytes()[:-8])
   # The last tensor in the file is the last name in the alphabet.
   with pytest.raises(ValueError, match="1 truncated: model.visual.pos_embed.weight in 'model.safetensors'"):
-    conversion.load_pretrained(folder)
+    checkpoint.load_pretrained(folder)
   file.write_bytes(file.read_bytes()[:100])
   with pytest.raises(ValueError, match="truncated or not a safetensors file"):
-    conversion.load_pretrained(folder)
+    checkpoint.load_pretrained(folder)
 
 
 def test_a_missing_shard_is_named(tmp_path):
-  conversion.save_pretrained(tmp_path / "out", CONFIG, PARAMS, max_shard_bytes=60_000)
+  checkpoint.save_pretrained(tmp_path / "out", CONFIG, PARAMS, max_shard_bytes=60_000)
   sorted((tmp_path / "out").glob("*.safetensors"))[1].unlink()
   with pytest.raises(ValueError, match="files that do not exist: 'model-00002-of-"):
-    conversion.load_pretrained(tmp_path / "out")
+    checkpoint.load_pretrained(tmp_path / "out")
 
 
 def test_only_a_tied_checkpoint_goes_without_its_head(broken):
   def repeat(tensors):
     tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
 
-  assert "lm_head" not in conversion.load_pretrained(broken(repeat))[1]
+  assert "lm_head" not in checkpoint.load_pretrained(broken(repeat))[1]
   with pytest.raises(ValueError, match="1 missing: lm_head.weight"):
-    conversion.load_pretrained(broken(lambda tensors: None, RECORD | {"tie_word_embeddings": False}))
+    checkpoint.load_pretrained(broken(lambda tensors: None, RECORD | {"tie_word_embeddings": False}))
 
 
 def test_what_is_no_folder_is_refused(tmp_path):
   with pytest.raises(ValueError, match="is no folder"):
-    conversion.load_pretrained(tmp_path / "absent")
+    checkpoint.load_pretrained(tmp_path / "absent")
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ValueError, match="config.json is not JSON"):
-    conversion.load_pretrained(tmp_path)
+    checkpoint.load_pretrained(tmp_path)
   with pytest.raises(ValueError, match="Hub did not deliver it"):
-    conversion.load_pretrained("org/name")  # the suite is offline
+    checkpoint.load_pretrained("org/name")  # the suite is offline
   (tmp_path / "config.json").write_text(json.dumps(RECORD))
   with pytest.raises(ValueError, match="only safetensors weights are read"):
-    conversion.load_pretrained(tmp_path)
+    checkpoint.load_pretrained(tmp_path)
 
 
 def test_host_holds_one_shard_at_a_time(tmp_path, mesh_of):
@@ -255,14 +255,14 @@ def test_host_holds_one_shard_at_a_time(tmp_path, mesh_of):
   record = cases.config_record(text={"hidden_size": 64, "intermediate_size": 2048, "vocab_size": 512})
   config = Qwen3VLConfig.from_dict(record)
   params = cases.redrawn(model.abstract_params(config), seed=1)
-  conversion.save_pretrained(tmp_path / "wide", config, params, dtype=np.float32)
+  checkpoint.save_pretrained(tmp_path / "wide", config, params, dtype=np.float32)
   mesh = mesh_of(1, 4, 2)
   largest_leaf = max(leaf.nbytes for leaf in jax.tree.leaves(params))
   assert largest_leaf == 4 * 64 * 2048 * 4
 
-  conversion.load_pretrained(tmp_path / "wide", mesh=mesh)  # imports and compilations count in the first load
+  checkpoint.load_pretrained(tmp_path / "wide", mesh=mesh)  # imports and compilations count in the first load
   tracemalloc.start()
-  _, loaded = conversion.load_pretrained(tmp_path / "wide", mesh=mesh)
+  _, loaded = checkpoint.load_pretrained(tmp_path / "wide", mesh=mesh)
   kept, peak = tracemalloc.get_traced_memory()  # a CPU device may adopt a shard instead of copying it
   tracemalloc.stop()
 
@@ -277,7 +277,7 @@ def test_host_holds_one_shard_at_a_time(tmp_path, mesh_of):
 )
 def test_layers_side_by_side_are_those_of_the_stack(stored, layout, mesh_of):
   mesh, wanted = mesh_of(1, 4, 2), model.separated(PARAMS)
-  _, params = conversion.load_pretrained(stored, mesh=mesh, layout=layout, separate=True)
+  _, params = checkpoint.load_pretrained(stored, mesh=mesh, layout=layout, separate=True)
   assert_same(params, wanted)
   places = sharding.weight_shardings(mesh, wanted, model.separated_axes(CONFIG), layout)
   assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), params, places))
@@ -296,7 +296,7 @@ def test_layers_side_by_side_are_no_second_copy(stored, monkeypatch):
     return result
 
   monkeypatch.setattr(jax, "block_until_ready", waited)
-  _, params = conversion.load_pretrained(stored, mesh=sharding.make_mesh(1, 1, 1), separate=True)
+  _, params = checkpoint.load_pretrained(stored, mesh=sharding.make_mesh(1, 1, 1), separate=True)
   assert 0 < most[0] - kept <= sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + spare
 
 
@@ -321,7 +321,7 @@ def test_a_bucket_is_converted_like_a_disk(convert_qwen_vl, source, tmp_path, mo
     for target, back in (("gs://bucket/back", bucket / "back"), (tmp_path / "back", tmp_path / "back")):
       convert("gs://bucket/orbax", target)
       assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-    assert_same(conversion.load_pretrained("gs://bucket/back")[1], PARAMS)
+    assert_same(checkpoint.load_pretrained("gs://bucket/back")[1], PARAMS)
     with pytest.raises(ValueError, match="gs://bucket/mine exists and is no earlier export"):
       convert(source, "gs://bucket/mine")
   assert (bucket / "mine" / "thesis.txt").exists()

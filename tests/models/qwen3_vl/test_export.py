@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from kepo_jax import sampling
-from kepo_jax.data import omnimedvqa, pipeline, prompts, splits
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.data import processor as processor_lib
+from kepo_jax.data import prompts, splits
+from kepo_jax.data.readers import omnimedvqa
+from kepo_jax.models.qwen3_vl import checkpoint
 from tests.conftest import ROOT
 
 NEW_TOKENS = 24
@@ -22,13 +24,13 @@ def test_transformers_generates_the_same_tokens(tmp_path):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   folder = tmp_path / "model"  # as a run leaves it
-  config, params = conversion.load_pretrained(STUDENT, jnp.float32)
-  conversion.save_pretrained(folder, dataclasses.replace(config, attention="plain"), params, source=STUDENT)
+  config, params = checkpoint.load_pretrained(STUDENT, jnp.float32)
+  checkpoint.save_pretrained(folder, dataclasses.replace(config, attention="plain"), params, source=STUDENT)
   examples, _ = omnimedvqa.read(splits.phantom_roots()["test"])
   questions = list({example.modality: example for example in examples}.values())  # one of each
 
-  config, params = conversion.load_pretrained(folder, jnp.float32)
-  processor = pipeline.Processor.from_directory(folder, templates=prompts.BRIEF)
+  config, params = checkpoint.load_pretrained(folder, jnp.float32)
+  processor = processor_lib.Processor.from_directory(folder, templates=prompts.BRIEF)
   batch = processor.prompts(questions, "evaluation")
   greedy = functools.partial(sampling.sample, samples=1, max_new_tokens=NEW_TOKENS, temperature=0.0)
   special = {"end_ids": processor.end_ids, "pad_id": processor.pad_id, "allowed": jnp.asarray(processor.allowed)}

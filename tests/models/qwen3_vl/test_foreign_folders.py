@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kepo_jax.models.qwen3_vl import conversion, model, safetensors_files
+from kepo_jax.models.qwen3_vl import checkpoint, model, safetensors_files
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from tests.models.qwen3_vl import cases
 
@@ -22,7 +22,7 @@ def original(tmp_path_factory):
   folder = tmp_path_factory.mktemp("original") / "model"
   config = Qwen3VLConfig.from_dict(RECORD)
   params = cases.redrawn(model.abstract_params(config), seed=0)
-  conversion.save_pretrained(folder, config, params, dtype=np.float32)
+  checkpoint.save_pretrained(folder, config, params, dtype=np.float32)
   (folder / "config.json").write_text(json.dumps(RECORD))
   return folder
 
@@ -38,17 +38,17 @@ def tensors_of(folder):
 
 
 def loaded_embedding(folder):
-  return conversion.load_pretrained(folder)[1]["language_model"]["embed_tokens"]["weight"]
+  return checkpoint.load_pretrained(folder)[1]["language_model"]["embed_tokens"]["weight"]
 
 
 def refusal(folder):
   """What loading says, which must be one line of moderate length; "" where it loads what safetensors reads."""
   try:
-    config, params = conversion.load_pretrained(folder)
+    config, params = checkpoint.load_pretrained(folder)
   except ValueError as error:
     assert "\n" not in str(error) and len(str(error)) < 2000 and str(folder) in str(error), error
     return str(error)
-  conversion.save_pretrained(folder / "export", config, params, dtype=np.float32)
+  checkpoint.save_pretrained(folder / "export", config, params, dtype=np.float32)
   written, expected = tensors_of(folder / "export"), tensors_of(folder)
   assert written.keys() == expected.keys()
   for name, tensor in expected.items():
@@ -80,16 +80,16 @@ def test_a_damaged_index_is_named(folder, text):
 def test_a_head_of_its_own_is_not_dropped(folder):
   tensors = tensors_of(folder)
   safetensors.numpy.save_file(tensors | {"lm_head.weight": tensors[EMBEDDING]}, folder / "model.safetensors")
-  assert "lm_head" not in conversion.load_pretrained(folder)[1]
+  assert "lm_head" not in checkpoint.load_pretrained(folder)[1]
   safetensors.numpy.save_file(tensors | {"lm_head.weight": tensors[EMBEDDING] + 1}, folder / "model.safetensors")
   assert "lm_head.weight" in (said := refusal(folder)) and "tie_word_embeddings" in said
 
 
 def test_an_adapter_beside_the_weights_is_told_and_not_exported(folder, tmp_path, caplog):
   (folder / "adapter_config.json").write_text("{}")
-  config, params = conversion.load_pretrained(folder)
+  config, params = checkpoint.load_pretrained(folder)
   assert "adapter_config.json" in caplog.text
-  conversion.save_pretrained(tmp_path / "export", config, params, source=folder)
+  checkpoint.save_pretrained(tmp_path / "export", config, params, source=folder)
   assert not list((tmp_path / "export").glob("adapter*"))
 
 

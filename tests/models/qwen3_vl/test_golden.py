@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kepo_jax.models.qwen3_vl import conversion
+from kepo_jax.models.qwen3_vl import checkpoint
 from tests.models.qwen3_vl import cases, runs
 
 LIVE = [pytest.param(case, marks=pytest.mark.parity) for case in cases.CASES]
@@ -81,9 +81,9 @@ def test_transformers_and_back_is_bit_exact(case, tmp_path):
 
   theirs = oracle.Oracle(oracle.saved(tmp_path / "model", case), case).model
   theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
-  config, params = conversion.load_pretrained(tmp_path / "theirs")
+  config, params = checkpoint.load_pretrained(tmp_path / "theirs")
   assert config == case.config
-  conversion.save_pretrained(tmp_path / "ours", config, params, source=tmp_path / "theirs", dtype=np.float32)
+  checkpoint.save_pretrained(tmp_path / "ours", config, params, source=tmp_path / "theirs", dtype=np.float32)
   back = type(theirs).from_pretrained(tmp_path / "ours", dtype=torch.float32).state_dict()
   stored = theirs.state_dict()
   assert back.keys() == stored.keys()

@@ -11,8 +11,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging
 
-from kepo_jax.data import omnimedvqa, splits
+from kepo_jax.data import splits
 from kepo_jax.data.phantom import build
+from kepo_jax.data.readers import omnimedvqa
 from kepo_jax.data.tfds import folders, records
 from kepo_jax.types import Example
 

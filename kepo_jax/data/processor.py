@@ -1,0 +1,415 @@
+"""From questions to device-ready prompts, and back from tokens to text.
+
+`Processor` joins a checkpoint's tokenizer, chat template, image settings and model geometry. Everything here is
+host-side NumPy; sizes go to a small set of buckets, so that a run compiles a handful of programs.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import pathlib
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import chex
+import jax
+import numpy as np
+
+from kepo_jax.data import images, tokenization
+from kepo_jax.data import prompts as wordings
+from kepo_jax.data.cleaning import Rejected
+from kepo_jax.models.qwen3_vl import checkpoint, positions
+from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
+from kepo_jax.types import Example, Prompts, VisionInputs
+
+T = TypeVar("T")
+
+PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)  # tokens
+PATCH_BUCKETS = (64, 256, 576, 1024, 2304, 4096, 16384)  # patch rows
+CACHE_BYTES = 1 << 30  # decoded patches held in memory; 2,400 images of 384 x 384
+
+
+def row_id(example_id: str) -> int:
+  """Identity of a question, uint32: the same in every process, run and version of Python."""
+  return zlib.crc32(example_id.encode("utf-8", "surrogatepass"))
+
+
+def shuffled(examples: Sequence[Example], *salt: object) -> list[Example]:
+  """The questions in an order that depends on their ids and the salt alone: not on their order, nor on NumPy's."""
+  prefix = "".join(f"{part}/" for part in salt)
+
+  def rank(example: Example) -> bytes:
+    return hashlib.sha256((prefix + example.id).encode("utf-8", "surrogatepass")).digest()
+
+  return sorted(examples, key=rank)
+
+
+def batch_at(examples: Sequence[Example], batch_size: int, *, seed: int, step: int) -> list[Example]:
+  """The batch of one step; each epoch is a new permutation, whose remainder below a batch is left out.
+
+  Args:
+    examples: at least `batch_size` questions.
+    batch_size: P.
+    seed: fixes the order.
+    step: number of batches before this one.
+
+  Raises:
+    ValueError: fewer questions than one batch needs.
+  """
+  epoch, place = divmod(step, _batches_of(examples, batch_size))
+  return shuffled(examples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+def _batches_of(examples: Sequence[Example], batch_size: int) -> int:
+  """Batches in an epoch."""
+  if len(examples) < batch_size:
+    raise ValueError(f"{len(examples)} questions do not fill a batch of {batch_size}; lower batch.prompts.")
+  return len(examples) // batch_size
+
+
+def epoch_batches(
+  examples: Sequence[Example], batch_size: int, seed: int, start_step: int = 0
+) -> Iterator[list[Example]]:
+  """Endless batches of `batch_at` from a step on: resuming at a step gives what an unbroken run would have given."""
+  ordered: tuple[int, list[Example]] = (-1, [])
+  for step in itertools.count(start_step):
+    epoch, place = divmod(step, _batches_of(examples, batch_size))
+    if ordered[0] != epoch:
+      ordered = epoch, shuffled(examples, seed, epoch)
+    yield ordered[1][place * batch_size : (place + 1) * batch_size]
+
+
+class Lookahead(Generic[T]):
+  """`function(i)` for rising i; while the caller uses one result, a thread prepares the next."""
+
+  def __init__(self, function: Callable[[int], T], stop: int | None = None):
+    self._function = function
+    self._stop = stop  # first i that is never asked for
+    self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lookahead")
+    self._pending: dict[int, Future[T]] = {}
+
+  def __call__(self, index: int) -> T:
+    """function(index), raising what it raises."""
+    pending = self._pending.pop(index, None) or self._thread.submit(self._function, index)
+    self._pending.clear()  # a jump makes the prepared one useless
+    result = pending.result()
+    if self._stop is None or index + 1 < self._stop:
+      self._pending[index + 1] = self._thread.submit(self._function, index + 1)
+    return result
+
+
+class ImageCache:
+  """Decoded patches by path, the least recently used dropped first; safe to use from several threads."""
+
+  def __init__(self, processor: images.ImageProcessor, limit_bytes: int = CACHE_BYTES):
+    self._processor = processor
+    self._limit = limit_bytes
+    self._bytes = 0
+    self._entries: OrderedDict[str, tuple[np.ndarray, tuple[int, int, int]]] = OrderedDict()
+    self._lock = threading.Lock()
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of pixels held now."""
+    return self._bytes
+
+  def pixels(self, path: str) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """What `ImageProcessor.pixels` gives for the file."""
+    with self._lock:
+      if path in self._entries:
+        self._entries.move_to_end(path)
+        return self._entries[path]
+    try:
+      entry = self._processor.pixels(images.load_image(path))
+    except ValueError as error:
+      raise error if str(path) in str(error) else ValueError(f"image {path}: {error}") from error
+    with self._lock:
+      if path not in self._entries and entry[0].nbytes <= self._limit:
+        self._entries[path] = entry
+        self._bytes += entry[0].nbytes
+      while self._bytes > self._limit:
+        self._bytes -= self._entries.popitem(last=False)[1][0].nbytes
+    return entry
+
+
+def _patch_rows(grids: Iterable[tuple[int, int, int]]) -> int:
+  """Patch rows of the images of a prompt."""
+  return sum(rows * columns for _, rows, columns in grids)
+
+
+def prompt_shapes(size: int, length: int, patches: int, width: int) -> Prompts:
+  """Shape and dtype of every array of prompts.
+
+  Args:
+    size: P, questions.
+    length: S, of the prompt buckets.
+    patches: R, of the patch buckets; 0 without images.
+    width: numbers of a patch row.
+  """
+
+  def of(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size, *shape), dtype)
+
+  return Prompts(
+    tokens=of(np.int32, length),
+    mask=of(np.bool_, length),
+    positions=of(np.int32, 3, length),
+    next_position=of(np.int32),
+    image_slot=of(np.int32, length),
+    row=of(np.uint32),
+    vision=VisionInputs(
+      patches=of(np.float32, patches, width),
+      segments=of(np.int32, patches),
+      coordinates=of(np.int32, patches, 2),
+      table_index=of(np.int32, patches, 4),
+      table_weight=of(np.float32, patches, 4),
+    ),
+  )
+
+
+class Processor:
+  """Text and images of one checkpoint family, in and out; see `from_directory`."""
+
+  def __init__(
+    self,
+    config: Qwen3VLConfig,
+    tokenizer: tokenization.Tokenizer,
+    image_processor: images.ImageProcessor,
+    *,
+    templates: wordings.Templates,
+    prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
+    patch_buckets: Sequence[int] = PATCH_BUCKETS,
+    cache_bytes: int = CACHE_BYTES,
+    held_rows: Callable[[int], Collection[int]] = range,
+  ):
+    vision = config.vision
+    geometry = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    expected = (image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size)
+    if geometry != expected:
+      raise ValueError(
+        f"{tokenizer.name}: patch, merge and temporal size are {expected} in the image settings and {geometry} in "
+        "config.json; the two files belong to different checkpoints."
+      )
+    merged = vision.spatial_merge_size**2
+    if any(rows % merged for rows in patch_buckets) or min((*prompt_buckets, *patch_buckets)) < 1:
+      raise ValueError(
+        f"data.patch_buckets={tuple(patch_buckets)} must be positive multiples of {merged}, "
+        f"and data.prompt_buckets={tuple(prompt_buckets)} positive."
+      )
+    self.config = config
+    self.templates = templates
+    self.tokenizer = tokenizer
+    self.image_processor = image_processor
+    self.prompt_buckets = tuple(sorted(prompt_buckets))
+    self.patch_buckets = tuple(sorted(patch_buckets))
+    self.end_ids = tokenizer.end_ids
+    self.pad_id = tokenizer.pad_id
+    self.allowed = tokenizer.allowed  # bool[V]
+    self._cache = ImageCache(image_processor, cache_bytes)
+    self._held_rows = held_rows
+
+  @classmethod
+  def from_directory(
+    cls,
+    directory: str | pathlib.Path,
+    *,
+    templates: wordings.Templates,
+    resize: str = "native",
+    prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
+    patch_buckets: Sequence[int] = PATCH_BUCKETS,
+    cache_bytes: int = CACHE_BYTES,
+    held_rows: Callable[[int], Collection[int]] = range,
+  ) -> "Processor":
+    """The processor of a checkpoint folder; no code of the folder is run.
+
+    Args:
+      directory: Hugging Face folder (or Hub id) of a Qwen3-VL checkpoint; weights are not read.
+      templates: family of wordings.
+      resize: "native" or "squash384", see `images.RESIZES`.
+      prompt_buckets: padded prompt lengths S, in tokens.
+      patch_buckets: padded patch rows R per prompt.
+      cache_bytes: decoded pixels kept in memory.
+      held_rows: P -> rows of a batch of P prompts whose pixels this host needs (`sharding.held_rows`): the others are
+        left at zero, of the same shape. Every host must make the same batches.
+
+    Raises:
+      ValueError: a file is missing or contradicts another; names it.
+    """
+    directory = checkpoint.resolved_folder(directory)
+    config = Qwen3VLConfig.from_directory(directory)
+    return cls(
+      config,
+      tokenization.Tokenizer.from_directory(directory, config),
+      images.ImageProcessor.from_directory(directory, resize=resize),
+      templates=templates,
+      prompt_buckets=prompt_buckets,
+      patch_buckets=patch_buckets,
+      cache_bytes=cache_bytes,
+      held_rows=held_rows,
+    )
+
+  def same_vocabulary(self, directory: str | pathlib.Path) -> bool:
+    """Whether another checkpoint folder's tokenizer maps every entry to the same id."""
+    folder = checkpoint.resolved_folder(directory)
+    other = tokenization.load(folder, Qwen3VLConfig.from_directory(folder).text.vocab_size)
+    return other.get_vocab() == self.tokenizer.vocabulary
+
+  def prompts(
+    self,
+    examples: Sequence[Example],
+    kind: str,
+    *,
+    hints: Sequence[str] | None = None,
+    rows: Sequence[int] | None = None,
+  ) -> Prompts:
+    """Host arrays of exactly len(examples) prompts, padded on the right to the smallest buckets that hold all.
+
+    Args:
+      examples: P questions.
+      kind: wording, as in `data.prompts.prompt_text`.
+      hints: one hint per question, for the hinted kinds.
+      rows: uint32 identity per prompt; by default the checksum of the question's id.
+
+    Raises:
+      ValueError: a prompt is longer than the largest bucket (nothing is truncated), or an image cannot be read;
+        names the question.
+    """
+    hints = [""] * len(examples) if hints is None else hints
+    chex.assert_equal(len(hints), len(examples))
+    held = frozenset(self._held_rows(len(examples)))
+    grids, pixels, tokens = [], [], []
+    for i, (example, hint) in enumerate(zip(examples, hints, strict=True)):
+      decoded = [self._cache.pixels(path) for path in example.images] if i in held else []
+      grids.append([grid for _, grid in decoded] if i in held else self._grids(example.images))
+      pixels.append([rows for rows, _ in decoded])
+      text = wordings.prompt_text(example, self.templates, kind, hint=hint)
+      tokens.append(self.tokenizer.encode(text, [self._merged(grid) for grid in grids[-1]], example.id))
+    counts = [_patch_rows(row) for row in grids]
+    length = self._bucket([len(row) for row in tokens], self.prompt_buckets, examples, "tokens", "data.prompt_buckets")
+    patches = 0
+    if any(counts):
+      patches = self._bucket(counts, self.patch_buckets, examples, "patch rows", "data.patch_buckets")
+    prompts = self._blank(len(examples), length, patches)
+    prompts.row[:] = [row_id(example.id) for example in examples] if rows is None else rows
+    self._write_text(prompts, tokens, grids)
+    self._write_vision(prompts.vision, counts, grids, pixels)
+    return prompts
+
+  def shapes(self, size: int, length: int, patches: int) -> Prompts:
+    """Shape and dtype of every array of `prompts`.
+
+    Args:
+      size: P, questions.
+      length: S, of the prompt buckets.
+      patches: R, of the patch buckets; 0 without images.
+    """
+    settings = self.image_processor
+    return prompt_shapes(size, length, patches, 3 * settings.temporal_patch_size * settings.patch_size**2)
+
+  def sizes(self, examples: Sequence[Example], kind: str) -> list[tuple[int, int]]:
+    """Prompt tokens and patch rows of each question, from its text and the headers of its images.
+
+    Args:
+      examples: questions.
+      kind: wording, as in `data.prompts.prompt_text`; a hint in it is empty.
+
+    Raises:
+      ValueError: a file is no image; names it.
+    """
+    grids = [self._grids(example.images) for example in examples]
+    texts = [wordings.prompt_text(example, self.templates, kind) for example in examples]
+    merged = [[self._merged(grid) for grid in each] for each in grids]
+    return list(zip(self.tokenizer.lengths(texts, merged), map(_patch_rows, grids), strict=True))
+
+  def image_tokens(self, examples: Sequence[Example], *, resize: str = "", limit: int = 256) -> list[int]:
+    """Prompt tokens of the first images of some questions, from the headers of their files: what an image costs.
+
+    Args:
+      examples: questions.
+      resize: what they would cost if they were brought to size in this way; "": in the processor's own.
+      limit: most images looked at.
+
+    Raises:
+      ValueError: a file is no image; names it.
+    """
+    paths = dict.fromkeys(path for example in examples for path in example.images)
+    sizes = dataclasses.replace(self.image_processor, resize=resize or self.image_processor.resize)
+    return [self._merged(grid) for grid in self._grids(itertools.islice(paths, limit), sizes)]
+
+  def _grids(self, paths: Iterable[str], sizes: images.ImageProcessor | None = None) -> list[tuple[int, int, int]]:
+    """Grids of images from the headers of their files, without decoding them."""
+    grids = []
+    for path in paths:
+      try:
+        _, width, height = images.header(path)
+        grids.append((sizes or self.image_processor).grid(height, width))
+      except (Rejected, ValueError) as error:
+        raise ValueError(f"image {path}: {error}") from error
+    return grids
+
+  def _merged(self, grid: tuple[int, int, int]) -> int:
+    return grid[0] * grid[1] * grid[2] // self.config.vision.spatial_merge_size**2
+
+  def _bucket(self, sizes, buckets, examples, unit, field) -> int:
+    largest = max(sizes)
+    if largest > buckets[-1]:
+      example = examples[sizes.index(largest)]
+      raise ValueError(
+        f"question {example.id}: its prompt has {largest} {unit}, more than the largest of {field}={buckets}; "
+        f"add a larger bucket, since prompts are never cut."
+      )
+    return next(bucket for bucket in buckets if bucket >= largest)
+
+  def _blank(self, size: int, length: int, patches: int) -> Prompts:
+    """The arrays of `shapes` on the host, padding alone."""
+    fill = {"tokens": self.pad_id, "image_slot": -1, "segments": -1}
+
+    def padding(path, shape):
+      value = fill.get(path[-1].name)
+      return np.zeros(shape.shape, shape.dtype) if value is None else np.full(shape.shape, value, shape.dtype)
+
+    return jax.tree.map_with_path(padding, self.shapes(size, length, patches))
+
+  def _write_text(self, prompts, tokens, grids) -> None:
+    for i, (row, grid) in enumerate(zip(tokens, grids, strict=True)):
+      place, following, slot = positions.prompt_positions(row, grid, self.config)
+      prompts.tokens[i, : len(row)] = row
+      prompts.mask[i, : len(row)] = True
+      prompts.positions[i, :, : len(row)] = place
+      prompts.next_position[i] = following
+      prompts.image_slot[i, : len(row)] = slot
+
+  def _write_vision(self, vision, counts, grids, pixels) -> None:
+    for i, count in enumerate(counts):
+      if pixels[i]:
+        tables = positions.vision_tables(grids[i], self.config)
+        names = ("segments", "coordinates", "table_index", "table_weight")
+        for name, table in zip(names, tables, strict=True):
+          getattr(vision, name)[i, :count] = table
+        vision.patches[i, :count] = self.image_processor.normalised(np.concatenate(pixels[i]))
+
+  def completions(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as completions, (tokens int32[N, T], mask bool[N, T]), each with an end token.
+
+    Args:
+      texts: N texts.
+      length: T.
+
+    Raises:
+      ValueError: a text and its end token need more than T tokens; nothing is cut.
+    """
+    tokens, mask = np.full((len(texts), length), self.pad_id, np.int32), np.zeros((len(texts), length), bool)
+    for i, text in enumerate(texts):
+      row = self.tokenizer.completion(text)
+      if len(row) > length:
+        raise ValueError(f"{text!r} needs {len(row)} tokens; raise sampling.max_new_tokens={length}.")
+      tokens[i, : len(row)], mask[i, : len(row)] = row, True
+    return tokens, mask
+
+  def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Texts of completions int32[N, T] where bool[N, T], without special tokens; tags of the answer survive."""
+    return self.tokenizer.decode([row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)])

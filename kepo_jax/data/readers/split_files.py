@@ -1,0 +1,261 @@
+"""Records of `image`, `problem` and `solution`: Med-R1's split files, MedVLM-R1's test set, R1-V's columns.
+
+A record's `problem` holds stem and options in one text, see `lettering.cut`; its `solution` is a letter, bare or
+inside answer tags, or the text of an option, as released code writes where it finds no letter. MedVLM-R1 adds
+`question`, `options`, `answer` and `subset`, which are checked against the text.
+"""
+
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from kepo_jax.data import cleaning, lettering, records
+from kepo_jax.data.cleaning import Rejected, Summary
+from kepo_jax.data.images import ImageFiles
+from kepo_jax.data.readers import json_files
+from kepo_jax.types import Example
+
+QUESTION_TYPES = (
+  "Anatomy Identification",
+  "Disease Diagnosis",
+  "Lesion Grading",
+  "Modality Recognition",
+  "Other Biological Attributes",
+)
+# Words that name a part of a split, in the names of files and folders.
+PARTS = {
+  "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+  "dev": "validation", "test": "test",
+}  # fmt: skip
+_ENDING = re.compile(r"(?:_filtered)?_(?:train|test|val|validation|eval)(?:_\d+)?$", re.IGNORECASE)
+_TAGS = re.compile(r"<answer>([^<]*)</answer>", re.IGNORECASE)
+_CLIMB = 5  # folders above a file that are searched for its images
+
+
+def read(
+  path: str | os.PathLike,
+  *,
+  image_root: str | os.PathLike | None = None,
+  lenient: bool = False,
+  check_images: bool = True,
+) -> tuple[list[Example], Summary]:
+  """Every usable record of a split file, or of all JSON files (.json, .jsonl) in a folder and below.
+
+  Ids are the file's name without ending, and the number of the record in it. The modality comes from the record, else
+  from the file's name as Med-R1 gives it (`CT(Computed Tomography)_train.json`, `MRI_test.json`), else from the name
+  of the folder, as of `..._modality_MRI_train_600`.
+
+  Args:
+    path: file or folder.
+    image_root: folder that image paths start from; by default the nearest one above a file that holds the folder
+      `Images` or `images`, else the file's own.
+    lenient: drop and count records that stop a strict read.
+    check_images: whether image files must exist; paths are checked in any case.
+
+  Raises:
+    ValueError: no such file, no usable record, or, unless lenient, anything that RULES calls an error; names the
+      first file and record.
+  """
+  top = pathlib.Path(path)
+  files = json_files.below(top, json_files.ENDINGS) if top.is_dir() else [top]
+  if not files:
+    raise ValueError(f"{top}: no JSON files here or below")
+  summary = Summary(root=str(top), format="split files", files=len(files))
+  if top.is_dir():
+    json_files.count_skipped(top, files, summary)
+  reader = RecordReader(summary)
+  examples: list[Example] = []
+  for file in files:
+    try:
+      found = json_files.records_of(file, top if top.is_dir() else None)
+    except Rejected as rejected:
+      summary.count(rejected.rule, f"{file}: {rejected}")
+      continue
+    images = ImageFiles(image_root or nearest_image_root(file), check_images)
+    examples += reader.examples(found, file, images.path)
+  summary.kept = len(examples)
+  summary.verdict(lenient=lenient)
+  return examples, summary
+
+
+def nearest_image_root(file: pathlib.Path) -> pathlib.Path:
+  """The nearest folder above a file that holds `Images` or `images`, else the file's own folder."""
+  above = list(pathlib.Path(os.path.realpath(file)).parents)[:_CLIMB]
+  return next((folder for folder in above if any((folder / name).is_dir() for name in ("Images", "images"))), above[0])
+
+
+def described(stem: str) -> tuple[str, str]:
+  """(spelling of the modality, question type) that a file's name without ending tells; "" for what it does not."""
+  name = _ENDING.sub("", stem).strip()
+  kinds = {cleaning.normalised(kind): kind for kind in QUESTION_TYPES}
+  kind = kinds.get(cleaning.normalised(name.replace("_", " ")), "")
+  words = [word for word in re.split(r"[_/]", name) if cleaning.modality_name(word)]
+  if not cleaning.modality_name(name):
+    name = words[0] if len(words) == 1 else ""  # `modality_MRI`, but not `MRI_CT_XRAY`
+  return name, kind
+
+
+def title(place: pathlib.Path) -> str:
+  """Name of a folder or file; one that only names a part, or `data`, comes with the name of the folder around it."""
+  path = pathlib.Path(os.path.abspath(place))
+  own = [] if path.name.lower() == "data" else [path.name]
+  if path.name.lower() in (*PARTS, "data") and path.parent.name:
+    return "/".join([title(path.parent), *own])
+  return path.name
+
+
+def _told(stem: str, folder: pathlib.Path) -> tuple[str, str]:
+  """`described` by the beginning of the ids, and what that does not tell by the folder's name."""
+  (modality, kind), (above, kind_above) = described(stem), described(title(folder).partition("/")[0])
+  return modality or above, kind or kind_above
+
+
+class RecordReader:
+  """Turns records of image, problem and solution into examples and counts what it does."""
+
+  def __init__(self, summary: Summary):
+    self._summary = summary
+    self._collector = records.Collector(summary)
+
+  def examples(
+    self,
+    found: Sequence[Any],
+    file: pathlib.Path,
+    locate: Callable[[Any], str],
+    *,
+    first: int = 0,
+    stem: str = "",
+    dataset: str = "",
+  ) -> Iterator[Example]:
+    """Usable records of one file.
+
+    Args:
+      found: records.
+      file: where they come from.
+      locate: from what a record has for an image to the absolute path; raises Rejected.
+      first: number of the first record.
+      stem: begins the ids and may tell the modality, as the folder's name may where it does not; by default the
+        file's name without ending.
+      dataset: source of records that do not tell theirs; by default the stem.
+    """
+    stem = stem or file.stem
+    told = _told(stem, file.parent)
+    for number, record in enumerate(found, start=first):
+      self._summary.records += 1
+      place = f"{file}, record {number}"
+      try:
+        yield self._example(json_files.checked_record(record), f"{stem}/{number}", told, locate, place, dataset or stem)
+      except Rejected as rejected:
+        self._summary.count(rejected.rule, f"{place}: {rejected}")
+
+  def _example(
+    self,
+    record: Mapping[str, Any],
+    name: str,
+    told: tuple[str, str],
+    locate: Callable[[Any], str],
+    place: str,
+    dataset: str,
+  ) -> Example:
+    problem, solution = cleaning.text_field(record, "problem"), cleaning.text_field(record, "solution")
+    question, options = self._question(record, problem, place)
+    gold = self._gold(record, solution, options, place)
+    entries = image_entries(record)
+    images = tuple(locate(entry) for entry in entries)
+    present = [i for i, option in enumerate(options) if option]
+    if len(present) < len(options):
+      self._summary.count("null_option", place)
+      if present != list(range(len(present))):
+        self._summary.count("option_gap", place)
+    spelling, kind = told
+    for field in ("modality_type", "subset", "modality"):
+      spelling = cleaning.text_field(record, field, required=False) or spelling
+    return self._collector.example(
+      place,
+      name=name,
+      question=question,
+      options=[options[i] for i in present],
+      gold=present.index(gold),
+      images=images,
+      modality=self._collector.modality(spelling, place),
+      question_type=cleaning.text_field(record, "question_type", required=False) or kind,
+      dataset=_folder_of(entries[0]) or cleaning.text_field(record, "dataset", required=False) or dataset,
+    )
+
+  def _question(self, record: Mapping[str, Any], problem: str, place: str) -> tuple[str, list[str]]:
+    listed, told = self._listed(record, place), cleaning.text_field(record, "question", required=False)
+    try:
+      question, options, applied = lettering.cut(problem)
+    except Rejected as rejected:
+      if not listed or rejected.rule not in ("options_not_found", told and "options_unclear"):
+        raise
+      question, options, applied = told or problem, [], []
+    if listed and listed != options:
+      listed, rule = lettering.own_letters(listed, options)
+      applied += [rule] if rule else []
+    if listed and listed != options:
+      applied.append("options_listed")
+      question, options = told or question, listed
+    if not (question or told):
+      raise Rejected("malformed_record", "field problem has no question before its options")
+    for rule in applied:
+      self._summary.count(rule, place)
+    return question or told, options
+
+  def _listed(self, record: Mapping[str, Any], place: str) -> list[str]:
+    """The record's own options, by letter; absent ones between others are empty."""
+    listed = record.get("options")
+    if isinstance(listed, dict):
+      letters = {str(key).strip().upper(): text for key, text in listed.items()}
+      listed = [letters.pop(letter, None) for letter in lettering.LETTERS[: len(listed)]]
+      listed = None if letters else listed
+    elif listed is None:
+      return []
+    if not isinstance(listed, list) or not all(isinstance(text, str | None) for text in listed):
+      raise Rejected("malformed_record", "field options is no list of texts, and no object of texts by letter")
+    texts = [cleaning.text_field({"options": text}, "options", required=False) for text in listed]
+    while texts and not texts[-1]:
+      texts.pop()
+    if len(texts) < len(listed) and "" not in texts:  # else it is counted with the ones between
+      self._summary.count("null_option", place)
+    return texts
+
+  def _gold(self, record: Mapping[str, Any], solution: str, options: Sequence[str], place: str) -> int:
+    tagged = _TAGS.search(solution)
+    content = (tagged.group(1) if tagged else solution).strip()
+    if content in list(lettering.LETTERS[: len(options)]):
+      gold = lettering.LETTERS.index(content)
+      if not options[gold]:
+        raise Rejected("answer_unmatched", f"the solution names {content}, an empty option")
+    else:
+      gold = self._collector.gold(content, options, place)
+      if cleaning.normalised(content) in map(cleaning.normalised, options):
+        self._summary.count("solution_text", place)
+    answer = cleaning.text_field(record, "answer", required=False)
+    texts = {cleaning.normalised(options[gold]), content.casefold()}
+    if answer and cleaning.normalised(answer) not in texts and records.named(answer, options) != gold:
+      raise Rejected("answer_contradicted", f"answer {answer!r}, but solution {content!r} is {options[gold]!r}"[:400])
+    return gold
+
+
+def image_entries(record: Mapping[str, Any]) -> list[Any]:
+  """What a record has for its images, one or several, under `image` or `images`.
+
+  Raises:
+    Rejected: malformed_record: nothing.
+  """
+  value = record.get("image")
+  value = record.get("images") if value is None else value
+  entries = value if isinstance(value, list) else [value]
+  if not entries or any(entry is None for entry in entries):
+    raise Rejected("malformed_record", "field image is missing or empty")
+  return entries
+
+
+def _folder_of(entry: Any) -> str:
+  """`X` of `Images/X/...`: the source of the record in OmniMedVQA's own paths."""
+  path = entry.get("path") if isinstance(entry, dict) else entry
+  parts = pathlib.PurePosixPath(path).parts if isinstance(path, str) else ()
+  return parts[1] if len(parts) > 2 and parts[0] == "Images" else ""

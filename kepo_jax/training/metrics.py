@@ -1,0 +1,106 @@
+"""What a step logs about its groups of rollouts: figures by name, and decoded samples."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kepo_jax import exploration, storage
+from kepo_jax.training.rollouts import Groups, has_signal, truncated
+from kepo_jax.types import Example
+
+
+def reward_metrics(groups: Groups) -> dict[str, float]:
+  """The student's own figures, before injection: rewards, cliffs and groups without a signal."""
+  scores = groups.scores
+  dead = ~has_signal(groups)
+  right = dead & (scores["accuracy"] > 0).all(axis=1)
+  wrong = dead & (scores["accuracy"] == 0).all(axis=1)
+  named = {f"reward/{name}": float(values.mean()) for name, values in scores.items() if name != "total"}
+  return named | {
+    "reward/mean": float(scores["total"].mean()),
+    "cliff_rate": float((scores["accuracy"] == 0).all(axis=1).mean()),
+    "dead_group_rate": float(dead.mean()),
+    "dead_group_rate/right": float(right.mean()),
+    "dead_group_rate/wrong": float(wrong.mean()),
+  }
+
+
+def mixed_metrics(groups: Groups, end_ids: Sequence[int]) -> dict[str, float]:
+  """Figures of what the update sees, after injection and with supervised rows."""
+  lengths, own = groups.mask.sum(axis=2), ~groups.supervised
+  figures: dict[str, float] = {}
+  if own.any():
+    figures["injected_frac"] = float(groups.injected[own].mean())
+    figures["completion/length"] = float(lengths[own].mean())
+    figures["completion/truncated_frac"] = float(truncated(groups, end_ids)[own].mean())
+  if groups.injected.any():
+    figures["injected/reward_mean"] = float(groups.scores["total"][own].mean())
+  if groups.supervised.any():
+    figures["supervised/row_frac"] = float((groups.supervised & (lengths > 0)).mean())
+    figures["supervised/accept_rate"] = float((lengths > 0)[groups.supervised].mean())
+  return figures
+
+
+def gate_metrics(groups: Groups, gate: np.ndarray) -> dict[str, float]:
+  """What the gate bool[P, G] lets through; empty rows count among rollouts, not among tokens."""
+  lengths = groups.mask.sum(axis=2)
+  figures = {
+    "gate/frac": float(gate.mean()),
+    "gate/token_frac": float((gate * lengths).sum() / max(1, lengths.sum())),
+  }
+  if gate.any():
+    figures["gate/wrong_share"] = float((groups.scores["accuracy"] == 0)[gate].mean())
+  return figures
+
+
+def sample_records(
+  groups: Groups, gate: np.ndarray, *, step: int, prompts: int, problem: Callable[[Example], str]
+) -> tuple[dict[str, Any], ...]:
+  """The rollouts of the first prompts of the batch as JSON-able records."""
+  return tuple(
+    {
+      "step": step,
+      "kind": "rollout",
+      "id": example.id,
+      "modality": example.modality,
+      "question_type": example.question_type,
+      "images": [storage.origin(image) for image in example.images],  # the copy differs from host to host
+      "prompt": problem(example),
+      "question": example.question,
+      "options": list(example.options),
+      "answer": example.answer,
+      "rollout": g,
+      "completion": groups.texts[p, g],
+      "rewards": _rewards(groups.scores, p, g),
+      "reward": float(groups.scores["total"][p, g]),
+      "gate": bool(gate[p, g]),
+      "injected": bool(groups.injected[p, g]),
+      "supervised": bool(groups.supervised[p, g]),
+      "hint": groups.hints[p, g],
+    }
+    for p, example in enumerate(groups.examples[:prompts])
+    for g in range(groups.tokens.shape[1])
+  )
+
+
+def hint_records(
+  outcome: exploration.Exploration, groups: Groups, *, step: int, prompts: int
+) -> tuple[dict[str, Any], ...]:
+  """What was tried for the first prompts that asked for help: the teacher's hints, and every candidate."""
+  records = []
+  for p in list(outcome.accepted)[:prompts]:
+    shared = {"step": step, "id": groups.examples[p].id}
+    records += [shared | {"kind": "hint", "text": hint} for hint in outcome.hints[p]]
+    records += [
+      shared
+      | {"kind": "candidate", "round": each.attempt, "hint": each.hint, "completion": each.text}
+      | {"accurate": each.accurate, "well_formed": each.well_formed, "leaks": each.leaks}
+      | {"accepted": any(each is other for other in outcome.accepted[p])}
+      for each in outcome.candidates[p]
+    ]
+  return tuple(records)
+
+
+def _rewards(scores: Mapping[str, np.ndarray], p: int, g: int) -> dict[str, float]:
+  return {name: float(values[p, g]) for name, values in scores.items() if name != "total"}
