@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from kepo_jax.data import splits
-from tests.data.test_dealing import cut, pool
+from tests.data.test_splitting import cut, pool
 
 
 def drawn_pool(folder):

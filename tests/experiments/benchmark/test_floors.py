@@ -95,7 +95,7 @@ def test_an_update_reads_and_writes_weights_moments_and_gradients():
 
 def test_every_update_of_a_batch_counts_and_pi_old_once():
   (once, count), (twice, _) = update_work(), update_work(updates=2)
-  score = functools.partial(floors.forward.target, CONFIG, parts=1)
+  score = functools.partial(update.target, CONFIG, parts=1)
   hidden = floors.count_flops(score, model.abstract_params(CONFIG), PROMPTS, jax.ShapeDtypeStruct((P, G, T), jnp.int32))
   logits = 2 * P * G * T * CONFIG.text.vocab_size * CONFIG.text.hidden_size
   assert twice.flops == 2 * once.flops + hidden + logits

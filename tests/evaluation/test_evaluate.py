@@ -6,8 +6,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from kepo_jax import evaluation
-from kepo_jax.evaluation import evaluate, statistics
+from kepo_jax import evaluation, multihost
+from kepo_jax.evaluation import statistics
 from tests.evaluation.scripted import Scripted, examples, says
 
 
@@ -131,8 +131,8 @@ def test_where_another_host_cannot_prepare_a_batch_all_read_the_one_before_and_e
       raise OSError("another process of this run has failed; its log says why.")
     return prepared[-1]
 
-  monkeypatch.setattr(evaluate.processes, "together", together)
+  monkeypatch.setattr(multihost, "together", together)
   outputs, model = [], Scripted()
   with pytest.raises(OSError, match="another process"):
-    evaluate.evaluate(model, model, examples(), batch_size=2, on_output=outputs.append)
+    evaluation.evaluate(model, model, examples(), batch_size=2, on_output=outputs.append)
   assert [output["id"] for output in outputs] == ["q0", "q1"]

@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from kepo_jax.training import OutOfMemory, step, train
+from kepo_jax.training import OutOfMemory, step
 from kepo_jax.training import prefetch as prefetch_lib
+from kepo_jax.training.train import telling_out_of_memory
 from kepo_jax.types import Rollouts
 
 
 def run_of(*, own=2, fails=()):
-  """What `starting` asks of a run; `log` tells what was asked of it."""
+  """What `prefetch` asks of a run; `log` tells what was asked of it."""
   log = []
 
   def batch(done):
@@ -77,7 +78,7 @@ def test_nothing_is_begun_where_another_process_cannot(monkeypatch):
   run = run_of()
   prefetch = prefetch_lib.Prefetch(run)
   with monkeypatch.context() as elsewhere:
-    elsewhere.setattr(prefetch_lib.processes, "any_process", lambda *flags: (True,))
+    elsewhere.setattr(prefetch_lib.multihost, "any_process", lambda *flags: (True,))
     prefetch.begin(state_of("a"), 3)
     assert run.log == []
     with pytest.raises(OSError, match="another process of this run has failed"):
@@ -88,9 +89,9 @@ def test_nothing_is_begun_where_another_process_cannot(monkeypatch):
 def test_out_of_memory_names_the_phase_whatever_says_so():
   full = [jax.errors.JaxRuntimeError(text) for text in ("RESOURCE_EXHAUSTED: 9 bytes", "Failed to allocate 9 bytes")]
   for error in (*full, ValueError("RESOURCE_EXHAUSTED"), MemoryError()):
-    with pytest.raises(OutOfMemory) as caught, train.telling_out_of_memory(), step.PhaseClock()("update"):
+    with pytest.raises(OutOfMemory) as caught, telling_out_of_memory(), step.PhaseClock()("update"):
       raise error
     assert str(caught.value) == "out of memory in update"
   for other in (jax.errors.JaxRuntimeError("INVALID_ARGUMENT"), ValueError("an image")):
-    with pytest.raises(type(other), match=str(other)), train.telling_out_of_memory(), step.PhaseClock()("update"):
+    with pytest.raises(type(other), match=str(other)), telling_out_of_memory(), step.PhaseClock()("update"):
       raise other

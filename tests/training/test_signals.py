@@ -10,7 +10,7 @@ from kepo_jax.training.signals import Interruption
 # At last it waits inside one call into C, as a compilation does: Python's own handlers do not run meanwhile.
 PROGRAM = """
 import threading
-from kepo_jax.training.interruption import Interruption
+from kepo_jax.training.signals import Interruption
 for _ in range(2):
   with Interruption() as interruption:
     print("ready", flush=True)

@@ -1,3 +1,5 @@
+"""None"""
+
 import collections
 import json
 import time
