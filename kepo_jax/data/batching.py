@@ -1,78 +1,81 @@
-"""Which buckets the batches of a run fall into, known from texts and headers of images before a pixel is decoded."""
+"""Batches of a run: the seed and the step alone decide which questions a step sees."""
 
-import bisect
-import dataclasses
-from collections.abc import Sequence
+import hashlib
+import itertools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
-from kepo_jax.data import processor as processor_lib
 from kepo_jax.types import Example
 
-Buckets = tuple[int, int]  # prompt tokens S, patch rows R (0 without images)
+T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Need:
-  """The buckets that one question needs."""
-
-  lengths: tuple[int, ...]  # of prompt tokens, rising: without a hint, and what longer and longer ones make of it
-  patches: int  # of patch rows, 0 without images
+def row_id(example_id: str) -> int:
+  """Identity of a question, uint32: the same in every process, run and version of Python."""
+  return zlib.crc32(example_id.encode("utf-8", "surrogatepass"))
 
 
-class Needs:
-  """The needs of questions, each measured once per wording."""
+def shuffled(examples: Sequence[Example], *salt: object) -> list[Example]:
+  """The questions in an order that depends on their ids and the salt alone: not on their order, nor on NumPy's."""
+  prefix = "".join(f"{part}/" for part in salt)
 
-  def __init__(self, processor: processor_lib.Processor):
-    self._processor = processor
-    self._known: dict[tuple[str, int], dict[str, Need]] = {}
+  def rank(example: Example) -> bytes:
+    return hashlib.sha256((prefix + example.id).encode("utf-8", "surrogatepass")).digest()
 
-  def __call__(self, examples: Sequence[Example], kind: str, *, hint: int = 0) -> list[Need]:
-    """The need of each question.
-
-    Args:
-      examples: questions for which there is room, see `limits.refusals`.
-      kind: wording, as in `data.prompts.prompt_text`.
-      hint: most tokens that a hint adds to the prompt; which text it will have is not known.
-
-    Raises:
-      ValueError: a file is no image; names it.
-    """
-    known = self._known.setdefault((kind, hint), {})
-    fresh = list({example.id: example for example in examples if example.id not in known}.values())
-    for example, (tokens, rows) in zip(fresh, self._processor.sizes(fresh, kind), strict=True):
-      known[example.id] = Need(
-        lengths=_reached(self._processor.prompt_buckets, tokens, tokens + hint),
-        patches=_reached(self._processor.patch_buckets, rows, rows)[0] if rows else 0,
-      )
-    return [known[example.id] for example in examples]
+  return sorted(examples, key=rank)
 
 
-def _reached(buckets: Sequence[int], least: int, most: int) -> tuple[int, ...]:
-  """The buckets of sizes from `least` to `most`, or the largest."""
-  first, last = (min(bisect.bisect_left(buckets, size), len(buckets) - 1) for size in (least, most))
-  return tuple(buckets[first : last + 1])
-
-
-def batch_buckets(needs: Sequence[Need]) -> Buckets:
-  """The buckets of a batch of exactly these questions, without hints."""
-  return max(need.lengths[0] for need in needs), max(need.patches for need in needs)
-
-
-def reachable(needs: Sequence[Need], least: int, most: int) -> set[Buckets]:
-  """Every pair of buckets that a batch of `least` to `most` of these questions can have, whatever the hints are.
+def batch_at(examples: Sequence[Example], batch_size: int, *, seed: int, step: int) -> list[Example]:
+  """The batch of one step; each epoch is a new permutation, whose remainder below a batch is left out.
 
   Args:
-    needs: of the questions to choose from.
-    least: questions in the batch, 1 or more.
-    most: the same or more.
+    examples: at least `batch_size` questions.
+    batch_size: P.
+    seed: fixes the order.
+    step: number of batches before this one.
+
+  Raises:
+    ValueError: fewer questions than one batch needs.
   """
-  found = set()
-  for length in {length for need in needs for length in need.lengths}:
-    for patches in {need.patches for need in needs}:
-      fitting = [need for need in needs if need.lengths[0] <= length and need.patches <= patches]
-      long = [need for need in fitting if length in need.lengths]
-      large = [need for need in fitting if need.patches == patches]
-      # One question may fill both buckets; two questions always can.
-      filled = bool(long and large) and (most > 1 or any(need.patches == patches for need in long))
-      if filled and len(fitting) >= least:
-        found.add((length, patches))
-  return found
+  epoch, place = divmod(step, _batches_of(examples, batch_size))
+  return shuffled(examples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+def _batches_of(examples: Sequence[Example], batch_size: int) -> int:
+  """Batches in an epoch."""
+  if len(examples) < batch_size:
+    raise ValueError(f"{len(examples)} questions do not fill a batch of {batch_size}; lower batch.prompts.")
+  return len(examples) // batch_size
+
+
+def epoch_batches(
+  examples: Sequence[Example], batch_size: int, seed: int, start_step: int = 0
+) -> Iterator[list[Example]]:
+  """Endless batches of `batch_at` from a step on: resuming at a step gives what an unbroken run would have given."""
+  ordered: tuple[int, list[Example]] = (-1, [])
+  for step in itertools.count(start_step):
+    epoch, place = divmod(step, _batches_of(examples, batch_size))
+    if ordered[0] != epoch:
+      ordered = epoch, shuffled(examples, seed, epoch)
+    yield ordered[1][place * batch_size : (place + 1) * batch_size]
+
+
+class Lookahead(Generic[T]):
+  """`function(i)` for rising i; while the caller uses one result, a thread prepares the next."""
+
+  def __init__(self, function: Callable[[int], T], stop: int | None = None):
+    self._function = function
+    self._stop = stop  # first i that is never asked for
+    self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lookahead")
+    self._pending: dict[int, Future[T]] = {}
+
+  def __call__(self, index: int) -> T:
+    """function(index), raising what it raises."""
+    pending = self._pending.pop(index, None) or self._thread.submit(self._function, index)
+    self._pending.clear()  # a jump makes the prepared one useless
+    result = pending.result()
+    if self._stop is None or index + 1 < self._stop:
+      self._pending[index + 1] = self._thread.submit(self._function, index + 1)
+    return result

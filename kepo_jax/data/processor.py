@@ -5,15 +5,11 @@ host-side NumPy; sizes go to a small set of buckets, so that a run compiles a ha
 """
 
 import dataclasses
-import hashlib
 import itertools
 import pathlib
 import threading
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import chex
 import jax
@@ -21,85 +17,15 @@ import numpy as np
 
 from kepo_jax.data import images, tokenization
 from kepo_jax.data import prompts as wordings
+from kepo_jax.data.batching import row_id
 from kepo_jax.data.cleaning import Rejected
 from kepo_jax.models.qwen3_vl import checkpoint, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Example, Prompts, VisionInputs
 
-T = TypeVar("T")
-
 PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)  # tokens
 PATCH_BUCKETS = (64, 256, 576, 1024, 2304, 4096, 16384)  # patch rows
 CACHE_BYTES = 1 << 30  # decoded patches held in memory; 2,400 images of 384 x 384
-
-
-def row_id(example_id: str) -> int:
-  """Identity of a question, uint32: the same in every process, run and version of Python."""
-  return zlib.crc32(example_id.encode("utf-8", "surrogatepass"))
-
-
-def shuffled(examples: Sequence[Example], *salt: object) -> list[Example]:
-  """The questions in an order that depends on their ids and the salt alone: not on their order, nor on NumPy's."""
-  prefix = "".join(f"{part}/" for part in salt)
-
-  def rank(example: Example) -> bytes:
-    return hashlib.sha256((prefix + example.id).encode("utf-8", "surrogatepass")).digest()
-
-  return sorted(examples, key=rank)
-
-
-def batch_at(examples: Sequence[Example], batch_size: int, *, seed: int, step: int) -> list[Example]:
-  """The batch of one step; each epoch is a new permutation, whose remainder below a batch is left out.
-
-  Args:
-    examples: at least `batch_size` questions.
-    batch_size: P.
-    seed: fixes the order.
-    step: number of batches before this one.
-
-  Raises:
-    ValueError: fewer questions than one batch needs.
-  """
-  epoch, place = divmod(step, _batches_of(examples, batch_size))
-  return shuffled(examples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
-
-
-def _batches_of(examples: Sequence[Example], batch_size: int) -> int:
-  """Batches in an epoch."""
-  if len(examples) < batch_size:
-    raise ValueError(f"{len(examples)} questions do not fill a batch of {batch_size}; lower batch.prompts.")
-  return len(examples) // batch_size
-
-
-def epoch_batches(
-  examples: Sequence[Example], batch_size: int, seed: int, start_step: int = 0
-) -> Iterator[list[Example]]:
-  """Endless batches of `batch_at` from a step on: resuming at a step gives what an unbroken run would have given."""
-  ordered: tuple[int, list[Example]] = (-1, [])
-  for step in itertools.count(start_step):
-    epoch, place = divmod(step, _batches_of(examples, batch_size))
-    if ordered[0] != epoch:
-      ordered = epoch, shuffled(examples, seed, epoch)
-    yield ordered[1][place * batch_size : (place + 1) * batch_size]
-
-
-class Lookahead(Generic[T]):
-  """`function(i)` for rising i; while the caller uses one result, a thread prepares the next."""
-
-  def __init__(self, function: Callable[[int], T], stop: int | None = None):
-    self._function = function
-    self._stop = stop  # first i that is never asked for
-    self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lookahead")
-    self._pending: dict[int, Future[T]] = {}
-
-  def __call__(self, index: int) -> T:
-    """function(index), raising what it raises."""
-    pending = self._pending.pop(index, None) or self._thread.submit(self._function, index)
-    self._pending.clear()  # a jump makes the prepared one useless
-    result = pending.result()
-    if self._stop is None or index + 1 < self._stop:
-      self._pending[index + 1] = self._thread.submit(self._function, index + 1)
-    return result
 
 
 class ImageCache:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from absl import logging
 
 from kepo_jax.data import id_files, images
-from kepo_jax.data.processor import shuffled
+from kepo_jax.data.batching import shuffled
 from kepo_jax.types import Example
 
 SPLITS = ("train", "validation", "test")

@@ -9,7 +9,8 @@ import numpy as np
 
 from kepo_jax import multihost, rewards, sharding
 from kepo_jax.data import images
-from kepo_jax.data.processor import Lookahead, Processor
+from kepo_jax.data.batching import Lookahead
+from kepo_jax.data.processor import Processor
 from kepo_jax.evaluation.accuracy import summarised
 from kepo_jax.types import Example, Prompts, Rollouts
 

@@ -6,7 +6,9 @@ depends on what the models write: of these, what can happen in most steps is com
 compiles when it is first met.
 """
 
+import bisect
 import collections
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +18,8 @@ import jax
 import numpy as np
 
 from kepo_jax import multihost, sharding
-from kepo_jax.data import batching, processor
-from kepo_jax.data.batching import Buckets
+from kepo_jax.data import batching
+from kepo_jax.data import processor as processor_lib
 from kepo_jax.training import compiling, setup
 from kepo_jax.training.compiling import Rehearsal
 from kepo_jax.training.optimizer import TrainState
@@ -27,7 +29,44 @@ from kepo_jax.types import Example, Experience, Prompts
 # minutes for large ones, which are better spent when one is met than on every pair that could be.
 MOST_POSSIBLE = 24
 
+Buckets = tuple[int, int]  # prompt tokens S, patch rows R (0 without images)
 Call = tuple[str, int, Buckets]  # name of the program, prompts of the batch, and their buckets
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+  """The buckets that one question needs."""
+
+  lengths: tuple[int, ...]  # of prompt tokens, rising: without a hint, and what longer and longer ones make of it
+  patches: int  # of patch rows, 0 without images
+
+
+class Needs:
+  """The needs of questions, each measured once per wording."""
+
+  def __init__(self, processor: processor_lib.Processor):
+    self._processor = processor
+    self._known: dict[tuple[str, int], dict[str, Need]] = {}
+
+  def __call__(self, examples: Sequence[Example], kind: str, *, hint: int = 0) -> list[Need]:
+    """The need of each question.
+
+    Args:
+      examples: questions for which there is room, see `limits.refusals`.
+      kind: wording, as in `data.prompts.prompt_text`.
+      hint: most tokens that a hint adds to the prompt; which text it will have is not known.
+
+    Raises:
+      ValueError: a file is no image; names it.
+    """
+    known = self._known.setdefault((kind, hint), {})
+    fresh = list({example.id: example for example in examples if example.id not in known}.values())
+    for example, (tokens, rows) in zip(fresh, self._processor.sizes(fresh, kind), strict=True):
+      known[example.id] = Need(
+        lengths=_reached(self._processor.prompt_buckets, tokens, tokens + hint),
+        patches=_reached(self._processor.patch_buckets, rows, rows)[0] if rows else 0,
+      )
+    return [known[example.id] for example in examples]
 
 
 def compile_ahead(run: setup.Run, state: TrainState, start: int, splits: Sequence[str]) -> None:
@@ -56,7 +95,7 @@ def compile_ahead(run: setup.Run, state: TrainState, start: int, splits: Sequenc
 
 def calls(run: setup.Run, start: int, splits: Sequence[str]) -> list[Call]:
   """What is worth compiling: all that is certain, then the likeliest of what is possible."""
-  needs = batching.Needs(run.processor)
+  needs = Needs(run.processor)
   sure = dict.fromkeys((*_asked(run, needs, start), *_evaluated(run, needs, splits)))
   chances = collections.Counter(call for call in _possible(run, needs, start) if call not in sure)
   return [*sure, *(call for call, _ in chances.most_common(MOST_POSSIBLE))]
@@ -65,31 +104,31 @@ def calls(run: setup.Run, start: int, splits: Sequence[str]) -> list[Call]:
 def _batches(run: setup.Run, start: int) -> Iterator[list[Example]]:
   """The questions of each step from `start` on."""
   config = run.config
-  batches = processor.epoch_batches(run.questions["train"], config.batch.prompts, config.seed, start)
+  batches = batching.epoch_batches(run.questions["train"], config.batch.prompts, config.seed, start)
   return itertools.islice(batches, max(0, config.train.steps - start))
 
 
-def _asked(run: setup.Run, needs: batching.Needs, start: int) -> Iterator[Call]:
+def _asked(run: setup.Run, needs: Needs, start: int) -> Iterator[Call]:
   """What every step does with the batch that it begins with, with repetitions."""
   config = run.config
   # Under dynamic sampling it is not known which prompts the update will see.
   names = ["update", "answer"] if not config.sampling.dynamic_rounds else []
   for batch in _batches(run, start):
-    pair = batching.batch_buckets(needs(batch, config.data.prompt))
+    pair = batch_buckets(needs(batch, config.data.prompt))
     yield from ((name, config.batch.prompts, pair) for name in _used(run, *names, "rollout"))
 
 
-def _evaluated(run: setup.Run, needs: batching.Needs, splits: Sequence[str]) -> Iterator[Call]:
+def _evaluated(run: setup.Run, needs: Needs, splits: Sequence[str]) -> Iterator[Call]:
   """The batches of the evaluations, with repetitions."""
   config = run.config.eval
   for split in splits:
     questions = run.questions[split]
     for first in range(0, len(questions), config.prompts):
       batch = needs(questions[first : first + config.prompts], config.prompt)
-      yield "evaluation", config.prompts, batching.batch_buckets(batch)
+      yield "evaluation", config.prompts, batch_buckets(batch)
 
 
-def _possible(run: setup.Run, needs: batching.Needs, start: int) -> Iterator[Call]:
+def _possible(run: setup.Run, needs: Needs, start: int) -> Iterator[Call]:
   """What may happen in each step; the more often a call comes here, the likelier it is."""
   config, asks = run.config, run.config.exploration
   wanted: list[tuple[str, str, int, tuple[int, int]]] = []  # program, wording, tokens of a hint, sizes of the batch
@@ -104,7 +143,7 @@ def _possible(run: setup.Run, needs: batching.Needs, start: int) -> Iterator[Cal
   pools = [run.questions["train"]] if config.sampling.dynamic_rounds else _batches(run, start)
   for pool in pools if wanted else ():
     for name, kind, hint, (least, most) in wanted:
-      for pair in sorted(batching.reachable(needs(pool, kind, hint=hint), least, most)):
+      for pair in sorted(reachable(needs(pool, kind, hint=hint), least, most)):
         yield name, most, pair
 
 
@@ -177,3 +216,35 @@ def experience_shapes(mesh: jax.sharding.Mesh, prompts: Prompts, rows: tuple[int
       },
     ),
   )
+
+
+def _reached(buckets: Sequence[int], least: int, most: int) -> tuple[int, ...]:
+  """The buckets of sizes from `least` to `most`, or the largest."""
+  first, last = (min(bisect.bisect_left(buckets, size), len(buckets) - 1) for size in (least, most))
+  return tuple(buckets[first : last + 1])
+
+
+def batch_buckets(needs: Sequence[Need]) -> Buckets:
+  """The buckets of a batch of exactly these questions, without hints."""
+  return max(need.lengths[0] for need in needs), max(need.patches for need in needs)
+
+
+def reachable(needs: Sequence[Need], least: int, most: int) -> set[Buckets]:
+  """Every pair of buckets that a batch of `least` to `most` of these questions can have, whatever the hints are.
+
+  Args:
+    needs: of the questions to choose from.
+    least: questions in the batch, 1 or more.
+    most: the same or more.
+  """
+  found = set()
+  for length in {length for need in needs for length in need.lengths}:
+    for patches in {need.patches for need in needs}:
+      fitting = [need for need in needs if need.lengths[0] <= length and need.patches <= patches]
+      long = [need for need in fitting if length in need.lengths]
+      large = [need for need in fitting if need.patches == patches]
+      # One question may fill both buckets; two questions always can.
+      filled = bool(long and large) and (most > 1 or any(need.patches == patches for need in long))
+      if filled and len(fitting) >= least:
+        found.add((length, patches))
+  return found

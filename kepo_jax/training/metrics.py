@@ -1,13 +1,67 @@
 """What a step logs about its groups of rollouts: figures by name, and decoded samples."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from kepo_jax import exploration, storage
+from kepo_jax.training import setup
 from kepo_jax.training.rollouts import Groups, has_signal, truncated
-from kepo_jax.types import Example
+from kepo_jax.types import Example, Experience, StepReport
+
+
+@dataclasses.dataclass
+class StepResult:
+  """What a step leaves for its report."""
+
+  step: int  # updates done, this one included
+  groups: Groups
+  gate: np.ndarray  # bool[P, G], rollouts that were distilled
+  kept: np.ndarray  # bool[P, G], rollouts that entered the loss
+  experience: Experience
+  metrics: dict[str, float]
+  hint_records: tuple[dict[str, Any], ...]  # hints and candidates of explored prompts, JSON-able
+  sampled: int  # tokens of the student, those of candidates and of replaced rollouts included
+  written: int  # tokens of the teacher: hints, and answers whether accepted or not
+
+
+class PhaseClock:
+  """Seconds that the host spends in each phase of a step, waiting for the device included."""
+
+  def __init__(self):
+    self._start, self._processor = time.perf_counter(), time.process_time()
+    self._seconds: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def __call__(self, phase: str) -> Iterator[None]:
+    """Adds the seconds inside the block to `phase`."""
+    start = time.perf_counter()
+    try:
+      yield
+    except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
+      error.add_note(phase)  # for who tells that memory ran out
+      raise
+    self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+  def timing(self, *, tokens: int) -> dict[str, float]:
+    """`seconds/<phase>`, `seconds/step`, and `tokens_per_second/<phase>` of the update and the whole step.
+
+    `seconds/processor` are those that this process computed, on all of its cores: what a step costs on a CPU that other
+    work shares.
+
+    Args:
+      tokens: completion tokens of the batch.
+    """
+    processor = time.process_time() - self._processor
+    seconds = self._seconds | {"step": time.perf_counter() - self._start, "processor": processor}
+    # None of sampling: it begins before the step, and what the host still waits for tells nothing of its speed.
+    rates = {f"tokens_per_second/{phase}": float(tokens) / seconds[phase] for phase in ("update", "step")}
+    return {f"seconds/{phase}": value for phase, value in seconds.items()} | rates
 
 
 def reward_metrics(groups: Groups) -> dict[str, float]:
@@ -104,3 +158,28 @@ def hint_records(
 
 def _rewards(scores: Mapping[str, np.ndarray], p: int, g: int) -> dict[str, float]:
   return {name: float(values[p, g]) for name, values in scores.items() if name != "total"}
+
+
+def step_report(run: setup.Run, trained: StepResult, clock: PhaseClock) -> StepReport:
+  """What the hooks are told about a step."""
+  config, groups, gate = run.config, trained.groups, trained.gate
+  metrics = trained.metrics | mixed_metrics(groups, run.processor.end_ids)
+  metrics |= {"lr": float(run.schedule(trained.step - 1))} | token_metrics(config, trained)
+  if config.objective.distill_weight:
+    metrics |= gate_metrics(groups, gate) | {"lambda": run.distill_weight(trained.step - 1)}
+  samples = sample_records(groups, gate, step=trained.step, prompts=config.log.samples, problem=run.problem)
+  timing = clock.timing(tokens=groups.mask.sum())
+  return StepReport(step=trained.step, metrics=metrics, timing=timing, samples=samples + trained.hint_records)
+
+
+def token_metrics(config: Any, trained: StepResult) -> dict[str, float]:
+  """Completion tokens of a step by what was done with them, which is what a method costs on any device."""
+  mask = trained.groups.mask
+  counts = {"trained": config.batch.updates * int(mask[trained.kept].sum())}
+  if config.own_rollouts:
+    counts["sampled"] = trained.sampled
+  if config.explores or config.teacher_answers:
+    counts["written"] = trained.written
+  if config.objective.distill_weight:
+    counts["scored"] = int(mask.sum())
+  return {f"tokens/{name}": float(count) for name, count in counts.items()}

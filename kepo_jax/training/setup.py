@@ -13,7 +13,7 @@ import optax
 
 from kepo_jax import evaluation, multihost, rewards, sharding
 from kepo_jax.config import Config, ModelConfig
-from kepo_jax.data import images, prompts, splits, tokenization, usable
+from kepo_jax.data import batching, images, prompts, splits, tokenization, usable
 from kepo_jax.data import processor as processor_lib
 from kepo_jax.data.cleaning import Rejected, Summary
 from kepo_jax.models.qwen3_vl import checkpoint, lora, model
@@ -211,7 +211,7 @@ class Run:
   def further_questions(self, done: int, extra: int, *, asked: Sequence[Example]) -> list[Example]:
     """P more training questions for a step, none of them asked before in it; empty where too few are left."""
     seen, wanted = {example.id for example in asked}, self.config.batch.prompts
-    order = processor_lib.shuffled(self.questions["train"], self.config.seed, "further", done, extra)
+    order = batching.shuffled(self.questions["train"], self.config.seed, "further", done, extra)
     fresh = [example for example in order if example.id not in seen]
     return fresh[:wanted] if len(fresh) >= wanted else []
 
@@ -488,10 +488,10 @@ def batches(
   """Batches of training prompts by number of updates done; a thread prepares the next one."""
 
   def batch(done: int) -> tuple[Sequence[Example], Prompts]:
-    chosen = processor_lib.batch_at(examples, config.batch.prompts, seed=config.seed, step=done)
+    chosen = batching.batch_at(examples, config.batch.prompts, seed=config.seed, step=done)
     return chosen, processor.prompts(chosen, config.data.prompt)
 
-  return processor_lib.Lookahead(batch, stop=config.train.steps)
+  return batching.Lookahead(batch, stop=config.train.steps)
 
 
 def model_folder(config: Config, role: str, hooks: Sequence[Hook]) -> pathlib.Path:

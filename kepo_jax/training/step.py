@@ -4,9 +4,7 @@ What surrounds the steps of a run is in `job`, and what they are made of (models
 """
 
 import contextlib
-import dataclasses
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,49 +17,16 @@ from kepo_jax.objectives import weights as weights_lib
 from kepo_jax.training import metrics as metrics_lib
 from kepo_jax.training import rollouts as rollouts_lib
 from kepo_jax.training import setup, update
+from kepo_jax.training.metrics import PhaseClock, StepResult
 from kepo_jax.training.optimizer import TrainState
 from kepo_jax.training.prefetch import Pending
 from kepo_jax.training.rollouts import Groups
-from kepo_jax.types import Example, Experience, Prompts, StepReport
-
-
-@dataclasses.dataclass
-class Trained:
-  """What a step leaves for its report."""
-
-  step: int  # updates done, this one included
-  groups: Groups
-  gate: np.ndarray  # bool[P, G], rollouts that were distilled
-  kept: np.ndarray  # bool[P, G], rollouts that entered the loss
-  experience: Experience
-  metrics: dict[str, float]
-  hint_records: tuple[dict[str, Any], ...]  # hints and candidates of explored prompts, JSON-able
-  sampled: int  # tokens of the student, those of candidates and of replaced rollouts included
-  written: int  # tokens of the teacher: hints, and answers whether accepted or not
-
-
-class NotFinite(Exception):
-  """Loss or gradient were not finite in too many updates in a row."""
-
-  def __init__(self, report: StepReport, updates: int, batch: Mapping[str, np.ndarray], samples: Any):
-    """Keeps what shows it.
-
-    Args:
-      report: of the last step.
-      updates: skipped in a row.
-      batch: name -> array of its experience, on the host.
-      samples: every rollout of it, JSON-able.
-    """
-    super().__init__(
-      f"loss or gradient were not finite in {updates} updates in a row, the last one in step {report.step}; all of "
-      f"them were skipped. Lower optimizer.learning_rate and go on with --resume --allow_config_change."
-    )
-    self.report, self.batch, self.samples = report, batch, samples
+from kepo_jax.types import Example, Prompts
 
 
 def train_step(
   run: setup.Run, state: TrainState, done: int, pending: Pending, clock: "PhaseClock"
-) -> tuple[TrainState, Trained]:
+) -> tuple[TrainState, StepResult]:
   """One step of KEPO (Algorithm 1 of arXiv:2602.00400) after `done` steps.
 
   Args:
@@ -130,7 +95,7 @@ def train_step(
     compare = config.compares_gradients and (done + 1) % config.log.gradients_every == 0
     state, learned = run.programs.update(state, experience, targets, compare=compare)
     metrics |= update.means(jax.device_get(learned))
-  return state, Trained(done + 1, groups, gate, kept, experience, metrics, hint_records, sampled, written)
+  return state, StepResult(done + 1, groups, gate, kept, experience, metrics, hint_records, sampled, written)
 
 
 def sampled_groups(run: setup.Run, pending: Pending) -> Groups:
@@ -220,78 +185,3 @@ def supervised_rows(run: setup.Run, examples: Sequence[Example], prompts: Prompt
   groups = rollouts_lib.scored_groups(run.processor, examples, answers, run.scorer)
   accepted = rollouts_lib.accepted_answers(groups)
   return rollouts_lib.supervised_groups(groups, accepted=accepted), int(groups.mask.sum())
-
-
-def report_of(run: setup.Run, trained: Trained, clock: "PhaseClock") -> StepReport:
-  """What the hooks are told about a step."""
-  config, groups, gate = run.config, trained.groups, trained.gate
-  metrics = trained.metrics | metrics_lib.mixed_metrics(groups, run.processor.end_ids)
-  metrics |= {"lr": float(run.schedule(trained.step - 1))} | token_metrics(config, trained)
-  if config.objective.distill_weight:
-    metrics |= metrics_lib.gate_metrics(groups, gate) | {"lambda": run.distill_weight(trained.step - 1)}
-  samples = metrics_lib.sample_records(groups, gate, step=trained.step, prompts=config.log.samples, problem=run.problem)
-  timing = clock.timing(tokens=groups.mask.sum())
-  return StepReport(step=trained.step, metrics=metrics, timing=timing, samples=samples + trained.hint_records)
-
-
-def token_metrics(config: Any, trained: Trained) -> dict[str, float]:
-  """Completion tokens of a step by what was done with them, which is what a method costs on any device."""
-  mask = trained.groups.mask
-  counts = {"trained": config.batch.updates * int(mask[trained.kept].sum())}
-  if config.own_rollouts:
-    counts["sampled"] = trained.sampled
-  if config.explores or config.teacher_answers:
-    counts["written"] = trained.written
-  if config.objective.distill_weight:
-    counts["scored"] = int(mask.sum())
-  return {f"tokens/{name}": float(count) for name, count in counts.items()}
-
-
-def check_finite(run: setup.Run, state: TrainState, trained: Trained, report: StepReport) -> None:
-  """Ends a run whose updates are skipped again and again.
-
-  Raises:
-    NotFinite: `optimizer.skip_limit` updates in a row were skipped.
-  """
-  if (skipped := int(state.skipped)) >= run.config.optimizer.skip_limit:
-    leaves = jax.tree.leaves_with_path(trained.experience)
-    batch = {jax.tree_util.keystr(path): sharding.to_host(x) for path, x in leaves}
-    prompts = len(trained.gate)
-    rows = metrics_lib.sample_records(
-      trained.groups, trained.gate, step=trained.step, prompts=prompts, problem=run.problem
-    )
-    raise NotFinite(report, skipped, batch, rows)
-
-
-class PhaseClock:
-  """Seconds that the host spends in each phase of a step, waiting for the device included."""
-
-  def __init__(self):
-    self._start, self._processor = time.perf_counter(), time.process_time()
-    self._seconds: dict[str, float] = {}
-
-  @contextlib.contextmanager
-  def __call__(self, phase: str) -> Iterator[None]:
-    """Adds the seconds inside the block to `phase`."""
-    start = time.perf_counter()
-    try:
-      yield
-    except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
-      error.add_note(phase)  # for who tells that memory ran out
-      raise
-    self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
-
-  def timing(self, *, tokens: int) -> dict[str, float]:
-    """`seconds/<phase>`, `seconds/step`, and `tokens_per_second/<phase>` of the update and the whole step.
-
-    `seconds/processor` are those that this process computed, on all of its cores: what a step costs on a CPU that other
-    work shares.
-
-    Args:
-      tokens: completion tokens of the batch.
-    """
-    processor = time.process_time() - self._processor
-    seconds = self._seconds | {"step": time.perf_counter() - self._start, "processor": processor}
-    # None of sampling: it begins before the step, and what the host still waits for tells nothing of its speed.
-    rates = {f"tokens_per_second/{phase}": float(tokens) / seconds[phase] for phase in ("update", "step")}
-    return {f"seconds/{phase}": value for phase, value in seconds.items()} | rates

@@ -10,18 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
-from kepo_jax import multihost, storage
+from kepo_jax import multihost, sharding, storage
 from kepo_jax.config import Config
 from kepo_jax.rewards import WeightedRewards
 from kepo_jax.training import compile_ahead as compile_ahead_lib
+from kepo_jax.training import metrics as metrics_lib
 from kepo_jax.training import setup
+from kepo_jax.training.metrics import PhaseClock, StepResult, step_report
 from kepo_jax.training.monitoring import CompileCounter, Profiler, Watchdog
 from kepo_jax.training.optimizer import TrainState
 from kepo_jax.training.prefetch import Prefetch
 from kepo_jax.training.signals import Interrupted, Interruption
-from kepo_jax.training.step import NotFinite, PhaseClock, check_finite, report_of, train_step
+from kepo_jax.training.step import train_step
 from kepo_jax.training.workdir import RunFiles
 from kepo_jax.types import Example, Hook, StepReport
 
@@ -145,7 +148,7 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
     state, trained = train_step(run, state, done, pending, clock)
     with clock("prepare"):
       prefetch.begin(state, done + 1)  # the device samples while the host reports
-    report = report_of(run, trained, clock)
+    report = step_report(run, trained, clock)
     try:
       check_finite(run, state, trained, report)
     except NotFinite as error:
@@ -283,3 +286,38 @@ def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: 
   files.save(step, state, now=stop or step == config.train.steps, positions=run.positions, validated=not owed)
   if stop:
     raise Interrupted(step, files.saved)
+
+
+class NotFinite(Exception):
+  """Loss or gradient were not finite in too many updates in a row."""
+
+  def __init__(self, report: StepReport, updates: int, batch: Mapping[str, np.ndarray], samples: Any):
+    """Keeps what shows it.
+
+    Args:
+      report: of the last step.
+      updates: skipped in a row.
+      batch: name -> array of its experience, on the host.
+      samples: every rollout of it, JSON-able.
+    """
+    super().__init__(
+      f"loss or gradient were not finite in {updates} updates in a row, the last one in step {report.step}; all of "
+      f"them were skipped. Lower optimizer.learning_rate and go on with --resume --allow_config_change."
+    )
+    self.report, self.batch, self.samples = report, batch, samples
+
+
+def check_finite(run: setup.Run, state: TrainState, trained: StepResult, report: StepReport) -> None:
+  """Ends a run whose updates are skipped again and again.
+
+  Raises:
+    NotFinite: `optimizer.skip_limit` updates in a row were skipped.
+  """
+  if (skipped := int(state.skipped)) >= run.config.optimizer.skip_limit:
+    leaves = jax.tree.leaves_with_path(trained.experience)
+    batch = {jax.tree_util.keystr(path): sharding.to_host(x) for path, x in leaves}
+    prompts = len(trained.gate)
+    rows = metrics_lib.sample_records(
+      trained.groups, trained.gate, step=trained.step, prompts=prompts, problem=run.problem
+    )
+    raise NotFinite(report, skipped, batch, rows)

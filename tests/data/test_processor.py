@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from kepo_jax import rewards
-from kepo_jax.data import images, prompts, records, usable
+from kepo_jax.data import batching, images, prompts, records, usable
 from kepo_jax.data import processor as processor_lib
 from kepo_jax.data.tokenization import Tokenizer
 from kepo_jax.models.qwen3_vl import positions
@@ -293,13 +293,13 @@ def test_the_order_is_that_of_a_hash_of_salt_and_id(questions):
   """Anybody can make the published split again, and no two salts mean the same."""
   examples = [dataclasses.replace(questions[0], id=f"e{i}") for i in range(12)]
   expected = sorted(examples, key=lambda example: hashlib.sha256(f"1/12/{example.id}".encode()).digest())
-  assert processor_lib.shuffled(examples, 1, 12) == processor_lib.shuffled(examples[::-1], 1, 12) == expected
-  assert processor_lib.shuffled(examples, 11, 2) != expected
+  assert batching.shuffled(examples, 1, 12) == batching.shuffled(examples[::-1], 1, 12) == expected
+  assert batching.shuffled(examples, 11, 2) != expected
 
 
 def test_batches_are_random_access_and_cover_each_epoch(questions):
   examples = [dataclasses.replace(questions[0], id=f"e{i}") for i in range(22)]
-  stream = processor_lib.epoch_batches(examples, 5, 3)
+  stream = batching.epoch_batches(examples, 5, 3)
   names = lambda batch: [example.id for example in batch]  # noqa: E731
   batches = [names(next(stream)) for _ in range(12)]
   for epoch in range(3):
@@ -307,12 +307,12 @@ def test_batches_are_random_access_and_cover_each_epoch(questions):
     assert len(set(seen)) == 20  # 22 questions, batches of 5: two are left out of each epoch
   assert len({tuple(batch) for batch in batches}) == 12
   assert set(sum(batches, [])) == {example.id for example in examples}
-  resumed = processor_lib.epoch_batches(examples[::-1], 5, 3, start_step=7)  # whatever order a reader gives
+  resumed = batching.epoch_batches(examples[::-1], 5, 3, start_step=7)  # whatever order a reader gives
   assert [names(next(resumed)) for _ in range(5)] == batches[7:]
-  assert names(processor_lib.batch_at(examples, 5, seed=3, step=9)) == batches[9]
-  assert names(processor_lib.batch_at(examples, 5, seed=4, step=9)) != batches[9]
+  assert names(batching.batch_at(examples, 5, seed=3, step=9)) == batches[9]
+  assert names(batching.batch_at(examples, 5, seed=4, step=9)) != batches[9]
   with pytest.raises(ValueError, match="22 questions do not fill a batch of 23"):
-    next(processor_lib.epoch_batches(examples, 23, 0))
+    next(batching.epoch_batches(examples, 23, 0))
 
 
 def test_lookahead_prepares_the_next_and_passes_errors_on():
@@ -326,7 +326,7 @@ def test_lookahead_prepares_the_next_and_passes_errors_on():
       raise ValueError("batch 5")
     return i * i
 
-  ahead = processor_lib.Lookahead(work, stop=7)
+  ahead = batching.Lookahead(work, stop=7)
   assert ahead(0) == 0
   assert started[1].wait(5)  # without being asked for
   assert [ahead(i) for i in (1, 2, 4)] == [1, 4, 16]
@@ -339,7 +339,7 @@ def test_lookahead_prepares_the_next_and_passes_errors_on():
 
 def test_threads_may_share_a_processor(processor, questions):
   expected = processor.prompts(questions, "think").tokens
-  ahead = processor_lib.Lookahead(lambda i: processor.prompts(questions, "think"), stop=20)
+  ahead = batching.Lookahead(lambda i: processor.prompts(questions, "think"), stop=20)
   for i in range(20):
     np.testing.assert_array_equal(ahead(i).tokens, expected)
     assert processor.decode(expected[:1, :3], np.ones((1, 3), bool))

@@ -21,8 +21,7 @@ import numpy as np
 from kepo_jax import sharding, training
 from kepo_jax.data import splits
 from kepo_jax.reporting import RunReporter
-from kepo_jax.training import checkpoints, manifest
-from kepo_jax.training import step as step_lib
+from kepo_jax.training import checkpoints, manifest, metrics
 from kepo_jax.training import workdir as workdir_lib
 from kepo_jax.types import Hook
 from tests.conftest import ROOT
@@ -62,8 +61,8 @@ def announced(function, word):
 
 def run(workdir):
   """The child: starts or continues the run, saying what it does, and at last the hash of its state."""
-  clock = step_lib.PhaseClock.__call__
-  step_lib.PhaseClock.__call__ = lambda self, phase: (say(phase), clock(self, phase))[1]
+  clock = metrics.PhaseClock.__call__
+  metrics.PhaseClock.__call__ = lambda self, phase: (say(phase), clock(self, phase))[1]
   checkpoints.Checkpoints.save = announced(checkpoints.Checkpoints.save, "saving")
   manifest.write = announced(manifest.write, "checksums")
   workdir_lib.RunFiles.export = announced(workdir_lib.RunFiles.export, "export")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.configs import kepo
-from kepo_jax.training import prefetch, step
+from kepo_jax.training import metrics, prefetch, step
 from kepo_jax.types import Rollouts
 from tests.training import cases
 from tests.training.cases import END, example
@@ -70,7 +70,7 @@ def stepped(run, rollouts, *, done=0):
   run.programs = types.SimpleNamespace(**vars(run.programs) if hasattr(run, "programs") else {})
   run.programs.targets = lambda prompts, tokens: ()
   run.programs.update = lambda state, experience, targets, compare: (state, {})
-  _, trained = step.train_step(run, None, done, pending, step.PhaseClock())
+  _, trained = step.train_step(run, None, done, pending, metrics.PhaseClock())
   assert pending.weights is None  # before the update, which needs their memory
   return trained
 
@@ -206,8 +206,8 @@ def test_tokens_are_counted_by_what_was_done_with_them():
   groups = groups_of([[2, 3], [3, 3]])
   groups.mask[0, 0, 1] = False
   kept = np.array([[True, True], [True, False]])
-  trained = step.Trained(1, groups, kept, kept, None, {}, (), sampled=20, written=5)
-  said = step.token_metrics(config, trained)
+  trained = metrics.StepResult(1, groups, kept, kept, None, {}, (), sampled=20, written=5)
+  said = metrics.token_metrics(config, trained)
   assert said == {"tokens/trained": 10.0, "tokens/sampled": 20.0, "tokens/written": 5.0, "tokens/scored": 7.0}
   config = config.replace({"objective.distill_weight": 0.0, "exploration.rounds": 0})
-  assert step.token_metrics(config, trained).keys() == {"tokens/trained", "tokens/sampled"}
+  assert metrics.token_metrics(config, trained).keys() == {"tokens/trained", "tokens/sampled"}

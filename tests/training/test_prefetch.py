@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from kepo_jax.training import OutOfMemory, step
+from kepo_jax.training import OutOfMemory, metrics
 from kepo_jax.training import prefetch as prefetch_lib
 from kepo_jax.training.train import telling_out_of_memory
 from kepo_jax.types import Rollouts
@@ -89,9 +89,9 @@ def test_nothing_is_begun_where_another_process_cannot(monkeypatch):
 def test_out_of_memory_names_the_phase_whatever_says_so():
   full = [jax.errors.JaxRuntimeError(text) for text in ("RESOURCE_EXHAUSTED: 9 bytes", "Failed to allocate 9 bytes")]
   for error in (*full, ValueError("RESOURCE_EXHAUSTED"), MemoryError()):
-    with pytest.raises(OutOfMemory) as caught, telling_out_of_memory(), step.PhaseClock()("update"):
+    with pytest.raises(OutOfMemory) as caught, telling_out_of_memory(), metrics.PhaseClock()("update"):
       raise error
     assert str(caught.value) == "out of memory in update"
   for other in (jax.errors.JaxRuntimeError("INVALID_ARGUMENT"), ValueError("an image")):
-    with pytest.raises(type(other), match=str(other)), telling_out_of_memory(), step.PhaseClock()("update"):
+    with pytest.raises(type(other), match=str(other)), telling_out_of_memory(), metrics.PhaseClock()("update"):
       raise other

@@ -4,20 +4,23 @@ import itertools
 
 import jax
 
-from kepo_jax.data import batching
-from kepo_jax.data.batching import Need
+from kepo_jax.training import compile_ahead
+from kepo_jax.training.compile_ahead import Need
+from tests.data.conftest import checkpoint, processor, questions
+
+__all__ = ["checkpoint", "processor", "questions"]  # fixtures
 
 
 def buckets_of(batch):
   return batch.tokens.shape[1], batch.vision.patches.shape[1]
 
 
-def test_batches_have_the_buckets_that_were_told(processor, questions):
-  needs, found = batching.Needs(processor), set()
+def test_batches_have_the_buckets_that_were_told(processor, questions):  # noqa: F811
+  needs, found = compile_ahead.Needs(processor), set()
   for kind in ("think", "hint_request"):
     for chosen in itertools.chain.from_iterable(itertools.combinations(questions, size) for size in (1, 2, 3)):
       batch = processor.prompts(chosen, kind)
-      assert batching.batch_buckets(needs(chosen, kind)) == buckets_of(batch), (kind, [each.id for each in chosen])
+      assert compile_ahead.batch_buckets(needs(chosen, kind)) == buckets_of(batch), (kind, [each.id for each in chosen])
       told = processor.shapes(len(chosen), *buckets_of(batch))
       same = jax.tree.map(lambda array, shape: (array.shape, array.dtype) == (shape.shape, shape.dtype), batch, told)
       assert all(jax.tree.leaves(same))
@@ -25,8 +28,8 @@ def test_batches_have_the_buckets_that_were_told(processor, questions):
   assert len(found) > 2  # the questions differ enough
 
 
-def test_hints_reach_no_other_buckets(processor, questions):
-  needs = batching.Needs(processor)
+def test_hints_reach_no_other_buckets(processor, questions):  # noqa: F811
+  needs = compile_ahead.Needs(processor)
   hint = " ".join(["look"] * 10)  # a token per character at most
   for example in questions:
     (need,) = needs([example], "hint_only", hint=60)
@@ -50,4 +53,8 @@ def test_reachable_buckets_are_those_of_all_choices():
   crossed = (Need((64,), 64), Need((256,), 16))  # no one fills both buckets
   for chosen in (needs, needs[:3], needs[1:], crossed, needs[:1] * 4):
     for least, most in [(1, 1), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]:
-      assert batching.reachable(chosen, least, most) == slowly_reachable(chosen, least, most), (chosen, least, most)
+      assert compile_ahead.reachable(chosen, least, most) == slowly_reachable(chosen, least, most), (
+        chosen,
+        least,
+        most,
+      )
