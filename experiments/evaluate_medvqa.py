@@ -37,7 +37,7 @@ from rich.console import Console
 from experiments import environment
 from experiments.configs import grpo, grpo_medvqa
 from kepo_jax import evaluation, sharding, storage
-from kepo_jax.data import cleaning, images, prompts, splits, splitting, tokenization, usable
+from kepo_jax.data import cleaning, images, prompts, splits, tokenization, usable
 from kepo_jax.data import processor as processor_lib
 from kepo_jax.data.readers import formats
 from kepo_jax.data.tfds import folders
@@ -149,7 +149,7 @@ def questions(display: progress.Display) -> tuple[list[Example], cleaning.Summar
   elif split == "all":
     examples, how = found, "the whole folder, questions for training included"
   else:
-    examples = cut(found).as_dict()[split]
+    examples = cut(found)[split]
     how = (
       f"the {split} part of a cut with --train_modality={_TRAIN_MODALITY.value} --train_items={_TRAIN_ITEMS.value} "
       f"--validation_items={_VALIDATION_ITEMS.value} --test_items={_TEST_ITEMS.value} --split_seed={_SPLIT_SEED.value}"
@@ -180,19 +180,19 @@ def limited(
   """At most --limit questions of each modality, and their number in words."""
   kept = examples
   if _LIMIT.value:
-    kept = splitting.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
+    kept = splits.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
     how += f", at most {_LIMIT.value} per modality"
   return kept, summary, f"{len(kept)} of {summary.kept} questions: {how}"
 
 
-def cut(examples: list[Example]) -> splits.Split:
+def cut(examples: list[Example]) -> dict[str, list[Example]]:
   """The split that training makes of a single folder.
 
   Raises:
     ValueError: too few questions of the training modality.
   """
   try:
-    return splits.cut_by_rule(examples, flags.FLAGS)  # the flags have the names of the config's fields
+    return splits.split_by_modality(examples, flags.FLAGS)  # the flags have the names of the config's fields
   except ValueError as error:
     raise ValueError(
       f"--split={_SPLIT.value}: {_DATA.value} cannot be cut as for training: {str(error).rstrip('.')}. The flags are "

@@ -33,7 +33,7 @@ from experiments.configs import kepo
 from kepo_jax import sharding, storage
 from kepo_jax.config import Config
 from kepo_jax.data import processor as processor_lib
-from kepo_jax.data import prompts, splits, splitting, tokenization, usable
+from kepo_jax.data import prompts, splits, tokenization, usable
 from kepo_jax.models.qwen3_vl import checkpoint
 from kepo_jax.reporting import progress, tables
 from kepo_jax.training import checks
@@ -102,7 +102,7 @@ def questions(config: Config, processor: processor_lib.Processor, display: progr
     OSError: a remote folder cannot be read.
   """
   found = splits.load(config.data, progress=functools.partial(display.progress, "copying data, bytes"))
-  examples = splitting.limited(found[_SPLIT.value], _LIMIT.value or None, _LIMIT_SEED.value)
+  examples = splits.limited(found[_SPLIT.value], _LIMIT.value or None, _LIMIT_SEED.value)
   kinds = checks.prompt_kinds(config, "train")  # those of exploration, whatever the split
   asked = checks.with_readable_images(
     {_SPLIT.value: examples},

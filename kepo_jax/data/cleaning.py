@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kepo_jax.types import Example
+
 IMAGE = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands in a question or option for one of its images, in their order
 # What is repaired or only noted, what is dropped, and what stops a strict read.
 RULES: Mapping[str, str] = {
@@ -131,8 +133,14 @@ class Summary:
         lines.append(f"  {rule} {self.rules[rule]}: {text} (first: {self.first[rule]})")
     return "\n".join(lines)
 
+  def finished(self, examples: list[Example], *, lenient: bool) -> "tuple[list[Example], Summary]":
+    """Ends a reading: returns its examples and this summary. Raises as `verdict` does."""
+    self.kept = len(examples)
+    self.verdict(lenient=lenient)
+    return examples, self
+
   def verdict(self, *, lenient: bool) -> None:
-    """Ends a reading.
+    """Refuses data that cannot be used.
 
     Raises:
       ValueError: no usable record, or, unless lenient, anything that RULES calls an error; names the first place.

@@ -1,12 +1,11 @@
-"""Files that say which questions the parts of a split hold and what they are, to check later data against.
+"""Files that list the questions of each part of a split, to check later data against.
 
-Ids alone do not tell that the data behind them have changed, so each question has a digest of everything that it is.
+Ids do not change when the data behind them do, so each question also has a digest of all its content.
 """
 
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,147 +13,102 @@ from etils import epath
 
 from kepo_jax import storage
 from kepo_jax.data import images as images_lib
-from kepo_jax.data.cleaning import Rejected
-from kepo_jax.data.readers import json_files
 from kepo_jax.types import Example
 
-DIGITS = 12  # of a question's digest that a file holds: enough to name what has changed
+DIGITS = 12  # of a question's digest that a file holds: enough to name the questions that have changed
 _NAMED = 3  # questions that a message names
 
-
-def contents(examples: Iterable[Example]) -> dict[str, str]:
-  """Id of each question -> SHA-256, in hex, of everything that it is.
-
-  That is every field, where an image counts with the bytes of its file: not with its path, so that data that were
-  moved are still the same.
-
-  Raises:
-    ValueError: an image cannot be read; names it and the question.
-  """
-  images: dict[str, str] = {}
-  found = {}
-  for example in examples:
-    for path in example.images:
-      if path not in images:
-        try:
-          images[path] = images_lib.fingerprint(path)
-        except ValueError as error:
-          raise ValueError(f"question {example.id}: {error}") from error
-    content = dataclasses.asdict(example) | {"images": [images[path] for path in example.images]}
-    found[example.id] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-  return found
+Parts = Mapping[str, Sequence[Example]]  # name of a part -> its questions
 
 
-def ids_digest(ids: Mapping[str, Sequence[str]]) -> str:
-  """SHA-256, in hex, over the ids of all parts."""
-  lines = (f"{name}\t{one}\n" for name, part in ids.items() for one in part)
-  return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def identity(parts: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
-  """The fields of a file that depend on the questions.
+def write(parts: Parts, path: epath.PathLike, *, rule: str, seed: int) -> str:
+  """Writes the ids and digests of the questions of a split, as JSON.
 
   Args:
     parts: name -> questions.
+    path: the file.
+    rule: how the split was made, in words or by name, for example "mri600".
+    seed: of the rule.
 
   Returns:
-    counts, sorted ids of each part and their SHA-256, and in the order of the ids the first digits of each question's
-    digest, with the SHA-256 over all digests in full.
+    the SHA-256 over the content of all questions.
+
+  Raises:
+    ValueError: the file exists and holds something else; names the questions that have changed. Or an image cannot be
+      read.
+  """
+  record = {"rule": rule, "seed": seed} | _identity(parts)
+  text, target = json.dumps(record, indent=1) + "\n", epath.Path(path)
+  if target.exists() and (stored := target.read_bytes()) != text.encode():
+    raise ValueError(f"{target}: exists and {_difference(stored, record)}")
+  storage.write_text(target, text)
+  return str(record["content_sha256"])
+
+
+def content_digest(parts: Parts) -> str:
+  """Returns the SHA-256 over the content of all questions of a split.
 
   Raises:
     ValueError: an image cannot be read.
   """
+  return str(_identity(parts)["content_sha256"])
+
+
+def _identity(parts: Parts) -> dict[str, Any]:
+  """Returns the fields of a file that depend on the questions: counts, sorted ids and digests, and their SHA-256."""
   ids = {name: sorted(example.id for example in part) for name, part in parts.items()}
-  digests = {name: contents(part) for name, part in parts.items()}
+  digests = {name: _contents(part) for name, part in parts.items()}
+  lines = (f"{name}\t{example_id}\n" for name, part in ids.items() for example_id in part)
   return {
     "counts": {name: len(part) for name, part in ids.items()},
-    "sha256": ids_digest(ids),
+    "sha256": hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest(),
     "content_sha256": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
     "ids": ids,
-    "contents": {name: [digests[name][one][:DIGITS] for one in part] for name, part in ids.items()},
+    "contents": {name: [digests[name][example_id][:DIGITS] for example_id in part] for name, part in ids.items()},
   }
 
 
-def write(path: epath.PathLike, record: Mapping[str, Any]) -> None:
-  """Writes `identity` and what else is to be known, as JSON.
+def _contents(examples: Iterable[Example]) -> dict[str, str]:
+  """Maps the id of each question to the SHA-256 of its fields.
 
-  Raises:
-    ValueError: the file exists and holds something else; names the questions that have changed.
+  An image counts with the bytes of its file, not with its path, so that data can be moved.
   """
-  text, target = json.dumps(record, indent=1) + "\n", epath.Path(path)
-  if target.exists() and target.read_bytes() != text.encode():
-    raise ValueError(f"{target}: exists and {_difference(target, record)}")
-  storage.write_text(target, text)
+  digests = {}
+  for example in examples:
+    try:
+      images = [images_lib.fingerprint(path) for path in example.images]
+    except ValueError as error:
+      raise ValueError(f"question {example.id}: {error}") from error
+    content = dataclasses.asdict(example) | {"images": images}
+    digests[example.id] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+  return digests
 
 
-def stored(path: epath.PathLike, names: Sequence[str]) -> dict[str, Any]:
-  """The fields of `identity` in a file, consistent in themselves.
-
-  Args:
-    path: the file.
-    names: of its parts.
-
-  Raises:
-    ValueError: the file is damaged or was changed, or lists an id twice.
-  """
-  try:
-    remote = storage.is_remote(path)
-    record = json_files.decoded(epath.Path(path).read_text()) if remote else json_files.parsed(pathlib.Path(path))
-    lists = {field: {name: record[field][name] for name in names} for field in ("ids", "contents")}
-    parts = [part for each in lists.values() for part in each.values()]
-    if not all(isinstance(part, list) and all(isinstance(one, str) for one in part) for part in parts):
-      raise TypeError("ids and contents are lists of texts")
-    counts = {name: record["counts"][name] for name in names}
-    said = {field: record[field] for field in ("sha256", "content_sha256")}
-  except (Rejected, KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{path}: no list of a split's ids ({error})") from error
-  ids, sizes = lists["ids"], [{name: len(part) for name, part in each.items()} for each in lists.values()]
-  if said["sha256"] != ids_digest(ids) or any(size != counts for size in sizes):
-    raise ValueError(f"{path}: its ids do not have the counts {counts} and the SHA-256 {said['sha256']} that it states")
-  listed = [one for part in ids.values() for one in part]
-  if len(set(listed)) < len(listed):
-    raise ValueError(f"{path}: {len(listed) - len(set(listed))} ids stand there twice")
-  return {"counts": counts} | said | lists
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-  """In words which questions are not what they were; "" if all are.
-
-  Args:
-    before: fields of `identity`.
-    now: the same, with the same ids.
-  """
-  changed = [
-    one
-    for name, ids in now["ids"].items()
-    for one, old, new in zip(ids, before["contents"][name], now["contents"][name], strict=True)
-    if old != new
-  ]
-  if not changed and before["content_sha256"] == now["content_sha256"]:
-    return ""
-  which = f"{len(changed)} of its {sum(now['counts'].values())} questions have changed"
-  which = f"{which} ({_named(changed)})" if changed else "its content_sha256 is another"
-  return f"{which}: text, options, answer, kind or image are not what they were"
-
-
-def _difference(path: epath.Path, record: Mapping[str, Any]) -> str:
-  """In words what a file holds instead of a record, and the way out."""
+def _difference(stored: bytes, record: Mapping[str, Any]) -> str:
+  """Says how the content of a file differs from a record, and what to do."""
   way_out = "choose another name, or remove it"
   try:
-    before = stored(path, list(record["ids"]))
-  except ValueError:
+    before = json.loads(stored)
+    listed = {name: dict(zip(ids, before["contents"][name], strict=True)) for name, ids in before["ids"].items()}
+  except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
     return f"holds something else; {way_out}"
+  now = {name: dict(zip(ids, record["contents"][name], strict=True)) for name, ids in record["ids"].items()}
   if before["ids"] != record["ids"]:
-    here, there = ({one for part in each["ids"].values() for one in part} for each in (before, record))
-    apart = sorted(here ^ there)
+    apart = sorted(set().union(*listed.values()) ^ set().union(*now.values()))
     which = f" ({_named(apart)} {'is' if len(apart) == 1 else 'are'} not in both)" if apart else ""
     return f"holds another split{which}; {way_out}"
-  if changed := changes(before, record):
-    return f"{changed}; restore the data, or {way_out}"
-  return f"holds these questions by another rule or seed; {way_out}"
+  changed = [
+    example_id for name in now for example_id in now[name] if now[name][example_id] != listed[name][example_id]
+  ]
+  if not changed:
+    return f"holds these questions by another rule or seed; {way_out}"
+  return (
+    f"{len(changed)} of its {sum(map(len, now.values()))} questions have changed ({_named(changed)}): text, options, "
+    f"answer, kind or image are not what they were; restore the data, or {way_out}"
+  )
 
 
 def _named(ids: Sequence[str]) -> str:
-  """The first of some ids."""
+  """Returns the first of some ids, and the number of the others."""
   more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
   return ", ".join(map(repr, ids[:_NAMED])) + more

@@ -16,7 +16,7 @@ from etils import epath
 
 from kepo_jax import multihost, storage
 from kepo_jax.config import Config
-from kepo_jax.data import splits
+from kepo_jax.data import id_files, splits
 from kepo_jax.data.cleaning import Summary
 from kepo_jax.evaluation import outputs as outputs_lib
 from kepo_jax.training import lock, run_record
@@ -144,7 +144,7 @@ class RunFiles:
     """
     if not self.workdir:
       return
-    split = splits.Split(**{name: list(questions.get(name, ())) for name in splits.SPLITS})
+    parts = {name: questions.get(name, ()) for name in splits.SPLITS}
 
     def write() -> dict[str, Any]:
       if self._lock:
@@ -152,7 +152,7 @@ class RunFiles:
       if not self.resumes:  # first of all: with it there is something to resume
         storage.write_text(self._root / "config.json", self._config_text)
       hashes = {role: outputs_lib.model_hash(folder) for role, folder in (models or {}).items()}
-      return {"questions": self._checked_questions(split, rule), "models": hashes}
+      return {"questions": self._checked_questions(parts, rule), "models": hashes}
 
     self._identity = multihost.on_first(write)
     self._begun = True
@@ -368,16 +368,16 @@ class RunFiles:
       )
     logging.warning("%s goes on with another config: %s.", self._root, changes)
 
-  def _checked_questions(self, split: splits.Split, rule: str) -> str:
+  def _checked_questions(self, parts: id_files.Parts, rule: str) -> str:
     path, seed = self._root / "questions.json", self._config.data.split_seed
     try:
-      return splits.write_ids(split, path, rule=rule, seed=seed)
+      return id_files.write(parts, path, rule=rule, seed=seed)
     except ValueError as error:
       if not (self._allow_change and path.exists()):
         raise
       logging.warning("%s. Going on with the questions as they are now.", error)
-      self._replaces_questions = lambda: splits.write_ids(split, path, rule=rule, seed=seed)
-      return splits.content_digest(split)
+      self._replaces_questions = lambda: id_files.write(parts, path, rule=rule, seed=seed)
+      return id_files.content_digest(parts)
 
   def _adopt_changes(self) -> None:
     """Puts another config and other questions in the place of the run's, now that it is known to go on with them."""

@@ -140,7 +140,7 @@ def test_a_run_that_is_killed_while_it_begins_can_be_resumed(tmp_path, monkeypat
     raise OSError("killed")
 
   with monkeypatch.context() as other:
-    other.setattr("kepo_jax.data.splits.write_ids", killed)
+    other.setattr("kepo_jax.data.id_files.write", killed)
     with pytest.raises(OSError, match="killed"), begun(tmp_path):
       pass
   with begun(tmp_path, auto_resume=True) as files:

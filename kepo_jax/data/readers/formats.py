@@ -16,7 +16,7 @@ def read_any(
   lenient: bool = False,
   check_images: bool = True,
 ) -> tuple[list[Example], Summary]:
-  """Every usable record of a download, whichever of the known formats it has.
+  """Reads every usable record of a download in any of the known formats.
 
   A folder is OmniMedVQA's layout (it or a folder up to two levels below holds QA_information), saved to disk by
   Hugging Face's library (it or the only such folder in it holds dataset_dict.json or state.json), a folder of parquet
@@ -72,4 +72,4 @@ def _reader_of_file(file: pathlib.Path):
   except Rejected as rejected:
     raise ValueError(f"{file}: {rejected}") from rejected
   layout = any(isinstance(record, dict) and "gt_answer" in record for record in records)
-  return omnimedvqa.read_file if layout else split_files.read
+  return omnimedvqa.read if layout else split_files.read

@@ -126,9 +126,7 @@ def read(
       summary.count(rejected.rule, f"{file}: {rejected}")
   if not summary.files and not summary.rules:
     raise ValueError(f"{top}: no parquet files here or below, and not saved to disk")
-  summary.kept = len(examples)
-  summary.verdict(lenient=lenient)
-  return examples, summary
+  return summary.finished(examples, lenient=lenient)
 
 
 def _parquet_files(top: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:

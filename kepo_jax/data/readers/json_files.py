@@ -4,11 +4,12 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kepo_jax.data.cleaning import Rejected, Summary
 from kepo_jax.data.images import is_inside
+from kepo_jax.types import Example
 
 ENDINGS = (".json", ".jsonl")  # a list of records, or one record per line; in either case
 MAX_BYTES = 1 << 30  # of one file; the largest of OmniMedVQA has about 30 MB
@@ -127,6 +128,46 @@ def records_of(file: pathlib.Path, root: pathlib.Path | None = None) -> Sequence
   if not isinstance(records, list):
     raise Rejected("malformed_file", f"holds a {type(records).__name__}, expected a list of records")
   return records
+
+
+def files_of(
+  files: Iterable[pathlib.Path], root: pathlib.Path | None, summary: Summary
+) -> Iterator[tuple[pathlib.Path, Sequence[Any]]]:
+  """Yields each file with its records; counts files that cannot be read."""
+  for file in files:
+    try:
+      records = records_of(file, root)
+    except Rejected as rejected:
+      summary.count(rejected.rule, f"{file}: {rejected}")
+      continue
+    yield file, records
+
+
+def converted(
+  records: Iterable[Any],
+  file: pathlib.Path,
+  summary: Summary,
+  convert: Callable[[Mapping[str, Any], int, str], Example],
+  *,
+  first: int = 0,
+) -> Iterator[Example]:
+  """Yields the examples of usable records and counts the others.
+
+  Args:
+    records: of one file.
+    file: the file, for messages.
+    summary: where records and rules are counted.
+    convert: (record, its number, file and number for messages) -> example; raises Rejected.
+    first: number of the first record.
+  """
+  for number, record in enumerate(records, start=first):
+    summary.records += 1
+    name = record.get("question_id") if isinstance(record, dict) else None
+    place = f"{file}, record {number}" + (f" {ascii(name)[:80]}" if isinstance(name, str) and name else "")
+    try:
+      yield convert(checked_record(record), number, place)
+    except Rejected as rejected:
+      summary.count(rejected.rule, f"{place}: {rejected}")
 
 
 def checked_record(record: Any) -> Mapping[str, Any]:

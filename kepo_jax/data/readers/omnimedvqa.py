@@ -1,7 +1,7 @@
 """Reader of the OmniMedVQA layout: nothing disappears silently, and no path leaves the root.
 
 A root holds `Images/<dataset>/...` and `QA_information/<access>/<dataset>.json`, each a list of flat records.
-Every repair and every drop has a name in `rules.RULES` and is counted in the `Summary`.
+Every repair and every drop has a name in `cleaning.RULES` and is counted in the `Summary`.
 """
 
 import os
@@ -11,35 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kepo_jax.data import cleaning, lettering, records
-from kepo_jax.data.cleaning import MODALITIES, Rejected, Summary, modality_name
+from kepo_jax.data.cleaning import Summary
 from kepo_jax.data.images import ImageFiles
 from kepo_jax.data.readers import json_files
 from kepo_jax.types import Example
 
-__all__ = ["MODALITIES", "Summary", "find_root", "modality_name", "read", "read_file"]
-
 _NESTING = 2  # folders above the root that an unpacked archive may add
 
 
-def find_root(directory: str | os.PathLike) -> pathlib.Path:
-  """The folder that holds QA_information: the directory itself, or the only such one up to two levels below.
-
-  Raises:
-    ValueError: there is none, or more than one.
-  """
-  top = pathlib.Path(directory)
-  if not top.is_dir():
-    raise ValueError(f"{top}: no such directory; pass the folder that holds QA_information and Images")
-  found = roots(top)
-  if not found:
-    raise ValueError(f"{top}: no QA_information folder here or below; pass the root of the OmniMedVQA download")
-  if len(found) > 1:
-    raise ValueError(f"{top} holds several data sets ({', '.join(map(str, found))}); name one of them")
-  return found[0]
-
-
 def roots(top: pathlib.Path) -> list[pathlib.Path]:
-  """The folders that hold a QA_information, of the first level that has any, up to two levels below."""
+  """Returns the folders that hold a QA_information, of the first level that has any, up to two levels below."""
   for depth in range(_NESTING + 1):
     found = sorted(path.parent for path in top.glob("*/" * depth + "QA_information") if path.is_dir())
     if found:
@@ -48,19 +29,19 @@ def roots(top: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read(
-  directory: str | os.PathLike,
+  path: str | os.PathLike,
   *,
   access: str = "Open-access",
   image_root: str | os.PathLike | None = None,
   lenient: bool = False,
   check_images: bool = True,
 ) -> tuple[list[Example], Summary]:
-  """Every usable record of a folder in OmniMedVQA's layout, in the order of files and records.
+  """Reads every usable record of a folder in OmniMedVQA's layout, or of one of its files.
 
   Args:
-    directory: root, or a folder around it.
-    access: folder below QA_information.
-    image_root: folder that the image paths start from, where that is not the root.
+    path: root, a folder around it, or a JSON file.
+    access: folder below QA_information; has no effect on a file.
+    image_root: folder that the image paths start from; by default the root, or the folder of a file that lies in none.
     lenient: drop and count records that stop a strict read: malformed, without image, leaving the root.
     check_images: whether image files must exist; paths are checked in any case.
 
@@ -71,65 +52,49 @@ def read(
     ValueError: no such layout, no usable record, or, unless lenient, anything that RULES calls an error; names
       the first file and record.
   """
-  root = find_root(directory)
-  folder = root / "QA_information" / access
-  files = [file for file in json_files.below(folder, json_files.ENDINGS) if file.parent == folder]
-  if not files:
-    raise ValueError(f"{folder}: no JSON files; QA_information has {sorted(os.listdir(folder.parent))}")
-  summary = Summary(root=str(root), files=len(files))
-  json_files.count_skipped(folder, files, summary)
-  reader = _Reader(summary, ImageFiles(image_root or root, check_images), root)
-  return reader.read(files, lenient)
+  top, root = pathlib.Path(path), None
+  if top.is_file():
+    above = pathlib.Path(os.path.realpath(top)).parents
+    images = image_root or next((folder.parent for folder in above if folder.name == "QA_information"), above[0])
+    files, summary = [top], Summary(root=str(top), files=1)
+  else:
+    root = _find_root(top)
+    folder = root / "QA_information" / access
+    files, images = [file for file in json_files.below(folder, json_files.ENDINGS) if file.parent == folder], root
+    if not files:
+      raise ValueError(f"{folder}: no JSON files; QA_information has {sorted(os.listdir(folder.parent))}")
+    summary = Summary(root=str(root), files=len(files))
+    json_files.count_skipped(folder, files, summary)
+  reader = _Reader(summary, ImageFiles(image_root or images, check_images))
+  entries = json_files.files_of(files, root, summary)
+  return summary.finished([example for file in entries for example in reader.examples(*file)], lenient=lenient)
 
 
-def read_file(
-  file: str | os.PathLike,
-  *,
-  image_root: str | os.PathLike | None = None,
-  lenient: bool = False,
-  check_images: bool = True,
-) -> tuple[list[Example], Summary]:
-  """One JSON file of the layout, as `read` would read it; its root is the folder above QA_information, or its own.
-
-  Raises:
-    ValueError: as for `read`.
-  """
-  path = pathlib.Path(file)
-  above = pathlib.Path(os.path.realpath(path)).parents
-  root = image_root or next((folder.parent for folder in above if folder.name == "QA_information"), above[0])
-  return _Reader(Summary(root=str(path), files=1), ImageFiles(root, check_images), None).read([path], lenient)
+def _find_root(top: pathlib.Path) -> pathlib.Path:
+  """Returns the folder that holds QA_information: this one, or the only such one up to two levels below."""
+  if not top.is_dir():
+    raise ValueError(f"{top}: no such directory; pass the folder that holds QA_information and Images")
+  found = roots(top)
+  if not found:
+    raise ValueError(f"{top}: no QA_information folder here or below; pass the root of the OmniMedVQA download")
+  if len(found) > 1:
+    raise ValueError(f"{top} holds several data sets ({', '.join(map(str, found))}); name one of them")
+  return found[0]
 
 
 class _Reader:
-  """Turns the records of files into examples and counts what it does."""
+  """Turns records into examples and counts repairs."""
 
-  def __init__(self, summary: Summary, images: ImageFiles, root: pathlib.Path | None):
+  def __init__(self, summary: Summary, images: ImageFiles):
     self._summary = summary
     self._images = images
-    self._root = root  # that no JSON file may leave
     self._collector = records.Collector(summary)
 
-  def read(self, files: Sequence[pathlib.Path], lenient: bool) -> tuple[list[Example], Summary]:
-    """Usable records of some files and the summary, after its verdict."""
-    examples = [example for file in files for example in self._examples(file)]
-    self._summary.kept = len(examples)
-    self._summary.verdict(lenient=lenient)
-    return examples, self._summary
-
-  def _examples(self, file: pathlib.Path) -> Iterator[Example]:
-    try:
-      found = json_files.records_of(file, self._root)
-    except Rejected as rejected:
-      self._summary.count(rejected.rule, f"{file}: {rejected}")
-      return
-    for number, record in enumerate(found):
-      self._summary.records += 1
-      name = record.get("question_id", "") if isinstance(record, dict) else ""
-      place = f"{file}, record {number} {ascii(name)[:80] if isinstance(name, str) and name else ''}".rstrip()
-      try:
-        yield self._example(json_files.checked_record(record), file.stem, place)
-      except Rejected as rejected:
-        self._summary.count(rejected.rule, f"{place}: {rejected}")
+  def examples(self, file: pathlib.Path, entries: Sequence[Any]) -> Iterator[Example]:
+    """Yields the usable records of a file as examples."""
+    return json_files.converted(
+      entries, file, self._summary, lambda record, _, place: self._example(record, file.stem, place)
+    )
 
   def _example(self, record: Mapping[str, Any], stem: str, place: str) -> Example:
     question, answer = cleaning.text_field(record, "question"), cleaning.text_field(record, "gt_answer")

@@ -67,17 +67,10 @@ def read(
     json_files.count_skipped(top, files, summary)
   reader = RecordReader(summary)
   examples: list[Example] = []
-  for file in files:
-    try:
-      found = json_files.records_of(file, top if top.is_dir() else None)
-    except Rejected as rejected:
-      summary.count(rejected.rule, f"{file}: {rejected}")
-      continue
+  for file, entries in json_files.files_of(files, top if top.is_dir() else None, summary):
     images = ImageFiles(image_root or nearest_image_root(file), check_images)
-    examples += reader.examples(found, file, images.path)
-  summary.kept = len(examples)
-  summary.verdict(lenient=lenient)
-  return examples, summary
+    examples += reader.examples(entries, file, images.path)
+  return summary.finished(examples, lenient=lenient)
 
 
 def nearest_image_root(file: pathlib.Path) -> pathlib.Path:
@@ -87,14 +80,14 @@ def nearest_image_root(file: pathlib.Path) -> pathlib.Path:
 
 
 def described(stem: str) -> tuple[str, str]:
-  """(spelling of the modality, question type) that a file's name without ending tells; "" for what it does not."""
+  """Reads (spelling of the modality, question type) from a file's name without ending; "" for what it does not tell."""
   name = _ENDING.sub("", stem).strip()
-  kinds = {cleaning.normalised(kind): kind for kind in QUESTION_TYPES}
-  kind = kinds.get(cleaning.normalised(name.replace("_", " ")), "")
+  topics = {cleaning.normalised(topic): topic for topic in QUESTION_TYPES}
+  topic = topics.get(cleaning.normalised(name.replace("_", " ")), "")
   words = [word for word in re.split(r"[_/]", name) if cleaning.modality_name(word)]
   if not cleaning.modality_name(name):
     name = words[0] if len(words) == 1 else ""  # `modality_MRI`, but not `MRI_CT_XRAY`
-  return name, kind
+  return name, topic
 
 
 def title(place: pathlib.Path) -> str:
@@ -106,10 +99,10 @@ def title(place: pathlib.Path) -> str:
   return path.name
 
 
-def _told(stem: str, folder: pathlib.Path) -> tuple[str, str]:
-  """`described` by the beginning of the ids, and what that does not tell by the folder's name."""
-  (modality, kind), (above, kind_above) = described(stem), described(title(folder).partition("/")[0])
-  return modality or above, kind or kind_above
+def _named(stem: str, folder: pathlib.Path) -> tuple[str, str]:
+  """Returns `described` of the beginning of the ids; the folder's name gives what that lacks."""
+  (modality, topic), (above, topic_above) = described(stem), described(title(folder).partition("/")[0])
+  return modality or above, topic or topic_above
 
 
 class RecordReader:
@@ -121,7 +114,7 @@ class RecordReader:
 
   def examples(
     self,
-    found: Sequence[Any],
+    entries: Sequence[Any],
     file: pathlib.Path,
     locate: Callable[[Any], str],
     *,
@@ -132,7 +125,7 @@ class RecordReader:
     """Usable records of one file.
 
     Args:
-      found: records.
+      entries: records.
       file: where they come from.
       locate: from what a record has for an image to the absolute path; raises Rejected.
       first: number of the first record.
@@ -141,20 +134,18 @@ class RecordReader:
       dataset: source of records that do not tell theirs; by default the stem.
     """
     stem = stem or file.stem
-    told = _told(stem, file.parent)
-    for number, record in enumerate(found, start=first):
-      self._summary.records += 1
-      place = f"{file}, record {number}"
-      try:
-        yield self._example(json_files.checked_record(record), f"{stem}/{number}", told, locate, place, dataset or stem)
-      except Rejected as rejected:
-        self._summary.count(rejected.rule, f"{place}: {rejected}")
+    named = _named(stem, file.parent)
+
+    def convert(record: Mapping[str, Any], number: int, place: str) -> Example:
+      return self._example(record, f"{stem}/{number}", named, locate, place, dataset or stem)
+
+    return json_files.converted(entries, file, self._summary, convert, first=first)
 
   def _example(
     self,
     record: Mapping[str, Any],
     name: str,
-    told: tuple[str, str],
+    named: tuple[str, str],
     locate: Callable[[Any], str],
     place: str,
     dataset: str,
@@ -162,14 +153,14 @@ class RecordReader:
     problem, solution = cleaning.text_field(record, "problem"), cleaning.text_field(record, "solution")
     question, options = self._question(record, problem, place)
     gold = self._gold(record, solution, options, place)
-    entries = image_entries(record)
+    entries = _image_entries(record)
     images = tuple(locate(entry) for entry in entries)
     present = [i for i, option in enumerate(options) if option]
     if len(present) < len(options):
       self._summary.count("null_option", place)
       if present != list(range(len(present))):
         self._summary.count("option_gap", place)
-    spelling, kind = told
+    spelling, topic = named
     for field in ("modality_type", "subset", "modality"):
       spelling = cleaning.text_field(record, field, required=False) or spelling
     return self._collector.example(
@@ -180,7 +171,7 @@ class RecordReader:
       gold=present.index(gold),
       images=images,
       modality=self._collector.modality(spelling, place),
-      question_type=cleaning.text_field(record, "question_type", required=False) or kind,
+      question_type=cleaning.text_field(record, "question_type", required=False) or topic,
       dataset=_folder_of(entries[0]) or cleaning.text_field(record, "dataset", required=False) or dataset,
     )
 
@@ -240,8 +231,8 @@ class RecordReader:
     return gold
 
 
-def image_entries(record: Mapping[str, Any]) -> list[Any]:
-  """What a record has for its images, one or several, under `image` or `images`.
+def _image_entries(record: Mapping[str, Any]) -> list[Any]:
+  """Returns the images of a record, one or several, under `image` or `images`.
 
   Raises:
     Rejected: malformed_record: nothing.

@@ -5,7 +5,6 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable
-from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -55,45 +54,11 @@ def build(
     ValueError: no manual folder, or it cannot be read or split; names it and the way out.
     OSError: a remote data_dir cannot be read or written.
   """
-  settings: dict[str, Any] = {
-    "manual_dir": manual_dir,
-    "config": config,
-    "images_root": images_root,
-    "progress": progress,
-  }
-  if not storage.is_remote(data_dir):
-    return _build(data_dir, **settings)
-  storage.check_bucket(data_dir)
-  with tempfile.TemporaryDirectory(prefix="kepo_jax-") as local:
-    _check_config(config)
-    inside = os.path.relpath(Builder(data_dir=local, config=config).data_dir, local)
-    target, copy = epath.Path(data_dir) / inside, pathlib.Path(local) / inside
-    if (target / _INFO).exists():
-      copy.mkdir(parents=True)
-      for name in (_INFO, "features.json"):  # all that TFDS reads to know what it need not build again
-        (copy / name).write_bytes((target / name).read_bytes())
-    built = _build(local, **settings)
-    if not built.reused:
-      storage.publish(copy, target, last=_INFO)
-    return dataclasses.replace(built, directory=target)
-
-
-def _check_config(config: str | Config) -> None:
-  known = [each.name for each in Builder.BUILDER_CONFIGS]
+  known = [known.name for known in Builder.BUILDER_CONFIGS]
   if isinstance(config, str) and config not in known:
     raise ValueError(f"config {config!r}; choose from {known}")
-
-
-def _build(
-  data_dir: str | os.PathLike,
-  *,
-  manual_dir: str | os.PathLike | None,
-  config: str | Config,
-  images_root: str | os.PathLike | None,
-  progress: Callable[[int, int], None] | None,
-) -> Built:
-  """`build` on a local disk."""
-  _check_config(config)
+  if storage.is_remote(data_dir):
+    return _build_remote(epath.Path(data_dir), manual_dir, config, images_root, progress)
   builder = Builder(data_dir=os.path.abspath(data_dir), config=config)
   directory = pathlib.Path(builder.data_dir)
   reused = directory.is_dir()
@@ -111,6 +76,22 @@ def _build(
   splits = builder.info.splits
   questions = {name: split.num_examples for name, split in splits.items()}
   return Built(directory, questions, sum(split.num_bytes for split in splits.values()), reused)
+
+
+def _build_remote(data_dir: epath.Path, manual_dir, config, images_root, progress) -> Built:
+  """Builds in a temporary folder and copies the result, unless the data set is there already."""
+  storage.check_bucket(data_dir)
+  with tempfile.TemporaryDirectory(prefix="kepo_jax-") as local:
+    inside = os.path.relpath(Builder(data_dir=local, config=config).data_dir, local)
+    target, copy = data_dir / inside, pathlib.Path(local) / inside
+    if (target / _INFO).exists():
+      copy.mkdir(parents=True)
+      for name in (_INFO, "features.json"):  # all that TFDS reads to see that it need not build again
+        (copy / name).write_bytes((target / name).read_bytes())
+    built = build(local, manual_dir=manual_dir, config=config, images_root=images_root, progress=progress)
+    if not built.reused:
+      storage.publish(copy, target, last=_INFO)
+    return dataclasses.replace(built, directory=target)
 
 
 def _require(manual_dir: str | os.PathLike | None) -> None:

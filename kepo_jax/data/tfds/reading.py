@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -17,26 +17,25 @@ from kepo_jax.data.tfds import folders, records
 from kepo_jax.models.qwen3_vl.config import shown
 from kepo_jax.types import Example
 
-# What comes of a file that is cut off, overwritten or exchanged: array_record's own, and what TFDS makes of no record.
+# Raised for a file that is cut off, overwritten or exchanged, by array_record and by TFDS.
 _READ_ERRORS = (RuntimeError, DecodeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+_AGAIN = "delete the folder and build the data set again"
 
 
 class EncodedImages(tfds.decode.Decoder):
   """Leaves the images of a record as bytes; `SkipDecoding` of TFDS does so for a single image, not for a sequence."""
 
   def decode_example(self, example):
-    """The bytes of one image."""
+    """Returns the bytes of one image."""
     return example
 
   def decode_batch_example_np(self, example):
-    """The bytes of each image of a record."""
+    """Returns the bytes of each image of a record."""
     return example
 
 
-def source(
-  data_dir: str | os.PathLike, config: str = folders.NAME, split: str = "train"
-) -> Sequence[Mapping[str, Any]]:
-  """Random access to the records of a split, strings and images as bytes.
+def read(data_dir: str | os.PathLike, config: str = folders.NAME, split: str = "train") -> list[Example]:
+  """Reads the questions of a split in stored order; each image is written once into the project's cache folder.
 
   Args:
     data_dir: TFDS data directory, or the folder of one built version, which then says the config itself.
@@ -44,61 +43,16 @@ def source(
     split: "train", "validation" or "test".
 
   Raises:
-    ValueError: no such data set or split, or the records are of another kind; names the folder.
+    ValueError: no such data set or split, or it is damaged or has other records; names the folder or the question.
+    OSError: the cache folder cannot be written.
   """
-  return _source(_builder(data_dir, config), split)
-
-
-def read(data_dir: str | os.PathLike, config: str = folders.NAME, split: str = "train") -> list[Example]:
-  """The questions of a split in stored order; arguments and errors are those of `source`."""
-  return examples_from(source(data_dir, config, split))
+  return _read(_builder(data_dir, config), split)
 
 
 def read_splits(data_dir: str | os.PathLike, config: str = "*") -> dict[str, list[Example]]:
-  """Name of each of `splits.SPLITS` -> questions; a part that was built without any is empty."""
+  """Reads each of `splits.SPLITS`; a part that was built without any question is empty. Errors are those of `read`."""
   builder = _builder(data_dir, config)
-  return {name: examples_from(_source(builder, name)) if name in builder.info.splits else [] for name in splits.SPLITS}
-
-
-def examples_from(source: Iterable[Mapping[str, Any]]) -> list[Example]:
-  """Questions of records; each image is written once into the project's cache folder, named by its content.
-
-  Args:
-    source: what the function `source` gives, or any data source of the builder opened with
-      `decoders={"images": EncodedImages()}`.
-
-  Raises:
-    ValueError: a record cannot be read, which names the folder; an image was decoded on the way, by which its file is
-      lost, or is none, which names the question.
-    OSError: the cache folder cannot be written.
-  """
-  return [records.example(each, [_stored(image, each["id"]) for image in each["images"]]) for each in _records(source)]
-
-
-def _records(source: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-  number = 0
-  try:
-    for number, each in enumerate(source):
-      yield each
-  except _READ_ERRORS as error:
-    info = getattr(source, "dataset_info", None)
-    where = f"{info.data_dir}, {getattr(source, 'split', '')}" if info else "the data source"
-    raise ValueError(
-      f"{where}: record {number} or the next cannot be read ({str(error)[:200]}); delete the folder and build the data "
-      "set again"
-    ) from error
-
-
-def _stored(image: Any, name: bytes) -> str:
-  if not isinstance(image, bytes):
-    raise ValueError(
-      f"question {name.decode()}: its images are decoded; open the data source with "
-      'decoders={"images": EncodedImages()}'
-    )
-  try:
-    return images.store(image, check=True)
-  except Rejected as rejected:
-    raise ValueError(f"question {name.decode()}: {rejected}; build the data set again") from rejected
+  return {name: _read(builder, name) if name in builder.info.splits else [] for name in splits.SPLITS}
 
 
 def _builder(data_dir: str | os.PathLike, config: str) -> tfds.core.DatasetBuilder:
@@ -108,59 +62,58 @@ def _builder(data_dir: str | os.PathLike, config: str) -> tfds.core.DatasetBuild
   _check_features(folder)
   try:
     builder = tfds.builder_from_directory(folder)
-    told = {pathlib.Path(path) for split in builder.info.splits.values() for path in split.filepaths}
-    if left_out := sorted(
-      path.name for path in pathlib.Path(builder.data_dir).glob("*.array_record*") if path not in told
-    ):
+    listed = {pathlib.Path(path) for split in builder.info.splits.values() for path in split.filepaths}
+    files = pathlib.Path(builder.data_dir).glob("*.array_record*")
+    if left_out := sorted(path.name for path in files if path not in listed):
       raise ValueError(f"splits leave out {shown(left_out[0])}, {len(left_out)} files in all")
     return builder
   except (*_READ_ERRORS, OSError, json_format.Error) as error:
     reason = " ".join(str(error).split())[:200]
-    raise ValueError(
-      f"{folder / 'dataset_info.json'}: not readable ({reason}); delete the folder and build the data set again"
-    ) from error
+    raise ValueError(f"{folder / 'dataset_info.json'}: not readable ({reason}); {_AGAIN}") from error
 
 
-def _source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[Mapping[str, Any]]:
+def _read(builder: tfds.core.DatasetBuilder, split: str) -> list[Example]:
   if split not in builder.info.splits:
     raise ValueError(f"{builder.data_dir}: no split {split!r}, it has {sorted(builder.info.splits)}")
-  files = [pathlib.Path(path) for path in builder.info.splits[split].filepaths]
+  info = builder.info.splits[split]
+  files = [pathlib.Path(path) for path in info.filepaths]
   if missing := [path.name for path in files if not path.is_file()]:
     raise ValueError(f"{builder.data_dir}: {missing[0]} is missing ({len(missing)} in all); build the data set again")
   try:
-    held = [array_record_module.ArrayRecordReader(str(path)).num_records() for path in files]
-    if held != (told := list(builder.info.splits[split].shard_lengths)):
-      raise ValueError(f"shardLengths in dataset_info.json is {shown(told)}, and the files hold {shown(held)} records")
-    return builder.as_data_source(split, decoders={"images": EncodedImages()})
-  except (RuntimeError, ValueError) as error:  # RuntimeError: what array_record raises on a file that is cut off
-    raise ValueError(
-      f"{builder.data_dir}, {split}: cannot be read ({error}); delete the folder and build the data set again"
-    ) from error
+    lengths = [array_record_module.ArrayRecordReader(str(path)).num_records() for path in files]
+    if lengths != (stated := list(info.shard_lengths)):
+      raise ValueError(f"shardLengths in dataset_info.json is {shown(stated)}, and the files hold {shown(lengths)}")
+    source = builder.as_data_source(split, decoders={"images": EncodedImages()})
+    return [
+      records.example(fields, [images.store(image, check=True) for image in fields["images"]]) for fields in source
+    ]
+  except (*_READ_ERRORS, Rejected) as error:
+    reason = " ".join(str(error).split())[:300]
+    raise ValueError(f"{builder.data_dir}, {split}: cannot be read ({reason}); {_AGAIN}") from error
 
 
 def _check_features(folder: pathlib.Path) -> None:
   """Refuses records of another kind; TFDS would import whatever class their description names."""
-  expected = _classes(records.features())
   path = folder / "features.json"
   try:
-    found = _described_classes(json.loads(path.read_text(encoding="utf-8")))
+    described = _described_classes(json.loads(path.read_text(encoding="utf-8")))
   except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
     raise ValueError(f"{path}: not the description of a TFDS data set ({repr(error)[:200]})") from error
-  if found != expected:
-    told = str(sorted(found))[:300]
-    raise ValueError(f"{path}: describes {told}, not the records of this version; build the data set again")
+  if described != _classes(records.features()):
+    names = str(sorted(described))[:300]
+    raise ValueError(f"{path}: describes {names}, not the records of this version; build the data set again")
 
 
 def _classes(feature: tfds.features.FeatureConnector, name: str = "") -> set[str]:
-  found = {f"{name}: {type(feature).__module__}.{type(feature).__name__}"}
+  classes = {f"{name}: {type(feature).__module__}.{type(feature).__name__}"}
   if isinstance(feature, tfds.features.FeaturesDict):
-    return found.union(*(_classes(inner, f"{name}/{each}") for each, inner in feature.items()))
-  return found | _classes(feature.feature, f"{name}[]") if isinstance(feature, tfds.features.Sequence) else found
+    return classes.union(*(_classes(inner, f"{name}/{key}") for key, inner in feature.items()))
+  return classes | _classes(feature.feature, f"{name}[]") if isinstance(feature, tfds.features.Sequence) else classes
 
 
 def _described_classes(description: Mapping[str, Any], name: str = "") -> set[str]:
-  found = {f"{name}: {description['pythonClassName']}"}
+  classes = {f"{name}: {description['pythonClassName']}"}
   if "sequence" in description:
-    found |= _described_classes(description["sequence"]["feature"], f"{name}[]")
+    classes |= _described_classes(description["sequence"]["feature"], f"{name}[]")
   features = description.get("featuresDict", {}).get("features", {})
-  return found.union(*(_described_classes(inner, f"{name}/{each}") for each, inner in features.items()))
+  return classes.union(*(_described_classes(inner, f"{name}/{key}") for key, inner in features.items()))

@@ -26,8 +26,7 @@ SHARD_BYTES = 256 << 20  # of image files per shard; the writer holds one shard 
 
 @dataclasses.dataclass(eq=False)
 class Config(tfds.core.BuilderConfig):
-  """A config with what the reader and `dealing.split_by_modality` take; the phantom, already split,
-  has no use for it."""
+  """The fields of `config.DataConfig` that `splits.split_by_modality` reads; the phantom is split already."""
 
   train_modality: str = "MRI"
   train_items: int = 600
@@ -120,7 +119,7 @@ class Builder(tfds.core.ShardBasedBuilder):
   def _manual(self, directory: os.PathLike) -> dict[str, list[Example]]:
     config = self.builder_config
     examples = _read(directory, access=config.access, image_root=self.images_root, lenient=config.lenient)
-    return splits.cut_by_rule(examples, config).as_dict()
+    return splits.split_by_modality(examples, config)
 
   def _phantom(self) -> dict[str, list[Example]]:
     return {name: _read(root) for name, root in splits.phantom_roots().items()}
