@@ -46,18 +46,9 @@ _TURNS: dict[object, Image.Transpose] = {
 
 # What Pillow's decoders raise on damaged files, besides OSError.
 DECODER_ERRORS = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  EOFError,
-  IndexError,
-  KeyError,
-  TypeError,
-  OverflowError,
-  NotImplementedError,
-  struct.error,
-  zlib.error,
-)
+  OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
+  struct.error, zlib.error,
+)  # fmt: skip
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
@@ -392,11 +383,16 @@ def header(source: str | os.PathLike | bytes) -> tuple[str, int, int]:
   Raises:
     Rejected: unreadable_image, with the reason.
   """
-  with unreadable():
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+  file = io.BytesIO(source) if isinstance(source, bytes) else source
+  try:
+    with quiet(), Image.open(file, formats=FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:
         raise Rejected("unreadable_image", f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
       return image.format or "?", image.width, image.height
+  except FileNotFoundError as error:
+    raise Rejected("missing_image", f"there is no such file from {pathlib.Path.cwd()}") from error
+  except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
+    raise Rejected("unreadable_image", f"damaged, too large or of another format ({str(error)[:200]})") from error
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -417,19 +413,6 @@ def _fingerprint(path: str, size: int, time: int) -> str:
   del size, time  # parts of the key
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def unreadable() -> Iterator[None]:
-  """What Pillow raises on a bad image, as Rejected; its warnings about odd files are not shown."""
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      yield
-  except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
-    if isinstance(error, FileNotFoundError):
-      raise Rejected("missing_image", f"there is no such file from {pathlib.Path.cwd()}") from error
-    raise Rejected("unreadable_image", f"damaged, too large or of another format ({str(error)[:200]})") from error
 
 
 def repeats(paths: Iterable[str]) -> Mapping[str, str]:

@@ -6,10 +6,12 @@ host-side NumPy; sizes go to a small set of buckets, so that a run compiles a ha
 
 import dataclasses
 import itertools
+import math
 import pathlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -38,11 +40,6 @@ class ImageCache:
     self._entries: OrderedDict[str, tuple[np.ndarray, tuple[int, int, int]]] = OrderedDict()
     self._lock = threading.Lock()
 
-  @property
-  def bytes(self) -> int:
-    """Bytes of pixels held now."""
-    return self._bytes
-
   def pixels(self, path: str) -> tuple[np.ndarray, tuple[int, int, int]]:
     """What `ImageProcessor.pixels` gives for the file."""
     with self._lock:
@@ -60,11 +57,6 @@ class ImageCache:
       while self._bytes > self._limit:
         self._bytes -= self._entries.popitem(last=False)[1][0].nbytes
     return entry
-
-
-def _patch_rows(grids: Iterable[tuple[int, int, int]]) -> int:
-  """Patch rows of the images of a prompt."""
-  return sum(rows * columns for _, rows, columns in grids)
 
 
 def prompt_shapes(size: int, length: int, patches: int, width: int) -> Prompts:
@@ -98,7 +90,12 @@ def prompt_shapes(size: int, length: int, patches: int, width: int) -> Prompts:
 
 
 class Processor:
-  """Text and images of one checkpoint family, in and out; see `from_directory`."""
+  """Text and images of one checkpoint family, in and out; see `from_directory`.
+
+  `prompt_buckets` are padded prompt lengths S in tokens, `patch_buckets` padded patch rows R per prompt. `held_rows`
+  maps a number of prompts P to the rows of a batch whose pixels this host needs (`sharding.held_rows`): the others are
+  left at zero, of the same shape. Every host must make the same batches.
+  """
 
   def __init__(
     self,
@@ -109,7 +106,6 @@ class Processor:
     templates: wordings.Templates,
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
     patch_buckets: Sequence[int] = PATCH_BUCKETS,
-    cache_bytes: int = CACHE_BYTES,
     held_rows: Callable[[int], Collection[int]] = range,
   ):
     vision = config.vision
@@ -135,51 +131,32 @@ class Processor:
     self.end_ids = tokenizer.end_ids
     self.pad_id = tokenizer.pad_id
     self.allowed = tokenizer.allowed  # bool[V]
-    self._cache = ImageCache(image_processor, cache_bytes)
+    self._cache = ImageCache(image_processor)
     self._held_rows = held_rows
 
   @classmethod
   def from_directory(
-    cls,
-    directory: str | pathlib.Path,
-    *,
-    templates: wordings.Templates,
-    resize: str = "native",
-    prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
-    patch_buckets: Sequence[int] = PATCH_BUCKETS,
-    cache_bytes: int = CACHE_BYTES,
-    held_rows: Callable[[int], Collection[int]] = range,
+    cls, directory: str | pathlib.Path, *, resize: str = "native", templates: wordings.Templates, **settings: Any
   ) -> "Processor":
-    """The processor of a checkpoint folder; no code of the folder is run.
+    """Reads the processor of a checkpoint folder; no code of the folder is run.
 
     Args:
       directory: Hugging Face folder (or Hub id) of a Qwen3-VL checkpoint; weights are not read.
-      templates: family of wordings.
       resize: "native" or "squash384", see `images.RESIZES`.
-      prompt_buckets: padded prompt lengths S, in tokens.
-      patch_buckets: padded patch rows R per prompt.
-      cache_bytes: decoded pixels kept in memory.
-      held_rows: P -> rows of a batch of P prompts whose pixels this host needs (`sharding.held_rows`): the others are
-        left at zero, of the same shape. Every host must make the same batches.
+      templates: family of wordings.
+      **settings: `prompt_buckets`, `patch_buckets` and `held_rows` of the class.
 
     Raises:
       ValueError: a file is missing or contradicts another; names it.
     """
     directory = checkpoint.resolved_folder(directory)
     config = Qwen3VLConfig.from_directory(directory)
-    return cls(
-      config,
-      tokenization.Tokenizer.from_directory(directory, config),
-      images.ImageProcessor.from_directory(directory, resize=resize),
-      templates=templates,
-      prompt_buckets=prompt_buckets,
-      patch_buckets=patch_buckets,
-      cache_bytes=cache_bytes,
-      held_rows=held_rows,
-    )
+    tokenizer = tokenization.Tokenizer.from_directory(directory, config)
+    image_processor = images.ImageProcessor.from_directory(directory, resize=resize)
+    return cls(config, tokenizer, image_processor, templates=templates, **settings)
 
   def same_vocabulary(self, directory: str | pathlib.Path) -> bool:
-    """Whether another checkpoint folder's tokenizer maps every entry to the same id."""
+    """Tells whether another checkpoint folder's tokenizer maps every entry to the same id."""
     folder = checkpoint.resolved_folder(directory)
     other = tokenization.load(folder, Qwen3VLConfig.from_directory(folder).text.vocab_size)
     return other.get_vocab() == self.tokenizer.vocabulary
@@ -214,25 +191,27 @@ class Processor:
       pixels.append([rows for rows, _ in decoded])
       text = wordings.prompt_text(example, self.templates, kind, hint=hint)
       tokens.append(self.tokenizer.encode(text, [self._merged(grid) for grid in grids[-1]], example.id))
-    counts = [_patch_rows(row) for row in grids]
-    length = self._bucket([len(row) for row in tokens], self.prompt_buckets, examples, "tokens", "data.prompt_buckets")
+    counts = [sum(map(math.prod, grid)) for grid in grids]
+    length = self._bucket([len(ids) for ids in tokens], self.prompt_buckets, examples, "tokens", "data.prompt_buckets")
     patches = 0
     if any(counts):
       patches = self._bucket(counts, self.patch_buckets, examples, "patch rows", "data.patch_buckets")
-    prompts = self._blank(len(examples), length, patches)
+    prompts = self._padding(len(examples), length, patches)
     prompts.row[:] = [row_id(example.id) for example in examples] if rows is None else rows
-    self._write_text(prompts, tokens, grids)
-    self._write_vision(prompts.vision, counts, grids, pixels)
+    for i, (ids, grid, n) in enumerate(zip(tokens, grids, map(len, tokens), strict=True)):
+      prompts.tokens[i, :n], prompts.mask[i, :n] = ids, True
+      place, prompts.next_position[i], prompts.image_slot[i, :n] = positions.prompt_positions(ids, grid, self.config)
+      prompts.positions[i, :, :n] = place
+      if pixels[i]:
+        tables = positions.vision_tables(grid, self.config)
+        names = ("segments", "coordinates", "table_index", "table_weight")
+        for name, table in zip(names, tables, strict=True):
+          getattr(prompts.vision, name)[i, : counts[i]] = table
+        prompts.vision.patches[i, : counts[i]] = self.image_processor.normalised(np.concatenate(pixels[i]))
     return prompts
 
   def shapes(self, size: int, length: int, patches: int) -> Prompts:
-    """Shape and dtype of every array of `prompts`.
-
-    Args:
-      size: P, questions.
-      length: S, of the prompt buckets.
-      patches: R, of the patch buckets; 0 without images.
-    """
+    """Returns shape and dtype of every array of `prompts`; arguments as in `prompt_shapes`."""
     settings = self.image_processor
     return prompt_shapes(size, length, patches, 3 * settings.temporal_patch_size * settings.patch_size**2)
 
@@ -248,8 +227,8 @@ class Processor:
     """
     grids = [self._grids(example.images) for example in examples]
     texts = [wordings.prompt_text(example, self.templates, kind) for example in examples]
-    merged = [[self._merged(grid) for grid in each] for each in grids]
-    return list(zip(self.tokenizer.lengths(texts, merged), map(_patch_rows, grids), strict=True))
+    tokens = self.tokenizer.lengths(texts, [list(map(self._merged, prompt)) for prompt in grids])
+    return list(zip(tokens, (sum(map(math.prod, prompt)) for prompt in grids), strict=True))
 
   def image_tokens(self, examples: Sequence[Example], *, resize: str = "", limit: int = 256) -> list[int]:
     """Prompt tokens of the first images of some questions, from the headers of their files: what an image costs.
@@ -278,7 +257,7 @@ class Processor:
     return grids
 
   def _merged(self, grid: tuple[int, int, int]) -> int:
-    return grid[0] * grid[1] * grid[2] // self.config.vision.spatial_merge_size**2
+    return math.prod(grid) // self.config.vision.spatial_merge_size**2
 
   def _bucket(self, sizes, buckets, examples, unit, field) -> int:
     largest = max(sizes)
@@ -290,8 +269,8 @@ class Processor:
       )
     return next(bucket for bucket in buckets if bucket >= largest)
 
-  def _blank(self, size: int, length: int, patches: int) -> Prompts:
-    """The arrays of `shapes` on the host, padding alone."""
+  def _padding(self, size: int, length: int, patches: int) -> Prompts:
+    """Returns host arrays of `shapes` that hold nothing but padding."""
     fill = {"tokens": self.pad_id, "image_slot": -1, "segments": -1}
 
     def padding(path, shape):
@@ -299,24 +278,6 @@ class Processor:
       return np.zeros(shape.shape, shape.dtype) if value is None else np.full(shape.shape, value, shape.dtype)
 
     return jax.tree.map_with_path(padding, self.shapes(size, length, patches))
-
-  def _write_text(self, prompts, tokens, grids) -> None:
-    for i, (row, grid) in enumerate(zip(tokens, grids, strict=True)):
-      place, following, slot = positions.prompt_positions(row, grid, self.config)
-      prompts.tokens[i, : len(row)] = row
-      prompts.mask[i, : len(row)] = True
-      prompts.positions[i, :, : len(row)] = place
-      prompts.next_position[i] = following
-      prompts.image_slot[i, : len(row)] = slot
-
-  def _write_vision(self, vision, counts, grids, pixels) -> None:
-    for i, count in enumerate(counts):
-      if pixels[i]:
-        tables = positions.vision_tables(grids[i], self.config)
-        names = ("segments", "coordinates", "table_index", "table_weight")
-        for name, table in zip(names, tables, strict=True):
-          getattr(vision, name)[i, :count] = table
-        vision.patches[i, :count] = self.image_processor.normalised(np.concatenate(pixels[i]))
 
   def completions(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Texts as completions, (tokens int32[N, T], mask bool[N, T]), each with an end token.

@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from transformers import AutoTokenizer
 
-from kepo_jax.data import records
+from kepo_jax.data.cleaning import IMAGE
 from kepo_jax.data.images import RESIZES
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, shown
 
@@ -324,15 +324,14 @@ class Tokenizer:
   def render(self, text: str, images: int) -> str:
     """The chat with one user turn of `images` images and a text, up to where the assistant begins.
 
-    Images stand where the text has `records.IMAGE`, else before it.
+    Images stand where the text has `IMAGE`, else before it.
 
     Special tokens inside the text are broken up: neither a data set nor a hint can end a turn or add an image.
     """
-    parts = text.split(records.IMAGE, maxsplit=images)
+    parts = text.split(IMAGE, maxsplit=images)
     # A mark too many goes first: it may stand in the middle of a special token.
     *parts, last = (
-      self._specials.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", part.replace(records.IMAGE, ""))
-      for part in parts
+      self._specials.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", part.replace(IMAGE, "")) for part in parts
     )
     content = [{"type": "image"}] * (images - len(parts))  # what has no place in the text stands before it
     for part in parts:
@@ -366,23 +365,6 @@ class Tokenizer:
     counts = iter(image_tokens)
     return [token for i in ids for token in ([i] * next(counts) if i == mark else [i])]
 
-  def overlong(self, texts: Sequence[str], image_tokens: Sequence[Sequence[int]], limit: int) -> dict[int, int]:
-    """Those of many prompts for which `encode` gives more than `limit` token ids: index -> number of ids.
-
-    Args:
-      texts: the users' texts.
-      image_tokens: number of merged tokens of each image of each text.
-      limit: in tokens.
-    """
-    rendered = [self.render(text, len(tokens)) for text, tokens in zip(texts, image_tokens, strict=True)]
-    added = [sum(tokens) - len(tokens) for tokens in image_tokens]  # one mark per image is in the text already
-    # A token stands for one character or more, unless a character has several bytes or a normaliser rewrites it: most
-    # prompts need no tokenizer, which is ten times slower than all else here.
-    unclear = [i for i, text in enumerate(rendered) if not text.isascii() or len(text) + added[i] > limit]
-    counts = zip(unclear, self._counts([rendered[i] for i in unclear]), strict=True)
-    lengths = {i: count + added[i] for i, count in counts}
-    return {i: length for i, length in lengths.items() if length > limit}
-
   def lengths(self, texts: Sequence[str], image_tokens: Sequence[Sequence[int]]) -> list[int]:
     """How many token ids `encode` gives for each of many prompts.
 
@@ -390,16 +372,13 @@ class Tokenizer:
       texts: the users' texts.
       image_tokens: number of merged tokens of each image of each text.
     """
-    rendered = [self.render(text, len(tokens)) for text, tokens in zip(texts, image_tokens, strict=True)]
-    added = (sum(tokens) - len(tokens) for tokens in image_tokens)  # one mark per image is in the text already
-    return [count + more for count, more in zip(self._counts(rendered), added, strict=True)]
-
-  def _counts(self, rendered: Sequence[str]) -> list[int]:
-    """Token ids of chats as `render` gives them."""
-    if not rendered:
+    if not texts:
       return []
+    rendered = [self.render(text, len(tokens)) for text, tokens in zip(texts, image_tokens, strict=True)]
     with self._lock:
-      return [len(row) for row in self._tokenizer(list(rendered), add_special_tokens=False)["input_ids"]]
+      ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    # Each image has one mark among the ids.
+    return [len(row) + sum(tokens) - len(tokens) for row, tokens in zip(ids, image_tokens, strict=True)]
 
   def completion(self, text: str) -> list[int]:
     """Token ids of a completion as a model would have sampled it, its end token included."""

@@ -68,13 +68,15 @@ def _image_tokens(example: Example, processor: processor_lib.Processor) -> list[
 def _long_prompts(
   examples: Sequence[Example], processor: processor_lib.Processor, kind: str, hint: int, merged: Sequence[Sequence[int]]
 ) -> dict[str, Rejected]:
+  limit = processor.prompt_buckets[-1] - hint
   texts = [prompts.prompt_text(example, processor.templates, kind) for example in examples]
-  overlong = processor.tokenizer.overlong(texts, merged, processor.prompt_buckets[-1] - hint)
   refused = {}
-  for i, length in overlong.items():
-    parts = f"{sum(merged[i])} of them for images" + (f" and {hint} for the longest hint" if hint else "")
+  for example, tokens, length in zip(examples, merged, processor.tokenizer.lengths(texts, merged), strict=True):
+    if length <= limit:
+      continue
+    parts = f"{sum(tokens)} of them for images" + (f" and {hint} for the longest hint" if hint else "")
     way_out = "; add a larger bucket" + (", or lower exploration.hint_tokens" if hint else "")
-    refused[examples[i].id] = Rejected(
+    refused[example.id] = Rejected(
       "prompt_too_long",
       f"the prompt {kind} has {length + hint} tokens ({parts}), more than the largest of "
       f"data.prompt_buckets={processor.prompt_buckets}{way_out}",

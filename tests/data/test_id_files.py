@@ -1,4 +1,4 @@
-"""Files of ids: there and back, and any change of a question or its image is seen and named."""
+"""Files of ids: any change of a question or its image is seen and named."""
 
 import dataclasses
 import json
@@ -6,12 +6,12 @@ import pathlib
 
 import pytest
 
-from kepo_jax.data import splits
-from tests.data.test_splitting import cut, pool
+from kepo_jax.data import id_files
+from tests.data.test_splitting import pool, split
 
 
 def drawn_pool(folder):
-  """`pool`, with files for its images."""
+  """Returns `pool`, with files for its images."""
   examples = [dataclasses.replace(each, images=tuple(f"{folder}{path}" for path in each.images)) for each in pool()]
   for path in {pathlib.Path(path) for example in examples for path in example.images}:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,92 +19,60 @@ def drawn_pool(folder):
   return examples
 
 
+def write(parts, path, seed=1):
+  return id_files.write(parts, path, rule="mri600", seed=seed)
+
+
 @pytest.fixture
-def split(tmp_path):
-  return cut(drawn_pool(tmp_path))
+def parts(tmp_path):
+  return split(drawn_pool(tmp_path))
 
 
-def write(split, path, seed=1):
-  splits.write_ids(split, path, rule="mri600", seed=seed)
-  return path
-
-
-def everything(split):
-  return [example for part in split.as_dict().values() for example in part]
-
-
-def test_ids_go_to_a_file_and_back(split, tmp_path):
-  pool, path = drawn_pool(tmp_path), write(split, tmp_path / "mri600.json")
+def test_a_file_is_written_once_and_never_replaced(parts, tmp_path):
+  path = tmp_path / "mri600.json"
+  digest = write(parts, path)
   record = json.loads(path.read_text())
-  assert (record["rule"], record["seed"], record["sha256"]) == ("mri600", 1, split.digest)
+  assert (record["rule"], record["seed"], record["content_sha256"]) == ("mri600", 1, digest)
+  assert id_files.content_digest(parts) == digest
   assert record["counts"] == {"train": 20, "validation": 15, "test": 45}
-  assert record["ids"]["train"] == sorted(example.id for example in split.train)
-  assert [len(one) for one in record["contents"]["train"]] == [12] * 20 and len(record["content_sha256"]) == 64
-  assert splits.read_ids(path, pool[::-1]) == split
-  write(split, path)  # the same again
+  assert record["ids"]["train"] == sorted(example.id for example in parts["train"])
+  assert [len(one) for one in record["contents"]["train"]] == [12] * 20
+  before = path.read_text()
+  assert write(parts, path) == digest
   with pytest.raises(ValueError, match=r"exists and holds another split \('.*' and \d+ more are not in both\); choose"):
-    write(cut(pool, seed=2), path, seed=2)
+    write(split(drawn_pool(tmp_path), split_seed=2), path)
   with pytest.raises(ValueError, match="exists and holds these questions by another rule or seed"):
-    write(split, path, seed=2)
-  lacking = [example for example in pool if example.id not in record["ids"]["test"][:7]]
-  with pytest.raises(ValueError, match=r"the data lack 7 of its 80 questions, such as 'CT/"):
-    splits.read_ids(path, lacking)
-
-
-def test_changed_ids_are_refused(split, tmp_path):
-  stored = write(split, tmp_path / "ids.json").read_text()
-  for number, (change, message) in enumerate([
-    (lambda r: r["ids"]["train"].pop(), r"do not have the counts .* and the SHA-256"),
-    (lambda r: r["ids"]["train"].reverse(), "do not have the counts"),
-    (lambda r: r.update(sha256="0"), "the SHA-256 0 that it states"),
-    (lambda r: r["counts"].update(test=1), "do not have the counts"),
-    (lambda r: r.pop("ids"), "no list of a split's ids"),
-    (lambda r: r["ids"].update(train=[1]), "no list of a split's ids"),
-    (lambda r: r.pop("content_sha256"), "no list of a split's ids"),
-    (lambda r: r["contents"]["test"].pop(), "do not have the counts"),
-    (lambda r: r.update(content_sha256="0"), "its content_sha256 is another"),
-  ]):  # fmt: skip
-    record = json.loads(stored)
-    change(record)
-    (tmp_path / f"{number}.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=rf"{number}\.json: .*{message}"):
-      splits.read_ids(tmp_path / f"{number}.json", everything(split))
-  (tmp_path / "a.json").write_text("{")
-  with pytest.raises(ValueError, match=r"a\.json: no list of a split's ids"):
-    splits.read_ids(tmp_path / "a.json", everything(split))
-  with pytest.raises(ValueError, match=r"a\.json: exists and holds something else; choose another name"):
-    write(split, tmp_path / "a.json")
-  assert (tmp_path / "a.json").read_text() == "{"
-  twice = splits.Split(split.train, split.validation, split.train)
-  with pytest.raises(ValueError, match="20 ids stand there twice"):
-    splits.read_ids(write(twice, tmp_path / "twice.json"), everything(split))
+    write(parts, path, seed=2)
+  assert path.read_text() == before
+  for damaged in ("{", "[]", '{"ids": 3}', '{"ids": {"train": [1]}, "contents": {}}'):
+    path.write_text(damaged)
+    with pytest.raises(ValueError, match=r"mri600\.json: exists and holds something else; choose another name"):
+      write(parts, path)
+    assert path.read_text() == damaged
 
 
 CHANGES = {"question": "What?", "options": ("a", "c"), "answer": "B", "modality": "PET"}
 CHANGES |= {"question_type": "Counting", "dataset": "other"}
 
 
-def test_a_changed_question_is_named(split, tmp_path):
-  path = write(split, tmp_path / "ids.json")
-  assert {field.name for field in dataclasses.fields(split.test[0])} == {"id", "images", *CHANGES}
+def test_a_changed_question_is_named(parts, tmp_path):
+  write(parts, tmp_path / "ids.json")
+  first, *others = parts["test"]
+  assert {field.name for field in dataclasses.fields(first)} == {"id", "images", *CHANGES}
   for field, value in CHANGES.items():
-    changed = dataclasses.replace(split.test[0], **{field: value})
-    later = dataclasses.replace(split, test=[changed, *split.test[1:]])
-    message = f"1 of its 80 questions have changed .'{changed.id}'.: text, options, answer, kind or image .*restore the"
-    with pytest.raises(ValueError, match=message):
-      splits.read_ids(path, everything(later))
-    with pytest.raises(ValueError, match=f"ids.json: exists and {message}"):
-      write(later, path)
+    later = parts | {"test": [dataclasses.replace(first, **{field: value}), *others]}
+    with pytest.raises(ValueError, match=f"1 of its 80 questions have changed .'{first.id}'.: .* restore the data"):
+      write(later, tmp_path / "ids.json")
 
 
-def test_a_changed_image_is_noticed_and_a_moved_one_is_the_same(split, tmp_path):
-  path, moved = write(split, tmp_path / "ids.json"), drawn_pool(tmp_path / "there")
-  assert splits.read_ids(path, moved).ids == split.ids
-  image = pathlib.Path(cut(moved).train[0].images[0])
+def test_a_changed_image_is_noticed_and_a_moved_one_is_the_same(parts, tmp_path):
+  path, moved = tmp_path / "ids.json", split(drawn_pool(tmp_path / "there"))
+  assert write(parts, path) == write(moved, path)
+  image = pathlib.Path(moved["train"][0].images[0])
   image.write_bytes(image.read_bytes()[:-1] + b"?")
-  asked = sorted(example.id for example in everything(cut(moved)) if str(image) in example.images)
-  with pytest.raises(ValueError, match=rf"{len(asked)} of its 80 questions have changed \('{asked[0]}'"):
-    splits.read_ids(path, moved)
+  changed = sorted(each.id for part in moved.values() for each in part if str(image) in each.images)
+  with pytest.raises(ValueError, match=rf"{len(changed)} of its 80 questions have changed \('{changed[0]}'"):
+    write(moved, path)
   image.unlink()
   with pytest.raises(ValueError, match=rf"question MRI/\d+: image {image}: cannot be read"):
-    splits.read_ids(path, moved)
+    write(moved, path)

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from kepo_jax import memory
-from kepo_jax.data import splitting
+from kepo_jax.config import DataConfig
+from kepo_jax.data import splits
 from kepo_jax.data.phantom import build
 from kepo_jax.data.readers import omnimedvqa
 from tests.data.cases import record
@@ -39,8 +40,8 @@ def test_89000_records(tmp_path):
     write(folder, f"Set {number} (X & Y) v1.{number}", 800 if number else rest, draw)
   before, start = memory.peak_resident_bytes(), time.process_time()
   examples, summary = omnimedvqa.read(tmp_path, check_images=False)
-  parts = splitting.split_by_modality(examples).ids
+  parts = splits.split_by_modality(examples, DataConfig())
   seconds, grown = time.process_time() - start, memory.peak_resident_bytes() - before
   assert (summary.files, summary.records, summary.kept) == (FILES, RECORDS, RECORDS)
-  assert {name: len(ids) for name, ids in parts.items()} == {"train": 600, "validation": 320, "test": 2400}
+  assert {name: len(part) for name, part in parts.items()} == {"train": 600, "validation": 320, "test": 2400}
   assert seconds < 60 and grown < 7e8, (seconds, grown)  # 6 s when nothing else runs

@@ -1,7 +1,7 @@
 """Questions about scenes: OmniMedVQA's five types, two wordings each, and the true rules behind the answers.
 
 The set of options never depends on the answer: a topic offers all its classes, or (modality, anatomy) a random choice
-in which every class is equally likely to be the right one. Letters are dealt, so that they are balanced.
+in which every class is equally likely to be the right one. Letters are balanced.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ HEALTH = ("healthy", "diseased")
 
 
 def disease(scene: Scene) -> str:
-  """Disease of a scene with lesions."""
+  """Returns the disease of a scene with lesions."""
   return DISEASES[scene.size, scene.tone]
 
 
 def grade(scene: Scene) -> str:
-  """Grade of a scene with lesions."""
+  """Returns the grade of a scene with lesions."""
   return BURDENS[scene.count, scene.size]
 
 
@@ -53,88 +53,31 @@ class Topic:
   needs_lesions: bool
 
 
+_OTHER = "Other Biological Attributes"
+# fmt: off
 TOPICS: Mapping[str, Topic] = {
-  "modality": Topic(
-    "Modality Recognition",
-    0.08,
-    ("What modality is this?", "How was this picture taken?"),
-    (),
-    lambda scene: scene.modality,
-    False,
-  ),
-  "organ": Topic(
-    "Anatomy Identification",
-    0.10,
-    ("What organ is shown?", "Which part of the body is this?"),
-    (),
-    lambda scene: scene.organ,
-    False,
-  ),
-  "disease": Topic(
-    "Disease Diagnosis",
-    0.34,
-    ("What is the diagnosis?", "Which disease is shown?"),
-    tuple(DISEASES.values()),
-    disease,
-    True,
-  ),
-  "health": Topic(
-    "Disease Diagnosis",
-    0.08,
-    ("Is the organ healthy?", "Is any disease shown?"),
-    HEALTH,
-    lambda scene: HEALTH[min(scene.count, 1)],
-    False,
-  ),
-  "grade": Topic(
-    "Lesion Grading",
-    0.22,
-    ("What grade is shown?", "How severe is the disease?"),
-    GRADES,
-    grade,
-    True,
-  ),
-  "count": Topic(
-    "Other Biological Attributes",
-    0.04,
-    ("How many lesions are shown?", "What is the number of lesions?"),
-    NUMBERS,
-    lambda scene: NUMBERS[scene.count],
-    False,
-  ),
-  "side": Topic(
-    "Other Biological Attributes",
-    0.035,
-    ("Which side is affected?", "On what side is the disease?"),
-    scenes.SIDES,
-    lambda scene: scene.side,
-    True,
-  ),
-  "level": Topic(
-    "Other Biological Attributes",
-    0.035,
-    ("Which level is affected?", "At what level is the disease?"),
-    scenes.LEVELS,
-    lambda scene: scene.level,
-    True,
-  ),
-  "size": Topic(
-    "Other Biological Attributes",
-    0.035,
-    ("What size are the lesions?", "How big are the lesions?"),
-    scenes.SIZES,
-    lambda scene: scene.size,
-    True,
-  ),
-  "tone": Topic(
-    "Other Biological Attributes",
-    0.035,
-    ("What tone are the lesions?", "Are the lesions dark or bright?"),
-    scenes.TONES,
-    lambda scene: scene.tone,
-    True,
-  ),
+  "modality": Topic("Modality Recognition", 0.08, ("What modality is this?", "How was this picture taken?"),
+                    (), lambda scene: scene.modality, False),
+  "organ": Topic("Anatomy Identification", 0.10, ("What organ is shown?", "Which part of the body is this?"),
+                 (), lambda scene: scene.organ, False),
+  "disease": Topic("Disease Diagnosis", 0.34, ("What is the diagnosis?", "Which disease is shown?"),
+                   tuple(DISEASES.values()), disease, True),
+  "health": Topic("Disease Diagnosis", 0.08, ("Is the organ healthy?", "Is any disease shown?"),
+                  HEALTH, lambda scene: HEALTH[min(scene.count, 1)], False),
+  "grade": Topic("Lesion Grading", 0.22, ("What grade is shown?", "How severe is the disease?"),
+                 GRADES, grade, True),
+  "count": Topic(_OTHER, 0.04, ("How many lesions are shown?", "What is the number of lesions?"),
+                 NUMBERS, lambda scene: NUMBERS[scene.count], False),
+  "side": Topic(_OTHER, 0.035, ("Which side is affected?", "On what side is the disease?"),
+                scenes.SIDES, lambda scene: scene.side, True),
+  "level": Topic(_OTHER, 0.035, ("Which level is affected?", "At what level is the disease?"),
+                 scenes.LEVELS, lambda scene: scene.level, True),
+  "size": Topic(_OTHER, 0.035, ("What size are the lesions?", "How big are the lesions?"),
+                scenes.SIZES, lambda scene: scene.size, True),
+  "tone": Topic(_OTHER, 0.035, ("What tone are the lesions?", "Are the lesions dark or bright?"),
+                scenes.TONES, lambda scene: scene.tone, True),
 }
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from kepo_jax.data import images
+from kepo_jax.data import cleaning, images
 from kepo_jax.data.readers import omnimedvqa
 from tests.data.cases import RECORD, Layout, record
 
@@ -54,7 +54,7 @@ SPELLINGS = {
 def test_modality_spellings(layout):
   layout.write(*(record(number, modality_type=spelling) for number, spelling in enumerate(SPELLINGS)))
   examples, summary = omnimedvqa.read(layout.root)
-  assert [omnimedvqa.modality_name(spelling) for spelling in SPELLINGS] == [*SPELLINGS.values()]
+  assert [cleaning.modality_name(spelling) for spelling in SPELLINGS] == [*SPELLINGS.values()]
   assert [example.modality for example in examples] == [name or spelling for spelling, name in SPELLINGS.items()]
   assert summary.rules == {"modality_unlisted": 1, "modality_spelling": 7}
 
@@ -205,7 +205,7 @@ def test_the_real_sample(shared_directory):
   examples, summary = omnimedvqa.read(shared_directory / "omnimedvqa-mini")
   assert (summary.files, summary.records, summary.kept) == (8, 67, 67)
   assert summary.rules == {"modality_spelling": 49}
-  assert {example.modality for example in examples} == set(omnimedvqa.MODALITIES.values())
+  assert {example.modality for example in examples} == set(cleaning.MODALITIES.values())
   assert sorted({len(example.options) for example in examples}) == [2, 4]
   assert len({example.images for example in examples}) == 34
   for example in examples:

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from kepo_jax.data import images, splits, splitting
+from kepo_jax.data import images, splits
 from kepo_jax.data.readers import omnimedvqa
 from kepo_jax.data.tfds import building, folders, reading, records
 from kepo_jax.data.tfds.omnimedvqa import omnimedvqa_dataset_builder as builder
@@ -44,14 +44,11 @@ def test_any_number_of_images(download, tmp_path, monkeypatch):
   assert_equal(reading.read(tmp_path, config.name), expected)
 
 
-def test_records_one_by_one(built):
-  source = reading.source(built.directory.parents[2], built.directory.parent.name, "test")
-  assert reading.examples_from([source[3]]) == reading.read(built.directory, split="test")[3:4]
-  with pytest.raises(ValueError, match=r"question Set M/Set M_\d+: .*build the data set again"):
-    reading.examples_from([source[3], source[7] | {"images": [b"text"]}])
-  decoded = tfds.builder_from_directory(built.directory).as_data_source("train")
-  with pytest.raises(ValueError, match="question Set M/.*: its images are decoded; open the data source with"):
-    reading.examples_from(decoded)
+def test_what_is_no_image_is_named(download, small, tmp_path, monkeypatch):
+  monkeypatch.setattr(builder.records, "encoded_image", lambda path: b"text")
+  building.build(tmp_path, manual_dir=download, config=small)
+  with pytest.raises(ValueError, match="1.0.0, train: cannot be read .damaged, .*build the data set again"):
+    reading.read_splits(tmp_path)
 
 
 def test_a_damaged_file_is_named(built, tmp_path):
@@ -63,7 +60,7 @@ def test_a_damaged_file_is_named(built, tmp_path):
     file.unlink()  # the reader has the old one mapped into memory
     file.write_bytes(damaged)
     with pytest.raises(ValueError, match="copy.*, test: .*delete the folder and build the data set again"):
-      reading.examples_from(reading.source(copy, split="test"))
+      reading.read(copy, split="test")
   assert len(reading.read(copy, split="train")) == 6
 
 
@@ -135,8 +132,8 @@ def test_records_of_another_kind_are_refused(built, tmp_path, monkeypatch):
 
 
 def test_the_loader_of_a_run_reads_it(built, download):
-  numbers = {"train": 6, "validation_per_modality": 2, "test_per_modality": 4, "seed": 3}
-  expected = splitting.split_by_modality(omnimedvqa.read(download)[0], **numbers).as_dict()
+  numbers = cases.settings("", test_items=4, split_seed=3)
+  expected = splits.split_by_modality(omnimedvqa.read(download)[0], numbers)
   kinds = {pathlib.Path(each.images[0]).suffix for part in expected.values() for each in part}
   assert {".tif", ".bmp", ".png", ".jpg"} <= kinds
   for directory in (built.directory, built.directory.parents[2]):
