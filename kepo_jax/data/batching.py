@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 def row_id(example_id: str) -> int:
-  """Identity of a question, uint32: the same in every process, run and version of Python."""
+  """Returns the identity of a question, uint32: the same in every process, run and version of Python."""
   return zlib.crc32(example_id.encode("utf-8", "surrogatepass"))
 
 
 def shuffled(examples: Sequence[Example], *salt: object) -> list[Example]:
-  """The questions in an order that depends on their ids and the salt alone: not on their order, nor on NumPy's."""
+  """Orders questions by their ids and the salt alone, whatever their order and the version of NumPy."""
   prefix = "".join(f"{part}/" for part in salt)
 
   def rank(example: Example) -> bytes:
@@ -28,7 +28,7 @@ def shuffled(examples: Sequence[Example], *salt: object) -> list[Example]:
 
 
 def batch_at(examples: Sequence[Example], batch_size: int, *, seed: int, step: int) -> list[Example]:
-  """The batch of one step; each epoch is a new permutation, whose remainder below a batch is left out.
+  """Returns the batch of one step; each epoch is a new permutation, whose remainder below a batch is left out.
 
   Args:
     examples: at least `batch_size` questions.
@@ -39,27 +39,21 @@ def batch_at(examples: Sequence[Example], batch_size: int, *, seed: int, step: i
   Raises:
     ValueError: fewer questions than one batch needs.
   """
-  epoch, place = divmod(step, _batches_of(examples, batch_size))
-  return shuffled(examples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
-
-
-def _batches_of(examples: Sequence[Example], batch_size: int) -> int:
-  """Batches in an epoch."""
-  if len(examples) < batch_size:
-    raise ValueError(f"{len(examples)} questions do not fill a batch of {batch_size}; lower batch.prompts.")
-  return len(examples) // batch_size
+  return next(epoch_batches(examples, batch_size, seed, step))
 
 
 def epoch_batches(
   examples: Sequence[Example], batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[list[Example]]:
-  """Endless batches of `batch_at` from a step on: resuming at a step gives what an unbroken run would have given."""
-  ordered: tuple[int, list[Example]] = (-1, [])
+  """Yields batches of `batch_at` without end; one that starts at a step yields what an unbroken one would have."""
+  if len(examples) < batch_size:
+    raise ValueError(f"{len(examples)} questions do not fill a batch of {batch_size}; lower batch.prompts.")
+  order: tuple[int, list[Example]] = (-1, [])
   for step in itertools.count(start_step):
-    epoch, place = divmod(step, _batches_of(examples, batch_size))
-    if ordered[0] != epoch:
-      ordered = epoch, shuffled(examples, seed, epoch)
-    yield ordered[1][place * batch_size : (place + 1) * batch_size]
+    epoch, place = divmod(step, len(examples) // batch_size)
+    if order[0] != epoch:
+      order = epoch, shuffled(examples, seed, epoch)
+    yield order[1][place * batch_size : (place + 1) * batch_size]
 
 
 class Lookahead(Generic[T]):

@@ -63,23 +63,18 @@ ERRORS = tuple(name for name, text in RULES.items() if text.startswith("error"))
 
 # Letters of every spelling seen, without case, spaces and punctuation, to the canonical name.
 MODALITIES: Mapping[str, str] = {
-  "mrmagneticresonanceimaging": "MRI",
-  "magneticresonanceimaging": "MRI",
-  "mri": "MRI",
-  "mr": "MRI",
-  "ctcomputedtomography": "CT",
-  "computedtomography": "CT",
-  "ct": "CT",
-  "xray": "X-Ray",
-  "ultrasound": "Ultrasound",
-  "dermoscopy": "Dermoscopy",
-  "fundusphotography": "Fundus",
-  "fundus": "Fundus",
-  "octopticalcoherencetomography": "OCT",
-  "opticalcoherencetomography": "OCT",
-  "oct": "OCT",
-  "microscopyimages": "Microscopy",
-  "microscopy": "Microscopy",
+  spelling: name
+  for name, spellings in {
+    "MRI": ("mrmagneticresonanceimaging", "magneticresonanceimaging", "mri", "mr"),
+    "CT": ("ctcomputedtomography", "computedtomography", "ct"),
+    "X-Ray": ("xray",),
+    "Ultrasound": ("ultrasound",),
+    "Dermoscopy": ("dermoscopy",),
+    "Fundus": ("fundusphotography", "fundus"),
+    "OCT": ("octopticalcoherencetomography", "opticalcoherencetomography", "oct"),
+    "Microscopy": ("microscopyimages", "microscopy"),
+  }.items()
+  for spelling in spellings
 }
 # Options write the short name behind the long one, and these around either.
 _SHORT = re.compile(r"\((?:mri|ct|oct|us)\)", re.IGNORECASE)

@@ -1,5 +1,6 @@
 """From the fields of a record to an `Example`: options, answer, duplicates and ids, alike for every format."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
@@ -37,7 +38,7 @@ def check_length(question: str, options: Sequence[str]) -> None:
 
 
 def named(answer: str, options: Sequence[str]) -> int | None:
-  """Index of the option that an answer names beyond doubt, as completions are read forgivingly."""
+  """Returns the index of the option that an answer names beyond doubt, as completions are read forgivingly."""
   letter = answers.option_letter(answer, options)
   return LETTERS.index(letter) if letter and options[LETTERS.index(letter)] else None
 
@@ -47,63 +48,42 @@ def _holds_image(text: str) -> bool:
 
 
 class Collector:
-  """Turns fields into examples and counts in a summary what it does; one per reading."""
+  """Makes examples of records and counts repairs in a summary; one per reading."""
 
   def __init__(self, summary: Summary):
     self.summary = summary
     self._contents: set[int] = set()
     self._ids: set[str] = set()
 
-  def example(
-    self,
-    place: str,
-    *,
-    name: str,
-    question: str,
-    options: Sequence[str],
-    gold: int,
-    images: tuple[str, ...],
-    modality: str,
-    question_type: str,
-    dataset: str,
-  ) -> Example:
-    """The example of one record.
+  def example(self, place: str, draft: Example, gold: int) -> Example:
+    """Completes the example of one record: a unique id, images in their places, different options, the gold letter.
 
     Args:
       place: file and record, for messages.
-      name: id of the question, made unique here.
-      question: the stem.
-      options: all options, the empty ones left out.
+      draft: as the record has it, without an answer; absent options are empty.
       gold: index of the right option.
-      images: absolute paths.
-      modality: canonical name.
-      question_type: as the data spell it.
-      dataset: source of the record.
 
     Raises:
       Rejected: nothing to choose, too long, or the same as an earlier record.
     """
-    check_length(question, options)
-    question, options, images = self._with_images_in_place(question, options, images, place)
-    kept, letter = self._different(options, gold, place)
+    check_length(draft.question, draft.options)
+    present = [i for i, option in enumerate(draft.options) if option]
+    if present != list(range(len(present))):
+      self.summary.count("option_gap", place)
+    question, options, images = self._with_images_in_place(
+      draft.question, [draft.options[i] for i in present], draft.images, place
+    )
+    kept, letter = self._different(options, present.index(gold), place)
     # Eight bytes instead of all texts again; two records of 100,000 collide by chance once in 10^9 readings.
     content = hash((images, question, kept, letter))
     if content in self._contents:
       raise Rejected("duplicate_record", f"repeats an earlier record about {', '.join(images)!r}")
     self._contents.add(content)
-    return Example(
-      id=self._unique(name, place),
-      question=question,
-      options=kept,
-      answer=letter,
-      images=images,
-      modality=modality,
-      question_type=question_type,
-      dataset=dataset,
-    )
+    example_id = self._unique(draft.id, place)
+    return dataclasses.replace(draft, id=example_id, question=question, options=kept, answer=letter, images=images)
 
   def gold(self, answer: str, options: Sequence[str], place: str) -> int:
-    """Index of the option that an answer names: by its text, its letter, or both.
+    """Returns the index of the option that an answer names: by its text, its letter, or both.
 
     Args:
       answer: of the record.
@@ -128,7 +108,7 @@ class Collector:
     return index
 
   def modality(self, spelling: str, place: str) -> str:
-    """Canonical name of a spelling; another one is kept, "" is called unknown."""
+    """Returns the canonical name of a spelling; another one is kept, "" is called unknown."""
     name = cleaning.modality_name(spelling)
     if not spelling:
       self.summary.count("modality_unknown", place)
@@ -141,9 +121,9 @@ class Collector:
   def _with_images_in_place(
     self, question: str, options: Sequence[str], images: tuple[str, ...], place: str
   ) -> tuple[str, list[str], tuple[str, ...]]:
-    """Texts with IMAGE in place of placeholders, and the images in the order in which they stand there.
+    """Returns texts with IMAGE in place of placeholders, and the images in their order.
 
-    A single one at the beginning goes: that is where images stand anyway.
+    A single one at the beginning is removed: that is where images stand anyway.
     """
     texts = [question, *options]
     pattern = next((each for each in _PLACEHOLDERS if any(map(each.search, texts))), _PLACEHOLDERS[0])

@@ -146,7 +146,8 @@ def published_parts(folder: str | os.PathLike) -> dict[str, pathlib.Path]:
 
 def _parts_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   """Finds parts in a folder: subfolders, else parquet files, else JSON files, if both train and test are there."""
-  subfolders, tables, lists = (collections.defaultdict[str, set[pathlib.Path]](set) for _ in range(3))
+  layouts: list[dict[str, set[pathlib.Path]]] = [collections.defaultdict(set) for _ in range(3)]
+  subfolders, tables, lists = layouts
   for path in folder.iterdir():
     word = hf_folders.part_of(path)
     if path.is_dir() and path.name.lower() in PARTS:
@@ -155,8 +156,8 @@ def _parts_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
       tables[PARTS[word]].add(folder / f"{word}-*.parquet")
     elif json_files.has_ending(path, json_files.ENDINGS) and path.stem.lower() in PARTS:
       lists[PARTS[path.stem.lower()]].add(path)
-  layouts = [subfolders, tables, lists]
-  chosen = next((parts for parts in layouts if parts.keys() >= _NEEDED), next(filter(None, layouts), {}))
+  complete = [parts for parts in layouts if parts.keys() >= _NEEDED]
+  chosen = (complete or [parts for parts in layouts if parts] or [{}])[0]
   for name, places in chosen.items():
     if len(places) > 1:
       raise ValueError(f"{folder}: any of {', '.join(sorted(map(str, places)))} could be the {name} part; keep one")

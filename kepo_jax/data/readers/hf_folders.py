@@ -8,7 +8,7 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -39,17 +39,16 @@ _ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, Mem
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def is_saved(folder: pathlib.Path) -> bool:
-  """Whether a folder was saved to disk: one split, or several with a list of them."""
-  return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
 def saved_folder(top: pathlib.Path) -> pathlib.Path | None:
-  """A folder that was saved to disk: the folder itself, or the only such one in it; None for neither.
+  """Finds a folder that was saved to disk: the folder itself, or the only such one in it; None for neither.
 
   Raises:
     ValueError: there are several.
   """
+
+  def is_saved(folder: pathlib.Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
   found = [top] if is_saved(top) else sorted(folder for folder in top.iterdir() if folder.is_dir() and is_saved(folder))
   if len(found) > 1:
     raise ValueError(f"{top} holds several data sets saved to disk ({', '.join(map(str, found))}); name one of them")
@@ -57,12 +56,12 @@ def saved_folder(top: pathlib.Path) -> pathlib.Path | None:
 
 
 def part_of(file: pathlib.Path) -> str:
-  """First word of a file's name, in small letters: `train` of `train-00000-of-00002.parquet`."""
+  """Returns the first word of a file's name, in small letters: `train` of `train-00000-of-00002.parquet`."""
   return re.split(r"[^a-z]", file.stem.lower())[0]
 
 
 def part_files(pattern: pathlib.Path) -> list[pathlib.Path]:
-  """The parquet files of one part, FOLDER/train-*.parquet, which lie in one folder with those of other parts.
+  """Lists the parquet files of one part, FOLDER/train-*.parquet, which lie in one folder with those of other parts.
 
   The name is a way to write what `read` takes: files belong to it whose first word is that of the pattern. Empty if the
   path is no such pattern, or there are none.
@@ -81,22 +80,13 @@ def read(
   lenient: bool = False,
   check_images: bool = True,
 ) -> tuple[list[Example], Summary]:
-  """Every usable record of a parquet or Arrow file, a folder saved to disk, or a folder of parquet files.
+  """Reads a parquet or Arrow file, a folder saved to disk, or a folder of parquet files, as `formats.read_any` does.
 
   Ids are the names of the folder and of the split (or of the file, without its number of shards), and the number of
   the row in the split: the same for a split that is read alone.
 
-  Args:
-    path: file or folder, the only folder in it that was saved to disk, or a pattern of `part_files`.
-    image_root: folder that image paths start from, where images are paths; by default the nearest one above a file
-      that holds the folder `Images` or `images`, else the file's own.
-    lenient: drop and count records that stop a strict read.
-    check_images: whether image files must exist, and images that come as bytes are looked at and written.
-
-  Raises:
-    ValueError: no such files, no usable record, or, unless lenient, anything that RULES calls an error; names the
-      first file and row.
-    OSError: the cache folder cannot be written.
+  Images that come as bytes are looked at and written into the cache folder only if `check_images`. Where they are
+  paths, these start by default from the nearest folder above a file that holds `Images` or `images`, else its own.
   """
   top = pathlib.Path(path)
   saved = saved_folder(top) if top.is_dir() else None
@@ -107,16 +97,20 @@ def read(
   name = title(folder) if folder.is_dir() else _SHARD.sub("", top.stem)
   examples: list[Example] = []
   rows: dict[str, int] = {}  # read so far, by split
-  listed = list(_saved_files(folder, summary) if saved else _parquet_files(top))
+  if saved:
+    listed = list(_saved_files(folder, summary))
+  else:
+    files = json_files.below(top, _PARQUET) if top.is_dir() else part_files(top) or [top]
+    listed = [(_SHARD.sub("", file.stem), file) for file in files]
   if folder.is_dir():
     own = [folder / kept for kept in _SAVED] + [folder / split / kept for split, _ in listed for kept in _SAVED]
     beside = own if saved else json_files.below(folder, _PARQUET)
     json_files.count_skipped(folder, [*beside, *(file for _, file in listed)], summary)
   for split, file in listed:
     summary.files += 1
-    files = images.ImageFiles(image_root or nearest_image_root(file), check_images)
+    paths = images.ImageFiles(image_root or nearest_image_root(file), check_images)
     stem = split if split == name or not folder.is_dir() else f"{name}/{split}"
-    locate = functools.partial(_located, files=files, check=check_images)
+    locate = functools.partial(_located, paths=paths, check=check_images)
     try:
       for batch in _batches(json_files.checked_file(file, folder if folder.is_dir() else None)):
         start = rows.get(split, 0)
@@ -127,13 +121,6 @@ def read(
   if not summary.files and not summary.rules:
     raise ValueError(f"{top}: no parquet files here or below, and not saved to disk")
   return summary.finished(examples, lenient=lenient)
-
-
-def _parquet_files(top: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
-  """(split, file) of a folder of parquet files, of one part of it, or of a file."""
-  files = json_files.below(top, _PARQUET) if top.is_dir() else part_files(top) or [top]
-  for file in files:
-    yield _SHARD.sub("", file.stem), file
 
 
 def _saved_files(top: pathlib.Path, summary: Summary) -> Iterator[tuple[str, pathlib.Path]]:
@@ -217,7 +204,7 @@ def _columns(schema: pa.Schema) -> list[str]:
   if not {"image", "images"} & set(schema.names):
     missing.append("image")
   if missing:
-    raise Rejected("malformed_file", f"has columns {_shown(schema.names)} but not {missing}")
+    raise Rejected("malformed_file", f"has columns {ascii(schema.names[:20])} but not {missing}")
   columns = [name for name in COLUMNS if name in schema.names]
   if repeated := [name for name in columns if schema.names.count(name) > 1]:
     raise Rejected("malformed_file", f"has several columns {repeated}")
@@ -228,11 +215,7 @@ def _columns(schema: pa.Schema) -> list[str]:
   return columns
 
 
-def _shown(names: Sequence[str]) -> str:
-  return ascii(names[:20])
-
-
-def _located(entry: Any, *, files: images.ImageFiles, check: bool) -> str:
+def _located(entry: Any, *, paths: images.ImageFiles, check: bool) -> str:
   if isinstance(entry, dict):
     entry = entry.get("path") if entry.get("bytes") is None else entry["bytes"]
-  return images.store(entry, check=check) if isinstance(entry, bytes) else files.path(entry)
+  return images.store(entry, check=check) if isinstance(entry, bytes) else paths.path(entry)

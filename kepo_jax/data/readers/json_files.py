@@ -55,7 +55,7 @@ def below(top: pathlib.Path, endings: Sequence[str]) -> list[pathlib.Path]:
   return sorted(path for path in top.rglob("*") if has_ending(path, endings))
 
 
-def count_skipped(top: pathlib.Path, read: Iterable[pathlib.Path], summary: Summary, *, deep: bool = True) -> None:
+def count_skipped(top: pathlib.Path, read: Iterable[pathlib.Path], summary: Summary) -> None:
   """Counts the files of a folder that are not read, and names the first of them.
 
   Images are left out, since records name them, and what is hidden.
@@ -64,10 +64,9 @@ def count_skipped(top: pathlib.Path, read: Iterable[pathlib.Path], summary: Summ
     top: the folder.
     read: files that are read, or belong to the format.
     summary: where they are counted.
-    deep: whether to look into the folders in it.
   """
   known = set(read)
-  places = (path.relative_to(top) for path in (top.rglob("*") if deep else top.iterdir()) if path not in known)
+  places = (path.relative_to(top) for path in top.rglob("*") if path not in known)
   skipped = sorted(
     str(place)
     for place in places
@@ -80,14 +79,13 @@ def count_skipped(top: pathlib.Path, read: Iterable[pathlib.Path], summary: Summ
 
 
 def parsed(file: pathlib.Path, root: pathlib.Path | None = None) -> Any:
-  """The content of a JSON file; NaN is null, an object with a repeated key is marked, see `repeated_key`.
+  """Parses a JSON file; NaN is null, an object with a repeated key is marked for `checked_record`.
 
   Raises:
     Rejected: malformed_file: it cannot be opened, is too large, not UTF-8, no JSON, or nested too deeply.
   """
-  text = _text(file, root)
   try:
-    return decoded(text)
+    return _decoded(_text(file, root))
   except _ERRORS as error:
     raise Rejected("malformed_file", f"not readable as JSON in UTF-8 ({str(error)[:200]})") from error
 
@@ -102,14 +100,9 @@ def _text(file: pathlib.Path, root: pathlib.Path | None) -> str:
     raise Rejected("malformed_file", f"not readable as JSON in UTF-8 ({str(error)[:200]})") from error
 
 
-def decoded(text: str) -> Any:
-  """The content of JSON, as `parsed` gives it.
-
-  Raises:
-    ValueError: it is none.
-    RecursionError: it is nested too deeply.
-  """
-  return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+def _decoded(text: str) -> Any:
+  # Tables that were written back as JSON have NaN where a value is absent.
+  return json.loads(text, object_pairs_hook=_object, parse_constant=lambda name: None if name == "NaN" else float(name))
 
 
 def records_of(file: pathlib.Path, root: pathlib.Path | None = None) -> Sequence[Any]:
@@ -187,7 +180,7 @@ def checked_record(record: Any) -> Mapping[str, Any]:
 
 def _line(text: str, number: int) -> Any:
   try:
-    return decoded(text)
+    return _decoded(text)
   except _ERRORS as error:
     return {_BROKEN: f"line {number} is not readable as JSON ({str(error)[:200]})"}
 
@@ -198,8 +191,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     found[_REPEATED] = next(key for key in keys if keys.count(key) > 1)
   return found
-
-
-def _constant(name: str) -> float | None:
-  # Tables that were written back as JSON have NaN where a value is absent.
-  return None if name == "NaN" else float(name)

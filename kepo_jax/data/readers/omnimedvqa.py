@@ -112,14 +112,17 @@ class _Reader:
     gold = self._collector.gold(answer, options, place)
     return self._collector.example(
       place,
-      name=f"{dataset}/{question_id}",
-      question=question,
-      options=[option for option in options if option],
-      gold=gold - options[:gold].count(""),
-      images=(self._images.path(relative),),
-      modality=modality,
-      question_type=cleaning.text_field(record, "question_type", required=False),
-      dataset=dataset,
+      Example(
+        id=f"{dataset}/{question_id}",
+        question=question,
+        options=tuple(options),
+        answer="",
+        images=(self._images.path(relative),),
+        modality=modality,
+        question_type=cleaning.text_field(record, "question_type", required=False),
+        dataset=dataset,
+      ),
+      gold,
     )
 
   def _modality(self, record: Mapping[str, Any], place: str) -> str:
@@ -129,14 +132,11 @@ class _Reader:
     return self._collector.modality(cleaning.text_field(record, key if key in record else "modality_type"), place)
 
   def _options(self, record: Mapping[str, Any], place: str) -> list[str]:
-    """Options by the place of their letters, absent ones empty."""
+    """Returns options by the place of their letters, absent ones empty."""
     texts = {
       key: cleaning.text_field(record, key, required=False) for key in record if re.fullmatch(r"option_[A-Z]", key)
     }
     if not all(texts.values()):
       self._summary.count("null_option", place)
     last = max((ord(key[-1]) for key, text in texts.items() if text), default=0)
-    options = [texts.get(f"option_{chr(code)}", "") for code in range(ord("A"), last + 1)]
-    if "" in options:
-      self._summary.count("option_gap", place)
-    return options
+    return [texts.get(f"option_{chr(code)}", "") for code in range(ord("A"), last + 1)]

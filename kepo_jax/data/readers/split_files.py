@@ -41,22 +41,13 @@ def read(
   lenient: bool = False,
   check_images: bool = True,
 ) -> tuple[list[Example], Summary]:
-  """Every usable record of a split file, or of all JSON files (.json, .jsonl) in a folder and below.
+  """Reads a split file, or all JSON files (.json, .jsonl) in a folder and below, as `formats.read_any` does.
 
   Ids are the file's name without ending, and the number of the record in it. The modality comes from the record, else
   from the file's name as Med-R1 gives it (`CT(Computed Tomography)_train.json`, `MRI_test.json`), else from the name
   of the folder, as of `..._modality_MRI_train_600`.
 
-  Args:
-    path: file or folder.
-    image_root: folder that image paths start from; by default the nearest one above a file that holds the folder
-      `Images` or `images`, else the file's own.
-    lenient: drop and count records that stop a strict read.
-    check_images: whether image files must exist; paths are checked in any case.
-
-  Raises:
-    ValueError: no such file, no usable record, or, unless lenient, anything that RULES calls an error; names the
-      first file and record.
+  By default image paths start from the nearest folder above a file that holds `Images` or `images`, else its own.
   """
   top = pathlib.Path(path)
   files = json_files.below(top, json_files.ENDINGS) if top.is_dir() else [top]
@@ -74,7 +65,7 @@ def read(
 
 
 def nearest_image_root(file: pathlib.Path) -> pathlib.Path:
-  """The nearest folder above a file that holds `Images` or `images`, else the file's own folder."""
+  """Finds the nearest folder above a file that holds `Images` or `images`, else the file's own folder."""
   above = list(pathlib.Path(os.path.realpath(file)).parents)[:_CLIMB]
   return next((folder for folder in above if any((folder / name).is_dir() for name in ("Images", "images"))), above[0])
 
@@ -91,7 +82,7 @@ def described(stem: str) -> tuple[str, str]:
 
 
 def title(place: pathlib.Path) -> str:
-  """Name of a folder or file; one that only names a part, or `data`, comes with the name of the folder around it."""
+  """Returns the name of a folder or file, with that of the folder around it where it only names a part, or `data`."""
   path = pathlib.Path(os.path.abspath(place))
   own = [] if path.name.lower() == "data" else [path.name]
   if path.name.lower() in (*PARTS, "data") and path.parent.name:
@@ -122,7 +113,7 @@ class RecordReader:
     stem: str = "",
     dataset: str = "",
   ) -> Iterator[Example]:
-    """Usable records of one file.
+    """Yields the usable records of one file as examples.
 
     Args:
       entries: records.
@@ -155,24 +146,24 @@ class RecordReader:
     gold = self._gold(record, solution, options, place)
     entries = _image_entries(record)
     images = tuple(locate(entry) for entry in entries)
-    present = [i for i, option in enumerate(options) if option]
-    if len(present) < len(options):
+    if "" in options:
       self._summary.count("null_option", place)
-      if present != list(range(len(present))):
-        self._summary.count("option_gap", place)
     spelling, topic = named
     for field in ("modality_type", "subset", "modality"):
       spelling = cleaning.text_field(record, field, required=False) or spelling
     return self._collector.example(
       place,
-      name=name,
-      question=question,
-      options=[options[i] for i in present],
-      gold=present.index(gold),
-      images=images,
-      modality=self._collector.modality(spelling, place),
-      question_type=cleaning.text_field(record, "question_type", required=False) or topic,
-      dataset=_folder_of(entries[0]) or cleaning.text_field(record, "dataset", required=False) or dataset,
+      Example(
+        id=name,
+        question=question,
+        options=tuple(options),
+        answer="",
+        images=images,
+        modality=self._collector.modality(spelling, place),
+        question_type=cleaning.text_field(record, "question_type", required=False) or topic,
+        dataset=_folder_of(entries[0]) or cleaning.text_field(record, "dataset", required=False) or dataset,
+      ),
+      gold,
     )
 
   def _question(self, record: Mapping[str, Any], problem: str, place: str) -> tuple[str, list[str]]:
@@ -196,7 +187,7 @@ class RecordReader:
     return question or told, options
 
   def _listed(self, record: Mapping[str, Any], place: str) -> list[str]:
-    """The record's own options, by letter; absent ones between others are empty."""
+    """Returns the record's own options, by letter; absent ones between others are empty."""
     listed = record.get("options")
     if isinstance(listed, dict):
       letters = {str(key).strip().upper(): text for key, text in listed.items()}
@@ -246,7 +237,7 @@ def _image_entries(record: Mapping[str, Any]) -> list[Any]:
 
 
 def _folder_of(entry: Any) -> str:
-  """`X` of `Images/X/...`: the source of the record in OmniMedVQA's own paths."""
+  """Returns `X` of `Images/X/...`: the source of the record in OmniMedVQA's own paths."""
   path = entry.get("path") if isinstance(entry, dict) else entry
   parts = pathlib.PurePosixPath(path).parts if isinstance(path, str) else ()
   return parts[1] if len(parts) > 2 and parts[0] == "Images" else ""
