@@ -66,7 +66,7 @@ def inspected(path: str, display: progress.Display) -> tuple[list[Example], dict
       progress=lambda done, total: display.progress("images", done, total),
     )
     summary.verdict(lenient=_LENIENT.value)
-  return examples, {"summary": summary.to_dict(), "figures": inspection.figures(examples)} | report
+  return examples, {"summary": summary.to_dict(), "figures": inspection.question_counts(examples)} | report
 
 
 def table_of(title: str, *columns: str) -> Table:

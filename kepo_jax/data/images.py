@@ -52,7 +52,7 @@ DECODER_ERRORS = (
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-  """The decoded image of a file, 8 bits per channel, turned as its EXIF orientation says.
+  """Decodes the image of a file, 8 bits per channel, turned as its EXIF orientation says.
 
   Greyscale of more than 8 bits is mapped linearly from its own least and greatest value, where Pillow would clip nearly
   everything to white. Values that are not finite, or that fill places without a value, are brought between these two.
@@ -78,7 +78,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Keeps Pillow from warning of metadata that it cannot read: they say nothing of the pixels."""
+  """Silences Pillow's warnings of metadata that it cannot read, which do not concern the pixels."""
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", module=r"PIL\.")
     yield
@@ -94,7 +94,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _fill(image: Image.Image) -> float:
-  """What the TIFF of an image says that its places without a value hold; NaN where it says nothing."""
+  """Reads the fill value that a TIFF has for places without a value; NaN where it names none."""
   try:
     fill = float(getattr(image, "tag_v2", {}).get(_GDAL_NODATA, math.nan))
     return fill if abs(fill) < _BEYOND else math.nan
@@ -117,7 +117,7 @@ def _eight_bit(image: Image.Image, fill: float) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-  """The image in RGB; transparency is laid over white."""
+  """Converts an image to RGB; transparency is laid over white."""
   if "A" not in image.getbands() and image.info.get("transparency") is None:
     return image.convert("RGB")
   layer = image.convert("RGBA")
@@ -126,7 +126,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def resized_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-  """(height, width) in multiples of `factor`, near the aspect ratio, with an area inside the two bounds.
+  """Computes (height, width) in multiples of `factor`, near the aspect ratio, with an area inside the two bounds.
 
   Raises:
     ValueError: one side is more than 200 times the other.
@@ -146,7 +146,7 @@ def resized_size(height: int, width: int, *, factor: int, min_pixels: int, max_p
 
 
 def _read_settings(directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
-  """The image settings of a checkpoint folder, from where transformers takes them first."""
+  """Reads the image settings of a checkpoint folder, from where transformers takes them first."""
   for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
     path = directory / name
     if not path.is_file():
@@ -162,7 +162,7 @@ def _read_settings(directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
 
 
 def _areas(settings: dict, defaults: dict[str, int]) -> dict[str, Any]:
-  """The bounds of the area after resizing, merged and refused as the reference does.
+  """Reads the bounds of the area after resizing, merged and refused as the reference does.
 
   Raises:
     ValueError: others than two whole numbers of pixels.
@@ -180,15 +180,15 @@ def _areas(settings: dict, defaults: dict[str, int]) -> dict[str, Any]:
 
 
 def _checked(name: str, value: Any, like: int | float | tuple[float, ...]) -> Any:
-  """A setting of the kind of its default: a whole number, a number or several, for which one may stand.
+  """Returns a setting of the type of its default: a whole number, a number or several, for which one may stand.
 
   Raises:
-    ValueError: it is of another kind.
+    ValueError: it is of another type.
   """
-  kinds = (int,) if isinstance(like, int) else (int, float)
+  types = (int,) if isinstance(like, int) else (int, float)
   many = isinstance(like, tuple) and isinstance(value, list)
-  if not all(type(x) in kinds and abs(x) < 1e12 for x in (value if many else (value,))):
-    wanted = "a list of numbers" if isinstance(like, tuple) else "a whole number" if kinds == (int,) else "a number"
+  if not all(type(x) in types and abs(x) < 1e12 for x in (value if many else (value,))):
+    wanted = "a list of numbers" if isinstance(like, tuple) else "a whole number" if types == (int,) else "a number"
     raise ValueError(f"{name} is {shown(value)}, expected {wanted}")
   return tuple(value) if many else (value,) * len(like) if isinstance(like, tuple) else value
 
@@ -224,7 +224,7 @@ class ImageProcessor:
 
   @classmethod
   def from_directory(cls, directory: str | os.PathLike, *, resize: str = "native") -> "ImageProcessor":
-    """The processor of a checkpoint folder; both styles of area bounds are read.
+    """Reads the processor of a checkpoint folder; both styles of area bounds are read.
 
     Raises:
       ValueError: the settings are missing, unreadable or ask for something that is not supported.
@@ -248,7 +248,7 @@ class ImageProcessor:
     return self.patch_size * self.merge_size
 
   def grid(self, height: int, width: int) -> tuple[int, int, int]:
-    """(frames, rows, columns) in patches of an image of this size in pixels."""
+    """Computes (frames, rows, columns) in patches of an image of this size in pixels."""
     if side := RESIZES[self.resize]:
       height = width = side
     height, width = resized_size(
@@ -257,7 +257,7 @@ class ImageProcessor:
     return 1, height // self.patch_size, width // self.patch_size
 
   def pixels(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Patches before normalisation, an eighth of the bytes: what a cache should hold.
+    """Cuts an image into patches before normalisation, an eighth of the bytes: what a cache should hold.
 
     Returns:
       uint8[r, 3 * patch * patch], each row channel by channel, and the grid (1, rows, columns) with
@@ -273,7 +273,7 @@ class ImageProcessor:
     return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(grid[1] * grid[2], -1), grid
 
   def normalised(self, pixels: np.ndarray) -> np.ndarray:
-    """float32[r, 3 * temporal * patch * patch] of the uint8 rows that `pixels` gives."""
+    """Computes float32[r, 3 * temporal * patch * patch] from the uint8 rows of `pixels`."""
     # The order and width of these roundings is the reference's: float64 product, then float32 throughout.
     scaled = (np.arange(256, dtype=np.float64) * self.scale).astype(np.float32)
     table = (scaled[None] - np.array(self.mean, np.float32)[:, None]) / np.array(self.std, np.float32)[:, None]
@@ -282,7 +282,7 @@ class ImageProcessor:
     return np.repeat(values, self.temporal_patch_size, axis=2).reshape(len(pixels), -1)
 
   def patches(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """(float32[r, 3 * temporal * patch * patch], grid), equal to the reference in every bit."""
+    """Computes (float32[r, 3 * temporal * patch * patch], grid), equal to the reference in every bit."""
     pixels, grid = self.pixels(image)
     return self.normalised(pixels), grid
 
@@ -309,7 +309,7 @@ class ImageFiles:
     self._folders: dict[str, str] = {}
 
   def path(self, relative: Any) -> str:
-    """Absolute path without symbolic links.
+    """Returns an absolute path without symbolic links.
 
     Raises:
       Rejected: it is no text, leaves the root or does not exist.
@@ -320,37 +320,32 @@ class ImageFiles:
     text = relative.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in relative)
     if pure.is_absolute() or ".." in pure.parts or "\0" in relative or not pure.name or not text:
       raise Rejected("unsafe_path", f"the image's path {relative[:200]!r} is not a path below the root")
+    parent = str(pure.parent)
     try:
-      return self._resolved(str(pure.parent), pure.name, relative)
+      if parent not in self._folders:
+        self._folders[parent] = os.path.realpath(os.path.join(self._root, parent))
+      path = os.path.join(self._folders[parent], pure.name)
+      path = os.path.realpath(path) if os.path.islink(path) else path
+      if not is_inside(path, self._root):
+        raise Rejected("unsafe_path", f"the path {relative!r} leads out of {self._root} by a symbolic link")
+      if (self._check or os.path.lexists(path)) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise Rejected("missing_image", f"image {relative!r} is not a file")
     except OSError as error:
       raise Rejected("missing_image", f"image {relative[:200]!r} cannot be found ({str(error)[:200]})") from error
-
-  def _resolved(self, parent: str, name: str, relative: str) -> str:
-    if parent not in self._folders:
-      self._folders[parent] = os.path.realpath(os.path.join(self._root, parent))
-    path = os.path.join(self._folders[parent], name)
-    mode = os.lstat(path).st_mode if self._check or os.path.lexists(path) else None
-    if mode is not None and stat.S_ISLNK(mode):
-      path = os.path.realpath(path)
-      mode = os.stat(path).st_mode if is_inside(path, self._root) else mode
-    if not is_inside(path, self._root):
-      raise Rejected("unsafe_path", f"the path {relative!r} leads out of {self._root} by a symbolic link")
-    if mode is not None and not stat.S_ISREG(mode):
-      raise Rejected("missing_image", f"image {relative!r} is not a file")
     return path
 
 
 def is_inside(real: str, root: str) -> bool:
-  """Whether a path lies in a folder or is it; both without symbolic links."""
+  """Tells whether a path lies in a folder or is it; both without symbolic links."""
   return real == root or real.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def store(data: bytes, *, check: bool) -> str:
-  """Path of an image that came as bytes, in the cache folder under its SHA-256; written once.
+  """Writes an image that came as bytes into the cache folder, under its SHA-256, once; returns the path.
 
   Args:
     data: the encoded image.
-    check: whether to look at the header and to write; without it the path alone is told.
+    check: whether to look at the header and to write; without it only the path is computed.
 
   Raises:
     Rejected: not an image of a known format, or too large.
@@ -378,7 +373,7 @@ def _suffix(data: bytes) -> str:
 
 
 def header(source: str | os.PathLike | bytes) -> tuple[str, int, int]:
-  """(format, width, height) of an image file or its bytes; pixels are not decoded.
+  """Reads (format, width, height) of an image file or its bytes; pixels are not decoded.
 
   Raises:
     Rejected: unreadable_image, with the reason.
@@ -396,7 +391,7 @@ def header(source: str | os.PathLike | bytes) -> tuple[str, int, int]:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-  """SHA-256 of an image file's bytes; read once in a process, unless its size or time changes.
+  """Computes the SHA-256 of an image file; read once in a process, unless its size or time changes.
 
   Raises:
     ValueError: the file cannot be read; names it.
@@ -416,10 +411,10 @@ def _fingerprint(path: str, size: int, time: int) -> str:
 
 
 def repeats(paths: Iterable[str]) -> Mapping[str, str]:
-  """Images whose bytes are those of another one, each with the first that has them.
+  """Maps each image whose bytes are those of another one to the first that has them.
 
-  Only files of equal size are read. What is not there, or cannot be read, equals nothing; nor does the same picture
-  that was written in another way.
+  Only files of equal size are read. A file that is missing or unreadable equals nothing; nor does the same picture in
+  another encoding.
 
   Args:
     paths: of the images; "first" is by name, not by order.

@@ -1,38 +1,38 @@
-"""What a data set holds: counts, chance, letters, and what its image files are."""
+"""Counts what a data set holds: questions, chance, letters, and sizes and formats of images."""
 
 import collections
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kepo_jax.data import cleaning, images
 from kepo_jax.data.cleaning import Summary
 from kepo_jax.types import Example
 
-# (things to look at, function of some of them) -> what it finds about all of them, in their order.
+# (items, function of some of them) -> its results for all of them, in their order.
 Divided = Callable[[Sequence[str], Callable[[Sequence[str]], Sequence[Any]]], Sequence[Any]]
 
 
-def figures(examples: Sequence[Example]) -> dict[str, Any]:
-  """Figures of some questions as JSON-able values.
+def question_counts(examples: Sequence[Example]) -> dict[str, Any]:
+  """Counts questions and images, as JSON-able values.
 
   Returns:
-    `overall`, and by `modalities`, `question_types` and `datasets`, each as `group_figures` gives it; the number of
-    distinct images, and of images with several questions.
+    `overall`, and by `modalities`, `question_types` and `datasets`, each with questions, the accuracy of guessing, and
+    how often each number of options and each gold letter occurs; the number of distinct images, and of images with
+    several questions.
   """
-  asked = collections.Counter(image for example in examples for image in example.images)
+  images_asked = collections.Counter(image for example in examples for image in example.images)
   return {
-    "overall": group_figures(examples),
+    "overall": _group_counts(examples),
     "modalities": _by(examples, lambda example: example.modality),
     "question_types": _by(examples, lambda example: example.question_type or "not told"),
     "datasets": _by(examples, lambda example: example.dataset),
-    "images": len(asked),
-    "images_with_several_questions": sum(count > 1 for count in asked.values()),
+    "images": len(images_asked),
+    "images_with_several_questions": sum(count > 1 for count in images_asked.values()),
   }
 
 
-def group_figures(examples: Sequence[Example]) -> dict[str, Any]:
-  """Questions, the accuracy of guessing, and how often each number of options and each gold letter occurs."""
+def _group_counts(examples: Sequence[Example]) -> dict[str, Any]:
   return {
     "questions": len(examples),
     "chance": sum(1 / len(example.options) for example in examples) / max(1, len(examples)),
@@ -45,7 +45,7 @@ def _by(examples: Iterable[Example], key: Callable[[Example], str]) -> dict[str,
   groups = collections.defaultdict(list)
   for example in examples:
     groups[key(example)].append(example)
-  return {name: group_figures(groups[name]) for name in sorted(groups)}
+  return {name: _group_counts(groups[name]) for name in sorted(groups)}
 
 
 def _sorted_counts(values: Iterable[Any]) -> dict[str, int]:
@@ -68,8 +68,8 @@ def open_images(
     summary: of their reading.
     decode: decode the pixels too, which finds files that are cut off.
     progress: called with the number of images done and of all that this process looks at.
-    divided: (images, function of some of them) -> its JSON-able findings for all, in their order; where several
-      processes look at the same images, each looks at a part of them.
+    divided: (images, function of some of them) -> its JSON-able results for all, in their order; several processes
+      can share the work.
 
   Returns:
     the questions whose images can be read; counts of formats and sizes, bytes, and the unreadable files.
@@ -91,9 +91,9 @@ def open_images(
     if isinstance(found, str):
       unreadable[path] = found
     else:
-      kind, width, height, size = found
+      image_format, width, height, size = found
       total_bytes += size
-      formats[kind] += 1
+      formats[image_format] += 1
       sizes[width, height] += 1
   kept = []
   for example in examples:
@@ -104,26 +104,24 @@ def open_images(
       rule = "unreadable_image" if os.path.exists(bad) else "missing_image"
       summary.count(rule, f"question {example.id}: image {bad}: {unreadable[bad].removeprefix(f'image {bad}: ')}")
   summary.kept = len(kept)
-  return kept, _image_figures(formats, sizes) | {"bytes": total_bytes, "unreadable": unreadable}
-
-
-def _opened(path: str, *, decode: bool) -> tuple[str, int, int, int] | str:
-  """Format, width, height and bytes of an image file, or why it cannot be read."""
-  try:
-    kind, width, height = images.header(path)
-    if decode:
-      images.load_image(path)
-    return kind, width, height, os.stat(path).st_size
-  except (cleaning.Rejected, ValueError, OSError) as error:
-    return str(error)
-
-
-def _image_figures(formats: Mapping[str, int], sizes: collections.Counter[tuple[int, int]]) -> dict[str, Any]:
   widths, heights = [width for width, _ in sizes], [height for _, height in sizes]
-  return {
+  return kept, {
     "formats": dict(sorted(formats.items())),
     "sizes": {f"{width}x{height}": count for (width, height), count in sizes.most_common(20)},
     "different_sizes": len(sizes),
     "smallest": [min(widths, default=0), min(heights, default=0)],  # of each side by itself
     "largest": [max(widths, default=0), max(heights, default=0)],
+    "bytes": total_bytes,
+    "unreadable": unreadable,
   }
+
+
+def _opened(path: str, *, decode: bool) -> tuple[str, int, int, int] | str:
+  """Reads format, width, height and bytes of an image file, or says why it cannot be read."""
+  try:
+    image_format, width, height = images.header(path)
+    if decode:
+      images.load_image(path)
+    return image_format, width, height, os.stat(path).st_size
+  except (cleaning.Rejected, ValueError, OSError) as error:
+    return str(error)

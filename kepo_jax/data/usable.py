@@ -1,4 +1,4 @@
-"""Questions that a run has no room for: found before the first step, since prompts are never cut later on."""
+"""Finds questions that a run has no room for before its first step, since prompts are never truncated."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ _SQUASH = "set data.resize=squash384"
 def refusals(
   examples: Sequence[Example], processor: processor_lib.Processor, kinds: Mapping[str, int]
 ) -> dict[str, Rejected]:
-  """Id -> rule and reason, of the questions whose text, prompts or images are too large.
+  """Returns id -> rule and reason of the questions whose text, prompts or images are too large.
 
   Images are measured by the headers of their files.
 
@@ -36,12 +36,24 @@ def refusals(
     left = [example for example in examples if example.id not in refused]
     for start in range(0, len(left), _AT_ONCE):
       part = left[start : start + _AT_ONCE]
-      refused |= _long_prompts(part, processor, kind, hint, [merged[example.id] for example in part])
+      texts = [prompts.prompt_text(example, processor.templates, kind) for example in part]
+      lengths = processor.tokenizer.lengths(texts, [merged[example.id] for example in part])
+      for example, length in zip(part, lengths, strict=True):
+        if length + hint > processor.prompt_buckets[-1]:
+          parts = f"{sum(merged[example.id])} of them for images" + (
+            f" and {hint} for the longest hint" if hint else ""
+          )
+          way_out = "; add a larger bucket" + (", or lower exploration.hint_tokens" if hint else "")
+          refused[example.id] = Rejected(
+            "prompt_too_long",
+            f"the prompt {kind} has {length + hint} tokens ({parts}), more than the largest of "
+            f"data.prompt_buckets={processor.prompt_buckets}{way_out}",
+          )
   return refused
 
 
 def _image_tokens(example: Example, processor: processor_lib.Processor) -> list[int]:
-  """Merged tokens of each image of a question.
+  """Returns the merged tokens of each image of a question.
 
   Raises:
     Rejected: no grid of patches, or more patches than there is room for.
@@ -63,22 +75,3 @@ def _image_tokens(example: Example, processor: processor_lib.Processor) -> list[
       f"data.patch_buckets={processor.patch_buckets}; add a larger bucket, scale the image down, or {_SQUASH}",
     )
   return [count // settings.merge_size**2 for count in patches]
-
-
-def _long_prompts(
-  examples: Sequence[Example], processor: processor_lib.Processor, kind: str, hint: int, merged: Sequence[Sequence[int]]
-) -> dict[str, Rejected]:
-  limit = processor.prompt_buckets[-1] - hint
-  texts = [prompts.prompt_text(example, processor.templates, kind) for example in examples]
-  refused = {}
-  for example, tokens, length in zip(examples, merged, processor.tokenizer.lengths(texts, merged), strict=True):
-    if length <= limit:
-      continue
-    parts = f"{sum(tokens)} of them for images" + (f" and {hint} for the longest hint" if hint else "")
-    way_out = "; add a larger bucket" + (", or lower exploration.hint_tokens" if hint else "")
-    refused[example.id] = Rejected(
-      "prompt_too_long",
-      f"the prompt {kind} has {length + hint} tokens ({parts}), more than the largest of "
-      f"data.prompt_buckets={processor.prompt_buckets}{way_out}",
-    )
-  return refused

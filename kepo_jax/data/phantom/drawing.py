@@ -13,6 +13,12 @@ def ramp(distance: np.ndarray, width: float = 1.0) -> np.ndarray:
   return np.clip(distance / width + 0.5, 0.0, 1.0)
 
 
+def _rotated(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+  """Returns coordinates in axes turned by `angle`."""
+  c, s = np.cos(angle), np.sin(angle)
+  return c * x + s * y, c * y - s * x
+
+
 def frame(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
   """Pixel coordinates x, y of the organ: centred, tilted and scaled as the scene says."""
   x, y = X - 31.5 - scene.shift[0], Y - 31.5 - scene.shift[1]
@@ -66,10 +72,9 @@ def lesion_mask(scene: Scene) -> np.ndarray:
   mask = np.zeros((SIDE, SIDE))
   x, y = X - 31.5 - scene.shift[0], Y - 31.5 - scene.shift[1]
   for lesion in scene.lesions:
-    c, s = np.cos(lesion.angle), np.sin(lesion.angle)
-    dx, dy = x - lesion.x, y - lesion.y
+    along, across = _rotated(x - lesion.x, y - lesion.y, lesion.angle)
     stretch = np.sqrt(lesion.aspect)
-    distance = ellipse(c * dx + s * dy, c * dy - s * dx, lesion.radius * stretch, lesion.radius / stretch)
+    distance = ellipse(along, across, lesion.radius * stretch, lesion.radius / stretch)
     mask = np.maximum(mask, ramp(distance, 1.3))
   return mask
 
@@ -136,19 +141,13 @@ def _ct(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.nda
     level = paint(level, ramp(body - 2.5), 0.46 + 0.015 * clouds(noise, 8))
     for k in range(12):  # ribs cut across: short bright arcs on a ring
       angle = 2 * np.pi * (k + 0.5) / 12
-      rib = ellipse(*_turned(x - 26.2 * np.cos(angle), y - 24.2 * np.sin(angle), angle), 1.2, 3.0)
+      rib = ellipse(*_rotated(x - 26.2 * np.cos(angle), y - 24.2 * np.sin(angle), angle), 1.2, 3.0)
       level = paint(level, ramp(rib), 1.0)
     level = paint(level, ramp(ellipse(x, y - 21, 4.2, 3.4)), 0.98)  # vertebra
     level = paint(level, ramp(ellipse(x, y - 24.6, 1.0, 1.6)), 0.95)
     level = paint(level, ramp(ellipse(x - 1.0, y - 15.0, 1.8, 1.8)), 0.62)  # aorta
   level = _show(level, scene, lesions, 0.1, 0.85)
   return gray(level + grain(noise, 0.02) + scene.exposure)
-
-
-def _turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
-  """Coordinates in axes turned by `angle`."""
-  c, s = np.cos(angle), np.sin(angle)
-  return c * x + s * y, c * y - s * x
 
 
 def _xray(scene: Scene, noise: np.random.Generator, lesions: np.ndarray) -> np.ndarray:
