@@ -1,4 +1,4 @@
-"""What the readers repair, note and drop, by name; nothing disappears silently.
+"""Rules for what the readers repair, note and drop, and a summary that counts them: nothing disappears silently.
 
 Each reader counts in a `Summary` every rule of `RULES` that it applies. Docs: the table of docs/data.md.
 """
@@ -93,7 +93,7 @@ class Rejected(Exception):
 
 @dataclasses.dataclass
 class Summary:
-  """What a reader found, by rule of `RULES`."""
+  """Counts of a reading, by rule of `RULES`."""
 
   root: str
   format: str = "OmniMedVQA layout"  # which of the formats the reader took this for
@@ -104,7 +104,7 @@ class Summary:
   first: dict[str, str] = dataclasses.field(default_factory=dict)  # first place that each rule met
 
   def count(self, rule: str, place: str) -> None:
-    """Notes one application of a rule."""
+    """Counts one application of a rule and keeps the first place."""
     if rule not in RULES:
       raise KeyError(rule)
     self.rules[rule] += 1
@@ -117,11 +117,11 @@ class Summary:
     return self.records - self.kept
 
   def to_dict(self) -> dict[str, Any]:
-    """The summary as JSON-able values."""
+    """Returns the summary as JSON-able values."""
     return dataclasses.asdict(self) | {"rules": dict(self.rules), "dropped": self.dropped}
 
   def text(self) -> str:
-    """One line of totals and one per rule that applied."""
+    """Returns one line of totals and one per rule that applied."""
     lines = [f"{printable(self.root)}: {self.kept} of {self.records} records kept, {self.files} files ({self.format})"]
     for rule, text in RULES.items():
       if self.rules[rule]:
@@ -154,27 +154,29 @@ class Summary:
 
 
 def counted(rules: Mapping[str, int]) -> str:
-  """How often each rule applied: "2 missing_image, 1 malformed_file"."""
+  """Says how often each rule applied: "2 missing_image, 1 malformed_file"."""
   return ", ".join(f"{count} {rule}" for rule, count in rules.items())
 
 
 def printable(text: str) -> str:
-  """A text without what would move a terminal's cursor or cannot be encoded; the names of files may hold anything."""
+  """Replaces what would move a terminal's cursor or cannot be encoded; names of files may hold anything."""
   return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def modality_name(spelling: str) -> str | None:
-  """Canonical name of a modality, None for a spelling that is not listed."""
+  """Returns the canonical name of a modality, None for a spelling that is not listed."""
   return MODALITIES.get(re.sub(r"[^a-z]", "", spelling.lower()))
 
 
 def normalised(text: str) -> str:
-  """An answer without the differences that do not matter: case, spaces, quotes around it, a final period."""
+  """Removes the differences between answers that do not matter: case, spaces, quotes around it, a final period."""
   return " ".join(text.casefold().split()).strip("\"' ").rstrip(".").strip("\"' ")
 
 
 def text_field(record: Mapping[str, Any], field: str, *, required: bool = True) -> str:
-  """A field of a record, `cleaned`; "" for an absent one that is not required.
+  """Returns a field of a record, stripped; "" for an absent one that is not required.
+
+  The signs that mark pictures here are taken out; texts copied from PDF hold some.
 
   Raises:
     Rejected: it is missing, empty, no text or no valid Unicode.
@@ -184,16 +186,12 @@ def text_field(record: Mapping[str, Any], field: str, *, required: bool = True) 
     return ""
   if not isinstance(value, str):
     raise Rejected("malformed_record", f"field {field} is {'missing' if value is None else _shown(value)}")
-  if required and not cleaned(value):
+  text = value.replace(IMAGE, "").strip()
+  if required and not text:
     raise Rejected("malformed_record", f"field {field} is empty")
-  if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-    raise Rejected("malformed_record", f"field {field} holds half of a surrogate pair: {value!r}"[:120])
-  return cleaned(value)
-
-
-def cleaned(text: str) -> str:
-  """A text of a source, stripped, without the signs that mark pictures here; texts copied from PDF hold some."""
-  return text.replace(IMAGE, "").strip()
+  if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+    raise Rejected("malformed_record", f"field {field} holds half of a surrogate pair: {text!r}"[:120])
+  return text
 
 
 def _shown(value: Any) -> str:
@@ -202,25 +200,25 @@ def _shown(value: Any) -> str:
 
 
 def notes(options: Sequence[str], gold: int) -> list[str]:
-  """Rules for what is odd about options that are kept as they are.
+  """Returns the rules for what is odd about options that are kept as they are.
 
   Args:
     options: texts in the order of their letters.
     gold: index of the right one.
   """
-  found = []
+  rules = []
   if any(_is_nonsense(option) for option in options):
-    found.append("nonsense_option")
+    rules.append("nonsense_option")
   if any(_LABEL.search(option) for option in options):
-    found.append("leaked_label")
+    rules.append("leaked_label")
   if modality_name(options[gold]) and (options[gold].endswith(".") or "_" in options[gold]):
-    found.append("class_spelling")
+    rules.append("class_spelling")
   # A spelling that `normalised` sees through is a repeated option and has a rule of its own.
   named = {normalised(option): _named_modality(option) for option in options}
   modalities = [name for name in named.values() if name]
   if len(set(modalities)) < len(modalities):
-    found.append("synonym_options")
-  return found
+    rules.append("synonym_options")
+  return rules
 
 
 def _named_modality(option: str) -> str | None:

@@ -43,10 +43,6 @@ def named(answer: str, options: Sequence[str]) -> int | None:
   return LETTERS.index(letter) if letter and options[LETTERS.index(letter)] else None
 
 
-def _holds_image(text: str) -> bool:
-  return any(pattern.search(text) for pattern in _PLACEHOLDERS)
-
-
 class Collector:
   """Makes examples of records and counts repairs in a summary; one per reading."""
 
@@ -95,8 +91,9 @@ class Collector:
     """
     plain = [cleaning.normalised(option) for option in options]
     wanted = cleaning.normalised(answer)
-    pictures = [i for i, option in enumerate(options) if option == answer and _holds_image(option)]
-    if answer in options and answer and len(pictures) < 2:
+    holds_image = any(pattern.search(answer) for pattern in _PLACEHOLDERS)
+    pictures = options.count(answer) if holds_image else 0
+    if answer in options and answer and pictures < 2:
       return list(options).index(answer)
     if wanted in plain and wanted and not pictures:
       self.summary.count("answer_normalised", place)
@@ -126,7 +123,7 @@ class Collector:
     A single one at the beginning is removed: that is where images stand anyway.
     """
     texts = [question, *options]
-    pattern = next((each for each in _PLACEHOLDERS if any(map(each.search, texts))), _PLACEHOLDERS[0])
+    pattern = next((pattern for pattern in _PLACEHOLDERS if any(map(pattern.search, texts))), _PLACEHOLDERS[0])
     named = ["".join(filter(None, found.groups())) for text in texts for found in pattern.finditer(text)]
     if any(_LIKE.search(pattern.sub("", text)) for text in texts):
       self.summary.count("image_word", place)

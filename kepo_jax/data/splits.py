@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
+from scipy.cluster import hierarchy
 
 from kepo_jax import storage
 from kepo_jax.data import images
@@ -409,20 +410,16 @@ def _unreadable(paths: Iterable[str]) -> set[str]:
 
 def _image_groups(examples: Sequence[Example], same: Mapping[str, str]) -> list[list[Example]]:
   """Groups questions that are connected by common images; each group and the list sorted by (data set, id)."""
-  parent: dict[str, str] = {}
-
-  def leader(name: str) -> str:
-    while parent.setdefault(name, name) != name:
-      parent[name] = parent[parent[name]]
-      name = parent[name]
-    return name
-
+  sets = hierarchy.DisjointSet()
   for example in examples:
+    sets.add(("question", example.id))
     for image in example.images:
-      parent[leader(f"image {same.get(image, image)}")] = leader(f"question {example.id}")
+      name = ("image", same.get(image, image))
+      sets.add(name)
+      sets.merge(name, ("question", example.id))
   groups = collections.defaultdict(list)
   for example in _sorted(examples):
-    groups[leader(f"question {example.id}")].append(example)
+    groups[sets["question", example.id]].append(example)
   return list(groups.values())
 
 

@@ -109,11 +109,10 @@ def scene_for(topic: str, modality: str, rng: np.random.Generator) -> Scene:
 
 def option_set(topic: str, scene: Scene, rng: np.random.Generator) -> list[str]:
   """The classes on offer, in no particular order."""
+  others = [name for name in MODALITIES if name != scene.modality]
   if topic == "modality":
-    others = [name for name in MODALITIES if name != scene.modality]
     return [scene.modality, *rng.choice(others, 3, replace=False)]
   if topic == "organ":
-    others = [name for name in MODALITIES if name != scene.modality]
     return [*ORGANS[scene.modality], *ORGANS[str(rng.choice(others))]]
   return list(TOPICS[topic].classes)
 
