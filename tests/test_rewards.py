@@ -132,31 +132,13 @@ def test_lenient_letter():
   assert_table(lambda text: rewards.lenient_letter(text, BRAIN), *LENIENT)
 
 
-def test_answers_that_any_reader_understands():
-  assert_table(
-    lambda text: rewards.lenient_letter(text, BRAIN),
-    ("B", r"\boxed{B}", r"The final answer is $\boxed{\text{B}}$.", r"\boxed{Brain}", '{"answer": "B) Brain"}'),
-    ("B", "<answer>Ｂ</answer>", "<answer>\u200bB</answer>", '<answer type="choice">B</answer>', "### Answer\nB"),
-    ("B", "Final answer - B", "The answer would be B.", "答案是B。", "正解はB", "정답은 B입니다", "Die Antwort ist B."),
-    ("B", "La respuesta correcta es B", "Réponse : B", "Ответ: B"),
-    (
-      None,
-      r"\boxed{A} or \boxed{B}",
-      '{"answer": "A", "choice": "B"}',
-      "B型肝炎",
-      "The answer could be A or B",
-      "B-mode",
-    ),
-  )
-
-
 ORGANS = dataclasses.replace(BRAIN, options=("liver", "kidney", "spleen"))
 UNREAD = (
   # An alternative, a condition, another option.
   r"\boxed{B} or C", "The answer is B, or perhaps the liver.", "The answer would be B, if it were a kidney.",
   "If it were round, the answer would be B", "The answer is kidney (C).", "the kidney or the spleen", "答案是B或C",
   "Answer:\nA. liver\nB. kidney\nC. spleen", '{"answer": ["A", "B"]}', "B?", "The answer is B or C",
-  "The answer is B, the liver.",
+  "The answer is B, the liver.", r"\boxed{A} or \boxed{B}", '{"answer": "A", "choice": "B"}', "B型肝炎",
   # A negation, before or behind.
   r"\boxed{B} is wrong", r"The answer is not \boxed{B}", "B) is not correct", "B) is not it", "B. This is incorrect.",
   "It is not B",
@@ -174,6 +156,8 @@ PLAIN = (
   "<final_answer>B</final_answer>", "<answer>B</answer", r"\boxed{\textit{B}}", r"\fbox{B}", "Answer\n------\nB",
   "选B", "故选B。", "正确选项是B", "答：B", "La respuesta correcta es la B", "La réponse est la B", "Richtig ist B",
   "Het antwoord is B", "Đáp án: B", "الإجابة: B", r"The answer is \textbf{B}", "The answer is kidney (B).",
+  r"The final answer is $\boxed{\text{B}}$.", r"\boxed{kidney}", "<answer>Ｂ</answer>", "<answer>\u200bB</answer>",
+  '<answer type="choice">B</answer>', "Final answer - B", "答案是B。", "정답은 B입니다", "Ответ: B", "Réponse : B",
   # What is negated or named elsewhere does not matter.
   "There is no mass, so the answer is B.", "Since this is not the liver, the answer is B.", "No, the answer is B.",
   "The answer is B because the liver is not shown", "The answer is B. Options A and C are wrong.",
@@ -223,14 +207,6 @@ def test_the_forgiving_parser_reads_all_that_the_strict_one_reads(completion):
     assert lenient == strict
   gold = rewards.lenient_letter(completion, dataclasses.replace(BRAIN, answer="C"))
   assert gold == lenient  # the answer does not help
-
-
-def test_a_letter_before_a_word_is_a_word():
-  words = ("mass", "small", "visible", "and", "T2")
-  texts = [
-    f"{letter} {word}{end}" for letter in "ABC" for word in words for end in ("", " is visible.", ", the answer")
-  ]
-  assert_table(lambda text: rewards.lenient_letter(text, BRAIN), (None, *texts))
 
 
 def test_the_forgiving_parser_is_fast_on_repetition():

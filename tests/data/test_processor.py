@@ -250,16 +250,6 @@ def test_any_value_in_a_file_of_the_processor_is_read_or_refused(make_checkpoint
   assert 20 < refused < 110
 
 
-def test_chat_template_of_older_checkpoints(make_checkpoint, checkpoint, tmp_path, questions, processor):
-  make_checkpoint(tmp_path)
-  template = (tmp_path / "chat_template.jinja").read_text()
-  (tmp_path / "chat_template.jinja").unlink()
-  (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-  older = processor_lib.Processor.from_directory(tmp_path, **SMALL)
-  expected = processor.prompts(questions, "think")
-  np.testing.assert_array_equal(older.prompts(questions, "think").tokens, expected.tokens)
-
-
 def test_the_same_vocabulary_has_the_same_words_with_the_same_ids(processor, make_checkpoint, tmp_path):
   assert processor.same_vocabulary(make_checkpoint(tmp_path / "same"))
   content = (tmp_path / "same" / "tokenizer.json").read_text()
@@ -431,12 +421,10 @@ def test_marks_in_a_text_are_broken_up_whatever_they_are_called(make_checkpoint,
 
 
 TEMPLATES = {
-  "{{ 1/0 }}": "division by zero",
   "{% for i in range(10**10) %}{% endfor %}": "Range too big",
   "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
   "{% if messages[0].content | length > 1 %}{{ raise_exception('no\nimages') }}{% endif %}{{ messages }}": "no",
   "{% for part in messages[0].content %}{{ part.text }}{% endfor %}": "0 times for 1 images",
-  "{% for part in messages[0].content %}{{ part.text or '<|image_pad|>' * 2 }}{% endfor %}": "2 times for 1 images",
   "<|image_pad|>{% for part in messages[0].content %}{{ part.text }}{% endfor %}": "1 times for 0 images",
   "{{ messages[0].role }}": "leaves the text out",
   "{% if %}": "Expected an expression",

@@ -1,7 +1,6 @@
 """Room of a run: what is too long or too large is named before the first step, by rule, file, sizes and field."""
 
 import dataclasses
-import json
 
 import pytest
 from PIL import Image
@@ -40,27 +39,6 @@ def test_the_longest_prompt_that_fits(checkpoint, questions):
   # Every kind counts: here the longest of them alone is too long.
   refused = usable.refusals(questions, tight, KINDS)
   assert [str(rejected).split()[2] for rejected in refused.values()] == ["hint_and_answer"]
-
-
-def test_characters_of_several_bytes_are_tokenized(checkpoint, questions):
-  """Their tokens cannot be bounded by their number: U+5F71 has three bytes, none of them merged in this vocabulary."""
-  processor = made(checkpoint)
-  asked = [dataclasses.replace(questions[3], question="影" * 200)]
-  (tokens,) = lengths(made(checkpoint, prompt_buckets=(2048,)), asked, "no_think")
-  assert tokens > 600 and len(prompts.prompt_text(asked[0], prompts.STANDARD, "no_think")) < 400
-  (rejected,) = usable.refusals(asked, processor, {"no_think": 0}).values()
-  assert f"has {tokens} tokens" in str(rejected)
-
-
-def test_an_image_alone_may_be_too_long_for_a_prompt(make_checkpoint, questions, tmp_path):
-  settings = json.loads((make_checkpoint(tmp_path) / "preprocessor_config.json").read_text())
-  (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"max_pixels": 384 * 384}))
-  square = {"templates": prompts.BRIEF, "resize": "squash384", "patch_buckets": (2304,)}
-  (tokens,) = lengths(made(tmp_path, prompt_buckets=(2048,), **square), questions[:1], "think")
-  processor = made(tmp_path, prompt_buckets=(tokens - 1,), **square)
-  assert tokens > 576 > len(processor.tokenizer.render(prompts.prompt_text(questions[0], prompts.BRIEF, "think"), 1))
-  (rejected,) = usable.refusals(questions[:1], processor, {"think": 0}).values()
-  assert f"has {tokens} tokens (576 of them for images)" in str(rejected)
 
 
 def test_room_for_the_longest_hint(checkpoint, questions):

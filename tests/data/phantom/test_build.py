@@ -34,15 +34,6 @@ def test_sizes_and_no_shared_scene(splits):
   assert len({item.scene.digest() for item in items}) == len(items)
 
 
-def test_letters_are_balanced_in_every_modality(splits):
-  for items in splits.values():
-    keys = [(item.scene.modality, len(item.question.options), item.question.letter) for item in items]
-    counts = collections.Counter(keys)
-    for modality, size, _ in keys:
-      row = [counts[modality, size, letter] for letter in "ABCD"[:size]]
-      assert max(row) - min(row) <= 1
-
-
 @pytest.fixture
 def few(monkeypatch):
   """Makes four items per modality the frozen ones."""

@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy import ndimage
 
 from kepo_jax.data.phantom import drawing, scenes
 
@@ -23,20 +22,6 @@ def test_lesions_darken_or_brighten_their_place(modality):
     assert (change[inside].mean() > 12) if tone == "bright" else (change[inside].mean() < -12), (organ, size, tone)
     outside = drawing.lesion_mask(scene) == 0
     np.testing.assert_array_equal(picture[outside], healthy[outside])
-
-
-def test_the_mask_holds_as_many_blobs_as_lesions():
-  for seed in range(20):
-    scene = scenes.draw_scene(np.random.default_rng(seed), "MRI")
-    assert ndimage.label(drawing.lesion_mask(scene) > 0.5, np.ones((3, 3)))[1] == scene.count
-
-
-def test_modalities_differ_more_between_than_within():
-  rng = np.random.default_rng(0)
-  kinds = [(modality, organ) for modality, organs in scenes.ORGANS.items() for organ in organs]
-  pictures = [drawing.draw(scenes.draw_scene(rng, modality, organ=organ)).astype(float) for modality, organ in kinds]
-  for (first, a), (second, b) in itertools.combinations(zip(kinds, pictures, strict=True), 2):
-    assert first[0] == second[0] or np.abs(a - b).mean() > 15, (first, second)
 
 
 def test_lesions_lie_where_the_words_say():

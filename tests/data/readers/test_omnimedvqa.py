@@ -59,12 +59,15 @@ def test_modality_spellings(layout):
   assert summary.rules == {"modality_unlisted": 1, "modality_spelling": 7}
 
 
-READ = {"solution_letter": 1}
+LETTERED = {"option_A": "A. chest", "option_B": "B. brain", "option_C": None, "option_D": ""}
+BARE, READ = {"null_option": 1, "option_letters": 1}, {"solution_letter": 1}
+GAP = {"null_option": 1, "option_gap": 1}
+SPECIES = {"option_A": "A.cereus", "option_B": "B.coli", "option_C": ..., "option_D": ...}
 # Changed fields -> options and answer of the example, and the rules that applied; `...` takes a field away.
 REPAIRS = {
   "two options": ({"option_C": ..., "option_D": ...}, "Chest Brain", "B", {}),
   "null options": ({"option_C": None, "option_D": ""}, "Chest Brain", "B", {"null_option": 1}),
-  "gap": ({"option_A": None}, "Brain Knee Hand", "A", {"null_option": 1, "option_gap": 1}),
+  "gap": ({"option_A": None}, "Brain Knee Hand", "A", GAP),
   "case and period": ({"gt_answer": "brain."}, "Chest Brain Knee Hand", "B", {"answer_normalised": 1}),
   "period in the option": ({"option_B": "Brain."}, "Chest Brain. Knee Hand", "B", {"answer_normalised": 1}),
   "right twice": ({"option_A": "Brain"}, "Brain Knee Hand", "A", {"repeated_answer": 1}),
@@ -72,42 +75,14 @@ REPAIRS = {
   "exact wins": ({"option_A": "brain", "gt_answer": "Brain"}, "Brain Knee Hand", "A", {"repeated_answer": 1}),
   "wrong twice": ({"option_D": "chest"}, "Chest Brain Knee chest", "B", {"repeated_distractor": 1}),
   "other key": ({"modality_type": ..., "modality": "X-Ray"}, "Chest Brain Knee Hand", "B", {"modality_key": 1}),
-  **{
-    f"lettered, gold {gold}": (
-      {"option_A": "A. chest", "option_B": "B. brain", "option_C": None, "option_D": "", "gt_answer": gold},
-      "chest brain",
-      "B",
-      {"null_option": 1, "option_letters": 1} | more,
-    )
-    for gold, more in {
-      "B. brain": {},
-      "brain": {},
-      "B": READ,
-      "b. Brain": READ,
-      "B) brain": READ,
-      "(B) Brain": READ,
-    }.items()
-  },
-  "a letter and a gap": (
-    {"option_A": None, "gt_answer": "B"},
-    "Brain Knee Hand",
-    "A",
-    {"null_option": 1, "option_gap": 1} | READ,
-  ),
-  "names": (
-    {"option_A": "A.cereus", "option_B": "B.coli", "option_C": ..., "option_D": ..., "gt_answer": "B.coli"},
-    "A.cereus B.coli",
-    "B",
-    {"option_letters_kept": 1},
-  ),
-  "names that the answer lacks": (
-    {"option_A": "A.cereus", "option_B": "B.coli", "option_C": ..., "option_D": ..., "gt_answer": "coli"},
-    "cereus coli",
-    "B",
-    {"option_letters": 1},
-  ),
+  "lettered": (LETTERED | {"gt_answer": "B. brain"}, "chest brain", "B", BARE),
+  "lettered, gold is not": (LETTERED | {"gt_answer": "brain"}, "chest brain", "B", BARE),
+  "lettered, gold is a letter": (LETTERED | {"gt_answer": "(B) Brain"}, "chest brain", "B", BARE | READ),
+  "a letter and a gap": ({"option_A": None, "gt_answer": "B"}, "Brain Knee Hand", "A", GAP | READ),
+  "names": (SPECIES | {"gt_answer": "B.coli"}, "A.cereus B.coli", "B", {"option_letters_kept": 1}),
+  "names that the answer lacks": (SPECIES | {"gt_answer": "coli"}, "cereus coli", "B", {"option_letters": 1}),
   "no data set": ({"dataset": ...}, "Chest Brain Knee Hand", "B", {"dataset_from_file": 1}),
-}
+}  # fmt: skip
 
 
 def test_repairs(layout):
