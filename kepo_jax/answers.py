@@ -1,6 +1,6 @@
-"""Answers as any reader understands them, in several languages: letters and texts of options, boxes, JSON, sentences.
+"""Reads answers in several languages: letters and texts of options, boxes, JSON, sentences.
 
-What could be read in two ways is not read: negations, alternatives, conditions, and other options void an answer.
+Ambiguous answers are not read: negations, alternatives, conditions, and other options void an answer.
 """
 
 import re
@@ -95,7 +95,7 @@ _JSON_FIELD = re.compile(
 
 
 def option_letter(text: str, options: Sequence[str]) -> str | None:
-  """The letter of the option that a text answers with, None where it names none or could be read otherwise.
+  """Returns the letter of the option that a text answers with, None where it names none or is ambiguous.
 
   See `rewards.lenient_letter`.
   """
@@ -103,7 +103,7 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
 
 
 def named_letters(text: str) -> set[str]:
-  """Letters of options that a text names; an "A" or "I" before a word is an article or a pronoun."""
+  """Returns the letters of options that a text names; an "A" or "I" before a word is an article or a pronoun."""
   return {*_OTHER_LETTER.findall(text)}
 
 
@@ -115,28 +115,28 @@ class _Reader:
     self._texts = {letter: _plain(option) for letter, option in self._options.items()}
 
   def letter(self, text: str) -> str | None:
-    """The letter that a whole completion answers with."""
+    """Returns the letter that a completion answers with."""
     content = _TAG.sub(" ", _answer_block(text)).strip()
     if letter := self._option_of(content):
       return letter
     if _BOXED.search(content):
-      return _only(self._boxed(*found) for found in _in_context(_BOXED, content))
-    if fields := [found["double"] or found["single"] or "" for found in _JSON_FIELD.finditer(content)]:
+      return _only(self._boxed(*box) for box in _in_context(_BOXED, content))
+    if fields := [match["double"] or match["single"] or "" for match in _JSON_FIELD.finditer(content)]:
       return _only(map(self._named, fields))
     content = _without_commands(content)
     stated = {self._stated(before, after) for _, before, after in _in_context(_STATEMENT, content)} - {None}
     return _only(stated - {""}) if stated else self._leading(content)
 
-  def _boxed(self, found: re.Match[str], before: str, after: str) -> str | None:
-    letter = self._named(_without_commands(found[1]))
+  def _boxed(self, match: re.Match[str], before: str, after: str) -> str | None:
+    letter = self._named(_without_commands(match[1]))
     return None if letter is None or self._doubted(before, letter, after) else letter
 
   def _named(self, text: str) -> str | None:
-    """The option that a short text names: its letter, its own text, or both."""
+    """Returns the option that a short text names: its letter, its own text, or both."""
     return self._option_of(text) or self._leading(text)
 
   def _option_of(self, text: str) -> str | None:
-    """The letter of the option that a text is, with an article, `the x`, or its letter behind it, `x (B)`, or without.
+    """Returns the letter of the option that a text equals, maybe with an article, `the x`, or its letter, `x (B)`.
 
     Where signs alone tell options apart, "< 5" and "> 5", they count.
     """
@@ -150,7 +150,7 @@ class _Reader:
     return letter if letter and _plain(rest) in ("", letter.lower()) else None
 
   def _stated(self, before: str, after: str) -> str | None:
-    """The option that follows "the answer is", "" where it is negated or in doubt, None where none follows."""
+    """Returns the option that follows "the answer is", "" where it is negated or in doubt, None where none follows."""
     letter, rest = self._object(after)
     if letter is None:
       letter, rest = self._option_of(_SENTENCE_END.split(after, maxsplit=1)[0]), ""
@@ -159,7 +159,7 @@ class _Reader:
     return "" if self._doubted(before, letter, rest) else letter
 
   def _object(self, text: str) -> tuple[str | None, str]:
-    """The option with which a text begins, by its letter or its text, and what follows both."""
+    """Returns the option with which a text begins, by its letter or its text, and the rest."""
     letter, rest = self._first_letter(text)
     if letter and (end := _end_of(rest, self._texts[letter])):
       return letter, rest[end:]
@@ -169,7 +169,7 @@ class _Reader:
     return (None, "") if letter and _ENDING.match(rest) else self._text_first(text)
 
   def _text_first(self, text: str) -> tuple[str | None, str]:
-    """The option with whose words a text begins, the longest of several, and what follows."""
+    """Returns the option with whose words a text begins, the longest of several, and the rest."""
     text = re.sub(rf"^\W*(?:{_ARTICLE})", "", text, flags=re.IGNORECASE) if text else text
     texts = {letter: re.sub(rf"^(?:{_ARTICLE})", "", own) for letter, own in self._texts.items()}
     longest = max((own for own in texts.values() if _end_of(text, own)), key=len, default=None)
@@ -177,7 +177,7 @@ class _Reader:
     return (same[0], text[_end_of(text, longest) :]) if longest and len(same) == 1 else (None, "")
 
   def _leading(self, content: str) -> str | None:
-    """The letter that a text begins with, None where it may be a word or is one of several."""
+    """Returns the letter that a text begins with, None where it may be a word or is one of several."""
     letter, rest = self._first_letter(content)
     named, behind = self._object(content)
     if letter is None or named != letter or self._others(letter, rest) or self._doubted("", letter, behind):
@@ -186,7 +186,7 @@ class _Reader:
     return letter if capital or _plain(rest) in ("", self._texts[letter]) else None
 
   def _first_letter(self, text: str) -> tuple[str | None, str]:
-    """The letter of an option with which a text begins, behind marks and "option", and what follows it."""
+    """Returns the letter of an option with which a text begins, behind marks and "option", and the rest."""
     text = text.lstrip(_OPENING)
     text = text[lead.end() :] if (lead := _LEAD_IN.match(text)) else text
     match = _FIRST_LETTER.match(text)
@@ -195,17 +195,17 @@ class _Reader:
     return match.group(1).upper(), text[match.end() :]
 
   def _doubted(self, before: str, letter: str, after: str) -> bool:
-    """Whether what stands before or behind an answer takes it back, makes it conditional, or names another option."""
-    told = _SENTENCE_END.split(before)[-1]
-    if _CONDITION.search(told) or _NEGATED.search(_SO.split(told)[-1]):
+    """Tells whether the text around an answer takes it back, makes it conditional, or names another option."""
+    lead = _SENTENCE_END.split(before)[-1]
+    if _CONDITION.search(lead) or _NEGATED.search(_SO.split(lead)[-1]):
       return True
     sentence, *further = _SENTENCE_END.split(after)
     claim = _REASON.split(sentence, maxsplit=1)[0]
     following = next((text for text in further if text.strip()), "")
     listed = re.match(rf"[^\n]*\n\W*{chr(ord(letter) + 1)}\s?[).:\]]", after)  # all options, as in the question
-    asked = after.lstrip(_OPENING + ")]}>").startswith("?")
+    question = after.lstrip(_OPENING + ")]}>").startswith("?")
     return bool(
-      asked
+      question
       or listed
       or _AT_ONCE_NEGATED.match(claim)
       or _DOUBT.search(claim)
@@ -215,35 +215,35 @@ class _Reader:
     )
 
   def _others(self, letter: str, text: str) -> set[str]:
-    """Letters of other options that a text names."""
+    """Returns the letters of other options that a text names."""
     return (named_letters(text) & self._texts.keys()) - {letter}
 
   def _mentioned(self, text: str) -> set[str]:
-    """Options whose texts stand in a text; of two at one place the longer."""
-    words, found = f" {_plain(text)} ", set()
+    """Returns the options whose texts stand in a text; of two at one place the longer."""
+    words, letters = f" {_plain(text)} ", set()
     for letter, own in sorted(self._texts.items(), key=lambda item: -len(item[1])):
       if own and f" {own} " in words:
-        found.add(letter)
+        letters.add(letter)
         words = words.replace(f" {own} ", " | ")
-    return found
+    return letters
 
 
-def _only(found) -> str | None:
-  """The one letter that all of some readings are."""
-  letters = {*found}
+def _only(readings) -> str | None:
+  """Returns the letter that all readings agree on, None if they do not."""
+  letters = {*readings}
   return letters.pop() if len(letters) == 1 else None
 
 
 def _in_context(pattern: re.Pattern[str], text: str) -> Iterator[tuple[re.Match[str], str, str]]:
-  """Each match with what stands between it and the one before, and the one after."""
-  found = [*pattern.finditer(text)]
-  for i, match in enumerate(found):
-    after = found[i + 1].start() if i + 1 < len(found) else len(text)
-    yield match, text[found[i - 1].end() if i else 0 : match.start()], text[match.end() : after]
+  """Yields each match with the text back to the match before it, and on to the one after."""
+  matches = [*pattern.finditer(text)]
+  for i, match in enumerate(matches):
+    after = matches[i + 1].start() if i + 1 < len(matches) else len(text)
+    yield match, text[matches[i - 1].end() if i else 0 : match.start()], text[match.end() : after]
 
 
 def _answer_block(text: str) -> str:
-  """The first answer block, else what follows the last think block; of a block that does not end nothing is one."""
+  """Returns the first answer block, else what follows the last think block; nothing of a think block that is open."""
   if (opened := _OPENED.search(text)) and (closed := _CLOSED.search(text, opened.end())):
     return text[opened.end() : closed.start()]
   content = re.split("</think>", text, flags=re.IGNORECASE)[-1]
@@ -251,12 +251,12 @@ def _answer_block(text: str) -> str:
 
 
 def _without_commands(text: str) -> str:
-  """A text without LaTeX's commands around words, as in `\\textbf{\\text{B}}`."""
+  """Removes LaTeX's commands around words, as in `\\textbf{\\text{B}}`."""
   return _COMMAND.sub(r"\1", _COMMAND.sub(r"\1", text))
 
 
 def _plain_signs(text: str) -> str:
-  """A text with full-width and other compatible signs as plain ones, and without invisible ones."""
+  """Replaces full-width and other compatible signs by plain ones, and removes invisible ones."""
   if text.isascii():
     return text
   return "".join(sign for sign in unicodedata.normalize("NFKC", text) if unicodedata.category(sign) != "Cf")
@@ -267,7 +267,7 @@ def _plain(text: str) -> str:
 
 
 def _end_of(text: str, option: str) -> int:
-  """Where the words of an option end that begin a text, 0 unless a mark, a line, "because" or nothing follows them."""
+  """Returns where an option ends that begins a text, 0 unless a mark, a line, "because" or nothing follows it."""
   words = r"\W+".join(map(re.escape, option.split()))
-  found = words and re.match(rf"\W*{words}(?=\s*(?:[^\w\s]|$)|[ \t]*\n|\s+(?:{_BECAUSE}))", text, re.IGNORECASE)
-  return found.end() if found else 0
+  match = words and re.match(rf"\W*{words}(?=\s*(?:[^\w\s]|$)|[ \t]*\n|\s+(?:{_BECAUSE}))", text, re.IGNORECASE)
+  return match.end() if match else 0

@@ -1,4 +1,4 @@
-"""From the text of a completion to numbers: the conventions of Med-R1 and KEPO, and their relatives by name.
+"""Rewards of a completion's text: the conventions of Med-R1 and KEPO, and their relatives by name.
 
 A reward is a function of (completion, example) that returns a finite float; the example may be ignored.
 """
@@ -28,51 +28,51 @@ _ISOLATED_LETTER = re.compile(r"(?<![A-Za-z])[A-J](?![A-Za-z])")
 
 
 def accuracy(completion: str, example: Example) -> float:
-  """1.0 when the stripped content of the first answer block is the gold letter, else 0.0 (Med-R1, KEPO).
+  """Gives 1.0 when the stripped content of the first answer block is the gold letter, else 0.0 (Med-R1, KEPO).
 
   Case matters. Without an answer block the whole stripped completion is compared.
   """
-  found = _ANSWER.search(completion)
-  return float((found.group(1) if found else completion).strip() == example.answer)
+  match = _ANSWER.search(completion)
+  return float((match.group(1) if match else completion).strip() == example.answer)
 
 
 def strict_format(completion: str, example: Example | None = None) -> float:
-  """1.0 when the completion is a think block, white space and an answer block and nothing else (Med-R1, KEPO)."""
+  """Gives 1.0 when the completion is a think block, white space and an answer block alone (Med-R1, KEPO)."""
   del example
   return float(_STRICT.fullmatch(completion) is not None)
 
 
 def answer_format(completion: str, example: Example | None = None) -> float:
-  """1.0 when the completion is one answer block and nothing else: the format of the no-think prompt."""
+  """Gives 1.0 when the completion is one answer block and nothing else: the format of the no-think prompt."""
   del example
   return float(_ANSWER_ALONE.fullmatch(completion) is not None)
 
 
 def medvlm_accuracy(completion: str, example: Example) -> float:
-  """The graded accuracy of MedVLM-R1: tags in any case, one letter A-J.
+  """Gives the graded accuracy of MedVLM-R1: tags in any case, one letter A-J.
 
   1.0 when the first answer block is the gold letter alone, 0.5 when it holds that letter among other text, 0.0
   otherwise and when it holds several letters.
   """
-  found = _ANSWER_ANY_CASE.search(completion)
-  content = found.group(1).strip() if found else ""
+  match = _ANSWER_ANY_CASE.search(completion)
+  content = match.group(1).strip() if match else ""
   if content == example.answer:
     return 1.0
   return 0.5 * float(_ISOLATED_LETTER.findall(content) == [example.answer])
 
 
 def answer_letter(completion: str) -> str | None:
-  """What evaluation reads as the answer: the word in the first answer block that holds nothing else.
+  """Returns what evaluation reads as the answer: the word in the first answer block that holds one word alone.
 
   Compared with the gold letter exactly; None, unparsed, counts as wrong (Med-R1). KEPO's released evaluation compares a
   completion without the word "answer" as a whole instead: a bare "B" is right there, and unparsed here.
   """
-  found = _EVALUATED.search(completion)
-  return found.group(1) if found else None
+  match = _EVALUATED.search(completion)
+  return match.group(1) if match else None
 
 
 def lenient_letter(completion: str, example: Example) -> str | None:
-  """The option that a forgiving reader would see in a completion, None where there is none.
+  """Returns the option that a forgiving reader would see in a completion, None where there is none.
 
   What the strict parser (`answer_letter`) reads as one of the letters is kept. Otherwise the first answer block is
   read, or, where there is none, what stands outside of think blocks, with full-width letters as plain ones, in this
@@ -104,7 +104,7 @@ def lenient_letter(completion: str, example: Example) -> str | None:
 
 
 def lenient_accuracy(completion: str, example: Example) -> float:
-  """1.0 when a forgiving reader would see the gold option in the completion, else 0.0; see `lenient_letter`."""
+  """Gives 1.0 when `lenient_letter` reads the gold option in the completion, else 0.0."""
   return float(lenient_letter(completion, example) == example.answer)
 
 
@@ -134,7 +134,7 @@ _LARGEST = float(np.finfo(np.float32).max)  # scores are float32: a larger numbe
 
 
 def named_reward(name: str) -> Reward:
-  """A reward function by its name in `REWARDS`, or by its dotted path, `package.module.function`.
+  """Finds a reward function by its name in `REWARDS`, or by its dotted path, `package.module.function`.
 
   Raises:
     ValueError: there is no such name, module or function.
@@ -145,16 +145,16 @@ def named_reward(name: str) -> Reward:
   if not module or module.startswith("."):
     raise ValueError(f"reward {name!r} is neither one of {sorted(REWARDS)} nor a dotted path package.module.function.")
   try:
-    found = getattr(importlib.import_module(module), function)
+    reward = getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError) as error:
     raise ValueError(f"reward {name!r} cannot be imported ({error}); the module must lie on PYTHONPATH.") from error
-  if not callable(found):
+  if not callable(reward):
     raise ValueError(f"reward {name!r} is no function of (completion, example).")
-  return found
+  return reward
 
 
 def parsed_rewards(text: str) -> dict[str, tuple[Reward, float]]:
-  """Rewards written as "name:weight, name:weight", each name as in `named_reward`.
+  """Parses rewards written as "name:weight, name:weight", each name as in `named_reward`.
 
   Returns:
     last part of the name -> (function, weight); in order.
@@ -162,7 +162,7 @@ def parsed_rewards(text: str) -> dict[str, tuple[Reward, float]]:
   Raises:
     ValueError: a part that does not read so, a name that is unknown or comes twice.
   """
-  found: dict[str, tuple[Reward, float]] = {}
+  rewards: dict[str, tuple[Reward, float]] = {}
   for part in (part.strip() for part in text.split(",") if part.strip()):
     name, weight = (side.strip() for side in part.rpartition(":")[::2])
     try:
@@ -172,15 +172,15 @@ def parsed_rewards(text: str) -> dict[str, tuple[Reward, float]]:
     if not name or not math.isfinite(number):
       raise ValueError(f"reward {part!r} does not read as name:weight, for example lenient_accuracy:0.5.")
     short = name.rpartition(".")[2]
-    if short in found:
+    if short in rewards:
       raise ValueError(f"two rewards are called {short!r}; give one of them another name.")
-    found[short] = (named_reward(name), number)
-  return found
+    rewards[short] = (named_reward(name), number)
+  return rewards
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """Every reward of every completion, and what they are together.
+  """Scores completions with every reward, and adds them up.
 
   The total is the weighted sum of all rewards; with `combination` "product" the weight of accuracy times the product
   of accuracy and format stands in place of these two (arXiv:2602.00400 calls the reward binary).
@@ -199,7 +199,7 @@ class Scorer:
       raise ValueError(f"reward combination {self.combination!r} is unknown; use one of {COMBINATIONS}.")
 
   def __call__(self, completions: Sequence[Sequence[str]], examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Name -> float32[P, G], and their combination under the name "total".
+    """Returns name -> float32[P, G], and their combination under the name "total".
 
     Args:
       completions: [P][G] texts.

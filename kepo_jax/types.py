@@ -29,7 +29,7 @@ class Example:
 
   @property
   def answer_text(self) -> str:
-    """The text of the gold option."""
+    """Returns the text of the gold option."""
     return self.options[ord(self.answer) - ord("A")]
 
 
@@ -111,23 +111,23 @@ class Hook:
   """Follows a run; every method may be overridden and does nothing by default."""
 
   def start(self, plan: RunPlan) -> None:
-    """Before the first step."""
+    """Runs before the first step."""
 
   def step(self, report: StepReport) -> None:
-    """After each update."""
+    """Runs after each update."""
 
   def evaluation(self, step: int, name: str, result: dict[str, Any]) -> None:
-    """After an evaluation: `name` is "before", "validation" or "after", `result` as kepo_jax.evaluation gives it."""
+    """Runs after an evaluation: `name` is "before", "validation" or "after", `result` of kepo_jax.evaluation."""
 
   def position(self) -> dict[str, int]:
-    """Before a checkpoint: file of the hook -> bytes of it that belong to the steps done, by now safely stored."""
+    """Returns, before a checkpoint, file of the hook -> bytes that belong to the steps done and are stored safely."""
     return {}
 
   def progress(self, what: str, done: int, total: int) -> None:
-    """During long work other than steps: loading and evaluations."""
+    """Runs during long work other than steps: loading and evaluations."""
 
   def finish(self) -> None:
-    """After the last step, the last evaluation and the export."""
+    """Runs after the last step, the last evaluation and the export."""
 
   def stop(self) -> None:
-    """Instead of `finish`, when an error or a signal ends the run early."""
+    """Runs instead of `finish`, when an error or a signal ends the run early."""

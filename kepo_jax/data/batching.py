@@ -66,7 +66,7 @@ class Lookahead(Generic[T]):
     self._pending: dict[int, Future[T]] = {}
 
   def __call__(self, index: int) -> T:
-    """function(index), raising what it raises."""
+    """Returns function(index), or raises what it raises."""
     pending = self._pending.pop(index, None) or self._thread.submit(self._function, index)
     self._pending.clear()  # a jump makes the prepared one useless
     result = pending.result()

@@ -113,7 +113,7 @@ class Summary:
 
   @property
   def dropped(self) -> int:
-    """Records that are not among the examples; those of unreadable files are not known."""
+    """Counts records that are not among the examples; those of unreadable files are not known."""
     return self.records - self.kept
 
   def to_dict(self) -> dict[str, Any]:
@@ -147,10 +147,10 @@ class Summary:
         "(--config.data.lenient, or --lenient where there is no config), which drops and counts them"
       )
     if not self.kept:
-      told = "; ".join(
+      drops = "; ".join(
         f"{count} {rule}: {RULES[rule]} (first: {self.first[rule]})" for rule, count in self.rules.items()
       )
-      raise ValueError(f"{self.root}: none of {self.records} records is usable: {told}")
+      raise ValueError(f"{self.root}: none of {self.records} records is usable: {drops}")
 
 
 def counted(rules: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Images on the host: files and their headers, safe loading, and Qwen's preprocessing bit for bit."""
+"""Images on the host: safe loading of files, their headers, and Qwen's preprocessing bit for bit."""
 
 import collections
 import contextlib
@@ -175,8 +175,8 @@ def _areas(settings: dict, defaults: dict[str, int]) -> dict[str, Any]:
   if not isinstance(size, dict) or size.keys() != defaults.keys():
     raise ValueError(f"size is {shown(size)}, expected areas in pixels as shortest_edge and longest_edge alone")
   # JSON of other languages writes 1024.0 for a whole number.
-  whole = {edge: int(x) if isinstance(x, float) and x.is_integer() else x for edge, x in size.items()}
-  return {old: _checked(f"{edge} or {old}", whole[edge], defaults[edge]) for old, edge in _BOUNDS}
+  sizes = {edge: int(x) if isinstance(x, float) and x.is_integer() else x for edge, x in size.items()}
+  return {old: _checked(f"{edge} or {old}", sizes[edge], defaults[edge]) for old, edge in _BOUNDS}
 
 
 def _checked(name: str, value: Any, like: int | float | tuple[float, ...]) -> Any:
@@ -397,8 +397,8 @@ def fingerprint(path: str | os.PathLike) -> str:
     ValueError: the file cannot be read; names it.
   """
   try:
-    found = os.stat(path)
-    return _fingerprint(os.fspath(path), found.st_size, found.st_mtime_ns)
+    status = os.stat(path)
+    return _fingerprint(os.fspath(path), status.st_size, status.st_mtime_ns)
   except OSError as error:
     raise ValueError(f"image {path}: cannot be read ({error.strerror}); check the data directory") from error
 
@@ -425,7 +425,7 @@ def repeats(paths: Iterable[str]) -> Mapping[str, str]:
       by_size[os.stat(path).st_size].append(path)
     except OSError:
       continue
-  found = {}
+  same = {}
   for equal in by_size.values():
     first: dict[str, str] = {}
     for path in equal if len(equal) > 1 else ():
@@ -434,5 +434,5 @@ def repeats(paths: Iterable[str]) -> Mapping[str, str]:
       except ValueError:
         continue
       if path != first.setdefault(content, path):
-        found[path] = first[content]
-  return found
+        same[path] = first[content]
+  return same

@@ -81,17 +81,17 @@ def open_images(
   total_bytes = 0
 
   def opened(some: Sequence[str]) -> list[Any]:
-    found = []
+    results = []
     for done, path in enumerate(some, start=1):
-      found.append(_opened(path, decode=decode))
+      results.append(_opened(path, decode=decode))
       progress(done, len(some))
-    return found
+    return results
 
-  for path, found in zip(paths, divided(paths, opened), strict=True):
-    if isinstance(found, str):
-      unreadable[path] = found
+  for path, result in zip(paths, divided(paths, opened), strict=True):
+    if isinstance(result, str):
+      unreadable[path] = result
     else:
-      image_format, width, height, size = found
+      image_format, width, height, size = result
       total_bytes += size
       formats[image_format] += 1
       sizes[width, height] += 1

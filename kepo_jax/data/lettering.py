@@ -1,4 +1,4 @@
-"""How options are lettered: one grammar of marks, for lists that bring letters and for texts cut into options."""
+"""One grammar of lettered options, for lists that bring letters and for texts that are split into options."""
 
 import math
 import re
@@ -13,7 +13,7 @@ LONGEST = 10_000  # characters of a question with its options; the longest real 
 
 
 def _mark(label: str, more: str = r"|[ \t]?[:、]|[ \t][-–—](?=\s)") -> str:
-  """The pattern of `A)`, `A.)`, `A.`, `(A)`, `[A]` and `more`, `A:` and `A -`, in bold or behind "Option"."""
+  """Builds the pattern of `A)`, `A.)`, `A.`, `(A)`, `[A]` and `more`, `A:` and `A -`, in bold or behind "Option"."""
   bold = "[*_]{0,3}"
   bare = rf"{bold}[ \t]?(?:\.?[)\]][.:]?|\.(?!\w\.|\d){more})"  # `A.B. x` and `1.5 cm` have none
   bracket = r"(?P<open>[(\[])"
@@ -56,7 +56,7 @@ _AFTER = re.compile(
 
 
 def own_letters(options: Sequence[str], known: Sequence[str] = ()) -> tuple[list[str], str]:
-  """Options without the letters or numbers that they begin with, `A. x`, and the rule that applied, "" for none.
+  """Takes off the letters or numbers that options begin with, `A. x`; also returns the rule that applied, or "".
 
   Nothing is taken off unless each option begins with its own. Names such as `A. baumannii` stay.
 
@@ -66,8 +66,8 @@ def own_letters(options: Sequence[str], known: Sequence[str] = ()) -> tuple[list
   """
   texts = [text.strip() for text in options]
   for pattern in _OWN:
-    marks = {i: found for i, text in enumerate(texts) if (found := pattern.fullmatch(_levelled(text)))}
-    labels = {i: found["label"].upper() for i, found in marks.items()}
+    marks = {i: mark for i, text in enumerate(texts) if (mark := pattern.fullmatch(_levelled(text)))}
+    labels = {i: mark["label"].upper() for i, mark in marks.items()}
     if len(marks) > 1 and all(
       labels.get(i) in (LETTERS[i : i + 1], str(i + 1)) for i, text in enumerate(texts) if text
     ):
@@ -78,13 +78,13 @@ def own_letters(options: Sequence[str], known: Sequence[str] = ()) -> tuple[list
 
 
 def _bare(text: str, end: str) -> str:
-  """The end of a text, as long as `end`; without the closing stars of `**A. x**`."""
+  """Returns the end of a text, as long as `end`, without the closing stars of `**A. x**`."""
   mark, text = text[: -len(end)], text[len(text) - len(end) :]
   return text.removesuffix("**").strip() if "**" in mark and text.count("**") % 2 else text.strip()
 
 
 def _levelled(text: str) -> str:
-  """A text with full-width signs as plain ones, each in its place."""
+  """Replaces full-width signs by plain ones, each in its place."""
   if text.isascii():
     return text
   signs = ((sign, unicodedata.normalize("NFKC", sign)) for sign in text)
@@ -101,12 +101,12 @@ class _Marker(NamedTuple):
   letter: str
 
   def fits(self, begin: int) -> bool:
-    """Whether it stands in no bracket that was opened from a place on."""
+    """Tells whether no bracket is open around it that was opened from a place on."""
     return self.opened < begin
 
 
 def cut(problem: str) -> tuple[str, list[str], list[str]]:
-  """A question text taken apart: (stem, options in the order of their letters, rules that applied).
+  """Splits a question text into (stem, options in the order of their letters, rules that applied).
 
   Known are the notations of `_SYNTAXES`. Each option ends where the next expected letter stands behind the syntax's
   separator; options may contain commas, brackets and other letters, stems anything that looks like an option. The row
@@ -136,7 +136,7 @@ def cut(problem: str) -> tuple[str, list[str], list[str]]:
 
 
 def _best_row(problem: str) -> tuple[list[_Marker], bool]:
-  """The row that begins last, in the strongest syntax, and whether another begins elsewhere.
+  """Finds the row that begins last, in the strongest syntax, and whether another begins elsewhere.
 
   Raises:
     Rejected: there is none, or another one goes on behind where it begins.
@@ -145,22 +145,22 @@ def _best_row(problem: str) -> tuple[list[_Marker], bool]:
     (_markers(problem, first, inline), _markers(problem, further, inline)) for first, further, inline in _SYNTAXES
   ]
   beginnings = [_beginnings(first, further) for first, further in marks]
-  places = {begin.at for found in beginnings for begin in found}
+  places = {begin.at for begins in beginnings for begin in begins}
   if not places:
     raise Rejected("options_not_found", f"no options in {problem[-200:]!r}")
   last = max(places)
   begin, further = next(
     (begin, further)
-    for found, (_, further) in zip(beginnings, marks, strict=True)
-    for begin in found
+    for begins, (_, further) in zip(beginnings, marks, strict=True)
+    for begin in begins
     if begin.at == last
   )
   row, strays = _row(begin, further)
-  for found, (_, further) in zip(beginnings, marks, strict=True):
+  for begins, (_, further) in zip(beginnings, marks, strict=True):
     # No letter may be needed by another row, or go on with this one in another notation.
-    earlier = max((begin for begin in found if begin.at < last), default=None)
+    earlier = max((begin for begin in begins if begin.at < last), default=None)
     strays += _row(earlier, further)[0] if earlier else []
-    strays += [each for each in further if each.at > row[-1].at and each.fits(row[-1].end) and _follows(each, row[-1])]
+    strays += [mark for mark in further if mark.at > row[-1].at and mark.fits(row[-1].end) and _follows(mark, row[-1])]
   own = {marker.at for marker in row}
   if any(stray.at > last and stray.at not in own for stray in strays):
     raise Rejected("options_unclear", f"several ways to read the options of {problem[max(0, last - 20) :][:300]!r}")
@@ -172,7 +172,7 @@ def _follows(marker: _Marker, before: _Marker) -> bool:
 
 
 def _markers(problem: str, pattern: re.Pattern[str], inline: bool) -> list[_Marker]:
-  """What a pattern finds, in the order of the text.
+  """Finds the markers of a pattern, in the order of the text.
 
   On one line a letter with a bracket may also end something like `type (A)` or `(A, B)`: there it is a marker only
   outside the brackets, unless the option's text follows at once.
@@ -180,7 +180,7 @@ def _markers(problem: str, pattern: re.Pattern[str], inline: bool) -> list[_Mark
   brackets = re.finditer(r"[()]", problem) if inline else iter(())
   bracket = next(brackets, None)
   opened: list[int] = []
-  found = []
+  markers = []
   for match in pattern.finditer(problem):
     while bracket and bracket.start() < match.start():
       if bracket[0] == "(":
@@ -190,25 +190,25 @@ def _markers(problem: str, pattern: re.Pattern[str], inline: bool) -> list[_Mark
       bracket = next(brackets, None)
     free = re.match(r"[^\W_]", problem[match.end() : match.end() + 1])
     inside = -1 if free or not opened else opened[-1]
-    found.append(_Marker(match.start("label"), match.start(), match.end(), inside, match["label"].upper()))
-  return found
+    markers.append(_Marker(match.start("label"), match.start(), match.end(), inside, match["label"].upper()))
+  return markers
 
 
 def _beginnings(candidates: list[_Marker], markers: list[_Marker]) -> list[_Marker]:
-  """The markers of an A behind which a B can be found."""
-  found = []
+  """Returns the markers of an A that a B follows."""
+  begins = []
   seconds = [marker for marker in markers if marker.letter == "B"]
   earliest: float = math.inf
   for begin in reversed(candidates):
     while seconds and seconds[-1].start >= begin.end:
       earliest = min(earliest, seconds.pop().opened)  # if any fits, then the one whose bracket was opened first
     if begin.fits(0) and earliest < begin.end:
-      found.append(begin)
-  return found
+      begins.append(begin)
+  return begins
 
 
 def _row(begin: _Marker, markers: list[_Marker]) -> tuple[list[_Marker], list[_Marker]]:
-  """The marker that begins a row, for each next letter the first that fits behind the one before it; and the others."""
+  """Returns the row that a marker begins, for each next letter the first that fits, and all other markers."""
   row: list[_Marker] = [begin]
   others: list[_Marker] = []
   for marker in markers:

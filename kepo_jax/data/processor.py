@@ -31,7 +31,7 @@ CACHE_BYTES = 1 << 30  # decoded patches held in memory; 2,400 images of 384 x 3
 
 
 class ImageCache:
-  """Decoded patches by path, the least recently used dropped first; safe to use from several threads."""
+  """Holds decoded patches by path, the least recently used dropped first; safe to use from several threads."""
 
   def __init__(self, processor: images.ImageProcessor, limit_bytes: int = CACHE_BYTES):
     self._processor = processor
@@ -41,7 +41,7 @@ class ImageCache:
     self._lock = threading.Lock()
 
   def pixels(self, path: str) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """What `ImageProcessor.pixels` gives for the file."""
+    """Returns `ImageProcessor.pixels` of the file."""
     with self._lock:
       if path in self._entries:
         self._entries.move_to_end(path)
@@ -60,7 +60,7 @@ class ImageCache:
 
 
 def prompt_shapes(size: int, length: int, patches: int, width: int) -> Prompts:
-  """Shape and dtype of every array of prompts.
+  """Returns shape and dtype of every array of prompts.
 
   Args:
     size: P, questions.
@@ -169,7 +169,7 @@ class Processor:
     hints: Sequence[str] | None = None,
     rows: Sequence[int] | None = None,
   ) -> Prompts:
-    """Host arrays of exactly len(examples) prompts, padded on the right to the smallest buckets that hold all.
+    """Makes host arrays of len(examples) prompts, padded on the right to the smallest buckets that hold all.
 
     Args:
       examples: P questions.
@@ -216,7 +216,7 @@ class Processor:
     return prompt_shapes(size, length, patches, 3 * settings.temporal_patch_size * settings.patch_size**2)
 
   def sizes(self, examples: Sequence[Example], kind: str) -> list[tuple[int, int]]:
-    """Prompt tokens and patch rows of each question, from its text and the headers of its images.
+    """Counts prompt tokens and patch rows of each question, from its text and the headers of its images.
 
     Args:
       examples: questions.
@@ -231,7 +231,7 @@ class Processor:
     return list(zip(tokens, (sum(map(math.prod, prompt)) for prompt in grids), strict=True))
 
   def image_tokens(self, examples: Sequence[Example], *, resize: str = "", limit: int = 256) -> list[int]:
-    """Prompt tokens of the first images of some questions, from the headers of their files: what an image costs.
+    """Counts the prompt tokens of the first images of some questions, from the headers of their files.
 
     Args:
       examples: questions.
@@ -246,7 +246,7 @@ class Processor:
     return [self._merged(grid) for grid in self._grids(itertools.islice(paths, limit), sizes)]
 
   def _grids(self, paths: Iterable[str], sizes: images.ImageProcessor | None = None) -> list[tuple[int, int, int]]:
-    """Grids of images from the headers of their files, without decoding them."""
+    """Reads grids of images from the headers of their files, without decoding them."""
     grids = []
     for path in paths:
       try:
@@ -280,7 +280,7 @@ class Processor:
     return jax.tree.map_with_path(padding, self.shapes(size, length, patches))
 
   def completions(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Texts as completions, (tokens int32[N, T], mask bool[N, T]), each with an end token.
+    """Encodes texts as completions, (tokens int32[N, T], mask bool[N, T]), each with an end token.
 
     Args:
       texts: N texts.
@@ -298,5 +298,5 @@ class Processor:
     return tokens, mask
 
   def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Texts of completions int32[N, T] where bool[N, T], without special tokens; tags of the answer survive."""
+    """Decodes completions int32[N, T] where bool[N, T], without special tokens; tags of the answer survive."""
     return self.tokenizer.decode([row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)])

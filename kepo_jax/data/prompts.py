@@ -78,7 +78,7 @@ TEMPLATES = {"standard": STANDARD, "brief": BRIEF}
 
 
 def problem(example: Example, templates: Templates) -> str:
-  """The stem of a question followed by its lettered options."""
+  """Returns the stem of a question followed by its lettered options."""
   lines = [
     templates.option_line.format(letter=chr(ord("A") + i), option=option) for i, option in enumerate(example.options)
   ]
@@ -86,7 +86,7 @@ def problem(example: Example, templates: Templates) -> str:
 
 
 def prompt_text(example: Example, templates: Templates, kind: str, *, hint: str = "") -> str:
-  """The user turn for one question.
+  """Writes the user turn for one question.
 
   Args:
     example: the question; its gold answer is shown only by kinds that give it away.
@@ -100,5 +100,5 @@ def prompt_text(example: Example, templates: Templates, kind: str, *, hint: str 
 
 
 def gold_completion(example: Example, templates: Templates) -> str:
-  """The answer block with the gold letter: what supervised training without reasoning imitates."""
+  """Returns the answer block with the gold letter, the target of supervised training without reasoning."""
   return templates.answer_block.format(letter=example.answer)

@@ -124,7 +124,7 @@ class Collector:
     """
     texts = [question, *options]
     pattern = next((pattern for pattern in _PLACEHOLDERS if any(map(pattern.search, texts))), _PLACEHOLDERS[0])
-    named = ["".join(filter(None, found.groups())) for text in texts for found in pattern.finditer(text)]
+    named = ["".join(filter(None, match.groups())) for text in texts for match in pattern.finditer(text)]
     if any(_LIKE.search(pattern.sub("", text)) for text in texts):
       self.summary.count("image_word", place)
     if not named:
@@ -137,8 +137,8 @@ class Collector:
     self.summary.count("image_placed", place)
     seen: set[str] = set()
 
-    def mark(found: re.Match[str]) -> str:
-      number = "".join(filter(None, found.groups()))
+    def mark(match: re.Match[str]) -> str:
+      number = "".join(filter(None, match.groups()))
       again = number in seen
       seen.update({number} - {""})
       return f"image {number}" if again else IMAGE  # a picture is shown once

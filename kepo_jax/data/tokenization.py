@@ -26,7 +26,7 @@ _VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
 
 
 def load(directory: pathlib.Path, rows: int) -> Any:
-  """The transformers tokenizer of a folder.
+  """Loads the transformers tokenizer of a folder.
 
   Args:
     directory: of a checkpoint.
@@ -55,7 +55,7 @@ def load(directory: pathlib.Path, rows: int) -> Any:
 
 @contextlib.contextmanager
 def _without_gaps(directory: pathlib.Path, rows: int) -> Iterator[pathlib.Path]:
-  """The folder, or a copy of its tokenizer in which every id up to the largest has an entry.
+  """Yields the folder, or a copy of its tokenizer in which every id up to the largest has an entry.
 
   The tokenizers library numbers the entries behind a gap anew, without a word; the rows of the model stay as they are.
   """
@@ -90,10 +90,10 @@ def _check_ids(directory: pathlib.Path, vocabulary: Mapping[str, int]) -> None:
     ValueError: an entry has another id than its file says.
   """
   tokens = read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
-  told = {token["content"]: int(number) for number, token in tokens.items()}
-  told |= read_json(directory / "added_tokens.json")
-  told |= {token["content"]: token["id"] for token in read_json(directory / "tokenizer.json").get("added_tokens", [])}
-  for text, number in told.items():
+  stated = {token["content"]: int(number) for number, token in tokens.items()}
+  stated |= read_json(directory / "added_tokens.json")
+  stated |= {token["content"]: token["id"] for token in read_json(directory / "tokenizer.json").get("added_tokens", [])}
+  for text, number in stated.items():
     if vocabulary.get(text, number) != number:
       raise ValueError(
         f"the id of {shown(text)} is {shown(number)} in its file and {vocabulary[text]} once read: tokenizer.json has "
@@ -102,12 +102,12 @@ def _check_ids(directory: pathlib.Path, vocabulary: Mapping[str, int]) -> None:
 
 
 def short(error: BaseException) -> str:
-  """The first line of an error, escaped, and cut where it is long."""
+  """Returns the first line of an error, escaped and shortened."""
   return repr((str(error).strip().splitlines() or [type(error).__name__])[0])[1:-1][:200]
 
 
 def read_json(path: pathlib.Path) -> dict:
-  """The JSON object of a file; an empty one where there is no file.
+  """Reads the JSON object of a file; an empty one where there is no file.
 
   Raises:
     ValueError: it holds something else.
@@ -124,15 +124,15 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def chat_template(directory: pathlib.Path, tokenizer: Any) -> Any:
-  """The chat template of a folder, from where transformers' AutoProcessor takes it first.
+  """Reads the chat template of a folder, from where transformers' AutoProcessor takes it first.
 
   Raises:
     ValueError: it is no text, or several templates without a default.
   """
   places = ("processor_config.json", "chat_template.json")
-  found = {name: read_json(directory / name).get("chat_template") for name in places}
-  found["tokenizer_config.json"] = tokenizer.chat_template  # with chat_template.jinja, which counts before it
-  name, template = next(((name, text) for name, text in found.items() if text), ("", None))
+  templates = {name: read_json(directory / name).get("chat_template") for name in places}
+  templates["tokenizer_config.json"] = tokenizer.chat_template  # with chat_template.jinja, which counts before it
+  name, template = next(((name, text) for name, text in templates.items() if text), ("", None))
   if isinstance(template, dict):
     template = template.get("default", template)
   if not isinstance(template, str | None):
@@ -146,7 +146,7 @@ _PROBE = "Which organ is shown?"  # a text that every chat template must write
 
 
 def declared_templates(directory: pathlib.Path) -> str | None:
-  """The family of wordings (a key of `prompts.TEMPLATES`) that a model was trained on, if its folder names one.
+  """Reads the family of wordings (a key of `prompts.TEMPLATES`) of a model's training, if its folder names one.
 
   It stands under `kepo_templates` in tokenizer_config.json, which travels with every export.
 
@@ -157,21 +157,21 @@ def declared_templates(directory: pathlib.Path) -> str | None:
 
 
 def declared_resize(directory: pathlib.Path) -> str | None:
-  """How images were brought to size (a key of `images.RESIZES`) when a model was trained, if its folder says so.
+  """Reads how images were resized in a model's training (a key of `images.RESIZES`), if its folder names it.
 
   It stands beside the wordings, under `kepo_resize`.
 
   Raises:
     ValueError: the file is damaged, or the name is none of `images.RESIZES`.
   """
-  found = _declared(directory, "kepo_resize")
-  if found is not None and found not in RESIZES:
-    raise ValueError(f"{directory}/tokenizer_config.json: kepo_resize={shown(found)}; choose from {sorted(RESIZES)}.")
-  return found
+  resize = _declared(directory, "kepo_resize")
+  if resize is not None and resize not in RESIZES:
+    raise ValueError(f"{directory}/tokenizer_config.json: kepo_resize={shown(resize)}; choose from {sorted(RESIZES)}.")
+  return resize
 
 
 def declarations(data: Mapping[str, Any]) -> dict[str, str]:
-  """What the export of a run says of how its model was trained; `declared_templates` and `declared_resize` read it.
+  """Returns what an export says of its model's training; `declared_templates` and `declared_resize` read it.
 
   Args:
     data: the section of the run's config, or of its config.json.
@@ -187,10 +187,10 @@ def declarations(data: Mapping[str, Any]) -> dict[str, str]:
 
 def _declared(directory: pathlib.Path, name: str) -> str | None:
   path = directory / "tokenizer_config.json"
-  found = read_json(path).get(name)
-  if not isinstance(found, str | None):
-    raise ValueError(f"{path}: {name}={shown(found)} is no text.")
-  return found
+  value = read_json(path).get(name)
+  if not isinstance(value, str | None):
+    raise ValueError(f"{path}: {name}={shown(value)} is no text.")
+  return value
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:
@@ -200,7 +200,7 @@ def _as_ids(value: Any) -> tuple[int, ...]:
 
 
 def _ids_of(generation: Mapping[str, Any], key: str, size: int, name: str) -> tuple[int, ...]:
-  """Token ids that generation_config.json names under a key.
+  """Returns the token ids that generation_config.json names under a key.
 
   Raises:
     ValueError: they are none of the vocabulary.
@@ -255,12 +255,12 @@ class Tokenizer:
 
   @property
   def vocabulary(self) -> dict[str, int]:
-    """Every entry with its id."""
+    """Returns every entry with its id."""
     with self._lock:
       return self._tokenizer.get_vocab()
 
   def _allowed_ids(self) -> np.ndarray:
-    """bool[V]: false for vision tokens and for head rows without a tokenizer entry."""
+    """Computes bool[V]: false for vision tokens and for head rows without a tokenizer entry."""
     config, vocabulary = self._config, self._tokenizer.get_vocab()
     allowed = np.zeros(config.text.vocab_size, bool)
     allowed[[i for text, i in vocabulary.items() if not text.startswith(FILLER)]] = True
@@ -269,21 +269,21 @@ class Tokenizer:
     return allowed
 
   def _vision_ids(self) -> tuple[int, ...]:
-    """Token ids that config.json names."""
+    """Returns the token ids that config.json names."""
     config = self._config
     return config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id
 
   def _reserved(self, written: set[int]) -> list[str]:
-    """Contents of entries that no text may forge, the longest first.
+    """Returns the contents of entries that no text may forge, the longest first.
 
     Args:
       written: ids that the chat template writes.
     """
     added = self._tokenizer.added_tokens_decoder
     ids = {*self.end_ids, *written}
-    found = {token.content for i, token in added.items() if token.special or i in ids} - {*TAGS}
-    found |= {*VISION_TOKENS, *(self._tokenizer.decode([i]) for i in self._vision_ids())} - {""}
-    return sorted(found, key=len, reverse=True)
+    marks = {token.content for i, token in added.items() if token.special or i in ids} - {*TAGS}
+    marks |= {*VISION_TOKENS, *(self._tokenizer.decode([i]) for i in self._vision_ids())} - {""}
+    return sorted(marks, key=len, reverse=True)
 
   def _check_tags(self, name: str) -> None:
     sentence = " ".join(TAGS)
@@ -294,7 +294,7 @@ class Tokenizer:
       )
 
   def _check_template(self, name: str) -> set[int]:
-    """The ids that the chat template writes around a text and an image.
+    """Returns the ids that the chat template writes around a text and an image.
 
     Raises:
       ValueError: it cannot be used, leaves the text out, or writes other than one mark per image.
@@ -322,7 +322,7 @@ class Tokenizer:
     return written
 
   def render(self, text: str, images: int) -> str:
-    """The chat with one user turn of `images` images and a text, up to where the assistant begins.
+    """Renders the chat with one user turn of `images` images and a text, up to where the assistant begins.
 
     Images stand where the text has `IMAGE`, else before it.
 
@@ -331,7 +331,7 @@ class Tokenizer:
     parts = text.split(IMAGE, maxsplit=images)
     # A mark too many goes first: it may stand in the middle of a special token.
     *parts, last = (
-      self._specials.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", part.replace(IMAGE, "")) for part in parts
+      self._specials.sub(lambda mark: f"{mark[0][:1]} {mark[0][1:]}", part.replace(IMAGE, "")) for part in parts
     )
     content = [{"type": "image"}] * (images - len(parts))  # what has no place in the text stands before it
     for part in parts:
@@ -343,7 +343,7 @@ class Tokenizer:
       )
 
   def encode(self, text: str, image_tokens: Sequence[int], name: str) -> list[int]:
-    """Token ids of a prompt, each image mark repeated as often as the image has merged tokens.
+    """Encodes a prompt, each image mark repeated as often as the image has merged tokens.
 
     Args:
       text: the user's text.
@@ -366,7 +366,7 @@ class Tokenizer:
     return [token for i in ids for token in ([i] * next(counts) if i == mark else [i])]
 
   def lengths(self, texts: Sequence[str], image_tokens: Sequence[Sequence[int]]) -> list[int]:
-    """How many token ids `encode` gives for each of many prompts.
+    """Counts the token ids that `encode` gives for each of many prompts.
 
     Args:
       texts: the users' texts.
@@ -381,13 +381,13 @@ class Tokenizer:
     return [len(row) + sum(tokens) - len(tokens) for row, tokens in zip(ids, image_tokens, strict=True)]
 
   def completion(self, text: str) -> list[int]:
-    """Token ids of a completion as a model would have sampled it, its end token included."""
+    """Encodes a completion as a model would have sampled it, its end token included."""
     with self._lock:
       ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
       end = self._tokenizer.eos_token_id
     return [*ids, end if end in self.end_ids else self.end_ids[0]]
 
   def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
-    """Texts without special tokens."""
+    """Decodes completions without special tokens."""
     with self._lock:
       return self._tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

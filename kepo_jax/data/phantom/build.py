@@ -53,11 +53,11 @@ class Item:
 
   @property
   def question_id(self) -> str:
-    """Stable identity, for example "Phantom-MRI-train_0007"."""
+    """Names the item in a stable way, for example "Phantom-MRI-train_0007"."""
     return f"{self.dataset}_{self.number:04d}"
 
   def record(self) -> dict[str, str]:
-    """The item as one flat record of an OmniMedVQA file."""
+    """Returns the item as one flat record of an OmniMedVQA file."""
     options = {f"option_{chr(ord('A') + i)}": text for i, text in enumerate(self.question.options)}
     return {
       "dataset": self.dataset,
@@ -72,12 +72,12 @@ class Item:
 
 
 def make_items(split: str, *, seed: int = SEED) -> list[Item]:
-  """The items of one split; each split and modality has a random stream of its own."""
+  """Makes the items of one split; each split and modality has a random stream of its own."""
   made = []
   for modality, total in SPLITS[split].items():
     rng = np.random.default_rng((seed, zlib.crc32(split.encode()), zlib.crc32(modality.encode())))
-    topics = questions.deal_topics(total, rng)
-    places = questions.deal_places(topics, rng)
+    topics = questions.shuffled_topics(total, rng)
+    places = questions.balanced_places(topics, rng)
     for number, (topic, place) in enumerate(zip(topics, places, strict=True)):
       scene = questions.scene_for(topic, modality, rng)
       question = questions.ask(topic, scene, rng, place)
@@ -86,7 +86,7 @@ def make_items(split: str, *, seed: int = SEED) -> list[Item]:
 
 
 def items_digest(splits: Mapping[str, list[Item]]) -> str:
-  """SHA-256 over every record and every drawn parameter."""
+  """Computes the SHA-256 over every record and every drawn parameter."""
   digest = hashlib.sha256()
   for split in sorted(splits):
     for item in splits[split]:
@@ -95,7 +95,7 @@ def items_digest(splits: Mapping[str, list[Item]]) -> str:
 
 
 def write_split(directory: pathlib.Path, items: list[Item]) -> bytes:
-  """Pictures and records of one split; returns the SHA-256 of its pixels."""
+  """Writes pictures and records of one split; returns the SHA-256 of its pixels."""
   digest = hashlib.sha256()
   records = collections.defaultdict(list)
   for item in items:
@@ -125,11 +125,11 @@ def write(directory: str | pathlib.Path) -> dict[str, pathlib.Path]:
   if stamp.exists() and json.loads(stamp.read_text()) == content:
     return roots
   splits = {split: make_items(split) for split in SPLITS}
-  found = items_digest(splits)
-  if found != ITEMS_SHA256:
+  digest = items_digest(splits)
+  if digest != ITEMS_SHA256:
     raise ValueError(
-      f"PhantomVQA {VERSION} should hash to {ITEMS_SHA256} but its items hash to {found}: scenes or questions changed; "
-      "undo the change, or bump VERSION and the hashes in kepo_jax/data/phantom/build.py."
+      f"PhantomVQA {VERSION} should hash to {ITEMS_SHA256} but its items hash to {digest}: scenes or questions "
+      "changed; undo the change, or bump VERSION and the hashes in kepo_jax/data/phantom/build.py."
     )
   pixels = hashlib.sha256(b"".join(write_split(roots[split], splits[split]) for split in sorted(splits))).hexdigest()
   if pixels != PIXELS_SHA256:

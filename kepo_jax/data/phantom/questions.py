@@ -91,12 +91,12 @@ class Question:
 
   @property
   def letter(self) -> str:
-    """Letter of the right option."""
+    """Returns the letter of the right option."""
     return chr(ord("A") + self.options.index(self.answer))
 
 
 def scene_for(topic: str, modality: str, rng: np.random.Generator) -> Scene:
-  """A scene on which every answer of the topic is equally likely."""
+  """Draws a scene on which every answer of the topic is equally likely."""
   lowest = 1 if TOPICS[topic].needs_lesions or (topic == "health" and rng.integers(2)) else 0
   highest = 3 if lowest or topic != "health" else 0
   findings: dict = {"count": int(rng.integers(lowest, highest + 1))}
@@ -108,7 +108,7 @@ def scene_for(topic: str, modality: str, rng: np.random.Generator) -> Scene:
 
 
 def option_set(topic: str, scene: Scene, rng: np.random.Generator) -> list[str]:
-  """The classes on offer, in no particular order."""
+  """Returns the classes on offer, in no particular order."""
   others = [name for name in MODALITIES if name != scene.modality]
   if topic == "modality":
     return [scene.modality, *rng.choice(others, 3, replace=False)]
@@ -118,7 +118,7 @@ def option_set(topic: str, scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def ask(topic: str, scene: Scene, rng: np.random.Generator, place: int | None = None) -> Question:
-  """A question whose right option stands at `place` (a random one if None), the others shuffled around it."""
+  """Asks a question whose right option stands at `place` (a random one if None), the others shuffled around it."""
   answer = TOPICS[topic].truth(scene)
   others = [str(option) for option in option_set(topic, scene, rng) if option != answer]
   rng.shuffle(others)
@@ -128,12 +128,12 @@ def ask(topic: str, scene: Scene, rng: np.random.Generator, place: int | None = 
 
 
 def option_count(topic: str) -> int:
-  """How many options questions of a topic have."""
+  """Returns the number of options of a topic's questions."""
   return len(TOPICS[topic].classes) or 4
 
 
-def deal_topics(total: int, rng: np.random.Generator) -> list[str]:
-  """`total` topics in the shares of `TOPICS` (largest remainders), shuffled."""
+def shuffled_topics(total: int, rng: np.random.Generator) -> list[str]:
+  """Returns `total` topics in the shares of `TOPICS` (largest remainders), shuffled."""
   exact = {name: topic.share * total for name, topic in TOPICS.items()}
   counts = {name: int(value + 1e-9) for name, value in exact.items()}
   by_remainder = sorted(TOPICS, key=lambda name: counts[name] - exact[name])
@@ -144,8 +144,8 @@ def deal_topics(total: int, rng: np.random.Generator) -> list[str]:
   return topics
 
 
-def deal_places(topics: list[str], rng: np.random.Generator) -> list[int]:
-  """The place of the right option per question: balanced to within one among questions of equally many options."""
+def balanced_places(topics: list[str], rng: np.random.Generator) -> list[int]:
+  """Returns the place of each right option, balanced to within one among questions of equally many options."""
   places = [0] * len(topics)
   for size in sorted({option_count(topic) for topic in topics}):
     members = [i for i, topic in enumerate(topics) if option_count(topic) == size]

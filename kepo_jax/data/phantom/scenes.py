@@ -63,16 +63,16 @@ class Scene:
 
   @property
   def count(self) -> int:
-    """Number of lesions."""
+    """Counts the lesions."""
     return len(self.lesions)
 
   def digest(self) -> str:
-    """SHA-256 over all parameters, the continuous ones included."""
+    """Computes the SHA-256 over all parameters, the continuous ones included."""
     return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()
 
 
 def place_lesions(rng: np.random.Generator, count: int, side: str, level: str, size: str) -> tuple[Lesion, ...]:
-  """Lesions inside one quadrant that neither touch each other nor leave the organ."""
+  """Places lesions inside one quadrant that neither touch each other nor leave the organ."""
   signs = np.array([-1 if side == "left" else 1, -1 if level == "upper" else 1])
   while True:
     centres = rng.uniform(*OFFSET, size=(40, 2))
@@ -92,7 +92,7 @@ def place_lesions(rng: np.random.Generator, count: int, side: str, level: str, s
 
 
 def _rounded(*values: float) -> list[float]:
-  """Six decimals: the scene is then the same number in JSON, in its digest and on every machine."""
+  """Rounds to six decimals: the scene is then the same in JSON, in its digest and on every machine."""
   return [round(float(value), 6) for value in values]
 
 
@@ -107,7 +107,7 @@ def draw_scene(
   size: str | None = None,
   tone: str | None = None,
 ) -> Scene:
-  """A random scene of one modality; findings that are given are kept, the others are drawn uniformly."""
+  """Draws a random scene of one modality; findings that are given are kept, the others are drawn uniformly."""
   organ = organ or str(rng.choice(ORGANS[modality]))
   count = int(rng.choice(COUNTS)) if count is None else count
   if count:

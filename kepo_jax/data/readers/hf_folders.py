@@ -124,7 +124,7 @@ def read(
 
 
 def _saved_files(top: pathlib.Path, summary: Summary) -> Iterator[tuple[str, pathlib.Path]]:
-  """(split, file) in the order of reading; what is wrong with the files that list them is counted."""
+  """Yields (split, file) in the order of reading; counts errors in the files that list them."""
   folders = {title(top): top}
   place = top / "dataset_dict.json"
   try:
@@ -143,7 +143,7 @@ def _saved_files(top: pathlib.Path, summary: Summary) -> Iterator[tuple[str, pat
 
 
 def _field(file: pathlib.Path, field: str, root: pathlib.Path) -> list[Any]:
-  """A list in a JSON file; [] where it is absent."""
+  """Reads a list in a JSON file; [] where it is absent."""
   content = json_files.parsed(file, root)
   value = content.get(field) if isinstance(content, dict) else content
   if not isinstance(content, dict) or not isinstance(value, list | None):
@@ -158,7 +158,7 @@ def _plain_name(name: Any) -> str:
 
 
 def _batches(file: pathlib.Path) -> Iterator[list[dict[str, Any]]]:
-  """Rows of a file as records, some at a time.
+  """Yields rows of a file as records, some at a time.
 
   Raises:
     Rejected: malformed_file: damaged, or without the columns.
@@ -195,7 +195,7 @@ def _parquet_batches(file: pathlib.Path) -> Iterator[pa.RecordBatch]:
 
 
 def _columns(schema: pa.Schema) -> list[str]:
-  """Names of the columns to read.
+  """Returns the names of the columns to read.
 
   Raises:
     Rejected: malformed_file: one is missing, there twice, or of another type.

@@ -21,7 +21,7 @@ _NAMED = 8  # skipped files that a summary names
 
 
 def checked_file(file: pathlib.Path, root: pathlib.Path | None = None) -> pathlib.Path:
-  """A file that may be opened, without symbolic links.
+  """Returns a file that may be opened, without symbolic links.
 
   Args:
     file: the file, named by the user or found in a folder.
@@ -46,12 +46,12 @@ def checked_file(file: pathlib.Path, root: pathlib.Path | None = None) -> pathli
 
 
 def has_ending(file: pathlib.Path, endings: Sequence[str]) -> bool:
-  """Whether a file's name ends in one of some endings, in capitals or not."""
+  """Tells whether a file's name ends in one of some endings, in capitals or not."""
   return file.suffix.lower() in endings
 
 
 def below(top: pathlib.Path, endings: Sequence[str]) -> list[pathlib.Path]:
-  """What lies in a folder and below and has one of some endings, sorted; links to folders are not followed."""
+  """Lists what has one of some endings in a folder and below, sorted; links to folders are not followed."""
   return sorted(path for path in top.rglob("*") if has_ending(path, endings))
 
 
@@ -106,7 +106,7 @@ def _decoded(text: str) -> Any:
 
 
 def records_of(file: pathlib.Path, root: pathlib.Path | None = None) -> Sequence[Any]:
-  """The records of a file: a JSON list, or with the ending .jsonl one record per line, empty lines left out.
+  """Reads the records of a file: a JSON list, or with the ending .jsonl one record per line, empty lines left out.
 
   A line that is no JSON becomes a record that `checked_record` refuses, so that the others can be read.
 
@@ -164,7 +164,7 @@ def converted(
 
 
 def checked_record(record: Any) -> Mapping[str, Any]:
-  """A record that is a JSON object without repeated keys.
+  """Returns a record that is a JSON object without repeated keys.
 
   Raises:
     Rejected: malformed_record.
@@ -186,8 +186,8 @@ def _line(text: str, number: int) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) < len(pairs):
+  record = dict(pairs)
+  if len(record) < len(pairs):
     keys = [key for key, _ in pairs]
-    found[_REPEATED] = next(key for key in keys if keys.count(key) > 1)
-  return found
+    record[_REPEATED] = next(key for key in keys if keys.count(key) > 1)
+  return record

@@ -167,24 +167,24 @@ class RecordReader:
     )
 
   def _question(self, record: Mapping[str, Any], problem: str, place: str) -> tuple[str, list[str]]:
-    listed, told = self._listed(record, place), cleaning.text_field(record, "question", required=False)
+    listed, stem = self._listed(record, place), cleaning.text_field(record, "question", required=False)
     try:
       question, options, applied = lettering.cut(problem)
     except Rejected as rejected:
-      if not listed or rejected.rule not in ("options_not_found", told and "options_unclear"):
+      if not listed or rejected.rule not in ("options_not_found", stem and "options_unclear"):
         raise
-      question, options, applied = told or problem, [], []
+      question, options, applied = stem or problem, [], []
     if listed and listed != options:
       listed, rule = lettering.own_letters(listed, options)
       applied += [rule] if rule else []
     if listed and listed != options:
       applied.append("options_listed")
-      question, options = told or question, listed
-    if not (question or told):
+      question, options = stem or question, listed
+    if not (question or stem):
       raise Rejected("malformed_record", "field problem has no question before its options")
     for rule in applied:
       self._summary.count(rule, place)
-    return question or told, options
+    return question or stem, options
 
   def _listed(self, record: Mapping[str, Any], place: str) -> list[str]:
     """Returns the record's own options, by letter; absent ones between others are empty."""

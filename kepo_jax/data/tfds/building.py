@@ -26,7 +26,7 @@ class Built:
   reused: bool  # it was there before
 
   def text(self) -> str:
-    """One line for the user."""
+    """Returns one line for the user."""
     parts = ", ".join(f"{name} {number}" for name, number in self.questions.items())
     return f"{'reused' if self.reused else 'wrote'} {self.directory}: {parts} questions, {self.bytes / 1e6:.1f} MB"
 

@@ -7,7 +7,7 @@ NAME = "omnimedvqa"  # of the data set, and of its default config
 
 
 def find(directory: str | os.PathLike, config: str = "*") -> pathlib.Path | None:
-  """The folder of one built version: the directory itself, or the only one inside it as a TFDS data directory.
+  """Finds the folder of one built version: the directory itself, or the only one inside it as a TFDS data directory.
 
   Args:
     directory: DIR/omnimedvqa/<config>/<version>, or DIR.

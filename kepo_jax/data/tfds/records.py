@@ -16,7 +16,7 @@ TEXTS = ("id", "question", "answer", "modality", "question_type", "dataset")
 
 
 def features() -> tfds.features.FeaturesDict:
-  """The features of a record; names and meaning are those of `Example`."""
+  """Returns the features of a record; names and meaning are those of `Example`."""
   return tfds.features.FeaturesDict(
     {name: tfds.features.Text() for name in TEXTS}
     | {
@@ -27,7 +27,7 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def record(example: Example) -> dict[str, Any]:
-  """The record of a question.
+  """Makes the record of a question.
 
   Raises:
     ValueError: an image cannot be read; names the file.
@@ -38,14 +38,14 @@ def record(example: Example) -> dict[str, Any]:
 
 
 def example(fields: Mapping[str, Any], paths: Sequence[str]) -> Example:
-  """The question of a record as a data source gives it, strings as bytes; `paths` hold its images."""
+  """Makes the question of a record of a data source, strings as bytes; `paths` hold its images."""
   texts = {name: fields[name].decode("utf-8") for name in TEXTS}
   options = tuple(option.decode("utf-8") for option in fields["options"])
   return Example(**texts, options=options, images=tuple(paths))
 
 
 def encoded_image(path: str | os.PathLike) -> bytes:
-  """An image file as PNG or JPEG whose decoded pixels need no further rule.
+  """Encodes an image file as PNG or JPEG whose decoded pixels need no further rule.
 
   Such files keep their bytes. Everything else becomes a PNG of what `images.load_image` and `images.rgb` make of it:
   TIFF and BMP, and also palettes, transparency, CMYK and more than 8 bits, whose raw values TFDS would take for pixels.

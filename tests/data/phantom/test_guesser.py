@@ -14,8 +14,8 @@ pytestmark = pytest.mark.slow  # the items are frozen
 
 def drawn_questions(total, seed):
   rng = np.random.default_rng(seed)
-  topics = questions.deal_topics(total, rng)
-  places = questions.deal_places(topics, rng)
+  topics = questions.shuffled_topics(total, rng)
+  places = questions.balanced_places(topics, rng)
   scene = lambda topic, i: questions.scene_for(topic, scenes.MODALITIES[i % 8], rng)  # noqa: E731
   return [questions.ask(t, scene(t, i), rng, p) for i, (t, p) in enumerate(zip(topics, places, strict=True))]
 

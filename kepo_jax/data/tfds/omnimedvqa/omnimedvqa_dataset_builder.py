@@ -38,7 +38,7 @@ class Config(tfds.core.BuilderConfig):
 
 
 def split_config(**fields: Any) -> Config:
-  """A config of the manual download with other fields, which its name tells; the default one if none differs."""
+  """Returns a config of the manual download whose name tells its fields; the default one if none differs."""
   default = Builder.BUILDER_CONFIGS[0]
   config = dataclasses.replace(default, **fields)
   if all(getattr(config, name) == getattr(default, name) for name in (*NUMBERS, *WORDS)):
@@ -87,7 +87,7 @@ class Builder(tfds.core.ShardBasedBuilder):
   progress: Callable[[int, int], None] | None = None  # receives (questions written, questions in all)
 
   def __init__(self, *, file_format: Any = FILE_FORMAT, **arguments: Any):
-    """As every builder; the default format is the one that needs no TensorFlow."""
+    """Sets the file format that needs no TensorFlow as the default."""
     super().__init__(file_format=file_format, **arguments)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -126,7 +126,7 @@ class Builder(tfds.core.ShardBasedBuilder):
 
 
 def shards(examples: Sequence[Example], limit: int = SHARD_BYTES) -> list[list[Example]]:
-  """Consecutive runs of questions whose image files sum to about `limit` bytes."""
+  """Returns consecutive runs of questions whose image files sum to about `limit` bytes."""
   runs: list[list[Example]] = []
   room = 0
   for example in examples:
