@@ -1,6 +1,5 @@
 """One grammar of lettered options, for lists that bring letters and for texts that are split into options."""
 
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -113,7 +112,6 @@ def cut(problem: str) -> tuple[str, list[str], list[str]]:
   that begins last is used.
 
   Where all but the last end in `;`, `,` or "or", that goes; the last ends before another paragraph or an instruction.
-  The time is proportional to the length of the text, whatever it holds.
 
   Raises:
     Rejected: no two options, or more than one way to read them.
@@ -196,15 +194,8 @@ def _markers(problem: str, pattern: re.Pattern[str], inline: bool) -> list[_Mark
 
 def _beginnings(candidates: list[_Marker], markers: list[_Marker]) -> list[_Marker]:
   """Returns the markers of an A that a B follows."""
-  begins = []
   seconds = [marker for marker in markers if marker.letter == "B"]
-  earliest: float = math.inf
-  for begin in reversed(candidates):
-    while seconds and seconds[-1].start >= begin.end:
-      earliest = min(earliest, seconds.pop().opened)  # if any fits, then the one whose bracket was opened first
-    if begin.fits(0) and earliest < begin.end:
-      begins.append(begin)
-  return begins
+  return [a for a in candidates if a.fits(0) and any(b.start >= a.end and b.fits(a.end) for b in seconds)]
 
 
 def _row(begin: _Marker, markers: list[_Marker]) -> tuple[list[_Marker], list[_Marker]]:

@@ -237,9 +237,9 @@ class Tokenizer:
     pad_ids = _as_ids(tokenizer.pad_token_id) or _ids_of(generation, "pad_token_id", size, name) or self.end_ids
     self.pad_id: int = pad_ids[0]
     self.allowed = self._allowed_ids()
-    self._check_tags(name)
+    self._check_tags()
     self._specials = re.compile(r"(?!)")
-    written = self._check_template(name)
+    written = self._check_template()
     self._specials = re.compile("|".join(map(re.escape, self._reserved(written))) or r"(?!)")
 
   @classmethod
@@ -285,15 +285,15 @@ class Tokenizer:
     marks |= {*VISION_TOKENS, *(self._tokenizer.decode([i]) for i in self._vision_ids())} - {""}
     return sorted(marks, key=len, reverse=True)
 
-  def _check_tags(self, name: str) -> None:
+  def _check_tags(self) -> None:
     sentence = " ".join(TAGS)
     ids = self._tokenizer(sentence, add_special_tokens=False)["input_ids"]
     if (decoded := self.decode([ids])[0]) != sentence:
       raise ValueError(
-        f"{name}: the tokenizer turns {sentence!r} into {decoded!r}; rewards need these tags in the text."
+        f"{self.name}: the tokenizer turns {sentence!r} into {decoded!r}; rewards need these tags in the text."
       )
 
-  def _check_template(self, name: str) -> set[int]:
+  def _check_template(self) -> set[int]:
     """Returns the ids that the chat template writes around a text and an image.
 
     Raises:
@@ -310,14 +310,14 @@ class Tokenizer:
           raise ValueError(f"it writes image_token_id of config.json {marks} times for {images} images")
       except Exception as error:  # noqa: BLE001 (a template runs in a sandbox without files, and may raise anything)
         raise ValueError(
-          f"{name}: the chat template cannot be used ({short(error)}); copy the checkpoint's own."
+          f"{self.name}: the chat template cannot be used ({short(error)}); copy the checkpoint's own."
         ) from error
       written.update(ids)
     if rendered.rstrip().endswith("<think>"):
       logging.warning(
         "%s: the chat template opens a think block itself, so completions lack their <think> tag and no format reward "
         "is ever given. Use an Instruct checkpoint.",
-        name,
+        self.name,
       )
     return written
 
