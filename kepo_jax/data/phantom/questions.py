@@ -31,16 +31,6 @@ NUMBERS = ("none", "one", "two", "three")
 HEALTH = ("healthy", "diseased")
 
 
-def disease(scene: Scene) -> str:
-  """Returns the disease of a scene with lesions."""
-  return DISEASES[scene.size, scene.tone]
-
-
-def grade(scene: Scene) -> str:
-  """Returns the grade of a scene with lesions."""
-  return BURDENS[scene.count, scene.size]
-
-
 @dataclasses.dataclass(frozen=True)
 class Topic:
   """One thing to ask about a scene."""
@@ -61,11 +51,11 @@ TOPICS: Mapping[str, Topic] = {
   "organ": Topic("Anatomy Identification", 0.10, ("What organ is shown?", "Which part of the body is this?"),
                  (), lambda scene: scene.organ, False),
   "disease": Topic("Disease Diagnosis", 0.34, ("What is the diagnosis?", "Which disease is shown?"),
-                   tuple(DISEASES.values()), disease, True),
+                   tuple(DISEASES.values()), lambda scene: DISEASES[scene.size, scene.tone], True),
   "health": Topic("Disease Diagnosis", 0.08, ("Is the organ healthy?", "Is any disease shown?"),
                   HEALTH, lambda scene: HEALTH[min(scene.count, 1)], False),
   "grade": Topic("Lesion Grading", 0.22, ("What grade is shown?", "How severe is the disease?"),
-                 GRADES, grade, True),
+                 GRADES, lambda scene: BURDENS[scene.count, scene.size], True),
   "count": Topic(_OTHER, 0.04, ("How many lesions are shown?", "What is the number of lesions?"),
                  NUMBERS, lambda scene: NUMBERS[scene.count], False),
   "side": Topic(_OTHER, 0.035, ("Which side is affected?", "On what side is the disease?"),

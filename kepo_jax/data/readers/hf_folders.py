@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
-from kepo_jax.data import images
+from kepo_jax.data import images, records
 from kepo_jax.data.cleaning import Rejected, Summary
 from kepo_jax.data.readers import json_files
-from kepo_jax.data.readers.split_files import RecordReader, nearest_image_root, title
+from kepo_jax.data.readers.split_files import examples_of, nearest_image_root, title
 from kepo_jax.types import Example
 
 NEEDED = ("problem", "solution")
@@ -93,7 +93,7 @@ def read(
   arrow = saved or json_files.has_ending(top, _ARROW)
   summary = Summary(root=str(top), format="Hugging Face, " + ("saved to disk" if arrow else "parquet"))
   folder = saved or (top.parent if part_files(top) else top)
-  reader = RecordReader(summary)
+  collector = records.Collector(summary)
   name = title(folder) if folder.is_dir() else _SHARD.sub("", top.stem)
   examples: list[Example] = []
   rows: dict[str, int] = {}  # read so far, by split
@@ -115,7 +115,7 @@ def read(
       for batch in _batches(json_files.checked_file(file, folder if folder.is_dir() else None)):
         start = rows.get(split, 0)
         rows[split] = start + len(batch)
-        examples += reader.examples(batch, file, locate, first=start, stem=stem, dataset=name.split("/")[0])
+        examples += examples_of(batch, file, locate, collector, first=start, stem=stem, dataset=name.split("/")[0])
     except Rejected as rejected:
       summary.count(rejected.rule, f"{file}: {rejected}")
   if not summary.files and not summary.rules:

@@ -4,10 +4,11 @@ A root holds `Images/<dataset>/...` and `QA_information/<access>/<dataset>.json`
 Every repair and every drop has a name in `cleaning.RULES` and is counted in the `Summary`.
 """
 
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from kepo_jax.data import cleaning, lettering, records
@@ -65,9 +66,11 @@ def read(
       raise ValueError(f"{folder}: no JSON files; QA_information has {sorted(os.listdir(folder.parent))}")
     summary = Summary(root=str(root), files=len(files))
     json_files.count_skipped(folder, files, summary)
-  reader = _Reader(summary, ImageFiles(image_root or images, check_images))
-  entries = json_files.files_of(files, root, summary)
-  return summary.finished([example for file in entries for example in reader.examples(*file)], lenient=lenient)
+  collector, paths, examples = records.Collector(summary), ImageFiles(image_root or images, check_images), []
+  for file, entries in json_files.files_of(files, root, summary):
+    convert = functools.partial(_example, stem=file.stem, paths=paths, collector=collector)
+    examples += json_files.converted(entries, file, summary, convert)
+  return summary.finished(examples, lenient=lenient)
 
 
 def _find_root(top: pathlib.Path) -> pathlib.Path:
@@ -82,61 +85,52 @@ def _find_root(top: pathlib.Path) -> pathlib.Path:
   return found[0]
 
 
-class _Reader:
-  """Turns records into examples and counts repairs."""
+def _example(
+  record: Mapping[str, Any], number: int, place: str, *, stem: str, paths: ImageFiles, collector: records.Collector
+) -> Example:
+  del number
+  question, answer = cleaning.text_field(record, "question"), cleaning.text_field(record, "gt_answer")
+  question_id, relative = cleaning.text_field(record, "question_id"), cleaning.text_field(record, "image_path")
+  modality = _modality(record, place, collector)
+  dataset = cleaning.text_field(record, "dataset", required=False)
+  if not dataset:
+    collector.summary.count("dataset_from_file", place)
+    dataset = stem
+  options = _options(record, place, collector.summary)
+  bare, rule = lettering.own_letters(options, [answer])
+  if rule:
+    collector.summary.count(rule, place)
+    answer, options = bare[options.index(answer)] if answer in options else answer, bare
+  gold = collector.gold(answer, options, place)
+  return collector.example(
+    place,
+    Example(
+      id=f"{dataset}/{question_id}",
+      question=question,
+      options=tuple(options),
+      answer="",
+      images=(paths.path(relative),),
+      modality=modality,
+      question_type=cleaning.text_field(record, "question_type", required=False),
+      dataset=dataset,
+    ),
+    gold,
+  )
 
-  def __init__(self, summary: Summary, images: ImageFiles):
-    self._summary = summary
-    self._images = images
-    self._collector = records.Collector(summary)
 
-  def examples(self, file: pathlib.Path, entries: Sequence[Any]) -> Iterator[Example]:
-    """Yields the usable records of a file as examples."""
-    return json_files.converted(
-      entries, file, self._summary, lambda record, _, place: self._example(record, file.stem, place)
-    )
+def _modality(record: Mapping[str, Any], place: str, collector: records.Collector) -> str:
+  key = "modality_type" if record.get("modality_type") else "modality"
+  if key == "modality" and "modality" in record:
+    collector.summary.count("modality_key", place)
+  return collector.modality(cleaning.text_field(record, key if key in record else "modality_type"), place)
 
-  def _example(self, record: Mapping[str, Any], stem: str, place: str) -> Example:
-    question, answer = cleaning.text_field(record, "question"), cleaning.text_field(record, "gt_answer")
-    question_id, relative = cleaning.text_field(record, "question_id"), cleaning.text_field(record, "image_path")
-    modality = self._modality(record, place)
-    dataset = cleaning.text_field(record, "dataset", required=False)
-    if not dataset:
-      self._summary.count("dataset_from_file", place)
-      dataset = stem
-    options = self._options(record, place)
-    bare, rule = lettering.own_letters(options, [answer])
-    if rule:
-      self._summary.count(rule, place)
-      answer, options = bare[options.index(answer)] if answer in options else answer, bare
-    gold = self._collector.gold(answer, options, place)
-    return self._collector.example(
-      place,
-      Example(
-        id=f"{dataset}/{question_id}",
-        question=question,
-        options=tuple(options),
-        answer="",
-        images=(self._images.path(relative),),
-        modality=modality,
-        question_type=cleaning.text_field(record, "question_type", required=False),
-        dataset=dataset,
-      ),
-      gold,
-    )
 
-  def _modality(self, record: Mapping[str, Any], place: str) -> str:
-    key = "modality_type" if record.get("modality_type") else "modality"
-    if key == "modality" and "modality" in record:
-      self._summary.count("modality_key", place)
-    return self._collector.modality(cleaning.text_field(record, key if key in record else "modality_type"), place)
-
-  def _options(self, record: Mapping[str, Any], place: str) -> list[str]:
-    """Returns options by the place of their letters, absent ones empty."""
-    texts = {
-      key: cleaning.text_field(record, key, required=False) for key in record if re.fullmatch(r"option_[A-Z]", key)
-    }
-    if not all(texts.values()):
-      self._summary.count("null_option", place)
-    last = max((ord(key[-1]) for key, text in texts.items() if text), default=0)
-    return [texts.get(f"option_{chr(code)}", "") for code in range(ord("A"), last + 1)]
+def _options(record: Mapping[str, Any], place: str, summary: Summary) -> list[str]:
+  """Returns options by the place of their letters, absent ones empty."""
+  texts = {
+    key: cleaning.text_field(record, key, required=False) for key in record if re.fullmatch(r"option_[A-Z]", key)
+  }
+  if not all(texts.values()):
+    summary.count("null_option", place)
+  last = max((ord(key[-1]) for key, text in texts.items() if text), default=0)
+  return [texts.get(f"option_{chr(code)}", "") for code in range(ord("A"), last + 1)]

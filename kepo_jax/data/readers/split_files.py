@@ -56,11 +56,10 @@ def read(
   summary = Summary(root=str(top), format="split files", files=len(files))
   if top.is_dir():
     json_files.count_skipped(top, files, summary)
-  reader = RecordReader(summary)
-  examples: list[Example] = []
+  collector, examples = records.Collector(summary), list[Example]()
   for file, entries in json_files.files_of(files, top if top.is_dir() else None, summary):
     images = ImageFiles(image_root or nearest_image_root(file), check_images)
-    examples += reader.examples(entries, file, images.path)
+    examples += examples_of(entries, file, images.path, collector)
   return summary.finished(examples, lenient=lenient)
 
 
@@ -96,130 +95,130 @@ def _named(stem: str, folder: pathlib.Path) -> tuple[str, str]:
   return modality or above, topic or topic_above
 
 
-class RecordReader:
-  """Turns records of image, problem and solution into examples and counts what it does."""
+def examples_of(
+  entries: Sequence[Any],
+  file: pathlib.Path,
+  locate: Callable[[Any], str],
+  collector: records.Collector,
+  *,
+  first: int = 0,
+  stem: str = "",
+  dataset: str = "",
+) -> Iterator[Example]:
+  """Yields the usable records of one file as examples.
 
-  def __init__(self, summary: Summary):
-    self._summary = summary
-    self._collector = records.Collector(summary)
+  Args:
+    entries: records.
+    file: where they come from.
+    locate: from what a record has for an image to the absolute path; raises Rejected.
+    collector: of the reading.
+    first: number of the first record.
+    stem: begins the ids and may tell the modality, as the folder's name may where it does not; by default the
+      file's name without ending.
+    dataset: source of records that do not tell theirs; by default the stem.
+  """
+  stem = stem or file.stem
+  named = _named(stem, file.parent)
 
-  def examples(
-    self,
-    entries: Sequence[Any],
-    file: pathlib.Path,
-    locate: Callable[[Any], str],
-    *,
-    first: int = 0,
-    stem: str = "",
-    dataset: str = "",
-  ) -> Iterator[Example]:
-    """Yields the usable records of one file as examples.
+  def convert(record: Mapping[str, Any], number: int, place: str) -> Example:
+    return _example(record, f"{stem}/{number}", named, locate, place, dataset or stem, collector)
 
-    Args:
-      entries: records.
-      file: where they come from.
-      locate: from what a record has for an image to the absolute path; raises Rejected.
-      first: number of the first record.
-      stem: begins the ids and may tell the modality, as the folder's name may where it does not; by default the
-        file's name without ending.
-      dataset: source of records that do not tell theirs; by default the stem.
-    """
-    stem = stem or file.stem
-    named = _named(stem, file.parent)
+  return json_files.converted(entries, file, collector.summary, convert, first=first)
 
-    def convert(record: Mapping[str, Any], number: int, place: str) -> Example:
-      return self._example(record, f"{stem}/{number}", named, locate, place, dataset or stem)
 
-    return json_files.converted(entries, file, self._summary, convert, first=first)
+def _example(
+  record: Mapping[str, Any],
+  name: str,
+  named: tuple[str, str],
+  locate: Callable[[Any], str],
+  place: str,
+  dataset: str,
+  collector: records.Collector,
+) -> Example:
+  problem, solution = cleaning.text_field(record, "problem"), cleaning.text_field(record, "solution")
+  question, options = _question(record, problem, place, collector.summary)
+  gold = _gold(record, solution, options, place, collector)
+  entries = _image_entries(record)
+  images = tuple(locate(entry) for entry in entries)
+  if "" in options:
+    collector.summary.count("null_option", place)
+  spelling, topic = named
+  for field in ("modality_type", "subset", "modality"):
+    spelling = cleaning.text_field(record, field, required=False) or spelling
+  return collector.example(
+    place,
+    Example(
+      id=name,
+      question=question,
+      options=tuple(options),
+      answer="",
+      images=images,
+      modality=collector.modality(spelling, place),
+      question_type=cleaning.text_field(record, "question_type", required=False) or topic,
+      dataset=_folder_of(entries[0]) or cleaning.text_field(record, "dataset", required=False) or dataset,
+    ),
+    gold,
+  )
 
-  def _example(
-    self,
-    record: Mapping[str, Any],
-    name: str,
-    named: tuple[str, str],
-    locate: Callable[[Any], str],
-    place: str,
-    dataset: str,
-  ) -> Example:
-    problem, solution = cleaning.text_field(record, "problem"), cleaning.text_field(record, "solution")
-    question, options = self._question(record, problem, place)
-    gold = self._gold(record, solution, options, place)
-    entries = _image_entries(record)
-    images = tuple(locate(entry) for entry in entries)
-    if "" in options:
-      self._summary.count("null_option", place)
-    spelling, topic = named
-    for field in ("modality_type", "subset", "modality"):
-      spelling = cleaning.text_field(record, field, required=False) or spelling
-    return self._collector.example(
-      place,
-      Example(
-        id=name,
-        question=question,
-        options=tuple(options),
-        answer="",
-        images=images,
-        modality=self._collector.modality(spelling, place),
-        question_type=cleaning.text_field(record, "question_type", required=False) or topic,
-        dataset=_folder_of(entries[0]) or cleaning.text_field(record, "dataset", required=False) or dataset,
-      ),
-      gold,
-    )
 
-  def _question(self, record: Mapping[str, Any], problem: str, place: str) -> tuple[str, list[str]]:
-    listed, stem = self._listed(record, place), cleaning.text_field(record, "question", required=False)
-    try:
-      question, options, applied = lettering.cut(problem)
-    except Rejected as rejected:
-      if not listed or rejected.rule not in ("options_not_found", stem and "options_unclear"):
-        raise
-      question, options, applied = stem or problem, [], []
-    if listed and listed != options:
-      listed, rule = lettering.own_letters(listed, options)
-      applied += [rule] if rule else []
-    if listed and listed != options:
-      applied.append("options_listed")
-      question, options = stem or question, listed
-    if not (question or stem):
-      raise Rejected("malformed_record", "field problem has no question before its options")
-    for rule in applied:
-      self._summary.count(rule, place)
-    return question or stem, options
+def _question(record: Mapping[str, Any], problem: str, place: str, summary: Summary) -> tuple[str, list[str]]:
+  listed, stem = _listed(record, place, summary), cleaning.text_field(record, "question", required=False)
+  try:
+    question, options, applied = lettering.cut(problem)
+  except Rejected as rejected:
+    if not listed or rejected.rule not in ("options_not_found", stem and "options_unclear"):
+      raise
+    question, options, applied = stem or problem, [], []
+  if listed and listed != options:
+    listed, rule = lettering.own_letters(listed, options)
+    applied += [rule] if rule else []
+  if listed and listed != options:
+    applied.append("options_listed")
+    question, options = stem or question, listed
+  if not (question or stem):
+    raise Rejected("malformed_record", "field problem has no question before its options")
+  for rule in applied:
+    summary.count(rule, place)
+  return question or stem, options
 
-  def _listed(self, record: Mapping[str, Any], place: str) -> list[str]:
-    """Returns the record's own options, by letter; absent ones between others are empty."""
-    listed = record.get("options")
-    if isinstance(listed, dict):
-      letters = {str(key).strip().upper(): text for key, text in listed.items()}
-      listed = [letters.pop(letter, None) for letter in lettering.LETTERS[: len(listed)]]
-      listed = None if letters else listed
-    elif listed is None:
-      return []
-    if not isinstance(listed, list) or not all(isinstance(text, str | None) for text in listed):
-      raise Rejected("malformed_record", "field options is no list of texts, and no object of texts by letter")
-    texts = [cleaning.text_field({"options": text}, "options", required=False) for text in listed]
-    while texts and not texts[-1]:
-      texts.pop()
-    if len(texts) < len(listed) and "" not in texts:  # else it is counted with the ones between
-      self._summary.count("null_option", place)
-    return texts
 
-  def _gold(self, record: Mapping[str, Any], solution: str, options: Sequence[str], place: str) -> int:
-    tagged = _TAGS.search(solution)
-    content = (tagged.group(1) if tagged else solution).strip()
-    if content in list(lettering.LETTERS[: len(options)]):
-      gold = lettering.LETTERS.index(content)
-      if not options[gold]:
-        raise Rejected("answer_unmatched", f"the solution names {content}, an empty option")
-    else:
-      gold = self._collector.gold(content, options, place)
-      if cleaning.normalised(content) in map(cleaning.normalised, options):
-        self._summary.count("solution_text", place)
-    answer = cleaning.text_field(record, "answer", required=False)
-    texts = {cleaning.normalised(options[gold]), content.casefold()}
-    if answer and cleaning.normalised(answer) not in texts and records.named(answer, options) != gold:
-      raise Rejected("answer_contradicted", f"answer {answer!r}, but solution {content!r} is {options[gold]!r}"[:400])
-    return gold
+def _listed(record: Mapping[str, Any], place: str, summary: Summary) -> list[str]:
+  """Returns the record's own options, by letter; absent ones between others are empty."""
+  listed = record.get("options")
+  if isinstance(listed, dict):
+    letters = {str(key).strip().upper(): text for key, text in listed.items()}
+    listed = [letters.pop(letter, None) for letter in lettering.LETTERS[: len(listed)]]
+    listed = None if letters else listed
+  elif listed is None:
+    return []
+  if not isinstance(listed, list) or not all(isinstance(text, str | None) for text in listed):
+    raise Rejected("malformed_record", "field options is no list of texts, and no object of texts by letter")
+  texts = [cleaning.text_field({"options": text}, "options", required=False) for text in listed]
+  while texts and not texts[-1]:
+    texts.pop()
+  if len(texts) < len(listed) and "" not in texts:  # else it is counted with the ones between
+    summary.count("null_option", place)
+  return texts
+
+
+def _gold(
+  record: Mapping[str, Any], solution: str, options: Sequence[str], place: str, collector: records.Collector
+) -> int:
+  tagged = _TAGS.search(solution)
+  content = (tagged.group(1) if tagged else solution).strip()
+  if content in list(lettering.LETTERS[: len(options)]):
+    gold = lettering.LETTERS.index(content)
+    if not options[gold]:
+      raise Rejected("answer_unmatched", f"the solution names {content}, an empty option")
+  else:
+    gold = collector.gold(content, options, place)
+    if cleaning.normalised(content) in map(cleaning.normalised, options):
+      collector.summary.count("solution_text", place)
+  answer = cleaning.text_field(record, "answer", required=False)
+  texts = {cleaning.normalised(options[gold]), content.casefold()}
+  if answer and cleaning.normalised(answer) not in texts and records.named(answer, options) != gold:
+    raise Rejected("answer_contradicted", f"answer {answer!r}, but solution {content!r} is {options[gold]!r}"[:400])
+  return gold
 
 
 def _image_entries(record: Mapping[str, Any]) -> list[Any]:
