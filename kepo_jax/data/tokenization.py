@@ -157,9 +157,7 @@ def declared_templates(directory: pathlib.Path) -> str | None:
 
 
 def declared_resize(directory: pathlib.Path) -> str | None:
-  """Reads how images were resized in a model's training (a key of `images.RESIZES`), if its folder names it.
-
-  It stands beside the wordings, under `kepo_resize`.
+  """Reads how images were resized in a model's training (a key of `images.RESIZES`), under `kepo_resize`.
 
   Raises:
     ValueError: the file is damaged, or the name is none of `images.RESIZES`.
@@ -194,9 +192,7 @@ def _declared(directory: pathlib.Path, name: str) -> str | None:
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:
-  if value is None:
-    return ()
-  return tuple(value) if isinstance(value, list) else (value,)
+  return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
 def _ids_of(generation: Mapping[str, Any], key: str, size: int, name: str) -> tuple[int, ...]:

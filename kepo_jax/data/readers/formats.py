@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 from kepo_jax.data.cleaning import Rejected, Summary
 from kepo_jax.data.readers import hf_folders, json_files, omnimedvqa, split_files
@@ -42,34 +43,25 @@ def read_any(
   top = pathlib.Path(path)
   if not os.path.lexists(top) and not hf_folders.part_files(top):
     raise ValueError(f"{top}: no such file or directory")
-  settings = {"image_root": image_root, "lenient": lenient, "check_images": check_images}
-  reader = _reader_of_folder(top) if top.is_dir() else _reader_of_file(top)
-  if reader is omnimedvqa.read:
-    return omnimedvqa.read(top, access=access, **settings)
-  return reader(top, **settings)
-
-
-def _reader_of_folder(top: pathlib.Path):
-  if omnimedvqa.roots(top):
-    return omnimedvqa.read
-  if hf_folders.saved_folder(top) or json_files.below(top, (".parquet",)):
-    return hf_folders.read
-  if json_files.below(top, json_files.ENDINGS):
-    return split_files.read
-  raise ValueError(
-    f"{top}: of no known format: no QA_information folder up to two levels below, no dataset_dict.json, and no parquet "
-    "or JSON files; see docs/data.md"
-  )
-
-
-def _reader_of_file(file: pathlib.Path):
-  if json_files.has_ending(file, (".parquet", ".arrow")):
-    return hf_folders.read
-  if not json_files.has_ending(file, json_files.ENDINGS):
-    raise ValueError(f"{file}: of no known format; .json, .jsonl, .parquet and .arrow files are read")
+  settings: dict[str, Any] = {"image_root": image_root, "lenient": lenient, "check_images": check_images}
+  if top.is_dir():
+    if omnimedvqa.roots(top):
+      return omnimedvqa.read(top, access=access, **settings)
+    if hf_folders.saved_folder(top) or json_files.below(top, (".parquet",)):
+      return hf_folders.read(top, **settings)
+    if json_files.below(top, json_files.ENDINGS):
+      return split_files.read(top, **settings)
+    raise ValueError(
+      f"{top}: of no known format: no QA_information folder up to two levels below, no dataset_dict.json, and no "
+      "parquet or JSON files; see docs/data.md"
+    )
+  if json_files.has_ending(top, (".parquet", ".arrow")):
+    return hf_folders.read(top, **settings)
+  if not json_files.has_ending(top, json_files.ENDINGS):
+    raise ValueError(f"{top}: of no known format; .json, .jsonl, .parquet and .arrow files are read")
   try:
-    records = json_files.records_of(file)
+    records = json_files.records_of(top)
   except Rejected as rejected:
-    raise ValueError(f"{file}: {rejected}") from rejected
+    raise ValueError(f"{top}: {rejected}") from rejected
   layout = any(isinstance(record, dict) and "gt_answer" in record for record in records)
-  return omnimedvqa.read if layout else split_files.read
+  return omnimedvqa.read(top, **settings) if layout else split_files.read(top, **settings)
