@@ -66,7 +66,8 @@ def read(
       raise ValueError(f"{folder}: no JSON files; QA_information has {sorted(os.listdir(folder.parent))}")
     summary = Summary(root=str(root), files=len(files))
     json_files.count_skipped(folder, files, summary)
-  collector, paths, examples = records.Collector(summary), ImageFiles(image_root or images, check_images), []
+  collector, paths = records.Collector(summary), ImageFiles(image_root or images, check_images)
+  examples: list[Example] = []
   for file, entries in json_files.files_of(files, root, summary):
     convert = functools.partial(_example, stem=file.stem, paths=paths, collector=collector)
     examples += json_files.converted(entries, file, summary, convert)
