@@ -89,11 +89,11 @@ def test_vision_rows_are_patches_and_tables(processor, questions):
 
 def test_a_host_decodes_the_images_of_its_own_rows_alone(checkpoint, processor, questions, monkeypatch):
   whole = processor.prompts(questions, "think")
-  mine = processor_lib.Processor.from_directory(checkpoint, **SMALL, held_rows=lambda count: range(count - 2, count))
+  own = processor_lib.Processor.from_directory(checkpoint, **SMALL, held_rows=lambda count: range(count - 2, count))
   opened = []
   load = images.load_image
   monkeypatch.setattr(images, "load_image", lambda path: opened.append(path) or load(path))
-  batch = mine.prompts(questions, "think")
+  batch = own.prompts(questions, "think")
   assert set(opened) == {path for example in questions[-2:] for path in example.images}
   # The text of every row, and the shapes of all arrays, are those of the whole batch.
   for name in ("tokens", "mask", "positions", "next_position", "image_slot", "row"):
@@ -349,6 +349,9 @@ def test_vision_tokens_are_banned_by_their_names_alone(checkpoint):
   assert set(np.flatnonzero(~allowed[:mark])) == banned
 
 
+NEW_TOKEN = {"content": "<new>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
 def edited(folder, **changes):
   """Changes JSON files of a folder: `edited(folder, tokenizer=lambda content: ...)`."""
   for name, change in changes.items():
@@ -360,11 +363,10 @@ def edited(folder, **changes):
 
 
 def test_ids_behind_a_gap_are_those_of_the_file(make_checkpoint, tmp_path):
-  token = {"content": "<new>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
   folder = make_checkpoint(tmp_path / "model")
   vocabulary = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
   new = max(vocabulary.values()) + 3
-  edited(folder, tokenizer=lambda content: content["added_tokens"].append(token | {"id": new, "special": False}))
+  edited(folder, tokenizer=lambda content: content["added_tokens"].append(NEW_TOKEN | {"id": new, "special": False}))
   found = processor_lib.Processor.from_directory(folder, **SMALL)
   assert [bool(found.allowed[i]) for i in (new - 2, new - 1, new)] == [False, False, True]
   assert found.tokenizer.completion("<new>")[0] == new and found.tokenizer.decode([[new]]) == ["<new>"]
@@ -372,21 +374,19 @@ def test_ids_behind_a_gap_are_those_of_the_file(make_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("number", [200_000, 2_000_000, 2**40])
 def test_an_id_beyond_the_model_is_refused_before_the_gap_is_filled(number, make_checkpoint, tmp_path):
-  token = {"content": "<new>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
   folder = edited(
-    make_checkpoint(tmp_path), tokenizer=lambda content: content["added_tokens"].append(token | {"id": number})
+    make_checkpoint(tmp_path), tokenizer=lambda content: content["added_tokens"].append(NEW_TOKEN | {"id": number})
   )
   with pytest.raises(ValueError, match=f"id {number} and the model .* different checkpoints"):
     processor_lib.Processor.from_directory(folder, **SMALL)
 
 
 def test_an_id_that_would_be_numbered_anew_is_refused(make_checkpoint, tmp_path):
-  token = {"content": "<new>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
   used = len(AutoTokenizer.from_pretrained(str(make_checkpoint(tmp_path / "0"))))
   for name, number, change in (
-    ("tokenizer_config", used + 9, lambda content: content.update(added_tokens_decoder={f"{used + 9}": token})),
+    ("tokenizer_config", used + 9, lambda content: content.update(added_tokens_decoder={f"{used + 9}": NEW_TOKEN})),
     ("added_tokens", used + 9, lambda content: content.update({"<new>": used + 9})),
-    ("tokenizer", 5, lambda content: content["added_tokens"].append(token | {"id": 5, "special": False})),
+    ("tokenizer", 5, lambda content: content["added_tokens"].append(NEW_TOKEN | {"id": 5, "special": False})),
   ):
     folder = edited(make_checkpoint(tmp_path / name), **{name: change})
     with pytest.raises(ValueError, match=f"{name}: .*'<new>' is {number} in its file and "):
