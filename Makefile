@@ -54,7 +54,7 @@ test-slow: $(VENV)/.runtime ## the long tests: whole trainings, resumption, expo
 test-tpu: $(TPU)/.ready ## compile for TPUs without a TPU (installs libtpu in an environment of its own)
 	$(TPU)/bin/python -m pytest -q -m tpu tests/planning tests/models/qwen3_vl/test_attention.py
 
-plan: $(TPU)/.ready ## plan a run for TPU slices that are not here: the table of docs/pods.md; ARGS="..." for another
+plan: $(TPU)/.ready ## plan a run for TPU slices that are not here: the table of docs/operations.md; ARGS="..." for another
 	$(TPU)/bin/python -m experiments.plan $(or $(ARGS),--table)
 
 # On a copy, since a mutation is written into its file.

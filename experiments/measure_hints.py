@@ -9,7 +9,7 @@
    it. Every cliff goes through all rounds, so rates are the same in expectation in each of them.
 3. The teacher answers the same questions without a hint; answers that are accurate and well formed are kept.
 4. The student scores, with the hint in its prompt and without, accepted candidates (`reliance`) and the teacher's
-   answers (`gain`, and `letter_gain` of the token that says the letter): docs/phantom.md has the definitions.
+   answers (`gain`, and `letter_gain` of the token that says the letter): docs/results.md has the definitions.
 
 Settings are those of experiments/configs/kepo.py for the wordings that the student was trained on, and random numbers
 those of a run's first step. A folder that is not split is cut as such a run cuts it. Figures of a modality without

@@ -6,13 +6,14 @@
   python -m experiments.plan --table --output=FOLDER
 
 Without a topology it prints the estimate of `memory.estimate` and, with --compare, a row for each option of
-docs/low_memory.md. With one, the compiler of the TPU compiles every program of a step on this machine: libtpu
+docs/operations.md. With one, the compiler of the TPU compiles every program of a step on this machine: libtpu
 (requirements-tpu.txt), no TPU, up to 7 GB and about a minute per program. It prints memory per chip, floors, and
 collectives by kind and axes of the mesh. Where the run does not fit, the exit status is 3, and the smallest change that
 makes it fit is looked for and compiled as well (--nosuggest: not). --table plans the paper's run for the slices of
-docs/pods.md, which takes half an hour to an hour on 2 cores; a plan that --output has is kept unless its config, jax or
-libtpu is another one, or with --again. Models are folders with a config.json, or published sizes that a name begins
-with; batches fill the second bucket of prompts and the first one of images. docs/pods.md explains the figures.
+docs/operations.md, which takes half an hour to an hour on 2 cores; a plan that --output has is kept unless its config,
+jax or libtpu is another one, or with --again. Models are folders with a config.json, or published sizes that a name
+begins with; batches fill the second bucket of prompts and the first one of images. docs/operations.md explains the
+figures.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ _STUDENT = flags.DEFINE_string("student", "", "Sizes of the student; by default 
 _TEACHER = flags.DEFINE_string("teacher", "", "Sizes of the teacher; by default those of the config's.")
 _SUGGEST = flags.DEFINE_bool("suggest", True, "Look for the smallest change that makes a run fit.")
 _JSON = flags.DEFINE_string("json", "", "File for the figures of --topology.")
-_TABLE = flags.DEFINE_bool("table", False, "Plan the slices of docs/pods.md.")
+_TABLE = flags.DEFINE_bool("table", False, "Plan the slices of docs/operations.md.")
 _OUTPUT = flags.DEFINE_string("output", "", "Folder for one file per plan of --table; by default a temporary one.")
 _AGAIN = flags.DEFINE_bool("again", False, "Make plans again that --output has.")
 

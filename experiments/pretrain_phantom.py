@@ -4,7 +4,7 @@
   python -m experiments.pretrain_phantom --model=confused --workdir=runs/phantom   # continues from student_base
 
 A model is written to WORKDIR/<model> as a Hugging Face folder with a `record.json`; progress is kept in
-WORKDIR/<model>.npz and an interrupted command continues from it. `docs/phantom.md` says what was planted and why.
+WORKDIR/<model>.npz and an interrupted command continues from it. `docs/data.md` says what was planted and why.
 """
 
 import dataclasses
@@ -211,7 +211,7 @@ def write_model(
     "jax": jax.__version__,
   }
   card = f"# {name}\n\nA Qwen3-VL of {record['parameters']:,} parameters for the drawn benchmark PhantomVQA.\n"
-  card += "See docs/phantom.md for what it was taught, and record.json for how. It knows nothing about medicine.\n"
+  card += "See docs/data.md for what it was taught, and record.json for how. It knows nothing about medicine.\n"
   (workdir / name / "README.md").write_text(card)
   (workdir / name / "record.json").write_text(json.dumps(record, indent=2) + "\n")
 

@@ -40,7 +40,7 @@ class ModelConfig:
   teacher_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # weights and activations of frozen models
   teacher_memory: Literal["device", "host"] = "device"  # where frozen models live while they are not used
   freeze_vision: bool = False  # True keeps the vision tower and its mergers as loaded
-  remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes; docs/low_memory.md
+  remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes; docs/operations.md
   attention: Literal["auto", "plain", "fused"] = "auto"  # the device's fused kernel: if it can, never, or else an error
   lora_rank: Count = 0  # rank of LoRA matrices, which are then trained alone; 0 trains all weights
   lora_alpha: float = 32.0  # their product is scaled by lora_alpha / lora_rank
@@ -174,7 +174,7 @@ class OptimizerConfig:
   b2: Weight = 0.999
   eps: float = 1e-8
   weight_decay: Weight = 0.0
-  moments: Literal["float32", "bfloat16"] = "float32"  # how Adam's two moments are stored; docs/low_memory.md
+  moments: Literal["float32", "bfloat16"] = "float32"  # how Adam's two moments are stored; docs/operations.md
   clip_norm: float = 1.0  # global gradient norm
   skip_limit: Size = 5  # updates in a row that may be skipped since loss or gradient are not finite
 
