@@ -95,26 +95,26 @@ $(RUN)/python:
 	  "Ubuntu install its python3-venv package." >&2; exit 1; }
 
 # One stamp per set of packages: a repeated call installs nothing.
-$(VENV)/.runtime: requirements.txt requirements-studies.txt requirements-test.txt setup.cfg pyproject.toml | $(RUN)/python
-	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-studies.txt \
-	  -r requirements-test.txt -e .
+INSTALL := -m pip install -q --disable-pip-version-check
+$(VENV)/.runtime: requirements.txt setup.cfg pyproject.toml | $(RUN)/python
+	$(RUN)/python $(INSTALL) -e ".[studies,test]"
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
-	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.runtime
+	$(RUN)/python $(INSTALL) -e ".[dev]"
 	@touch $@
 
-$(VENV)/.oracle: requirements-oracle.txt $(VENV)/.runtime
-	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements-oracle.txt
+$(VENV)/.oracle: $(VENV)/.runtime
+	$(RUN)/python $(INSTALL) -e ".[oracle]"
 	@touch $@
 
-$(TPU)/.ready: requirements-tpu.txt requirements.txt requirements-test.txt setup.cfg pyproject.toml | $(RUN)/python
+$(TPU)/.ready: requirements.txt setup.cfg pyproject.toml | $(RUN)/python
 	$(RUN)/python -m venv $(TPU)
-	$(TPU)/bin/python -m pip install -q --disable-pip-version-check -r requirements-tpu.txt -r requirements-test.txt -e .
+	$(TPU)/bin/python $(INSTALL) -e ".[tpu,test]"
 	@touch $@
 
 # Away from what it audits: its own dependencies are none of ours.
-$(AUDIT)/.ready: requirements-audit.txt | $(RUN)/python
+$(AUDIT)/.ready: | $(RUN)/python
 	$(RUN)/python -m venv $(AUDIT)
-	$(AUDIT)/bin/python -m pip install -q --disable-pip-version-check -r requirements-audit.txt
+	$(AUDIT)/bin/python $(INSTALL) "pip-audit>=2.10,<3"
 	@touch $@

@@ -7,7 +7,7 @@
 
 Without a topology it prints the estimate of `memory.estimate` and, with --compare, a row for each option of
 docs/low_memory.md. With one, the compiler of the TPU compiles every program of a step on this machine: libtpu
-(requirements-tpu.txt), no TPU, up to 7 GB and about a minute per program. It prints memory per chip, floors, and
+(the extra `tpu`), no TPU, up to 7 GB and about a minute per program. It prints memory per chip, floors, and
 collectives by kind and axes of the mesh. Where the run does not fit, the exit status is 3, and the smallest change that
 makes it fit is looked for and compiled as well (--nosuggest: not). --table plans the paper's run for the slices of
 docs/pods.md, which takes half an hour to an hour on 2 cores; a plan that --output has is kept unless its config, jax or

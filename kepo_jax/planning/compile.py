@@ -99,7 +99,7 @@ def topology(name: str, slices: int = 1) -> Topology:
     from jax.experimental import topologies  # noqa: PLC0415
   except ImportError:
     raise ValueError(
-      "planning for a TPU needs its compiler: pip install -r requirements-tpu.txt, or `make plan`, which does it."
+      "planning for a TPU needs its compiler: pip install jax[tpu], or `make plan`, which does it."
     ) from None
   settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
   if name.startswith("v4:"):  # JAX shows the two cores of this chip as one device

@@ -287,7 +287,7 @@ def test_names_of_topologies_that_are_refused(monkeypatch):
   with pytest.raises(ValueError, match=r"--topology='2 x v5e:4x4' and --slices=3 contradict each other"):
     compiler.topology("2 x v5e:4x4", 3)
   monkeypatch.setitem(sys.modules, "libtpu", None)
-  with pytest.raises(ValueError, match=r"pip install -r requirements-tpu.txt, or `make plan`"):
+  with pytest.raises(ValueError, match=r"pip install jax\[tpu\], or `make plan`"):
     compiler.topology("v5e:4x4")
 
 
