@@ -17,8 +17,8 @@ _LARGEST_HEAD = 128
 _OLDEST = 8.0  # compute capability of Ampere
 
 
-def refusal(dtype: Any, head_dim: int) -> str:
-  """Why the kernel does not serve heads of a dtype and a size on the GPUs of this host; empty if it does."""
+def why_unsupported(dtype: Any, head_dim: int) -> str:
+  """Says why the kernel cannot serve heads of a dtype and a size on the GPUs of this host; "" if it can."""
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"cuDNN's attention computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
   if head_dim % 8 or head_dim > _LARGEST_HEAD:
@@ -54,7 +54,7 @@ def _causal(
 def prompts(
   query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, implementation: Implementation = "cudnn"
 ) -> jax.Array:
-  """Causal attention of prompts.
+  """Computes causal attention of prompts.
 
   Args:
     query: [P, K, S, J, H].
@@ -84,7 +84,7 @@ def completions(
   *,
   implementation: Implementation = "cudnn",
 ) -> jax.Array:
-  """Attention of completions to the real tokens of their prompt and, causally, to themselves.
+  """Computes attention of completions to the real tokens of their prompt and, causally, to themselves.
 
   Each completion is written behind the last real token of its prompt, over the pads. What it sees is then what a
   causal mask and a length say; the rows of the prompt have queries of zero, and what they get is dropped.
@@ -132,7 +132,7 @@ def completions(
 def images(
   query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, *, implementation: Implementation = "cudnn"
 ) -> jax.Array:
-  """Full attention inside each image.
+  """Computes full attention inside each image.
 
   Where images begin and end is data, so a mask says it: one [R, R] for all heads of a prompt, in 16 bits.
 
