@@ -163,8 +163,8 @@ def choose_tokens(
 def _draw(logps: jax.Array, keys: jax.Array) -> jax.Array:
   """Draws tokens int32[P, G] from log-probabilities float32[P, G, V], which need not be normalised.
 
-  Gumbel noise makes a maximum a draw. It is drawn over columns of ids, then over the ids of the append_token column: m + n
-  numbers instead of m n, since random bits for a whole vocabulary cost more than all else here. Exact, because the
+  Gumbel noise turns an argmax into a draw: first of a column of ids, then of an id in that column. This needs m + n
+  numbers instead of m n; random bits for a whole vocabulary would cost more than all else here. Exact, because the
   probability of an id is that of its column times its share.
   """
   size = logps.shape[-1]

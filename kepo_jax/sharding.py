@@ -204,7 +204,7 @@ def per_device(function: Callable[..., jax.Array], *axes: LogicalAxes) -> Callab
 
 
 def platform() -> str:
-  """Returns the platform of the current mesh, such as "cpu", "gpu" or "tpu"; without one, that of JAX's default devices."""
+  """Returns the platform of the current mesh, such as "cpu", "gpu" or "tpu"; without one, JAX's default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 

@@ -56,11 +56,11 @@ def _weight(shape: tuple[int, ...], axes: LogicalAxes) -> nnx.Param:
 
 @jax.custom_vjp
 def wide_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """x W^T of a projection that is_wide: x [..., in], W [out, in], result [..., out].
+  """Computes x W^T for out > in: x [..., in], W [out, in], result [..., out].
 
-  The gradient of W is a product over all tokens, for which a CPU turns one operand. Left to itself it turns that of
-  the result, and computes what leads to it once more on the way; here it is x, which is smaller, and which projections
-  of the same input turn once for all of them.
+  The gradient of W is a product over all tokens, for which a CPU transposes one operand. Left to itself it transposes
+  the gradient of the result, and recomputes what leads to it. Here it transposes x, which is smaller and shared by all
+  projections of the same input.
   """
   return jnp.einsum("...i,oi->...o", x, weight)
 

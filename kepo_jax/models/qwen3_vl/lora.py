@@ -78,7 +78,7 @@ def largest_rank(config: TextConfig, targets: tuple[str, ...]) -> int:
 
 
 def initial(config: Qwen3VLConfig, key: jax.Array) -> dict[str, Any]:
-  """Draws the part "lora" before training: A uniform within 1/sqrt(in) as in PEFT, B zero, so that nothing is changed yet.
+  """Draws the part "lora" before training: A uniform within 1/sqrt(in) as in PEFT, B zero, so that nothing changes yet.
 
   Args:
     config: with `lora`.

@@ -1,10 +1,10 @@
 """Qwen3-VL as pure functions of a parameter tree: prompts once, completions and tokens on top of them.
 
 The tree mirrors the names of Hugging Face's checkpoint: `visual`, `language_model` and, when the head is not the
-embedding, `lm_head`; layers are stacked on axis 0, or in a tuple after `unstack_layers`; caches are then tuples as well,
-written [L, ...] all the same. A config with `lora` adds the part `lora`. Activations have
-the dtype of the parameters; norms, softmax and rotary angles are float32. `Cache` and `Prefix` hold keys after the
-rotary embedding.
+embedding, `lm_head`; layers are stacked on axis 0, or in a tuple after `unstack_layers`. Caches are then
+tuples as well, documented as [L, ...] all the same. A config with `lora` adds the part `lora`. Activations have the
+dtype of the parameters; norms, softmax and rotary angles are float32. `Cache` and `Prefix` hold keys after the rotary
+embedding.
 """
 
 from typing import Any
