@@ -211,7 +211,8 @@ def tables(plan: compiler.Plan) -> Iterator[Table]:
 
   def floors(program: compiler.ProgramPlan) -> Iterator[list[str]]:
     cost, seconds = program.cost, program.floors(chip)
-    counts = (cost.flops / 1e12, cost.moved / 1e9, sum(cost.sent.values()) / 1e9, sum(cost.crossed.values()) / 1e9)
+    sent, crossed = sum(cost.sent.values()), sum(cost.crossed.values())
+    counts = (cost.flops / 1e12, cost.moved / 1e9, sent / 1e9, crossed / 1e9, cost.kernels, cost.exchanges)
     highest = program.runs * max(seconds.values())
     yield [
       *(f"{count:.3g}" for count in counts),
@@ -220,13 +221,22 @@ def tables(plan: compiler.Plan) -> Iterator[Table]:
       f"{highest:.2f}",
     ]
 
+  def per_token(program: compiler.ProgramPlan) -> Iterator[list[str]]:
+    token = program.token
+    yield [f"{token.moved / 1e9:.2f}", f"{token.kernels:.0f}", f"{token.exchanges:.0f}"]
+
   def collectives(program: compiler.ProgramPlan) -> Iterator[list[str]]:
     for row in compiler.traffic(program.cost, plan.mesh):
       yield [row["kind"], ", ".join(row["over"]) or "slices", *(f"{row[to] / 1e9:.3f}" for to in ("sent", "crossed"))]
 
   yield _table(plan, title, "compile s, arguments, temporaries, results, code, total, % of HBM", sizes)
-  columns = "TFLOP, GB moved, GB sent, between slices, FLOP s, HBM s, ICI s, network s, calls, floor s"
+  columns = (
+    "TFLOP, GB moved, GB sent, between slices, kernels, collectives, FLOP s, HBM s, ICI s, network s, calls, floor s"
+  )
   yield _table(plan, "work and floors of a call, per chip; the highest floor, of all calls", columns, floors)
+  if sampled := [program for program in plan.programs if program.token.kernels]:
+    columns = "GB moved, kernels, collectives"
+    yield _table(plan, "one token of every row", columns, per_token, sampled)
   yield _table(plan, "collectives of a call", "kind, over, GB sent, between slices", collectives)
 
 
@@ -235,12 +245,13 @@ def _table(
   title: str,
   columns: str,
   rows: Callable[[compiler.ProgramPlan], Iterable[list[str]]],
+  programs: Iterable[compiler.ProgramPlan] | None = None,
 ) -> Table:
   made = Table(title=title)
   made.add_column("program", no_wrap=True)
   for column in columns.split(", "):
     made.add_column(column, justify="right")
-  for program in plan.programs:
+  for program in plan.programs if programs is None else programs:
     for row in rows(program):
       made.add_row(f"{program.name} ({program.phase})", *row)
   return made

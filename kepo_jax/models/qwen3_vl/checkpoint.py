@@ -275,7 +275,7 @@ def load_pretrained(
 
 
 def _taken_apart(config: Qwen3VLConfig, params: Any, mesh: Mesh | None, layout: str) -> dict[str, Any]:
-  """`model.unstack_layers` leaf by leaf: the stack of each is given up before the next one is cut."""
+  """`model.unstack_layers` leaf by leaf: frees the stack of each before it splits the next."""
   decoder = params["language_model"]
   stacks, structure = jax.tree.flatten(decoder["layers"])
   axes = jax.tree.leaves(

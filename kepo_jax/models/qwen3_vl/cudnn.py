@@ -18,11 +18,14 @@ _OLDEST = 8.0  # compute capability of Ampere
 
 
 def why_unsupported(dtype: Any, head_dim: int) -> str:
-  """Says why the kernel cannot serve heads of a dtype and a size on the GPUs of this host; "" if it can."""
+  """Says why the kernel cannot serve heads of a dtype and a size on the devices of the current mesh; "" if it can."""
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"cuDNN's attention computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
   if head_dim % 8 or head_dim > _LARGEST_HEAD:
     return f"cuDNN's attention is for heads of a multiple of 8 up to {_LARGEST_HEAD}, these have {head_dim}"
+  planned = jax.sharding.get_abstract_mesh().abstract_device
+  if jax.default_backend() != "gpu" and planned and "NVIDIA" in planned.device_kind:
+    return ""  # a plan for GPUs that are not here, all of them newer than Ampere
   device = jax.local_devices()[0]
   # Other makers' GPUs are of platform "gpu" too.
   if "cuda" not in device.client.platform_version:

@@ -1,7 +1,7 @@
 """Splash attention, the Pallas kernel for TPU that JAX ships, in the three uses of this model.
 
-The kernel wants lengths that are multiples of its 128 lanes: sequences are padded here and cut again. It never holds
-a score outside a block of keys, and skips the blocks that a mask hides from all queries. Queries come scaled.
+The kernel wants lengths that are multiples of its 128 lanes: sequences are padded here, and results sliced. It
+holds no score outside a block of keys, and skips blocks that a mask hides from all queries. Queries come scaled.
 """
 
 from collections.abc import Sequence
