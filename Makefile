@@ -11,6 +11,7 @@ RUN := $(VENV)/bin
 AUDIT := $(VENV)-audit
 # libtpu in the environment of everything else would look for a TPU at every start.
 TPU := $(VENV)-tpu
+GPU := $(VENV)-gpu
 SERVICE ?= pypi
 TESTS ?= tests
 KILLS ?= 30
@@ -24,7 +25,7 @@ PYTEST := $(RUN)/python -m pytest -q
 SHARE := -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format parity test-slow test-tpu plan mutants kill-test audit install clean
+.PHONY: help demo test lint format parity test-slow test-tpu test-gpu plan plan-gpu mutants kill-test audit install clean
 
 help: ## this text
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,7 +34,7 @@ demo: $(VENV)/.runtime ## train a tiny Qwen3-VL with KEPO on drawn images, evalu
 	$(RUN)/python -m experiments.kepo_medvqa $(ARGS)
 
 test: $(VENV)/.runtime ## everything but the slow tests and the oracles; 8 virtual devices
-	$(PYTEST) $(SHARE) -m "not slow and not parity and not tpu" $(TESTS)
+	$(PYTEST) $(SHARE) -m "not slow and not parity and not tpu and not gpu" $(TESTS)
 
 lint: $(VENV)/.dev ## formatting, lint, imports and types
 	$(RUN)/ruff format --check .
@@ -56,6 +57,12 @@ test-tpu: $(TPU)/.ready ## compile for TPUs without a TPU (installs libtpu in an
 
 plan: $(TPU)/.ready ## plan a run for TPU slices that are not here: the table of docs/operations.md; ARGS="..." for another
 	$(TPU)/bin/python -m experiments.plan $(or $(ARGS),--table)
+
+plan-gpu: $(GPU)/.ready ## plan a run for GPUs that are not here; ARGS="--topology=H100:8 --config..." for another
+	$(GPU)/bin/python -m experiments.plan $(or $(ARGS),--topology=H200 --config.batch.micro_batches=8)
+
+test-gpu: $(GPU)/.ready ## compile for GPUs without a GPU (installs 3 GB in an environment of its own)
+	$(GPU)/bin/python -m pytest -q -m gpu tests/planning
 
 # On a copy, since a mutation is written into its file.
 mutants: $(VENV)/.dev ## change MUTATE in one place after the other and list what KILLERS do not see: hours for all of it
@@ -95,26 +102,31 @@ $(RUN)/python:
 	  "Ubuntu install its python3-venv package." >&2; exit 1; }
 
 # One stamp per set of packages: a repeated call installs nothing.
-$(VENV)/.runtime: requirements.txt requirements-studies.txt requirements-test.txt setup.cfg pyproject.toml | $(RUN)/python
-	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-studies.txt \
-	  -r requirements-test.txt -e .
+INSTALL := -m pip install -q --disable-pip-version-check
+$(VENV)/.runtime: requirements.txt setup.cfg pyproject.toml | $(RUN)/python
+	$(RUN)/python $(INSTALL) -e ".[studies,test]"
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
-	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.runtime
+	$(RUN)/python $(INSTALL) -e ".[dev]"
 	@touch $@
 
-$(VENV)/.oracle: requirements-oracle.txt $(VENV)/.runtime
-	$(RUN)/python -m pip install -q --disable-pip-version-check -r requirements-oracle.txt
+$(VENV)/.oracle: $(VENV)/.runtime
+	$(RUN)/python $(INSTALL) -e ".[oracle]"
 	@touch $@
 
-$(TPU)/.ready: requirements-tpu.txt requirements.txt requirements-test.txt setup.cfg pyproject.toml | $(RUN)/python
+$(TPU)/.ready: requirements.txt setup.cfg pyproject.toml | $(RUN)/python
 	$(RUN)/python -m venv $(TPU)
-	$(TPU)/bin/python -m pip install -q --disable-pip-version-check -r requirements-tpu.txt -r requirements-test.txt -e .
+	$(TPU)/bin/python $(INSTALL) -e ".[tpu,test]"
+	@touch $@
+
+$(GPU)/.ready: requirements.txt setup.cfg pyproject.toml | $(RUN)/python
+	$(RUN)/python -m venv $(GPU)
+	$(GPU)/bin/python $(INSTALL) -e ".[plan-gpu,test]"
 	@touch $@
 
 # Away from what it audits: its own dependencies are none of ours.
-$(AUDIT)/.ready: requirements-audit.txt | $(RUN)/python
+$(AUDIT)/.ready: | $(RUN)/python
 	$(RUN)/python -m venv $(AUDIT)
-	$(AUDIT)/bin/python -m pip install -q --disable-pip-version-check -r requirements-audit.txt
+	$(AUDIT)/bin/python $(INSTALL) "pip-audit>=2.10,<3"
 	@touch $@

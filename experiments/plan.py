@@ -1,4 +1,4 @@
-"""Plans the memory of a run before its devices are rented: from shapes at once, or compiled for TPU slices.
+"""Plans a run before its devices are rented: memory from shapes at once, or programs compiled for TPUs or GPUs.
 
   python -m experiments.plan --config=experiments/configs/kepo_medvqa.py --config.batch.micro_batches=8 --compare
   python -m experiments.plan --topology=v5e:8x8 --config=experiments/configs/kepo_medvqa.py \
@@ -6,8 +6,9 @@
   python -m experiments.plan --table --output=FOLDER
 
 Without a topology it prints the estimate of `memory.estimate` and, with --compare, a row for each option of
-docs/operations.md. With one, the compiler of the TPU compiles every program of a step on this machine: libtpu
-(requirements-tpu.txt), no TPU, up to 7 GB and about a minute per program. It prints memory per chip, floors, and
+docs/operations.md. With one, a compiler compiles every program of a step on this machine, up to 7 GB and about a minute
+per program: libtpu (the extra `tpu`) for TPU slices, JAX's plugin for CUDA (the extra `plan-gpu`) for H200 or H100:8.
+No TPU or GPU is needed. It prints memory per chip, floors, kernels and collectives, those of one token of a sampler, and
 collectives by kind and axes of the mesh. Where the run does not fit, the exit status is 3, and the smallest change that
 makes it fit is looked for and compiled as well (--nosuggest: not). --table plans the paper's run for the slices of
 docs/operations.md, which takes half an hour to an hour on 2 cores; a plan that --output has is kept unless its config,
@@ -43,7 +44,7 @@ from kepo_jax.reporting import progress
 with environment.flag_errors():
   _CONFIG = config_flags.DEFINE_config_file("config", "experiments/configs/kepo_medvqa.py", "of the run")
 _COMPARE = flags.DEFINE_bool("compare", False, "Add the options that save memory to the estimate.")
-_TOPOLOGY = flags.DEFINE_string("topology", "", "Generation and chips along each axis of a slice, such as v5e:8x8.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "Slice of TPUs, such as v5e:8x8, or GPUs of a host, such as H100:8.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices, joined by the data-centre network.", lower_bound=1)
 _STUDENT = flags.DEFINE_string("student", "", "Sizes of the student; by default those of the config's.")
 _TEACHER = flags.DEFINE_string("teacher", "", "Sizes of the teacher; by default those of the config's.")
@@ -212,7 +213,8 @@ def tables(plan: compiler.Plan) -> Iterator[Table]:
 
   def floors(program: compiler.ProgramPlan) -> Iterator[list[str]]:
     cost, seconds = program.cost, program.floors(chip)
-    counts = (cost.flops / 1e12, cost.moved / 1e9, sum(cost.sent.values()) / 1e9, sum(cost.crossed.values()) / 1e9)
+    sent, crossed = sum(cost.sent.values()), sum(cost.crossed.values())
+    counts = (cost.flops / 1e12, cost.moved / 1e9, sent / 1e9, crossed / 1e9, cost.kernels, cost.exchanges)
     highest = program.runs * max(seconds.values())
     yield [
       *(f"{count:.3g}" for count in counts),
@@ -221,13 +223,22 @@ def tables(plan: compiler.Plan) -> Iterator[Table]:
       f"{highest:.2f}",
     ]
 
+  def per_token(program: compiler.ProgramPlan) -> Iterator[list[str]]:
+    token = program.token
+    yield [f"{token.moved / 1e9:.2f}", f"{token.kernels:.0f}", f"{token.exchanges:.0f}"]
+
   def collectives(program: compiler.ProgramPlan) -> Iterator[list[str]]:
     for row in compiler.traffic(program.cost, plan.mesh):
       yield [row["kind"], ", ".join(row["over"]) or "slices", *(f"{row[to] / 1e9:.3f}" for to in ("sent", "crossed"))]
 
   yield _table(plan, title, "compile s, arguments, temporaries, results, code, total, % of HBM", sizes)
-  columns = "TFLOP, GB moved, GB sent, between slices, FLOP s, HBM s, ICI s, network s, calls, floor s"
+  columns = (
+    "TFLOP, GB moved, GB sent, between slices, kernels, collectives, FLOP s, HBM s, ICI s, network s, calls, floor s"
+  )
   yield _table(plan, "work and floors of a call, per chip; the highest floor, of all calls", columns, floors)
+  if sampled := [program for program in plan.programs if program.token.kernels]:
+    columns = "GB moved, kernels, collectives"
+    yield _table(plan, "one token of every row", columns, per_token, sampled)
   yield _table(plan, "collectives of a call", "kind, over, GB sent, between slices", collectives)
 
 
@@ -236,12 +247,13 @@ def _table(
   title: str,
   columns: str,
   rows: Callable[[compiler.ProgramPlan], Iterable[list[str]]],
+  programs: Iterable[compiler.ProgramPlan] | None = None,
 ) -> Table:
   made = Table(title=title)
   made.add_column("program", no_wrap=True)
   for column in columns.split(", "):
     made.add_column(column, justify="right")
-  for program in plan.programs:
+  for program in plan.programs if programs is None else programs:
     for row in rows(program):
       made.add_row(f"{program.name} ({program.phase})", *row)
   return made

@@ -19,10 +19,10 @@ SEGMENT = 256  # tokens by which the cache grows
 
 @chex.dataclass(frozen=True)
 class _State:
-  """What the loop carries; `step` tokens of every row are chosen."""
+  """What the loop carries; `step` tokens of every row are append_token."""
 
   step: jax.Array  # int32[]
-  token: jax.Array  # int32[P, G], the last one chosen, pad id in rows that have ended
+  token: jax.Array  # int32[P, G], the last one append_token, pad id in rows that have ended
   ended: jax.Array  # bool[P, G]
   rollouts: Rollouts
   cache: model.Cache
@@ -44,15 +44,15 @@ def sample(
   top_k: int = 0,
   stationary: bool = False,
 ) -> Rollouts:
-  """Completions of every prompt; image and prompt are run once per group.
+  """Samples completions of every prompt; image and prompt are run once per group.
 
   Token t of completion g is drawn with fold_in(fold_in(fold_in(key, row of the prompt), g), t): padding, the other
   prompts of the batch and the mesh change nothing. The loop stops when every row has ended.
 
   Args:
     config: of the model.
-    params: its parameters, best in the `decode` layout and with layers `model.separated`: weights that are gathered, or
-      sliced out of a stack, are gathered or sliced for every token. From the `train` layout, see `stationary`.
+    params: its parameters, best in the `decode` layout with `model.unstack_layers`: sharded weights are gathered, and
+      stacked ones sliced, for every token. For the `train` layout, see `stationary`.
     prompts: [P, S], right-padded.
     key: of this call; derive it from step and purpose.
     samples: G, completions per prompt.
@@ -63,8 +63,8 @@ def sample(
     temperature: divides the logits; 0 takes the most likely token.
     top_p: keep the most likely tokens that hold this much probability, after top_k; 1 keeps all.
     top_k: keep this many of the most likely tokens; 0 keeps all. Ties with the last one kept are kept.
-    stationary: tokens come to weights of the `train` layout, which stay as they are cut (`sharding.weights_stay`): for
-      a model too large for a copy in another layout, and rows too few to be worth one.
+    stationary: weight-stationary decoding (`sharding.weight_stationary`) from weights in the `train` layout, for a
+      model too large to copy and rows too few to be worth a copy.
 
   Returns:
     Rollouts [P, G, T]; log-probabilities at the temperature (1 when greedy), before top_k and top_p.
@@ -77,9 +77,9 @@ def sample(
   prefix, head = model.prefill(config, params, prompts), model.head_weight(config, params)
   row_keys = _row_keys(key, prompts.row, samples)
 
-  def chosen(state: _State, hidden: jax.Array, cache: model.Cache) -> _State:
-    """The state with one more token, predicted by hidden float[P, G or 1, D]."""
-    hidden = sharding.beside_weight(hidden, "embed")
+  def append_token(state: _State, hidden: jax.Array, cache: model.Cache) -> _State:
+    """Chooses the next token from hidden float[P, G or 1, D] and writes it to the state."""
+    hidden = sharding.align_with_weight(hidden, "embed")
     logits = jnp.einsum("pgd,vd->pgv", hidden, head, preferred_element_type=jnp.float32)
     logits = sharding.constrain(jnp.broadcast_to(logits, (*rows, logits.shape[-1])), "prompt", "rollout", "vocab")
     keys = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(row, state.step)))(row_keys)
@@ -95,37 +95,37 @@ def sample(
     )
 
   def advance(state: _State) -> _State:
-    return chosen(state, *model.decode_step(config, params, prefix, state.cache, state.token))
+    return append_token(state, *model.decode_step(config, params, prefix, state.cache, state.token))
 
   first, *longer = cache_lengths(max_new_tokens)
   cache = model.empty_cache(prefix, samples, first)
-  with sharding.weights_stay(
+  with sharding.weight_stationary(
     stationary
   ):  # but not for prompts, whose many tokens are worth gathering a layer at a time
     # The prompt itself predicts the first token: a group shares its logits.
-    state: Any = chosen(_before_the_first(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
-    state = _until(first, advance, state)
+    state: Any = append_token(_initial_state(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
+    state = _decode_until(first, advance, state)
     for length in longer:
-      state = _until(length, advance, state.replace(cache=model.lengthened(state.cache, length)))
+      state = _decode_until(length, advance, state.replace(cache=model.grow_cache(state.cache, length)))
   return state.rollouts
 
 
 def cache_lengths(max_new_tokens: int) -> tuple[int, ...]:
-  """Lengths through which the cache of completions grows; the last one is max_new_tokens.
+  """Returns the lengths through which the cache of completions grows; the last one is max_new_tokens.
 
-  A step reads the whole cache, written or not. Growing by SEGMENT keeps what is read in vain below SEGMENT / 2 tokens
-  a row in the mean, where one cache of full length would waste half of it; each length is one more loop to compile.
+  A step reads the whole cache, written or not. Growing by SEGMENT wastes at most SEGMENT / 2 tokens a row in the mean,
+  where one cache of full length would waste half of it. Each length is one more loop to compile.
   """
   return (*range(SEGMENT, max_new_tokens, SEGMENT), max_new_tokens)
 
 
-def _until(length: int, advance: Callable[[_State], _State], state: _State) -> _State:
-  """The state after the steps that a cache of `length` has room for, or when every row has ended."""
+def _decode_until(length: int, advance: Callable[[_State], _State], state: _State) -> _State:
+  """Decodes until a cache of `length` is full or every row has ended."""
   return jax.lax.while_loop(lambda state: (state.step < length) & ~state.ended.all(), advance, state)
 
 
-def _before_the_first(cache: model.Cache, rows: tuple[int, int], length: int, pad_id: int) -> _State:
-  """The state without a token."""
+def _initial_state(cache: model.Cache, rows: tuple[int, int], length: int, pad_id: int) -> _State:
+  """Returns the state without a token."""
 
   def filled(shape, value):
     return sharding.constrain(jnp.full(shape, value), "prompt", "rollout", *(None,) * (len(shape) - 2))
@@ -142,7 +142,7 @@ def _before_the_first(cache: model.Cache, rows: tuple[int, int], length: int, pa
 def choose_tokens(
   logits: jax.Array, keys: jax.Array, allowed: jax.Array, *, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-  """One token per row, and its log-probability before top_k and top_p.
+  """Draws one token per row; returns it with its log-probability before top_k and top_p.
 
   Args:
     logits: float32[P, G, V].
@@ -156,15 +156,15 @@ def choose_tokens(
     (int32[P, G], float32[P, G] nats).
   """
   logps = distributions.masked_log_softmax(logits, allowed, temperature or 1.0)
-  token = _drawn(_kept(logps, top_p, top_k), keys) if temperature else logps.argmax(-1).astype(jnp.int32)
+  token = _draw(_truncate(logps, top_p, top_k), keys) if temperature else logps.argmax(-1).astype(jnp.int32)
   return token, distributions.select_token(logps, token)
 
 
-def _drawn(logps: jax.Array, keys: jax.Array) -> jax.Array:
-  """A token int32[P, G] from log-probabilities float32[P, G, V], which need not be normalised.
+def _draw(logps: jax.Array, keys: jax.Array) -> jax.Array:
+  """Draws tokens int32[P, G] from log-probabilities float32[P, G, V], which need not be normalised.
 
-  Gumbel noise makes a maximum a draw. It is drawn over columns of ids, then over the ids of the chosen column: m + n
-  numbers instead of m n, since random bits for a whole vocabulary cost more than all else here. Exact, because the
+  Gumbel noise turns an argmax into a draw: first of a column of ids, then of an id in that column. This needs m + n
+  numbers instead of m n; random bits for a whole vocabulary would cost more than all else here. Exact, because the
   probability of an id is that of its column times its share.
   """
   size = logps.shape[-1]
@@ -177,8 +177,8 @@ def _drawn(logps: jax.Array, keys: jax.Array) -> jax.Array:
   return (row * (size // rows) + column).astype(jnp.int32)
 
 
-def _kept(logps: jax.Array, top_p: float, top_k: int) -> jax.Array:
-  """Log-probabilities with what top_k, and then top_p, removes at -inf."""
+def _truncate(logps: jax.Array, top_p: float, top_k: int) -> jax.Array:
+  """Applies top_k and then top_p: what they remove becomes -inf."""
   if top_k:
     logps = jnp.where(~distributions.top_ids(logps, top_k), -jnp.inf, logps)
   if top_p < 1:
@@ -188,7 +188,7 @@ def _kept(logps: jax.Array, top_p: float, top_k: int) -> jax.Array:
 
 
 def _row_keys(key: jax.Array, row: jax.Array, samples: int) -> jax.Array:
-  """Keys [P, G], one per completion, from the identity of its prompt uint32[P]."""
+  """Derives keys [P, G], one per completion, from the identity of its prompt uint32[P]."""
 
   def group(row):
     return jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, row), g))(jnp.arange(samples))
@@ -197,7 +197,7 @@ def _row_keys(key: jax.Array, row: jax.Array, samples: int) -> jax.Array:
 
 
 def _put(values: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
-  """values [P, G, T] with new [P, G] at `step`, in place inside the loop."""
+  """Writes new [P, G] into values [P, G, T] at `step`, in place inside the loop."""
   return jax.lax.dynamic_update_slice_in_dim(values, new[..., None], step, axis=2)
 
 

@@ -3,7 +3,7 @@
 Arrays name logical axes ("prompt", "embed", ...); only this module knows the mesh. Two layouts exist per
 model: `train` shards weights over fsdp and tensor; `decode` keeps them whole over data and fsdp so that the
 token loop gathers nothing. A token loop that runs from the train layout gathers nothing either where its weights stay:
-see `weights_stay`. An axis that does not divide over its mesh axes is replicated.
+see `weight_stationary`. An axis that does not divide over its mesh axes is replicated.
 """
 
 import math
@@ -38,9 +38,9 @@ WEIGHT_RULES = {
 ACTIVATION_RULES = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 # But where weights stay, activations that go into a product with one, or come out of it, lie as the weight does: fsdp
 # carries their width, and data alone their rows.
-STAYING_RULES = WEIGHT_RULES["train"] | {"prompt": "data"}
+STATIONARY_RULES = WEIGHT_RULES["train"] | {"prompt": "data"}
 # A context of JAX's own is part of the keys of its caches: what is traced under one value never serves the other.
-_STAY = jax.make_user_context(False)
+_STATIONARY = jax.make_user_context(False)
 
 LogicalAxes = tuple[str | None, ...]
 AnyMesh = Mesh | AbstractMesh  # an abstract mesh places shapes without devices, for planning
@@ -124,72 +124,71 @@ def _spec(shape: Sequence[int], axes: LogicalAxes, rules: dict[str, Any], sizes:
 
 
 def weight_sharding(mesh: AnyMesh, shape: Sequence[int], axes: LogicalAxes, layout: str = "train") -> NamedSharding:
-  """Sharding of one weight of `shape` with logical `axes` in a layout, "train" or "decode"."""
+  """Returns the sharding of one weight of `shape` with logical `axes` in a layout, "train" or "decode"."""
   return NamedSharding(mesh, _spec(shape, axes, WEIGHT_RULES[layout], dict(mesh.shape)))
 
 
 def weight_shardings(mesh: AnyMesh, shapes: Any, axes: Any, layout: str = "train") -> Any:
-  """`weight_sharding` of a tree; `axes` has the structure of `shapes` with a tuple of names at each leaf."""
+  """Maps `weight_sharding` over a tree; `axes` has the structure of `shapes` with a tuple of names at each leaf."""
   return jax.tree.map(lambda leaf, names: weight_sharding(mesh, leaf.shape, names, layout), shapes, axes)
 
 
-def weights_stay(stay: bool) -> AbstractContextManager[None]:
-  """What is traced inside leaves weights of the train layout cut over fsdp, and sums parts of products instead.
+def weight_stationary(enabled: bool) -> AbstractContextManager[None]:
+  """Traces the block for weight-stationary decoding: weights stay sharded over fsdp, and partial products are summed.
 
-  A product with a weight that is cut over fsdp gathers the weight, unless its other operand is cut along the same axis:
-  then every device multiplies what it has, and the results are added up over fsdp. What is sent is as large as the
-  weight in one case and as the result in the other, which for the few rows of a token is a thousandth of it. So that
-  the compiler takes this way, `constrain` lays the operands and results of products, which it knows by their last axis,
-  as the weights lie, each row on all devices of fsdp; between products, attention and its caches have their rows over
-  data and fsdp as ever.
+  A product with a weight sharded over fsdp gathers the weight, unless its other operand is sharded along the same axis:
+  then every device multiplies what it has, and the results are summed over fsdp. The first way sends the weight, the
+  second the result, which for the few rows of a token is a thousandth of it. To make the compiler take the second,
+  `constrain` shards operands and results of products, known by their last axis, like the weights, with each row on all
+  devices of fsdp. Between products, attention and its caches keep their rows over data and fsdp.
 
   Args:
-    stay: or not, which changes nothing.
+    enabled: False changes nothing.
   """
-  return _STAY(stay)
+  return _STATIONARY(enabled)
 
 
-def _staying(sizes: dict[str, int]) -> bool:
-  return _STAY.value and sizes["fsdp"] > 1
+def _is_stationary(sizes: dict[str, int]) -> bool:
+  return _STATIONARY.value and sizes["fsdp"] > 1
 
 
 def _activation_spec(shape: Sequence[int], axes: LogicalAxes, sizes: dict[str, int]) -> PartitionSpec:
-  if _staying(sizes) and axes[-1] in STAYING_RULES:
-    return _spec(shape, axes, STAYING_RULES, sizes)
+  if _is_stationary(sizes) and axes[-1] in STATIONARY_RULES:
+    return _spec(shape, axes, STATIONARY_RULES, sizes)
   return _spec(shape, axes, ACTIVATION_RULES | _row_axes(shape, axes, sizes), sizes)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Pins an activation to the mesh in force (`jax.set_mesh`); without one, the identity."""
+  """Constrains the sharding of an activation on the current mesh (`jax.set_mesh`); without one, the identity."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
   return jax.lax.with_sharding_constraint(x, _activation_spec(x.shape, axes, dict(mesh.shape)))
 
 
-def beside_weight(x: jax.Array, axis: str | None) -> jax.Array:
-  """Pins [P, ..., W], which meets the axis `axis` of a weight, as that lies; the identity unless `weights_stay`.
+def align_with_weight(x: jax.Array, axis: str | None) -> jax.Array:
+  """Shards [P, ..., W] like the axis `axis` of the weight it meets; the identity unless `weight_stationary`.
 
   Args:
-    x: operand or result of a product; or the rows of a table that are wanted, with None for an axis.
+    x: operand or result of a product; or indices into a table, with None for an axis.
     axis: logical axis of W.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not _staying(dict(mesh.shape)):
+  if mesh.empty or not _is_stationary(dict(mesh.shape)):
     return x
-  spec = _spec(x.shape, ("prompt", *(None,) * (x.ndim - 2), axis), STAYING_RULES, dict(mesh.shape))
+  spec = _spec(x.shape, ("prompt", *(None,) * (x.ndim - 2), axis), STATIONARY_RULES, dict(mesh.shape))
   return jax.lax.with_sharding_constraint(x, spec)
 
 
 def per_device(function: Callable[..., jax.Array], *axes: LogicalAxes) -> Callable[..., jax.Array]:
-  """`function` of each device's own part of its arguments, for kernels that the compiler cannot split.
+  """Runs `function` on each device's own shard of its arguments, for kernels that the compiler cannot partition.
 
   Args:
     function: of arrays; its result has the shape and the axes of the first one.
     *axes: logical axes of each argument, placed as `constrain` places them.
 
   Returns:
-    A function of the global arrays; without a mesh in force (`jax.set_mesh`), `function` itself.
+    A function of the global arrays; without a current mesh (`jax.set_mesh`), `function` itself.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -205,13 +204,13 @@ def per_device(function: Callable[..., jax.Array], *axes: LogicalAxes) -> Callab
 
 
 def platform() -> str:
-  """Platform of the mesh in force, such as "cpu", "gpu" or "tpu"; without one, that of JAX's default devices."""
+  """Returns the platform of the current mesh, such as "cpu", "gpu" or "tpu"; without one, JAX's default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 
 
 def row_shards(prompts: int, rollouts: int) -> tuple[int, int]:
-  """Devices over which `constrain` splits prompts and rollouts of an activation; (1, 1) without a mesh."""
+  """Counts the devices over which `constrain` splits prompts and rollouts of an activation; (1, 1) without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return 1, 1
@@ -223,30 +222,30 @@ def row_shards(prompts: int, rollouts: int) -> tuple[int, int]:
 
 
 def batch_sharding(mesh: Mesh, shape: Sequence[int], axes: LogicalAxes = ("prompt",)) -> NamedSharding:
-  """Sharding of a batch array whose leading axes are `axes`, the rest whole."""
+  """Returns the sharding of a batch array whose leading axes are `axes`, the rest replicated."""
   axes = tuple(axes) + (None,) * (len(shape) - len(axes))
   sizes = dict(mesh.shape)
   return NamedSharding(mesh, _spec(shape, axes, _row_axes(shape, axes, sizes), sizes))
 
 
 def held_rows(mesh: Mesh, prompts: int) -> frozenset[int]:
-  """Prompts of a batch of so many that the devices of this process hold: all of them in a single process.
+  """Lists the prompts of a batch that the devices of this process hold: all of them in a single process.
 
-  What `place` never reads of the other rows need not be made: each host decodes its own images.
+  `place` never reads the other rows, so each host decodes its own images alone.
   """
   indices = batch_sharding(mesh, (prompts,)).addressable_devices_indices_map((prompts,))
   return frozenset(row for index in indices.values() if index for row in range(*index[0].indices(prompts)))
 
 
 def row_holders(prompts: int, rollouts: int) -> np.ndarray:
-  """The process that answers for each rollout of a batch: the lowest of those whose devices hold it.
+  """Returns the process that owns each rollout of a batch: the lowest of those whose devices hold it.
 
   Args:
     prompts: P.
     rollouts: G.
 
   Returns:
-    int[P, G], of the mesh in force (`jax.set_mesh`), the same on every process; 0 without a mesh.
+    int[P, G], for the current mesh (`jax.set_mesh`), the same on every process; 0 without a mesh.
   """
   mesh, shape = jax.sharding.get_mesh(), (prompts, rollouts)
   if mesh.empty or jax.process_count() == 1:
@@ -260,9 +259,9 @@ def row_holders(prompts: int, rollouts: int) -> np.ndarray:
 
 
 def place(mesh: Mesh, batch: Any, axes: LogicalAxes = ("prompt",)) -> Any:
-  """Host arrays of the global batch on the mesh, leading axes `axes`; every host passes the same arrays.
+  """Places host arrays of the global batch on the mesh, leading axes `axes`; every host passes the same arrays.
 
-  Arrays that are on the mesh already stay as they are.
+  Arrays on the mesh stay as they are.
   """
 
   def put(array):
@@ -276,7 +275,7 @@ def place(mesh: Mesh, batch: Any, axes: LogicalAxes = ("prompt",)) -> Any:
 
 
 def placed_shapes(mesh: Mesh, shapes: Any, axes: LogicalAxes = ("prompt",)) -> Any:
-  """Shape, dtype and sharding of what `place` makes of arrays of these shapes."""
+  """Returns the shapes, dtypes and shardings that `place` would give."""
 
   def placed(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, x.shape, axes[: len(x.shape)]))
@@ -285,12 +284,12 @@ def placed_shapes(mesh: Mesh, shapes: Any, axes: LogicalAxes = ("prompt",)) -> A
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-  """Sharding of a value that every device holds whole."""
+  """Returns the sharding of a value that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-  """The global array on this host; with several hosts every one receives the whole."""
+  """Fetches the global array; with several hosts, every host receives all of it."""
   if isinstance(array, np.ndarray):
     return array
   if array.is_fully_addressable:

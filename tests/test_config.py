@@ -28,7 +28,7 @@ def test_legal_values_are_those_that_the_library_has():
   for field, values in {
     "model.teacher_memory": programs.PLACES,
     "model.remat": layers.REMAT,
-    "model.attention": attention.FORMS,
+    "model.attention": attention.IMPLEMENTATIONS,
     "data.resize": images.RESIZES,
     "data.templates": prompts.TEMPLATES,
     "reward.convention": rewards.CONVENTIONS,

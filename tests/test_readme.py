@@ -1,4 +1,4 @@
-"""The example of the README is a program: it runs as printed, on drawn images, for fewer steps, off the network."""
+"""The examples of README and notebook are programs: they run as printed, for fewer steps, off the network."""
 
 import json
 import os
@@ -75,3 +75,17 @@ def test_the_example_trains_on_other_data_with_another_reward_and_reaches_for_no
   assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]["overall"]["count"] == 64
   for folder in ("run/model", "run-export"):
     assert (tmp_path / folder / "model.safetensors").exists() and (tmp_path / folder / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+  cells = json.loads((ROOT / "docs" / "demo.ipynb").read_text())["cells"]
+  program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+  config = "settings.typed(kepo.get_config())"
+  assert config in program
+  program = program.replace(config, f'{config}.replace({{"train.steps": 5, "data.test_items": 4}})')
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  command = [sys.executable, "-c", program]
+  done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert "seven others" in done.stdout and "after the hint: " in done.stdout

@@ -1,5 +1,6 @@
 """Documents and requirements agree with what is in the repository."""
 
+import configparser
 import pathlib
 import re
 
@@ -24,10 +25,10 @@ def test_documents_name_no_path_of_a_machine():
   assert {name: found for name, text in texts.items() if (found := path_of_a_machine.findall(text))} == {}
 
 
-def test_requirements_of_all_accelerators_pin_the_same_jax():
-  pins = {}
-  for name in ("requirements.txt", "requirements-tpu.txt", "requirements-gpu.txt"):
-    lines = (ROOT / name).read_text().splitlines()
-    pins[name] = [re.sub(r"\[\w+\]", "", line) for line in lines if re.match(r"jax[\[=>]", line)]
-  assert len(pins["requirements.txt"]) == 2
-  assert pins["requirements-tpu.txt"] == pins["requirements-gpu.txt"] == pins["requirements.txt"]
+def test_every_accelerator_pins_the_same_jax():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  extras = setup["options.extras_require"]
+  lists = ((ROOT / "requirements.txt").read_text(), extras["gpu"], extras["tpu"])
+  cpu, gpu, tpu = (re.findall(r"^jax(?:\[\w+\])?([=>].*)", text, re.M) for text in lists)
+  assert len(cpu) == 2 and cpu == gpu == tpu

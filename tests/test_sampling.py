@@ -190,7 +190,7 @@ def test_draws_follow_the_distribution(size, rng):
   shares, draws = rng.dirichlet(np.full(size, 0.5)), 40_000
   keys = jax.random.split(jax.random.key(1), (draws, 1))
   logps = jnp.broadcast_to(jnp.log(jnp.array(shares, jnp.float32)), (draws, 1, size))
-  counts = np.bincount(np.array(jax.jit(sampling._drawn)(logps, keys)).ravel(), minlength=size)
+  counts = np.bincount(np.array(jax.jit(sampling._draw)(logps, keys)).ravel(), minlength=size)
   often = shares * draws > 5
   statistic = ((counts - shares * draws) ** 2 / (shares * draws))[often].sum()
   freedom = often.sum() - 1
@@ -201,7 +201,7 @@ def test_what_is_kept_equals_sorting(rng):
   logps = np.float32(np.log(rng.dirichlet(np.full(60, 0.3), size=8)))
   logps[:, 10:20] = -np.inf
   settings = [(0.9, 0), (0.3, 0), (1e-6, 0), (1.0, 1), (1.0, 17), (1.0, 500), (0.8, 9)]
-  kept = jax.jit(lambda logps: [sampling._kept(logps, top_p, top_k) for top_p, top_k in settings])(logps)
+  kept = jax.jit(lambda logps: [sampling._truncate(logps, top_p, top_k) for top_p, top_k in settings])(logps)
   for (top_p, top_k), actual in zip(settings, np.isfinite(kept), strict=True):
     for row, keep in zip(logps.astype(np.float64), actual, strict=True):
       order = np.argsort(-row)

@@ -102,9 +102,9 @@ def test_where_activations_lie_beside_weights_that_stay(mesh_of, shape, axes, us
   pinned = jax.jit(lambda x: sharding.constrain(x, *axes))
   with jax.set_mesh(mesh):
     found = [pinned(jnp.zeros(shape)).sharding]
-    with sharding.weights_stay(True):
+    with sharding.weight_stationary(True):
       found.append(pinned(jnp.zeros(shape)).sharding)
-      with sharding.weights_stay(False):
+      with sharding.weight_stationary(False):
         found.append(pinned(jnp.zeros(shape)).sharding)
     found.append(pinned(jnp.zeros(shape)).sharding)
   for place, expected in zip(found, (usual, beside, usual, usual), strict=True):

@@ -98,9 +98,7 @@ def _rival(ours: step.Benchmark) -> Any:
   try:
     from experiments.benchmark import torch  # is no dependency
   except ImportError as error:
-    raise ValueError(
-      f"--against={_AGAINST.value} needs torch: pip install -r requirements-oracle.txt ({error})"
-    ) from None
+    raise ValueError(f'--against={_AGAINST.value} needs torch: pip install -e ".[oracle]" ({error})') from None
   return torch.Rival(ours, trl=_AGAINST.value == "trl")
 
 

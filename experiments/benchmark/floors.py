@@ -69,7 +69,7 @@ def sampling(
     devices: of it.
   """
   # Side by side, as a token finds them: it then sees its own key in the cache, and no slot that is not written.
-  params = jax.eval_shape(model.separated, model.abstract_params(config, dtype))
+  params = jax.eval_shape(model.unstack_layers, model.abstract_params(config, dtype))
   prefix = jax.eval_shape(functools.partial(model.prefill, config), params, prompts)
   rows = prompts.tokens.shape[0] * samples
   cache = jax.eval_shape(lambda prefix: model.empty_cache(prefix, samples, new_tokens), prefix)

@@ -25,7 +25,7 @@ class TokenInputs:
   reference_weight: jax.Array  # float32[P, G, T], weight of the KL to the reference
   distill_weight: jax.Array  # float32[P, G, T], weight of the divergence; 0 where the gate is closed
   supervised_weight: jax.Array  # float32[P, G, T], weight of the likelihood of supervised rows
-  old_logps: jax.Array | None = None  # float32[P, G, T], log pi_old; None: the policy's own, cut
+  old_logps: jax.Array | None = None  # float32[P, G, T], log pi_old; None: the policy's own, with stop_gradient
   sampler_logps: jax.Array | None = None  # float32[P, G, T], the sampler's, for the truncated importance weight
   shaping_logps: jax.Array | None = None  # float32[P, G, T], log (gamma mu): injected tokens get a shaped ratio
   sequence_log_ratio: jax.Array | None = None  # float32[P, G, T], that of the row (GSPO), repeated
@@ -55,7 +55,7 @@ def token_inputs(
   normaliser: str = "gated_tokens",
   max_tokens: int | None = None,
 ) -> TokenInputs:
-  """Inputs of the loss for the global batch; cut micro-batches from the result, not from the arguments.
+  """Inputs of the loss for the global batch; split the result into micro-batches, not from the arguments.
 
   Args:
     tokens: int32[P, G, T].
@@ -163,13 +163,13 @@ class KepoTokenLoss:
   def _policy_term(self, logps: jax.Array, inputs: TokenInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted policy term, and what it is made of."""
     mask, clips = inputs.mask, {"clip_low": self.clip_low, "clip_high": self.clip_high}
-    cut = jax.lax.stop_gradient(logps)
-    old_logps = cut if inputs.old_logps is None else jnp.where(mask, inputs.old_logps, 0.0)
+    detached = jax.lax.stop_gradient(logps)
+    old_logps = detached if inputs.old_logps is None else jnp.where(mask, inputs.old_logps, 0.0)
     log_ratio = logps - old_logps
     if inputs.sequence_log_ratio is not None:
       # The value of the sequence's ratio, the gradient of the token's: GSPO-token (arXiv:2507.18071, section 4.3). Its
       # gradient is that of GSPO, and it needs nothing from the other chunks of the sequence.
-      log_ratio = logps - cut + inputs.sequence_log_ratio
+      log_ratio = logps - detached + inputs.sequence_log_ratio
     surrogate = ratios.clipped_surrogate(log_ratio, inputs.advantages, **clips)
     clipped = mask & ratios.clip_active(log_ratio, inputs.advantages, **clips)
     if self.importance_cap:

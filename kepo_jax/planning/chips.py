@@ -14,7 +14,7 @@ class Chip:
   bandwidth: float  # bytes/s of its memory
   memory: float  # bytes; 0: unknown
   measured: bool = False  # on the device at hand; else from the data sheet
-  ici: float = 0.0  # bytes/s that it sends over all its links of a TPU slice together; 0: unknown
+  ici: float = 0.0  # bytes/s that it sends over all its links of a TPU slice, or NVLink, together; 0: unknown
   network: float = 0.0  # bytes/s of its share of the network between slices; 0: unknown
 
 
@@ -27,10 +27,10 @@ CHIPS = {
   "B200": Chip("NVIDIA B200", 2250e12, 8000e9, 180e9),
   "GH200 480GB": Chip("NVIDIA GH200 96 GB", 989e12, 4000e9, 96e9),
   "H200 NVL": Chip("NVIDIA H200 NVL", 835e12, 4800e9, 141e9),
-  "H200": Chip("NVIDIA H200", 989e12, 4800e9, 141e9),
+  "H200": Chip("NVIDIA H200", 989e12, 4800e9, 141e9, ici=450e9),
   "H100 PCIe": Chip("NVIDIA H100 PCIe", 756e12, 2000e9, 80e9),
   "H100 NVL": Chip("NVIDIA H100 NVL", 835e12, 3900e9, 94e9),
-  "H100": Chip("NVIDIA H100 SXM", 989e12, 3350e9, 80e9),
+  "H100": Chip("NVIDIA H100 SXM", 989e12, 3350e9, 80e9, ici=450e9),
   "A100-SXM4-40GB": Chip("NVIDIA A100 40 GB", 312e12, 1555e9, 40e9),
   "A100-PCIE-40GB": Chip("NVIDIA A100 40 GB", 312e12, 1555e9, 40e9),
   "A100": Chip("NVIDIA A100 80 GB", 312e12, 2039e9, 80e9),

@@ -1,7 +1,7 @@
-"""Compiles a training step for TPU slices that are not here, and collects what the compiler says of each program.
+"""Compiles a training step for TPU slices or GPUs that are not here, and collects what the compiler says.
 
 The programs are those of training, made from shapes: `assembly.build_programs` builds them, and the compiler that runs
-on a TPU host compiles them on this one.
+on a TPU or GPU host compiles them on this one.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ NOT_COMPILED = (
   "the evaluation",
 )
 # As the compiler calls them; other shapes of these generations work as well.
+GPUS = ("H200", "H100")  # in one host, such as H200 or H100:8
 EXAMPLES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v6e:4x4", "v5p:4x4x4", "v4:4x4x4", "tpu7x:4x4x4")
 # libtpu else asks a server that only TPU hosts have, and complains about what it does not find.
 _NO_HOST = {
@@ -48,7 +49,7 @@ _GRADIENTS, _OPTIMIZER, _COMPARISON = "the gradients", "the optimizer", "the com
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """One or more slices of TPU chips."""
+  """One or more slices of TPU chips, or the GPUs of one host."""
 
   name: str  # of one slice
   slices: int
@@ -76,7 +77,9 @@ class Topology:
 
 
 def topology(name: str, slices: int = 1) -> Topology:
-  """Describes the slices of a name such as v5e:8x8 or "2 x v5e:16x16"; needs libtpu, and no TPU.
+  """Describes the slices of a name such as v5e:8x8 or "2 x v5e:16x16", or GPUs such as H100:8.
+
+  It needs the compiler, libtpu or JAX's plugin for CUDA, and no TPU or GPU.
 
   Args:
     name: generation, and chips along each axis.
@@ -90,6 +93,8 @@ def topology(name: str, slices: int = 1) -> Topology:
     if slices not in (1, int(several.group(1))):
       raise ValueError(f"--topology={name!r} and --slices={slices} contradict each other; leave one of them out.")
     slices, name = int(several.group(1)), several.group(2)
+  if gpus := re.fullmatch(r"(H100|H200)(?::(\d+))?", name, re.IGNORECASE):
+    return gpu_topology(gpus.group(1).upper(), slices * int(gpus.group(2) or 1))
   if not re.fullmatch(r"\w+:\d+(x\d+)+", name):
     raise ValueError(f"--topology={name!r} is not of the form v5e:8x8; for example {', '.join(EXAMPLES)}.")
   for variable, value in _NO_HOST.items():
@@ -99,7 +104,7 @@ def topology(name: str, slices: int = 1) -> Topology:
     from jax.experimental import topologies  # noqa: PLC0415
   except ImportError:
     raise ValueError(
-      "planning for a TPU needs its compiler: pip install -r requirements-tpu.txt, or `make plan`, which does it."
+      "planning for a TPU needs its compiler: pip install jax[tpu], or `make plan`, which does it."
     ) from None
   settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
   if name.startswith("v4:"):  # JAX shows the two cores of this chip as one device
@@ -111,6 +116,49 @@ def topology(name: str, slices: int = 1) -> Topology:
     raise ValueError(f"--topology={name}: {reason} Known are, for example, {', '.join(EXAMPLES)}.") from error
   chips_in_all = slices * math.prod(int(length) for length in name.partition(":")[2].split("x"))
   return Topology(name, slices, devices, device_peaks(devices[0], cores=len(devices) // chips_in_all))
+
+
+# What XLA wants to know of a GPU (GpuTargetConfigProto); Hopper's sizes, from CUDA's device query.
+_HOPPER = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f} device_memory_size: {memory:.0f} cuda_compute_capability {{ major: 9 }}
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
+device_description_str: "NVIDIA {name}"
+"""
+# Autotuning needs the device; without it Triton refuses some products of the vision tower.
+_GPU_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
+
+
+def gpu_topology(name: str, count: int) -> Topology:
+  """Describes GPUs of one host, joined by NVLink; needs JAX's plugin for CUDA, and no GPU.
+
+  The compiler chooses its kernels for products without measuring them. Structure, buffers, copies and numbers of
+  kernels are real, the choice among a library's kernels is not.
+
+  Args:
+    name: of `GPUS`.
+    count: how many.
+
+  Raises:
+    ValueError: the plugin is not installed.
+  """
+  os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_GPU_FLAGS)).strip()
+  from jax.experimental import topologies  # noqa: PLC0415
+
+  chip = chips.CHIPS[name]
+  target = _HOPPER.format(name=name, bandwidth=chip.bandwidth, memory=chip.memory)
+  try:
+    described = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
+  except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
+    raise ValueError(
+      f'planning for a GPU needs its compiler ({str(error).splitlines()[0]}): pip install -e ".[plan-gpu]", or '
+      "`make plan-gpu`, which does it."
+    ) from error
+  return Topology(name if count == 1 else f"{name}:{count}", 1, tuple(described.devices), chip)
 
 
 def device_peaks(device: Any, cores: int) -> chips.Chip:
@@ -143,6 +191,7 @@ class ProgramPlan:
   resident: float  # bytes of everything that is there while it runs, its arguments included
   code: float  # bytes of its instructions, which stay in a chip's memory between its runs
   cost: hlo.Cost  # of one call
+  token: hlo.Cost  # of a sampler, one token of every row
 
   @property
   def total(self) -> float:
@@ -151,11 +200,12 @@ class ProgramPlan:
 
   def floors(self, chip: chips.Chip) -> dict[str, float]:
     """Seconds that one call takes at least for its arithmetic, HBM, links of the slice and network between slices."""
+    sent, crossed = sum(self.cost.sent.values()), sum(self.cost.crossed.values())
     return {
       "flops": self.cost.flops / chip.flops,
       "hbm": self.cost.moved / chip.bandwidth,
-      "ici": sum(self.cost.sent.values()) / chip.ici,
-      "network": sum(self.cost.crossed.values()) / chip.network,
+      "ici": sent / chip.ici if sent else 0.0,
+      "network": crossed / chip.network if crossed else 0.0,
     }
 
 
@@ -368,7 +418,9 @@ class AbstractRun:
     turns = token_turns(tokens) if program.name.endswith("sampler") else ()
     per_slice = len(topology.devices) // topology.slices
     try:
-      cost = hlo.cost(program.executable.as_text(), turns=turns, slices=topology.slices, slice_devices=per_slice)
+      cost, token = hlo.costs(
+        program.executable.as_text(), turns=turns, slices=topology.slices, slice_devices=per_slice
+      )
     except ValueError as error:
       raise ValueError(f"cannot parse the compiled HLO of {program.name} ({phase}): {error}") from error
     used = program.executable.memory_analysis()
@@ -383,6 +435,7 @@ class AbstractRun:
       resident=self.resident(phase, program.name),
       code=float(used.generated_code_size_in_bytes),
       cost=cost,
+      token=token,
     )
 
   def _runs(self, name: str) -> float:
@@ -455,9 +508,11 @@ def record(config: Config, plan: Plan) -> dict[str, Any]:
   chip = plan.topology.chip
 
   def of_program(program: ProgramPlan) -> dict[str, Any]:
-    fields = {name: value for name, value in vars(program).items() if name != "cost"}
+    fields = {name: value for name, value in vars(program).items() if name not in ("cost", "token")}
     cost = program.cost
     counts = {"flops": cost.flops, "moved": cost.moved, "sent": cost.sent, "crossed": cost.crossed}
+    counts |= {"kernels": cost.kernels, "exchanges": cost.exchanges}
+    counts |= {f"token_{name}": getattr(program.token, name) for name in ("moved", "kernels", "exchanges")}
     more = {"traffic": traffic(cost, plan.mesh), "floors": program.floors(chip)}
     return {**fields, "total": program.total, **counts, **more}
 

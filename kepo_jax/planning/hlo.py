@@ -44,6 +44,7 @@ _STARTING = 'custom_call_target="AsyncCollectiveStart"'
 _SCATTERING = "all-reduce-scatter"
 # What a product that a GPU's library computes has among its settings.
 _LIBRARY_PRODUCT = '"gemm_backend_config"'
+_LIBRARY = 'custom_call_target="__cu'  # cuBLAS or cuDNN
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 Groups = tuple[tuple[int, ...], ...]
@@ -133,14 +134,18 @@ class Cost:
   flops: float = 0.0  # products; what a kernel of its own does inside is not seen
   moved: float = 0.0  # bytes from and to HBM, what is fused counted once
   collectives: tuple[Collective, ...] = ()
+  kernels: float = 0.0  # instructions that run by themselves, collectives apart
+  exchanges: float = 0.0  # collectives, each as often as it runs
 
   def __add__(self, other: "Cost") -> "Cost":
-    return Cost(self.flops + other.flops, self.moved + other.moved, self.collectives + other.collectives)
+    pairs = zip(dataclasses.astuple(self)[3:], dataclasses.astuple(other)[3:], strict=True)
+    collectives = self.collectives + other.collectives
+    return Cost(self.flops + other.flops, self.moved + other.moved, collectives, *map(sum, pairs))
 
   def times(self, count: float) -> "Cost":
     """Multiplies by a number of runs."""
     collectives = tuple(dataclasses.replace(part, size=count * part.size) for part in self.collectives)
-    return Cost(count * self.flops, count * self.moved, collectives)
+    return Cost(count * self.flops, count * self.moved, collectives, count * self.kernels, count * self.exchanges)
 
   @property
   def sent(self) -> dict[str, float]:
@@ -161,7 +166,12 @@ class Cost:
 
 
 def cost(text: str, *, turns: Sequence[int] = (), slices: int = 1, slice_devices: int = 0) -> Cost:
-  """Counts what one run of a compiled program costs on each device.
+  """Counts what one run of a compiled program costs on each device; arguments as for `costs`."""
+  return costs(text, turns=turns, slices=slices, slice_devices=slice_devices)[0]
+
+
+def costs(text: str, *, turns: Sequence[int] = (), slices: int = 1, slice_devices: int = 0) -> tuple[Cost, Cost]:
+  """Counts what one run of a compiled program costs on each device, and one turn of its last open loop.
 
   Args:
     text: `compiled.as_text()`, after partitioning and fusion.
@@ -178,7 +188,7 @@ def cost(text: str, *, turns: Sequence[int] = (), slices: int = 1, slice_devices
     raise ValueError(
       f"{len(program.open_loops)} loops turn as often as their data say, and `turns` has {len(turns)} numbers."
     )
-  return total
+  return total, program.turn_cost()
 
 
 class Program:
@@ -193,6 +203,7 @@ class Program:
     self._slices, self._slice = slices, slice_devices if slices > 1 else 0
     self._turns = tuple(turns)
     self.open_loops: list[str] = []  # those that turn as often as their data say
+    self._bodies: dict[str, str] = {}  # of open loops
     self._computations: dict[str, dict[str, Instruction]] = {}
     lines: dict[str, Instruction] = {}
     for line in text.splitlines():
@@ -226,6 +237,10 @@ class Program:
         total += self._communicated(collective, around)
     return total
 
+  def turn_cost(self) -> Cost:
+    """Counts one turn of the last loop that turns as often as its data say: of a sampler, one token of every row."""
+    return self.cost(self._bodies[self.open_loops[-1]]) if self.open_loops else Cost()
+
   def _instruction(self, line: Instruction, around: Computation) -> Cost:
     opcode = line.opcode
     if opcode == "while":
@@ -238,7 +253,8 @@ class Program:
       )
     if opcode in ("call", "async-start"):
       return self.cost(line.called("to_apply" if opcode == "call" else "calls"))
-    return Cost(self._fused_flops(line, around), self._moved(line, around))
+    runs = line.opcode not in _FREE and not _communicates(line)
+    return Cost(self._fused_flops(line, around), self._moved(line, around), kernels=float(runs))
 
   def _fused_flops(self, line: Instruction, around: Computation) -> float:
     if line.opcode != "fusion":
@@ -253,6 +269,7 @@ class Program:
       return turns
     if loop.name not in self.open_loops:
       self.open_loops.append(loop.name)
+      self._bodies[loop.name] = loop.called("body")
     index = self.open_loops.index(loop.name)
     return self._turns[index] if index < len(self._turns) else 0
 
@@ -289,7 +306,7 @@ class Program:
       sent = line.arrays[0]
       size = sent.size * (self._slices if kind == "all-gather" else 1)
       moved = 2 * sent.size if sent.in_hbm else 0.0  # as much comes as goes
-      return Cost(moved=moved, collectives=(Collective(kind, size, self._slices, self._slices),))
+      return Cost(moved=moved, collectives=(Collective(kind, size, self._slices, self._slices),), exchanges=1.0)
     kind, groups, several = line.kind, _groups(line.attributes, self._devices), len(line.operands)
     # Several arrays may go at once. A start returns its operands before its results, but for that of an all-reduce.
     ahead = line.opcode.endswith("-start") and kind != "all-reduce"
@@ -302,7 +319,7 @@ class Program:
     slices = max(len({device // self._slice for device in group}) for group in groups) if self._slice else 1
     read = sum(around[name].hbm_bytes for name in line.operands if name in around)
     moved = read + kept * sum(array.size for array in results if array.in_hbm)
-    return Cost(moved=moved, collectives=(Collective(kind, size, len(groups[0]), slices, groups),))
+    return Cost(moved=moved, collectives=(Collective(kind, size, len(groups[0]), slices, groups),), exchanges=1.0)
 
   def _moved(self, line: Instruction, around: Computation) -> float:
     """Counts the bytes from and to HBM of one instruction that runs by itself, apart from collectives."""
@@ -411,7 +428,10 @@ def _instruction(name: str, line: str, start: int) -> Instruction:
   operands = line[opening + 1 : closing]
   names = tuple(_OPERAND.findall(operands)) or tuple(part.strip() for part in operands.split(",") if part.strip())
   attributes = line[closing + 1 :] if opcode != "constant" else f"value={operands}"
-  return Instruction(name, _arrays(line[start:end]), opcode, names, attributes, line.lstrip().startswith("ROOT "))
+  arrays = _arrays(line[start:end])
+  if opcode == "custom-call" and _LIBRARY in attributes and len(arrays) > 1 and arrays[-1].bits == 8:
+    arrays = arrays[:-1]  # the last one is the library's workspace, most of which nothing touches
+  return Instruction(name, arrays, opcode, names, attributes, line.lstrip().startswith("ROOT "))
 
 
 def _closing(line: str, opening: int) -> int:

@@ -37,7 +37,7 @@ class BatchedModel:
 
     Args:
       config: of the model.
-      params: its weights on the mesh, best as the token loop has them: layout `decode`, layers `model.separated`.
+      params: its weights on the mesh, best as the token loop has them: layout `decode`, layers `model.unstack_layers`.
       processor: of the model.
       mesh: where batches are placed; must be in force (`jax.set_mesh`) in every call.
       size: questions per batch over all devices.

@@ -176,7 +176,7 @@ def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Ca
   def layer(stacks, index):
     """Layer `index`; stacks are those of the decoder, and of the matrices of LoRA where there are some."""
     cut = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), stacks)
-    return lora.merged(config, model.separated(cut), dtype)["language_model"]["layers"][0]
+    return lora.merged(config, model.unstack_layers(cut), dtype)["language_model"]["layers"][0]
 
   def others(parts):
     return jax.tree.map(lambda x: x.astype(dtype), parts)
@@ -184,7 +184,7 @@ def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Ca
   depth = config.text.num_hidden_layers
   stacks, rest = _stacks_and_rest(params)
   shapes = jax.eval_shape(layer, stacks, 0), jax.eval_shape(others, rest)
-  names = model.separated_axes(lora.base(config))
+  names = model.unstacked_axes(lora.base(config))
   axes = names["language_model"]["layers"][0], _stacks_and_rest(names)[1]
   places = [sharding.weight_shardings(mesh, *each, layout="decode") for each in zip(shapes, axes, strict=True)]
   layer_program = compiling.Program("the decode weights of a layer", layer, out_shardings=places[0])

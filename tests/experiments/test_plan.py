@@ -39,7 +39,7 @@ def run_main(plan, monkeypatch):
 def program_of(total=1e10, name="the gradients", code=0.0):
   collective = hlo.Collective("all-gather", 4e9, group=4, groups=((0, 1, 2, 3),))
   cost = hlo.Cost(1.97e14, 8.19e10, (collective,))
-  return compiler.ProgramPlan("update", name, 2.0, 61.0, 2e9, 1e9, 3e9, total - 4e9, code, cost)
+  return compiler.ProgramPlan("update", name, 2.0, 61.0, 2e9, 1e9, 3e9, total - 4e9, code, cost, hlo.Cost())
 
 
 def plan_of(*programs, **failures):

@@ -45,7 +45,7 @@ def plan_of(run, slices=1):
 
 def program_of(cost=hlo.Cost(), runs=1.0, **sizes):  # noqa: B008, it is frozen
   sizes = dict.fromkeys(("arguments", "results", "temporaries", "resident", "code"), 0.0) | sizes
-  return compiler.ProgramPlan("update", "a program", runs, 1.0, cost=cost, **sizes)
+  return compiler.ProgramPlan("update", "a program", runs, 1.0, cost=cost, token=hlo.Cost(), **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_names_of_topologies_that_are_refused(monkeypatch):
   with pytest.raises(ValueError, match=r"--topology='2 x v5e:4x4' and --slices=3 contradict each other"):
     compiler.topology("2 x v5e:4x4", 3)
   monkeypatch.setitem(sys.modules, "libtpu", None)
-  with pytest.raises(ValueError, match=r"pip install -r requirements-tpu.txt, or `make plan`"):
+  with pytest.raises(ValueError, match=r"pip install jax\[tpu\], or `make plan`"):
     compiler.topology("v5e:4x4")
 
 
@@ -308,6 +308,17 @@ def test_a_mesh_takes_all_chips_as_a_pod_does():
   assert place.mesh(-1, 2, 2).size == len(jax.devices()) == 8
   with pytest.raises(ValueError, match=r"leaves 4 of the 8 chips of v5e:2x4 idle; set mesh.data=-1"):
     place.mesh(1, 2, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "devices"), [("h200", 1), ("H100:8", 8)])
+def test_a_step_compiles_for_gpus(name, devices):
+  place = compiler.topology(name)
+  assert len(place.devices) == devices and place.chip.name.startswith(f"NVIDIA {name[:4].upper()}")
+  plan = run_of(place.mesh(devices, 1, 1)).plan(place, compiled=lambda name, seconds: None)
+  assert not plan.failures
+  for program in plan.programs:
+    assert (program.token.kernels > 0) == program.name.endswith("sampler"), program.name
 
 
 @pytest.mark.tpu

@@ -44,7 +44,9 @@ def test_loops_that_depend_on_data_turn_as_often_as_they_are_said_to():
     return jax.lax.fori_loop(0, 3, lambda _, x: x @ x, both(both(x)) + both(x * 2))
 
   text = text_of(until, MATRIX)
-  assert hlo.cost(text, turns=(5, 7, 11)).flops == (5 + 7 + 11 + 3) * PRODUCT
+  total, turn = hlo.costs(text, turns=(5, 7, 11))
+  assert total.flops == (5 + 7 + 11 + 3) * PRODUCT and turn.flops == PRODUCT
+  assert hlo.cost(text, turns=(6, 7, 11)).kernels - total.kernels > 0
   with pytest.raises(ValueError, match="3 loops turn as often as their data say, and `turns` has 1 numbers"):
     hlo.cost(text, turns=(5,))
 
@@ -272,7 +274,9 @@ def test_a_product_of_a_library_by_hand():
   ROOT %out = bf16[4,32,16]{2,1,0} get-tuple-element(%product), index=0
 }
 """  # noqa: E501
-  assert hlo.cost(text).flops == 2 * 4 * 32 * 16 * 64
+  cost = hlo.cost(text)
+  assert cost.flops == 2 * 4 * 32 * 16 * 64 and cost.kernels == 1
+  assert cost.moved == 2 * 4 * (64 * 32 + 64 * 16 + 32 * 16)  # not the workspace
 
 
 def test_a_collective_without_groups_is_one_of_all_devices():
@@ -284,6 +288,7 @@ ENTRY %main (a: f32[64]) -> f32[64] {{
 }}
 """
     assert hlo.cost(text).sent == {"all-reduce": 2 * 4 * 64 * 7 / 8}, header
+    assert (hlo.cost(text).exchanges, hlo.cost(text).kernels) == (1, 0)
   part = text.replace("ROOT %sum = f32[64]{0} all-reduce", "ROOT %sum = f32[16]{0} reduce-scatter")
   part = part.replace("replica_groups={}", "replica_groups=[2,4]<=[8]")
   assert hlo.cost(part).sent == {"reduce-scatter": 4 * 64 * 3 / 4}

@@ -101,10 +101,10 @@ def test_tokens_are_sampled_from_merged_weights(student, params, mesh_of):
   mesh = mesh_of(fsdp=2, tensor=2)
   placed = jax.device_put(params, sharding.weight_shardings(mesh, params, model.logical_axes(student)))
   merged = programs.decode_weights_program(student, placed, jnp.dtype("bfloat16"))(placed)
-  expected = model.separated(lora.merged(student, params, "bfloat16"))
+  expected = model.unstack_layers(lora.merged(student, params, "bfloat16"))
   assert jax.tree.structure(merged) == jax.tree.structure(expected)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(*map(np.float32, (a, b)), rtol=0.01), merged, expected)
-  axes = model.separated_axes(lora.base(student))
+  axes = model.unstacked_axes(lora.base(student))
   wanted = sharding.weight_shardings(mesh, expected, axes, "decode")
   assert all(jax.tree.leaves(jax.tree.map(lambda x, s: s.is_equivalent_to(x.sharding, x.ndim), merged, wanted)))
 
@@ -125,7 +125,7 @@ def test_no_second_copy_is_there_while_decode_weights_are_made(student, params, 
   assert memory["the decode weights of a layer"] < 2 * layer
   assert memory["the decode weights but for the layers"] < layer
   if adapted:  # merged also where neither dtype nor layout would ask for more than layers side by side
-    expected = model.separated(lora.merged(student, params, "float32"))
+    expected = model.unstack_layers(lora.merged(student, params, "float32"))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), decode_weights(placed), expected)
 
 

@@ -361,7 +361,7 @@ def test_a_repeated_token_adds_up_in_bfloat16():
   # 4,096 gradients of 1/64 into one row: a bfloat16 sum stops growing near 4.
   table = jnp.zeros((3, 2), jnp.bfloat16)
   index = jnp.ones(4096, jnp.int32)
-  gradient = jax.grad(lambda t: (layers.looked_up(t, index).astype(jnp.float32) / 64).sum())(table)
+  gradient = jax.grad(lambda t: (layers.lookup(t, index).astype(jnp.float32) / 64).sum())(table)
   assert gradient.dtype == jnp.bfloat16
   assert gradient.tolist() == [[0, 0], [64, 64], [0, 0]]
 

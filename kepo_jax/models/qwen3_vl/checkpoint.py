@@ -238,7 +238,7 @@ def load_pretrained(
     dtype: of the parameters.
     mesh: every shard is filled straight from the slices of the files it needs; without one, the default device.
     layout: of the weights on the mesh, "train" or "decode".
-    separate: put the decoder's layers side by side, as `model.separated` does, without a second copy of them.
+    separate: put the decoder's layers side by side, as `model.unstack_layers` does, without a second copy of them.
     progress: receives (leaves loaded, leaves in all) after each leaf.
 
   Raises:
@@ -249,7 +249,7 @@ def load_pretrained(
   in_orbax = (folder / _ORBAX).is_dir()  # it reads layers stacked as they were written
   shapes, axes = model.abstract_params(config, dtype), model.logical_axes(config)
   if separate and not in_orbax:
-    shapes, axes = jax.eval_shape(model.separated, shapes), model.separated_axes(config)
+    shapes, axes = jax.eval_shape(model.unstack_layers, shapes), model.unstacked_axes(config)
   places = sharding.weight_shardings(mesh, shapes, axes, layout) if mesh is not None else None
   if in_orbax:
     params = _restored(folder, shapes, places)
@@ -275,11 +275,11 @@ def load_pretrained(
 
 
 def _taken_apart(config: Qwen3VLConfig, params: Any, mesh: Mesh | None, layout: str) -> dict[str, Any]:
-  """`model.separated` leaf by leaf: the stack of each is given up before the next one is cut."""
+  """`model.unstack_layers` leaf by leaf: frees the stack of each before it splits the next."""
   decoder = params["language_model"]
   stacks, structure = jax.tree.flatten(decoder["layers"])
   axes = jax.tree.leaves(
-    model.separated_axes(config)["language_model"]["layers"][0], is_leaf=lambda x: type(x) is tuple
+    model.unstacked_axes(config)["language_model"]["layers"][0], is_leaf=lambda x: type(x) is tuple
   )
   columns = []
   for number, names in enumerate(axes):

@@ -17,12 +17,15 @@ _LARGEST_HEAD = 128
 _OLDEST = 8.0  # compute capability of Ampere
 
 
-def refusal(dtype: Any, head_dim: int) -> str:
-  """Why the kernel does not serve heads of a dtype and a size on the GPUs of this host; empty if it does."""
+def why_unsupported(dtype: Any, head_dim: int) -> str:
+  """Says why the kernel cannot serve heads of a dtype and a size on the devices of the current mesh; "" if it can."""
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"cuDNN's attention computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
   if head_dim % 8 or head_dim > _LARGEST_HEAD:
     return f"cuDNN's attention is for heads of a multiple of 8 up to {_LARGEST_HEAD}, these have {head_dim}"
+  planned = jax.sharding.get_abstract_mesh().abstract_device
+  if jax.default_backend() != "gpu" and planned and "NVIDIA" in planned.device_kind:
+    return ""  # a plan for GPUs that are not here, all of them newer than Ampere
   device = jax.local_devices()[0]
   # Other makers' GPUs are of platform "gpu" too.
   if "cuda" not in device.client.platform_version:
@@ -54,7 +57,7 @@ def _causal(
 def prompts(
   query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, implementation: Implementation = "cudnn"
 ) -> jax.Array:
-  """Causal attention of prompts.
+  """Computes causal attention of prompts.
 
   Args:
     query: [P, K, S, J, H].
@@ -84,7 +87,7 @@ def completions(
   *,
   implementation: Implementation = "cudnn",
 ) -> jax.Array:
-  """Attention of completions to the real tokens of their prompt and, causally, to themselves.
+  """Computes attention of completions to the real tokens of their prompt and, causally, to themselves.
 
   Each completion is written behind the last real token of its prompt, over the pads. What it sees is then what a
   causal mask and a length say; the rows of the prompt have queries of zero, and what they get is dropped.
@@ -132,7 +135,7 @@ def completions(
 def images(
   query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, *, implementation: Implementation = "cudnn"
 ) -> jax.Array:
-  """Full attention inside each image.
+  """Computes full attention inside each image.
 
   Where images begin and end is data, so a mask says it: one [R, R] for all heads of a prompt, in 16 bits.
 

@@ -1,4 +1,4 @@
-"""Modules that tower and decoder share, and how a static module definition meets its parameters.
+"""Modules that the vision tower and the decoder share, and how a module gets its parameters.
 
 A module is a `flax.nnx` class that is only ever built under `nnx.eval_shape`: `definition` keeps its graph, the
 shapes of its parameters and their logical axes; `bind` makes it callable on a nested dict of arrays. Names of
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kepo_jax.sharding import LogicalAxes, beside_weight
+from kepo_jax.sharding import LogicalAxes, align_with_weight
 
 Params = Mapping[str, Any]
-Turn = tuple[jax.Array, jax.Array]  # cosine and sine of rotary angles
+CosSin = tuple[jax.Array, jax.Array]  # cosine and sine of rotary angles
 
 # Name -> what the backward pass finds of a layer besides its input; it computes the rest once more. A product without
 # batch dimensions is one with a weight: those of attention, whose size grows with the square of the length, are not.
@@ -39,14 +39,14 @@ class Definition:
 
 @functools.cache
 def definition(kind: Callable[..., nnx.Module], *arguments: Any) -> Definition:
-  """The definition of `kind(*arguments)`; no array is allocated."""
+  """Returns the definition of the module `kind(*arguments)`; no array is allocated."""
   graph, state = nnx.split(nnx.eval_shape(lambda: kind(*arguments)))
   axes = jax.tree.map(lambda leaf: leaf.logical_axes, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
   return Definition(graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
 
 
 def bind(params: Params, kind: Callable[..., nnx.Module], *arguments: Any) -> Any:
-  """The module `kind(*arguments)` with `params` (of one layer) as its numbers."""
+  """Builds the module `kind(*arguments)` on `params`, those of one layer."""
   return nnx.merge(definition(kind, *arguments).graph, params)
 
 
@@ -55,25 +55,25 @@ def _weight(shape: tuple[int, ...], axes: LogicalAxes) -> nnx.Param:
 
 
 @jax.custom_vjp
-def widened(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """x W^T of a projection that widens: x [..., in], W [out, in], result [..., out].
+def wide_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """Computes x W^T for out > in: x [..., in], W [out, in], result [..., out].
 
-  The gradient of W is a product over all tokens, for which a CPU turns one operand. Left to itself it turns that of
-  the result, and computes what leads to it once more on the way; here it is x, which is smaller, and which projections
-  of the same input turn once for all of them.
+  The gradient of W is a product over all tokens, for which a CPU transposes one operand. Left to itself it transposes
+  the gradient of the result, and recomputes what leads to it. Here it transposes x, which is smaller and shared by all
+  projections of the same input.
   """
   return jnp.einsum("...i,oi->...o", x, weight)
 
 
-def _widened_backward(residuals, gradient):
+def _wide_matmul_backward(residuals, gradient):
   x, weight = residuals
-  turned = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
-  of_weight = jax.lax.optimization_barrier(jnp.tensordot(turned, gradient, axes=gradient.ndim - 1))
+  transposed = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
+  of_weight = jax.lax.optimization_barrier(jnp.tensordot(transposed, gradient, axes=gradient.ndim - 1))
   return jnp.einsum("...o,oi->...i", gradient, weight), of_weight.T
 
 
-# The product itself, not a call of `widened`, which a rematerialisation policy does not look into.
-widened.defvjp(lambda x, weight: (widened.fun(x, weight), (x, weight)), _widened_backward)
+# The product itself: a rematerialisation policy does not look into a call of `wide_matmul`.
+wide_matmul.defvjp(lambda x, weight: (wide_matmul.fun(x, weight), (x, weight)), _wide_matmul_backward)
 
 
 class Linear(nnx.Module):
@@ -83,16 +83,16 @@ class Linear(nnx.Module):
     self.weight = _weight((outputs, inputs), axes)
     self.bias = nnx.data(_weight((outputs,), axes[:1])) if bias else None
     self.axes = axes
-    self.widens = outputs > inputs  # see `widened`; LoRA, which makes no gradient of a weight, clears it
+    self.is_wide = outputs > inputs  # see `wide_matmul`; LoRA, which makes no gradient of a weight, clears it
 
   def __call__(self, x: jax.Array) -> jax.Array:
     outputs, inputs = self.axes
-    x = beside_weight(x, inputs)
-    if self.widens:
-      y = widened(x, self.weight[...])
+    x = align_with_weight(x, inputs)
+    if self.is_wide:
+      y = wide_matmul(x, self.weight[...])
     else:
       y = jnp.einsum("...i,oi->...o", x, self.weight[...])
-    y = beside_weight(y, outputs)
+    y = align_with_weight(y, outputs)
     if self.bias is None:
       return y
     # In float32, so that the gradient of the bias, a sum over all tokens, adds up in it.
@@ -101,40 +101,40 @@ class Linear(nnx.Module):
 
 
 @jax.custom_vjp
-def looked_up(table: jax.Array, index: jax.Array) -> jax.Array:
-  """Rows of table [V, D] at int32[...] -> [..., D].
+def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+  """Looks up rows of table [V, D] at int32[...]: [..., D].
 
   The gradient of a row adds up in float32: in bfloat16 the sum over a token that occurs hundreds of times stalls.
   """
   return jnp.take(table, index, axis=0)
 
 
-def _looked_up_forward(table, index):
-  return looked_up(table, index), (table, index)
+def _lookup_forward(table, index):
+  return lookup(table, index), (table, index)
 
 
-def _looked_up_backward(residuals, gradient):
+def _lookup_backward(residuals, gradient):
   table, index = residuals
   total = jnp.zeros(table.shape, jnp.float32).at[index].add(gradient.astype(jnp.float32))
   return total.astype(table.dtype), None
 
 
-looked_up.defvjp(_looked_up_forward, _looked_up_backward)
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def repeated(x: jax.Array, times: int) -> jax.Array:
-  """[P, ...] -> [P * times, ...], each row `times` in turn; its gradient adds up in float32."""
+  """Repeats each row: [P, ...] -> [P * times, ...]; the gradient adds up in float32."""
   return jnp.repeat(x.astype(jnp.float32), times, axis=0).astype(x.dtype)
 
 
-class Table(nnx.Module):
-  """Rows of numbers, looked up by index."""
+class Embedding(nnx.Module):
+  """An embedding table, looked up by index."""
 
   def __init__(self, rows: int, width: int, axes: LogicalAxes):
     self.weight = _weight((rows, width), axes)
 
   def __call__(self, index: jax.Array) -> jax.Array:
-    return looked_up(self.weight[...], beside_weight(index, None))
+    return lookup(self.weight[...], align_with_weight(index, None))
 
 
 class LayerNorm(nnx.Module):
@@ -168,28 +168,28 @@ class RMSNorm(nnx.Module):
     return (normal * scale).astype(x.dtype)
 
 
-def turn(angles: jax.Array) -> Turn:
-  """Cosine and sine of rotary angles float32[..., H / 2], made once for all layers."""
+def cos_sin(angles: jax.Array) -> CosSin:
+  """Returns cosine and sine of rotary angles float32[..., H / 2], computed once for all layers."""
   return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotated(x: jax.Array, by: Turn) -> jax.Array:
-  """Rotary embedding with the rotate-half convention, in float32.
+def apply_rope(x: jax.Array, rope: CosSin) -> jax.Array:
+  """Applies the rotary embedding with the rotate-half convention, in float32.
 
   Args:
     x: [..., H].
-    by: cosine and sine float32[..., H / 2], with as many axes as x and broadcastable to its first half.
+    rope: cosine and sine float32[..., H / 2], with as many axes as x and broadcastable to its first half.
 
   Returns:
     float32[..., H].
   """
-  cosine, sine = by
+  cosine, sine = rope
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
-def rematerialised(step: Callable[..., Any], remat: str) -> Callable[..., Any]:
-  """The body of a scan over layers, with what its backward pass keeps as one of `REMAT` says.
+def checkpointed(step: Callable[..., Any], remat: str) -> Callable[..., Any]:
+  """Wraps the body of a scan over layers so that its backward pass keeps what `REMAT` names.
 
   Raises:
     ValueError: an unknown name.
@@ -201,10 +201,10 @@ def rematerialised(step: Callable[..., Any], remat: str) -> Callable[..., Any]:
 
 
 def stacked(tree: Any, layers: int) -> Any:
-  """Shapes of `layers` layers, stacked on a new first axis."""
+  """Returns the shapes of `layers` layers, stacked on a new first axis."""
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape), leaf.dtype), tree)
 
 
 def stacked_axes(tree: Any) -> Any:
-  """Logical axes of layers stacked on a new first axis."""
+  """Returns the logical axes of layers stacked on a new first axis."""
   return jax.tree.map(lambda axes: (None, *axes), tree, is_leaf=lambda leaf: isinstance(leaf, tuple))

@@ -20,8 +20,8 @@ import qwix
 from flax import nnx
 
 from kepo_jax.models.qwen3_vl.config import LoraConfig, Qwen3VLConfig, TextConfig
-from kepo_jax.models.qwen3_vl.layers import Definition, Params, definition, stacked, turn
-from kepo_jax.models.qwen3_vl.text import DecoderLayer, masked
+from kepo_jax.models.qwen3_vl.layers import Definition, Params, cos_sin, definition, stacked
+from kepo_jax.models.qwen3_vl.text import DecoderLayer, own_kv
 
 PART = "lora"
 # Projections that may have matrices, and the module of a layer that they lie in.
@@ -38,8 +38,8 @@ A, B = "weight_lora_a", "weight_lora_b"  # as qwix names them
 
 
 @functools.cache
-def layer_kind(lora: LoraConfig | None) -> Callable[[TextConfig], nnx.Module]:
-  """What makes the module of one decoder layer: with matrices, or without where `lora` is None."""
+def layer_factory(lora: LoraConfig | None) -> Callable[[TextConfig], nnx.Module]:
+  """Returns the factory of a decoder layer: with matrices, or without where `lora` is None."""
   if lora is None:
     return DecoderLayer
   path = "|".join(f"{TARGETS[target]}/{target}" for target in lora.targets)
@@ -47,20 +47,20 @@ def layer_kind(lora: LoraConfig | None) -> Callable[[TextConfig], nnx.Module]:
   def adapted(config: TextConfig) -> nnx.Module:
     # qwix finds the products to add to while the layer runs once; one token is enough.
     x = jnp.zeros((1, 1, 1, config.hidden_size))
-    by = turn(jnp.zeros((1, 1, 1, config.head_dim // 2)))
+    rope = cos_sin(jnp.zeros((1, 1, 1, config.head_dim // 2)))
     provider = qwix.LoraProvider(module_path=path, rank=lora.rank, alpha=lora.alpha)
     layer = DecoderLayer(config)
     for target, module in TARGETS.items():
-      getattr(getattr(layer, module), target).widens = False  # qwix knows a weight as it is, and not turned
-    return qwix.apply_lora_to_model(layer, provider, x, by, (), masked(jnp.ones((1,) * 6, bool)), rngs=nnx.Rngs(0))
+      getattr(getattr(layer, module), target).is_wide = False  # qwix does not see through `wide_matmul`
+    return qwix.apply_lora_to_model(layer, provider, x, rope, (), own_kv(jnp.ones((1,) * 6, bool)), rngs=nnx.Rngs(0))
 
   return adapted
 
 
 @functools.cache
 def matrices(config: TextConfig, lora: LoraConfig) -> Definition:
-  """The matrices of one layer: shapes, and logical axes that follow those of the weight."""
-  whole = definition(layer_kind(lora), config)
+  """Returns shapes and logical axes of the matrices of one layer; axes follow those of the weight."""
+  whole = definition(layer_factory(lora), config)
   modules = [(TARGETS[target], target) for target in TARGETS if target in lora.targets]
   shapes: dict[str, Any] = {}
   axes: dict[str, Any] = {}
@@ -72,13 +72,13 @@ def matrices(config: TextConfig, lora: LoraConfig) -> Definition:
 
 
 def largest_rank(config: TextConfig, targets: tuple[str, ...]) -> int:
-  """The largest rank that is low: below the smaller side of every target."""
+  """Returns the largest rank below the smaller side of every target."""
   shapes = definition(DecoderLayer, config).shapes
   return min(min(shapes[TARGETS[target]][target]["weight"].shape) for target in targets) - 1
 
 
 def initial(config: Qwen3VLConfig, key: jax.Array) -> dict[str, Any]:
-  """The part "lora" before training: A uniform within 1/sqrt(in) as in PEFT, B zero, so that nothing is changed yet.
+  """Draws the part "lora" before training: A uniform within 1/sqrt(in) as in PEFT, B zero, so that nothing changes yet.
 
   Args:
     config: with `lora`.
@@ -99,27 +99,27 @@ def initial(config: Qwen3VLConfig, key: jax.Array) -> dict[str, Any]:
 
 
 def joined(layers: Params, lora: Params) -> dict[str, Any]:
-  """Parameters of the layers with the matrices among them, as `layer_kind` wants them."""
+  """Merges the two trees: layers with their matrices, as `layer_factory` wants them."""
   both = layers.keys() & lora.keys()
   return {**layers, **lora, **{name: joined(layers[name], lora[name]) for name in both}}
 
 
 def without(params: Params) -> dict[str, Any]:
-  """The parameters but for the matrices, as they were loaded."""
+  """Returns the parameters without the matrices, as they were loaded."""
   return {name: part for name, part in params.items() if name != PART}
 
 
 def base(config: Qwen3VLConfig) -> Qwen3VLConfig:
-  """The config of the model without matrices, which is also that of merged weights."""
+  """Returns the config without LoRA, which is also that of merged weights."""
   return dataclasses.replace(config, lora=None)
 
 
 def merged(config: Qwen3VLConfig, params: Params, dtype: Any) -> dict[str, Any]:
-  """Weights W + alpha / r * (A B)^T, added in float32, in the tree and the dtype of a model without LoRA.
+  """Merges: W + alpha / r * (A B)^T, added in float32, in the tree and the dtype of a model without LoRA.
 
   Args:
     config: of the student; without `lora` the weights are cast and nothing else.
-    params: with the part "lora" where config has `lora`, stacked; the layers are stacked or side by side.
+    params: with the part "lora" where config has `lora`, stacked; the layers are stacked or in a tuple.
     dtype: of the result.
   """
   weights = without(params)

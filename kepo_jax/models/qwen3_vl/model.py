@@ -1,10 +1,10 @@
 """Qwen3-VL as pure functions of a parameter tree: prompts once, completions and tokens on top of them.
 
 The tree mirrors the names of Hugging Face's checkpoint: `visual`, `language_model` and, when the head is not the
-embedding, `lm_head`; layers are stacked on axis 0, or lie side by side in a tuple where `separated` put them: then
-caches are tuples as well, written [L, ...] all the same. A config with `lora` adds the part `lora`. Activations have
-the dtype of the parameters; norms, softmax and rotary angles are float32. `Cache` and `Prefix` hold keys after the
-rotary embedding.
+embedding, `lm_head`; layers are stacked on axis 0, or in a tuple after `unstack_layers`. Caches are then
+tuples as well, documented as [L, ...] all the same. A config with `lora` adds the part `lora`. Activations have the
+dtype of the parameters; norms, softmax and rotary angles are float32. `Cache` and `Prefix` hold keys after the rotary
+embedding.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from kepo_jax.models.qwen3_vl import lora, text, vision
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.models.qwen3_vl.layers import (
+  Embedding,
   Linear,
   Params,
   RMSNorm,
-  Table,
   bind,
   definition,
   stacked,
@@ -33,7 +33,7 @@ from kepo_jax.types import Prompts, VisionInputs
 class Prefix:
   """What completions need of their prompts."""
 
-  keys: Any  # [L, P, K, S, H], after the rotary embedding; stacked or separate as the layers
+  keys: Any  # [L, P, K, S, H], after the rotary embedding; stacked or unstacked as the layers
   values: Any  # [L, P, K, S, H], likewise
   mask: jax.Array  # bool[P, S], true on real tokens
   next_position: jax.Array  # int32[P], position of the first completion token on all axes
@@ -44,7 +44,7 @@ class Prefix:
 class Cache:
   """Keys and values of the completion tokens so far."""
 
-  keys: Any  # [L, P, K, G, T, H], after the rotary embedding; stacked or separate as the layers
+  keys: Any  # [L, P, K, G, T, H], after the rotary embedding; stacked or unstacked as the layers
   values: Any  # [L, P, K, G, T, H], likewise
   length: jax.Array  # int32[], completion tokens written
 
@@ -55,21 +55,21 @@ def _modules(config: Qwen3VLConfig) -> dict[tuple[str, ...], tuple[Any, int]]:
   modules: dict[tuple[str, ...], tuple[Any, int]] = {
     ("visual", "patch_embed"): (definition(vision.PatchEmbed, tower), 0),
     ("visual", "pos_embed"): (
-      definition(Table, tower.num_position_embeddings, tower.hidden_size, (None, "vision")),
+      definition(Embedding, tower.num_position_embeddings, tower.hidden_size, (None, "vision")),
       0,
     ),
     ("visual", "blocks"): (definition(vision.Block, tower), tower.depth),
     ("visual", "merger"): (definition(vision.PatchMerger, tower, False), 0),
     ("language_model", "embed_tokens"): (
-      definition(Table, decoder.vocab_size, decoder.hidden_size, ("vocab", "embed")),
+      definition(Embedding, decoder.vocab_size, decoder.hidden_size, ("vocab", "embed")),
       0,
     ),
     ("language_model", "layers"): (definition(text.DecoderLayer, decoder), decoder.num_hidden_layers),
     ("language_model", "norm"): (definition(RMSNorm, decoder.hidden_size, decoder.rms_norm_eps), 0),
   }
-  taps = len(tower.deepstack_visual_indexes)
-  if taps:
-    modules["visual", "deepstack_merger_list"] = (definition(vision.PatchMerger, tower, True), taps)
+  deepstack_layers = len(tower.deepstack_visual_indexes)
+  if deepstack_layers:
+    modules["visual", "deepstack_merger_list"] = (definition(vision.PatchMerger, tower, True), deepstack_layers)
   if not config.tie_word_embeddings:
     head = definition(Linear, decoder.hidden_size, decoder.vocab_size, ("vocab", "embed"), False)
     modules[("lm_head",)] = (head, 0)
@@ -89,19 +89,19 @@ def _tree(config: Qwen3VLConfig, leaf_of) -> dict[str, Any]:
 
 
 def abstract_params(config: Qwen3VLConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-  """The parameter tree as jax.ShapeDtypeStruct of `dtype`; the matrices of LoRA are float32 in any case."""
+  """Returns the parameter tree as jax.ShapeDtypeStruct of `dtype`; the matrices of LoRA are float32 in any case."""
   shapes = _tree(config, lambda module, layers: stacked(module.shapes, layers) if layers else module.shapes)
   whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), lora.without(shapes))
   return whole | {name: part for name, part in shapes.items() if name == lora.PART}
 
 
 def logical_axes(config: Qwen3VLConfig) -> dict[str, Any]:
-  """The parameter tree with a tuple of logical axis names at each leaf, for `sharding.weight_shardings`."""
+  """Returns the parameter tree with a tuple of logical axis names at each leaf, for `sharding.weight_shardings`."""
   return _tree(config, lambda module, layers: stacked_axes(module.axes) if layers else module.axes)
 
 
-def separated_axes(config: Qwen3VLConfig) -> dict[str, Any]:
-  """`logical_axes` of parameters that are `separated`."""
+def unstacked_axes(config: Qwen3VLConfig) -> dict[str, Any]:
+  """Returns `logical_axes` after `unstack_layers`."""
   axes = logical_axes(config)
   layer = definition(text.DecoderLayer, config.text).axes
   return axes | {"language_model": axes["language_model"] | {"layers": (layer,) * config.text.num_hidden_layers}}
@@ -110,7 +110,7 @@ def separated_axes(config: Qwen3VLConfig) -> dict[str, Any]:
 def init_params(
   config: Qwen3VLConfig, key: jax.Array, dtype: Any = jnp.float32, *, by_layer: bool = False
 ) -> dict[str, Any]:
-  """Random parameters: matrices and tables normal with deviation 1/sqrt(width), norms 1, biases 0.
+  """Draws random parameters: matrices and tables normal with deviation 1/sqrt(width), norms 1, biases 0.
 
   Args:
     config: sizes, without `lora`, whose matrices `lora.initial` draws.
@@ -144,28 +144,28 @@ def _is_stacked(path) -> bool:
 
 
 def cast(params: Params, dtype: Any) -> Any:
-  """The parameters in another dtype."""
+  """Casts the parameters to another dtype."""
   return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def head_weight(config: Qwen3VLConfig, params: Params) -> jax.Array:
-  """[V, D], the weight of the logits: the embedding when the head is tied to it."""
+  """Returns [V, D], the weight of the logits: the embedding when the head is tied to it."""
   module = params["language_model"]["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
   return module["weight"]
 
 
-def _embedded(config: Qwen3VLConfig, params: Params, tokens: jax.Array) -> jax.Array:
+def _embed(config: Qwen3VLConfig, params: Params, tokens: jax.Array) -> jax.Array:
   weights = params["language_model"]["embed_tokens"]
-  return bind(weights, Table, config.text.vocab_size, config.text.hidden_size, ("vocab", "embed"))(tokens)
+  return bind(weights, Embedding, config.text.vocab_size, config.text.hidden_size, ("vocab", "embed"))(tokens)
 
 
 def _decoder_layers(config: Qwen3VLConfig, params: Params) -> tuple[Params, Any]:
-  """Parameters of the decoder's layers, and what makes the module of one: matrices of LoRA are part of both."""
+  """Returns the parameters of the decoder's layers and the factory of their module, both with LoRA if there is any."""
   layers = params["language_model"]["layers"]
-  return lora.joined(layers, params[lora.PART]) if config.lora else layers, lora.layer_kind(config.lora)
+  return lora.joined(layers, params[lora.PART]) if config.lora else layers, lora.layer_factory(config.lora)
 
 
-def _normed(config: Qwen3VLConfig, params: Params, x: jax.Array) -> jax.Array:
+def _final_norm(config: Qwen3VLConfig, params: Params, x: jax.Array) -> jax.Array:
   norm = bind(params["language_model"]["norm"], RMSNorm, config.text.hidden_size, config.text.rms_norm_eps)
   return norm(x)
 
@@ -173,15 +173,15 @@ def _normed(config: Qwen3VLConfig, params: Params, x: jax.Array) -> jax.Array:
 def encode_images(
   config: Qwen3VLConfig, params: Params, inputs: VisionInputs, *, remat: str = "none"
 ) -> tuple[jax.Array, jax.Array]:
-  """Image tokens [P, M, D] of every prompt and its DeepStack features [n, P, M, D]."""
+  """Encodes images: image tokens [P, M, D] of every prompt and DeepStack features [n, P, M, D]."""
   chex.assert_shape(inputs.patches, (None, None, config.vision.patch_width))
-  return vision.encode(config.vision, params["visual"], inputs, remat=remat, form=config.attention)
+  return vision.encode(config.vision, params["visual"], inputs, remat=remat, implementation=config.attention)
 
 
-def with_images(
+def merge_image_tokens(
   x: jax.Array, image_slot: jax.Array, features: jax.Array, deepstack: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Embeddings [P, S, D] with image tokens in place, and DeepStack features [n, P, S, D] spread over the tokens.
+  """Puts image tokens into embeddings [P, S, D], and DeepStack features into [n, P, S, D], zero elsewhere.
 
   Args:
     x: [P, S, D], embedded tokens.
@@ -197,7 +197,7 @@ def with_images(
 
 
 def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: str = "none") -> Prefix:
-  """Keys and values of prompts, computed once for all their rollouts. Gradients flow through.
+  """Computes keys and values of prompts, once for all their rollouts. Gradients flow through.
 
   Args:
     config: sizes.
@@ -206,15 +206,25 @@ def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: s
     remat: what the backward pass computes again, of `layers.REMAT`.
   """
   chex.assert_rank([prompts.tokens, prompts.mask, prompts.positions], [2, 2, 3])
-  x = _embedded(config, params, prompts.tokens)
+  x = _embed(config, params, prompts.tokens)
   deepstack = jnp.zeros((0, *x.shape), x.dtype)
   if prompts.vision.patches.shape[1]:
-    x, deepstack = with_images(x, prompts.image_slot, *encode_images(config, params, prompts.vision, remat=remat))
+    x, deepstack = merge_image_tokens(
+      x, prompts.image_slot, *encode_images(config, params, prompts.vision, remat=remat)
+    )
   x, deepstack = constrain(x, "prompt", None, None), constrain(deepstack, None, "prompt", None, None)
   angles = text.prompt_angles(config.text, prompts.positions)
-  layers, kind = _decoder_layers(config, params)
+  layers, make_layer = _decoder_layers(config, params)
   x, keys, values = text.prompt_layers(
-    config.text, layers, x, angles, prompts.mask, deepstack, kind=kind, remat=remat, form=config.attention
+    config.text,
+    layers,
+    x,
+    angles,
+    prompts.mask,
+    deepstack,
+    make_layer=make_layer,
+    remat=remat,
+    implementation=config.attention,
   )
   last = jnp.maximum(prompts.mask.sum(axis=-1) - 1, 0)
   last_hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -223,14 +233,14 @@ def prefill(config: Qwen3VLConfig, params: Params, prompts: Prompts, *, remat: s
     values=values,
     mask=prompts.mask,
     next_position=prompts.next_position,
-    last_hidden=_normed(config, params, last_hidden),
+    last_hidden=_final_norm(config, params, last_hidden),
   )
 
 
 def extend(
   config: Qwen3VLConfig, params: Params, prefix: Prefix, tokens: jax.Array, *, remat: str = "none"
 ) -> jax.Array:
-  """Final-normed hidden states of completions that see their prompt and themselves. Gradients flow through.
+  """Computes final-normed hidden states of completions, which see their prompt and themselves. Gradients flow through.
 
   Args:
     config: sizes.
@@ -243,19 +253,21 @@ def extend(
     [P, G, T, D]; the state at t has seen token t and predicts token t + 1.
   """
   chex.assert_rank(tokens, 3)
-  x = constrain(_embedded(config, params, tokens), "prompt", "rollout", None, None)
+  x = constrain(_embed(config, params, tokens), "prompt", "rollout", None, None)
   positions = prefix.next_position[:, None] + jnp.arange(tokens.shape[-1])[None]
   angles = text.completion_angles(config.text, positions)
   source = (prefix.keys, prefix.values, prefix.mask)
-  layers, kind = _decoder_layers(config, params)
-  x = text.completion_layers(config.text, layers, x, angles, source, kind=kind, remat=remat, form=config.attention)
-  return _normed(config, params, x)
+  layers, make_layer = _decoder_layers(config, params)
+  x = text.completion_layers(
+    config.text, layers, x, angles, source, make_layer=make_layer, remat=remat, implementation=config.attention
+  )
+  return _final_norm(config, params, x)
 
 
 def completion_hidden(
   config: Qwen3VLConfig, params: Params, prefix: Prefix, tokens: jax.Array, *, remat: str = "none"
 ) -> jax.Array:
-  """[P, G, T, D]: hidden states that predict the tokens int32[P, G, T], the first one from the prompt."""
+  """Computes [P, G, T, D]: hidden states that predict the tokens int32[P, G, T], the first one from the prompt."""
   prompts, rollouts, length = tokens.shape
   first = jnp.broadcast_to(prefix.last_hidden[:, None, None], (prompts, rollouts, 1, prefix.last_hidden.shape[-1]))
   if length == 1:
@@ -264,8 +276,8 @@ def completion_hidden(
   return constrain(jnp.concatenate([first, later], axis=2), "prompt", "rollout", None, None)
 
 
-def separated(params: Params) -> Any:
-  """The parameters with the decoder's layers in a tuple, for loops over tokens: see `text`."""
+def unstack_layers(params: Params) -> Any:
+  """Unstacks the decoder's layers into a tuple, for loops over tokens: see `text`."""
   decoder = params["language_model"]
   depth = jax.tree.leaves(decoder["layers"])[0].shape[0]
   layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], decoder["layers"]) for i in range(depth))
@@ -273,7 +285,7 @@ def separated(params: Params) -> Any:
 
 
 def empty_cache(prefix: Prefix, rollouts: int, length: int) -> Cache:
-  """A cache for `length` completion tokens of `rollouts` completions of each prompt of `prefix`."""
+  """Makes a cache for `length` tokens of `rollouts` completions of each prompt of `prefix`."""
 
   def blank(shared):
     *rows, _, head_dim = shared.shape
@@ -284,8 +296,8 @@ def empty_cache(prefix: Prefix, rollouts: int, length: int) -> Cache:
   return Cache(keys=keys, values=values, length=jnp.zeros((), jnp.int32))
 
 
-def lengthened(cache: Cache, length: int) -> Cache:
-  """The cache with room for `length` completion tokens."""
+def grow_cache(cache: Cache, length: int) -> Cache:
+  """Grows the cache to `length` completion tokens."""
 
   def pad(x):
     return jnp.pad(x, [(0, length - n if axis == x.ndim - 2 else 0) for axis, n in enumerate(x.shape)])
@@ -297,7 +309,7 @@ def lengthened(cache: Cache, length: int) -> Cache:
 def decode_step(
   config: Qwen3VLConfig, params: Params, prefix: Prefix, cache: Cache, token: jax.Array
 ) -> tuple[jax.Array, Cache]:
-  """One more token for every rollout.
+  """Decodes one more token for every rollout.
 
   Args:
     config: sizes.
@@ -312,7 +324,7 @@ def decode_step(
   chex.assert_rank(token, 2)
   if config.lora is not None:
     raise ValueError("tokens are decoded from merged weights: use lora.merged, and lora.base for the config.")
-  x = constrain(_embedded(config, params, token[..., None]), "prompt", "rollout", None, "embed")
+  x = constrain(_embed(config, params, token[..., None]), "prompt", "rollout", None, "embed")
   angles = text.completion_angles(config.text, (prefix.next_position + cache.length)[:, None])
   x, keys, values = text.token_layers(
     config.text,
@@ -323,4 +335,4 @@ def decode_step(
     (cache.keys, cache.values, cache.length),
   )
   cache = Cache(keys=keys, values=values, length=cache.length + 1)
-  return _normed(config, params, x)[:, :, 0], cache
+  return _final_norm(config, params, x)[:, :, 0], cache

@@ -1,7 +1,7 @@
 """Splash attention, the Pallas kernel for TPU that JAX ships, in the three uses of this model.
 
-The kernel wants lengths that are multiples of its 128 lanes: sequences are padded here and cut again. It never holds
-a score outside a block of keys, and skips the blocks that a mask hides from all queries. Queries come scaled.
+The kernel wants lengths that are multiples of its 128 lanes: sequences are padded here, and results sliced. It
+holds no score outside a block of keys, and skips blocks that a mask hides from all queries. Queries come scaled.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ _LANES = 128
 _SMALLEST_HEAD = 64
 
 
-def refusal(dtype: Any, head_dim: int) -> str:
-  """Why the kernel does not serve heads of a dtype and a size; empty if it does."""
+def why_unsupported(dtype: Any, head_dim: int) -> str:
+  """Says why the kernel cannot serve heads of a dtype and a size; "" if it can."""
   if dtype not in (jnp.bfloat16, jnp.float32):
     return f"splash attention computes in bfloat16 or float32, not in {jnp.dtype(dtype)}"
   if head_dim < _SMALLEST_HEAD:
@@ -48,10 +48,10 @@ def _blocks(queries: int, keys: int) -> pallas.BlockSizes:
   return pallas.BlockSizes(block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv)
 
 
-def _attended(
+def _splash(
   heads: Sequence[jax.Array], segments: tuple[jax.Array, jax.Array], mask: pallas.Mask, *, interpret: bool
 ) -> jax.Array:
-  """Attention between equal segments, as far as the mask allows.
+  """Computes attention between equal segments, as far as the mask allows.
 
   Args:
     heads: query [B, N, T, H], key and value [B, K, S, H].
@@ -72,7 +72,7 @@ def _attended(
 def prompts(
   query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-  """Causal attention of prompts.
+  """Computes causal attention of prompts.
 
   Args:
     query: [P, K, S, J, H].
@@ -82,14 +82,14 @@ def prompts(
     interpret: emulate the kernel, for hosts without a TPU.
 
   Returns:
-    [P, K, S, J, H]; numbers without a meaning at the pads.
+    [P, K, S, J, H]; meaningless at the pads.
   """
   rows, kv_heads, length, shared_by, head_dim = query.shape
   padded = _padded_length(length)
   heads = query.swapaxes(2, 3).reshape(rows, kv_heads * shared_by, length, head_dim)
   # Pads are a segment of their own, so that every query sees a key: the kernel divides by what a query sees.
   segments = _padded(mask.astype(jnp.int32), padded, 1)
-  mixed = _attended(
+  mixed = _splash(
     [_padded(x, padded, 2) for x in (heads, key, value)],
     (segments, segments),
     pallas.CausalMask((padded, padded)),
@@ -108,7 +108,7 @@ def completions(
   *,
   interpret: bool = False,
 ) -> jax.Array:
-  """Attention of completions to the real tokens of their prompt and, causally, to themselves.
+  """Computes attention of completions to the real tokens of their prompt and, causally, to themselves.
 
   Args:
     query: [P, K, G, T, J, H].
@@ -133,7 +133,7 @@ def completions(
 
   heads = query.transpose(0, 2, 1, 4, 3, 5).reshape(rows, kv_heads * shared_by, length, head_dim)
   seen = jnp.repeat(mask.astype(jnp.int32), rollouts, axis=0)
-  mixed = _attended(
+  mixed = _splash(
     (_padded(heads, queries, 2), by_rollout(prefix_key, key), by_rollout(prefix_value, value)),
     (jnp.ones((rows, queries), jnp.int32), _padded(seen, keys, 1, fill=1)),
     pallas.CausalMask((queries, keys), offset=before),
@@ -146,7 +146,7 @@ def completions(
 def images(
   query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-  """Full attention inside each image.
+  """Computes full attention inside each image.
 
   Args:
     query: [P, N, R, H].
@@ -162,5 +162,5 @@ def images(
   padded = _padded_length(length)
   segments = _padded(segments, padded, 1, fill=-1)
   heads = [_padded(x, padded, 2) for x in (query, key, value)]
-  mixed = _attended(heads, (segments, segments), pallas.FullMask((padded, padded)), interpret=interpret)
+  mixed = _splash(heads, (segments, segments), pallas.FullMask((padded, padded)), interpret=interpret)
   return mixed[:, :, :length]

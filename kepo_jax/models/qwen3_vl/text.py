@@ -14,13 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kepo_jax.models.qwen3_vl.attention import Attend, Source, joint_attention, over_completions, over_prompts
+from kepo_jax.models.qwen3_vl.attention import (
+  AttentionFn,
+  KVSource,
+  completion_attention,
+  plain_attention,
+  prompt_attention,
+)
 from kepo_jax.models.qwen3_vl.config import TextConfig
-from kepo_jax.models.qwen3_vl.layers import Linear, Params, RMSNorm, Turn, bind, rematerialised, rotated, turn
+from kepo_jax.models.qwen3_vl.layers import CosSin, Linear, Params, RMSNorm, apply_rope, bind, checkpointed, cos_sin
 from kepo_jax.sharding import constrain
 
-# From the keys and values of the tokens themselves to what they see of them; a cache is written on the way.
-Own = Callable[[jax.Array, jax.Array], Source]
+# New keys and values -> those that the tokens attend to, with their mask. Decoding writes its cache here.
+KVWriter = Callable[[jax.Array, jax.Array], KVSource]
 
 
 class Attention(nnx.Module):
@@ -38,20 +44,25 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
   def __call__(
-    self, x: jax.Array, by: Turn, sources: Sequence[Source], own: Own, attend: Attend = joint_attention
+    self,
+    x: jax.Array,
+    rope: CosSin,
+    kv_sources: Sequence[KVSource],
+    write_kv: KVWriter,
+    attention_fn: AttentionFn = plain_attention,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows = x.shape[:3]
     query = self.q_norm(self.q_proj(x).reshape(*rows, self.kv_heads, self.shared_by, -1))
     key = self.k_norm(self.k_proj(x).reshape(*rows, self.kv_heads, -1))
     value = self.v_proj(x).reshape(*rows, self.kv_heads, -1).transpose(0, 3, 1, 2, 4)
-    query = rotated(query, _over_heads(by, 2)) * query.shape[-1] ** -0.5
+    query = apply_rope(query, _with_head_axes(rope, 2)) * query.shape[-1] ** -0.5
     query = query.astype(x.dtype).transpose(0, 3, 1, 2, 4, 5)
-    key = rotated(key, _over_heads(by, 1)).astype(x.dtype).transpose(0, 3, 1, 2, 4)
+    key = apply_rope(key, _with_head_axes(rope, 1)).astype(x.dtype).transpose(0, 3, 1, 2, 4)
     query = constrain(query, "prompt", "kv_heads", "rollout", None, None, None)
     key = constrain(key, "prompt", "kv_heads", "rollout", None, None)
     value = constrain(value, "prompt", "kv_heads", "rollout", None, None)
-    key, value, mask = own(key, value)
-    mixed = attend(query, [*sources, (key, value, mask)])
+    key, value, mask = write_kv(key, value)
+    mixed = attention_fn(query, [*kv_sources, (key, value, mask)])
     return self.o_proj(mixed.transpose(0, 2, 3, 1, 4, 5).reshape(*rows, -1)), key, value
 
 
@@ -78,17 +89,22 @@ class DecoderLayer(nnx.Module):
     self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
   def __call__(
-    self, x: jax.Array, by: Turn, sources: Sequence[Source], own: Own, attend: Attend = joint_attention
+    self,
+    x: jax.Array,
+    rope: CosSin,
+    kv_sources: Sequence[KVSource],
+    write_kv: KVWriter,
+    attention_fn: AttentionFn = plain_attention,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    mixed, key, value = self.self_attn(self.input_layernorm(x), by, sources, own, attend)
+    mixed, key, value = self.self_attn(self.input_layernorm(x), rope, kv_sources, write_kv, attention_fn)
     x = x + mixed
     x = constrain(x + self.mlp(self.post_attention_layernorm(x)), "prompt", "rollout", None, "embed")
     return x, key, value
 
 
-def _over_heads(by: Turn, axes: int) -> Turn:
-  """Cosine and sine [P, G, T, H / 2] with axes for heads before the last."""
-  return jax.tree.map(lambda x: jnp.expand_dims(x, tuple(range(3, 3 + axes))), by)
+def _with_head_axes(rope: CosSin, axes: int) -> CosSin:
+  """Inserts axes for heads into cosine and sine [P, G, T, H / 2]."""
+  return jax.tree.map(lambda x: jnp.expand_dims(x, tuple(range(3, 3 + axes))), rope)
 
 
 def _frequencies(config: TextConfig) -> np.ndarray:
@@ -97,7 +113,7 @@ def _frequencies(config: TextConfig) -> np.ndarray:
 
 
 def axis_of_frequency(config: TextConfig) -> np.ndarray:
-  """int32[H / 2]: the position axis (0 temporal, 1 height, 2 width) that turns each rotary frequency.
+  """Returns int32[H / 2]: the position axis (0 temporal, 1 height, 2 width) of each rotary frequency.
 
   The axes are interleaved: frequency j belongs to axis k in (1, 2) if j % 3 == k and j < 3 * section[k].
   """
@@ -109,24 +125,26 @@ def axis_of_frequency(config: TextConfig) -> np.ndarray:
 
 
 def prompt_angles(config: TextConfig, positions: jax.Array) -> jax.Array:
-  """Rotary angles float32[P, S, H / 2] of int32[P, 3, S] positions."""
+  """Computes rotary angles float32[P, S, H / 2] of int32[P, 3, S] positions."""
   per_frequency = jnp.take(positions, axis_of_frequency(config), axis=1).swapaxes(1, 2)
   return per_frequency.astype(jnp.float32) * _frequencies(config)[None, None]
 
 
 def completion_angles(config: TextConfig, positions: jax.Array) -> jax.Array:
-  """Rotary angles float32[P, T, H / 2] of int32[P, T] positions that are equal on all axes."""
+  """Computes rotary angles float32[P, T, H / 2] of int32[P, T] positions, equal on all axes."""
   return positions.astype(jnp.float32)[..., None] * _frequencies(config)[None, None]
 
 
-def _through(step: Callable, x: jax.Array, layers: Any, *others: Any, remat: str = "none") -> tuple[jax.Array, Any]:
-  """step(x, (layer, *its share of others)) -> (x, output) over all layers, and their outputs together.
+def _scan_layers(step: Callable, x: jax.Array, layers: Any, *others: Any, remat: str = "none") -> tuple[jax.Array, Any]:
+  """Runs step(x, (layer, *others of the layer)) -> (x, output) over all layers.
 
-  Layers that are stacked on axis 0, the others with them, are scanned: one body to compile, and memory that
-  rematerialisation keeps small. Separate ones, a tuple each, run one after the other: nothing is sliced out of a
-  stack, which in a loop over tokens would copy every weight for every token.
+  Stacked layers are scanned: one body to compile, and rematerialisation keeps memory small. Unstacked layers, in
+  tuples, run one after the other: slicing a stack inside a loop over tokens would copy every weight for every token.
+
+  Returns:
+    x, and the outputs of all layers, stacked or in tuples as the layers.
   """
-  step = rematerialised(step, remat)
+  step = checkpointed(step, remat)
   if not isinstance(layers, tuple):
     return jax.lax.scan(step, x, (layers, *others))
   outputs = []
@@ -140,13 +158,13 @@ def _prefix_mask(mask: jax.Array) -> jax.Array:
   return mask[:, None, None, None, None, :]
 
 
-def masked(mask: jax.Array) -> Own:
-  """Tokens that see each other where the mask is true."""
+def own_kv(mask: jax.Array) -> KVWriter:
+  """Returns a writer for tokens that see each other where the mask is true, without a cache."""
   return lambda key, value: (key, value, mask)
 
 
 def causal_mask(length: int) -> jax.Array:
-  """bool[1, 1, 1, T, 1, T], true where a token may see a token."""
+  """Returns bool[1, 1, 1, T, 1, T], true where a token may see a token."""
   return jnp.tri(length, dtype=bool)[None, None, None, :, None, :]
 
 
@@ -158,11 +176,11 @@ def prompt_layers(
   mask: jax.Array,
   deepstack: jax.Array,
   *,
-  kind: Callable[[TextConfig], nnx.Module] = DecoderLayer,
+  make_layer: Callable[[TextConfig], nnx.Module] = DecoderLayer,
   remat: str = "none",
-  form: str = "auto",
+  implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """All layers over prompts, with DeepStack feature i added after layer i.
+  """Runs all layers over prompts, with DeepStack feature i added after layer i.
 
   Args:
     config: sizes.
@@ -171,29 +189,29 @@ def prompt_layers(
     angles: float32[P, S, H / 2].
     mask: bool[P, S], true on real tokens.
     deepstack: [n, P, S, D], zero away from the images; n = 0 without images.
-    kind: makes the module of one layer.
+    make_layer: builds the module of one layer.
     remat: what the backward pass computes again, of `layers.REMAT`.
-    form: of attention, see `attention.kernel_for`.
+    implementation: of attention, see `attention.kernel_for`.
 
   Returns:
-    x [P, S, D] before the final norm, keys and values [L, P, K, S, H], stacked or separate as the layers.
+    x [P, S, D] before the final norm, keys and values [L, P, K, S, H], stacked or unstacked as the layers.
   """
-  taps = deepstack.shape[0]
-  by = turn(angles[:, None])
+  deepstack_layers = deepstack.shape[0]
+  rope = cos_sin(angles[:, None])
   visible = causal_mask(x.shape[1]) & _prefix_mask(mask)
-  attend = functools.partial(over_prompts, real=mask, form=form)
+  attention_fn = functools.partial(prompt_attention, real=mask, implementation=implementation)
 
   def step(x, layer):
     weights, number = layer
-    x, key, value = bind(weights, kind, config)(x, by, (), masked(visible), attend)
-    if taps:
+    x, key, value = bind(weights, make_layer, config)(x, rope, (), own_kv(visible), attention_fn)
+    if deepstack_layers:
       # Inside the scan rather than unrolled: slices of the stack would copy nearly all weights.
-      added = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(number, taps - 1), keepdims=False)
-      x = x + jnp.where(number < taps, added, jnp.zeros_like(added))[:, None]
+      added = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(number, deepstack_layers - 1), keepdims=False)
+      x = x + jnp.where(number < deepstack_layers, added, jnp.zeros_like(added))[:, None]
     return x, (key[:, :, 0], value[:, :, 0])
 
   numbers = jnp.arange(config.num_hidden_layers)
-  x, (keys, values) = _through(step, x[:, None], layers, numbers, remat=remat)
+  x, (keys, values) = _scan_layers(step, x[:, None], layers, numbers, remat=remat)
   return x[:, 0], keys, values
 
 
@@ -202,39 +220,39 @@ def completion_layers(
   layers: Params,
   x: jax.Array,
   angles: jax.Array,
-  prefix: Source,
+  prefix: KVSource,
   *,
-  kind: Callable[[TextConfig], nnx.Module] = DecoderLayer,
+  make_layer: Callable[[TextConfig], nnx.Module] = DecoderLayer,
   remat: str = "none",
-  form: str = "auto",
+  implementation: str = "auto",
 ) -> jax.Array:
-  """All layers over completions [P, G, T, D] that see their prompt and themselves.
+  """Runs all layers over completions [P, G, T, D] that see their prompt and themselves.
 
   Args:
     config: sizes.
     layers: parameters stacked on axis 0, or a tuple with those of each layer.
     x: [P, G, T, D], embedded completions.
     angles: float32[P, T, H / 2].
-    prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask
+    prefix: keys and values [L, P, K, S, H] of the prompts, stacked or unstacked as the layers, and their mask
       bool[P, S].
-    kind: makes the module of one layer.
+    make_layer: builds the module of one layer.
     remat: what the backward pass computes again, of `layers.REMAT`.
-    form: of attention, see `attention.kernel_for`.
+    implementation: of attention, see `attention.kernel_for`.
 
   Returns:
     [P, G, T, D] before the final norm.
   """
   keys, values, mask = prefix
-  by = turn(angles[:, None])
+  rope = cos_sin(angles[:, None])
   visible = causal_mask(x.shape[2])
-  attend = functools.partial(over_completions, real=mask, form=form)
+  attention_fn = functools.partial(completion_attention, real=mask, implementation=implementation)
 
   def step(x, layer):
     weights, key, value = layer
-    sources = ((key, value, _prefix_mask(mask)),)
-    return bind(weights, kind, config)(x, by, sources, masked(visible), attend)[0], None
+    kv_sources = ((key, value, _prefix_mask(mask)),)
+    return bind(weights, make_layer, config)(x, rope, kv_sources, own_kv(visible), attention_fn)[0], None
 
-  return _through(step, x, layers, keys, values, remat=remat)[0]
+  return _scan_layers(step, x, layers, keys, values, remat=remat)[0]
 
 
 def token_layers(
@@ -242,17 +260,17 @@ def token_layers(
   layers: Params,
   x: jax.Array,
   angles: jax.Array,
-  prefix: Source,
+  prefix: KVSource,
   cache: tuple[Any, Any, jax.Array],
 ) -> tuple[jax.Array, Any, Any]:
-  """All layers over one new token per rollout.
+  """Runs all layers over one new token per rollout.
 
   Args:
     config: sizes.
     layers: parameters stacked on axis 0, or a tuple with those of each layer.
     x: [P, G, 1, D], embedded tokens.
     angles: float32[P, 1, H / 2].
-    prefix: keys and values [L, P, K, S, H] of the prompts, stacked or separate as the layers, and their mask
+    prefix: keys and values [L, P, K, S, H] of the prompts, stacked or unstacked as the layers, and their mask
       bool[P, S].
     cache: keys and values [L, P, K, G, T, H] of earlier completion tokens, likewise, and the number int32[] of them.
 
@@ -262,24 +280,24 @@ def token_layers(
   prefix_keys, prefix_values, prefix_mask = prefix
   *cached, length = cache
   slots = jnp.arange(jax.tree.leaves(cached)[0].shape[-2])[None, None, None, None, None, :]
-  by = turn(angles[:, None])
-  separate = isinstance(layers, tuple)
+  rope = cos_sin(angles[:, None])
+  unstacked = isinstance(layers, tuple)
 
   def put(old, new):
     return jax.lax.dynamic_update_slice_in_dim(old, new, length, axis=old.ndim - 2)
 
   def step(x, layer):
     weights, shared_key, shared_value, key, value = layer
-    sources = [(shared_key, shared_value, _prefix_mask(prefix_mask))]
-    if separate:
-      # Written first and then read, or XLA copies the cache to read what was in it before.
-      own = lambda new_key, new_value: (put(key, new_key), put(value, new_value), slots <= length)  # noqa: E731
+    kv_sources = [(shared_key, shared_value, _prefix_mask(prefix_mask))]
+    if unstacked:
+      # Write, then read: the other way round, XLA copies the cache.
+      write_kv = lambda new_key, new_value: (put(key, new_key), put(value, new_value), slots <= length)  # noqa: E731
     else:
-      # Read and not written: of a stack that a scan goes through, every layer written would be copied twice.
-      sources.append((key, value, slots < length))
-      own = masked(jnp.ones((1,) * 6, bool))
-    x, key, value = bind(weights, DecoderLayer, config)(x, by, sources, own)
+      # Read only: a scan would copy every layer of a stack that it writes twice.
+      kv_sources.append((key, value, slots < length))
+      write_kv = own_kv(jnp.ones((1,) * 6, bool))
+    x, key, value = bind(weights, DecoderLayer, config)(x, rope, kv_sources, write_kv)
     return x, (key, value)
 
-  x, (keys, values) = _through(step, x, layers, prefix_keys, prefix_values, *cached)
-  return (x, keys, values) if separate else (x, *map(put, cached, (keys, values)))
+  x, (keys, values) = _scan_layers(step, x, layers, prefix_keys, prefix_values, *cached)
+  return (x, keys, values) if unstacked else (x, *map(put, cached, (keys, values)))

@@ -7,24 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kepo_jax.models.qwen3_vl.attention import inside_images
+from kepo_jax.models.qwen3_vl.attention import image_attention
 from kepo_jax.models.qwen3_vl.config import VisionConfig
 from kepo_jax.models.qwen3_vl.layers import (
+  CosSin,
+  Embedding,
   LayerNorm,
   Linear,
   Params,
-  Table,
-  Turn,
+  apply_rope,
   bind,
-  rematerialised,
-  rotated,
-  turn,
+  checkpointed,
+  cos_sin,
 )
 from kepo_jax.sharding import constrain
 from kepo_jax.types import VisionInputs
 
 # (query, key, value), each [P, N, R, H] -> [P, R, N, H].
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Attention(nnx.Module):
@@ -35,18 +35,18 @@ class Attention(nnx.Module):
     self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, (None, "vision"))
     self.proj = Linear(config.hidden_size, config.hidden_size, ("vision", None))
 
-  def __call__(self, x: jax.Array, by: Turn, attend: Attend) -> jax.Array:
+  def __call__(self, x: jax.Array, rope: CosSin, attention_fn: AttentionFn) -> jax.Array:
     prompts, rows, width = x.shape
     head_dim = width // self.heads
     split = self.qkv(x).reshape(prompts, rows, 3, self.heads, head_dim)
     query, key, value = (split[:, :, i].swapaxes(1, 2) for i in range(3))  # [P, N, R, H]
-    query = (rotated(query, by) * head_dim**-0.5).astype(x.dtype)
-    key = rotated(key, by).astype(x.dtype)
-    return self.proj(attend(query, key, value).reshape(x.shape))
+    query = (apply_rope(query, rope) * head_dim**-0.5).astype(x.dtype)
+    key = apply_rope(key, rope).astype(x.dtype)
+    return self.proj(attention_fn(query, key, value).reshape(x.shape))
 
 
 class MLP(nnx.Module):
-  """Two layers with the tanh form of GELU between them."""
+  """Two layers with the tanh implementation of GELU between them."""
 
   def __init__(self, config: VisionConfig):
     self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size, (None, "vision"))
@@ -65,15 +65,15 @@ class Block(nnx.Module):
     self.attn = Attention(config)
     self.mlp = MLP(config)
 
-  def __call__(self, x: jax.Array, by: Turn, attend: Attend) -> jax.Array:
-    x = x + self.attn(self.norm1(x), by, attend)
+  def __call__(self, x: jax.Array, rope: CosSin, attention_fn: AttentionFn) -> jax.Array:
+    x = x + self.attn(self.norm1(x), rope, attention_fn)
     return constrain(x + self.mlp(self.norm2(x)), "prompt", None, None)
 
 
 class PatchMerger(nnx.Module):
   """Patch rows of a merge block become one image token of the text width.
 
-  The merger of the last block normalises rows before grouping them, those of the DeepStack taps after.
+  The merger of the last block normalises rows before grouping them, those of the DeepStack layers after.
   """
 
   def __init__(self, config: VisionConfig, norm_after_grouping: bool):
@@ -102,63 +102,63 @@ class PatchEmbed(nnx.Module):
 
 
 def _angles(config: VisionConfig, coordinates: jax.Array) -> jax.Array:
-  """Rotary angles float32[P, R, H / 2]: a quarter of the head for the row, a quarter for the column."""
+  """Computes rotary angles float32[P, R, H / 2]: a quarter of the head for the row, a quarter for the column."""
   quarter = config.head_dim // 4
   frequencies = (config.rope_theta ** (-np.arange(quarter) / quarter)).astype(np.float32)
   angles = coordinates.astype(jnp.float32)[..., None] * frequencies[None, None, None]
   return angles.reshape(*coordinates.shape[:2], 2 * quarter)
 
 
-def _embedded(config: VisionConfig, params: Params, vision: VisionInputs) -> jax.Array:
-  """Patch embeddings plus the position table resampled to each image's grid: [P, R, Dv]."""
+def _embed(config: VisionConfig, params: Params, vision: VisionInputs) -> jax.Array:
+  """Adds to the patch embeddings the position table, resampled to each image's grid: [P, R, Dv]."""
   x = bind(params["patch_embed"], PatchEmbed, config)(vision.patches)
-  table = bind(params["pos_embed"], Table, config.num_position_embeddings, config.hidden_size, (None, "vision"))
+  table = bind(params["pos_embed"], Embedding, config.num_position_embeddings, config.hidden_size, (None, "vision"))
   lines = table(vision.table_index).astype(jnp.float32)  # [P, R, 4, Dv]
   positions = (lines * vision.table_weight[..., None]).sum(axis=2)
   return constrain(x + positions.astype(x.dtype), "prompt", None, None)
 
 
-def tower_blocks(
-  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: str = "none", form: str = "auto"
+def encode_blocks(
+  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: str = "none", implementation: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
-  """Patch rows after the last block [P, R, Dv] and after every tapped block [n, P, R, Dv]; arguments as `encode`."""
-  x = _embedded(config, params, vision)
-  by = turn(_angles(config, vision.coordinates)[:, None])  # [P, 1, R, H / 2]
-  attend = inside_images(vision.segments, form)
+  """Runs the blocks: patch rows after the last one [P, R, Dv] and after every DeepStack block [n, P, R, Dv]."""
+  x = _embed(config, params, vision)
+  rope = cos_sin(_angles(config, vision.coordinates)[:, None])  # [P, 1, R, H / 2]
+  attention_fn = image_attention(vision.segments, implementation)
 
-  # One scan over all blocks: a tapped block writes its output into its slot, the others into a spare one.
+  # One scan over all blocks: a DeepStack block writes its output into its slot, the others into a spare one.
   # Scanning slices of the stack instead would copy the weights.
-  taps = config.deepstack_visual_indexes
-  slots = np.full(config.depth, len(taps), np.int32)
-  slots[list(taps)] = np.arange(len(taps))
+  deepstack_layers = config.deepstack_visual_indexes
+  slots = np.full(config.depth, len(deepstack_layers), np.int32)
+  slots[list(deepstack_layers)] = np.arange(len(deepstack_layers))
 
   def step(carry, layer):
     x, tapped = carry
     weights, slot = layer
-    x = bind(weights, Block, config)(x, by, attend)
+    x = bind(weights, Block, config)(x, rope, attention_fn)
     return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, axis=0)), None
 
-  tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype)
-  (x, tapped), _ = jax.lax.scan(rematerialised(step, remat), (x, tapped), (params["blocks"], slots))
+  tapped = jnp.zeros((len(deepstack_layers) + 1, *x.shape), x.dtype)
+  (x, tapped), _ = jax.lax.scan(checkpointed(step, remat), (x, tapped), (params["blocks"], slots))
   return x, tapped[:-1]
 
 
 def encode(
-  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: str = "none", form: str = "auto"
+  config: VisionConfig, params: Params, vision: VisionInputs, *, remat: str = "none", implementation: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
-  """Image tokens of every prompt and the features of the DeepStack taps.
+  """Encodes the images of every prompt; also returns the features of the DeepStack layers.
 
   Args:
     config: sizes of the tower.
     params: the tower's parameters, blocks stacked on axis 0.
     vision: patches [P, R, C] and their tables.
     remat: what the backward pass computes again, of `layers.REMAT`.
-    form: of attention, see `attention.kernel_for`.
+    implementation: of attention, see `attention.kernel_for`.
 
   Returns:
-    features [P, M, D] and deepstack [n, P, M, D], n the number of taps, in the dtype of the parameters.
+    features [P, M, D] and deepstack [n, P, M, D], n the number of deepstack_layers, in the dtype of the parameters.
   """
-  x, tapped = tower_blocks(config, params, vision, remat=remat, form=form)
+  x, tapped = encode_blocks(config, params, vision, remat=remat, implementation=implementation)
   features = bind(params["merger"], PatchMerger, config, False)(x)
   if not config.deepstack_visual_indexes:
     return features, jnp.zeros((0, *features.shape), features.dtype)

@@ -138,7 +138,7 @@ def test_a_model_has_the_flops_that_xla_counts():
   record = cases.config_record(text={"hidden_size": 128, "intermediate_size": 256}, vision={"out_hidden_size": 128})
   config = Qwen3VLConfig.from_dict(record)
   # XLA counts the body of a scan once; with layers side by side there is none.
-  params = jax.eval_shape(lambda: model.separated(model.init_params(config, jax.random.key(0))))
+  params = jax.eval_shape(lambda: model.unstack_layers(model.init_params(config, jax.random.key(0))))
   prompts, _, _ = cases.make_prompts(config, [(40,), (33,)])
   prefill = functools.partial(model.prefill, config)
   counted = floors.count_flops(prefill, model.abstract_params(config), prompts)

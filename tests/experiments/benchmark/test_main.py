@@ -55,7 +55,7 @@ def test_a_step_beside_its_floors_and_an_earlier_one(run, tmp_path):
 def test_torch_is_asked_for_by_name(run, monkeypatch):
   monkeypatch.setitem(sys.modules, "experiments.benchmark.torch", None)
   monkeypatch.setattr(step, "Benchmark", lambda *_: None)
-  with pytest.raises(ValueError, match="--against=trl needs torch: pip install -r requirements-oracle.txt"):
+  with pytest.raises(ValueError, match=r'--against=trl needs torch: pip install -e ".\[oracle]"'):
     run("--against=trl")
 
 

@@ -17,13 +17,13 @@ from kepo_jax.types import Prompts
 def layer_outputs(config: Qwen3VLConfig, params: Any, prompts: Prompts) -> dict[str, jax.Array]:
   """`layers` [L, P, S, D] after the DeepStack addition; of a tower also `blocks`, `features` and `deepstack`."""
   found = {}
-  x = model._embedded(config, params, prompts.tokens)
+  x = model._embed(config, params, prompts.tokens)
   added = jnp.zeros((0, *x.shape))
   if prompts.vision.patches.shape[1]:
     every = dataclasses.replace(config.vision, deepstack_visual_indexes=tuple(range(config.vision.depth)))
-    found["blocks"] = vision.tower_blocks(every, params["visual"], prompts.vision)[1]
+    found["blocks"] = vision.encode_blocks(every, params["visual"], prompts.vision)[1]
     found["features"], found["deepstack"] = model.encode_images(config, params, prompts.vision)
-    x, added = model.with_images(x, prompts.image_slot, found["features"], found["deepstack"])
+    x, added = model.merge_image_tokens(x, prompts.image_slot, found["features"], found["deepstack"])
   angles = text.prompt_angles(config.text, prompts.positions)
   outputs = []
   for depth in range(1, config.text.num_hidden_layers + 1):  # the decoder, ended after every layer

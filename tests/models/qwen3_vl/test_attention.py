@@ -21,7 +21,7 @@ def kernel(module, **arguments):
   functions = (
     functools.partial(function, **arguments) for function in (module.prompts, module.completions, module.images)
   )
-  return attention.Kernel(*functions, refusal=lambda dtype, head_dim: "")
+  return attention.Kernel(*functions, why_unsupported=lambda dtype, head_dim: "")
 
 
 # XLA's implementation has the meaning of cuDNN's; the interpreter runs the very kernel of the TPU.
@@ -62,14 +62,14 @@ def attention_inputs(rng):
 def test_joint_attention_equals_attention_over_concatenated_keys(attention_inputs):
   query, sources = attention_inputs
 
-  def total(attend, query, arrays):
-    mixed = attend(query, [(k, v, m) for (k, v), (_, _, m) in zip(arrays, sources, strict=True)])
+  def total(attention_fn, query, arrays):
+    mixed = attention_fn(query, [(k, v, m) for (k, v), (_, _, m) in zip(arrays, sources, strict=True)])
     return (mixed**2).sum(), mixed
 
   arrays = [(k, v) for k, v, _ in sources]
   (actual, mixed), (expected, wanted) = (
-    jax.jit(jax.grad(functools.partial(total, attend), (0, 1), has_aux=True))(query, arrays)
-    for attend in (attention.joint_attention, dense)
+    jax.jit(jax.grad(functools.partial(total, attention_fn), (0, 1), has_aux=True))(query, arrays)
+    for attention_fn in (attention.plain_attention, dense)
   )
   np.testing.assert_allclose(mixed, wanted, atol=1e-6)
   jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-5), actual, expected)
@@ -78,7 +78,7 @@ def test_joint_attention_equals_attention_over_concatenated_keys(attention_input
 def test_rows_that_see_nothing_and_scores_far_from_zero_stay_finite(attention_inputs):
   query, sources = attention_inputs
   blind = [(k, v, jnp.zeros_like(m)) for k, v, m in sources]
-  both = jax.jit(jax.value_and_grad(lambda q, sources: attention.joint_attention(q, sources).sum()))
+  both = jax.jit(jax.value_and_grad(lambda q, sources: attention.plain_attention(q, sources).sum()))
   for given, seen in ((query, blind), (query * 1e4, sources)):
     value, gradient = both(given, seen)
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -118,16 +118,16 @@ class Uses:
 
   def prompts(self, form, query, key, value):
     visible = text.causal_mask(self.real.shape[1]) & self.real[:, None, None, None, None, :]
-    mixed = attention.over_prompts(query, [(key, value, visible)], real=self.real, form=form)
+    mixed = attention.prompt_attention(query, [(key, value, visible)], real=self.real, implementation=form)
     return jnp.where(self.real[:, None, None, :, None, None], mixed, 0)  # what pads get is nobody's
 
   def completions(self, form, query, prefix_key, prefix_value, key, value):
     prefix = (prefix_key, prefix_value, self.real[:, None, None, None, None, :])
     own = (key, value, text.causal_mask(key.shape[3]))
-    return attention.over_completions(query, [prefix, own], real=self.real, form=form)
+    return attention.completion_attention(query, [prefix, own], real=self.real, implementation=form)
 
   def images(self, form, query, key, value):
-    mixed = attention.inside_images(self.segments, form)(query, key, value)
+    mixed = attention.image_attention(self.segments, form)(query, key, value)
     return jnp.where((self.segments >= 0)[:, :, None, None], mixed, 0)
 
 
@@ -275,7 +275,7 @@ class Gpu:
 
 
 @pytest.mark.parametrize(
-  ("device", "dtype", "head_dim", "refusal"),
+  ("device", "dtype", "head_dim", "why_unsupported"),
   [
     (None, "bfloat16", 64, ""),
     (None, "float16", 128, "not in float16"),
@@ -287,14 +287,14 @@ class Gpu:
     (Gpu("7.5"), "bfloat16", 128, "needs compute capability 8.0, a GPU has 7.5"),
   ],
 )
-def test_what_the_kernels_of_tpu_and_gpu_serve(device, dtype, head_dim, refusal, monkeypatch):
+def test_what_the_kernels_of_tpu_and_gpu_serve(device, dtype, head_dim, why_unsupported, monkeypatch):
   platform = "gpu" if device else "tpu"
   monkeypatch.setattr(sharding, "platform", lambda: platform)
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
   kernel = attention.kernel_for("auto", jnp.dtype(dtype), head_dim)
-  assert kernel is (None if refusal else attention.KERNELS[platform])
-  if refusal:
-    with pytest.raises(ValueError, match=refusal):
+  assert kernel is (None if why_unsupported else attention.KERNELS[platform])
+  if why_unsupported:
+    with pytest.raises(ValueError, match=why_unsupported):
       attention.kernel_for("fused", jnp.dtype(dtype), head_dim)
 
 

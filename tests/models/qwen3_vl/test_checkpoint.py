@@ -277,10 +277,10 @@ def test_host_holds_one_shard_at_a_time(tmp_path, mesh_of):
   ("stored", "layout"), [("source", "train"), ("source", "decode"), ("orbax", "decode")], indirect=["stored"]
 )
 def test_layers_side_by_side_are_those_of_the_stack(stored, layout, mesh_of):
-  mesh, wanted = mesh_of(1, 4, 2), model.separated(PARAMS)
+  mesh, wanted = mesh_of(1, 4, 2), model.unstack_layers(PARAMS)
   _, params = checkpoint.load_pretrained(stored, mesh=mesh, layout=layout, separate=True)
   assert_same(params, wanted)
-  places = sharding.weight_shardings(mesh, wanted, model.separated_axes(CONFIG), layout)
+  places = sharding.weight_shardings(mesh, wanted, model.unstacked_axes(CONFIG), layout)
   assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), params, places))
 
 

@@ -1,4 +1,4 @@
-"""Sizes from config.json: both schemas, the named sizes, and one clear refusal for everything else."""
+"""Sizes from config.json: both schemas, the named sizes, and one clear why_unsupported for everything else."""
 
 import dataclasses
 import json

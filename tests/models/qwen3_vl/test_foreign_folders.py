@@ -41,7 +41,7 @@ def loaded_embedding(folder):
   return checkpoint.load_pretrained(folder)[1]["language_model"]["embed_tokens"]["weight"]
 
 
-def refusal(folder):
+def why_unsupported(folder):
   """What loading says, which must be one line of moderate length; "" where it loads what safetensors reads."""
   try:
     config, params = checkpoint.load_pretrained(folder)
@@ -74,7 +74,7 @@ def test_a_single_file_counts_before_the_index_beside_it(folder):
 def test_a_damaged_index_is_named(folder, text):
   (folder / "model.safetensors").unlink()
   (folder / safetensors_files.INDEX).write_text(text)
-  assert safetensors_files.INDEX in refusal(folder)
+  assert safetensors_files.INDEX in why_unsupported(folder)
 
 
 def test_a_head_of_its_own_is_not_dropped(folder):
@@ -82,7 +82,7 @@ def test_a_head_of_its_own_is_not_dropped(folder):
   safetensors.numpy.save_file(tensors | {"lm_head.weight": tensors[EMBEDDING]}, folder / "model.safetensors")
   assert "lm_head" not in checkpoint.load_pretrained(folder)[1]
   safetensors.numpy.save_file(tensors | {"lm_head.weight": tensors[EMBEDDING] + 1}, folder / "model.safetensors")
-  assert "lm_head.weight" in (said := refusal(folder)) and "tie_word_embeddings" in said
+  assert "lm_head.weight" in (said := why_unsupported(folder)) and "tie_word_embeddings" in said
 
 
 def test_an_adapter_beside_the_weights_is_told_and_not_exported(folder, tmp_path, caplog):
@@ -125,7 +125,7 @@ def write_header(file, header, data):
 def test_other_names_are_told_as_they_stand_in_the_file(folder, rename, said):
   renamed = {rename(name): tensor for name, tensor in tensors_of(folder).items()}
   safetensors.numpy.save_file(renamed, folder / "model.safetensors")
-  found = refusal(folder)
+  found = why_unsupported(folder)
   assert all(part in found for part in said), found
 
 
@@ -136,7 +136,7 @@ def test_long_values_of_a_header_are_told_shortly(folder, changes):
   header, data = header_of(folder / "model.safetensors")
   header[EMBEDDING] |= changes
   write_header(folder / "model.safetensors", header, data)
-  assert EMBEDDING in refusal(folder)
+  assert EMBEDDING in why_unsupported(folder)
 
 
 @pytest.mark.parametrize("name", ["", "..", "x" * 5000, "a\nb", "a\0b", "folder"])
@@ -144,9 +144,9 @@ def test_what_an_index_names_must_be_a_file(folder, name):
   (folder / "model.safetensors").rename(folder / "other.safetensors")
   for place in ("folder", "model.safetensors"):
     (folder / place).mkdir()
-  assert "only safetensors weights are read" in refusal(folder)
+  assert "only safetensors weights are read" in why_unsupported(folder)
   (folder / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {EMBEDDING: name}}))
-  assert safetensors_files.INDEX in refusal(folder)
+  assert safetensors_files.INDEX in why_unsupported(folder)
 
 
 def test_bytes_of_another_tensor_are_not_read(folder):
@@ -154,11 +154,11 @@ def test_bytes_of_another_tensor_are_not_read(folder):
   header, data = header_of(file)
   one, other = (f"model.language_model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
   write_header(file, header | {one: header[one] | {"data_offsets": header[other]["data_offsets"]}}, data)
-  assert "expected" in refusal(folder) and "model.safetensors" in refusal(folder)
+  assert "expected" in why_unsupported(folder) and "model.safetensors" in why_unsupported(folder)
   write_header(file, header, data + bytes(8))
-  assert "8 bytes behind its last tensor" in refusal(folder)
+  assert "8 bytes behind its last tensor" in why_unsupported(folder)
   write_header(file, {"empty": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]}} | header, data)
-  assert "model.safetensors" in refusal(folder)
+  assert "model.safetensors" in why_unsupported(folder)
 
 
 VALUES = (None, True, -1, 0, 3, 10**12, 0.5, 1e308, "x", [], [1], [10**12], {}, {"rope_theta": "x"}, "é\n" * 3000)
@@ -171,14 +171,14 @@ def test_any_value_in_a_config_is_read_or_refused(folder):
     section = draw.choice([record, record["text_config"], record["vision_config"]])
     section[draw.choice([*section, "rope_scaling", "rope_parameters"])] = draw.choice(VALUES)
     (folder / "config.json").write_text(json.dumps(record))
-    said = refusal(folder)
+    said = why_unsupported(folder)
     assert not said or "config.json" in said
   record = RECORD | {"vision_config": RECORD["vision_config"] | {"patch_size": [8, 9] * 10**4}}
   (folder / "config.json").write_text(json.dumps(record))
-  assert "patch_size is [8, 9," in refusal(folder)
+  assert "patch_size is [8, 9," in why_unsupported(folder)
   for text in ("", "[]", "null", "[" * 100_000, '{"model_type": ["qwen3_vl"]}'):
     (folder / "config.json").write_text(text)
-    assert "config.json" in refusal(folder)
+    assert "config.json" in why_unsupported(folder)
 
 
 def test_any_header_of_a_weight_file_is_read_or_refused(folder):
@@ -196,10 +196,10 @@ def test_any_header_of_a_weight_file_is_read_or_refused(folder):
       field = draw.choice(["dtype", "shape", "data_offsets"])
       header[name][field] = draw.choice([*VALUES, [0, 10**30], [5, 2], [-4, 0], [1.5, 2], "I64", [[0], [4]]])
     write_header(file, header, data)
-    said = refusal(folder)
+    said = why_unsupported(folder)
     assert "model.safetensors" in said or "config.json" in said or not said
     loaded += not said
   assert loaded < 40
   for start in (b"", b"\0" * 7, b"\xff" * 64, (9).to_bytes(8, "little") + b"[" * 9, (2).to_bytes(8, "little") + b"[]"):
     file.write_bytes(start)
-    assert "model.safetensors" in refusal(folder)
+    assert "model.safetensors" in why_unsupported(folder)

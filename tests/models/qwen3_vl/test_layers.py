@@ -25,7 +25,7 @@ def test_norms_by_hand(rng):
 def test_gradients_of_a_widening_product(dtype, rng):
   for rows in ((6,), (2, 3, 4)):
     x, weight, cotangent = (jnp.array(rng.normal(size=size), dtype) for size in ((*rows, 5), (9, 5), (*rows, 9)))
-    actual, pullback = jax.vjp(layers.widened, x, weight)
+    actual, pullback = jax.vjp(layers.wide_matmul, x, weight)
     expected, plain = jax.vjp(lambda x, weight: jnp.einsum("...i,oi->...o", x, weight), x, weight)
     np.testing.assert_array_equal(actual, expected)
     tolerance = 1e-6 if dtype == jnp.float32 else 2e-2

@@ -77,10 +77,10 @@ def test_decoding_token_by_token_equals_the_whole(layers, prompts, hidden):
 
     tokens = jnp.moveaxis(tokens, -1, 0)
     cache, early = jax.lax.scan(step, model.empty_cache(prefix, G, 2), tokens[:2])
-    cache, late = jax.lax.scan(step, model.lengthened(cache, T), tokens[2:])  # what is in a cache stays in it
+    cache, late = jax.lax.scan(step, model.grow_cache(cache, T), tokens[2:])  # what is in a cache stays in it
     return jnp.moveaxis(jnp.concatenate([early, late]), 0, 2), cache.length
 
-  params = PARAMS if layers == "stacked" else model.separated(PARAMS)
+  params = PARAMS if layers == "stacked" else model.unstack_layers(PARAMS)
   later, length = decoded(params, prompts, TOKENS)
   assert length == T
   np.testing.assert_allclose(later[:, :, :-1], hidden[:, :, 1:], atol=2e-5)
@@ -121,8 +121,8 @@ def test_initial_parameters():
 
 
 def test_axes_name_every_dimension():
-  axes, separate = model.logical_axes(CONFIG), model.separated_axes(CONFIG)
-  for params, names in ((PARAMS, axes), (model.separated(PARAMS), separate)):
+  axes, separate = model.logical_axes(CONFIG), model.unstacked_axes(CONFIG)
+  for params, names in ((PARAMS, axes), (model.unstack_layers(PARAMS), separate)):
     assert jax.tree.all(jax.tree.map(lambda leaf, names: len(names) == leaf.ndim, params, names))
 
 
@@ -148,7 +148,7 @@ def test_sharded_equals_unsharded_and_shares_the_work(shape, share, mesh_of, pro
 def test_a_token_copies_no_cache(layers, prompts):
   params, length = model.abstract_params(CONFIG), 1024
   if layers == "separate":
-    params = jax.eval_shape(model.separated, params)
+    params = jax.eval_shape(model.unstack_layers, params)
   prefix = jax.eval_shape(functools.partial(model.prefill, CONFIG), params, prompts)
   cache = jax.eval_shape(lambda prefix: model.empty_cache(prefix, G, length), prefix)
 

@@ -33,7 +33,7 @@ def test_the_gradients_are_those_of_a_pass_that_keeps_everything(mesh_of):
 
 
 def over_layers(remat, layer, x, weights):
-  body = layers.rematerialised(lambda x, w: (layer(x, w), None), remat)
+  body = layers.checkpointed(lambda x, w: (layer(x, w), None), remat)
   return jax.lax.scan(body, x, weights)[0].sum()
 
 
@@ -58,7 +58,7 @@ def test_what_is_kept_changes_no_gradient(rng):
   x, weights = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((5, 8), (3, 8, 8)))
 
   def gradients(remat):
-    layer = functools.partial(over_layers, remat, lambda x, w: jnp.sin(layers.widened(jnp.cos(x), w)))
+    layer = functools.partial(over_layers, remat, lambda x, w: jnp.sin(layers.wide_matmul(jnp.cos(x), w)))
     return jax.jit(jax.grad(layer, (0, 1)))(x, weights)
 
   expected = gradients("none")
@@ -68,7 +68,7 @@ def test_what_is_kept_changes_no_gradient(rng):
 
 
 def test_the_product_of_a_widening_projection_is_kept():
-  assert residuals("dots", lambda x, w: jnp.sin(layers.widened(jnp.cos(x), w))) == 12 * ONE
+  assert residuals("dots", lambda x, w: jnp.sin(layers.wide_matmul(jnp.cos(x), w))) == 12 * ONE
 
 
 def test_products_of_attention_are_not_kept():
