@@ -8,7 +8,7 @@
 Without a topology it prints the estimate of `memory.estimate` and, with --compare, a row for each option of
 docs/operations.md. With one, a compiler compiles every program of a step on this machine, up to 7 GB and about a minute
 per program: libtpu (the extra `tpu`) for TPU slices, JAX's plugin for CUDA (the extra `plan-gpu`) for H200 or H100:8.
-No TPU or GPU is needed. It prints memory per chip, floors, kernels and collectives, those of one token of a sampler, and
+No TPU or GPU is needed. It prints memory per chip, floors, kernels, what one token of a sampler costs, and
 collectives by kind and axes of the mesh. Where the run does not fit, the exit status is 3, and the smallest change that
 makes it fit is looked for and compiled as well (--nosuggest: not). --table plans the paper's run for the slices of
 docs/operations.md, which takes half an hour to an hour on 2 cores; a plan that --output has is kept unless its config,
