@@ -212,7 +212,7 @@ def all_rounds(
     tell = functools.partial(progress, f"candidates of round {attempt}")
     key = keys("candidate", attempt)
     rollouts = student.rollouts(asked, hint_prompt, candidate, key, hints=hints, progress=tell)
-    return rollouts_lib.candidates(student.processor, asked, hints, rollouts, scorer)
+    return rollouts_lib.candidates(rollouts_lib.scored_groups(student.processor, scorer, asked, rollouts), hints)
 
   enough = rounds * candidate.samples + 1  # more than there can be
   return exploration.explore(
@@ -367,7 +367,7 @@ def measured(
   def asked(model: BatchedModel, which: Sequence[Example], what: str, settings: SamplingSettings) -> Groups:
     tell = functools.partial(progress, f"{what}s")
     rollouts = model.rollouts(which, config.data.prompt, settings, key(what), progress=tell)
-    return rollouts_lib.scored_groups(model.processor, which, rollouts, scorer)
+    return rollouts_lib.scored_groups(model.processor, scorer, which, rollouts)
 
   groups = asked(student, examples, "rollout", SamplingSettings(config.batch.rollouts, *policy))
   failed = exploration.triggered(groups.scores["accuracy"], groups.scores["total"], explored.trigger)

@@ -1,6 +1,6 @@
-"""What the processes of a run agree on: one looks or decides, or each does its part, and all act alike.
+"""Work shared by the processes of a run, so that all of them act alike and none waits for one that has failed.
 
-Every function here that talks to other processes must be called by all of them, at the same point of the program.
+All processes must call a function that communicates at the same point of the program.
 """
 
 import json
@@ -21,18 +21,18 @@ T = TypeVar("T")
 
 
 def is_first() -> bool:
-  """Whether this process is the one that writes what is written once."""
+  """Returns whether this process writes what is written once."""
   return jax.process_index() == 0
 
 
 def on_first(work: Callable[[], Any]) -> Any:
-  """What `work`, done by the first process alone, returns there; on every process.
+  """Runs `work` on the first process and returns its result on every process.
 
   Args:
     work: returns a JSON-able value.
 
   Raises:
-    ValueError: `work` raised ValueError or OSError; every process raises it, so that none waits for the others.
+    ValueError: `work` raised ValueError or OSError; raised on every process.
   """
   if jax.process_count() == 1:
     return work()
@@ -50,34 +50,34 @@ def on_first(work: Callable[[], Any]) -> Any:
   return outcome["value"]
 
 
-def together(work: Callable[[], T]) -> T:
-  """What `work` returns here, done on every process; where it fails on one, it ends on all.
+def run_on_all(work: Callable[[], T]) -> T:
+  """Runs `work` on every process and returns its result here; a failure on one process ends all.
 
   Raises:
     ValueError: `work` raised it here.
     OSError: `work` raised it here, or it failed on another process.
   """
-  done = False
+  failed = True
   try:
     value = work()
-    done = True
+    failed = False
   finally:
-    (failed,) = any_process(not done)
+    (failed,) = any_process(failed)
   if failed:
     raise _failed_elsewhere()
   return value
 
 
 def any_process(*flags: bool) -> tuple[bool, ...]:
-  """Each flag, true if it is so on any process; all must call it at the same point."""
+  """Returns each flag, true if it is true on any process."""
   if jax.process_count() == 1:
     return flags
   everywhere = multihost_utils.process_allgather(np.array(flags, bool))
   return tuple(bool(flag) for flag in everywhere.reshape(-1, len(flags)).any(axis=0))
 
 
-def gathered(work: Callable[[], Any]) -> list[Any]:
-  """What `work` returns on each process, in their order; on every process.
+def all_gather(work: Callable[[], Any]) -> list[Any]:
+  """Runs `work` on every process and returns all results, by process, on every process.
 
   Args:
     work: returns a JSON-able value, of any size.
@@ -94,17 +94,17 @@ def gathered(work: Callable[[], Any]) -> list[Any]:
     sizes = multihost_utils.process_allgather(np.int32(-1 if data is None else len(data)))
   if data is None or (sizes < 0).any():
     raise _failed_elsewhere()
-  parts = [_everywhere(data, start) for start in range(0, int(sizes.max()), CHUNK)]
+  parts = [_gather_chunk(data, start) for start in range(0, int(sizes.max()), CHUNK)]
   texts = np.concatenate(parts, axis=1)
   return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
 
 
-def divided(items: Sequence[S], work: Callable[[Sequence[S]], Sequence[Any]]) -> list[Any]:
-  """What `work` finds about each of some things, of which every process looks at its own share; on every process.
+def shard_across_hosts(items: Sequence[S], work: Callable[[Sequence[S]], Sequence[Any]]) -> list[Any]:
+  """Runs `work` on a share of the items in each process and returns the results for all, on every process.
 
   Args:
     items: the same number on every process, in the same order.
-    work: some of them -> a JSON-able value for each.
+    work: some items -> a JSON-able value for each.
 
   Returns:
     the values in the order of `items`; in a run of several processes tuples have become lists.
@@ -114,18 +114,20 @@ def divided(items: Sequence[S], work: Callable[[Sequence[S]], Sequence[Any]]) ->
   """
   count, number = jax.process_count(), jax.process_index()
   values: list[Any] = [None] * len(items)
-  for first, part in enumerate(gathered(lambda: list(work(items[number::count])))):
+  for first, part in enumerate(all_gather(lambda: list(work(items[number::count])))):
     values[first::count] = part
   return values
 
 
-def by_holders(shape: Sequence[int], prompts: int, read: Callable[[int, Sequence[int]], Sequence[Any]]) -> np.ndarray:
-  """What is read from the rollouts of a batch, each by the one process that answers for it; on every process.
+def gather_from_owners(
+  shape: Sequence[int], prompts: int, read: Callable[[int, Sequence[int]], Sequence[Any]]
+) -> np.ndarray:
+  """Reads every rollout of a batch on the one process that owns it and returns the results on every process.
 
   Args:
     shape: P, G of the batch.
-    prompts: of them are read, the first ones; what is behind them is padding.
-    read: (prompt, rollouts of it) -> one JSON-able value for each; what it raises ends the work on every process.
+    prompts: number of prompts that are read, the first ones; the others are padding.
+    read: (prompt, its rollouts) -> one JSON-able value for each; what it raises ends the work on every process.
 
   Returns:
     object[prompts, G]; in a run of several processes tuples have become lists.
@@ -133,17 +135,17 @@ def by_holders(shape: Sequence[int], prompts: int, read: Callable[[int, Sequence
   Raises:
     OSError: reading failed on another process.
   """
-  mine = sharding.row_holders(*shape)[:prompts] == jax.process_index()
+  owned = sharding.row_holders(*shape)[:prompts] == jax.process_index()
 
   def work() -> list[Any]:
-    rows = [(prompt, np.flatnonzero(row).tolist()) for prompt, row in enumerate(mine) if row.any()]
-    return [(prompt, slots, list(read(prompt, slots))) for prompt, slots in rows]
+    rows = [(prompt, np.flatnonzero(row).tolist()) for prompt, row in enumerate(owned) if row.any()]
+    return [(prompt, rollouts, list(read(prompt, rollouts))) for prompt, rollouts in rows]
 
-  values = np.empty(mine.shape, object)
-  for part in gathered(work):
-    for prompt, slots, found in part:
-      for slot, value in zip(slots, found, strict=True):
-        values[prompt, slot] = value
+  values = np.empty(owned.shape, object)
+  for part in all_gather(work):
+    for prompt, rollouts, results in part:
+      for rollout, result in zip(rollouts, results, strict=True):
+        values[prompt, rollout] = result
   return values
 
 
@@ -151,8 +153,8 @@ def _failed_elsewhere() -> OSError:
   return OSError("another process of this run has failed; its log says why.")
 
 
-def _everywhere(data: np.ndarray, start: int) -> np.ndarray:
-  """uint8[processes, CHUNK], the bytes from `start` on of each, zero behind the end."""
+def _gather_chunk(data: np.ndarray, start: int) -> np.ndarray:
+  """Returns uint8[processes, CHUNK], the bytes of each process from `start` on, padded with zeros."""
   chunk = np.zeros(CHUNK, np.uint8)
   part = data[start : start + CHUNK]
   chunk[: len(part)] = part

@@ -52,11 +52,13 @@ class Store:
       raise FileNotFoundError(name)
     return self.path(bucket, name).read_bytes()
 
-  def write(self, bucket: str, name: str, data: bytes) -> None:
+  def write(self, bucket: str, name: str, data: bytes, *, create: bool = False) -> None:
     if not (self.root / bucket).is_dir():
       raise FileNotFoundError(bucket)
     with self.lock:
       path = self.path(bucket, name)
+      if create and path.exists():
+        raise FileExistsError(name)
       path.parent.mkdir(parents=True, exist_ok=True)
       handle, partial = tempfile.mkstemp(dir=self.root)
       with os.fdopen(handle, "wb") as file:
@@ -192,6 +194,9 @@ class Objects(AbstractFileSystem):
     if mode == "wb":
       return Upload(self.store, *self._split(path))
     return io.BytesIO(self.store.read(*self._split(path)))
+
+  def pipe_file(self, path, value, mode="overwrite", **_):
+    self.store.write(*self._split(path), value, create=mode == "create")
 
   def mkdir(self, path, create_parents=True, **_):
     self.store.names(self._split(path)[0], "")  # a bucket must be there

@@ -46,8 +46,8 @@ def gather(number):
   counter, sizes = CompileCounter(), []
   values = ["", "é" * 3], ["a" * (3 * multihost.CHUNK), "b"], ["c", "d" * (2 * multihost.CHUNK)]
   for both in values:
-    assert multihost.gathered(lambda both=both: {"text": both[number]}) == [{"text": text} for text in both]
-    sizes.append(counter.figures()["compiled/programs"])
+    assert multihost.all_gather(lambda both=both: {"text": both[number]}) == [{"text": text} for text in both]
+    sizes.append(counter.metrics()["compiled/programs"])
   say("gather", compiled=sizes)
   say("gather", flags=multihost.any_process(number == 1, False, True))
 
@@ -68,9 +68,9 @@ def fail(number):
     return {}[0] if number == failing else 0
 
   with told("fail"):
-    multihost.gathered(lambda: work(1))
+    multihost.all_gather(lambda: work(1))
   with told("fail"):
-    multihost.together(lambda: work(1))
+    multihost.run_on_all(lambda: work(1))
   with told("fail"):
     multihost.on_first(lambda: work(0))
   say("fail", first=multihost.on_first(lambda: f"é{number}"))
@@ -81,7 +81,7 @@ def groups_of(axes, shape, reward):
   tokens = np.arange(np.prod(shape), dtype=np.int32).reshape(*shape, 1)
   rollouts = Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
   with jax.set_mesh(sharding.make_mesh(*axes)):
-    return rollouts_lib.scored_groups(Processor(), [example(f"q{p}") for p in range(shape[0])], rollouts, judge)
+    return rollouts_lib.scored_groups(Processor(), judge, [example(f"q{p}") for p in range(shape[0])], rollouts)
 
 
 # Meshes that hold the rows of a batch in different ways: (mesh, (prompts, rollouts)).

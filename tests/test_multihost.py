@@ -90,20 +90,22 @@ def test_what_is_shared_out_comes_back_in_its_order(monkeypatch):
     asked.append(list(numbers))
     return [number**2 for number in numbers]
 
-  assert multihost.divided(range(5), squares) == [0, 1, 4, 9, 16] and asked == [[0, 1, 2, 3, 4]]
+  assert multihost.shard_across_hosts(range(5), squares) == [0, 1, 4, 9, 16] and asked == [[0, 1, 2, 3, 4]]
   monkeypatch.setattr("jax.process_count", lambda: 2)
   monkeypatch.setattr("jax.process_index", lambda: 1)
-  monkeypatch.setattr(multihost, "gathered", lambda work: [squares([0, 2, 4]), work()])
-  assert multihost.divided(range(5), squares) == [0, 1, 4, 9, 16] and asked[2] == [1, 3]
+  monkeypatch.setattr(multihost, "all_gather", lambda work: [squares([0, 2, 4]), work()])
+  assert multihost.shard_across_hosts(range(5), squares) == [0, 1, 4, 9, 16] and asked[2] == [1, 3]
 
 
 def test_a_lone_process_reads_every_rollout_but_not_the_padding(mesh_of):
   value = {"not": ("JSON", object())}
-  assert multihost.gathered(lambda: value)[0] is value and multihost.together(lambda: value) is value
+  assert multihost.all_gather(lambda: value)[0] is value and multihost.run_on_all(lambda: value) is value
   with jax.set_mesh(mesh_of(data=4)):
     assert sharding.row_holders(8, 2).tolist() == [[0, 0]] * 8
     read = []
-    found = multihost.by_holders((8, 2), 3, lambda prompt, slots: read.append(prompt) or [(prompt, g) for g in slots])
+    found = multihost.gather_from_owners(
+      (8, 2), 3, lambda prompt, slots: read.append(prompt) or [(prompt, g) for g in slots]
+    )
   assert read == [0, 1, 2] and found.shape == (3, 2)
   assert found.tolist() == [[(p, g) for g in range(2)] for p in range(3)]
   assert sharding.row_holders(2, 3).tolist() == np.zeros((2, 3), int).tolist()  # nor is a mesh needed

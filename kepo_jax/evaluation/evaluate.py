@@ -112,7 +112,7 @@ def evaluate(
       rows = zip(numbers, texts, said, strict=True)
       return [_output(batch[row], number, text, ids, processor.end_ids, kind) for number, text, ids in rows]
 
-    for output in multihost.by_holders(tokens.shape[:2], len(batch), records).flat:
+    for output in multihost.gather_from_owners(tokens.shape[:2], len(batch), records).flat:
       outputs.append(output)
       if on_output:
         on_output(output)
@@ -123,7 +123,7 @@ def evaluate(
   for index in range(len(starts)):
     try:
       # Hosts decode images of their own: where one cannot, all of them read what was answered before, and end.
-      batch, prompts = multihost.together(functools.partial(batches, index))
+      batch, prompts = multihost.run_on_all(functools.partial(batches, index))
       rollouts = sample(prompts)
     finally:  # the device answers this batch meanwhile; where it cannot be asked, the answers before it still count
       if asked:

@@ -386,7 +386,7 @@ class AbstractRun:
       yield "answers", lambda: programs.answer(self.prompts(count, lengths.prompt_tokens), self.key)
     yield "scoring", self.targets
     compare = config.compares_gradients
-    yield "update", lambda: programs.update.rehearse(self.state, self.experience(), self.targets(), compare=compare)
+    yield "update", lambda: programs.update.compile(self.state, self.experience(), self.targets(), compare=compare)
 
   def plan(self, topology: Topology, compiled: Callable[[str, float], None]) -> Plan:
     """Compiles every program of a step.
@@ -450,7 +450,7 @@ class AbstractRun:
 
   def resident(self, phase: str, name: str) -> float:
     """Bytes of everything that is on a device while a program runs, its results and temporaries apart."""
-    frozen = {role: bytes_per_device(held.resident.shapes) for role, held in self.models.items() if role != "student"}
+    frozen = {role: bytes_per_device(held.weights.shapes) for role, held in self.models.items() if role != "student"}
     on_host = self.config.model.teacher_memory == "host"
     total = bytes_per_device(self.state) + (0.0 if on_host else sum(frozen.values()))
     if phase in ("sampling", "hints", "candidates", "answers") and self.config.own_rollouts:

@@ -181,7 +181,9 @@ def with_readable_images(
   kept = {}
   for split, examples in questions.items():
     summary = Summary(root=f"{split} questions of the run", format="checked", records=len(examples))
-    readable, _ = inspection.open_images(examples, summary, decode=True, progress=progress, divided=multihost.divided)
+    readable, _ = inspection.open_images(
+      examples, summary, decode=True, progress=progress, divided=multihost.shard_across_hosts
+    )
     refused = _refused(readable, functools.partial(refusals, split))
     for example_id, (rule, reason) in refused.items():
       summary.count(rule, f"question {example_id}: {reason}")
@@ -208,7 +210,7 @@ def _refused(
     refused = refusals(examples[number::count])
     return [(example_id, rejected.rule, str(rejected)) for example_id, rejected in refused.items()]
 
-  return {example_id: (rule, reason) for part in multihost.gathered(mine) for example_id, rule, reason in part}
+  return {example_id: (rule, reason) for part in multihost.all_gather(mine) for example_id, rule, reason in part}
 
 
 def prompt_kinds(config: Config, split: str) -> dict[str, int]:
@@ -245,7 +247,7 @@ def check_hosts_agree(
   """
   if jax.process_count() == 1:
     return
-  if said := host_differences(multihost.gathered(lambda: host_facts(config, questions or {}, models or {}))):
+  if said := host_differences(multihost.all_gather(lambda: host_facts(config, questions or {}, models or {}))):
     raise ValueError(said)
 
 

@@ -1,4 +1,4 @@
-"""What a run is going to compile: every program for every pair of buckets that its batches have, or may have.
+"""Ahead-of-time compilation of a run: every program for every pair of buckets that its batches have, or may have.
 
 Batches of training and evaluation are known: their order is seeded, and texts and headers of images tell their buckets.
 Which prompts will ask for a hint, how long its text is, and which further prompts dynamic sampling asks and keeps
@@ -21,7 +21,7 @@ from kepo_jax import multihost, sharding
 from kepo_jax.data import batching
 from kepo_jax.data import processor as processor_lib
 from kepo_jax.training import compiling, setup
-from kepo_jax.training.compiling import Rehearsal
+from kepo_jax.training.compiling import Compilation
 from kepo_jax.training.optimizer import TrainState
 from kepo_jax.types import Example, Experience, Prompts
 
@@ -78,19 +78,19 @@ def compile_ahead(run: setup.Run, state: TrainState, start: int, splits: Sequenc
     Interrupted: the run was asked to stop; looked at between programs.
   """
 
-  def progress(done: int, total: int) -> None:
-    setup.show_progress(run.hooks, "compiling", done, total)
+  def progress(count: int, total: int) -> None:
+    setup.show_progress(run.hooks, "compiling", count, total)
     run.interruption.check()
 
-  made = rehearsed_programs(run, state)
-  rehearsals = [
-    Rehearsal(
+  programs = compile_calls(run, state)
+  compilations = [
+    Compilation(
       f"{name} of {size} prompts of {pair[0]} tokens and {pair[1]} patch rows",
-      functools.partial(made[name], size, pair),
+      functools.partial(programs[name], size, pair),
     )
-    for name, size, pair in multihost.together(lambda: calls(run, start, splits))
+    for name, size, pair in multihost.run_on_all(lambda: calls(run, start, splits))
   ]
-  compiling.rehearse(rehearsals, run.mesh, progress=progress)
+  compiling.compile_all(compilations, run.mesh, progress=progress)
 
 
 def calls(run: setup.Run, start: int, splits: Sequence[str]) -> list[Call]:
@@ -136,7 +136,8 @@ def _possible(run: setup.Run, needs: Needs, start: int) -> Iterator[Call]:
   if config.sampling.dynamic_rounds:
     wanted += [(name, config.data.prompt, 0, (rows, rows)) for name in _used(run, "rollout", "update", "answer")]
   if config.explores:
-    for least, most in zip((1, *(size + 1 for size in run.row_sizes)), run.row_sizes, strict=False):
+    sizes = setup.row_sizes(config)
+    for least, most in zip((1, *(size + 1 for size in sizes)), sizes, strict=False):
       wanted += [("hint", "hint_request", 0, (least, most))]
       wanted += [("candidate", asks.hint_prompt, asks.hint_tokens, (least, most))]
   # Dynamic sampling draws from all questions; else a step explores those of its batch.
@@ -154,13 +155,13 @@ def _used(run: setup.Run, *names: str) -> list[str]:
   return [name for name in names if name not in unused]
 
 
-def rehearsed_programs(run: setup.Run, state: TrainState) -> Mapping[str, Callable[[int, Buckets], Any]]:
+def compile_calls(run: setup.Run, state: TrainState) -> Mapping[str, Callable[[int, Buckets], Any]]:
   """Name of a program -> what compiles it, and all that it needs, for so many prompts in a pair of buckets."""
   config, programs = run.config, run.programs
   student = compiling.shapes_of(state)
   # Keys have one shape; which one it is compiles the same.
   names = ("rollout", "hint", "candidate", "evaluation", "answer")
-  rollout, hint, candidate, evaluation, answer = (run.key(name, 0) for name in names)
+  rollout, hint, candidate, evaluation, answer = (setup.random_key(config.seed, name, 0) for name in names)
 
   def prompts(size: int, pair: Buckets) -> Prompts:
     return sharding.placed_shapes(run.mesh, run.processor.shapes(size, *pair))
@@ -175,7 +176,7 @@ def rehearsed_programs(run: setup.Run, state: TrainState) -> Mapping[str, Callab
     shown = prompts(size, pair)
     experience = experience_shapes(run.mesh, shown, (size, config.batch.rollouts, config.sampling.max_new_tokens))
     targets = programs.targets(shown, experience.tokens)
-    programs.update.rehearse(student, experience, targets, compare=run.config.compares_gradients)
+    programs.update.compile(student, experience, targets, compare=config.compares_gradients)
 
   return {
     "update": update,

@@ -1,9 +1,8 @@
-"""Programs that compile before they run: for the shapes of their arguments, several at a time.
+"""Ahead-of-time compilation of programs for the shapes of their arguments, several at a time.
 
-A `Program` that is called with shapes compiles and answers with the shapes of its results. So whoever calls programs
-one after the other can be rehearsed: the same calls with shapes compile everything, without data and without running
-anything on a device. jax keeps what `jit(f).lower(shapes).compile()` made, and an ordinary call of the same shapes,
-shardings and mesh finds it there.
+A `Program` that is called with shapes compiles and returns the shapes of its results: the calls of a step, made with
+shapes, compile the step without data and without running anything on a device. jax keeps what
+`jit(f).lower(shapes).compile()` made, and an ordinary call of the same shapes, shardings and mesh uses it.
 """
 
 import contextlib
@@ -25,12 +24,12 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 
 def shapes_of(tree: Any) -> Any:
-  """Shape, dtype and sharding of every array of a tree."""
+  """Returns shape, dtype and sharding of every array of a tree."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def is_abstract(tree: Any) -> bool:
-  """Whether a tree holds shapes instead of arrays."""
+  """Returns whether a tree holds shapes instead of arrays."""
   return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
@@ -48,7 +47,7 @@ _WATCHER: contextvars.ContextVar[Callable[[Compiled], None] | None] = contextvar
 
 @contextlib.contextmanager
 def watched(seen: Callable[[Compiled], None]) -> Iterator[None]:
-  """Shows every program that this thread compiles from shapes inside the block to `seen`."""
+  """Calls `seen` with every program that this thread compiles from shapes inside the block."""
   token = _WATCHER.set(seen)
   try:
     yield
@@ -77,7 +76,7 @@ class Program:
     self._compiled: dict[Any, Future[Any]] = {}  # shapes of arguments -> shapes of results
 
   def __call__(self, *arguments: Any, **named: Any) -> Any:
-    """The function's results, or their shapes.
+    """Returns the function's results, or their shapes.
 
     Raises:
       CompilationError: it cannot be compiled for these shapes; says which, and the way out.
@@ -86,9 +85,9 @@ class Program:
       return self._jitted(*arguments, **named)
     key = _signature((arguments, named))
     with self._lock:
-      mine = key not in self._compiled
+      is_new = key not in self._compiled
       result = self._compiled.setdefault(key, Future())
-    if mine:  # another thread that asks for the same waits
+    if is_new:  # another thread that asks for the same waits
       try:
         result.set_result(self._results(arguments, named))
       except ValueError as error:
@@ -118,7 +117,7 @@ class Program:
 
 
 def _signature(tree: Any) -> Any:
-  """What a compilation depends on, hashable."""
+  """Returns what a compilation depends on, hashable."""
   leaves, structure = jax.tree.flatten(tree)
   return structure, tuple(
     (leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) if hasattr(leaf, "dtype") else type(leaf)
@@ -127,46 +126,48 @@ def _signature(tree: Any) -> Any:
 
 
 def _described(tree: Any) -> str:
-  """The shapes of some arguments, those of the largest ones alone."""
+  """Returns the shapes of the largest arguments in words."""
   shapes = {f"{leaf.dtype}{list(leaf.shape)}": leaf.size for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size")}
   largest = sorted(shapes, key=lambda shape: -shapes[shape])[:6]
   return f"arguments of {', '.join(largest)}{' and others' if len(shapes) > len(largest) else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rehearsal:
-  """Calls of programs with shapes."""
+class Compilation:
+  """Calls of programs with shapes, which compile them."""
 
   name: str  # in words, with its shapes
-  calls: Callable[[], Any]
+  compile: Callable[[], Any]
 
 
-def rehearse(rehearsals: Sequence[Rehearsal], mesh: jax.sharding.Mesh, *, progress: Callable[[int, int], None]) -> None:
+def compile_all(
+  compilations: Sequence[Compilation], mesh: jax.sharding.Mesh, *, progress: Callable[[int, int], None]
+) -> None:
   """Makes all calls, several at a time; nothing of them runs on a device, and so no process waits in one.
 
   Args:
-    rehearsals: on every process the same, in the same order.
+    compilations: on every process the same, in the same order.
     mesh: of the run.
-    progress: called in this thread after each of them, in their order, with the numbers of those done and of all;
+    progress: called in this thread after each of them, in their order, with (number compiled, number of all);
       what it raises ends the work once the compilations under way are through.
 
   Raises:
-    ValueError: a program cannot be compiled; names the rehearsal, the program and its shapes.
-    OSError: so it is on another process.
+    ValueError: a program cannot be compiled; names the compilation, the program and its shapes.
+    OSError: it cannot on another process.
   """
 
-  def made(rehearsal: Rehearsal) -> None:
+  def run(compilation: Compilation) -> None:
     with jax.set_mesh(mesh):  # threads have a context of their own
       try:
-        rehearsal.calls()
+        compilation.compile()
       except ValueError as error:
-        raise ValueError(f"{rehearsal.name}: {error}") from error
+        raise ValueError(f"{compilation.name}: {error}") from error
 
   pool = ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix="compiling")
   try:
-    pending = [pool.submit(made, rehearsal) for rehearsal in rehearsals]
-    for done, each in enumerate(pending, 1):
-      multihost.together(each.result)
-      progress(done, len(pending))
+    pending = [pool.submit(run, compilation) for compilation in compilations]
+    for count, compilation in enumerate(pending, 1):
+      multihost.run_on_all(compilation.result)
+      progress(count, len(pending))
   finally:
     pool.shutdown(cancel_futures=True)

@@ -1,21 +1,22 @@
-"""One process per workdir: a lock that is an object with a beating heart, so that it works on any storage.
+"""One process per workdir, also in a bucket.
 
-Nothing compares clocks. A holder on the same machine is looked up among its processes; one elsewhere is alive if its
-beat changes while we watch.
+On a local folder the operating system keeps the lock and frees it when its process dies. A bucket has no such lock, and
+some network file systems keep one for each host apart: there a record that the holder renews shows that it is alive.
+Nothing compares clocks.
 """
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
-import pathlib
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
+import filelock
+import fsspec
 from absl import logging
 from etils import epath
 
@@ -23,49 +24,58 @@ from kepo_jax import storage
 
 NAME = "lock.json"
 _BEAT = 10.0  # seconds
-_SILENT = 3  # beats without a sign of life after which a holder elsewhere counts as dead
-_SETTLE = 2.0  # seconds until a write of a rival would be seen, where nobody can be kept out meanwhile
+_SILENT = 3  # beats without a renewal after which a holder counts as dead
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems without locks
 
 
 class WorkdirLock:
   """The lock of one workdir; held inside its block."""
 
   def __init__(self, workdir: epath.PathLike, *, beat: float = _BEAT, flag: str = "--workdir"):
-    """Nothing is touched before the block is entered.
+    """Touches nothing before the block is entered.
 
     Args:
       workdir: exists when the block is entered.
-      beat: seconds between signs of life.
-      flag: what names another folder.
+      beat: seconds between renewals of the record.
+      flag: command line flag that names another folder.
     """
     self._path = epath.Path(workdir) / NAME
     self._beat = beat
     self._flag = flag
-    self._record: dict[str, Any] = {"token": secrets.token_hex(8), **_identity(), "beat": 0}
+    self._record: dict[str, Any] = {
+      "token": secrets.token_hex(8),
+      "host": socket.gethostname(),
+      "pid": os.getpid(),
+      "beat": 0,
+    }
     self._lost = ""
     self._stop = threading.Event()
-    self._thread = threading.Thread(target=self._keep, name="workdir lock", daemon=True)
+    self._thread = threading.Thread(target=self._renew, name="workdir lock", daemon=True)
+    self._remote = storage.is_remote(self._path)
+    # Not the soft lock of filelock where the system has none: a killed process would leave it behind.
+    self._file_lock = filelock.FileLock(os.fspath(self._path), thread_local=False, fallback_to_soft=False)
 
   def __enter__(self) -> "WorkdirLock":
     """Takes the lock.
 
     Raises:
-      ValueError: another process holds it; says which.
+      ValueError: another process holds it; names the process and the way out.
       OSError: the workdir cannot be written.
     """
-    with self._alone() as alone:
-      held = self._read()
-      if held is not None:
-        self._check_dead(held)
+    try:
+      locked = not self._remote and self._lock_file()
+      if holder := self._read():
+        # Only a process of this host is sure to have ended when the system gives us its lock.
+        if not (locked and _parsed(holder).get("host") == self._record["host"]):
+          self._check_silent(holder)
         logging.warning("%s is that of a process that has ended; taking it over.", self._path)
-      if held is None and not storage.is_remote(self._path):
-        self._create()
-      else:
-        self._write()
-    if not alone:
-      # Whoever wrote last has it: read after everybody who saw the same state has written.
-      time.sleep(_SETTLE)
-    self.check_now()
+        if self._remote:
+          with storage.reaching(self._path):
+            self._path.unlink(missing_ok=True)
+      self._write(create=True)
+    except BaseException:
+      self._file_lock.release()
+      raise
     self._thread.start()
     return self
 
@@ -74,11 +84,12 @@ class WorkdirLock:
     if self._thread.is_alive():
       self._thread.join()
     with contextlib.suppress(OSError):
-      if _token(self._read()) == self._record["token"]:
+      if self._is_ours(self._read()):
         self._path.unlink()
+    self._file_lock.release()
 
   def check(self) -> None:
-    """Makes sure that the lock is still ours.
+    """Checks that no renewal has found the lock taken.
 
     Raises:
       ValueError: another process has taken it.
@@ -87,140 +98,92 @@ class WorkdirLock:
       raise ValueError(self._lost)
 
   def check_now(self) -> None:
-    """`check`, looking at the lock itself.
+    """Reads the record and checks that the lock is still ours.
 
     Raises:
       ValueError: another process has taken it.
     """
-    found = self._read()
-    if _token(found) != self._record["token"]:
-      raise ValueError(f"{self._path.parent}: {_who(found)} took it at the same moment; one per folder.")
+    if not self._is_ours(record := self._read()):
+      raise ValueError(f"{self._path.parent}: {_holder(record)} took it at the same moment; one per folder.")
 
-  @contextlib.contextmanager
-  def _alone(self) -> Iterator[bool]:
-    """Keeps others on this machine from looking at the lock until it is written; false where storage cannot do that.
-
-    The system lets go of it when a process dies, so that nothing is left behind.
-    """
-    with contextlib.ExitStack() as stack:
-      alone = False
-      if not storage.is_remote(self._path):
-        descriptor = os.open(self._path.parent, os.O_RDONLY)
-        stack.callback(os.close, descriptor)
-        with contextlib.suppress(OSError):  # some network file systems
-          fcntl.flock(descriptor, fcntl.LOCK_EX)
-          alone = True
-      yield alone
-
-  def _create(self) -> None:
+  def _lock_file(self) -> bool:
+    """Locks the file on this host; returns False where the file system has no locks."""
     try:
-      descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-      raise ValueError(f"{self._path.parent}: another process took it at the same moment; one per folder.") from None
-    with os.fdopen(descriptor, "w") as file:
-      file.write(json.dumps(self._record))
+      self._file_lock.acquire(blocking=False)
+    except filelock.Timeout:
+      raise ValueError(self._in_use(self._read())) from None
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      return False
+    return True
 
-  def _check_dead(self, held: str) -> None:
-    record = _parsed(held)
-    refused = (
-      f"{self._path.parent} is in use by {_who(held)}. Wait for it, stop it, or pass another {self._flag}. "
-      f"If it is certainly gone, remove {self._path}."
-    )
-    if all(record.get(name) == self._record[name] for name in ("host", "boot", "namespace")):
-      if _alive(record):
-        raise ValueError(refused)
-      return
+  def _check_silent(self, holder: str) -> None:
+    """Watches the record of a holder for some beats.
+
+    Raises:
+      ValueError: it was renewed.
+    """
     silence = _SILENT * self._beat
-    logging.warning("%s names %s; watching it for %.0f s.", self._path, _who(held), silence)
+    logging.warning("%s names %s; watching it for %.0f s.", self._path, _holder(holder), silence)
     end = time.monotonic() + silence
     while time.monotonic() < end:
       time.sleep(min(1.0, self._beat))
-      now = self._read()
-      if now is not None and now != held:
-        raise ValueError(refused)
+      if (record := self._read()) and record != holder:
+        raise ValueError(self._in_use(record))
 
-  def _keep(self) -> None:
+  def _in_use(self, record: str) -> str:
+    return (
+      f"{self._path.parent} is in use by {_holder(record)}. Wait for it, stop it, or pass another {self._flag}. "
+      f"If it is certainly gone, remove {self._path}."
+    )
+
+  def _renew(self) -> None:
     while not self._stop.wait(self._beat):
       try:
-        found = self._read()
-        if found is not None and _token(found) != self._record["token"]:
-          self._lost = f"{self._path} was taken by {_who(found)}; this one stops before two write into one folder."
+        record = self._read()
+        if record and not self._is_ours(record):
+          self._lost = f"{self._path} was taken by {_holder(record)}; this one stops before two write into one folder."
           return
         self._record["beat"] += 1
         self._write()
       except (OSError, ValueError) as error:  # storage, or credentials, that come back are no reason to stop
         logging.warning("the lock %s could not be renewed: %s", self._path, error)
 
-  def _read(self) -> str | None:
+  def _is_ours(self, record: str) -> bool:
+    return _parsed(record).get("token") == self._record["token"]
+
+  def _read(self) -> str:
+    """Returns the record, "" where there is none."""
     try:
       with storage.reaching(self._path):
-        return self._path.read_text()
-    except FileNotFoundError:
-      return None
-    except UnicodeDecodeError:
+        return str(self._path.read_text())
+    except (FileNotFoundError, UnicodeDecodeError):
       return ""
 
-  def _write(self) -> None:
-    storage.write_text(self._path, json.dumps(self._record))
+  def _write(self, *, create: bool = False) -> None:
+    text = json.dumps(self._record)
+    if not self._remote:
+      self._path.write_text(text)  # in place: a renamed file would be another one than the one that is locked
+    elif create:
+      with storage.reaching(self._path):
+        system, name = fsspec.url_to_fs(os.fspath(self._path))
+        try:
+          system.pipe_file(name, text.encode(), mode="create")  # in Google's buckets, `ifGenerationMatch=0`
+        except FileExistsError:
+          raise ValueError(self._in_use(self._read())) from None
+    else:
+      storage.write_text(self._path, text)
 
 
-def _identity() -> dict[str, Any]:
-  """What tells this process from any other: host, boot, process namespace, number and start."""
-  return {
-    "host": socket.gethostname(),
-    "boot": _proc("sys/kernel/random/boot_id"),
-    "namespace": _namespace(),
-    "pid": os.getpid(),
-    "started": _started(os.getpid()),
-  }
-
-
-def _alive(record: dict[str, Any]) -> bool:
-  pid = record.get("pid")
-  if not isinstance(pid, int) or pid <= 0:
-    return False
+def _parsed(record: str) -> dict[str, Any]:
   try:
-    os.kill(pid, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:
-    pass  # it exists and belongs to somebody else
-  return bool(_started(pid) == record.get("started"))  # otherwise a later process has got its number
-
-
-def _started(pid: int) -> str:
-  """When a process started, in ticks since boot; "" where the system does not say."""
-  fields = _proc(f"{pid}/stat").rpartition(")")[2].split()
-  # A process that has ended and was not yet waited for holds nothing any more.
-  return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
-
-
-def _proc(name: str) -> str:
-  try:
-    return (pathlib.Path("/proc") / name).read_text().strip()
-  except OSError:
-    return ""
-
-
-def _namespace() -> str:
-  try:
-    return os.readlink("/proc/self/ns/pid")
-  except OSError:
-    return ""
-
-
-def _parsed(text: str | None) -> dict[str, Any]:
-  try:
-    record = json.loads(text or "")
+    fields = json.loads(record)
   except ValueError:
     return {}
-  return record if isinstance(record, dict) else {}
+  return fields if isinstance(fields, dict) else {}
 
 
-def _token(text: str | None) -> Any:
-  return _parsed(text).get("token")
-
-
-def _who(text: str | None) -> str:
-  record = _parsed(text)
-  return f"process {record.get('pid', '?')} on {record.get('host', 'an unknown host')}"
+def _holder(record: str) -> str:
+  fields = _parsed(record)
+  return f"process {fields.get('pid', '?')} on {fields.get('host', 'an unknown host')}"

@@ -1,23 +1,25 @@
-"""What a step logs about its groups of rollouts: figures by name, and decoded samples."""
+"""The metrics of a step by name, its decoded samples, and its seconds by phase."""
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from kepo_jax import exploration, storage
+from kepo_jax.config import Config
+from kepo_jax.data.prompts import Templates, problem
 from kepo_jax.training import setup
 from kepo_jax.training.rollouts import Groups, has_signal, truncated
-from kepo_jax.types import Example, Experience, StepReport
+from kepo_jax.types import Experience, StepReport
 
 
 @dataclasses.dataclass
 class StepResult:
-  """What a step leaves for its report."""
+  """The outcome of a step, for its report."""
 
   step: int  # updates done, this one included
   groups: Groups
@@ -44,12 +46,12 @@ class PhaseClock:
     try:
       yield
     except (MemoryError, ValueError, jax.errors.JaxRuntimeError) as error:
-      error.add_note(phase)  # for who tells that memory ran out
+      error.add_note(phase)  # for `train.out_of_memory_errors`
       raise
     self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
   def timing(self, *, tokens: int) -> dict[str, float]:
-    """`seconds/<phase>`, `seconds/step`, and `tokens_per_second/<phase>` of the update and the whole step.
+    """Returns `seconds/<phase>`, `seconds/step`, and `tokens_per_second/` of the update and the whole step.
 
     `seconds/processor` are those that this process computed, on all of its cores: what a step costs on a CPU that other
     work shares.
@@ -65,7 +67,7 @@ class PhaseClock:
 
 
 def reward_metrics(groups: Groups) -> dict[str, float]:
-  """The student's own figures, before injection: rewards, cliffs and groups without a signal."""
+  """Computes the metrics of the student's own rollouts before injection: rewards, cliffs, groups without a signal."""
   scores = groups.scores
   dead = ~has_signal(groups)
   right = dead & (scores["accuracy"] > 0).all(axis=1)
@@ -81,37 +83,37 @@ def reward_metrics(groups: Groups) -> dict[str, float]:
 
 
 def mixed_metrics(groups: Groups, end_ids: Sequence[int]) -> dict[str, float]:
-  """Figures of what the update sees, after injection and with supervised rows."""
+  """Computes the metrics of the rows of the update, after injection and with supervised rows."""
   lengths, own = groups.mask.sum(axis=2), ~groups.supervised
-  figures: dict[str, float] = {}
+  metrics: dict[str, float] = {}
   if own.any():
-    figures["injected_frac"] = float(groups.injected[own].mean())
-    figures["completion/length"] = float(lengths[own].mean())
-    figures["completion/truncated_frac"] = float(truncated(groups, end_ids)[own].mean())
+    metrics["injected_frac"] = float(groups.injected[own].mean())
+    metrics["completion/length"] = float(lengths[own].mean())
+    metrics["completion/truncated_frac"] = float(truncated(groups, end_ids)[own].mean())
   if groups.injected.any():
-    figures["injected/reward_mean"] = float(groups.scores["total"][own].mean())
+    metrics["injected/reward_mean"] = float(groups.scores["total"][own].mean())
   if groups.supervised.any():
-    figures["supervised/row_frac"] = float((groups.supervised & (lengths > 0)).mean())
-    figures["supervised/accept_rate"] = float((lengths > 0)[groups.supervised].mean())
-  return figures
+    metrics["supervised/row_frac"] = float((groups.supervised & (lengths > 0)).mean())
+    metrics["supervised/accept_rate"] = float((lengths > 0)[groups.supervised].mean())
+  return metrics
 
 
 def gate_metrics(groups: Groups, gate: np.ndarray) -> dict[str, float]:
-  """What the gate bool[P, G] lets through; empty rows count among rollouts, not among tokens."""
+  """Computes the metrics of the gate bool[P, G]; empty rows count among rollouts, not among tokens."""
   lengths = groups.mask.sum(axis=2)
-  figures = {
+  metrics = {
     "gate/frac": float(gate.mean()),
     "gate/token_frac": float((gate * lengths).sum() / max(1, lengths.sum())),
   }
   if gate.any():
-    figures["gate/wrong_share"] = float((groups.scores["accuracy"] == 0)[gate].mean())
-  return figures
+    metrics["gate/wrong_share"] = float((groups.scores["accuracy"] == 0)[gate].mean())
+  return metrics
 
 
 def sample_records(
-  groups: Groups, gate: np.ndarray, *, step: int, prompts: int, problem: Callable[[Example], str]
+  groups: Groups, gate: np.ndarray, *, step: int, prompts: int, templates: Templates
 ) -> tuple[dict[str, Any], ...]:
-  """The rollouts of the first prompts of the batch as JSON-able records."""
+  """Returns the rollouts of the first prompts of the batch as JSON-able records."""
   return tuple(
     {
       "step": step,
@@ -120,13 +122,13 @@ def sample_records(
       "modality": example.modality,
       "question_type": example.question_type,
       "images": [storage.origin(image) for image in example.images],  # the copy differs from host to host
-      "prompt": problem(example),
+      "prompt": problem(example, templates),
       "question": example.question,
       "options": list(example.options),
       "answer": example.answer,
       "rollout": g,
       "completion": groups.texts[p, g],
-      "rewards": _rewards(groups.scores, p, g),
+      "rewards": {name: float(values[p, g]) for name, values in groups.scores.items() if name != "total"},
       "reward": float(groups.scores["total"][p, g]),
       "gate": bool(gate[p, g]),
       "injected": bool(groups.injected[p, g]),
@@ -141,39 +143,38 @@ def sample_records(
 def hint_records(
   outcome: exploration.Exploration, groups: Groups, *, step: int, prompts: int
 ) -> tuple[dict[str, Any], ...]:
-  """What was tried for the first prompts that asked for help: the teacher's hints, and every candidate."""
+  """Returns what was tried for the first prompts that asked for hints: the hints, and every candidate."""
   records = []
   for p in list(outcome.accepted)[:prompts]:
     shared = {"step": step, "id": groups.examples[p].id}
     records += [shared | {"kind": "hint", "text": hint} for hint in outcome.hints[p]]
     records += [
       shared
-      | {"kind": "candidate", "round": each.attempt, "hint": each.hint, "completion": each.text}
-      | {"accurate": each.accurate, "well_formed": each.well_formed, "leaks": each.leaks}
-      | {"accepted": any(each is other for other in outcome.accepted[p])}
-      for each in outcome.candidates[p]
+      | {"kind": "candidate", "round": candidate.attempt, "hint": candidate.hint, "completion": candidate.text}
+      | {"accurate": candidate.accurate, "well_formed": candidate.well_formed, "leaks": candidate.leaks}
+      | {"accepted": any(candidate is accepted for accepted in outcome.accepted[p])}
+      for candidate in outcome.candidates[p]
     ]
   return tuple(records)
 
 
-def _rewards(scores: Mapping[str, np.ndarray], p: int, g: int) -> dict[str, float]:
-  return {name: float(values[p, g]) for name, values in scores.items() if name != "total"}
-
-
 def step_report(run: setup.Run, trained: StepResult, clock: PhaseClock) -> StepReport:
-  """What the hooks are told about a step."""
-  config, groups, gate = run.config, trained.groups, trained.gate
+  """Builds what the hooks are told about a step."""
+  config, groups, step = run.config, trained.groups, trained.step
   metrics = trained.metrics | mixed_metrics(groups, run.processor.end_ids)
-  metrics |= {"lr": float(run.schedule(trained.step - 1))} | token_metrics(config, trained)
-  if config.objective.distill_weight:
-    metrics |= gate_metrics(groups, gate) | {"lambda": run.distill_weight(trained.step - 1)}
-  samples = sample_records(groups, gate, step=trained.step, prompts=config.log.samples, problem=run.problem)
+  metrics |= {"lr": float(run.schedule(step - 1))} | token_metrics(config, trained)
+  if weight := config.objective.distill_weight:
+    metrics |= gate_metrics(groups, trained.gate)
+    metrics["lambda"] = float(weight * setup.distill_factor(config)(step - 1))
+  samples = sample_records(
+    groups, trained.gate, step=step, prompts=config.log.samples, templates=run.processor.templates
+  )
   timing = clock.timing(tokens=groups.mask.sum())
-  return StepReport(step=trained.step, metrics=metrics, timing=timing, samples=samples + trained.hint_records)
+  return StepReport(step=step, metrics=metrics, timing=timing, samples=samples + trained.hint_records)
 
 
-def token_metrics(config: Any, trained: StepResult) -> dict[str, float]:
-  """Completion tokens of a step by what was done with them, which is what a method costs on any device."""
+def token_metrics(config: Config, trained: StepResult) -> dict[str, float]:
+  """Counts the completion tokens of a step by what was done with them: the cost of a method on any device."""
   mask = trained.groups.mask
   counts = {"trained": config.batch.updates * int(mask[trained.kept].sum())}
   if config.own_rollouts:

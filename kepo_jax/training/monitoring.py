@@ -1,10 +1,12 @@
 """Watches a run: compilations, a trace of the profiler, and a watchdog for runs that stand still."""
 
 import contextlib
+import faulthandler
 import os
+import pathlib
 import sys
 import threading
-import traceback
+import time
 from typing import Any
 
 import jax
@@ -40,8 +42,8 @@ class CompileCounter:
       with self._lock:
         self._cached += 1
 
-  def figures(self) -> dict[str, float]:
-    """`compiled/programs` so far, how many of them are `compiled/cached`, and the `compiled/seconds` that they took."""
+  def metrics(self) -> dict[str, float]:
+    """Returns `compiled/programs` so far, how many of them are `compiled/cached`, and their `compiled/seconds`."""
     with self._lock:
       counts = {"compiled/programs": float(self._programs), "compiled/cached": float(self._cached)}
       return counts | {"compiled/seconds": self._seconds}
@@ -95,96 +97,72 @@ class Profiler(Hook):
 
 
 class Watchdog(Hook):
-  """Warns when a run has completed nothing for some seconds, inside its block; again after twice the time."""
+  """Dumps the stacks of all threads when a run has completed nothing for some seconds; inside its block."""
 
   def __init__(self, seconds: float, workdir: epath.PathLike = ""):
     """Sets the limit.
 
     Args:
-      seconds: longest silence; 0 never warns. Measured by a clock that never jumps.
-      workdir: where stalls/ with the stack traces is written; "" puts them into the log.
+      seconds: longest silence, after which stacks are dumped, again and again; 0 never dumps any.
+      workdir: has the stacks in stalls/; where it is remote or "", they go to the standard error stream.
     """
     self._seconds = seconds
-    self._workdir = str(workdir)
-    self._heard = threading.Condition()
-    self._beats = 0
-    self._what = "the start"
-    self._closed = False
-    self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+    self._folder = pathlib.Path(workdir) / "stalls" if workdir and not storage.is_remote(workdir) else None
+    self._file: Any = sys.__stderr__
+    self._armed = 0.0
+    self._warning: threading.Timer | None = None
 
   def __enter__(self) -> "Watchdog":
-    if self._seconds:
-      self._thread.start()
+    if self._seconds and self._folder:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      self._file = (self._folder / f"process-{jax.process_index()}.txt").open("a", encoding="utf-8")
+    self._arm("the start")
     return self
 
   def __exit__(self, *_: Any) -> None:
-    with self._heard:
-      self._closed = True
-      self._heard.notify()
-    if self._seconds:
-      self._thread.join()
+    if not self._warning:
+      return
+    faulthandler.cancel_dump_traceback_later()
+    self._warning.cancel()
+    if self._folder:
+      self._file.close()
+      path = pathlib.Path(self._file.name)
+      with contextlib.suppress(OSError):
+        if not path.stat().st_size:
+          path.unlink()
+          self._folder.rmdir()  # unless another process has written there
 
   def step(self, report: StepReport) -> None:
-    """A step is a sign of life."""
-    self._beat(f"step {report.step}")
+    """Takes a step as a sign of life."""
+    self._arm(f"step {report.step}")
 
   def evaluation(self, step: int, name: str, result: dict[str, Any]) -> None:
-    """So is an evaluation."""
+    """Takes an evaluation as one."""
     del step, result
-    self._beat(f"evaluation {name}")
+    self._arm(f"evaluation {name}")
 
   def progress(self, what: str, done: int, total: int) -> None:
-    """And a part of long work."""
-    self._beat(f"{what} {done} of {total}")
+    """Takes a part of long work as one."""
+    self._arm(f"{what} {done} of {total}")
 
-  def _beat(self, what: str) -> None:
-    with self._heard:
-      self._beats += 1
-      self._what = what
-      self._heard.notify()
+  def _arm(self, completed: str) -> None:
+    now = time.monotonic()
+    if not self._seconds or now - self._armed < self._seconds / 100:  # progress may come a thousand times a second
+      return
+    self._armed = now
+    # A thread of C, which needs no lock of the interpreter: a call that holds it for good is shown as well.
+    faulthandler.dump_traceback_later(self._seconds, repeat=True, file=self._file)
+    if self._warning:
+      self._warning.cancel()
+    self._warning = threading.Timer(self._seconds, self._warn, (completed,))
+    self._warning.daemon = True
+    self._warning.start()
 
-  def _watch(self) -> None:
-    limit = self._seconds
-    while True:
-      with self._heard:
-        heard = self._closed or self._heard.wait(limit)
-        if self._closed:
-          return
-        what, number = self._what, self._beats
-      if heard:
-        limit = self._seconds
-      else:
-        self._warn(limit, what, number)  # not under the lock: storage may be what does not answer
-        limit *= 2
-
-  def _warn(self, silence: float, what: str, number: int) -> None:
-    stacks = stack_traces()
-    where = "below"
-    if self._workdir:
-      folder = epath.Path(self._workdir) / "stalls"
-      host = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
-      path = folder / f"after-{what.replace(' ', '-')}-{number}{host}.txt"
-      try:
-        folder.mkdir(parents=True, exist_ok=True)
-        storage.write_text(path, stacks)
-        where = f"in {path}"
-      except (OSError, ValueError) as error:  # the latter where credentials have expired
-        logging.warning("%s", error)
+  def _warn(self, completed: str) -> None:
     logging.warning(
       "nothing has been completed for %.0f s since %s: a collective that waits for another host, storage that does "
-      "not answer, or a compilation longer than log.stall_seconds. The stacks of all threads are %s.%s",
-      silence,
-      what,
-      where,
-      "\n" + stacks if where == "below" else "",
+      "not answer, or a compilation longer than log.stall_seconds. The stacks of all threads are in %s.",
+      self._seconds,
+      completed,
+      self._file.name,
     )
-
-
-def stack_traces() -> str:
-  """Where every thread of this process stands, as Python prints tracebacks."""
-  names = {thread.ident: thread.name for thread in threading.enumerate()}
-  parts = [
-    f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
-    for ident, frame in sys._current_frames().items()
-  ]
-  return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Prefetch: the device samples the rollouts of the next step while the host writes down the step before."""
+"""Prefetch: the device samples the rollouts of the next step while the host reports the step before."""
 
 import contextlib
 import dataclasses
@@ -13,9 +13,9 @@ from kepo_jax.types import Example, Prompts
 
 @dataclasses.dataclass
 class Pending:
-  """What a step begins with; the device may still be sampling."""
+  """The prompts of a step and its rollouts, which the device may still be sampling."""
 
-  done: int  # steps before it
+  step: int  # its number, from 0
   examples: Sequence[Example]
   prompts: Prompts  # on the mesh
   weights: Any = None  # decode weights of the student, until they are released; None where it does not sample
@@ -26,56 +26,55 @@ class Pending:
     self.weights = None
 
 
-def start_rollouts(run: setup.Run, state: TrainState, done: int) -> Pending:
-  """Asks the device for the student's rollouts of the step after `done` steps, without waiting for them.
+def start_rollouts(run: setup.Run, state: TrainState, step: int) -> Pending:
+  """Asks the device for the student's rollouts of a step, without waiting for them.
 
   Raises:
     ValueError: an image or a prompt of the batch cannot be used.
     OSError: another process could not read its images.
   """
-  prepared: list[Any] = []
-  multihost.together(lambda: prepared.extend(run.batch(done)))
-  examples, host_prompts = prepared
+  examples, host_prompts = multihost.run_on_all(lambda: run.batch(step))
   prompts = sharding.place(run.mesh, host_prompts)
   if not run.config.own_rollouts:
-    return Pending(done, examples, prompts)
+    return Pending(step, examples, prompts)
   weights = run.programs.decode_weights(state.params)
-  return Pending(done, examples, prompts, weights, run.programs.rollout(weights, prompts, run.key("rollout", done)))
+  key = setup.random_key(run.config.seed, "rollout", step)
+  return Pending(step, examples, prompts, weights, run.programs.rollout(weights, prompts, key))
 
 
 class Prefetch:
-  """The rollouts of the next step, if they were begun before its turn.
+  """The rollouts of the next step, if they were started early.
 
-  Their random keys are those of their step and their weights those after the step before, so they are what they would
-  be in its turn. A run that ends in between drops them.
+  Their random keys are those of their step and their weights those after the step before, so starting them early
+  changes nothing. A run that ends in between drops them.
   """
 
   def __init__(self, run: setup.Run):
     self._run = run
     self._pending: Pending | None = None
 
-  def begin(self, state: TrainState, done: int) -> None:
-    """Begins the step after `done` steps, unless they are all."""
-    if done < self._run.config.train.steps:
-      # What cannot be prepared is an error of that step: the one that is done is reported and saved before it.
+  def start(self, state: TrainState, step: int) -> None:
+    """Starts the rollouts of a step, unless the run ends before it."""
+    if step < self._run.config.train.steps:
+      # What cannot be prepared is an error of that step: the one before it is reported and saved first.
       with contextlib.suppress(ValueError, OSError):
-        self._pending = start_rollouts(self._run, state, done)
+        self._pending = start_rollouts(self._run, state, step)
 
-  def take(self, state: TrainState, done: int) -> Pending:
-    """The step after `done` steps as it was begun, else begun now; it is the caller's from then on.
+  def take(self, state: TrainState, step: int) -> Pending:
+    """Returns the rollouts of a step, which are started now if they were not before.
 
     Args:
       state: before the step.
-      done: steps.
+      step: its number, from 0.
 
     Raises:
       ValueError: an image or a prompt of the batch cannot be used.
     """
     pending, self._pending = self._pending, None
-    return pending if pending and pending.done == done else start_rollouts(self._run, state, done)
+    return pending if pending and pending.step == step else start_rollouts(self._run, state, step)
 
   def weights(self, state: TrainState) -> Any:
-    """Decode weights of the state before the next step; those that its rollouts are drawn from, where it was begun.
+    """Returns decode weights of the state before the next step: those of its rollouts, if they were started.
 
     A second copy would not fit where the first one just does.
     """

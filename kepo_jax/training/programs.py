@@ -1,4 +1,4 @@
-"""The jitted programs of a run, and where frozen models wait between them: on the devices, or in host memory."""
+"""The jitted programs of a run, and frozen models that may be offloaded to host memory between them."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ _HOST = "pinned_host"  # pages that a device copies from by itself, beside its w
 
 
 def check_host_memory(mesh: jax.sharding.Mesh, field: str, instead: str) -> None:
-  """Refuses a choice that needs host memory on a backend without.
+  """Refuses a choice that needs host memory on a backend without it.
 
   Args:
     mesh: of the run.
@@ -39,46 +39,43 @@ def check_host_memory(mesh: jax.sharding.Mesh, field: str, instead: str) -> None
     raise ValueError(f"{field} needs memory of the kind {_HOST}, and {device.platform} has {kinds}; use {instead}.")
 
 
-def on_host(params: Any) -> Any:
-  """The arrays in the memory of their hosts, sharded as they were; those on the devices are given up one by one."""
+def offloaded(params: Any) -> Any:
+  """Moves arrays to the memory of their hosts, sharded as they are; the device copies are deleted one by one."""
 
-  def moved(x: jax.Array) -> jax.Array:
-    there = jax.block_until_ready(jax.device_put(x, x.sharding.with_memory_kind(_HOST)))
+  def move(x: jax.Array) -> jax.Array:
+    on_host = jax.block_until_ready(jax.device_put(x, x.sharding.with_memory_kind(_HOST)))
     x.delete()
-    return there
+    return on_host
 
-  return jax.tree.map(moved, params)
+  return jax.tree.map(move, params)
 
 
-class Resident:
-  """Weights that are wanted on the devices now and then."""
+class OffloadableWeights:
+  """Weights of a frozen model, which wait on the devices or in host memory between the phases that use them."""
 
   def __init__(self, params: Any):
-    """Keeps them where they are.
-
-    Args:
-      params: arrays, on the devices or, from `on_host`, in host memory.
-    """
-    self._home = params
-    self._places = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), params)
+    """Keeps the arrays where they are: on the devices or, from `offloaded`, in host memory."""
+    self._params = params
+    self._shardings = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), params)
     self._on_device: Any = None
     self._phases = 0  # that are open
 
   @property
   def shapes(self) -> Any:
-    """The tree as `jax.ShapeDtypeStruct`, with the shardings that it has on the devices."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._home, self._places)
+    """The tree as `jax.ShapeDtypeStruct`, with its shardings on the devices."""
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(shape, self._params, self._shardings)
 
   @contextlib.contextmanager
   def on_device(self) -> Iterator[Any]:
-    """The arrays on the devices for a phase; phases inside it share them, and the outermost one gives them up.
+    """Yields the arrays on the devices for a phase; phases inside it share them.
 
     The copy is only started: programs that take the arrays wait for it, and the host goes on. Nor are they deleted at
-    the end, since programs may still run on them, and results may be one of them (the head of a target): they are gone
+    the end, since programs may still run on them, and results may be one of them (the head of a target): they are freed
     when nothing uses them any more.
     """
     if not self._phases:
-      self._on_device = jax.device_put(self._home, self._places)  # arrays that are there already stay as they are
+      self._on_device = jax.device_put(self._params, self._shardings)  # no copy of arrays that are there already
     self._phases += 1
     try:
       yield self._on_device
@@ -89,7 +86,7 @@ class Resident:
 
   @contextlib.contextmanager
   def beside(self, arguments: Any) -> Iterator[Any]:
-    """`on_device` for a call with these arguments; where they are shapes, its own `shapes`, and nothing is moved."""
+    """Yields the weights for a call: `shapes` where the other arguments are shapes, else the arrays on the devices."""
     if compiling.is_abstract(arguments):
       yield self.shapes
       return
@@ -105,9 +102,9 @@ class Model:
   params: Any  # in the train layout; of a frozen model on the devices or in host memory
 
   @functools.cached_property
-  def resident(self) -> Resident:
+  def weights(self) -> OffloadableWeights:
     """The weights of a frozen model, for the phases that use them."""
-    return Resident(self.params)
+    return OffloadableWeights(self.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +126,7 @@ def sampling_program(
   name: str = "a sampler",
   stationary: bool = False,
 ) -> Callable[[Any, Prompts, jax.Array], Rollouts]:
-  """`sampling.sample` compiled for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T].
+  """Compiles `sampling.sample` for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T].
 
   Of a model with LoRA it takes merged weights, as `decode_weights_program` gives them.
 
@@ -160,7 +157,7 @@ def sampling_program(
 
 
 def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Callable[[Any], Any]:
-  """A copy of the weights in the layout and dtype of the token loop, LoRA merged, with layers side by side.
+  """Returns the program that copies weights to the layout and dtype of the token loop, LoRA merged, layers unstacked.
 
   Decoding from weights sharded over fsdp would gather every layer for every token, and from stacked ones slice it
   out; this does both once per step. It makes one layer at a time: in one program for all of them, a TPU keeps what it
@@ -174,9 +171,9 @@ def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Ca
   mesh = jax.tree.leaves(params)[0].sharding.mesh
 
   def layer(stacks, index):
-    """Layer `index`; stacks are those of the decoder, and of the matrices of LoRA where there are some."""
-    cut = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), stacks)
-    return lora.merged(config, model.unstack_layers(cut), dtype)["language_model"]["layers"][0]
+    """Returns layer `index` of the decoder, merged with its matrices of LoRA where there are some."""
+    part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), stacks)
+    return lora.merged(config, model.unstack_layers(part), dtype)["language_model"]["layers"][0]
 
   def others(parts):
     return jax.tree.map(lambda x: x.astype(dtype), parts)
@@ -186,21 +183,21 @@ def decode_weights_program(config: Qwen3VLConfig, params: Any, dtype: Any) -> Ca
   shapes = jax.eval_shape(layer, stacks, 0), jax.eval_shape(others, rest)
   names = model.unstacked_axes(lora.base(config))
   axes = names["language_model"]["layers"][0], _stacks_and_rest(names)[1]
-  places = [sharding.weight_shardings(mesh, *each, layout="decode") for each in zip(shapes, axes, strict=True)]
+  places = [sharding.weight_shardings(mesh, *part, layout="decode") for part in zip(shapes, axes, strict=True)]
   layer_program = compiling.Program("the decode weights of a layer", layer, out_shardings=places[0])
   others_program = compiling.Program("the decode weights but for the layers", others, out_shardings=places[1])
 
   def decode_weights(params):
     stacks, rest = _stacks_and_rest(params)
-    made = others_program(rest)
+    copies = others_program(rest)
     layers = tuple(layer_program(stacks, np.int32(index)) for index in range(depth))
-    return made | {"language_model": made["language_model"] | {"layers": layers}}
+    return copies | {"language_model": copies["language_model"] | {"layers": layers}}
 
   return decode_weights
 
 
 def _stacks_and_rest(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The decoder's layers, with the matrices of LoRA where there are some, and everything else."""
+  """Splits parameters into the decoder's layers, with their matrices of LoRA, and everything else."""
   decoder = params["language_model"]
   rest = {name: part for name, part in decoder.items() if name != "layers"}
   stacks = {"language_model": {"layers": decoder["layers"]}}
@@ -210,7 +207,7 @@ def _stacks_and_rest(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """Everything that runs on the device during training."""
+  """The programs that run on the devices during training."""
 
   decode_weights: Callable[[Any], Any]  # student's master weights -> weights of its token loop
   rollout: Callable[[Any, Prompts, jax.Array], Rollouts]
@@ -218,31 +215,29 @@ class Programs:
   greedy: Callable[[Any, Prompts, jax.Array], Rollouts]  # evaluation
   hint: Callable[[Prompts, jax.Array], Rollouts]  # by the teacher; an error where the config has no use for it
   answer: Callable[[Prompts, jax.Array], Rollouts]  # by the teacher as well, for supervised rows
-  targets: Callable[
-    [Prompts, jax.Array], tuple[update_lib.Target, ...]
-  ]  # teacher, then reference, where the loss uses them
+  # By the teacher, then the reference, where the loss uses them.
+  targets: Callable[[Prompts, jax.Array], tuple[update_lib.Target, ...]]
   update: update_lib.Update
 
 
 def teacher_program(
   teacher: Model, processor: Any, settings: SamplingSettings
 ) -> Callable[[Prompts, jax.Array], Rollouts]:
-  """The teacher's sampler, from the weights that it has: (prompts, key).
+  """Returns the teacher's sampler, (prompts, key) -> Rollouts, which decodes from its weights as they are sharded.
 
-  A second copy of a large teacher costs more memory than its few rows are worth, whatever its layout. Its weights stay
-  as they are cut, and stacked as they are.
+  A second copy of a large teacher costs more memory than its few rows are worth, whatever its layout.
   """
   sample = sampling_program(teacher.config, processor, settings, name="the teacher's sampler", stationary=True)
 
-  def sampled(prompts, key):
-    with teacher.resident.beside(prompts) as params:
+  def sample_teacher(prompts, key):
+    with teacher.weights.beside(prompts) as params:
       return sample(params, prompts, key)
 
-  return sampled
+  return sample_teacher
 
 
 def no_teacher(prompts: Prompts, key: jax.Array) -> Rollouts:
-  """Stands where no teacher is loaded."""
+  """Raises ValueError; in the place of the teacher's programs where no teacher is loaded."""
   del prompts, key
   raise ValueError("this run has no teacher to ask; see exploration.*, supervised.source and model.teacher.")
 
@@ -250,7 +245,7 @@ def no_teacher(prompts: Prompts, key: jax.Array) -> Rollouts:
 def targets_program(
   models: Sequence[Model], parts: int
 ) -> Callable[[Prompts, jax.Array], tuple[update_lib.Target, ...]]:
-  """What each frozen model says about the rollouts of a batch, scored in `parts` micro-batches: (prompts, tokens)."""
+  """Returns (prompts, tokens) -> what each frozen model says about the rollouts, scored in `parts` micro-batches."""
 
   def scoring(config: Qwen3VLConfig) -> Callable[[Any, Prompts, jax.Array], update_lib.Target]:
     def target(params, prompts, tokens):
@@ -258,14 +253,14 @@ def targets_program(
 
     return compiling.Program("scoring by a frozen model", target)
 
-  score = [scoring(each.config) for each in models]
+  programs = [scoring(frozen.config) for frozen in models]
 
   def targets(prompts, tokens):
-    found = []
-    for program, each in zip(score, models, strict=True):
+    hidden = []
+    for program, frozen in zip(programs, models, strict=True):
       # Programs only start here: the copy of the next model runs beside the work of this one.
-      with each.resident.beside(tokens) as params:
-        found.append(program(params, prompts, tokens))
-    return tuple(found)
+      with frozen.weights.beside(tokens) as params:
+        hidden.append(program(params, prompts, tokens))
+    return tuple(hidden)
 
   return targets

@@ -1,7 +1,7 @@
-"""Groups of rollouts on the host: decoded, rewarded, explored, and put together for the update."""
+"""Groups of rollouts on the host: decoded, scored, injected into, and joined for the update."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ class Groups:
   mask: np.ndarray  # bool[P, G, T]
   logps: np.ndarray  # float32[P, G, T], the sampler's
   texts: np.ndarray  # object[P, G], str
-  scores: dict[str, np.ndarray]  # reward name -> float32[P, G]; "total" is what they are together
+  scores: dict[str, np.ndarray]  # reward name -> float32[P, G]; "total" combines them
   injected: np.ndarray  # bool[P, G]
   supervised: np.ndarray  # bool[P, G], rows that the student did not sample
   hints: np.ndarray  # object[P, G], str, "" for rollouts without
@@ -30,88 +30,80 @@ class Groups:
 _ARRAYS = ("tokens", "mask", "logps", "texts", "injected", "supervised", "hints")
 
 
+def on_host(rollouts: Rollouts) -> Rollouts:
+  """Returns rollouts as arrays of this host, which may be written to; waits until they are sampled."""
+  return jax.tree.map(lambda x: np.array(sharding.to_host(x)), rollouts)
+
+
 def texts_of(processor: Any, rollouts: Rollouts, *, prompts: int) -> np.ndarray:
-  """Texts object[prompts, G] of the first prompts of some rollouts [P, G, T], each decoded by the host that holds it.
+  """Decodes the first prompts of rollouts [P, G, T] on the host, each on the process that owns it.
+
+  Returns:
+    object[prompts, G], str.
 
   Raises:
     OSError: another process of the run has failed.
   """
-  tokens, mask, _ = _arrays(rollouts)
-  return multihost.by_holders(tokens.shape[:2], prompts, _decoder(processor, tokens, mask))
+
+  def decode(prompt: int, numbers: Sequence[int]) -> list[str]:
+    return processor.decode(rollouts.tokens[prompt, numbers], rollouts.mask[prompt, numbers])
+
+  return multihost.gather_from_owners(rollouts.tokens.shape[:2], prompts, decode)
 
 
-def _arrays(rollouts: Rollouts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Tokens, mask and log-probs [P, G, T] on the host."""
-  host = on_host(rollouts)
-  return np.asarray(host.tokens), np.asarray(host.mask), np.asarray(host.logps)
-
-
-def _decoder(processor: Any, tokens: np.ndarray, mask: np.ndarray) -> Callable[[int, Sequence[int]], list[str]]:
-  """The function (prompt, rollouts of it) -> their texts."""
-  return lambda prompt, slots: processor.decode(tokens[prompt, slots], mask[prompt, slots])
-
-
-def on_host(rollouts: Rollouts) -> Rollouts:
-  """Rollouts as arrays of this host, which may be written to; waits until they are sampled."""
-  return jax.tree.map(lambda x: np.array(sharding.to_host(x)), rollouts)
-
-
-def scored_groups(processor: Any, examples: Sequence[Example], rollouts: Rollouts, scorer: rewards.Scorer) -> Groups:
-  """Rollouts fetched to the host, decoded, and scored by every reward function, each by the host that holds it.
+def scored_groups(processor: Any, scorer: rewards.Scorer, examples: Sequence[Example], rollouts: Rollouts) -> Groups:
+  """Fetches rollouts to the host, and decodes and scores each on the process that owns it.
 
   Args:
     processor: decodes tokens.
-    examples: the P questions.
+    scorer: every reward of the run.
+    examples: the P questions, or fewer: rollouts of prompts behind them are padding.
     rollouts: [P, G, T] as sampled or given.
-    scorer: of the run.
+
+  Returns:
+    groups of the questions, without the padding.
 
   Raises:
     ValueError: a reward is not a finite number.
     OSError: another process of the run has failed.
   """
-  tokens, mask, logps = _arrays(rollouts)
-  texts = _decoder(processor, tokens, mask)
+  host: Any = on_host(rollouts)
 
-  def read(prompt: int, slots: Sequence[int]) -> list[tuple[str, dict[str, float]]]:
-    said = texts(prompt, slots)
-    return list(zip(said, _scored(scorer, said, examples[prompt]), strict=True))
+  def read(prompt: int, numbers: Sequence[int]) -> list[tuple[str, dict[str, float]]]:
+    texts = processor.decode(host.tokens[prompt, numbers], host.mask[prompt, numbers])
+    scores = scorer([texts], [examples[prompt]])
+    rows = [{name: float(values[0, i]) for name, values in scores.items()} for i in range(len(texts))]
+    return list(zip(texts, rows, strict=True))
 
-  rows = tokens.shape[:2]
-  found = multihost.by_holders(rows, len(examples), read)
+  count = len(examples)
+  scored = multihost.gather_from_owners(host.tokens.shape[:2], count, read)
+
+  def array(values: Iterable[Any], dtype: Any) -> np.ndarray:
+    return np.array(list(values), dtype).reshape(scored.shape)
+
   return Groups(
     examples=examples,
-    tokens=tokens,
-    mask=mask,
-    logps=logps,
-    texts=_each(lambda text, scores: text, found, object),
-    scores={name: _each(lambda text, scores, name=name: scores[name], found, np.float32) for name in found[0, 0][1]},
-    injected=np.zeros(rows, bool),
-    supervised=np.zeros(rows, bool),
-    hints=np.full(rows, "", object),
+    tokens=host.tokens[:count],
+    mask=host.mask[:count],
+    logps=host.logps[:count],
+    texts=array((text for text, _ in scored.flat), object),
+    scores={name: array((scores[name] for _, scores in scored.flat), np.float32) for name in scored[0, 0][1]},
+    injected=np.zeros(scored.shape, bool),
+    supervised=np.zeros(scored.shape, bool),
+    hints=np.full(scored.shape, "", object),
   )
 
 
-def _scored(scorer: rewards.Scorer, texts: Sequence[str], example: Example) -> list[dict[str, float]]:
-  """Reward name -> value, the total among them, of each of some completions of a question."""
-  scores = scorer([texts], [example])
-  return [{name: float(values[0, i]) for name, values in scores.items()} for i in range(len(texts))]
-
-
-def _each(function: Callable[..., Any], found: np.ndarray, dtype: Any) -> np.ndarray:
-  """function(*each) of each element of object[P, G]."""
-  return np.array([[function(*each) for each in row] for row in found], dtype).reshape(found.shape)
-
-
 def accepted_answers(groups: Groups) -> np.ndarray:
-  """bool[P, G]: accurate and well-formed completions, which is what the reward accepts of a teacher's."""
+  """Returns bool[P, G]: accurate and well-formed completions, the only ones of a teacher that are learnt."""
   return (groups.scores["accuracy"] == 1) & (groups.scores["format"] == 1)
 
 
 def supervised_groups(groups: Groups, *, accepted: np.ndarray | None = None) -> Groups:
-  """Groups that somebody else than the student wrote.
+  """Marks groups as written by somebody else than the student.
 
   Args:
-    groups: as `scored_groups` gives them.
+    groups: from `scored_groups`.
     accepted: bool[P, G], rows that are kept; the others become empty. None keeps all.
   """
   mask = groups.mask if accepted is None else groups.mask & accepted[..., None]
@@ -119,7 +111,7 @@ def supervised_groups(groups: Groups, *, accepted: np.ndarray | None = None) -> 
 
 
 def given_rollouts(processor: Any, texts: Sequence[str], rows: int, length: int) -> Rollouts:
-  """Completions that were written, not sampled, as Rollouts [P, rows, T], each repeated; log-probs are 0.
+  """Encodes written completions as Rollouts [P, rows, T], each repeated; log-probs are 0.
 
   Args:
     processor: encodes texts.
@@ -135,7 +127,7 @@ def given_rollouts(processor: Any, texts: Sequence[str], rows: int, length: int)
 
 
 def joined(first: Groups, second: Groups, *, axis: int) -> Groups:
-  """Two sets of groups as one: axis 0 puts more prompts behind the others, axis 1 more rollouts into each group."""
+  """Concatenates groups: axis 0 adds prompts, axis 1 adds rollouts to each group."""
   return Groups(
     examples=first.examples if axis else [*first.examples, *second.examples],
     scores={name: np.concatenate([first.scores[name], second.scores[name]], axis) for name in first.scores},
@@ -144,7 +136,7 @@ def joined(first: Groups, second: Groups, *, axis: int) -> Groups:
 
 
 def selected(groups: Groups, rows: Sequence[int]) -> Groups:
-  """The groups of some prompts."""
+  """Returns the groups of some prompts."""
   rows = list(rows)
   return Groups(
     examples=[groups.examples[row] for row in rows],
@@ -154,13 +146,13 @@ def selected(groups: Groups, rows: Sequence[int]) -> Groups:
 
 
 def has_signal(groups: Groups) -> np.ndarray:
-  """bool[P]: groups whose rewards are not all equal, by exact equality."""
+  """Returns bool[P]: groups whose rewards are not all exactly equal."""
   total = groups.scores["total"]
   return (total != total[:, :1]).any(axis=1)
 
 
 def inject(groups: Groups, placed: Sequence[exploration.Injection]) -> None:
-  """Puts accepted candidates in their slots, with their scores."""
+  """Replaces rollouts by accepted candidates, with their scores."""
   for injection in placed:
     row, slot, candidate = injection.prompt, injection.slot, injection.candidate
     for name in ("tokens", "mask", "logps"):
@@ -172,23 +164,8 @@ def inject(groups: Groups, placed: Sequence[exploration.Injection]) -> None:
     groups.injected[row, slot] = True
 
 
-def candidates(
-  processor: Any, examples: Sequence[Example], hints: Sequence[str], rollouts: Rollouts, scorer: rewards.Scorer
-) -> list[list[exploration.Candidate]]:
-  """Hinted rollouts [P, M, T] as scored candidates per question, each scored by the host that holds it.
-
-  Args:
-    processor: decodes tokens.
-    examples: questions, at most P; rows beyond them are padding.
-    hints: one per question.
-    rollouts: as sampled under them.
-    scorer: of the run.
-
-  Raises:
-    ValueError: a reward is not a finite number.
-    OSError: another process of the run has failed.
-  """
-  groups = scored_groups(processor, examples, rollouts, scorer)
+def candidates(groups: Groups, hints: Sequence[str]) -> list[list[exploration.Candidate]]:
+  """Returns scored groups, sampled under one hint per question, as candidates of each question."""
 
   def candidate(p: int, m: int) -> exploration.Candidate:
     scores = {name: float(values[p, m]) for name, values in groups.scores.items()}
@@ -203,7 +180,7 @@ def candidates(
       scores=scores,
     )
 
-  return [[candidate(p, m) for m in range(groups.tokens.shape[1])] for p in range(len(examples))]
+  return [[candidate(p, m) for m in range(groups.tokens.shape[1])] for p in range(len(groups.examples))]
 
 
 GATE_SIGNALS: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
@@ -215,7 +192,7 @@ GATE_SIGNALS: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
 
 
 def gate_signal(scores: Mapping[str, np.ndarray], signal: str) -> np.ndarray:
-  """Quality of each rollout that the gate looks at: float32[P, G].
+  """Computes the quality float32[P, G] of each rollout for the gate.
 
   Args:
     scores: must hold "accuracy" and "format".
@@ -230,7 +207,7 @@ def gate_signal(scores: Mapping[str, np.ndarray], signal: str) -> np.ndarray:
 
 
 def truncated(groups: Groups, end_ids: Sequence[int]) -> np.ndarray:
-  """bool[P, G]: rollouts of the student without an end token."""
+  """Returns bool[P, G]: rollouts of the student without an end token."""
   ended = (np.isin(groups.tokens, end_ids) & groups.mask).any(axis=2)
   return ~ended & ~groups.supervised
 
@@ -243,7 +220,7 @@ def experience(
   *,
   kept: np.ndarray,
 ) -> Experience:
-  """The batch of one update, on the host; every row of `Experience` as documented there."""
+  """Builds the batch of one update on the host; `types.Experience` documents the arguments."""
   return Experience(
     prompts=prompts,
     tokens=groups.tokens,

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,21 +10,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kepo_jax import evaluation, multihost, rewards, sharding
+from kepo_jax import multihost, rewards, sharding
 from kepo_jax.config import Config, ModelConfig
-from kepo_jax.data import batching, images, prompts, splits, tokenization, usable
+from kepo_jax.data import batching, prompts, splits, usable
 from kepo_jax.data import processor as processor_lib
 from kepo_jax.data.cleaning import Rejected, Summary
 from kepo_jax.models.qwen3_vl import checkpoint, lora, model
 from kepo_jax.models.qwen3_vl.config import LoraConfig, Qwen3VLConfig
 from kepo_jax.objectives import losses
 from kepo_jax.rewards import Scorer, WeightedRewards
-from kepo_jax.training import checks, compiling, programs, update
+from kepo_jax.training import checks, compiling, update
 from kepo_jax.training import optimizer as optimizer_lib
 from kepo_jax.training import programs as programs_lib
 from kepo_jax.training.optimizer import TrainState
+from kepo_jax.training.rollouts import Groups, scored_groups
 from kepo_jax.training.signals import Interruption
-from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan
+from kepo_jax.types import Example, Hook, Prompts, Rollouts
 
 
 def make_scorer(config: Config, more: rewards.WeightedRewards) -> rewards.Scorer:
@@ -56,7 +56,7 @@ def student_dtype(fields: ModelConfig) -> Any:
   return jnp.dtype(fields.compute_dtype if fields.lora_rank else "float32")
 
 
-def with_lora(config: Config, loaded: programs.Model, key: jax.Array) -> programs.Model:
+def with_lora(config: Config, loaded: programs_lib.Model, key: jax.Array) -> programs_lib.Model:
   """The student with the matrices that are trained in the place of its weights; itself where `config` has none.
 
   Args:
@@ -74,7 +74,7 @@ def with_lora(config: Config, loaded: programs.Model, key: jax.Array) -> program
     matrices = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, places)
   else:
     matrices = jax.jit(functools.partial(lora.initial, described), out_shardings=places)(key)
-  return programs.Model(described, {**loaded.params, lora.PART: matrices})
+  return programs_lib.Model(described, {**loaded.params, lora.PART: matrices})
 
 
 def token_loss(config: Config, processor: processor_lib.Processor) -> losses.KepoTokenLoss:
@@ -133,8 +133,8 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 
 def build_programs(
-  config: Config, processor: processor_lib.Processor, models: Mapping[str, programs.Model]
-) -> tuple[optimizer_lib.TrainState, programs.Programs]:
+  config: Config, processor: processor_lib.Processor, models: Mapping[str, programs_lib.Model]
+) -> tuple[optimizer_lib.TrainState, programs_lib.Programs]:
   """The state before the first update, and the jitted programs around it."""
   student, settings = models["student"], update_settings(config)
   fields = ("b1", "b2", "eps", "weight_decay", "clip_norm")
@@ -149,19 +149,19 @@ def build_programs(
   exploration, sampled, asked = config.exploration, config.sampling, config.eval
 
   def sampler(samples: int, tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
-    arguments = programs.SamplingSettings(samples, tokens, temperature, top_p, top_k)
-    return programs.sampling_program(student.config, processor, arguments, name="the student's sampler")
+    arguments = programs_lib.SamplingSettings(samples, tokens, temperature, top_p, top_k)
+    return programs_lib.sampling_program(student.config, processor, arguments, name="the student's sampler")
 
   def teacher(used: bool, samples: int, tokens: int, temperature: float) -> Callable[[Prompts, jax.Array], Rollouts]:
     if not used:
-      return programs.no_teacher
-    arguments = programs.SamplingSettings(samples, tokens, temperature)
-    return programs.teacher_program(models["teacher"], processor, arguments)
+      return programs_lib.no_teacher
+    arguments = programs_lib.SamplingSettings(samples, tokens, temperature)
+    return programs_lib.teacher_program(models["teacher"], processor, arguments)
 
   policy = (sampled.max_new_tokens, sampled.temperature, sampled.top_p, sampled.top_k)
   own = config.own_rollouts
-  return first, programs.Programs(
-    decode_weights=programs.decode_weights_program(student.config, student.params, settings.compute_dtype),
+  return first, programs_lib.Programs(
+    decode_weights=programs_lib.decode_weights_program(student.config, student.params, settings.compute_dtype),
     rollout=sampler(max(1, own), *policy),
     candidate=sampler(config.candidates, *policy),
     greedy=sampler(1, asked.max_new_tokens, 0.0),
@@ -170,7 +170,7 @@ def build_programs(
       config.teacher_answers,
       *(config.batch.rollouts - own, sampled.max_new_tokens, config.supervised.temperature),
     ),
-    targets=programs.targets_program([models[role] for role in scoring], settings.parts),
+    targets=programs_lib.targets_program([models[role] for role in scoring], settings.parts),
     update=update.Update(student.config, optimizer, token_loss(config, processor), settings, first),
   )
 
@@ -179,16 +179,21 @@ def build_programs(
 STREAMS = ("rollout", "hint", "candidate", "evaluation", "answer", "lora")
 
 
+def random_key(seed: int, purpose: str, *counters: int) -> jax.Array:
+  """Returns the random key of a purpose at a step (and a round)."""
+  stream = jax.random.fold_in(jax.random.key(seed), STREAMS.index(purpose))
+  return functools.reduce(jax.random.fold_in, counters, stream)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Everything that `job.train` needs, fixed for the whole run."""
+  """Everything that `train` needs, fixed for the whole run."""
 
   config: Config
   mesh: jax.sharding.Mesh
   processor: processor_lib.Processor
   questions: Mapping[str, Sequence[Example]]  # split -> questions
   summaries: Mapping[str, Sequence[Summary]]  # "reading" and "checking" -> what was kept, repaired and dropped in it
-  scorer: Scorer
   hooks: Sequence[Hook]
   interruption: Interruption
   folders: Mapping[str, pathlib.Path]  # role -> checkpoint
@@ -196,150 +201,56 @@ class Run:
   schedule: optax.Schedule
   state: TrainState  # before the first update
   programs: programs_lib.Programs
-  batch: Callable[[int], tuple[Sequence[Example], Prompts]]  # steps done -> questions and host prompts of the next step
-
-  @property
-  def row_sizes(self) -> tuple[int, ...]:
-    """Numbers of prompts to which those of exploration are padded, rising."""
-    rows = self.config.batch.prompts
-    return tuple(sorted({max(1, rows // 4), rows}))
-
-  def distill_weight(self, done: int) -> float:
-    """lambda in the step after `done` steps."""
-    return float(self.config.objective.distill_weight * distill_factor(self.config)(done))
-
-  def further_questions(self, done: int, extra: int, *, asked: Sequence[Example]) -> list[Example]:
-    """P more training questions for a step, none of them asked before in it; empty where too few are left."""
-    seen, wanted = {example.id for example in asked}, self.config.batch.prompts
-    order = batching.shuffled(self.questions["train"], self.config.seed, "further", done, extra)
-    fresh = [example for example in order if example.id not in seen]
-    return fresh[:wanted] if len(fresh) >= wanted else []
-
-  def key(self, purpose: str, *counters: int) -> jax.Array:
-    """The random key of a purpose at a step (and a round)."""
-    return random_key(self.config.seed, purpose, *counters)
-
-  def problem(self, example: Example) -> str:
-    """The question as a sampled record shows it: stem and options."""
-    return prompts.problem(example, self.processor.templates)
-
-  def prompts(self, examples: Sequence[Example], kind: str, *, hints: Sequence[str] | None = None) -> Prompts:
-    """Prompts on the mesh, their number padded to one of `row_sizes` so that exploration compiles few programs."""
-    size = next(size for size in self.row_sizes if size >= len(examples))
-    filler = size - len(examples)
-    examples = [*examples, *list(examples[:1]) * filler]
-    hints = None if hints is None else [*hints, *list(hints[:1]) * filler]
-    return sharding.place(self.mesh, self.host_prompts(examples, kind, hints=hints))
-
-  def host_prompts(self, examples: Sequence[Example], kind: str, *, hints: Sequence[str] | None = None) -> Prompts:
-    """Prompts on this host, whose images it decodes.
-
-    Raises:
-      ValueError: an image or a prompt cannot be used.
-      OSError: so it is on another process, whose images are others: none goes on without the others.
-    """
-    return multihost.together(lambda: self.processor.prompts(examples, kind, hints=hints))
-
-  def evaluate(
-    self, weights: Any, split: str, name: str, done: int, *, on_output: Callable[[dict[str, Any]], None] | None = None
-  ) -> dict[str, Any]:
-    """Greedy accuracy of the student on a split.
-
-    Hooks are told how far it is, not what came out.
-
-    Args:
-      weights: the student's, as `programs.decode_weights` makes them.
-      split: of `questions`.
-      name: of the evaluation, as hooks are told.
-      done: steps before it.
-      on_output: receives what was said to each question, as from `evaluation.evaluate`.
-
-    Raises:
-      Interrupted: the run was asked to stop.
-    """
-    key = self.key("evaluation", done)
-
-    def progress(questions: int, total: int) -> None:
-      show_progress(self.hooks, f"evaluation {name}", questions, total)
-      self.interruption.check()
-
-    def sample(host_prompts: Prompts) -> Rollouts:
-      return self.programs.greedy(weights, sharding.place(self.mesh, host_prompts), key)
-
-    result = evaluation.evaluate(
-      sample,
-      self.processor,
-      self.questions[split],
-      batch_size=self.config.eval.prompts,
-      train_modality=self.config.data.train_modality,
-      kind=self.config.eval.prompt,
-      progress=progress,
-      on_output=on_output,
-    )
-    return {"step": done, "split": split} | result
-
-  def positions(self) -> dict[str, int]:
-    """Sizes of the files that the hooks write, which are on the disk by then."""
-    return {name: size for hook in self.hooks for name, size in hook.position().items()}
-
-  def plan(self, workdir: str, start: int, positions: Mapping[str, int], data: str) -> RunPlan:
-    """What the run is about to do; `data` says in words which questions it has."""
-    names = ["evaluation", *(["rollout"] if self.config.own_rollouts else []), "inputs", "gradients", "update"]
-    names += ["hint", "hinted rollout"] if self.config.explores else []
-    names += ["teacher's answers"] if self.config.teacher_answers else []
-    names += [f"{role} scoring" for role in self.models if role != "student"]
-    return RunPlan(
-      config=self.config,
-      workdir=workdir,
-      models={role: each.config for role, each in self.models.items()},
-      mesh=dict(self.mesh.shape),
-      questions={split: len(examples) for split, examples in self.questions.items()},
-      programs=tuple(names),
-      start_step=start,
-      data=data,
-      images=self.image_cost(),
-      positions=dict(positions),
-    )
-
-  def image_cost(self) -> str:
-    """In words how images are brought to size, and the prompt tokens of a training question's image in each way."""
-    asked, own = self.questions["train"], self.config.data.resize
-    tokens = {way: self.processor.image_tokens(asked, resize=way) for way in sorted(images.RESIZES, key=own.__ne__)}
-    if not tokens[own]:
-      return "none"
-    mine, *others = (f"{way}: {token_range(counts)}" for way, counts in tokens.items())
-    return f"{mine} tokens each ({', '.join(others)})"
-
-  def export(self, state: TrainState, directory: Any) -> None:
-    """Writes the student as a Hugging Face folder, which names the wordings and the image size it was trained with.
-
-    After training with LoRA its weights are merged ones, and the matrices lie in its folder adapter/.
-    """
-    student = self.models["student"]
-    checkpoint.save_pretrained(
-      directory,
-      student.config,
-      state.params,
-      source=self.config.model.student,
-      declared=tokenization.declarations(dataclasses.asdict(self.config.data)),
-    )
+  batch: Callable[[int], tuple[Sequence[Example], Prompts]]  # step, from 0 -> its questions and host prompts
+  prompts: Callable[..., Prompts]  # (examples, wording) -> prompts on the mesh
+  padded_prompts: Callable[..., Prompts]  # (examples, wording, hints=None) -> the same, padded to one of `row_sizes`
+  score: Callable[[Sequence[Example], Rollouts], Groups]  # decodes and scores rollouts
 
 
-def stream(seed: int, purpose: str) -> jax.Array:
-  """The random key from which all keys of a purpose are made."""
-  return jax.random.fold_in(jax.random.key(seed), STREAMS.index(purpose))
+def row_sizes(config: Config) -> tuple[int, ...]:
+  """Returns the numbers of prompts to which batches of exploration are padded, rising."""
+  rows = config.batch.prompts
+  return tuple(sorted({max(1, rows // 4), rows}))
 
 
-def random_key(seed: int, purpose: str, *counters: int) -> jax.Array:
-  """The random key of a purpose at a step (and a round)."""
-  return functools.reduce(jax.random.fold_in, counters, stream(seed, purpose))
+def place_prompts(
+  processor: processor_lib.Processor,
+  mesh: jax.sharding.Mesh,
+  examples: Sequence[Example],
+  wording: str,
+  *,
+  hints: Sequence[str] | None = None,
+) -> Prompts:
+  """Makes prompts on the mesh; every host decodes the images of its own rows.
+
+  Args:
+    processor: of the student.
+    mesh: of the run.
+    examples: the questions.
+    wording: as in `data.prompts.prompt_text`.
+    hints: one per question, for the hinted wordings.
+
+  Raises:
+    ValueError: an image or a prompt cannot be used.
+    OSError: another process could not read its images.
+  """
+  return sharding.place(mesh, multihost.run_on_all(lambda: processor.prompts(examples, wording, hints=hints)))
 
 
-def token_range(counts: Sequence[int]) -> str:
-  """How many tokens, in words: one number, or the range and its middle."""
-  if len(set(counts)) == 1:
-    return str(counts[0])
-  return f"{min(counts)} to {max(counts)}, {round(statistics.median(counts))} in the middle"
+def place_padded_prompts(
+  processor: processor_lib.Processor,
+  mesh: jax.sharding.Mesh,
+  sizes: Sequence[int],
+  examples: Sequence[Example],
+  wording: str,
+  *,
+  hints: Sequence[str] | None = None,
+) -> Prompts:
+  """Makes prompts on the mesh, their number padded to one of `sizes` so that exploration compiles few programs."""
+  padding = next(size for size in sizes if size >= len(examples)) - len(examples)
+  examples = [*examples, *list(examples[:1]) * padding]
+  hints = None if hints is None else [*hints, *list(hints[:1]) * padding]
+  return place_prompts(processor, mesh, examples, wording, hints=hints)
 
 
 def show_progress(hooks: Sequence[Hook], what: str, done: int, total: int) -> None:
@@ -367,9 +278,9 @@ def prepare(
   """
   if records is None:
     splits.check_named(config.data)  # before a model is fetched
-  scorer, mesh, student, processor = multihost.together(lambda: checked_parts(config, rewards, hooks))
+  scorer, mesh, student, processor = multihost.run_on_all(lambda: checked_parts(config, rewards, hooks))
   questions, summaries = usable_questions(config, processor, records, hooks)
-  folders = multihost.together(lambda: model_folders(config, student, processor, hooks))
+  folders = multihost.run_on_all(lambda: model_folders(config, student, processor, hooks))
   checks.check_hosts_agree(config, questions=questions, models=folders)
   models = load_models(config, mesh, folders, hooks, interruption)
   with jax.set_mesh(mesh):
@@ -381,7 +292,6 @@ def prepare(
     processor=processor,
     questions=questions,
     summaries=summaries,
-    scorer=scorer,
     hooks=hooks,
     interruption=interruption,
     folders=folders,
@@ -390,6 +300,9 @@ def prepare(
     state=state,
     programs=compiled,
     batch=batches(config, processor, questions["train"]),
+    prompts=functools.partial(place_prompts, processor, mesh),
+    padded_prompts=functools.partial(place_padded_prompts, processor, mesh, row_sizes(config)),
+    score=functools.partial(scored_groups, processor, scorer),
   )
 
 
@@ -407,7 +320,8 @@ def checked_parts(
   scorer = make_scorer(config, rewards)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   checks.warn_of_replication(config, dict(mesh.shape))
-  check_memories(config, mesh)
+  if config.model.teacher_memory == "host":
+    programs_lib.check_host_memory(mesh, "model.teacher_memory=host", "device")
   student = model_folder(config, "student", hooks)
   checks.warn_of_templates(config, student)
   processor = processor_lib.Processor.from_directory(
@@ -422,16 +336,6 @@ def checked_parts(
     checks.check_attention(config, processor.config)
   checks.check_rank(config, processor.config)
   return scorer, mesh, student, processor
-
-
-def check_memories(config: Config, mesh: jax.sharding.Mesh) -> None:
-  """Refuses to keep something in host memory where there is none.
-
-  Raises:
-    ValueError: the backend has no such memory.
-  """
-  if config.model.teacher_memory == "host":
-    programs_lib.check_host_memory(mesh, "model.teacher_memory=host", "device")
 
 
 def usable_questions(
@@ -469,7 +373,7 @@ def usable_questions(
     checks.check_questions(found, config)
     return found
 
-  found = multihost.together(read)
+  found = multihost.run_on_all(read)
   checks.check_hosts_agree(config, questions=found)  # before they are shared out by their numbers
   questions = checks.with_readable_images(
     found,
@@ -542,7 +446,7 @@ def load_models(
   for role, folder in folders.items():
     progress = functools.partial(show_progress, hooks, f"loading {role}")
     load = functools.partial(checkpoint.load_pretrained, folder, model_dtype(config, role), mesh, progress=progress)
-    models[role] = model_of(config, role, *multihost.together(load))
+    models[role] = model_of(config, role, *multihost.run_on_all(load))
     interruption.check()
   return models
 
@@ -563,22 +467,6 @@ def model_of(config: Config, role: str, loaded: Qwen3VLConfig, params: Any) -> p
   """
   made = dataclasses.replace(loaded, attention=config.model.attention)
   if role == "student":
-    return with_lora(config, programs_lib.Model(made, params), stream(config.seed, "lora"))
+    return with_lora(config, programs_lib.Model(made, params), random_key(config.seed, "lora"))
   to_host = config.model.teacher_memory == "host" and not compiling.is_abstract(params)
-  return programs_lib.Model(made, programs_lib.on_host(params) if to_host else params)
-
-
-def split_rule(config: Config, *, given: bool) -> str:
-  """In words how the questions of a run were chosen.
-
-  Args:
-    config: of the run.
-    given: whether the caller passed them.
-  """
-  data = config.data
-  if given:
-    return "given by the caller"
-  numbers = f"{data.train_items} of {data.train_modality}, {data.validation_items} and {data.test_items} per modality"
-  if data.split_files:
-    return f"published split {data.split_files}: {numbers}"
-  return f"{data.directory or 'phantom benchmark'}, sorted by data set and id, ordered by a seeded hash: {numbers}"
+  return programs_lib.Model(made, programs_lib.offloaded(params) if to_host else params)

@@ -1,37 +1,39 @@
-"""The whole job as a function: preparations, steps, evaluations, checkpoints and the export.
+"""A whole run as a function: preparations, steps, evaluations, checkpoints and the export.
 
-How a run is shown and logged is up to the hooks.
+Hooks decide how a run is shown and logged.
 """
 
 import contextlib
 import dataclasses
 import functools
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
-from kepo_jax import multihost, sharding, storage
+from kepo_jax import evaluation, multihost, sharding, storage
 from kepo_jax.config import Config
+from kepo_jax.data import images, tokenization
+from kepo_jax.data.processor import Processor
+from kepo_jax.models.qwen3_vl import checkpoint
 from kepo_jax.rewards import WeightedRewards
 from kepo_jax.training import compile_ahead as compile_ahead_lib
-from kepo_jax.training import metrics as metrics_lib
 from kepo_jax.training import setup
-from kepo_jax.training.metrics import PhaseClock, StepResult, step_report
+from kepo_jax.training.metrics import PhaseClock, StepResult, sample_records, step_report
 from kepo_jax.training.monitoring import CompileCounter, Profiler, Watchdog
 from kepo_jax.training.optimizer import TrainState
 from kepo_jax.training.prefetch import Prefetch
 from kepo_jax.training.signals import Interrupted, Interruption
 from kepo_jax.training.step import train_step
 from kepo_jax.training.workdir import RunFiles
-from kepo_jax.types import Example, Hook, StepReport
+from kepo_jax.types import Example, Hook, Prompts, Rollouts, RunPlan, StepReport
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What `train` returns."""
+  """The result of `train`."""
 
   state: TrainState
   evaluations: dict[str, Any]  # "before", "after", and "validation": a list with one entry per evaluated step
@@ -81,7 +83,7 @@ def train(
   watchdog = Watchdog(config.log.stall_seconds, files.workdir)
   hooks = [*hooks, watchdog, *([Profiler()] if config.profile.steps else [])]
   counter = contextlib.closing(CompileCounter())
-  with files, watchdog, counter as compiled, stopping(hooks), telling_out_of_memory():
+  with files, watchdog, counter as compiled, stopping(hooks), out_of_memory_errors():
     try:
       run = setup.prepare(config, records=records, rewards=rewards or {}, hooks=hooks, interruption=interruption)
     except Interrupted:
@@ -99,14 +101,13 @@ class OutOfMemory(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-  """Whether an error, of whatever type, says that the memory of a device or of the host ran out."""
-  said = str(error)
+  """Returns whether an error, of whatever type, says that the memory of a device or of the host ran out."""
   signs = ("RESOURCE_EXHAUSTED", "ut of memory", "Failed to allocate", "ALLOC_FAILED")
-  return isinstance(error, MemoryError) or any(sign in said for sign in signs)
+  return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 @contextlib.contextmanager
-def telling_out_of_memory() -> Iterator[None]:
+def out_of_memory_errors() -> Iterator[None]:
   """Turns what jax raises where there is no room into OutOfMemory with the phase of the step."""
   try:
     yield
@@ -118,7 +119,7 @@ def telling_out_of_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping(hooks: Sequence[Hook]) -> Iterator[None]:
-  """Tells the hooks of a run that ends early."""
+  """Calls `stop` of every hook where the block is left by an error."""
   with contextlib.ExitStack() as early:
     for hook in hooks:
       early.callback(hook.stop)
@@ -127,68 +128,98 @@ def stopping(hooks: Sequence[Hook]) -> Iterator[None]:
 
 
 def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, given: bool) -> Result:
-  """Everything after the preparations, from the first step, or the one after the checkpoint, to the export."""
-  config = run.config
-  rule = setup.split_rule(config, given=given)
+  """Trains and evaluates from the first step, or the one after the checkpoint, to the export."""
+  config, hooks = run.config, run.hooks
+  rule = split_rule(config, given=given)
   files.begin(run.questions, rule=rule, models=run.folders)
-  multihost.together(lambda: files.record_summaries(run.summaries))
+  multihost.run_on_all(lambda: files.record_summaries(run.summaries))
   state = files.restored(run.state)
   start, steps, prefetch = int(state.step), config.train.steps, Prefetch(run)
-  multihost.together(lambda: announce(run, files, start, rule))
+
+  def announce() -> None:
+    plan = run_plan(run, files, start, rule)
+    for hook in hooks:
+      hook.start(plan)
+
+  def tell(report: StepReport) -> None:
+    for hook in hooks:
+      hook.step(report)
+
+  def finish() -> None:
+    for hook in hooks:
+      hook.finish()
+
+  multihost.run_on_all(announce)
   if config.train.compile_ahead and start < steps:
     compile_ahead(run, files, state, start)
   if config.eval.test and config.eval.before and start == 0:
     evaluate(run, files, prefetch.weights(state), "before", start)
   if files.owes_validation:
-    validate(run, files, prefetch.weights(state), start)
-  for done in range(start, steps):
+    evaluate(run, files, prefetch.weights(state), "validation", start)
+  for step in range(start, steps):
     clock = PhaseClock()
     with clock("prepare"):
-      pending = prefetch.take(state, done)
-    state, trained = train_step(run, state, done, pending, clock)
+      pending = prefetch.take(state, step)
+    state, trained = train_step(run, state, pending, clock)
     with clock("prepare"):
-      prefetch.begin(state, done + 1)  # the device samples while the host reports
+      prefetch.start(state, step + 1)  # the device samples while the host reports
     report = step_report(run, trained, clock)
-    try:
-      check_finite(run, state, trained, report)
-    except NotFinite as error:
-      tell(run, error.report, compiled.figures())
-      dump = functools.partial(files.dump, f"not_finite/step-{done + 1}", error.batch, error.samples)
-      folder = multihost.together(dump)
-      raise ValueError(f"{error}{f' The batch is in {folder}.' if folder else ''}") from None
-    tell(run, report, compiled.figures() | files.timing())
-    validate_and_save(run, files, state, report.step, prefetch)
+    report = dataclasses.replace(report, timing=report.timing | compiled.metrics() | files.timing())
+    multihost.run_on_all(functools.partial(tell, report))
+    check_finite(run, files, state, trained)
+    validate_and_save(run, files, state, step + 1, prefetch)
   if config.eval.test:
     evaluate(run, files, prefetch.weights(state), "after", steps)
-  files.export(lambda folder: run.export(state, folder))
-  multihost.together(lambda: finish(run))
+  files.export(functools.partial(export, run, state))
+  multihost.run_on_all(finish)
   return Result(state=state, evaluations=files.evaluations, workdir=files.workdir)
 
 
-def announce(run: setup.Run, files: RunFiles, start: int, rule: str) -> None:
-  """Tells the hooks what the run is about to do; `rule` says in words how its questions were chosen."""
-  for hook in run.hooks:
-    hook.start(run.plan(files.workdir, start, files.positions, rule))
+def split_rule(config: Config, *, given: bool) -> str:
+  """Describes in words how the questions of a run were chosen; `given` by the caller, or read as `config.data` says."""
+  data = config.data
+  if given:
+    return "given by the caller"
+  numbers = f"{data.train_items} of {data.train_modality}, {data.validation_items} and {data.test_items} per modality"
+  if data.split_files:
+    return f"published split {data.split_files}: {numbers}"
+  return f"{data.directory or 'phantom benchmark'}, sorted by data set and id, ordered by a seeded hash: {numbers}"
 
 
-def finish(run: setup.Run) -> None:
-  """Tells the hooks that all is done."""
-  for hook in run.hooks:
-    hook.finish()
+def run_plan(run: setup.Run, files: RunFiles, start: int, rule: str) -> RunPlan:
+  """Builds what the hooks are told before the first step; `rule` says in words how the questions were chosen."""
+  config = run.config
+  programs = ["evaluation", *(["rollout"] if config.own_rollouts else []), "inputs", "gradients", "update"]
+  programs += ["hint", "hinted rollout"] if config.explores else []
+  programs += ["teacher's answers"] if config.teacher_answers else []
+  programs += [f"{role} scoring" for role in run.models if role != "student"]
+  return RunPlan(
+    config=config,
+    workdir=files.workdir,
+    models={role: loaded.config for role, loaded in run.models.items()},
+    mesh=dict(run.mesh.shape),
+    questions={split: len(examples) for split, examples in run.questions.items()},
+    programs=tuple(programs),
+    start_step=start,
+    data=rule,
+    images=image_tokens(run.processor, run.questions["train"], config.data.resize),
+    positions=dict(files.positions),
+  )
 
 
-def tell(run: setup.Run, report: StepReport, timing: dict[str, float]) -> None:
-  """Hands a step to the hooks, with what was measured around it.
+def image_tokens(processor: Processor, examples: Sequence[Example], resize: str) -> str:
+  """Describes in words the prompt tokens of an image as the run resizes it, and as it would otherwise."""
 
-  Raises:
-    OSError: a hook could not write, here or in another process.
-  """
+  def described(counts: Sequence[int]) -> str:
+    if len(set(counts)) == 1:
+      return str(counts[0])
+    return f"{min(counts)} to {max(counts)}, {round(statistics.median(counts))} in the middle"
 
-  def work() -> None:
-    for hook in run.hooks:
-      hook.step(dataclasses.replace(report, timing=report.timing | timing))
-
-  multihost.together(work)
+  tokens = {way: processor.image_tokens(examples, resize=way) for way in sorted(images.RESIZES, key=resize.__ne__)}
+  if not tokens[resize]:
+    return "none"
+  chosen, *others = (f"{way}: {described(counts)}" for way, counts in tokens.items())
+  return f"{chosen} tokens each ({', '.join(others)})"
 
 
 def compile_ahead(run: setup.Run, files: RunFiles, state: TrainState, start: int) -> None:
@@ -197,9 +228,9 @@ def compile_ahead(run: setup.Run, files: RunFiles, state: TrainState, start: int
   Raises:
     Interrupted: the run was asked to stop.
   """
-  asked = run.config.eval
-  validates = files.owes_validation or (asked.every and run.config.train.steps // asked.every > start // asked.every)
-  splits = [*(["validation"] if validates else []), *(["test"] if asked.test else [])]
+  settings, steps = run.config.eval, run.config.train.steps
+  validates = files.owes_validation or (settings.every and steps // settings.every > start // settings.every)
+  splits = [*(["validation"] if validates else []), *(["test"] if settings.test else [])]
   try:
     compile_ahead_lib.compile_ahead(run, state, start, splits)
   except Interrupted:
@@ -207,67 +238,58 @@ def compile_ahead(run: setup.Run, files: RunFiles, state: TrainState, start: int
 
 
 def evaluate(run: setup.Run, files: RunFiles, weights: Any, name: str, step: int) -> None:
-  """The test "before" the first step or "after" the last one, with what was said to each question.
-
-  Raises:
-    OSError: what came out could not be written, here or in another process.
-    Interrupted: the run was asked to stop; it is made on resume.
-  """
-  outputs: list[dict[str, Any]] = []
-  try:
-    result = run.evaluate(weights, "test", name, step, on_output=outputs.append)
-  except Interrupted:
-    raise Interrupted(step, files.saved) from None
-  shown = {example.id: [storage.origin(image) for image in example.images] for example in run.questions["test"]}
-  keep(run, files, name, result, [output | {"files": shown[output["id"]]} for output in outputs])
-
-
-def keep(
-  run: setup.Run,
-  files: RunFiles,
-  name: str,
-  result: dict[str, Any],
-  outputs: Sequence[Mapping[str, Any]] | None = None,
-) -> None:
-  """Hands an evaluation to the hooks and writes it down.
+  """Evaluates the student greedily, tells the hooks the result and writes it down.
 
   Args:
     run: of the evaluation.
     files: of the run.
-    name: "before", "validation" or "after".
-    result: of `run.evaluate`.
-    outputs: what was said to each question; None where that is not kept.
+    weights: the student's, from `programs.decode_weights`.
+    name: "before" or "after", on the test questions, whose outputs are kept; or "validation".
+    step: updates done.
 
   Raises:
-    OSError: it could not be written, here or in another process.
+    OSError: the result could not be written, here or on another process.
+    Interrupted: the run was asked to stop; the evaluation is made on resume.
   """
+  config, split = run.config, "validation" if name == "validation" else "test"
+  key = setup.random_key(config.seed, "evaluation", step)
+  outputs: list[dict[str, Any]] = []
 
-  def work() -> None:
-    for hook in run.hooks:
-      hook.evaluation(result["step"], name, result)
-    if outputs is not None:
-      files.record_outputs(name, outputs)
-    files.record(name, result)
+  def progress(count: int, total: int) -> None:
+    setup.show_progress(run.hooks, f"evaluation {name}", count, total)
+    run.interruption.check()
 
-  multihost.together(work)
+  def sample(host_prompts: Prompts) -> Rollouts:
+    return run.programs.greedy(weights, sharding.place(run.mesh, host_prompts), key)
 
-
-def validate(run: setup.Run, files: RunFiles, weights: Any, step: int) -> None:
-  """The validation of a step that a run before this one did not come to.
-
-  Raises:
-    OSError: what came out could not be written, here or in another process.
-    Interrupted: the run was asked to stop; it is made on resume.
-  """
   try:
-    result = run.evaluate(weights, "validation", "validation", step)
+    accuracies = evaluation.evaluate(
+      sample,
+      run.processor,
+      run.questions[split],
+      batch_size=config.eval.prompts,
+      train_modality=config.data.train_modality,
+      kind=config.eval.prompt,
+      progress=progress,
+      on_output=outputs.append if split == "test" else None,
+    )
   except Interrupted:
     raise Interrupted(step, files.saved) from None
-  keep(run, files, "validation", result)
+  result = {"step": step, "split": split} | accuracies
+  paths = {example.id: [storage.origin(image) for image in example.images] for example in run.questions[split]}
+
+  def record() -> None:
+    for hook in run.hooks:
+      hook.evaluation(step, name, result)
+    if split == "test":
+      files.record_outputs(name, [output | {"files": paths[output["id"]]} for output in outputs])
+    files.record(name, result)
+
+  multihost.run_on_all(record)
 
 
 def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: int, prefetch: Prefetch) -> None:
-  """What may follow a step: a validation, a checkpoint, and the end of a run that was asked to stop.
+  """Validates and saves a state where it is time to, and ends a run that was asked to stop.
 
   Raises:
     Interrupted: it was, and the state is saved; a validation that was not finished is made on resume.
@@ -277,47 +299,44 @@ def validate_and_save(run: setup.Run, files: RunFiles, state: TrainState, step: 
   stop = run.interruption.requested()
   if owed and not stop:
     try:
-      result = run.evaluate(prefetch.weights(state), "validation", "validation", step)
+      evaluate(run, files, prefetch.weights(state), "validation", step)
+      owed = False
     except Interrupted:
       stop = True
-    else:
-      keep(run, files, "validation", result)
-      owed = False
-  files.save(step, state, now=stop or step == config.train.steps, positions=run.positions, validated=not owed)
+
+  def positions() -> dict[str, int]:
+    return {name: size for hook in run.hooks for name, size in hook.position().items()}
+
+  files.save(step, state, now=stop or step == config.train.steps, positions=positions, validated=not owed)
   if stop:
     raise Interrupted(step, files.saved)
 
 
-class NotFinite(Exception):
-  """Loss or gradient were not finite in too many updates in a row."""
-
-  def __init__(self, report: StepReport, updates: int, batch: Mapping[str, np.ndarray], samples: Any):
-    """Keeps what shows it.
-
-    Args:
-      report: of the last step.
-      updates: skipped in a row.
-      batch: name -> array of its experience, on the host.
-      samples: every rollout of it, JSON-able.
-    """
-    super().__init__(
-      f"loss or gradient were not finite in {updates} updates in a row, the last one in step {report.step}; all of "
-      f"them were skipped. Lower optimizer.learning_rate and go on with --resume --allow_config_change."
-    )
-    self.report, self.batch, self.samples = report, batch, samples
-
-
-def check_finite(run: setup.Run, state: TrainState, trained: StepResult, report: StepReport) -> None:
-  """Ends a run whose updates are skipped again and again.
+def check_finite(run: setup.Run, files: RunFiles, state: TrainState, trained: StepResult) -> None:
+  """Ends a run whose updates are skipped again and again; keeps the batch of the last one.
 
   Raises:
-    NotFinite: `optimizer.skip_limit` updates in a row were skipped.
+    ValueError: loss or gradient were not finite in `optimizer.skip_limit` updates in a row.
   """
-  if (skipped := int(state.skipped)) >= run.config.optimizer.skip_limit:
-    leaves = jax.tree.leaves_with_path(trained.experience)
-    batch = {jax.tree_util.keystr(path): sharding.to_host(x) for path, x in leaves}
-    prompts = len(trained.gate)
-    rows = metrics_lib.sample_records(
-      trained.groups, trained.gate, step=trained.step, prompts=prompts, problem=run.problem
-    )
-    raise NotFinite(report, skipped, batch, rows)
+  if (skipped := int(state.skipped)) < run.config.optimizer.skip_limit:
+    return
+  step, leaves = trained.step, jax.tree.leaves_with_path(trained.experience)
+  batch = {jax.tree_util.keystr(path): sharding.to_host(x) for path, x in leaves}
+  prompts, templates = len(trained.gate), run.processor.templates
+  rows = sample_records(trained.groups, trained.gate, step=step, prompts=prompts, templates=templates)
+  folder = multihost.run_on_all(lambda: files.dump(f"not_finite/step-{step}", batch, rows))
+  raise ValueError(
+    f"loss or gradient were not finite in {skipped} updates in a row, the last one in step {step}; all of them were "
+    f"skipped. Lower optimizer.learning_rate and go on with --resume --allow_config_change."
+    f"{f' The batch is in {folder}.' if folder else ''}"
+  )
+
+
+def export(run: setup.Run, state: TrainState, folder: Any) -> None:
+  """Writes the student as a Hugging Face folder, which names the wordings and the image size it was trained with.
+
+  After training with LoRA its weights are merged ones, and the matrices lie in its folder adapter/.
+  """
+  declared = tokenization.declarations(dataclasses.asdict(run.config.data))
+  source = run.config.model.student
+  checkpoint.save_pretrained(folder, run.models["student"].config, state.params, source=source, declared=declared)

@@ -223,7 +223,7 @@ def _log_gamma(log_ratio: jax.Array, rows: losses.TokenInputs) -> jax.Array:
 def batch_sums(
   inputs: losses.TokenInputs, aux: dict[str, jax.Array], experience: dict[str, jax.Array]
 ) -> dict[str, Any]:
-  """(sum, count) of each logged figure over a part of the batch.
+  """Computes (sum, count) of each metric over a part of the batch.
 
   Args:
     inputs: of the part.
@@ -238,7 +238,7 @@ def batch_sums(
   learnt = inputs.policy_weight > 0  # not the rows that no term sees
   gap = experience["logps"] - aux["old_logp"]
   clipped = aux["clipped"].astype(jnp.float32)
-  figures = {
+  metrics = {
     "entropy": (aux["entropy"], own),
     "ratio/mean": (aux["ratio"], learnt),
     "ratio/clip_frac": (clipped, own & learnt),
@@ -248,17 +248,17 @@ def batch_sums(
     "supervised/nll": (-aux["logp"], supervised),
   }
   if "divergence" in aux:
-    figures["divergence/gated"] = (aux["divergence"], gated)
-    figures["divergence/ungated"] = (aux["divergence"], mask & ~gated)
-    figures["divergence/injected"] = (aux["divergence"], injected)
+    metrics["divergence/gated"] = (aux["divergence"], gated)
+    metrics["divergence/ungated"] = (aux["divergence"], mask & ~gated)
+    metrics["divergence/injected"] = (aux["divergence"], injected)
   if "kl" in aux:
-    figures["kl/ref"] = (aux["kl"], own)
-  return {name: losses.masked_sum(values, where) for name, (values, where) in figures.items()}
+    metrics["kl/ref"] = (aux["kl"], own)
+  return {name: losses.masked_sum(values, where) for name, (values, where) in metrics.items()}
 
 
-def means(figures: dict[str, tuple[Any, Any]]) -> dict[str, float]:
+def means(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
   """(sum, count) pairs as means; left out where nothing was counted."""
-  return {name: float(total / count) for name, (total, count) in figures.items() if count}
+  return {name: float(total / count) for name, (total, count) in metrics.items() if count}
 
 
 def make_gradients(
@@ -332,7 +332,7 @@ def apply_gradients(
     steps: added to the number of steps done.
 
   Returns:
-    the state, and float32[] figures: the norm of the gradient before it is clipped, and whether the update was skipped.
+    the state, and float32[] metrics: the norm of the gradient before it is clipped, and whether the update was skipped.
   """
   norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -361,7 +361,7 @@ def compared(first: Any, second: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 class Update:
-  """The updates of one batch: (state, experience, targets) -> (state, figures), compiled; the state is consumed."""
+  """The updates of one batch: (state, experience, targets) -> (state, metrics), compiled; the state is consumed."""
 
   def __init__(
     self,
@@ -393,7 +393,7 @@ class Update:
   def __call__(
     self, state: TrainState, experience: Experience, targets: tuple[Target, ...], *, compare: bool = False
   ) -> tuple[TrainState, dict[str, Any]]:
-    """The new state, and (sum, count) pairs of the figures over all updates.
+    """Returns the new state, and (sum, count) pairs of the metrics over all updates.
 
     Args:
       state: consumed.
@@ -401,30 +401,30 @@ class Update:
       targets: what the teacher and the reference say about it, where the loss uses them.
       compare: add the norms of the gradients of the policy and the distillation term, and their cosine.
     """
-    state, figures, comparison = self._updated(state, experience, targets, compare=compare)
-    return state, jax.tree.map(lambda *pairs: sum(pairs), *figures) | comparison
+    state, metrics, comparison = self._run(state, experience, targets, compare=compare)
+    return state, jax.tree.map(lambda *pairs: sum(pairs), *metrics) | comparison
 
-  def rehearse(self, state: TrainState, experience: Experience, targets: tuple[Target, ...], *, compare: bool) -> None:
+  def compile(self, state: TrainState, experience: Experience, targets: tuple[Target, ...], *, compare: bool) -> None:
     """Compiles every program of a call; all arguments are shapes, as `compiling.shapes_of` makes them.
 
     Raises:
       ValueError: one cannot be compiled.
     """
-    self._updated(state, experience, targets, compare=compare)
+    self._run(state, experience, targets, compare=compare)
 
-  def _updated(
+  def _run(
     self, state: TrainState, experience: Experience, targets: tuple[Target, ...], *, compare: bool
   ) -> tuple[TrainState, list[dict[str, Any]], dict[str, Any]]:
-    """The new state, the figures of each update, and the comparison."""
+    """Returns the new state, the metrics of each update, and the comparison."""
     inputs = self._inputs(state.params, state.step, experience)
     comparison = self._comparison(state.params, experience, inputs, targets) if compare else {}
-    figures: list[dict[str, Any]] = []
+    metrics: list[dict[str, Any]] = []
     for update in range(self._updates):
       sums, gradient = self._gradients(state.params, experience, inputs, targets)
       state, applied = self._apply(state, gradient, sums["loss"][0], steps=int(update == self._updates - 1))
       del gradient
-      figures.append(sums | {name: (value, jnp.float32(1)) for name, value in applied.items()})
-    return state, figures, comparison
+      metrics.append(sums | {name: (value, jnp.float32(1)) for name, value in applied.items()})
+    return state, metrics, comparison
 
   def _comparison(
     self, params: Any, experience: Experience, inputs: losses.TokenInputs, targets: tuple[Target, ...]

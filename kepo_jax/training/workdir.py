@@ -193,7 +193,7 @@ class RunFiles:
     state, record = found
     step = int(state.step)
     mine = self._record_of(step, {}, True)
-    multihost.together(lambda: run_record.check(record, mine, self.workdir, allow_change=self._allow_change))
+    multihost.run_on_all(lambda: run_record.check(record, mine, self.workdir, allow_change=self._allow_change))
     self._adopt_changes()
     self.positions, self.owes_validation = record["positions"], not record["validated"]
     # Its own validation is made again if the checkpoint was written before it.
@@ -252,7 +252,7 @@ class RunFiles:
 
     best = self._best_step()
     wanted = checkpoints.due(step) or now or best == step
-    multihost.together(ready)
+    multihost.run_on_all(ready)
     if wanted:
       start = time.perf_counter()
       checkpoints.save(step, state, self._record_of(step, lengths, validated), best=best)
@@ -310,9 +310,9 @@ class RunFiles:
     with contextlib.ExitStack() as place:
       # A folder without config.json is no model.
       made = storage.written_locally(self._root / "model", last="config.json")
-      folder = multihost.together(lambda: place.enter_context(made))
+      folder = multihost.run_on_all(lambda: place.enter_context(made))
       write(folder)
-      multihost.together(place.close)
+      multihost.run_on_all(place.close)
 
   @property
   def _root(self) -> epath.Path:

@@ -52,7 +52,7 @@ def compiled_by(run, call):
 
 
 def updated(run):
-  return run.programs.update.rehearse(run.state, run.experience(), run.targets(), compare=False)
+  return run.programs.update.compile(run.state, run.experience(), run.targets(), compare=False)
 
 
 def test_models_are_sizes_or_folders_and_those_of_the_run(tmp_path):

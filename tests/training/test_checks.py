@@ -67,7 +67,7 @@ def test_another_config_is_told_by_its_fields_and_before_what_follows_from_it():
 def test_every_process_refuses(monkeypatch):
   checks.check_hosts_agree(None, questions=QUESTIONS, models={"student": "nowhere"})  # a lone process reads nothing
   monkeypatch.setattr("jax.process_count", lambda: 2)
-  monkeypatch.setattr(checks.multihost, "gathered", lambda work: [facts(), work()])
+  monkeypatch.setattr(checks.multihost, "all_gather", lambda work: [facts(), work()])
   checks.check_hosts_agree(changed(kepo), questions=QUESTIONS, models=MODELS)
   with pytest.raises(ValueError, match="process 1 has other questions of test than process 0: 0 against 1"):
     checks.check_hosts_agree(changed(kepo), questions=QUESTIONS | {"test": []}, models=MODELS)

@@ -46,7 +46,7 @@ class Compiled(Recorder):
     self.counter, self.told = CompileCounter(), []
 
   def programs(self):
-    return self.counter.figures()["compiled/programs"]
+    return self.counter.metrics()["compiled/programs"]
 
   def progress(self, what, done, total):
     if what == "compiling":
@@ -138,7 +138,7 @@ class Asking(Signal):
 def test_a_run_that_is_asked_to_stop_ends_between_programs(questions, monkeypatch):
   hook, names = Asking(progress="compiling"), ("update", "rollout", "candidate", "evaluation", "hint", "answer")
   programs = dict.fromkeys(names, lambda size, pair: None)
-  monkeypatch.setattr(compile_ahead, "rehearsed_programs", lambda run, state: programs)
+  monkeypatch.setattr(compile_ahead, "compile_calls", lambda run, state: programs)
   with pytest.raises(training.Interrupted, match="interrupted after step 0; nothing was saved"):
     training.train(mixed(train__compile_ahead=True), records=questions, hooks=[hook], interruption=hook)
   assert hook.compiled == 1

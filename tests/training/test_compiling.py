@@ -9,14 +9,14 @@ import pytest
 from kepo_jax import sharding
 from kepo_jax.reporting.reporter import compiled_line
 from kepo_jax.training import compiling
-from kepo_jax.training.compiling import Program, Rehearsal, rehearse
+from kepo_jax.training.compiling import Compilation, Program, compile_all
 from kepo_jax.training.monitoring import CompileCounter
 
 
 @pytest.fixture
 def counter():
   compiled = CompileCounter()
-  yield lambda: compiled.figures()["compiled/programs"]
+  yield lambda: compiled.metrics()["compiled/programs"]
   compiled.close()
 
 
@@ -45,7 +45,9 @@ def test_threads_that_ask_for_the_same_compile_it_once(mesh_of, counter):
   mesh = mesh_of()
   program, shapes = Program("a program", lambda x: jnp.sin(x) @ jnp.cos(x)), compiling.shapes_of(placed(mesh))
   before = counter()
-  rehearse([Rehearsal(f"call {n}", lambda: program(shapes)) for n in range(4)], mesh, progress=lambda done, total: None)
+  compile_all(
+    [Compilation(f"call {n}", lambda: program(shapes)) for n in range(4)], mesh, progress=lambda done, total: None
+  )
   assert counter() == before + 1
 
 
@@ -55,7 +57,7 @@ def test_programs_from_the_cache_are_counted():
   jax.monitoring.record_event("/jax/compilation_cache/cache_misses")
   compiled.close()
   jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
-  figures = compiled.figures()
+  figures = compiled.metrics()
   assert figures["compiled/cached"] == 1
   assert compiled_line(figures | {"compiled/programs": 2.0}) == "2 programs, 1 from the compilation cache"
 
@@ -71,11 +73,11 @@ def test_progress_comes_in_order_and_ends_the_work(mesh_of):
 
   seen, made = [], []
   gate = threading.Event()
-  late = [Rehearsal("late", lambda: gate.wait(20) and made.append("late"))]
-  rehearsals = [Rehearsal(f"call {n}", lambda n=n: made.append(n)) for n in range(2)] + late * 50
+  late = [Compilation("late", lambda: gate.wait(20) and made.append("late"))]
+  rehearsals = [Compilation(f"call {n}", lambda n=n: made.append(n)) for n in range(2)] + late * 50
   threading.Timer(0.5, gate.set).start()
   with pytest.raises(Enough):
-    rehearse(rehearsals, mesh_of(), progress=progress)
+    compile_all(rehearsals, mesh_of(), progress=progress)
   assert seen == [(1, 52, True), (2, 52, True)]
   assert len(made) < 52  # what had not begun was left
 
@@ -90,4 +92,4 @@ def test_an_error_of_the_compiler_names_program_and_shapes(mesh_of, monkeypatch)
   monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
   message = r"update of 4 prompts: compiling the gradients for arguments of float32\[8\] failed: RESOURCE_EXHAUSTED"
   with pytest.raises(ValueError, match=message + ".*batch.micro_batches"):
-    rehearse([Rehearsal("update of 4 prompts", lambda: program(shapes))], mesh, progress=lambda done, total: None)
+    compile_all([Compilation("update of 4 prompts", lambda: program(shapes))], mesh, progress=lambda done, total: None)

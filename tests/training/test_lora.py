@@ -55,7 +55,7 @@ def update(student, params, tiny_experience, allowed, mesh_of):
       made = update_lib.Update(student, optimizer, token_loss, settings, state)
       batch = sharding.place(mesh, tiny_experience)
       with compiling.watched(seen.append):
-        made.rehearse(compiling.shapes_of(state), compiling.shapes_of(batch), (), compare=False)
+        made.compile(compiling.shapes_of(state), compiling.shapes_of(batch), (), compare=False)
       (text,) = (each.executable.as_text() for each in seen if each.name == "the gradients")
       return *(jax.device_get(made(state, batch, ())) if calls else (None, None)), text
 

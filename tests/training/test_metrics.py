@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kepo_jax import exploration
+from kepo_jax.data.prompts import BRIEF, problem
 from kepo_jax.training import metrics
 from kepo_jax.training import rollouts as rollouts_lib
 from tests.training import cases
@@ -102,9 +103,7 @@ def test_sample_records():
   groups = cases.mixed()
   rollouts_lib.inject(groups, [exploration.Injection(0, 2, cases.candidate(BARE))])
   groups.supervised[0, 1] = True
-  records = metrics.sample_records(
-    groups, GATE, step=7, prompts=1, problem=lambda example: f"asked: {example.question}"
-  )
+  records = metrics.sample_records(groups, GATE, step=7, prompts=1, templates=BRIEF)
   assert len(records) == G and [record["rollout"] for record in records] == [0, 1, 2]
   assert json.loads(json.dumps(records)) == list(records)
   assert records[2] == {
@@ -114,7 +113,7 @@ def test_sample_records():
     "modality": "MRI",
     "question_type": "Counting",
     "images": ["q0.png"],
-    "prompt": "asked: What is q0?",
+    "prompt": problem(groups.examples[0], BRIEF),
     "question": "What is q0?",
     "options": ["one", "two"],
     "answer": "B",
@@ -133,7 +132,7 @@ def test_sample_records():
 
 def test_what_happened_to_the_first_prompts_is_recorded():
   for prompts, rollouts, hints in ((0, 0, 0), (1, G, 5), (5, 2 * G, 6)):
-    records = metrics.sample_records(cases.mixed(), GATE, step=1, prompts=prompts, problem=lambda example: "")
+    records = metrics.sample_records(cases.mixed(), GATE, step=1, prompts=prompts, templates=BRIEF)
     assert [(each["id"], each["rollout"]) for each in records] == [(f"set/q{i // G}", i % G) for i in range(rollouts)]
     assert len(metrics.hint_records(outcome(), cases.mixed(), step=1, prompts=prompts)) == hints
 

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.configs import kepo, kepo_eq7
+from experiments.configs import kepo_eq7
 from kepo_jax import sharding
 from kepo_jax.models.qwen3_vl import model
-from kepo_jax.training import programs, setup, update
-from tests.training.runs import Recorder, changed, equal, small, train
+from kepo_jax.training import programs, update
+from tests.training.runs import Recorder, equal, small, train
 
 
 def weights(mesh):
@@ -28,28 +28,28 @@ def held():
 
 def test_a_phase_brings_weights_and_gives_them_up(mesh_of):
   expected = jax.device_get(weights(mesh_of(fsdp=2)))
-  home = programs.on_host(weights(mesh_of(fsdp=2)))
+  home = programs.offloaded(weights(mesh_of(fsdp=2)))
   assert held() == ["pinned_host"]
-  resident = programs.Resident(home)
+  offloadable = programs.OffloadableWeights(home)
   places = jax.tree.map(lambda x: x.sharding, weights(mesh_of(fsdp=2)))
-  assert jax.tree.map(lambda x: x.sharding, resident.shapes) == places
+  assert jax.tree.map(lambda x: x.sharding, offloadable.shapes) == places
   for _ in range(2):
-    with resident.on_device() as params:
+    with offloadable.on_device() as params:
       jax.tree.map(np.testing.assert_array_equal, params, expected)
       assert jax.tree.map(lambda x: x.sharding, params) == places
       assert held() == ["device"] + ["pinned_host"]
       for _ in range(2):  # the end of an inner phase is not that of the outer one
-        with resident.on_device() as again:
+        with offloadable.on_device() as again:
           assert again is params
       assert held() == ["device"] + ["pinned_host"]
     del params, again
     assert held() == ["pinned_host"]
-  with pytest.raises(KeyError), resident.on_device():  # an error ends a phase
+  with pytest.raises(KeyError), offloadable.on_device():  # an error ends a phase
     raise KeyError
   assert held() == ["pinned_host"]
   # Weights on the devices stay there.
   there = weights(mesh_of(fsdp=2))
-  with programs.Resident(there).on_device() as found:
+  with programs.OffloadableWeights(there).on_device() as found:
     assert found["w"] is there["w"]
 
 
@@ -62,7 +62,7 @@ def test_targets_outlive_the_weights_that_made_them(tiny_config, tiny_params, ti
 
   found = []
   with jax.set_mesh(mesh):
-    for params in (placed(), programs.on_host(placed())):
+    for params in (placed(), programs.offloaded(placed())):
       score = programs.targets_program([programs.Model(tiny_config, params)] * 2, parts=1)
       found.append(jax.device_get(score(batch.prompts, batch.tokens)))
     expected = jax.jit(lambda p, b: update.target(tiny_config, p, b.prompts, b.tokens, parts=1))(placed(), batch)
@@ -77,12 +77,11 @@ def test_a_backend_without_host_memory_is_named(mesh_of):
     device = types.SimpleNamespace(platform="other", addressable_memories=lambda: memories)
     return types.SimpleNamespace(local_devices=[device])
 
-  config = changed(kepo, model__teacher_memory="host")
+  field = "model.teacher_memory=host", "device"
   with pytest.raises(ValueError, match=r"model.teacher_memory=host needs .* pinned_host, and other has \['device'\]"):
-    setup.check_memories(config, mesh_with("device"))
-  setup.check_memories(config, mesh_with("device", "pinned_host"))
-  setup.check_memories(changed(kepo), mesh_with("device"))
-  setup.check_memories(config, mesh_of(data=2))  # this backend has it
+    programs.check_host_memory(mesh_with("device"), *field)
+  programs.check_host_memory(mesh_with("device", "pinned_host"), *field)
+  programs.check_host_memory(mesh_of(data=2), *field)  # this backend has it
 
 
 @pytest.mark.slow

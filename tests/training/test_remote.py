@@ -10,7 +10,6 @@ import pytest
 from kepo_jax import training
 from kepo_jax.data.phantom import build as phantom
 from kepo_jax.models.qwen3_vl import checkpoint
-from kepo_jax.training import lock
 from kepo_jax.training.checkpoints import steps_in
 from kepo_jax.training.workdir import RunFiles
 from kepo_jax.types import Hook
@@ -33,7 +32,6 @@ def local(tmp_path_factory):
 def bucket(local, tmp_path, monkeypatch):
   """gs://bucket with what `local` holds, and the cache of this test alone."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  monkeypatch.setattr(lock, "_SETTLE", 0.1)
   shutil.copytree(local, tmp_path / "cloud" / "bucket")
   with fake_bucket.served(tmp_path / "cloud") as store:
     yield store

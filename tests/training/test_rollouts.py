@@ -45,7 +45,7 @@ def assert_equal(a, b):
 def test_scored_groups_are_the_rollouts_decoded_and_scored(processor):
   texts, examples = [[RIGHT, WRONG], [BARE, NOTHING]], [cases.example("a"), cases.example("b")]
   rollouts = rollouts_of(processor, texts)
-  found = rollouts_lib.scored_groups(processor, examples, rollouts, SCORER)
+  found = rollouts_lib.scored_groups(processor, SCORER, examples, rollouts)
   for name in ("tokens", "mask", "logps"):
     np.testing.assert_array_equal(getattr(found, name), rollouts[name])
   assert found.texts.tolist() == texts and found.texts.dtype == object
@@ -65,7 +65,7 @@ def test_what_lies_behind_the_mask_is_not_read(processor):
   rollouts = rollouts_of(processor, [["<answer>B</answer>"]])
   (word, *_), _ = processor.completions(["A"], 2)
   rollouts = rollouts.replace(tokens=np.where(rollouts.mask, rollouts.tokens, word[0]))
-  found = rollouts_lib.scored_groups(processor, [cases.example("a")], rollouts, SCORER)
+  found = rollouts_lib.scored_groups(processor, SCORER, [cases.example("a")], rollouts)
   # One text stays one: NumPy makes an array of another shape of some lists of texts.
   assert found.texts.tolist() == [["<answer>B</answer>"]] and found.scores["accuracy"].tolist() == [[1]]
 
@@ -87,7 +87,7 @@ def test_candidates_are_judged_by_the_scorer(processor):
   texts = [[RIGHT, BARE, "the hint says <think></think><answer>B</answer>"], [WRONG, NOTHING, RIGHT], [RIGHT] * 3]
   rollouts = rollouts_of(processor, texts)
   examples = [cases.example("a"), cases.example("b", answer="A")]
-  found = rollouts_lib.candidates(processor, examples, ["left", "right"], rollouts, SCORER)
+  found = rollouts_lib.candidates(rollouts_lib.scored_groups(processor, SCORER, examples, rollouts), ["left", "right"])
   assert [len(each) for each in found] == [3, 3]  # the third row is padding
   judged = [[(c.accurate, c.well_formed, c.leaks) for c in each] for each in found]
   assert judged == [
@@ -104,7 +104,8 @@ def test_candidates_are_judged_by_the_scorer(processor):
 def test_a_half_right_candidate_is_not_accurate(processor):
   graded = rewards.Scorer({"accuracy": (rewards.medvlm_accuracy, 1.0), "format": (rewards.strict_format, 1.0)})
   rollouts = rollouts_of(processor, [["<answer>B) two</answer>", "<answer>B</answer>"]])
-  (found,) = rollouts_lib.candidates(processor, [cases.example("a")], ["left"], rollouts, graded)
+  groups = rollouts_lib.scored_groups(processor, graded, [cases.example("a")], rollouts)
+  (found,) = rollouts_lib.candidates(groups, ["left"])
   assert [c.accurate for c in found] == [False, True]
 
 

@@ -385,18 +385,18 @@ def save_pretrained(
   directory, dtype = pathlib.Path(directory), np.dtype(dtype)
   _check_params(config, params)
   origin, base = pathlib.PurePath(source).name if source else "", str(source) if source else None
-  source, partial = multihost.together(lambda: _prepared(source, lora.base(config), directory))
+  source, partial = multihost.run_on_all(lambda: _prepared(source, lora.base(config), directory))
   matrices, adapted = params.get(lora.PART, {}), config.lora
   config, params = merged_model(config, params, dtype)
   leaves = _leaves(config)
   tensor = _tensor_source(leaves, params, dtype)
   shapes = {name: leaf.stored_shape for leaf in leaves.values() for name in leaf.names}
   write = functools.partial(safetensors_files.write, partial, dtype=dtype, max_shard_bytes=max_shard_bytes)
-  multihost.together(lambda: _write_gathered(write, shapes, tensor))
+  multihost.run_on_all(lambda: _write_gathered(write, shapes, tensor))
   if adapted is not None:
     tensors = tensors_of(matrices)
-    multihost.together(lambda: save(partial, adapted, tensors, base=base))
-  multihost.together(lambda: _finish(partial, directory, config, source, origin, dtype, declared))
+    multihost.run_on_all(lambda: save(partial, adapted, tensors, base=base))
+  multihost.run_on_all(lambda: _finish(partial, directory, config, source, origin, dtype, declared))
 
 
 def _write_gathered(
@@ -440,12 +440,12 @@ def save_orbax(
   directory = pathlib.Path(directory)
   _check_params(config, params)
   origin = pathlib.PurePath(source).name if source else ""
-  source, partial = multihost.together(lambda: _prepared(source, lora.base(config), directory))
+  source, partial = multihost.run_on_all(lambda: _prepared(source, lora.base(config), directory))
   config, params = merged_model(config, params, params["language_model"]["norm"]["weight"].dtype)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(storage.orbax_path(partial) / _ORBAX, params)
   dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
-  multihost.together(lambda: _finish(partial, directory, config, source, origin, dtype))
+  multihost.run_on_all(lambda: _finish(partial, directory, config, source, origin, dtype))
 
 
 def _prepared(source, config: Qwen3VLConfig, directory: pathlib.Path) -> tuple[pathlib.Path | None, pathlib.Path]:
