@@ -65,28 +65,23 @@ class Acceptance:
   leak_filter: bool = True  # refuse texts that talk about the help
 
   def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The accepted ones among the candidates of one prompt and round, in their order.
-
-    Raises:
-      ValueError: an unknown rule.
-    """
-    if self.rule not in RULES:
-      raise ValueError(f"exploration.acceptance={self.rule!r} is unknown; use one of {RULES}.")
-    good = [candidate for candidate in candidates if self._alone(candidate)]
-    return [] if self.rule == "all_or_none_accurate" and len(good) < len(candidates) else good
-
-  def _alone(self, candidate: Candidate) -> bool:
-    formed = candidate.well_formed or self.rule == "all_or_none_accurate"
-    return candidate.accurate and formed and not (self.leak_filter and candidate.leaks)
+    """Returns the accepted ones among the candidates of one prompt and round, in their order."""
+    together = self.rule == "all_or_none_accurate"
+    good = [
+      candidate
+      for candidate in candidates
+      if candidate.accurate and (together or candidate.well_formed) and not (self.leak_filter and candidate.leaks)
+    ]
+    return [] if together and len(good) < len(candidates) else good
 
 
 @dataclasses.dataclass
 class Exploration:
-  """What the rounds left behind for one step."""
+  """The outcome of the rounds of one step, by row of the batch that asked for hints."""
 
-  accepted: dict[int, list[Candidate]]  # per prompt that asked for help, in order of acceptance, at most K
-  candidates: dict[int, list[Candidate]]  # everything sampled for them, accepted or not
-  hints: dict[int, list[str]]  # what the teacher wrote for them, parsed or not
+  accepted: dict[int, list[Candidate]]  # in order of acceptance, at most K
+  candidates: dict[int, list[Candidate]]  # all that were sampled, accepted or not
+  hints: dict[int, list[str]]  # the teacher's texts, parsed or not
 
   @property
   def hints_asked(self) -> int:
@@ -99,45 +94,38 @@ class Exploration:
     return sum(parse_hint(text) is None for texts in self.hints.values() for text in texts)
 
 
-@dataclasses.dataclass(frozen=True)
-class Injection:
-  """An accepted candidate and the rollout that it replaces."""
-
-  prompt: int  # row of the batch
-  slot: int  # rollout of the group
-  candidate: Candidate
-
-
 def reveals_help(text: str) -> bool:
-  """Whether a completion mentions the hint or an answer that was given to it."""
+  """Returns whether a completion mentions the hint or an answer that was given to it."""
   return _LEAKS.search(text) is not None
 
 
 def quotes(text: str, hint: str, words: int = QUOTED_WORDS) -> bool:
-  """Whether `words` consecutive words of the hint occur in the text, in any case and punctuation."""
-  said, wanted = (" ".join(re.findall(r"\w+", each.lower())) for each in (text, hint))
-  parts = wanted.split()
+  """Returns whether `words` consecutive words of the hint occur in the text, in any case and punctuation."""
+  parts = _words(hint).split()
   spans = (" ".join(parts[i : i + words]) for i in range(len(parts) - words + 1))
-  return any(f" {span} " in f" {said} " for span in spans)
+  return any(f" {span} " in _words(text) for span in spans)
+
+
+def _words(text: str) -> str:
+  """Returns the words in lower case, each between spaces."""
+  words = re.findall(r"\w+", text.lower())
+  return f" {' '.join(words)} "
 
 
 def parse_hint(text: str) -> str | None:
-  """The text of the first hint block, or None where there is none or it is empty."""
-  found = _HINT.search(text)
-  return (found.group(1).strip() or None) if found else None
+  """Returns the text of the first hint block, or None where there is none or it is empty."""
+  block = _HINT.search(text)
+  return (block.group(1).strip() or None) if block else None
 
 
 def triggered(accuracy: np.ndarray, total: np.ndarray, trigger: str) -> list[int]:
-  """Rows of the batch that ask for help.
+  """Returns the rows of the batch that ask for hints.
 
   Args:
     accuracy: float32[P, G], accuracy of each rollout.
     total: float32[P, G], its reward.
     trigger: "accuracy_all_zero" (no rollout of the prompt is accurate), "reward_all_zero" (none has a reward above 0),
       "always" or "never".
-
-  Raises:
-    ValueError: the trigger is none of these.
   """
   triggers = {
     "accuracy_all_zero": lambda: (np.asarray(accuracy) == 0).all(axis=1),
@@ -145,8 +133,6 @@ def triggered(accuracy: np.ndarray, total: np.ndarray, trigger: str) -> list[int
     "always": lambda: np.ones(len(accuracy), bool),
     "never": lambda: np.zeros(len(accuracy), bool),
   }
-  if trigger not in triggers:
-    raise ValueError(f"exploration.trigger={trigger!r} is unknown; use one of {TRIGGERS}.")
   return [int(row) for row in np.flatnonzero(triggers[trigger]())]
 
 
@@ -165,73 +151,64 @@ def explore(
   A hint that cannot be parsed costs its prompt the round. A prompt without an accepted candidate keeps its group.
 
   Args:
-    failed: rows of the batch that ask for help.
+    failed: rows of the batch that ask for hints.
     ask_hints: (rows, round) -> the teacher's raw text per row.
     sample_hinted: (rows, hints, round) -> candidates per row.
     rounds: B, largest number of rounds per prompt.
     replacements: K, accepted candidates wanted per prompt.
-    accept: the accepted ones among the candidates of one prompt and round.
+    accept: returns the accepted ones among the candidates of one prompt and round.
     hints: "each_round" asks for a new hint in each round, "once" keeps the first that could be parsed.
-
-  Raises:
-    ValueError: `hints` is neither.
   """
-  if hints not in HINTS:
-    raise ValueError(f"exploration.hints={hints!r} is unknown; use one of {HINTS}.")
-  outcome = Exploration(
-    accepted={row: [] for row in failed}, candidates={row: [] for row in failed}, hints={row: [] for row in failed}
-  )
-  known: dict[int, str] = {}
+  outcome = Exploration(*({row: [] for row in failed} for _ in range(3)))
+  parsed: dict[int, str] = {}
   for attempt in range(1, rounds + 1):
     open_rows = [row for row in failed if len(outcome.accepted[row]) < replacements]
     if not open_rows:
       break
-    if asked := [row for row in open_rows if row not in known]:
-      known |= _parsed_hints(outcome, asked, ask_hints(asked, attempt))
-    hinted = [row for row in open_rows if row in known]
-    if hinted:
-      _sample_round(outcome, hinted, known, sample_hinted, accept, attempt, replacements)
+    if unhinted := [row for row in open_rows if row not in parsed]:
+      for row, text in zip(unhinted, ask_hints(unhinted, attempt), strict=True):
+        outcome.hints[row].append(text)
+        if hint := parse_hint(text):
+          parsed[row] = hint
+    if hinted := [row for row in open_rows if row in parsed]:
+      sampled = sample_hinted(hinted, [parsed[row] for row in hinted], attempt)
+      for row, completions in zip(hinted, sampled, strict=True):
+        candidates = [dataclasses.replace(candidate, attempt=attempt) for candidate in completions]
+        outcome.candidates[row] += candidates
+        outcome.accepted[row] += accept(candidates)[: replacements - len(outcome.accepted[row])]
     if hints == "each_round":
-      known.clear()
+      parsed.clear()
   return outcome
 
 
-def _parsed_hints(outcome: Exploration, rows: Sequence[int], texts: Sequence[str]) -> dict[int, str]:
-  """Row -> its hint where one can be parsed; adds every text to the outcome."""
-  for row, text in zip(rows, texts, strict=True):
-    outcome.hints[row].append(text)
-  parsed = {row: parse_hint(text) for row, text in zip(rows, texts, strict=True)}
-  return {row: hint for row, hint in parsed.items() if hint is not None}
+def injections(outcome: Exploration, rollouts: int, seed: Sequence[int]) -> list[tuple[int, int, Candidate]]:
+  """Draws distinct random slots for the accepted candidates.
 
+  Args:
+    outcome: of the rounds.
+    rollouts: G.
+    seed: fixes the draw, together with the row.
 
-def _sample_round(outcome, rows, hints, sample_hinted, accept, attempt: int, replacements: int) -> None:
-  """Adds the candidates of one round to the outcome, and the accepted ones up to K per prompt."""
-  for row, sampled in zip(rows, sample_hinted(rows, [hints[row] for row in rows], attempt), strict=True):
-    candidates = [dataclasses.replace(candidate, attempt=attempt) for candidate in sampled]
-    outcome.candidates[row].extend(candidates)
-    room = replacements - len(outcome.accepted[row])
-    outcome.accepted[row].extend(accept(candidates)[:room])
-
-
-def injections(outcome: Exploration, rollouts: int, seed: Sequence[int]) -> list[Injection]:
-  """Distinct random slots for the accepted candidates; `seed` (with the row added) fixes the draw."""
+  Returns:
+    (row of the batch, rollout of the group, the candidate that replaces it).
+  """
   placed = []
   for row, candidates in sorted(outcome.accepted.items()):
     slots = np.random.default_rng([*seed, row]).permutation(rollouts)
-    placed += [Injection(row, int(slot), candidate) for slot, candidate in zip(slots, candidates, strict=False)]
+    placed += [(row, int(slot), candidate) for slot, candidate in zip(slots, candidates, strict=False)]
   return placed
 
 
 def names_answer(text: str, example: Example) -> bool:
-  """Whether a hint holds the text of the gold option, in any case and punctuation, or its letter."""
-  said, answer = (" ".join(re.findall(r"\w+", each.lower())) for each in (text, example.answer_text))
-  return (bool(answer) and f" {answer} " in f" {said} ") or example.answer in rewards.named_letters(text)
+  """Returns whether a hint holds the text of the gold option, in any case and punctuation, or its letter."""
+  answer = _words(example.answer_text)
+  return (bool(answer.strip()) and answer in _words(text)) or example.answer in rewards.named_letters(text)
 
 
 def exploration_metrics(
   outcome: Exploration, *, prompts: int, rounds: int, examples: Sequence[Example]
 ) -> dict[str, float]:
-  """The `hint/*` figures of one step; rates without a denominator are left out.
+  """Computes the `hint/*` metrics of one step; rates without a denominator are left out.
 
   Args:
     outcome: of the rounds.
@@ -243,8 +220,8 @@ def exploration_metrics(
   metrics = {"hint/trigger_rate": failed / prompts, "hint/attempts": float(outcome.hints_asked)}
   if outcome.hints_asked:
     metrics["hint/parse_failure_rate"] = outcome.hints_unparsed / outcome.hints_asked
-    told = [names_answer(text, examples[row]) for row, texts in outcome.hints.items() for text in texts]
-    metrics["hint/answer_rate"] = sum(told) / len(told)
+    named = [names_answer(text, examples[row]) for row, texts in outcome.hints.items() for text in texts]
+    metrics["hint/answer_rate"] = sum(named) / len(named)
   if candidates := [candidate for row in outcome.candidates.values() for candidate in row]:
     metrics["hint/leak_rate"] = sum(candidate.leaks for candidate in candidates) / len(candidates)
     metrics["hint/quote_rate"] = sum(candidate.quotes_hint for candidate in candidates) / len(candidates)

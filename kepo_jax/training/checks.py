@@ -38,9 +38,8 @@ def check_rank(config: Config, student: Qwen3VLConfig) -> None:
 
 
 def warn_of_prompts(config: Config) -> None:
-  """Says when the prompt asks for another format than the reward wants."""
-  alone, wanted = config.data.prompt == "no_think", config.reward.convention == "no_think"
-  if alone != wanted:
+  """Warns when the prompt asks for another format than the reward wants."""
+  if (config.data.prompt == "no_think") != (config.reward.convention == "no_think"):
     logging.warning(
       "data.prompt=%s asks for another format than reward.convention=%s rewards: set both to no_think, or neither.",
       *(config.data.prompt, config.reward.convention),
@@ -48,7 +47,7 @@ def warn_of_prompts(config: Config) -> None:
 
 
 def warn_of_replication(config: Config, mesh: Mapping[str, int]) -> None:
-  """Says when a batch does not divide over the mesh, so that several devices do the same work."""
+  """Warns when a batch does not divide over the mesh, so that several devices do the same work."""
   rows, fsdp = mesh["data"], mesh["fsdp"]
   batch = config.batch
   part = batch.prompts // batch.micro_batches
@@ -63,7 +62,7 @@ def warn_of_replication(config: Config, mesh: Mapping[str, int]) -> None:
 
 
 def warn_of_templates(config: Config, student: pathlib.Path) -> None:
-  """Says when a checkpoint was trained on other wordings than the config's."""
+  """Warns when a checkpoint was trained on other wordings than the config's."""
   declared = tokenization.declared_templates(student)
   expected = declared or "standard"
   if expected != config.data.templates:
@@ -87,7 +86,7 @@ def check_attention(config: Config, student: Qwen3VLConfig) -> None:
 
 
 def check_teacher(config: Config, processor: processor_lib.Processor, folder: pathlib.Path) -> None:
-  """Student and teacher must read the same token ids and the same patches.
+  """Refuses a teacher that does not read the student's token ids and patches.
 
   Args:
     config: of the run.
@@ -107,7 +106,9 @@ def check_teacher(config: Config, processor: processor_lib.Processor, folder: pa
     "temporal_patch_size": (student.vision.temporal_patch_size, teacher.vision.temporal_patch_size),
     "num_position_embeddings": (student.vision.num_position_embeddings, teacher.vision.num_position_embeddings),
   }
-  different: dict[str, tuple[Any, Any]] = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+  different: dict[str, tuple[Any, Any]] = {
+    name: (ours, theirs) for name, (ours, theirs) in pairs.items() if ours != theirs
+  }
   if not processor.same_vocabulary(folder):
     different["tokenizer"] = ("its own", "another")
   if different:
@@ -134,9 +135,9 @@ def check_questions(questions: Mapping[str, Sequence[Example]], config: Config) 
   """
   needed = {"train": config.batch.prompts, "validation": config.eval.every > 0, "test": config.eval.test}
   for split, least in needed.items():
-    found = len(questions.get(split, ()))
-    if found < least:
-      raise ValueError(f"the {split} split has {found} questions and needs {int(least)} or more: {WAYS_OUT[split]}.")
+    count = len(questions.get(split, ()))
+    if count < least:
+      raise ValueError(f"the {split} split has {count} questions and needs {int(least)} or more: {WAYS_OUT[split]}.")
   for split, examples in questions.items():
     for example in examples:
       letters = [chr(ord("A") + i) for i in range(len(example.options))]
@@ -145,7 +146,8 @@ def check_questions(questions: Mapping[str, Sequence[Example]], config: Config) 
           f"{split} question {example.id}: answer {example.answer!r} is not the letter of one of its "
           f"{len(letters)} options ({', '.join(letters)})."
         )
-    repeated = [each for each, count in collections.Counter(example.id for example in examples).items() if count > 1]
+    counts = collections.Counter(example.id for example in examples)
+    repeated = [example_id for example_id, count in counts.items() if count > 1]
     if repeated:
       raise ValueError(
         f"{split} has {len(repeated)} ids more than once, {repeated[0]!r} among them; an id names one question."
@@ -178,16 +180,22 @@ def with_readable_images(
     ValueError: a question cannot be asked, unless lenient; names it, the file, sizes, and the way out.
     OSError: another process of the run has failed.
   """
+
+  def reasons(split: str, examples: Sequence[Example]) -> list[tuple[str, str] | None]:
+    refused = refusals(split, examples)
+    return [(refused[e.id].rule, str(refused[e.id])) if e.id in refused else None for e in examples]
+
   kept = {}
   for split, examples in questions.items():
     summary = Summary(root=f"{split} questions of the run", format="checked", records=len(examples))
     readable, _ = inspection.open_images(
       examples, summary, decode=True, progress=progress, divided=multihost.shard_across_hosts
     )
-    refused = _refused(readable, functools.partial(refusals, split))
-    for example_id, (rule, reason) in refused.items():
-      summary.count(rule, f"question {example_id}: {reason}")
-    kept[split] = [example for example in readable if example.id not in refused]
+    refused = multihost.shard_across_hosts(readable, functools.partial(reasons, split))
+    for example, reason in zip(readable, refused, strict=True):
+      if reason:
+        summary.count(reason[0], f"question {example.id}: {reason[1]}")
+    kept[split] = [example for example, reason in zip(readable, refused, strict=True) if not reason]
     summary.kept = len(kept[split])
     report(summary)
     if summary.rules and not lenient:
@@ -200,21 +208,8 @@ def with_readable_images(
   return kept
 
 
-def _refused(
-  examples: Sequence[Example], refusals: Callable[[Sequence[Example]], Mapping[str, Rejected]]
-) -> dict[str, tuple[str, str]]:
-  """Id -> rule and reason of the questions that are refused, each looked at by one process; on every process."""
-  count, number = jax.process_count(), jax.process_index()
-
-  def mine() -> list[tuple[str, str, str]]:
-    refused = refusals(examples[number::count])
-    return [(example_id, rejected.rule, str(rejected)) for example_id, rejected in refused.items()]
-
-  return {example_id: (rule, reason) for part in multihost.all_gather(mine) for example_id, rule, reason in part}
-
-
 def prompt_kinds(config: Config, split: str) -> dict[str, int]:
-  """Wordings in which a run asks the questions of a split, each with the most tokens that a hint adds to it.
+  """Returns the wordings in which a run asks the questions of a split -> most tokens that a hint adds to it.
 
   A hint is at most `exploration.hint_tokens` tokens long, and its tags, which the student is not shown, are among them:
   they leave some room for a text that is cut into other tokens when it is read than when it was written.
@@ -225,16 +220,13 @@ def prompt_kinds(config: Config, split: str) -> dict[str, int]:
   return {config.data.prompt: 0} | (hinted if config.explores else {})
 
 
-Facts = Mapping[str, Any]
-
-
 def check_hosts_agree(
   config: Config,
   *,
   questions: Mapping[str, Sequence[Example]] | None = None,
   models: Mapping[str, pathlib.Path] | None = None,
 ) -> None:
-  """Compares what the processes of a run have; all must call it at the same point. A lone process does nothing.
+  """Refuses processes of a run that differ in config, questions or models; all must call it at the same point.
 
   Args:
     config: of the run.
@@ -247,12 +239,14 @@ def check_hosts_agree(
   """
   if jax.process_count() == 1:
     return
-  if said := host_differences(multihost.all_gather(lambda: host_facts(config, questions or {}, models or {}))):
-    raise ValueError(said)
+  if differences := host_differences(multihost.all_gather(lambda: host_facts(config, questions or {}, models or {}))):
+    raise ValueError(differences)
 
 
-def host_facts(config: Config, questions: Mapping[str, Sequence[Example]], models: Mapping[str, pathlib.Path]) -> Facts:
-  """What is compared of a process, JSON-able: the config, number and digest of the questions, hashes of the models."""
+def host_facts(
+  config: Config, questions: Mapping[str, Sequence[Example]], models: Mapping[str, pathlib.Path]
+) -> dict[str, Any]:
+  """Returns what is compared of a process, JSON-able: the config, number and digest of questions, hashes of models."""
   return {
     "config": json.loads(config.to_json()),
     "questions": {split: [len(examples), _digest(examples)] for split, examples in questions.items()},
@@ -260,29 +254,32 @@ def host_facts(config: Config, questions: Mapping[str, Sequence[Example]], model
   }
 
 
-def host_differences(found: Sequence[Facts]) -> str:
-  """In words what some processes have that the first one has not, and the way out; "" where all have the same.
+def host_differences(facts: Sequence[Mapping[str, Any]]) -> str:
+  """Describes which processes differ from the first one, in what, and the way out; "" where all are equal.
 
   Args:
-    found: `facts` of each process, in their order.
+    facts: `host_facts` of each process, in their order.
   """
-  who = collections.defaultdict(list)
-  for number, each in enumerate(found):
-    if told := _difference(found[0], each):
-      who[told].append(number)
-  return " ".join(f"{_named(numbers)} {what} than process 0{more}" for (what, more), numbers in who.items())
+  differences = collections.defaultdict(list)
+  for number, other in enumerate(facts):
+    if difference := _difference(facts[0], other):
+      differences[difference].append(number)
+  parts = []
+  for (what, way_out), numbers in differences.items():
+    who = f"process {numbers[0]} has" if len(numbers) == 1 else f"processes {', '.join(map(str, numbers))} have"
+    parts.append(f"{who} {what} than process 0{way_out}")
+  return " ".join(parts)
 
 
-def _difference(first: Facts, other: Facts) -> tuple[str, str] | None:
-  """What another process has, and the rest of the sentence, of the first thing that differs."""
+def _difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str] | None:
+  """Returns the first difference of another process, and the rest of the sentence."""
   if changes := run_record.changes(first["config"], other["config"]):
     return "another config", f" ({changes}); start all of them with the same command."
-  none = [0, ""]
   for split in sorted(first["questions"].keys() | other["questions"].keys()):
-    here, there = (each["questions"].get(split, none) for each in (first, other))
-    if here != there:
+    ours, theirs = (facts["questions"].get(split, [0, ""]) for facts in (first, other))
+    if ours != theirs:
       return f"other questions of {split}", (
-        f": {there[0]} against {here[0]}. All must read the same data: see that each reaches all of them, and start "
+        f": {theirs[0]} against {ours[0]}. All must read the same data: see that each reaches all of them, and start "
         "again. With data.lenient, what one process cannot read for a moment is left out there alone."
       )
   for role in sorted(first["models"].keys() | other["models"].keys()):
@@ -291,14 +288,8 @@ def _difference(first: Facts, other: Facts) -> tuple[str, str] | None:
   return None
 
 
-def _named(numbers: Sequence[int]) -> str:
-  if len(numbers) == 1:
-    return f"process {numbers[0]} has"
-  return f"processes {', '.join(map(str, numbers))} have"
-
-
 def _digest(examples: Sequence[Example]) -> str:
-  """SHA-256 over questions in their order; of images the number alone, as each process may have copies of its own."""
+  """Returns SHA-256 over questions in their order; of images the number, as each process may have its own copies."""
   return outputs.digest(
     json.dumps([e.id, e.question, e.options, e.answer, e.modality, e.question_type, e.dataset, len(e.images)])
     for e in examples

@@ -151,10 +151,9 @@ def has_signal(groups: Groups) -> np.ndarray:
   return (total != total[:, :1]).any(axis=1)
 
 
-def inject(groups: Groups, placed: Sequence[exploration.Injection]) -> None:
+def inject(groups: Groups, injections: Sequence[tuple[int, int, exploration.Candidate]]) -> None:
   """Replaces rollouts by accepted candidates, with their scores."""
-  for injection in placed:
-    row, slot, candidate = injection.prompt, injection.slot, injection.candidate
+  for row, slot, candidate in injections:
     for name in ("tokens", "mask", "logps"):
       getattr(groups, name)[row, slot] = getattr(candidate, name)
     for name, value in candidate.scores.items():
@@ -183,27 +182,13 @@ def candidates(groups: Groups, hints: Sequence[str]) -> list[list[exploration.Ca
   return [[candidate(p, m) for m in range(groups.tokens.shape[1])] for p in range(len(groups.examples))]
 
 
+# The quality of each rollout for the gate, float32[P, G], from its scores.
 GATE_SIGNALS: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
   "accuracy": lambda scores: scores["accuracy"],
   "mean": lambda scores: (scores["accuracy"] + scores["format"]) / 2,
   "sum": lambda scores: scores["accuracy"] + scores["format"],
   "product": lambda scores: scores["accuracy"] * scores["format"],
 }
-
-
-def gate_signal(scores: Mapping[str, np.ndarray], signal: str) -> np.ndarray:
-  """Computes the quality float32[P, G] of each rollout for the gate.
-
-  Args:
-    scores: must hold "accuracy" and "format".
-    signal: "accuracy", or "mean", "sum" or "product" of accuracy and format.
-
-  Raises:
-    ValueError: the signal is none of these.
-  """
-  if signal not in GATE_SIGNALS:
-    raise ValueError(f"objective.gate_signal={signal!r} is unknown; use one of {sorted(GATE_SIGNALS)}.")
-  return GATE_SIGNALS[signal](scores)
 
 
 def truncated(groups: Groups, end_ids: Sequence[int]) -> np.ndarray:

@@ -81,7 +81,7 @@ def train_step(run: setup.Run, state: TrainState, pending: Pending, clock: Phase
     kept = ~rollouts_lib.truncated(groups, run.processor.end_ids)
   gate = np.zeros_like(groups.supervised)
   if objective.distill_weight:
-    signal = rollouts_lib.gate_signal(groups.scores, objective.gate_signal)
+    signal = rollouts_lib.GATE_SIGNALS[objective.gate_signal](groups.scores)
     gate = np.asarray(weights.quality_gate(signal, threshold=objective.gate_threshold, mode=objective.gate_mode))
     gate = gate & kept & (objective.gate_injected | ~groups.injected)
   advantage = np.zeros(groups.supervised.shape, np.float32)

@@ -57,7 +57,7 @@ def test_mixed_metrics_of_the_students_own_groups():
     "completion/length": pytest.approx(17 / 6),
     "completion/truncated_frac": pytest.approx(1 / 6),
   }
-  rollouts_lib.inject(groups, [exploration.Injection(1, 0, cases.candidate())])
+  rollouts_lib.inject(groups, [(1, 0, cases.candidate())])
   # The row that was cut off becomes a right one of two tokens: rewards 1.5 0.5 1 and 1.5 0.5 0.5.
   assert metrics.mixed_metrics(groups, (END,)) == {
     "injected_frac": pytest.approx(1 / 6),
@@ -101,7 +101,7 @@ def test_gate_metrics():
 
 def test_sample_records():
   groups = cases.mixed()
-  rollouts_lib.inject(groups, [exploration.Injection(0, 2, cases.candidate(BARE))])
+  rollouts_lib.inject(groups, [(0, 2, cases.candidate(BARE))])
   groups.supervised[0, 1] = True
   records = metrics.sample_records(groups, GATE, step=7, prompts=1, templates=BRIEF)
   assert len(records) == G and [record["rollout"] for record in records] == [0, 1, 2]
