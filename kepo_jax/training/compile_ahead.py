@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,14 +42,14 @@ class Need:
 
 
 class Needs:
-  """The needs of questions, each measured once per wording."""
+  """Measures the needs of questions, each once per wording."""
 
   def __init__(self, processor: processor_lib.Processor):
     self._processor = processor
     self._known: dict[tuple[str, int], dict[str, Need]] = {}
 
   def __call__(self, examples: Sequence[Example], kind: str, *, hint: int = 0) -> list[Need]:
-    """The need of each question.
+    """Returns the need of each question.
 
     Args:
       examples: questions for which there is room, see `limits.refusals`.
@@ -94,69 +94,44 @@ def compile_ahead(run: setup.Run, state: TrainState, start: int, splits: Sequenc
 
 
 def calls(run: setup.Run, start: int, splits: Sequence[str]) -> list[Call]:
-  """What is worth compiling: all that is certain, then the likeliest of what is possible."""
-  needs = Needs(run.processor)
-  sure = dict.fromkeys((*_asked(run, needs, start), *_evaluated(run, needs, splits)))
-  chances = collections.Counter(call for call in _possible(run, needs, start) if call not in sure)
-  return [*sure, *(call for call, _ in chances.most_common(MOST_POSSIBLE))]
-
-
-def _batches(run: setup.Run, start: int) -> Iterator[list[Example]]:
-  """The questions of each step from `start` on."""
-  config = run.config
-  batches = batching.epoch_batches(run.questions["train"], config.batch.prompts, config.seed, start)
-  return itertools.islice(batches, max(0, config.train.steps - start))
-
-
-def _asked(run: setup.Run, needs: Needs, start: int) -> Iterator[Call]:
-  """What every step does with the batch that it begins with, with repetitions."""
-  config = run.config
+  """Returns what is worth compiling: all that is certain, then the likeliest of what is possible."""
+  config, needs, rows = run.config, Needs(run.processor), run.config.batch.prompts
+  batches = batching.epoch_batches(run.questions["train"], rows, config.seed, start)
+  steps = list(itertools.islice(batches, max(0, config.train.steps - start)))
+  sampled = ["rollout"] if config.own_rollouts else []
+  trained = ["update", *(["answer"] if config.teacher_answers else [])]
   # Under dynamic sampling it is not known which prompts the update will see.
-  names = ["update", "answer"] if not config.sampling.dynamic_rounds else []
-  for batch in _batches(run, start):
+  dynamic = [*sampled, *trained] if config.sampling.dynamic_rounds else []
+  certain: dict[Call, None] = {}
+  for batch in steps:
     pair = batch_buckets(needs(batch, config.data.prompt))
-    yield from ((name, config.batch.prompts, pair) for name in _used(run, *names, "rollout"))
-
-
-def _evaluated(run: setup.Run, needs: Needs, splits: Sequence[str]) -> Iterator[Call]:
-  """The batches of the evaluations, with repetitions."""
-  config = run.config.eval
+    certain |= {(name, rows, pair): None for name in (sampled if dynamic else [*trained, *sampled])}
   for split in splits:
-    questions = run.questions[split]
-    for first in range(0, len(questions), config.prompts):
-      batch = needs(questions[first : first + config.prompts], config.prompt)
-      yield "evaluation", config.prompts, batch_buckets(batch)
+    examples, count = run.questions[split], config.eval.prompts
+    for first in range(0, len(examples), count):
+      certain["evaluation", count, batch_buckets(needs(examples[first : first + count], config.eval.prompt))] = None
 
-
-def _possible(run: setup.Run, needs: Needs, start: int) -> Iterator[Call]:
-  """What may happen in each step; the more often a call comes here, the likelier it is."""
-  config, asks = run.config, run.config.exploration
-  wanted: list[tuple[str, str, int, tuple[int, int]]] = []  # program, wording, tokens of a hint, sizes of the batch
-  rows = config.batch.prompts
-  if config.sampling.dynamic_rounds:
-    wanted += [(name, config.data.prompt, 0, (rows, rows)) for name in _used(run, "rollout", "update", "answer")]
+  wanted = [(name, config.data.prompt, 0, (rows, rows)) for name in dynamic]  # wording, tokens of a hint, batch sizes
   if config.explores:
+    hinted = config.exploration
     sizes = setup.row_sizes(config)
     for least, most in zip((1, *(size + 1 for size in sizes)), sizes, strict=False):
       wanted += [("hint", "hint_request", 0, (least, most))]
-      wanted += [("candidate", asks.hint_prompt, asks.hint_tokens, (least, most))]
+      wanted += [("candidate", hinted.hint_prompt, hinted.hint_tokens, (least, most))]
   # Dynamic sampling draws from all questions; else a step explores those of its batch.
-  pools = [run.questions["train"]] if config.sampling.dynamic_rounds else _batches(run, start)
-  for pool in pools if wanted else ():
-    for name, kind, hint, (least, most) in wanted:
-      for pair in sorted(reachable(needs(pool, kind, hint=hint), least, most)):
-        yield name, most, pair
-
-
-def _used(run: setup.Run, *names: str) -> list[str]:
-  """Those of some programs that the method calls for a batch of training."""
-  unused = set() if run.config.own_rollouts else {"rollout"}
-  unused |= set() if run.config.teacher_answers else {"answer"}
-  return [name for name in names if name not in unused]
+  pools = [run.questions["train"]] if dynamic else steps
+  possible = collections.Counter(
+    (name, most, pair)
+    for pool in (pools if wanted else ())
+    for name, wording, hint, (least, most) in wanted
+    for pair in sorted(reachable(needs(pool, wording, hint=hint), least, most))
+  )
+  likeliest = (call for call, _ in possible.most_common() if call not in certain)
+  return [*certain, *itertools.islice(likeliest, MOST_POSSIBLE)]
 
 
 def compile_calls(run: setup.Run, state: TrainState) -> Mapping[str, Callable[[int, Buckets], Any]]:
-  """Name of a program -> what compiles it, and all that it needs, for so many prompts in a pair of buckets."""
+  """Returns program name -> the call that compiles it, and all that it needs, for (number of prompts, buckets)."""
   config, programs = run.config, run.programs
   student = compiling.shapes_of(state)
   # Keys have one shape; which one it is compiles the same.
@@ -166,30 +141,30 @@ def compile_calls(run: setup.Run, state: TrainState) -> Mapping[str, Callable[[i
   def prompts(size: int, pair: Buckets) -> Prompts:
     return sharding.placed_shapes(run.mesh, run.processor.shapes(size, *pair))
 
-  def sampled(sample: Callable[..., Any], key: jax.Array) -> Callable[[int, Buckets], Any]:
+  def of_student(sample: Callable[..., Any], key: jax.Array) -> Callable[[int, Buckets], Any]:
     return lambda size, pair: sample(programs.decode_weights(student.params), prompts(size, pair), key)
 
-  def asked(ask: Callable[..., Any], key: jax.Array) -> Callable[[int, Buckets], Any]:
-    return lambda size, pair: ask(prompts(size, pair), key)
+  def of_teacher(sample: Callable[..., Any], key: jax.Array) -> Callable[[int, Buckets], Any]:
+    return lambda size, pair: sample(prompts(size, pair), key)
 
   def update(size: int, pair: Buckets) -> None:
-    shown = prompts(size, pair)
-    experience = experience_shapes(run.mesh, shown, (size, config.batch.rollouts, config.sampling.max_new_tokens))
-    targets = programs.targets(shown, experience.tokens)
+    rows = (size, config.batch.rollouts, config.sampling.max_new_tokens)
+    experience = experience_shapes(run.mesh, prompts(size, pair), rows)
+    targets = programs.targets(experience.prompts, experience.tokens)
     programs.update.compile(student, experience, targets, compare=config.compares_gradients)
 
   return {
     "update": update,
-    "rollout": sampled(programs.rollout, rollout),
-    "candidate": sampled(programs.candidate, candidate),
-    "evaluation": sampled(programs.greedy, evaluation),
-    "hint": asked(programs.hint, hint),
-    "answer": asked(programs.answer, answer),
+    "rollout": of_student(programs.rollout, rollout),
+    "candidate": of_student(programs.candidate, candidate),
+    "evaluation": of_student(programs.greedy, evaluation),
+    "hint": of_teacher(programs.hint, hint),
+    "answer": of_teacher(programs.answer, answer),
   }
 
 
 def experience_shapes(mesh: jax.sharding.Mesh, prompts: Prompts, rows: tuple[int, int, int]) -> Experience:
-  """The shapes of a batch of the update.
+  """Returns the shapes of a batch of the update.
 
   Args:
     mesh: of the run.
@@ -220,25 +195,25 @@ def experience_shapes(mesh: jax.sharding.Mesh, prompts: Prompts, rows: tuple[int
 
 
 def _reached(buckets: Sequence[int], least: int, most: int) -> tuple[int, ...]:
-  """The buckets of sizes from `least` to `most`, or the largest."""
+  """Returns the buckets of sizes from `least` to `most`, or the largest."""
   first, last = (min(bisect.bisect_left(buckets, size), len(buckets) - 1) for size in (least, most))
   return tuple(buckets[first : last + 1])
 
 
 def batch_buckets(needs: Sequence[Need]) -> Buckets:
-  """The buckets of a batch of exactly these questions, without hints."""
+  """Returns the buckets of a batch of exactly these questions, without hints."""
   return max(need.lengths[0] for need in needs), max(need.patches for need in needs)
 
 
 def reachable(needs: Sequence[Need], least: int, most: int) -> set[Buckets]:
-  """Every pair of buckets that a batch of `least` to `most` of these questions can have, whatever the hints are.
+  """Returns every pair of buckets that a batch of `least` to `most` of the questions can have, whatever the hints are.
 
   Args:
     needs: of the questions to choose from.
     least: questions in the batch, 1 or more.
     most: the same or more.
   """
-  found = set()
+  pairs = set()
   for length in {length for need in needs for length in need.lengths}:
     for patches in {need.patches for need in needs}:
       fitting = [need for need in needs if need.lengths[0] <= length and need.patches <= patches]
@@ -247,5 +222,5 @@ def reachable(needs: Sequence[Need], least: int, most: int) -> set[Buckets]:
       # One question may fill both buckets; two questions always can.
       filled = bool(long and large) and (most > 1 or any(need.patches == patches for need in long))
       if filled and len(fitting) >= least:
-        found.add((length, patches))
-  return found
+        pairs.add((length, patches))
+  return pairs

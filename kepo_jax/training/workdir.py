@@ -39,9 +39,9 @@ _BEGINNING = {
 
 
 class RunFiles:
-  """config.json, questions.json, evaluation.json, checkpoints/ and model/ of one run; none where workdir is "".
+  """The files of one run: config, questions, evaluations, checkpoints and model; none where workdir is "".
 
-  A context manager: inside its block the folder is locked.
+  Inside its block the folder is locked.
   """
 
   def __init__(
@@ -53,7 +53,7 @@ class RunFiles:
     auto_resume: bool = False,
     allow_config_change: bool = False,
   ):
-    """Nothing is touched before the block is entered.
+    """Touches nothing before the block is entered.
 
     Args:
       workdir: the folder, local or remote, or "".
@@ -78,7 +78,7 @@ class RunFiles:
     self._checkpoints: Checkpoints | None = None
 
   def __enter__(self) -> "RunFiles":
-    """Locks the folder and looks whether it can be used.
+    """Locks the folder and checks that it can be used.
 
     Raises:
       ValueError: it is in use, holds another run, nothing to resume, or a run of another config.
@@ -130,7 +130,7 @@ class RunFiles:
   def begin(
     self, questions: Mapping[str, Sequence[Example]], *, rule: str, models: Mapping[str, pathlib.Path] | None = None
   ) -> None:
-    """Writes what a new run is, config.json and questions.json; of one that is resumed, looks whether it still is that.
+    """Writes config.json and questions.json of a new run; checks that the questions of a resumed one are the same.
 
     Args:
       questions: part -> questions.
@@ -161,15 +161,15 @@ class RunFiles:
     """Writes data_summary.json: by which rules the data of the run were repaired and questions dropped.
 
     Args:
-      summaries: "reading" and "checking" -> what was found in it.
+      summaries: "reading" and "checking" -> one for each folder or split.
     """
-    record = {name: [summary.to_dict() for summary in found] for name, found in summaries.items()}
+    record = {name: [summary.to_dict() for summary in parts] for name, parts in summaries.items()}
     self._write("data_summary.json", json.dumps(record, indent=2) + "\n")
 
   def restored(self, like: Any) -> Any:
-    """The state to go on with: the newest intact checkpoint on the shardings of `like`, or `like` itself.
+    """Returns the newest intact checkpoint on the shardings of `like`, or `like` itself where there is none.
 
-    What was written after that checkpoint is forgotten.
+    Evaluations after that checkpoint are forgotten.
 
     Raises:
       ValueError: the checkpoint is not one of this run as it is now; says what differs.
@@ -179,27 +179,28 @@ class RunFiles:
     self._warn_of_room(like)
     if not self.resumes:
       return like
-    found = self._checkpoints.restore(like)
-    if found is None and self._checkpoints.damaged and not self._auto_resume:
+    restored = self._checkpoints.restore(like)
+    if restored is None and self._checkpoints.damaged and not self._auto_resume:
       raise ValueError(
         f"no checkpoint of {self._root} is intact; the damaged ones are in broken/. --auto_resume starts "
         f"the run over in this folder."
       )
-    if found is None:
+    if restored is None:
       logging.warning("%s holds no complete checkpoint; starting from the first step.", self._root)
       self.evaluations = {}
       self._adopt_changes()
       return like
-    state, record = found
+    state, record = restored
     step = int(state.step)
-    mine = self._record_of(step, {}, True)
-    multihost.run_on_all(lambda: run_record.check(record, mine, self.workdir, allow_change=self._allow_change))
+    now = run_record.make(self._config, self._identity, step=step, positions={}, validated=True)
+    multihost.run_on_all(lambda: run_record.check(record, now, self.workdir, allow_change=self._allow_change))
     self._adopt_changes()
     self.positions, self.owes_validation = record["positions"], not record["validated"]
     # Its own validation is made again if the checkpoint was written before it.
     last = step - self.owes_validation
     self.evaluations.pop("after", None)
-    self.evaluations["validation"] = [each for each in self.evaluations.get("validation", []) if each["step"] <= last]
+    validations = self.evaluations.get("validation", [])
+    self.evaluations["validation"] = [validation for validation in validations if validation["step"] <= last]
     return state
 
   def record(self, name: str, result: dict[str, Any]) -> None:
@@ -211,7 +212,7 @@ class RunFiles:
     self._write("evaluation.json", json.dumps(self.evaluations, indent=2) + "\n")
 
   def record_outputs(self, name: str, outputs: Sequence[Mapping[str, Any]]) -> None:
-    """Writes what the student said to each question of a test, outputs/NAME.jsonl."""
+    """Writes the student's answer to each question of a test, outputs/NAME.jsonl."""
     if self.workdir and multihost.is_first():
       (self._root / "outputs").mkdir(exist_ok=True)
     self._write(f"outputs/{name}.jsonl", "".join(json.dumps(output) + "\n" for output in outputs))
@@ -250,22 +251,23 @@ class RunFiles:
         checkpoints.wait()
         lengths.update(positions())
 
-    best = self._best_step()
+    best = best_step(self.evaluations, self._config.checkpoint.best)
     wanted = checkpoints.due(step) or now or best == step
     multihost.run_on_all(ready)
     if wanted:
       start = time.perf_counter()
-      checkpoints.save(step, state, self._record_of(step, lengths, validated), best=best)
+      record = run_record.make(self._config, self._identity, step=step, positions=lengths, validated=validated)
+      checkpoints.save(step, state, record, best=best)
       self._blocked = time.perf_counter() - start
 
   def newest(self) -> tuple[int, str]:
-    """Step and folder of the newest checkpoint before anything is restored, (0, "") where there is none."""
+    """Returns step and folder of the newest checkpoint before anything is restored, (0, "") where there is none."""
     steps = steps_in(self._checkpoints.directory) if self._checkpoints else []
     return (steps[-1], str(self._root / "checkpoints" / str(steps[-1]))) if steps else (0, "")
 
   @property
   def saved(self) -> str:
-    """The folder of the newest checkpoint; waits until it is complete, "" where there is none."""
+    """Folder of the newest checkpoint, "" where there is none; waits until it is complete."""
     if not self._checkpoints:
       return ""
     self._checkpoints.wait()
@@ -273,12 +275,12 @@ class RunFiles:
     return "" if newest is None else str(self._checkpoints.directory / str(newest))
 
   def timing(self) -> dict[str, float]:
-    """For how long a save after the last step held up the run; nothing where there was none."""
+    """Returns the seconds for which a save after the last step held up the run; nothing where there was none."""
     blocked, self._blocked = self._blocked, None
     return {} if blocked is None else {"seconds/checkpoint": blocked}
 
   def dump(self, name: str, arrays: Mapping[str, np.ndarray], records: Sequence[Mapping[str, Any]]) -> str:
-    """Writes a batch for inspection; the folder, or "" without a workdir.
+    """Writes a batch for inspection and returns its folder, "" without a workdir.
 
     Args:
       name: of the folder.
@@ -293,7 +295,7 @@ class RunFiles:
       packed = io.BytesIO()
       np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # its only positional argument is the file
       storage.write_bytes(folder / "batch.npz", packed.getvalue())
-      storage.write_text(folder / "samples.jsonl", "".join(json.dumps(each) + "\n" for each in records))
+      storage.write_text(folder / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     return str(folder)
 
   def export(self, write: Callable[[Any], None]) -> None:
@@ -323,7 +325,7 @@ class RunFiles:
       storage.write_text(self._root / name, text)
 
   def _claimed(self) -> dict[str, Any]:
-    """Locks the folder; whether it holds a run that is to be continued, and the evaluations of it."""
+    """Locks the folder; returns whether it holds a run that is to be continued, and its evaluations."""
     root = self._root
     storage.check_bucket(root)
     self._made = not root.exists()
@@ -339,10 +341,10 @@ class RunFiles:
       path = root / "evaluation.json"
       return {"resumes": True, "evaluations": json.loads(path.read_text()) if path.exists() else {}}
     # What a run may leave that was killed before it began.
-    there = [name for name in names if name not in _BEFORE and not (name.startswith(".") and name.endswith(".partial"))]
+    names = [name for name in names if name not in _BEFORE and not (name.startswith(".") and name.endswith(".partial"))]
     if self._resume:
       raise ValueError(f"{root} holds no run to resume (no config.json); start without --resume.")
-    if there:
+    if names:
       raise ValueError(
         f"{root} is not empty; pass --resume to continue the run in it, or another --workdir for a new one."
       )
@@ -380,7 +382,7 @@ class RunFiles:
       return id_files.content_digest(parts)
 
   def _adopt_changes(self) -> None:
-    """Puts another config and other questions in the place of the run's, now that it is known to go on with them."""
+    """Replaces config and questions of the run, now that it is known to go on with the new ones."""
 
     def write() -> None:
       path = self._root / "config.json"
@@ -397,19 +399,13 @@ class RunFiles:
   def _config_text(self) -> str:
     return str(self._config.to_json(indent=2)) + "\n"
 
-  def _record_of(self, step: int, positions: Mapping[str, int], validated: bool) -> dict[str, Any]:
-    return run_record.make(self._config, self._identity, step=step, positions=positions, validated=validated)
-
-  def _best_step(self) -> int | None:
-    return best_step(self.evaluations, self._config.checkpoint.best)
-
   def _warn_of_room(self, state: Any) -> None:
-    """A disk that cannot hold the checkpoints is better known before the first one."""
+    """Warns of a disk that cannot hold the checkpoints before the first one is written."""
     if storage.is_remote(self.workdir) or not multihost.is_first():
       return
     need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    there = len(steps_in(self._root / "checkpoints"))
-    more = max(1, self._config.checkpoint.keep + 1 + (self._config.checkpoint.best != "none") - there)
+    written = len(steps_in(self._root / "checkpoints"))
+    more = max(1, self._config.checkpoint.keep + 1 + (self._config.checkpoint.best != "none") - written)
     free = shutil.disk_usage(self._root).free
     if free < more * need:
       logging.warning(
@@ -421,18 +417,19 @@ class RunFiles:
       )
 
 
-def best_step(evaluations: Mapping[str, Any], figure: str) -> int | None:
-  """Step of the validation with the highest `figure`, the first of equals; None without one.
+def best_step(evaluations: Mapping[str, Any], metric: str) -> int | None:
+  """Returns the step of the validation with the highest metric, the first of equals; None without one.
 
   Args:
     evaluations: as in evaluation.json.
-    figure: `checkpoint.best` of the run.
+    metric: `checkpoint.best` of the run.
   """
-  entries = [each for each in evaluations.get("validation", []) if each.get(figure)]
-  if not entries:
-    return None
-  value = lambda each: each[figure].get("accuracy", each[figure].get("mean"))  # noqa: E731
-  return int(max(entries, key=value)["step"])
+  values = {
+    validation["step"]: validation[metric].get("accuracy", validation[metric].get("mean"))
+    for validation in evaluations.get("validation", [])
+    if validation.get(metric)
+  }
+  return max(values, key=lambda step: values[step], default=None)
 
 
 def _set_aside(path: epath.Path) -> None:
