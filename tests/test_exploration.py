@@ -125,15 +125,6 @@ def test_what_is_accepted_is_up_to_the_rule_for_each_prompt_and_round():
     assert [[c.attempt for c in accepted[row]] for row in (0, 1)] == expected, rule
 
 
-def test_a_hint_that_is_given_once_is_asked_once():
-  student = Student({2: 1, 5: 3})
-  outcome = explore(student, [2, 5], hints="once")
-  assert student.asked == [(2, 5)] and outcome.hints_asked == 2
-  first = [f"round 1 for {row}" for row in (2, 5)]
-  assert student.calls == [((2, 5), tuple(first)), ((5,), (first[1],)), ((5,), (first[1],))]
-  assert [c.attempt for c in outcome.accepted[5]] == [3, 3]
-
-
 def test_a_hint_that_cannot_be_parsed_is_counted_and_asked_again_in_the_next_round():
   student = Student({0: 9, 1: 9})
   replies = {(0, 1): "<hint> </hint>", (0, 2): "none", (0, 3): "<hint> third </hint>", (1, 1): "<hint> first </hint>"}

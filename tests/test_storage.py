@@ -67,12 +67,6 @@ def test_an_object_whose_name_leads_out_of_the_copy_is_refused(bucket, tmp_path,
   assert not (tmp_path / "cache").exists()
 
 
-def test_a_single_file_is_staged_under_its_name(bucket, tmp_path):
-  put(bucket, data__questions=b"[]", data__questions2=b"[1]")
-  local = storage.staged("gs://bucket/data/questions", tmp_path / "cache")
-  assert local.name == "questions" and local.read_text() == "[]" and len(list(local.parent.iterdir())) == 1
-
-
 def test_by_default_copies_lie_in_the_cache_of_the_project(bucket, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
   put(bucket, model__config=b"{}")

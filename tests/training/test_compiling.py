@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 from kepo_jax import sharding
-from kepo_jax.reporting.reporter import compiled_line
 from kepo_jax.training import compiling
 from kepo_jax.training.compiling import Compilation, Program, compile_all
 from kepo_jax.training.monitoring import CompileCounter
@@ -49,17 +48,6 @@ def test_threads_that_ask_for_the_same_compile_it_once(mesh_of, counter):
     [Compilation(f"call {n}", lambda: program(shapes)) for n in range(4)], mesh, progress=lambda done, total: None
   )
   assert counter() == before + 1
-
-
-def test_programs_from_the_cache_are_counted():
-  compiled = CompileCounter()
-  jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
-  jax.monitoring.record_event("/jax/compilation_cache/cache_misses")
-  compiled.close()
-  jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
-  figures = compiled.metrics()
-  assert figures["compiled/cached"] == 1
-  assert compiled_line(figures | {"compiled/programs": 2.0}) == "2 programs, 1 from the compilation cache"
 
 
 def test_progress_comes_in_order_and_ends_the_work(mesh_of):

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl import flags
 
 from experiments.configs import kepo
 from kepo_jax import sharding
-from kepo_jax.models.qwen3_vl import checkpoint, lora, model, safetensors_files
+from kepo_jax.models.qwen3_vl import checkpoint, lora, model
 from kepo_jax.models.qwen3_vl.config import LoraConfig
 from kepo_jax.objectives import losses
 from kepo_jax.training import compiling, programs, setup
@@ -202,24 +201,3 @@ def test_a_run_trains_the_matrices_and_exports_them_merged(finished):
 
 def contents(folder):
   return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.slow
-def test_checkpoints_are_exported_as_the_run_exports(finished, program, tmp_path):
-  workdir, _ = finished
-  for wanted, folder in (("last", "model"), ("1", "first")):
-    module = program("experiments.export_checkpoint")
-    for name, value in {"workdir": str(workdir), "step": wanted, "output": str(tmp_path / folder)}.items():
-      setattr(flags.FLAGS, name, value)
-    module.main([])
-  assert contents(tmp_path / "model") == contents(workdir / "model")  # the adapter among them
-  adapters = [tmp_path / folder / "adapter" / "adapter_model.safetensors" for folder in ("model", "first")]
-  last, first = (safetensors_files.tensors_in(path) for path in adapters)
-  assert last.keys() == first.keys()
-  assert all((last[name].array() != first[name].array()).any() for name in last)
-
-
-@pytest.mark.slow
-def test_a_rank_that_is_not_low_stops_before_anything_is_loaded():
-  with pytest.raises(ValueError, match="model.lora_rank=4096 is no lower than a side"):
-    train(settings(model__lora_rank=4096))

@@ -130,13 +130,6 @@ def test_sample_records():
   assert marks == [(True, False, False, ""), (False, False, True, "")]
 
 
-def test_what_happened_to_the_first_prompts_is_recorded():
-  for prompts, rollouts, hints in ((0, 0, 0), (1, G, 5), (5, 2 * G, 6)):
-    records = metrics.sample_records(cases.mixed(), GATE, step=1, prompts=prompts, templates=BRIEF)
-    assert [(each["id"], each["rollout"]) for each in records] == [(f"set/q{i // G}", i % G) for i in range(rollouts)]
-    assert len(metrics.hint_records(outcome(), cases.mixed(), step=1, prompts=prompts)) == hints
-
-
 def outcome():
   """Two prompts asked for help: the second got nothing, the first one of three candidates after a bad hint."""
   refused, twin = cases.candidate("the hint says B"), cases.candidate(RIGHT)

@@ -12,7 +12,7 @@ from kepo_jax.training import rollouts as rollouts_lib
 from kepo_jax.types import Rollouts
 from tests.conftest import ROOT
 from tests.training import cases
-from tests.training.cases import BARE, END, NOTHING, RIGHT, SCORER, WRONG, G, P
+from tests.training.cases import BARE, END, NOTHING, RIGHT, SCORER, WRONG
 
 ARRAYS = ("tokens", "mask", "logps", "texts", "injected", "supervised", "hints")
 LENGTH = 16  # tokens of a completion in the phantom's vocabulary
@@ -196,16 +196,3 @@ def test_truncated_rows_are_the_students_without_an_end_token():
   groups.mask[0, 0, 3] = False  # where its end token is
   groups.tokens[~groups.mask] = END
   assert rollouts_lib.truncated(groups, (END,)).tolist() == [[True, False, False], [False] * 3]
-
-
-def test_experience_holds_every_row():
-  groups = rollouts_lib.joined(cases.mixed(), rollouts_lib.supervised_groups(cases.mixed()), axis=1)
-  groups.injected[0, 1] = True
-  rows = np.arange(P * 2 * G).reshape(P, 2 * G)
-  kept = rows != 3
-  found = rollouts_lib.experience(groups, "prompts", rows.tolist(), rows % 2, kept=kept)
-  for name in ("tokens", "mask", "logps", "injected", "supervised"):
-    np.testing.assert_array_equal(found[name], getattr(groups, name), err_msg=name)
-  assert found.advantages.dtype == np.float32 and found.advantages.tolist() == rows.tolist()
-  assert found.gate.dtype == bool and found.gate.tolist() == (rows % 2 == 1).tolist()
-  assert found.kept is kept and found.prompts == "prompts"

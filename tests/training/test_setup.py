@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import types
-import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.configs import gkd, grpo, kepo, kepo_eq7, sft, sft_teacher
-from kepo_jax import rewards, sharding, training
+from experiments.configs import gkd, grpo, kepo, sft, sft_teacher
+from kepo_jax import sharding, training
 from kepo_jax.data import processor as processor_lib
 from kepo_jax.data import prompts
 from kepo_jax.data.records import LONGEST
 from kepo_jax.objectives import losses
-from kepo_jax.training import checks, optimizer, programs, setup
+from kepo_jax.training import programs, setup
 from kepo_jax.training import update as update_lib
 from kepo_jax.training.signals import Interruption
 from kepo_jax.types import Hook
@@ -44,12 +43,6 @@ def test_the_scorer_of_a_config():
   assert total(scorer, RIGHT) == 3.5 and total(scorer, LENIENT) == 0.5 and total(scorer, "B") == 3.0
   product = setup.make_scorer(config.replace({"reward.combination": "product"}), {})
   assert total(product, RIGHT) == 3.0 and total(product, LENIENT) == total(product, "B") == 0.0
-
-
-def test_the_scorer_follows_its_convention():
-  for convention, expected in rewards.CONVENTIONS.items():
-    found = setup.make_scorer(changed(grpo, reward__convention=convention), {}).rewards
-    assert found == {"accuracy": (expected.accuracy, 1.0), "format": (expected.format, 1.0)}
 
 
 def test_more_rewards_come_from_the_config_and_the_caller():
@@ -83,13 +76,6 @@ def test_the_weight_of_the_divergence_is_constant_or_falls_to_zero():
   assert [float(setup.distill_factor(config)(step)) for step in range(5)] == [1.0] * 5
   config = config.replace({"objective.distill_schedule": "linear"})
   assert [float(setup.distill_factor(config)(step)) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-
-
-def test_the_learning_rate():
-  config = changed(grpo, optimizer__learning_rate=0.4, optimizer__warmup_steps=2, train__steps=6)
-  # Two steps up to the peak, four down to zero.
-  expected = [0.2, 0.4, 0.4, 0.3, 0.2, 0.1, 0.0]
-  np.testing.assert_allclose([setup.make_schedule(config)(step) for step in range(7)], expected, rtol=1e-6, atol=1e-9)
 
 
 def carried(kind, table, made):
@@ -196,16 +182,6 @@ def test_the_programs_of_kepo(built):
   assert state_of is first and int(first.step) == 0
 
 
-def test_who_scores_the_rollouts(built):
-  for parent, changes, targets in (
-    (grpo, {}, []),
-    (grpo, {"objective__reference_weight": 0.1}, ["the reference"]),
-    (kepo_eq7, {}, ["the teacher", "the reference"]),  # in the order that the loss expects
-  ):
-    _, made, _ = built(changed(parent, exploration__candidates=5, **changes))
-    assert made.targets == (targets, 1) and made.candidate.samples == 5
-
-
 def test_the_teacher_answers_for_the_rows_that_the_student_leaves(built):
   _, made, _ = built(changed(gkd, batch__on_policy_fraction=0.25, supervised__temperature=0.5))
   assert made.rollout.samples == 2 and made.answer == programs.SamplingSettings(6, 24, 0.5)
@@ -217,17 +193,6 @@ def test_the_teacher_answers_for_the_rows_that_the_student_leaves(built):
   for ask in (made.hint, made.answer):
     with pytest.raises(ValueError, match="no teacher to ask; see exploration"):
       ask("prompts", "key")
-
-
-def test_the_optimizer_has_the_fields_of_the_config(built):
-  changes = {"b1": 0.5, "b2": 0.6, "eps": 1e-3, "weight_decay": 0.25, "clip_norm": 7.0}
-  fields = {f"optimizer.{name}": value for name, value in (changes | {"moments": "bfloat16"}).items()}
-  config = changed(grpo, model__freeze_vision=True, batch__updates=2).replace(fields)
-  with unittest.mock.patch.object(optimizer, "make_optimizer", wraps=optimizer.make_optimizer) as make:
-    first, _, _ = built(config)
-  assert make.call_args.kwargs == changes | {"moments_dtype": "bfloat16"}
-  # Two moments of the language model; the tower has none.
-  assert sum(leaf.shape == (3,) for leaf in jax.tree.leaves(first.opt_state)) == 2
 
 
 def small(**changes):
@@ -303,13 +268,6 @@ def test_an_image_that_would_stop_a_later_step(asked, tmp_path, caplog):
   assert "image_too_narrow 1: error: " in caplog.text and "first: question q3: " in caplog.text
 
 
-def test_a_test_image_counts_as_well(asked):
-  Image.new("L", (128, 64)).save(asked["test"][0].images[0])
-  message = r"test question q4: image .*4.png of 128 x 64 pixels: 128 patch rows, more than"
-  with pytest.raises(ValueError, match=message):
-    usable(small(data__patch_buckets=(64,)), asked)
-
-
 def test_prompts_of_training_exploration_and_evaluation(asked):
   longest = "Where are the spots? " + "Look. " * 8
   questions = asked | {"test": [dataclasses.replace(asked["test"][0], question=longest)]}
@@ -324,15 +282,6 @@ def test_prompts_of_training_exploration_and_evaluation(asked):
   asked["train"][1] = dataclasses.replace(asked["train"][1], question="a" * LONGEST)
   with pytest.raises(ValueError, match=r"train question q1: a question of 10006 characters .*1 question_too_long"):
     usable(small(), asked)
-
-
-def test_the_wordings_that_a_run_uses():
-  config = small(data__prompt="no_think", exploration__hint_tokens=17)
-  hinted = {"hint_request": 0, "hint_and_answer": 17}
-  assert checks.prompt_kinds(config, "train") == {"no_think": 0} | hinted
-  assert checks.prompt_kinds(config, "validation") == {"evaluation": 0}
-  config = config.replace({"exploration.trigger": "never"})
-  assert checks.prompt_kinds(config, "train") == {"no_think": 0}
 
 
 class Stopped(Hook):

@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -115,15 +113,6 @@ def test_another_config_is_refused_by_field_or_taken_where_that_is_allowed(tmp_p
   assert (stored("config.json"), stored("config-before-1.json")) == (0.002, 0.001)
 
 
-def test_the_same_command_again_starts_or_continues(tmp_path):
-  for resumes in (False, True):
-    with begun(tmp_path, auto_resume=True) as files:
-      assert files.resumes == resumes
-  (tmp_path / "other" / "run").mkdir(parents=True)
-  (tmp_path / "other" / "run" / "thesis.tex").write_text("")
-  refused("not empty", tmp_path=tmp_path / "other", auto_resume=True)
-
-
 def test_what_a_run_leaves_that_was_killed_before_it_began_is_no_run(tmp_path):
   for place, resume in (("first", {}), ("second", {"auto_resume": True})):
     root = tmp_path / place / "run"
@@ -160,14 +149,6 @@ def test_a_run_without_an_intact_checkpoint_starts_over_only_where_that_is_asked
     assert files.restored(state) is state
 
 
-def test_without_a_checkpoint_a_resumed_run_starts_over(tmp_path, state):
-  with begun(tmp_path) as files:
-    files.record("before", {"step": 0})
-  with opened(tmp_path, resume=True) as files:
-    assert files.restored(state) is state
-  assert "before" not in files.evaluations
-
-
 def test_a_run_whose_lock_was_taken_saves_nothing_more(tmp_path, state, monkeypatch):
   with opened(tmp_path) as files:
     files.save(2, state, now=False)
@@ -176,18 +157,6 @@ def test_a_run_whose_lock_was_taken_saves_nothing_more(tmp_path, state, monkeypa
     with pytest.raises(ValueError, match="taken by process 7"):
       files.save(6, state, now=False)
   assert steps_in(tmp_path / "run" / "checkpoints") == [2, 4]
-
-
-def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  with RunFiles("", config()) as files:
-    files.record("before", {"overall": 1})
-    files.record_outputs("before", [{"id": "a"}])
-    files.record_summaries({"reading": [], "checking": []})
-    files.save(2, {}, now=True)
-    files.export(lambda path: pytest.fail(f"exported to {path}"))
-  assert not list(tmp_path.iterdir())
-  assert files.evaluations == {"before": {"overall": 1}}
 
 
 def test_what_was_said_to_each_test_question_and_broken_batches_are_kept(tmp_path):
@@ -285,16 +254,6 @@ def test_other_models_or_random_numbers_are_refused(tmp_path, state, monkeypatch
   others("was made with other models")
 
 
-@pytest.mark.parametrize(("package", "rank", "told"), [("optax", 0, True), ("qwix", 0, False), ("qwix", 8, True)])
-def test_another_version_of_what_a_run_uses_is_told(tmp_path, state, monkeypatch, said, package, rank, told):
-  saved(tmp_path, state, config(lora_rank=rank))
-  version = importlib.metadata.version
-  monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0" if name == package else version(name))
-  with begun(tmp_path, config(lora_rank=rank), resume=True) as files:
-    files.restored(state)
-  assert (f"goes on on something else: {package}" in said.text and "-> 99.0. Results" in said.text) == told
-
-
 def test_changed_questions_are_taken_only_where_that_is_allowed(tmp_path, state, said):
   saved(tmp_path, state)
   with begun(tmp_path, questions=CHANGED, resume=True, allow_config_change=True) as files:
@@ -302,11 +261,3 @@ def test_changed_questions_are_taken_only_where_that_is_allowed(tmp_path, state,
     assert int(files.restored(state).step) == 2
   assert "Going on with the questions as they are now" in said.text
   assert (tmp_path / "run" / "questions-before-1.json").exists()
-
-
-def test_a_disk_without_room_is_told_at_the_start(tmp_path, state, said, monkeypatch):
-  usage = shutil.disk_usage(tmp_path)
-  monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=40))
-  with opened(tmp_path) as files:
-    files.restored(state)
-  assert "4 more checkpoints of 0.0 GB do not fit" in said.text
