@@ -159,7 +159,7 @@ def explore(
     accept: returns the accepted ones among the candidates of one prompt and round.
     hints: "each_round" asks for a new hint in each round, "once" keeps the first that could be parsed.
   """
-  outcome = Exploration(*({row: [] for row in failed} for _ in range(3)))
+  outcome = Exploration({row: [] for row in failed}, {row: [] for row in failed}, {row: [] for row in failed})
   parsed: dict[int, str] = {}
   for attempt in range(1, rounds + 1):
     open_rows = [row for row in failed if len(outcome.accepted[row]) < replacements]

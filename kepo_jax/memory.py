@@ -8,7 +8,7 @@ _STATUS = pathlib.Path("/proc/self/status")
 
 
 def peak_resident_bytes() -> int:
-  """Most resident memory of this process so far, in bytes.
+  """Returns the peak resident memory of this process so far, in bytes.
 
   Linux tells it in `VmHWM` of /proc/self/status (proc_pid_status(5)). Its `ru_maxrss` is another figure: it outlives
   exec, so that a small program started by a large one reports the size of the large one (getrusage(2)); it is read

@@ -1,4 +1,4 @@
-"""Paths that may lie on a disk or in a bucket: whole-or-not-at-all writes, staging, publishing."""
+"""Paths on a disk or in a bucket: atomic writes, staging of remote folders, publishing of local ones."""
 
 import collections
 import concurrent.futures
@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]
 _BLOCK = 1 << 24  # bytes that are read at a time
 _ORIGINS: dict[str, str] = {}  # what this process staged: local path -> remote path
 _COPIES = 16  # files that are staged at a time
-_TELL = 0.5  # seconds between reports of progress
+_REPORT = 0.5  # seconds between reports of progress
 # What makes a scheme readable, beside what is installed anyway.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 # Errors of those packages that are no OSError, by module; looked up only once the module is there.
@@ -42,12 +42,12 @@ for _protocol in ("gcs", *_PACKAGES):
 
 
 def cache_directory() -> pathlib.Path:
-  """Where the project keeps what can be made again: $XDG_CACHE_HOME/kepo_jax or ~/.cache/kepo_jax."""
+  """Returns the folder for what can be made again: $XDG_CACHE_HOME/kepo_jax or ~/.cache/kepo_jax."""
   return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kepo_jax"
 
 
 def is_remote(path: epath.PathLike) -> bool:
-  """Whether a path has a scheme, such as gs://: no rename, no append, no memory map."""
+  """Returns whether a path has a scheme, such as gs://: no rename, no append, no memory map."""
   return "://" in os.fspath(path)
 
 
@@ -107,7 +107,7 @@ def check_bucket(path: epath.PathLike) -> None:
 
 
 def orbax_path(path: epath.PathLike) -> epath.Path:
-  """The name by which Orbax gets a folder, which may not be there yet.
+  """Returns the name of a folder for Orbax; it need not exist yet.
 
   Orbax finds its own files by pattern, so a local name with `[ ] * ?` gets a link without; it is the same on all hosts.
 
@@ -116,11 +116,11 @@ def orbax_path(path: epath.PathLike) -> epath.Path:
     OSError: the link cannot be made.
   """
   name = os.fspath(path) if is_remote(path) else os.path.realpath(path)
-  if not (found := sorted(set(name) & set("[]*?"))):
+  if not (special := sorted(set(name) & set("[]*?"))):
     return epath.Path(name)
   if is_remote(path):
     raise ValueError(
-      f"{path}: a checkpoint below a path with {' '.join(found)} cannot be restored; choose another name."
+      f"{path}: a checkpoint below a path with {' '.join(special)} cannot be restored; choose another name."
     )
   cache = cache_directory() if not set(str(cache_directory())) & set("[]*?") else pathlib.Path(tempfile.gettempdir())
   link = cache / "links" / hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -131,7 +131,7 @@ def orbax_path(path: epath.PathLike) -> epath.Path:
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
-  """Writes a file as a whole: after a crash it holds the old bytes or the new ones, never a part.
+  """Writes a file atomically: after a crash it holds the old bytes or the new ones, never a part.
 
   Raises:
     OSError: it cannot be written; names the file.
@@ -158,26 +158,26 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 
 def files_under(folder: epath.PathLike) -> list[epath.Path]:
-  """Every file below a folder, sorted; none where a remote folder does not exist."""
+  """Returns every file below a folder, sorted; none where a remote folder does not exist."""
   if is_remote(folder):
     return [epath.Path(path) for path in _listed(folder)]
   return sorted((epath.Path(path) for path in pathlib.Path(folder).rglob("*") if path.is_file()), key=os.fspath)
 
 
 def _listed(path: epath.PathLike) -> dict[str, dict[str, Any]]:
-  """Every file below a remote folder, or the one file -> what its storage says of it, sorted; asked for in bulk."""
+  """Returns every file below a remote folder, or the one file -> its metadata, sorted; listed in bulk."""
   system, root = fsspec.url_to_fs(os.fspath(path))
   try:
-    found = system.find(root, detail=True)
+    files = system.find(root, detail=True)
   except FileNotFoundError:
     return {}
   scheme = os.fspath(path).partition("://")[0]
   # An object whose name ends with a slash stands for a folder in some tools.
-  return {f"{scheme}://{name}": info for name, info in sorted(found.items()) if not name.endswith("/")}
+  return {f"{scheme}://{name}": info for name, info in sorted(files.items()) if not name.endswith("/")}
 
 
 def move(source: epath.PathLike, target: epath.PathLike) -> None:
-  """Gives a file or folder another name; in a bucket by copies, which may take a while.
+  """Renames a file or folder; in a bucket by copies, which may take a while.
 
   Raises:
     OSError: it cannot be moved; then it is still there, whole or, in a bucket, in part.
@@ -197,14 +197,14 @@ def move(source: epath.PathLike, target: epath.PathLike) -> None:
 
 
 def below(path: epath.Path, folder: epath.PathLike) -> str:
-  """The part of a path behind a folder, with slashes; schemes survive, unlike in `relative_to`."""
+  """Returns the part of a path behind a folder, with slashes; schemes survive, unlike in `relative_to`."""
   return os.fspath(path).removeprefix(os.fspath(epath.Path(folder))).lstrip("/")
 
 
 def staged(
   source: epath.PathLike, cache: pathlib.Path | None = None, *, progress: Progress | None = None
 ) -> pathlib.Path:
-  """A local path with the content of `source`: itself where it is local, else a copy in the cache.
+  """Returns a local path with the content of `source`: itself where it is local, else a copy in the cache.
 
   A copy that is complete is used again as long as names, sizes and generations of the objects are those of the source.
   On several hosts each calls it for itself.
@@ -223,16 +223,16 @@ def staged(
   check_bucket(source)
   source = os.fspath(epath.Path(source))
   with reaching(source):
-    found = _listed(source)
-    if not found:
+    files = _listed(source)
+    if not files:
       raise ValueError(f"{source}: no such folder or file, or a folder without files; check the name.")
-    if unsafe := [path for path in found if ".." in path.split("/")]:
+    if unsafe := [path for path in files if ".." in path.split("/")]:
       raise ValueError(f"{unsafe[0]} would lead out of the folder that {source} is copied to; rename the object.")
-    stamps = [f"{path} {info['size']} {_stamp(info)}" for path, info in found.items()]
+    stamps = [f"{path} {info['size']} {_stamp(info)}" for path, info in files.items()]
     digest = hashlib.sha256("\n".join([source, *stamps]).encode()).hexdigest()[:16]
     target = (cache or cache_directory()).resolve() / "staged" / digest
     if not target.is_dir():
-      _copy_down(source, {path: info["size"] for path, info in found.items()}, target, progress)
+      _copy_down(source, {path: info["size"] for path, info in files.items()}, target, progress)
   # Under its whole path: names of folders become parts of ids, and tell the modality, in some formats.
   local = target / source.partition("://")[2]
   _ORIGINS[os.fspath(local)] = source
@@ -240,7 +240,7 @@ def staged(
 
 
 def origin(path: str | os.PathLike[str]) -> str:
-  """The remote path of which a local one is the copy that `staged` gave; other paths stay as they are."""
+  """Returns the remote path of a copy that `staged` made; other paths as they are."""
   path = os.fspath(path)
   for local, source in _ORIGINS.items():
     if path == local or path.startswith(local + os.sep):
@@ -249,7 +249,7 @@ def origin(path: str | os.PathLike[str]) -> str:
 
 
 def copy_of(path: str | os.PathLike[str]) -> str:
-  """The local copy of a remote path that `staged` gave last in this process; other paths stay as they are."""
+  """Returns the last local copy of a remote path that `staged` made in this process; other paths as they are."""
   path = os.fspath(path)
   for local, source in reversed(_ORIGINS.items()):
     if path == source or path.startswith(source.rstrip("/") + "/"):
@@ -258,7 +258,7 @@ def copy_of(path: str | os.PathLike[str]) -> str:
 
 
 def _stamp(info: Mapping[str, Any]) -> str:
-  """What changes when an object is written again; a model trained further has the sizes that it had."""
+  """Returns what changes when an object is written again: a model trained further has the sizes that it had."""
   return str(next((info[name] for name in ("generation", "ETag", "etag", "mtime") if info.get(name)), ""))
 
 
@@ -284,14 +284,14 @@ def _copy_down(source: str, sizes: Mapping[str, int], target: pathlib.Path, prog
     # Many at a time: a data set is a hundred thousand images, and each costs the way to the storage and back.
     with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
       waiting = collections.deque(pool.submit(copy, path) for path in sizes)
-      told = time.monotonic()
+      reported = time.monotonic()
       try:
         while waiting:
-          if concurrent.futures.wait([waiting[0]], _TELL).done:
+          if concurrent.futures.wait([waiting[0]], _REPORT).done:
             waiting.popleft().result()
-          if progress and (not waiting or time.monotonic() - told >= _TELL):
+          if progress and (not waiting or time.monotonic() - reported >= _REPORT):
             progress(sum(count.value for count in counts.values()), sum(sizes.values()))
-            told = time.monotonic()
+            reported = time.monotonic()
       finally:
         pool.shutdown(cancel_futures=True)
     with contextlib.suppress(OSError):  # another process staged the same in the meantime
@@ -327,7 +327,7 @@ def publish(local: pathlib.Path, folder: epath.PathLike, *, last: str = "") -> N
 
 @contextlib.contextmanager
 def written_locally(folder: epath.PathLike, *, last: str = "") -> Iterator[pathlib.Path]:
-  """A local folder to write into: `folder` itself, or one that is published there at the end of the block."""
+  """Yields a local folder to write into: `folder` itself, or one that is published there at the end of the block."""
   if not is_remote(folder):
     yield pathlib.Path(folder)
     return

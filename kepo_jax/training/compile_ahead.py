@@ -111,7 +111,9 @@ def calls(run: setup.Run, start: int, splits: Sequence[str]) -> list[Call]:
     for first in range(0, len(examples), count):
       certain["evaluation", count, batch_buckets(needs(examples[first : first + count], config.eval.prompt))] = None
 
-  wanted = [(name, config.data.prompt, 0, (rows, rows)) for name in dynamic]  # wording, tokens of a hint, batch sizes
+  # Program, wording, tokens of a hint, sizes of the batch.
+  wanted: list[tuple[str, str, int, tuple[int, int]]]
+  wanted = [(name, config.data.prompt, 0, (rows, rows)) for name in dynamic]
   if config.explores:
     hinted = config.exploration
     sizes = setup.row_sizes(config)

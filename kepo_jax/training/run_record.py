@@ -1,4 +1,4 @@
-"""What lies beside the state in a checkpoint: the run that it belongs to, and what that run was made of."""
+"""The record beside the state in a checkpoint: config, questions, models, random numbers, versions and devices."""
 
 import hashlib
 import importlib.metadata
@@ -18,7 +18,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "kep
 def make(
   config: Config, identity: Mapping[str, Any], *, step: int, positions: Mapping[str, int], validated: bool
 ) -> dict[str, Any]:
-  """The record of a checkpoint, JSON-able.
+  """Returns the record of a checkpoint, JSON-able.
 
   Args:
     config: of the run.
@@ -48,7 +48,7 @@ def make(
 
 
 def check(before: Mapping[str, Any], now: Mapping[str, Any], run: str, *, allow_change: bool) -> None:
-  """Compares a record with that of the process that goes on; warns of what costs equality to the bit.
+  """Compares a record with that of the process that resumes; warns of what costs equality to the bit.
 
   Args:
     before: of the checkpoint.
@@ -80,7 +80,7 @@ _INCIDENTAL = ("log.", "profile.")
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-  """In words which fields of two configs differ that make them different runs; "" if none does."""
+  """Describes the fields in which two configs are different runs; "" if there are none."""
   old, new = _flat(before), _flat(now)
   names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
   names = [name for name in names if not name.startswith(_INCIDENTAL)]
@@ -88,7 +88,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _random_identity(seed: int) -> dict[str, list[int]]:
-  """What the random numbers of a run derive from besides steps and purposes, and how they come out of it."""
+  """Returns the seed's key and random bits that are drawn from it."""
   key = jax.random.key(seed)
   return {"key": jax.random.key_data(key).tolist(), "bits": jax.random.bits(key, (4,)).tolist()}
 
@@ -101,7 +101,7 @@ def _version(package: str) -> str:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-  """{"a": {"b": 1}} -> {"a.b": 1}."""
+  """Flattens {"a": {"b": 1}} to {"a.b": 1}."""
   if not isinstance(tree, Mapping):
     return {prefix: tree}
   items = [_flat(value, f"{prefix}.{name}" if prefix else name) for name, value in tree.items()]

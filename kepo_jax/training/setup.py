@@ -29,7 +29,7 @@ from kepo_jax.types import Example, Hook, Prompts, Rollouts
 
 
 def make_scorer(config: Config, more: rewards.WeightedRewards) -> rewards.Scorer:
-  """The rewards of a run: accuracy and format of its convention, those of `reward.more`, and `more`.
+  """Returns the rewards of a run: accuracy and format of its convention, those of `reward.more`, and `more`.
 
   Raises:
     ValueError: a reward cannot be found, or two have one name.
@@ -37,27 +37,27 @@ def make_scorer(config: Config, more: rewards.WeightedRewards) -> rewards.Scorer
   reward = config.reward
   convention = rewards.CONVENTIONS[reward.convention]
   named = {"accuracy": (convention.accuracy, reward.accuracy), "format": (convention.format, reward.format)}
-  for others in (rewards.parsed_rewards(reward.more), more):
-    if twice := sorted(named.keys() & others.keys()):
+  for extra in (rewards.parsed_rewards(reward.more), more):
+    if twice := sorted(named.keys() & extra.keys()):
       raise ValueError(f"the rewards {twice} are there twice; give one of them another name.")
-    named |= others
+    named |= extra
   return rewards.Scorer(named, reward.combination)
 
 
 def lora_config(fields: ModelConfig) -> LoraConfig | None:
-  """The matrices that `config.model` asks for; None where all weights are trained."""
+  """Returns the matrices of LoRA that the config asks for; None where all weights are trained."""
   if not fields.lora_rank:
     return None
   return LoraConfig(rank=fields.lora_rank, alpha=fields.lora_alpha, targets=tuple(fields.lora_targets))
 
 
 def student_dtype(fields: ModelConfig) -> Any:
-  """Dtype of the student's weights: float32 where they are trained, that of its activations where LoRA is."""
+  """Returns the dtype of the student's weights: float32 where they are trained, that of activations under LoRA."""
   return jnp.dtype(fields.compute_dtype if fields.lora_rank else "float32")
 
 
 def with_lora(config: Config, loaded: programs_lib.Model, key: jax.Array) -> programs_lib.Model:
-  """The student with the matrices that are trained in the place of its weights; itself where `config` has none.
+  """Adds the matrices of LoRA to the student, if the config has any.
 
   Args:
     config: of the run.
@@ -78,7 +78,7 @@ def with_lora(config: Config, loaded: programs_lib.Model, key: jax.Array) -> pro
 
 
 def token_loss(config: Config, processor: processor_lib.Processor) -> losses.KepoTokenLoss:
-  """The objective of a run."""
+  """Returns the objective of a run."""
   objective = config.objective
   return losses.KepoTokenLoss(
     allowed=jnp.asarray(processor.allowed),
@@ -99,14 +99,14 @@ def token_loss(config: Config, processor: processor_lib.Processor) -> losses.Kep
 
 
 def distill_factor(config: Config) -> optax.Schedule:
-  """Factor of lambda at a step, between 1 and 0."""
+  """Returns the factor of lambda by step, between 1 and 0."""
   if config.objective.distill_schedule == "linear":
     return optax.linear_schedule(1.0, 0.0, config.train.steps)
   return optax.constant_schedule(1.0)
 
 
 def update_settings(config: Config) -> update.UpdateSettings:
-  """How a batch of this run becomes updates."""
+  """Returns how a batch of the run becomes updates."""
   objective = config.objective
   return update.UpdateSettings(
     compute_dtype=jnp.dtype(config.model.compute_dtype),
@@ -125,7 +125,7 @@ def update_settings(config: Config) -> update.UpdateSettings:
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-  """Learning rate at a step."""
+  """Returns the learning rate by step."""
   optimizer = config.optimizer
   return optimizer_lib.learning_rate_schedule(
     learning_rate=optimizer.learning_rate, warmup_steps=optimizer.warmup_steps, steps=config.train.steps
@@ -135,7 +135,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 def build_programs(
   config: Config, processor: processor_lib.Processor, models: Mapping[str, programs_lib.Model]
 ) -> tuple[optimizer_lib.TrainState, programs_lib.Programs]:
-  """The state before the first update, and the jitted programs around it."""
+  """Returns the state before the first update, and the jitted programs of a run."""
   student, settings = models["student"], update_settings(config)
   fields = ("b1", "b2", "eps", "weight_decay", "clip_norm")
   optimizer = optimizer_lib.make_optimizer(
@@ -202,13 +202,12 @@ class Run:
   state: TrainState  # before the first update
   programs: programs_lib.Programs
   batch: Callable[[int], tuple[Sequence[Example], Prompts]]  # step, from 0 -> its questions and host prompts
-  prompts: Callable[..., Prompts]  # (examples, wording) -> prompts on the mesh
-  padded_prompts: Callable[..., Prompts]  # (examples, wording, hints=None) -> the same, padded to one of `row_sizes`
+  prompts: Callable[..., Prompts]  # (examples, wording, hints=None, sizes=None) -> prompts on the mesh
   score: Callable[[Sequence[Example], Rollouts], Groups]  # decodes and scores rollouts
 
 
 def row_sizes(config: Config) -> tuple[int, ...]:
-  """Returns the numbers of prompts to which batches of exploration are padded, rising."""
+  """Returns the numbers of prompts to which batches of exploration are padded, so that few programs are compiled."""
   rows = config.batch.prompts
   return tuple(sorted({max(1, rows // 4), rows}))
 
@@ -220,6 +219,7 @@ def place_prompts(
   wording: str,
   *,
   hints: Sequence[str] | None = None,
+  sizes: Sequence[int] | None = None,
 ) -> Prompts:
   """Makes prompts on the mesh; every host decodes the images of its own rows.
 
@@ -229,28 +229,17 @@ def place_prompts(
     examples: the questions.
     wording: as in `data.prompts.prompt_text`.
     hints: one per question, for the hinted wordings.
+    sizes: rising numbers of prompts, to one of which the batch is padded; None does not pad.
 
   Raises:
     ValueError: an image or a prompt cannot be used.
     OSError: another process could not read its images.
   """
+  if sizes:
+    padding = next(size for size in sizes if size >= len(examples)) - len(examples)
+    examples = [*examples, *list(examples[:1]) * padding]
+    hints = None if hints is None else [*hints, *list(hints[:1]) * padding]
   return sharding.place(mesh, multihost.run_on_all(lambda: processor.prompts(examples, wording, hints=hints)))
-
-
-def place_padded_prompts(
-  processor: processor_lib.Processor,
-  mesh: jax.sharding.Mesh,
-  sizes: Sequence[int],
-  examples: Sequence[Example],
-  wording: str,
-  *,
-  hints: Sequence[str] | None = None,
-) -> Prompts:
-  """Makes prompts on the mesh, their number padded to one of `sizes` so that exploration compiles few programs."""
-  padding = next(size for size in sizes if size >= len(examples)) - len(examples)
-  examples = [*examples, *list(examples[:1]) * padding]
-  hints = None if hints is None else [*hints, *list(hints[:1]) * padding]
-  return place_prompts(processor, mesh, examples, wording, hints=hints)
 
 
 def show_progress(hooks: Sequence[Hook], what: str, done: int, total: int) -> None:
@@ -301,7 +290,6 @@ def prepare(
     programs=compiled,
     batch=batches(config, processor, questions["train"]),
     prompts=functools.partial(place_prompts, processor, mesh),
-    padded_prompts=functools.partial(place_padded_prompts, processor, mesh, row_sizes(config)),
     score=functools.partial(scored_groups, processor, scorer),
   )
 
@@ -309,7 +297,7 @@ def prepare(
 def checked_parts(
   config: Config, rewards: WeightedRewards, hooks: Sequence[Hook]
 ) -> tuple[Scorer, jax.sharding.Mesh, pathlib.Path, processor_lib.Processor]:
-  """Scorer, mesh, folder of the student and its processor: what every process makes for itself, of a config that fits.
+  """Checks the config and returns the scorer, the mesh, the student's folder and its processor.
 
   Raises:
     ValueError: a field, file or model that does not fit, and the way out.
@@ -344,13 +332,16 @@ def usable_questions(
   records: Mapping[str, Sequence[Example]] | None,
   hooks: Sequence[Hook],
 ) -> tuple[dict[str, list[Example]], dict[str, list[Summary]]]:
-  """The questions of a run by split, each of which it can ask; and what was repaired and dropped on the way.
+  """Reads the questions of a run by split and leaves out what it cannot ask.
 
   Args:
     config: of the run.
     processor: of the student.
     records: split -> questions; None reads `config.data`.
     hooks: are told how far the check of the images has come.
+
+  Returns:
+    split -> questions, and summaries of what was repaired and dropped in "reading" and "checking".
 
   Raises:
     ValueError: the data cannot be read or used, or, unless `data.lenient`, a question cannot be asked. Or another
@@ -363,20 +354,17 @@ def usable_questions(
     return usable.refusals(examples, processor, checks.prompt_kinds(config, split))
 
   def read() -> Mapping[str, Sequence[Example]]:
-    found = records
-    if found is None:
-      found = splits.load(
-        config.data,
-        report=summaries["reading"].append,
-        progress=functools.partial(show_progress, hooks, "copying data, bytes"),
-      )
-    checks.check_questions(found, config)
-    return found
+    questions = records
+    if questions is None:
+      progress = functools.partial(show_progress, hooks, "copying data, bytes")
+      questions = splits.load(config.data, report=summaries["reading"].append, progress=progress)
+    checks.check_questions(questions, config)
+    return questions
 
-  found = multihost.run_on_all(read)
-  checks.check_hosts_agree(config, questions=found)  # before they are shared out by their numbers
+  all_questions = multihost.run_on_all(read)
+  checks.check_hosts_agree(config, questions=all_questions)  # before they are sharded across hosts by their numbers
   questions = checks.with_readable_images(
-    found,
+    all_questions,
     lenient=config.data.lenient,
     progress=functools.partial(show_progress, hooks, "checking images"),
     refusals=refusals,
@@ -389,32 +377,30 @@ def usable_questions(
 def batches(
   config: Config, processor: processor_lib.Processor, examples: Sequence[Example]
 ) -> Callable[[int], tuple[Sequence[Example], Prompts]]:
-  """Batches of training prompts by number of updates done; a thread prepares the next one."""
+  """Returns step -> questions and host prompts of its batch; a thread prepares the next one."""
 
-  def batch(done: int) -> tuple[Sequence[Example], Prompts]:
-    chosen = batching.batch_at(examples, config.batch.prompts, seed=config.seed, step=done)
+  def batch(step: int) -> tuple[Sequence[Example], Prompts]:
+    chosen = batching.batch_at(examples, config.batch.prompts, seed=config.seed, step=step)
     return chosen, processor.prompts(chosen, config.data.prompt)
 
   return batching.Lookahead(batch, stop=config.train.steps)
 
 
 def model_folder(config: Config, role: str, hooks: Sequence[Hook]) -> pathlib.Path:
-  """The local folder of `model.student` or `model.teacher`; a remote one is copied into the cache.
+  """Returns the local folder of `model.student` or `model.teacher`; a remote one is copied into the cache.
 
   Raises:
     ValueError: neither a folder nor a Hub id, or it cannot be copied.
     OSError: a remote folder cannot be read.
   """
   progress = functools.partial(show_progress, hooks, f"copying {role}, bytes")
-  return checkpoint.resolved_folder(
-    config.model.student if role == "student" else config.model.teacher, progress=progress
-  )
+  return checkpoint.resolved_folder(getattr(config.model, role), progress=progress)
 
 
 def model_folders(
   config: Config, student: pathlib.Path, processor: processor_lib.Processor, hooks: Sequence[Hook]
 ) -> dict[str, pathlib.Path]:
-  """Local folders of the checkpoints that this config uses, by role, with that of the student and its processor given.
+  """Returns the local folders of the checkpoints of a run by role, given that of the student and its processor.
 
   Raises:
     ValueError: there is none, or a teacher with another vocabulary, image geometry or token ids than the student.
@@ -435,12 +421,12 @@ def load_models(
   hooks: Sequence[Hook],
   interruption: Interruption,
 ) -> dict[str, programs_lib.Model]:
-  """The models of a run by role; of the student float32 what is trained, the others frozen.
+  """Loads the models of a run by role: float32 weights where they are trained, the others frozen.
 
   Raises:
     ValueError: a folder does not hold the weights that its config describes.
-    OSError: so it is on another process.
-    Interrupted: the run was asked to stop; looked at after each model.
+    OSError: the folder of another process does not.
+    Interrupted: the run was asked to stop; checked after each model.
   """
   models = {}
   for role, folder in folders.items():
@@ -452,12 +438,12 @@ def load_models(
 
 
 def model_dtype(config: Config, role: str) -> Any:
-  """The dtype in which the weights of a role are loaded."""
+  """Returns the dtype in which the weights of a role are loaded."""
   return student_dtype(config.model) if role == "student" else jnp.dtype(config.model.teacher_dtype)
 
 
 def model_of(config: Config, role: str, loaded: Qwen3VLConfig, params: Any) -> programs_lib.Model:
-  """A model as the run uses it: its form of attention, where its weights live, and its matrices of LoRA.
+  """Returns a model with the attention of the run, offloaded or with matrices of LoRA where the config says so.
 
   Args:
     config: of the run.

@@ -15,7 +15,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
-  """A run was asked to stop, and has stopped in a state from which it can go on."""
+  """A run was asked to stop, and has stopped in a state from which it can be resumed."""
 
   def __init__(self, step: int = 0, saved: str = ""):
     """Says where the run stands.
@@ -37,7 +37,7 @@ class Interruption:
   """
 
   def __init__(self):
-    self._asked = False
+    self._requested = False
     self._pipe: tuple[int, int] | None = None
     self._before: dict[int, Any] = {}
     self._wakeup = -1
@@ -60,8 +60,8 @@ class Interruption:
       self._pipe = None
 
   def requested(self) -> bool:
-    """Whether any process of the run was asked to stop; all must look at the same point."""
-    return multihost.any_process(self._asked)[0]
+    """Returns whether any process of the run was asked to stop; all must call it at the same point."""
+    return multihost.any_process(self._requested)[0]
 
   def check(self) -> None:
     """Stops work that can be done again, such as an evaluation.
@@ -76,9 +76,9 @@ class Interruption:
     while data := os.read(pipe, 1):
       if data[0] not in _SIGNALS:
         continue
-      if self._asked:
+      if self._requested:
         os._exit(128 + data[0])
-      self._asked = True
+      self._requested = True
       name = signal.Signals(data[0]).name
       logging.warning("%s: the run stops as soon as its state can be saved; again to exit at once.", name)
     os.close(pipe)

@@ -157,17 +157,17 @@ def explore(run: setup.Run, weights: Any, groups: Groups, step: int) -> tuple[ex
     what was tried and accepted, the tokens of all hints, and those of all candidates.
   """
   config, programs, rows = run.config, run.programs, failed_prompts(run.config, groups)
-  tokens = {"hint": 0, "candidate": 0}
+  sizes, tokens = setup.row_sizes(config), {"hint": 0, "candidate": 0}
 
   def ask_hints(rows: Sequence[int], attempt: int) -> list[str]:
-    prompts = run.padded_prompts([groups.examples[row] for row in rows], "hint_request")
+    prompts = run.prompts([groups.examples[row] for row in rows], "hint_request", sizes=sizes)
     hints = rollouts_lib.on_host(programs.hint(prompts, setup.random_key(config.seed, "hint", step, attempt)))
     tokens["hint"] += int(hints.mask[: len(rows)].sum())
     return rollouts_lib.texts_of(run.processor, hints, prompts=len(rows))[:, 0].tolist()
 
   def sample_hinted(rows: Sequence[int], hints: Sequence[str], attempt: int) -> list[list[exploration.Candidate]]:
     examples = [groups.examples[row] for row in rows]
-    prompts = run.padded_prompts(examples, config.exploration.hint_prompt, hints=hints)
+    prompts = run.prompts(examples, config.exploration.hint_prompt, hints=hints, sizes=sizes)
     key = setup.random_key(config.seed, "candidate", step, attempt)
     candidates = run.score(examples, programs.candidate(weights, prompts, key))
     tokens["candidate"] += int(candidates.mask[: len(rows)].sum())

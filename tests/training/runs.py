@@ -129,7 +129,7 @@ class Signal(training.Interruption, Hook):
     self._step, self._progress = step, progress
 
   def step(self, report):
-    self._asked |= report.step == self._step
+    self._requested |= report.step == self._step
 
   def progress(self, what, done, total):
-    self._asked |= self._progress is not None and what.startswith(self._progress)
+    self._requested |= self._progress is not None and what.startswith(self._progress)

@@ -8,6 +8,7 @@ import pytest
 from absl import logging
 
 from experiments.configs import grpo, kepo, sft, sft_teacher
+from kepo_jax.config import Config
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.training import checks
 from tests.training.cases import example
@@ -83,7 +84,9 @@ def warned(monkeypatch):
 def test_what_is_warned_of(warned, tmp_path):
   parts = changed(grpo, batch__micro_batches=2)  # 8 prompts x 8 rollouts in parts of 4
   other = changed(grpo, data__templates="brief", model__student="other")
+  k1 = {"objective__reference_estimator": "k1", "objective__reference_weight": 0.1}
   for check, arguments, said in (
+    (Config.validate, [changed(kepo, **k1)], ["objective.reference_estimator=k1: .* use k2 or k3"]),
     *((checks.warn_of_prompts, [changed(parent)], []) for parent in (kepo, sft, sft_teacher)),
     (checks.warn_of_prompts, [changed(kepo, data__prompt="no_think")], ["data.prompt=no_think .*=med_r1 rewards"]),
     (checks.warn_of_replication, [parts, {"data": 2, "fsdp": 4}], []),  # 4 prompts on 2, 8 rollouts on 4
