@@ -103,7 +103,7 @@ def questions(config: Config, processor: processor_lib.Processor, display: progr
   """
   found = splits.load(config.data, progress=functools.partial(display.progress, "copying data, bytes"))
   examples = splits.limited(found[_SPLIT.value], _LIMIT.value or None, _LIMIT_SEED.value)
-  kinds = checks.prompt_kinds(config, "train")  # those of exploration, whatever the split
+  kinds = checks.prompt_wordings(config, "train")  # those of exploration, whatever the split
   asked = checks.with_readable_images(
     {_SPLIT.value: examples},
     lenient=_LENIENT.value,

@@ -1,4 +1,4 @@
-"""A model that answers, or is asked about, any number of questions: in batches of one size, outside of a run."""
+"""A model outside of a run that answers or scores any number of questions, in batches of one size."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,7 +51,7 @@ class BatchedModel:
   def rollouts(
     self,
     examples: Sequence[Example],
-    kind: str,
+    wording: str,
     settings: SamplingSettings,
     key: jax.Array,
     *,
@@ -59,11 +59,11 @@ class BatchedModel:
     control: str = "none",
     progress: Progress | None = None,
   ) -> Rollouts:
-    """Completions [N, G, T] of N questions, on the host.
+    """Samples completions [N, G, T] of N questions and returns them on the host.
 
     Args:
       examples: the questions, at least one.
-      kind: wording, as in `data.prompts.prompt_text`.
+      wording: as in `data.prompts.prompt_text`.
       settings: of the sampling; one program is compiled for each.
       key: of this call; each question folds its identity into it.
       hints: one per question, for the hinted kinds.
@@ -78,23 +78,23 @@ class BatchedModel:
       del rows
       return sample(self._params, prompts, key)
 
-    return self._in_batches(ask, examples, kind, hints, control, progress)
+    return self._in_batches(ask, examples, wording, hints, control, progress)
 
   def logps(
     self,
     examples: Sequence[Example],
-    kind: str,
+    wording: str,
     tokens: np.ndarray,
     *,
     temperature: float = 1.0,
     hints: Sequence[str] | None = None,
     progress: Progress | None = None,
   ) -> np.ndarray:
-    """Log-probabilities float32[N, G, T], nats, of given completions: what the update would score, teacher-forced.
+    """Computes log-probabilities float32[N, G, T], nats, of given completions, teacher-forced as in the update.
 
     Args:
       examples: N questions, at least one.
-      kind: wording of the prompt before them.
+      wording: of the prompt before them.
       tokens: int32[N, G, T]; what follows an end token changes nothing before it, and its own values mean nothing.
       temperature: divides the logits.
       hints: one per question, for the hinted kinds.
@@ -114,18 +114,18 @@ class BatchedModel:
     def ask(prompts: Prompts, rows: list[int]) -> jax.Array:
       return score(self._params, prompts, sharding.place(self._mesh, tokens[rows]))
 
-    return self._in_batches(ask, examples, kind, hints, "none", progress)
+    return self._in_batches(ask, examples, wording, hints, "none", progress)
 
   def _in_batches(
     self,
     ask: Callable[[Prompts, list[int]], Any],
     examples: Sequence[Example],
-    kind: str,
+    wording: str,
     hints: Sequence[str] | None,
     control: str,
     progress: Progress | None,
   ) -> Any:
-    """ask(prompts on the mesh, which questions they are) of each batch, joined on the host."""
+    """Calls `ask` with the prompts of each batch and the numbers of its questions; joins the results on the host."""
     parts = []
     for start in range(0, len(examples), self._size):
       count = min(self._size, len(examples) - start)
@@ -133,12 +133,12 @@ class BatchedModel:
       shown = evaluation.shown_prompts(
         self.processor,
         [examples[row] for row in rows],
-        kind,
+        wording,
         control,
         hints=None if hints is None else [hints[row] for row in rows],
       )
-      found = ask(sharding.place(self._mesh, shown), rows)
-      parts.append(jax.tree.map(lambda x, count=count: sharding.to_host(x)[:count], found))
+      results = ask(sharding.place(self._mesh, shown), rows)
+      parts.append(jax.tree.map(lambda x, count=count: sharding.to_host(x)[:count], results))
       if progress:
         progress(start + count, len(examples))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)

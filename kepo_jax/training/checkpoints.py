@@ -24,13 +24,13 @@ _STORAGE_ERRORS = (OSError, ValueError, RuntimeError)  # as Orbax and TensorStor
 _BROKEN = "broken"  # what is found damaged is set aside there, not deleted
 
 
-def _said_once(record: stdlib_logging.LogRecord) -> bool:
-  """Orbax logs a failed write up to six times with its traceback; it is raised, and told by us."""
+def _not_a_failed_write(record: stdlib_logging.LogRecord) -> bool:
+  """Drops what Orbax logs of a failed write, up to six times with its traceback; it is raised as well."""
   return not (record.levelno >= stdlib_logging.ERROR and record.exc_info and "/orbax/" in record.pathname)
 
 
 def _not_of_a_part(record: stdlib_logging.LogRecord) -> bool:
-  """A part of a checkpoint has no metadata of its own, which Orbax warns of."""
+  """Drops Orbax's warning that a part of a checkpoint has no metadata of its own."""
   return "Metadata file does not exist" not in record.getMessage()
 
 
@@ -46,7 +46,7 @@ class Checkpoints:
     keep: int,
     clock: Callable[[], float] = time.monotonic,
   ):
-    """Nothing is touched before the first save or restore.
+    """Touches nothing before the first save or restore.
 
     Args:
       directory: folder of the checkpoints, one sub-folder per step.
@@ -70,12 +70,12 @@ class Checkpoints:
     self._best: int | None = None  # step of the one that is kept whatever its age
 
   def due(self, step: int) -> bool:
-    """Whether a checkpoint after `step` updates has its turn; on several hosts the same on all."""
+    """Returns whether a checkpoint after `step` updates has its turn; on several hosts the same on all."""
     late = bool(self._minutes) and self._clock() - self._saved_at >= 60 * self._minutes
     return bool(self._every and step % self._every == 0) or multihost.any_process(late)[0]
 
   def save(self, step: int, state: Any, record: Mapping[str, Any], *, best: int | None = None) -> None:
-    """Starts to save; returns as soon as the state may change.
+    """Starts to save and returns as soon as the state may change.
 
     Args:
       step: updates done.
@@ -104,7 +104,7 @@ class Checkpoints:
     self._saved_at = self._clock()
 
   def check(self) -> None:
-    """Looks whether the save in the background has failed; does not wait.
+    """Raises what the save in the background has raised; does not wait.
 
     Raises:
       OSError: it has.
@@ -127,7 +127,7 @@ class Checkpoints:
       raise self._cannot_write(self._saving, error) from error
 
   def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-    """The newest intact state, on the shardings and dtypes of `like`, and what lay beside it; None without any.
+    """Restores the newest intact state, on the shardings and dtypes of `like`, and its record; None without any.
 
     Damaged checkpoints are set aside and named in the log; what was never completed is removed. The arrays of `like`
     are deleted when there is a checkpoint: the devices need not hold two states.
@@ -163,7 +163,7 @@ class Checkpoints:
       OSError: the last save has failed.
     """
     with contextlib.ExitStack() as stack:
-      stack.callback(logging.get_absl_logger().removeFilter, _said_once)
+      stack.callback(logging.get_absl_logger().removeFilter, _not_a_failed_write)
       stack.callback(self._background.shutdown)
       if self._manager:
         stack.push(self._close_manager)
@@ -178,7 +178,7 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     # Not before damaged checkpoints are set aside: it reads the folder once.
     if self._manager is None:
-      logging.get_absl_logger().addFilter(_said_once)
+      logging.get_absl_logger().addFilter(_not_a_failed_write)
       options = ocp.CheckpointManagerOptions(
         # Orbax would delete the old ones at the commit; here a new one does not count before its manifest.
         preservation_policy=ocp.checkpoint_managers.LatestN(n=None),
@@ -216,7 +216,7 @@ class Checkpoints:
         folder.rmtree()
 
   def _newest_intact(self) -> tuple[int | None, int]:
-    """Step of the newest intact checkpoint, and how many were damaged."""
+    """Returns the step of the newest intact checkpoint, and the number of damaged ones."""
     damaged = 0
     for step in sorted(steps_in(self.directory), reverse=True):
       folder = self.directory / str(step)
@@ -268,7 +268,7 @@ def check_opens(place: epath.PathLike) -> None:
 
 
 def restored_params(folder: epath.PathLike, like: Any) -> Any:
-  """The parameters of one checkpoint and nothing else of it.
+  """Restores the parameters of one checkpoint and nothing else of it.
 
   Args:
     folder: of the checkpoint.
@@ -287,8 +287,8 @@ def restored_params(folder: epath.PathLike, like: Any) -> Any:
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       stored = checkpointer.metadata(place).item_metadata.tree["params"]
-      if others := _paths(stored) ^ _paths(like):  # a partial restore says nothing of them
-        raise ValueError(f"one of them has no {', '.join(sorted(others)[:3])}")
+      if different := _paths(stored) ^ _paths(like):  # a partial restore says nothing of them
+        raise ValueError(f"one of them has no {', '.join(sorted(different)[:3])}")
       return checkpointer.restore(place, _restore_args({"params": like}, partial_restore=True))["params"]
   except (ValueError, KeyError, TypeError) as error:
     reason = str(error).strip().splitlines()[0]
@@ -307,6 +307,6 @@ def _restore_args(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
-  """Steps with a checkpoint in a folder, intact or not, sorted."""
+  """Returns the steps with a checkpoint in a folder, intact or not, sorted."""
   directory = epath.Path(directory)
   return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.exists() else []

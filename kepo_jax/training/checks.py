@@ -85,6 +85,13 @@ def check_attention(config: Config, student: Qwen3VLConfig) -> None:
       attention.kernel_for(config.model.attention, jnp.dtype(dtype), head_dim)
 
 
+# Fields of Qwen3VLConfig that student and teacher must have in common: token ids and patches.
+_SHARED = (
+  *("text.vocab_size", "image_token_id", "vision_start_token_id", "vision.patch_size"),
+  *("vision.spatial_merge_size", "vision.temporal_patch_size", "vision.num_position_embeddings"),
+)
+
+
 def check_teacher(config: Config, processor: processor_lib.Processor, folder: pathlib.Path) -> None:
   """Refuses a teacher that does not read the student's token ids and patches.
 
@@ -97,20 +104,10 @@ def check_teacher(config: Config, processor: processor_lib.Processor, folder: pa
     ValueError: what differs.
   """
   student, teacher = processor.config, Qwen3VLConfig.from_directory(folder)
-  pairs = {
-    "vocab_size": (student.text.vocab_size, teacher.text.vocab_size),
-    "image_token_id": (student.image_token_id, teacher.image_token_id),
-    "vision_start_token_id": (student.vision_start_token_id, teacher.vision_start_token_id),
-    "patch_size": (student.vision.patch_size, teacher.vision.patch_size),
-    "spatial_merge_size": (student.vision.spatial_merge_size, teacher.vision.spatial_merge_size),
-    "temporal_patch_size": (student.vision.temporal_patch_size, teacher.vision.temporal_patch_size),
-    "num_position_embeddings": (student.vision.num_position_embeddings, teacher.vision.num_position_embeddings),
-  }
-  different: dict[str, tuple[Any, Any]] = {
-    name: (ours, theirs) for name, (ours, theirs) in pairs.items() if ours != theirs
-  }
+  values = {name: [operator.attrgetter(name)(model) for model in (student, teacher)] for name in _SHARED}
+  different = {name: pair for name, pair in values.items() if pair[0] != pair[1]}
   if not processor.same_vocabulary(folder):
-    different["tokenizer"] = ("its own", "another")
+    different["tokenizer"] = ["its own", "another"]
   if different:
     raise ValueError(
       f"student {config.model.student} and teacher {config.model.teacher} do not match: "
@@ -164,7 +161,7 @@ def with_readable_images(
 ) -> dict[str, list[Example]]:
   """Decodes every image once and measures every question, so that none stops a run in its middle.
 
-  Of several processes each looks at a share of them, and all go by what any of them has found.
+  The check is sharded across hosts; a fault that one of them finds holds for all.
 
   Args:
     questions: split -> questions, the same on every process.
@@ -208,7 +205,7 @@ def with_readable_images(
   return kept
 
 
-def prompt_kinds(config: Config, split: str) -> dict[str, int]:
+def prompt_wordings(config: Config, split: str) -> dict[str, int]:
   """Returns the wordings in which a run asks the questions of a split -> most tokens that a hint adds to it.
 
   A hint is at most `exploration.hint_tokens` tokens long, and its tags, which the student is not shown, are among them:

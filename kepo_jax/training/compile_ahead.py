@@ -48,20 +48,20 @@ class Needs:
     self._processor = processor
     self._known: dict[tuple[str, int], dict[str, Need]] = {}
 
-  def __call__(self, examples: Sequence[Example], kind: str, *, hint: int = 0) -> list[Need]:
+  def __call__(self, examples: Sequence[Example], wording: str, *, hint: int = 0) -> list[Need]:
     """Returns the need of each question.
 
     Args:
       examples: questions for which there is room, see `limits.refusals`.
-      kind: wording, as in `data.prompts.prompt_text`.
+      wording: as in `data.prompts.prompt_text`.
       hint: most tokens that a hint adds to the prompt; which text it will have is not known.
 
     Raises:
       ValueError: a file is no image; names it.
     """
-    known = self._known.setdefault((kind, hint), {})
+    known = self._known.setdefault((wording, hint), {})
     fresh = list({example.id: example for example in examples if example.id not in known}.values())
-    for example, (tokens, rows) in zip(fresh, self._processor.sizes(fresh, kind), strict=True):
+    for example, (tokens, rows) in zip(fresh, self._processor.sizes(fresh, wording), strict=True):
       known[example.id] = Need(
         lengths=_reached(self._processor.prompt_buckets, tokens, tokens + hint),
         patches=_reached(self._processor.patch_buckets, rows, rows)[0] if rows else 0,

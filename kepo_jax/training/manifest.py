@@ -1,12 +1,12 @@
-"""Checksums of a checkpoint, written once it is committed: what a disk or a copy did to it later is seen.
+"""Checksums of a checkpoint, written once it is committed, which show what a disk or a copy did to it later.
 
-A checkpoint without a manifest does not count: it was committed and the process ended before it was read back.
+A checkpoint without a manifest does not count: the process ended before the files were read back.
 """
 
 import concurrent.futures
 import hashlib
 import json
-from collections.abc import Mapping
+import os
 from typing import Any
 
 from etils import epath
@@ -23,16 +23,16 @@ def write(folder: epath.PathLike) -> None:
   Raises:
     OSError: a file cannot be read or the manifest not be written.
   """
-  storage.write_text(epath.Path(folder) / NAME, json.dumps({"files": _described(epath.Path(folder))}, indent=1) + "\n")
+  storage.write_text(epath.Path(folder) / NAME, json.dumps({"files": _digests(epath.Path(folder))}, indent=1) + "\n")
 
 
 def is_complete(folder: epath.PathLike) -> bool:
-  """Whether a checkpoint has its manifest."""
+  """Returns whether a checkpoint has its manifest."""
   return bool((epath.Path(folder) / NAME).exists())
 
 
 def faults(folder: epath.PathLike) -> list[str]:
-  """What is wrong with a complete checkpoint, in words, by file; empty where it is as it was written.
+  """Describes what is wrong with the files of a complete checkpoint; empty where they are as they were written.
 
   Raises:
     OSError: a file is there and cannot be read: the way there may be at fault, and the checkpoint intact.
@@ -40,25 +40,25 @@ def faults(folder: epath.PathLike) -> list[str]:
   folder = epath.Path(folder)
   with storage.reaching(folder):
     data = (folder / NAME).read_bytes()
-    found = _described(folder)
+    actual = _digests(folder)
   try:
     written = json.loads(data)["files"]
     if not all(entry.keys() == {"bytes", "sha256"} for entry in written.values()):
       raise ValueError("an entry without size or checksum")
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     return [f"{NAME} cannot be read ({error})"]
-  return [said for name, entry in sorted(written.items()) if (said := _fault(name, entry, found.get(name)))]
+  described = []
+  for name, entry in sorted(written.items()):
+    if name not in actual:
+      described.append(f"{name} is missing")
+    elif (size := actual[name]["bytes"]) != entry["bytes"]:
+      described.append(f"{name} has {size} of {entry['bytes']} bytes")
+    elif actual[name] != entry:
+      described.append(f"{name} has other bytes than were written")
+  return described
 
 
-def _fault(name: str, written: Mapping[str, Any], found: Mapping[str, Any] | None) -> str:
-  if found is None:
-    return f"{name} is missing"
-  if found["bytes"] != written["bytes"]:
-    return f"{name} has {found['bytes']} of {written['bytes']} bytes"
-  return "" if found == written else f"{name} has other bytes than were written"
-
-
-def _described(folder: epath.Path) -> dict[str, dict[str, Any]]:
+def _digests(folder: epath.Path) -> dict[str, dict[str, Any]]:
   paths = {storage.below(path, folder): path for path in storage.files_under(folder)}
   paths.pop(NAME, None)
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
@@ -66,9 +66,6 @@ def _described(folder: epath.Path) -> dict[str, dict[str, Any]]:
 
 
 def _digest(path: epath.Path) -> dict[str, Any]:
-  digest, size = hashlib.sha256(), 0
   with path.open("rb") as file:
-    while block := file.read(1 << 22):
-      digest.update(block)
-      size += len(block)
-  return {"bytes": size, "sha256": digest.hexdigest()}
+    digest = hashlib.file_digest(file, "sha256")
+    return {"bytes": file.seek(0, os.SEEK_END), "sha256": digest.hexdigest()}

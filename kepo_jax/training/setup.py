@@ -146,7 +146,7 @@ def build_programs(
   first = optimizer_lib.initial_state(student.params, optimizer, settings.frozen)
   scoring = ["teacher"] if config.objective.distill_weight else []
   scoring += ["reference"] if config.objective.reference_weight else []
-  exploration, sampled, asked = config.exploration, config.sampling, config.eval
+  exploration, sampling, own = config.exploration, config.sampling, config.own_rollouts
 
   def sampler(samples: int, tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
     arguments = programs_lib.SamplingSettings(samples, tokens, temperature, top_p, top_k)
@@ -158,17 +158,16 @@ def build_programs(
     arguments = programs_lib.SamplingSettings(samples, tokens, temperature)
     return programs_lib.teacher_program(models["teacher"], processor, arguments)
 
-  policy = (sampled.max_new_tokens, sampled.temperature, sampled.top_p, sampled.top_k)
-  own = config.own_rollouts
+  policy = (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k)
   return first, programs_lib.Programs(
     decode_weights=programs_lib.decode_weights_program(student.config, student.params, settings.compute_dtype),
     rollout=sampler(max(1, own), *policy),
     candidate=sampler(config.candidates, *policy),
-    greedy=sampler(1, asked.max_new_tokens, 0.0),
+    greedy=sampler(1, config.eval.max_new_tokens, 0.0),
     hint=teacher(config.explores, 1, exploration.hint_tokens, exploration.hint_temperature),
     answer=teacher(
       config.teacher_answers,
-      *(config.batch.rollouts - own, sampled.max_new_tokens, config.supervised.temperature),
+      *(config.batch.rollouts - own, sampling.max_new_tokens, config.supervised.temperature),
     ),
     targets=programs_lib.targets_program([models[role] for role in scoring], settings.parts),
     update=update.Update(student.config, optimizer, token_loss(config, processor), settings, first),
@@ -351,7 +350,7 @@ def usable_questions(
   summaries: dict[str, list[Summary]] = {"reading": [], "checking": []}
 
   def refusals(split: str, examples: Sequence[Example]) -> Mapping[str, Rejected]:
-    return usable.refusals(examples, processor, checks.prompt_kinds(config, split))
+    return usable.refusals(examples, processor, checks.prompt_wordings(config, split))
 
   def read() -> Mapping[str, Sequence[Example]]:
     questions = records
@@ -451,8 +450,8 @@ def model_of(config: Config, role: str, loaded: Qwen3VLConfig, params: Any) -> p
     loaded: sizes of the model.
     params: its weights in `model_dtype`, given up where they move to host memory; or their shapes with shardings.
   """
-  made = dataclasses.replace(loaded, attention=config.model.attention)
+  described = dataclasses.replace(loaded, attention=config.model.attention)
   if role == "student":
-    return with_lora(config, programs_lib.Model(made, params), random_key(config.seed, "lora"))
+    return with_lora(config, programs_lib.Model(described, params), random_key(config.seed, "lora"))
   to_host = config.model.teacher_memory == "host" and not compiling.is_abstract(params)
-  return programs_lib.Model(made, programs_lib.offloaded(params) if to_host else params)
+  return programs_lib.Model(described, programs_lib.offloaded(params) if to_host else params)

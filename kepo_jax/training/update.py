@@ -1,4 +1,4 @@
-"""The update: what models say about rollouts, the inputs of the loss, gradients over micro-batches, and the optimizer.
+"""The update: scoring of rollouts, inputs of the loss, gradients over micro-batches, and the optimizer.
 
 Weights of tokens depend on the global batch. They are computed before the batch is split, so the number of
 micro-batches and devices changes nothing but rounding.
@@ -29,14 +29,14 @@ ROWS = ("prompt", "rollout")
 
 @chex.dataclass(frozen=True)
 class Target:
-  """What a frozen model says about the rollouts of a batch."""
+  """What a frozen model predicts for the rollouts of a batch."""
 
   hidden: jax.Array  # [P, G, T, D], predicts the token at its own index
   head: jax.Array  # [V, D]
 
 
 def hidden_of(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, *, remat: str) -> jax.Array:
-  """Hidden states [P, G, T, D] that predict tokens int32[P, G, T]; image and prompt are run once per group."""
+  """Computes hidden states [P, G, T, D] that predict tokens int32[P, G, T]; image and prompt are run once per group."""
   prefix = model.prefill(config, params, prompts, remat=remat)
   return model.completion_hidden(config, params, prefix, tokens, remat=remat)
 
@@ -51,7 +51,7 @@ def logps_of(
   temperature: float,
   chunk: int,
 ) -> jax.Array:
-  """Log-probabilities float32[P, G, T], nats, of given completions, without gradient; those of padding mean nothing.
+  """Computes log-probabilities float32[P, G, T], nats, of given completions; those of padding mean nothing.
 
   Args:
     config: of the model.
@@ -69,7 +69,7 @@ def logps_of(
 
 
 def micro_batches(batch: Any, count: int, axes: tuple[str, ...] = ("prompt",)) -> Any:
-  """[P, ...] leaves cut to [count, P / count, ...], every device giving each part the same number of rows.
+  """Splits [P, ...] leaves to [count, P / count, ...], every device giving each part the same number of rows.
 
   Args:
     batch: tree of arrays that lead with `axes`.
@@ -77,15 +77,15 @@ def micro_batches(batch: Any, count: int, axes: tuple[str, ...] = ("prompt",)) -
     axes: ("prompt",) or ("prompt", "rollout").
   """
 
-  def cut(x):
+  def split(x):
     rows = x.reshape((x.shape[0] // count, count) + x.shape[1:])
     return sharding.constrain(jnp.moveaxis(rows, 1, 0), None, *axes, *[None] * (x.ndim - len(axes)))
 
-  return jax.tree.map(cut, batch)
+  return jax.tree.map(split, batch)
 
 
 def in_parts(function: Callable[..., jax.Array], prompts: Prompts, tokens: jax.Array, parts: int) -> jax.Array:
-  """function(prompts, tokens) -> [P, G, T, ...] on micro-batches, one after the other, joined in the order of rows."""
+  """Computes function(prompts, tokens) -> [P, G, T, ...] on one micro-batch after the other."""
   values = jax.lax.map(
     lambda part: function(*part), (micro_batches(prompts, parts), micro_batches(tokens, parts, ROWS))
   )
@@ -94,7 +94,7 @@ def in_parts(function: Callable[..., jax.Array], prompts: Prompts, tokens: jax.A
 
 
 def target(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Array, *, parts: int) -> Target:
-  """Hidden states [P, G, T, D] and head [V, D] of a frozen model on the rollouts, without gradient.
+  """Computes hidden states [P, G, T, D] and head [V, D] of a frozen model on the rollouts, without gradient.
 
   Args:
     config: of the frozen model.
@@ -111,7 +111,7 @@ def target(config: Qwen3VLConfig, params: Any, prompts: Prompts, tokens: jax.Arr
   return jax.lax.stop_gradient(Target(hidden=states, head=model.head_weight(config, params)))
 
 
-# What the importance ratio of an injected rollout, sampled under a hint, is taken between; see `UpdateSettings`.
+# The policies of the importance ratio of an injected rollout, sampled under a hint; see `UpdateSettings`.
 OFF_CONTEXT = ("drop_on_policy", "drop_behaviour_shaped", "drop_unit_shaped")
 UNIT_GAMMA = 0.1  # LUFFY
 BEHAVIOUR_QUANTILE = 0.9  # Guide
@@ -143,7 +143,7 @@ class UpdateSettings:
   distill_factor: optax.Schedule = lambda step: 1.0  # factor of lambda at a step
 
   def chunk_of(self, tokens: jax.Array) -> int:
-    """`chunk` as tokens of each row of int32[P, G, T]."""
+    """Returns `chunk` as tokens of each row of int32[P, G, T]."""
     return scoring.chunk_of(self.chunk, *tokens.shape[:2])
 
 
@@ -154,7 +154,7 @@ def keep_one_term(inputs: Any, weight: str) -> Any:
 
 
 def _zeros_like(x: Any) -> Any:
-  """Zeros where an array is, on its devices; a shape stays. `jnp.zeros_like` would compile a program of its own."""
+  """Returns zeros on the devices of an array; a shape stays. `jnp.zeros_like` would compile a program of its own."""
   if isinstance(x, jax.ShapeDtypeStruct):
     return x
   zeros = np.zeros(x.shape, x.dtype)
@@ -213,7 +213,7 @@ def make_inputs(
 
 
 def _log_gamma(log_ratio: jax.Array, rows: losses.TokenInputs) -> jax.Array:
-  """float32[], log of the 0.9-quantile of rho over injected tokens; 0 without any."""
+  """Computes float32[], log of the 0.9-quantile of rho over injected tokens; 0 without any."""
   injected = rows.mask & rows.injected
   top = jnp.where(injected, log_ratio, -jnp.inf).max()  # taken out, so that no rho overflows
   rho = jnp.exp(jnp.where(injected, log_ratio - top, jnp.nan))
@@ -257,14 +257,14 @@ def batch_sums(
 
 
 def means(metrics: dict[str, tuple[Any, Any]]) -> dict[str, float]:
-  """(sum, count) pairs as means; left out where nothing was counted."""
+  """Turns (sum, count) pairs into means; leaves out those without a count."""
   return {name: float(total / count) for name, (total, count) in metrics.items() if count}
 
 
 def make_gradients(
   config: Qwen3VLConfig, token_loss: losses.KepoTokenLoss, settings: UpdateSettings
 ) -> Callable[[Any, Experience, losses.TokenInputs, tuple[Target, ...]], tuple[dict[str, Any], Any]]:
-  """The function (params, experience, inputs, targets) -> ((sum, count) pairs, gradients of what is trained).
+  """Returns (params, experience, inputs, targets) -> ((sum, count) pairs, gradients of the trained parts).
 
   Args:
     config: of the student.
@@ -308,12 +308,12 @@ def make_gradients(
     if settings.parts == 1:
       (value, sums), gradient = part_gradients((prompts, rows))
     else:
-      cut = (micro_batches(prompts, settings.parts), micro_batches(rows, settings.parts, ROWS))
+      parts = (micro_batches(prompts, settings.parts), micro_batches(rows, settings.parts, ROWS))
       zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], cut))
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], parts))
       )
       add = lambda total, part: (jax.tree.map(jnp.add, total, part_gradients(part)), None)  # noqa: E731
-      ((value, sums), gradient), _ = jax.lax.scan(add, zeros, cut)
+      ((value, sums), gradient), _ = jax.lax.scan(add, zeros, parts)
     return sums | {"loss": (value, jnp.float32(1))}, gradient
 
   return gradients
@@ -322,7 +322,7 @@ def make_gradients(
 def apply_gradients(
   optimizer: optax.GradientTransformation, state: TrainState, gradient: Any, loss: jax.Array, *, steps: int
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """The state after one update; where loss or gradient is not finite, parameters and moments stay as they are.
+  """Applies one update; where loss or gradient is not finite, parameters and moments stay as they are.
 
   Args:
     optimizer: from `state.make_optimizer`, or any other.
@@ -354,7 +354,7 @@ def apply_gradients(
 
 
 def compared(first: Any, second: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Norms of two gradients and the cosine between them, float32[] each; the cosine is 0 where a norm is."""
+  """Computes the norms of two gradients and their cosine, float32[] each; the cosine is 0 where a norm is."""
   norms = optax.tree.norm(first), optax.tree.norm(second)
   product = norms[0] * norms[1]
   return *norms, jnp.where(product > 0, optax.tree.vdot(first, second) / jnp.where(product > 0, product, 1.0), 0.0)
@@ -371,7 +371,7 @@ class Update:
     settings: UpdateSettings,
     state: TrainState,
   ):
-    """Makes the programs; they compile when they are first called.
+    """Creates the programs; they compile when they are first called.
 
     Args:
       config: of the student.
@@ -398,7 +398,7 @@ class Update:
     Args:
       state: consumed.
       experience: the global batch, on the mesh.
-      targets: what the teacher and the reference say about it, where the loss uses them.
+      targets: of the teacher and the reference, where the loss uses them.
       compare: add the norms of the gradients of the policy and the distillation term, and their cosine.
     """
     state, metrics, comparison = self._run(state, experience, targets, compare=compare)

@@ -311,8 +311,8 @@ class RunFiles:
       return
     with contextlib.ExitStack() as place:
       # A folder without config.json is no model.
-      made = storage.written_locally(self._root / "model", last="config.json")
-      folder = multihost.run_on_all(lambda: place.enter_context(made))
+      local = storage.written_locally(self._root / "model", last="config.json")
+      folder = multihost.run_on_all(lambda: place.enter_context(local))
       write(folder)
       multihost.run_on_all(place.close)
 

@@ -131,7 +131,7 @@ def test_where_another_host_cannot_prepare_a_batch_all_read_the_one_before_and_e
       raise OSError("another process of this run has failed; its log says why.")
     return prepared[-1]
 
-  monkeypatch.setattr(multihost, "together", together)
+  monkeypatch.setattr(multihost, "run_on_all", together)
   outputs, model = [], Scripted()
   with pytest.raises(OSError, match="another process"):
     evaluation.evaluate(model, model, examples(), batch_size=2, on_output=outputs.append)
