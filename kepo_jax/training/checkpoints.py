@@ -203,7 +203,6 @@ class Checkpoints:
     with storage.reaching(self.directory):
       manager.wait_until_finished()
       if multihost.is_first():
-        check_opens(storage.orbax_path(self.directory) / str(step) / "state")
         manifest.write(self.directory / str(step))
         self._delete_old()
     return step
@@ -253,18 +252,6 @@ class Checkpoints:
       f"the checkpoint of step {step} could not be written to {self.directory} ({reason}); {newest}. "
       f"Make room or mend the storage, then go on with --resume."
     )
-
-
-def check_opens(place: epath.PathLike) -> None:
-  """Opens every array of a saved state through Orbax, without reading it.
-
-  Raises:
-    OSError: what was written is no state.
-  """
-  try:
-    ocp.PyTreeCheckpointHandler().metadata(epath.Path(place))
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise OSError(f"{place} was written and cannot be opened: {str(error).strip().splitlines()[0]}") from error
 
 
 def restored_params(folder: epath.PathLike, like: Any) -> Any:

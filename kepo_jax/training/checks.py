@@ -3,6 +3,7 @@
 import collections
 import functools
 import json
+import operator
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

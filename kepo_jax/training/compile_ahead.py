@@ -174,26 +174,11 @@ def experience_shapes(mesh: jax.sharding.Mesh, prompts: Prompts, rows: tuple[int
     rows: P, G, T.
   """
 
-  def of(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-  group = rows[:2]
-  return Experience(
-    prompts=prompts,
-    **sharding.placed_shapes(
-      mesh,
-      {
-        "tokens": of(np.int32, *rows),
-        "mask": of(np.bool_, *rows),
-        "logps": of(np.float32, *rows),
-        "advantages": of(np.float32, *group),
-        "gate": of(np.bool_, *group),
-        "injected": of(np.bool_, *group),
-        "supervised": of(np.bool_, *group),
-        "kept": of(np.bool_, *group),
-      },
-    ),
-  )
+  arrays = {name: jax.ShapeDtypeStruct(rows[:2], np.bool_) for name in ("gate", "injected", "supervised", "kept")}
+  arrays["advantages"] = jax.ShapeDtypeStruct(rows[:2], np.float32)
+  for name, dtype in (("tokens", np.int32), ("mask", np.bool_), ("logps", np.float32)):
+    arrays[name] = jax.ShapeDtypeStruct(rows, dtype)
+  return Experience(prompts=prompts, **sharding.placed_shapes(mesh, arrays))
 
 
 def _reached(buckets: Sequence[int], least: int, most: int) -> tuple[int, ...]:

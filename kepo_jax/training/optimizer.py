@@ -59,7 +59,7 @@ def scale_by_adam(*, b1: float, b2: float, eps: float, dtype: str) -> optax.Grad
 
 
 def rounded(x: jax.Array, bits: jax.Array) -> jax.Array:
-  """Rounds to bfloat16, away from zero with the share of a step that is cut off as probability.
+  """Rounds to bfloat16 stochastically: away from zero with the truncated share of a step as probability.
 
   Args:
     x: float32[...].
@@ -80,7 +80,7 @@ class TrainState:
 
 
 def learning_rate_schedule(*, learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
-  """Linear warm-up to the peak, then linear decay to 0 at `steps`; step -> rate."""
+  """Returns step -> rate: linear warm-up to the peak, then linear decay to 0 at `steps`."""
   decay = optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup_steps))
   if not warmup_steps:
     return decay
@@ -99,7 +99,7 @@ def make_optimizer(
   clip_norm: float,
   moments_dtype: str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
-  """AdamW after clipping by the global norm; `update` takes the number of steps done as `step`.
+  """Returns AdamW after clipping by the global norm; `update` takes the number of steps done as `step`.
 
   The rate follows the step, not a counter of updates: all updates of a step have its rate, and one that is skipped
   does not shift those after it.
@@ -122,7 +122,7 @@ def make_optimizer(
 
 
 def _scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-  """The last part of AdamW: minus the learning rate of the step, times the update."""
+  """Returns the last part of AdamW: minus the learning rate of the step, times the update."""
 
   def update(updates, state, params=None, *, step, **_):
     del params
@@ -133,14 +133,14 @@ def _scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtr
 
 
 def trained(params: dict[str, Any], frozen: tuple[str, ...] = ()) -> dict[str, Any]:
-  """The top-level parts of a parameter tree that are not `frozen`: only they have gradients and moments."""
+  """Returns the top-level parts of a parameter tree that are not `frozen`: only they have gradients and moments."""
   return {name: part for name, part in params.items() if name not in frozen}
 
 
 def initial_state(
   params: dict[str, Any], optimizer: optax.GradientTransformation, frozen: tuple[str, ...] = ()
 ) -> TrainState:
-  """The state before the first update, moments sharded as their parameters.
+  """Returns the state before the first update, moments sharded as their parameters.
 
   Args:
     params: float32 master weights on a mesh, or their shapes with shardings, of which the state then consists too.

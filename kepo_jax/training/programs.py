@@ -22,21 +22,18 @@ PLACES = ("device", "host")
 _HOST = "pinned_host"  # pages that a device copies from by itself, beside its work
 
 
-def check_host_memory(mesh: jax.sharding.Mesh, field: str, instead: str) -> None:
-  """Refuses a choice that needs host memory on a backend without it.
-
-  Args:
-    mesh: of the run.
-    field: "section.name=value", as the message says it.
-    instead: a value that works.
+def check_host_memory(mesh: jax.sharding.Mesh) -> None:
+  """Refuses to offload the teacher where there is no host memory that the devices can address.
 
   Raises:
-    ValueError: there is no host memory that the devices can address.
+    ValueError: there is none; says which memory there is, and the way out.
   """
   device = mesh.local_devices[0]
   kinds = sorted(memory.kind for memory in device.addressable_memories())
   if _HOST not in kinds:
-    raise ValueError(f"{field} needs memory of the kind {_HOST}, and {device.platform} has {kinds}; use {instead}.")
+    raise ValueError(
+      f"model.teacher_memory=host needs memory of the kind {_HOST}, and {device.platform} has {kinds}; use device."
+    )
 
 
 def offloaded(params: Any) -> Any:

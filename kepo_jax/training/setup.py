@@ -308,7 +308,7 @@ def checked_parts(
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   checks.warn_of_replication(config, dict(mesh.shape))
   if config.model.teacher_memory == "host":
-    programs_lib.check_host_memory(mesh, "model.teacher_memory=host", "device")
+    programs_lib.check_host_memory(mesh)
   student = model_folder(config, "student", hooks)
   checks.warn_of_templates(config, student)
   processor = processor_lib.Processor.from_directory(

@@ -77,11 +77,10 @@ def test_a_backend_without_host_memory_is_named(mesh_of):
     device = types.SimpleNamespace(platform="other", addressable_memories=lambda: memories)
     return types.SimpleNamespace(local_devices=[device])
 
-  field = "model.teacher_memory=host", "device"
   with pytest.raises(ValueError, match=r"model.teacher_memory=host needs .* pinned_host, and other has \['device'\]"):
-    programs.check_host_memory(mesh_with("device"), *field)
-  programs.check_host_memory(mesh_with("device", "pinned_host"), *field)
-  programs.check_host_memory(mesh_of(data=2), *field)  # this backend has it
+    programs.check_host_memory(mesh_with("device"))
+  programs.check_host_memory(mesh_with("device", "pinned_host"))
+  programs.check_host_memory(mesh_of(data=2))  # this backend has it
 
 
 @pytest.mark.slow
