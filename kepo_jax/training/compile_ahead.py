@@ -74,7 +74,7 @@ def compile_ahead(run: setup.Run, state: TrainState, start: int, splits: Sequenc
 
   Raises:
     ValueError: a program cannot be compiled; says which.
-    OSError: so it is on another process, or an image could not be read there.
+    OSError: another process has failed, or could not read an image.
     Interrupted: the run was asked to stop; looked at between programs.
   """
 

@@ -144,12 +144,12 @@ def first_useful(useful: np.ndarray, count: int) -> list[int]:
   return sorted(np.argsort(~useful, kind="stable")[:count])
 
 
-def explore(run: setup.Run, weights: Any, groups: Groups, step: int) -> tuple[exploration.Exploration, int, int]:
+def explore(run: setup.Run, decode_weights: Any, groups: Groups, step: int) -> tuple[exploration.Exploration, int, int]:
   """Samples under hints of the teacher for the failed prompts of a step.
 
   Args:
     run: the models, data and programs.
-    weights: decode weights of the student.
+    decode_weights: of the student.
     groups: of the step.
     step: its number, from 0.
 
@@ -169,7 +169,7 @@ def explore(run: setup.Run, weights: Any, groups: Groups, step: int) -> tuple[ex
     examples = [groups.examples[row] for row in rows]
     prompts = run.prompts(examples, config.exploration.hint_prompt, hints=hints, sizes=sizes)
     key = setup.random_key(config.seed, "candidate", step, attempt)
-    candidates = run.score(examples, programs.candidate(weights, prompts, key))
+    candidates = run.score(examples, programs.candidate(decode_weights, prompts, key))
     tokens["candidate"] += int(candidates.mask[: len(rows)].sum())
     return rollouts_lib.candidates(candidates, hints)
 

@@ -7,7 +7,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from kepo_jax import sharding
@@ -148,20 +147,6 @@ def test_parameters_alone_come_back_also_where_the_path_is_a_pattern(tmp_path, m
   flip(folder)
   with pytest.raises(ValueError, match="checkpoints/1 is damaged: "):
     restored_params(folder, like)
-
-
-def test_nothing_is_compressed_and_what_an_earlier_version_compressed_comes_back(tmp_path):
-  with contextlib.closing(opened(tmp_path / "now")) as checkpoints:
-    checkpoints.save(1, {"w": jnp.zeros(1_000_000)}, {})
-  assert sum(path.stat().st_size for path in (tmp_path / "now" / "checkpoints" / "1").rglob("*")) > 4_000_000
-  with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-    items = {"state": ocp.args.StandardSave(state(6)), "record": ocp.args.JsonSave({"step": 6})}
-    manager.save(6, args=ocp.args.Composite(**items))
-    manager.wait_until_finished()
-  manifest.write(tmp_path / "checkpoints" / "6")
-  tree, record = restored(tmp_path)
-  np.testing.assert_array_equal(tree["w"], np.arange(64).reshape(8, 8) + 6)
-  assert record == {"step": 6}
 
 
 def test_when_a_checkpoint_is_due(tmp_path):

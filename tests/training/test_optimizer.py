@@ -9,7 +9,6 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kepo_jax import sharding
 from kepo_jax.training import optimizer as optimizer_lib
 from kepo_jax.training import update as update_lib
 from tests.training.runs import equal
@@ -151,23 +150,6 @@ def params(mesh_of):
   tree = {"visual": {"w": np.ones((4, 2))}, "language_model": {"w": np.ones((4, 6)), "b": np.ones(3)}}
   places = {"visual": {"w": place("fsdp")}, "language_model": {"w": place(None, "tensor"), "b": place()}}
   return jax.device_put(jax.tree.map(np.float32, tree), places)
-
-
-def test_the_first_state(params):
-  optimizer = optimizer_lib.make_optimizer(constant(0.1), **OPTIMIZER)
-  first = optimizer_lib.initial_state(params, optimizer)
-  assert first.params is params
-  assert all(counter.dtype == jnp.int32 and int(counter) == 0 for counter in (first.step, first.skipped))
-  mu, nu = (optax.tree_utils.tree_get(first.opt_state, name) for name in ("mu", "nu"))
-  for moment in (mu, nu):
-    assert jax.tree.structure(moment) == jax.tree.structure(params)
-    for value, parameter in zip(jax.tree.leaves(moment), jax.tree.leaves(params), strict=True):
-      assert (value.shape, value.dtype) == (parameter.shape, jnp.float32) and not value.any()
-      assert value.sharding.is_equivalent_to(parameter.sharding, value.ndim)
-  # Counters lie on every device, as the number of steps does.
-  whole = sharding.replicated(params["visual"]["w"].sharding.mesh)
-  counts = [leaf for leaf in jax.tree.leaves(first.opt_state) if not leaf.ndim]
-  assert counts and all(leaf.sharding.is_equivalent_to(whole, 0) for leaf in (*counts, first.step, first.skipped))
 
 
 def test_frozen_parts_have_no_moments(params):
