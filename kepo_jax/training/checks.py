@@ -168,7 +168,7 @@ def with_readable_images(
     questions: split -> questions, the same on every process.
     lenient: leave out, and count, questions whose image cannot be read or for which there is no room.
     progress: called with the number of images done and of all that this process decodes, for each split.
-    refusals: (split, questions with readable images) -> id -> why there is no room for it, as `limits.refusals` tells.
+    refusals: (split, questions with readable images) -> id -> why there is no room for it, as `usable.refusals` tells.
     report: called with what was left out of each split.
 
   Returns:

@@ -52,7 +52,7 @@ class Needs:
     """Returns the need of each question.
 
     Args:
-      examples: questions for which there is room, see `limits.refusals`.
+      examples: questions for which there is room, see `usable.refusals`.
       wording: as in `data.prompts.prompt_text`.
       hint: most tokens that a hint adds to the prompt; which text it will have is not known.
 

@@ -325,7 +325,7 @@ def apply_gradients(
   """Applies one update; where loss or gradient is not finite, parameters and moments stay as they are.
 
   Args:
-    optimizer: from `state.make_optimizer`, or any other.
+    optimizer: from `optimizer.make_optimizer`, or any other.
     state: before the update.
     gradient: of the trained parts of the parameters.
     loss: float32[].
@@ -375,7 +375,7 @@ class Update:
 
     Args:
       config: of the student.
-      optimizer: from `state.make_optimizer`.
+      optimizer: from `optimizer.make_optimizer`.
       token_loss: the objective.
       settings: of the update.
       state: whose shardings the new state has.

@@ -59,7 +59,7 @@ _MADE, _BUILD = {}, setup.build_programs
 
 
 def _build_once(config, processor, models):
-  """`assembly.build_programs`, with the programs of the first run of the same config: they are compiled already."""
+  """`setup.build_programs`, with the programs of the first run of the same config: they are compiled already."""
   state, programs = _BUILD(config, processor, models)
   # All runs here have the same models and tokenizer, wherever they lie.
   idle = {"optimizer": ("skip_limit",), "eval": ("every", "test", "before", "prompts"), "model": ("student", "teacher")}
