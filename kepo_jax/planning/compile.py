@@ -1,12 +1,7 @@
 """Compiles a training step for TPU slices or GPUs that are not here, and collects what the compiler says.
 
-<<<<<<< HEAD
-The programs are those of training, made from shapes: `assembly.build_programs` builds them, and the compiler that runs
-on a TPU or GPU host compiles them on this one.
-=======
 The programs are those of training, made from shapes: `setup.build_programs` builds them, and the compiler that runs
-on a TPU host compiles them on this one.
->>>>>>> ac94bcc (Stale names in docstrings)
+on a TPU or GPU host compiles them on this one.
 """
 
 import dataclasses
