@@ -62,10 +62,10 @@ def test_progress_comes_in_order_and_ends_the_work(mesh_of):
   seen, made = [], []
   gate = threading.Event()
   late = [Compilation("late", lambda: gate.wait(20) and made.append("late"))]
-  rehearsals = [Compilation(f"call {n}", lambda n=n: made.append(n)) for n in range(2)] + late * 50
+  compilations = [Compilation(f"call {n}", lambda n=n: made.append(n)) for n in range(2)] + late * 50
   threading.Timer(0.5, gate.set).start()
   with pytest.raises(Enough):
-    compile_all(rehearsals, mesh_of(), progress=progress)
+    compile_all(compilations, mesh_of(), progress=progress)
   assert seen == [(1, 52, True), (2, 52, True)]
   assert len(made) < 52  # what had not begun was left
 
