@@ -37,7 +37,7 @@ class Split:
   inner: tuple[int, ...]  # of each: the axis of the mesh whose devices lie next to each other; data is outermost
 
   def link_load(self, axis: int, wraps: Sequence[bool]) -> float:
-    """Bytes on the busiest direction of a link, per byte that each group gathers along an axis of the mesh.
+    """Returns the bytes on the busiest direction of a link, per byte that each group gathers along an axis of the mesh.
 
     Args:
       axis: of the mesh.
@@ -71,7 +71,7 @@ class Split:
 
 
 def _stride(part: tuple[int, int, int], inner: int, axis: int) -> int:
-  """Distance in chips between neighbours of a group along an axis of the slice."""
+  """Returns the distance in chips between neighbours of a group along an axis of the slice."""
   if axis == inner:
     return 1
   return part[inner] if axis != _DATA else part[_FSDP] * part[_TENSOR]
@@ -86,7 +86,7 @@ def _cheapest(splits: Iterator[Split], wraps: Sequence[bool]) -> Split:
 
 
 def _splits(box: Sequence[int], sizes: Sequence[int]) -> Iterator[Split]:
-  """Every way to divide the axes of a slice among the axes of a mesh."""
+  """Yields every way to divide the axes of a slice among the axes of a mesh."""
   for parts in _factors(box, sizes):
     for inner in itertools.product((_TENSOR, _FSDP), repeat=len(parts)):
       yield Split(parts, inner)
@@ -105,7 +105,7 @@ def _factors(lengths: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[tup
 
 
 def _tour(sides: Sequence[int]) -> np.ndarray:
-  """Numbers of the points of a box, last side fastest, each a neighbour of the one before."""
+  """Orders the points of a box so that each is a neighbour of the one before; returns their flat indices."""
   order = np.arange(1)
   for side in reversed(sides):
     order = np.concatenate([row * len(order) + (order[::-1] if row % 2 else order) for row in range(side)])
@@ -113,7 +113,7 @@ def _tour(sides: Sequence[int]) -> np.ndarray:
 
 
 def _wraps(kind: str, lengths: Sequence[int]) -> list[bool]:
-  """Whether each axis of a slice is a ring: of 16 chips on v5e and v6e, else of whole cubes of 4 x 4 x 4.
+  """Returns whether each axis of a slice is a ring: of 16 chips on v5e and v6e, else of whole cubes of 4 x 4 x 4.
 
   From docs.cloud.google.com/tpu/docs/v5e and v5p. Where only some axes may be rings, none is taken for one.
   """

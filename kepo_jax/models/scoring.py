@@ -30,7 +30,7 @@ def chunked_loss(
   *,
   chunk: int = 128,
 ) -> tuple[jax.Array, Any]:
-  """Sum of a per-token loss; differentiable in hidden and head, whose gradients are made in the forward pass.
+  """Sums a per-token loss; the gradients of hidden and head are computed in the forward pass.
 
   Args:
     token_loss: (logits float32[P, G, C, V], other_logits: one such array per model of `others`, inputs of the
@@ -59,7 +59,7 @@ def token_logps(
   temperature: float = 1.0,
   chunk: int = 128,
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-probabilities of given tokens, without gradient.
+  """Returns log-probabilities of given tokens, without gradient.
 
   Args:
     hidden: float[P, G, T, D]; hidden[..., t, :] predicts token t.
@@ -83,7 +83,7 @@ def token_logps(
 
 
 def chunk_of(tokens: int, prompts: int, rollouts: int) -> int:
-  """The chunk of T that gives the rows of a device about so many tokens with logits; at least one for each row."""
+  """Returns the chunk of T with which a device holds logits of about `tokens` tokens; at least 1."""
   a, b = sharding.row_shards(prompts, rollouts)
   return max(1, tokens * a * b // (prompts * rollouts))
 
@@ -94,13 +94,13 @@ def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
 
 def _chunks(length: int, chunk: int) -> tuple[int, int]:
-  """(number, length) of chunks of equal length that cover T with the least padding."""
+  """Returns (number, length) of chunks of equal length that cover T with the least padding."""
   number = max(1, math.ceil(length / chunk))
   return number, math.ceil(length / number)
 
 
 def _padded(tree: Any, length: int) -> Any:
-  """Axis 2 of every leaf padded with zeros to `length`."""
+  """Pads axis 2 of every leaf with zeros to `length`."""
 
   def pad(x):
     missing = length - x.shape[2]
@@ -110,7 +110,7 @@ def _padded(tree: Any, length: int) -> Any:
 
 
 def _joined(tree: Any, length: int) -> Any:
-  """Stacked chunks [n, P, G, C, ...] -> [P, G, length, ...]."""
+  """Joins stacked chunks, [n, P, G, C, ...] -> [P, G, length, ...]."""
 
   def join(x):
     x = jnp.moveaxis(x, 0, 2)
@@ -121,7 +121,7 @@ def _joined(tree: Any, length: int) -> Any:
 
 
 def _scan_chunks(body: Callable, carry: Any, operands: Any, chunk: int) -> tuple[Any, Any]:
-  """body(carry, slice of operands along T) over all chunks; its outputs joined along T."""
+  """Scans body(carry, chunk of operands) over all chunks of T; joins its outputs along T."""
   length = jax.tree.leaves(operands)[0].shape[2]
   number, size = _chunks(length, chunk)
   operands = _padded(operands, number * size)
@@ -134,7 +134,7 @@ def _scan_chunks(body: Callable, carry: Any, operands: Any, chunk: int) -> tuple
 
 
 def _gathered(heads: Sequence[jax.Array]) -> list[jax.Array]:
-  """Heads whole over data and fsdp, gathered once before the loop and not in every chunk."""
+  """Gathers heads over fsdp, once before the loop instead of in every chunk."""
   return [sharding.constrain(head, "vocab", None) for head in heads]
 
 
@@ -152,7 +152,7 @@ def _chunked_loss(token_loss, chunk, hidden, head, inputs, others):
 
 
 def _head_gradient(d_logits: jax.Array, hidden: jax.Array, shards: tuple[int, int]) -> jax.Array:
-  """float32[a, b, D, V]: one partial sum per shard of the rows, so that no device waits for another in the loop.
+  """Returns float32[a, b, D, V], one partial sum per shard of the rows: the loop needs no collective.
 
   With V last, a product that wants one operand transposed (on CPU) turns the hidden states and not the logits.
   """
@@ -166,7 +166,7 @@ def _head_gradient(d_logits: jax.Array, hidden: jax.Array, shards: tuple[int, in
 
 
 def _forward(token_loss, chunk, hidden, head, inputs, others):
-  """The loss, and the gradients of hidden and head as residuals."""
+  """Returns the loss, and the gradients of hidden and head as residuals."""
   whole, *other_heads = _gathered([head, *(head for _, head in others)])
   shards = sharding.row_shards(*hidden.shape[:2])
 

@@ -33,7 +33,7 @@ ESTIMATORS = {"group_std": _group_std, "no_std": _no_std, "rloo": _rloo, "batch_
 
 
 def group_advantages(rewards: jax.Array | np.ndarray, *, kind: str = "group_std", epsilon: float = 1e-4) -> jax.Array:
-  """Rewards compared inside each group of rollouts of one prompt.
+  """Computes advantages: rewards compared inside each group of rollouts of one prompt.
 
   Args:
     rewards: float32[P, G], terminal reward of each rollout.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def masked_log_softmax(logits: jax.Array, allowed: jax.Array, temperature: float = 1.0) -> jax.Array:
-  """Log-probabilities over the allowed ids, before any top-k or top-p.
+  """Returns log-probabilities over the allowed ids, before any top-k or top-p.
 
   Args:
     logits: float[..., V], of any float dtype.
@@ -24,7 +24,7 @@ def masked_log_softmax(logits: jax.Array, allowed: jax.Array, temperature: float
 
 
 def select_token(values: jax.Array, tokens: jax.Array) -> jax.Array:
-  """The entry of each token: values float[..., V] at tokens int32[...] -> float[...].
+  """Returns the entry of each token: values float[..., V] at tokens int32[...] -> float[...].
 
   A masked sum: unlike a gather it fuses with the softmax before it, its gradient needs no scatter, and a
   vocabulary sharded over devices stays where it is.
@@ -35,19 +35,19 @@ def select_token(values: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def entropy(logps: jax.Array) -> jax.Array:
-  """Shannon entropy in nats: log-probabilities float32[..., V] -> float32[...]; -inf counts as zero."""
+  """Returns Shannon entropy in nats: log-probabilities float32[..., V] -> float32[...]; -inf counts as zero."""
   # 0 * -inf is nan: a banned id contributes nothing, in value and in gradient.
   finite = jnp.where(jnp.isneginf(logps), 0.0, logps)
   return -(jnp.exp(logps) * finite).sum(-1)
 
 
 def top_ids(logps: jax.Array, k: int) -> jax.Array:
-  """The k most likely ids, with those tied with the k-th: float32[..., V] -> bool[..., V]."""
+  """Returns the k most likely ids, with those tied with the k-th: float32[..., V] -> bool[..., V]."""
   return ~tail_ids(logps, jnp.ones_like(logps), float(k))
 
 
 def tail_ids(logps: jax.Array, weights: jax.Array, wanted: float) -> jax.Array:
-  """Ids below the highest threshold above which the weights still add to `wanted`.
+  """Returns ids below the highest threshold above which the weights still add to `wanted`.
 
   The threshold is found by halving the range of positive floats, whose bits are ordered like their values: 31 sums
   over the vocabulary instead of sorting it, and a vocabulary sharded over devices stays where it is.
@@ -77,7 +77,7 @@ def tail_ids(logps: jax.Array, weights: jax.Array, wanted: float) -> jax.Array:
 
 
 def with_tail(logps: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """A distribution over some ids and one bucket for all others.
+  """Returns a distribution over some ids and one bucket for all others.
 
   Args:
     logps: float32[..., V], normalised; -inf at banned ids.

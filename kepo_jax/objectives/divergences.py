@@ -12,7 +12,7 @@ KINDS = ("jsd", "forward_kl", "reverse_kl", "sampled_k2")
 
 
 def kl(p_logps: jax.Array, q_logps: jax.Array) -> jax.Array:
-  """KL(p || q) in nats, float32[..., V] twice -> float32[...]; an id with p = 0 contributes nothing."""
+  """Returns KL(p || q) in nats, float32[..., V] twice -> float32[...]; an id with p = 0 contributes nothing."""
   chex.assert_equal_shape((p_logps, q_logps))
   # A banned id is -inf on both sides; make the gap finite before weighting it, or 0 * nan appears.
   seen = jnp.logical_not(jnp.isneginf(p_logps))
@@ -21,7 +21,7 @@ def kl(p_logps: jax.Array, q_logps: jax.Array) -> jax.Array:
 
 
 def generalised_jsd(teacher_logps: jax.Array, student_logps: jax.Array, *, weight: float) -> jax.Array:
-  """Generalised Jensen-Shannon divergence (arXiv:2306.13649, Eq. 1).
+  """Returns the generalised Jensen-Shannon divergence (arXiv:2306.13649, Eq. 1).
 
   With m = (1 - b) pi_theta + b pi_T it is b KL(pi_T || m) + (1 - b) KL(pi_theta || m). This goes to 0 at both
   ends, so the ends are the KLs themselves: b = 0 is KL(pi_T || pi_theta), b = 1 is KL(pi_theta || pi_T).
@@ -53,7 +53,7 @@ def generalised_jsd(teacher_logps: jax.Array, student_logps: jax.Array, *, weigh
 
 
 def top_k_jsd(teacher_logps: jax.Array, student_logps: jax.Array, *, weight: float, top_k: int) -> jax.Array:
-  """`generalised_jsd` of coarser distributions: the teacher's k most likely ids, and all other ids as one bucket.
+  """Returns `generalised_jsd` over the teacher's k most likely ids, with all other ids as one bucket.
 
   Never above the full divergence, and equal to it once k reaches all allowed ids but one. Without the bucket the two
   sides would not be distributions, and mass that the student moves to the tail would cost nothing.
@@ -79,7 +79,7 @@ def top_k_jsd(teacher_logps: jax.Array, student_logps: jax.Array, *, weight: flo
 def token_divergence(
   teacher_logps: jax.Array, student_logps: jax.Array, tokens: jax.Array, *, kind: str, weight: float, top_k: int = 0
 ) -> jax.Array:
-  """The distillation loss of each token, by name.
+  """Returns the distillation loss of each token, by name.
 
   Args:
     teacher_logps: float32[..., V], log pi_T, normalised; -inf at banned ids.

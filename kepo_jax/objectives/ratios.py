@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def clipped_surrogate(log_ratio: jax.Array, advantages: jax.Array, *, clip_low: float, clip_high: float) -> jax.Array:
-  """The clipped objective of PPO (arXiv:1707.06347, Eq. 7), to be maximised.
+  """Returns the clipped objective of PPO (arXiv:1707.06347, Eq. 7), to be maximised.
 
   Args:
     log_ratio: float32[...], log pi_theta - log pi_old of each token, nats.
@@ -22,13 +22,13 @@ def clipped_surrogate(log_ratio: jax.Array, advantages: jax.Array, *, clip_low: 
 
 
 def clip_active(log_ratio: jax.Array, advantages: jax.Array, *, clip_low: float, clip_high: float) -> jax.Array:
-  """bool[...]: tokens whose gradient `clipped_surrogate` cuts to zero; arguments as there."""
+  """Returns bool[...]: tokens whose gradient `clipped_surrogate` cuts to zero; arguments as there."""
   ratio = jnp.exp(log_ratio)
   return ((ratio < 1.0 - clip_low) & (advantages < 0)) | ((ratio > 1.0 + clip_high) & (advantages > 0))
 
 
 def shaped_surrogate(log_ratio: jax.Array, advantages: jax.Array, *, log_gamma: jax.Array | float) -> jax.Array:
-  """The surrogate of tokens from another policy mu: A rho / (rho + gamma) with rho = pi_theta / mu, to be maximised.
+  """Returns A rho / (rho + gamma) with rho = pi_theta / mu, the surrogate of tokens from a policy mu, to be maximised.
 
   Bounded, and its slope in log rho never vanishes below the bound, unlike that of a clip (LUFFY, arXiv:2504.14945,
   with mu = 1 and gamma = 0.1; Guide, arXiv:2506.13923, with mu the policy that saw the hint).
@@ -46,7 +46,7 @@ def shaped_surrogate(log_ratio: jax.Array, advantages: jax.Array, *, log_gamma: 
 
 
 def sequence_log_ratio(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
-  """Log of the length-normalised sequence ratio of GSPO (arXiv:2507.18071, section 4.1).
+  """Returns the log of the length-normalised sequence ratio of GSPO (arXiv:2507.18071, section 4.1).
 
   Args:
     log_ratio: float32[..., T], log pi_theta - log pi_old of each token; anything off the mask.
@@ -60,7 +60,7 @@ def sequence_log_ratio(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def importance_weight(logps: jax.Array, sampler_logps: jax.Array, *, cap: float) -> jax.Array:
-  """min(pi / pi_sampler, cap): corrects for a sampler whose log-probabilities are not quite the trainer's.
+  """Returns min(pi / pi_sampler, cap): corrects for a sampler whose log-probabilities are not quite the trainer's.
 
   Truncated importance sampling (Ionides 2008). The weight is data, so the caller cuts the gradient of `logps`.
 
@@ -73,7 +73,7 @@ def importance_weight(logps: jax.Array, sampler_logps: jax.Array, *, cap: float)
 
 
 def k1_kl(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
-  """The k1 estimate of KL(pi_theta || pi_ref) from a token sampled by pi_theta: log pi_theta - log pi_ref.
+  """Returns the k1 estimate of KL(pi_theta || pi_ref) from a token sampled by pi_theta: log pi_theta - log pi_ref.
 
   Unbiased in value; as a term of a loss its gradient is grad log pi_theta, whose mean is zero: to log, not to train.
   Schulman, http://joschu.net/blog/kl-approx.html.
@@ -86,7 +86,7 @@ def k1_kl(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
 
 
 def k2_kl(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
-  """The k2 estimate float32[...], (log pi_theta - log pi_ref)^2 / 2; arguments as for `k1_kl`.
+  """Returns the k2 estimate float32[...], (log pi_theta - log pi_ref)^2 / 2; arguments as for `k1_kl`.
 
   Biased in value, but the mean of its gradient over tokens of pi_theta is the gradient of KL(pi_theta || pi_ref).
   """
@@ -94,7 +94,7 @@ def k2_kl(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
 
 
 def k3_kl(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
-  """The k3 estimate float32[...], exp(gap) - gap - 1 with gap = reference_logps - logps; arguments as for `k1_kl`.
+  """Returns the k3 estimate float32[...], exp(gap) - gap - 1, gap = reference_logps - logps; arguments as `k1_kl`.
 
   Unbiased in value and >= 0; the mean of its gradient is that of KL(pi_ref || pi_theta). No multiplication by the
   ratio (TRL does so by default).

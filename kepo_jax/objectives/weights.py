@@ -11,7 +11,7 @@ import numpy as np
 
 
 def sequence_mean_weights(mask: jax.Array) -> jax.Array:
-  """Weights of (1/N) sum_i (1/|y_i|) sum_t: bool[P, G, T] -> float32[P, G, T]; N = P G of the global batch.
+  """Returns weights of (1/N) sum_i (1/|y_i|) sum_t: bool[P, G, T] -> float32[P, G, T]; N = P G of the global batch.
 
   GRPO, arXiv:2402.03300, Eq. 3. A rollout without a token has no weight and still counts in N.
   """
@@ -21,7 +21,7 @@ def sequence_mean_weights(mask: jax.Array) -> jax.Array:
 
 
 def token_mean_weights(mask: jax.Array) -> jax.Array:
-  """Weights of the mean over all tokens of the global batch: bool[P, G, T] -> float32[P, G, T].
+  """Returns weights of the mean over all tokens of the global batch: bool[P, G, T] -> float32[P, G, T].
 
   DAPO, arXiv:2503.14476: long rollouts count more than short ones.
   """
@@ -30,7 +30,7 @@ def token_mean_weights(mask: jax.Array) -> jax.Array:
 
 
 def constant_length_weights(mask: jax.Array, *, length: int) -> jax.Array:
-  """Weights of (1/N) sum_i (1/length) sum_t: bool[P, G, T] -> float32[P, G, T]; N = P G of the global batch.
+  """Returns weights of (1/N) sum_i (1/length) sum_t: bool[P, G, T] -> float32[P, G, T]; N = P G of the global batch.
 
   Dr.GRPO, arXiv:2503.20783: a constant in place of |y_i|, so that length changes no token's weight.
 
@@ -46,7 +46,7 @@ AGGREGATIONS = ("sequence_mean", "token_mean", "constant_length")
 
 
 def aggregation_weights(mask: jax.Array, *, aggregation: str, length: int) -> jax.Array:
-  """The weights of one of `AGGREGATIONS`, by name.
+  """Returns the weights of one of `AGGREGATIONS`, by name.
 
   Args:
     mask: bool[P, G, T], tokens of the term.
@@ -66,7 +66,7 @@ def aggregation_weights(mask: jax.Array, *, aggregation: str, length: int) -> ja
 
 
 def gated_token_weights(mask: jax.Array, gate: jax.Array) -> jax.Array:
-  """Weights of the mean over gated tokens, sum_i g_i sum_t / max(1, sum_i g_i |y_i|).
+  """Returns weights of the mean over gated tokens, sum_i g_i sum_t / max(1, sum_i g_i |y_i|).
 
   Args:
     mask: bool[P, G, T] of the global batch.
@@ -83,7 +83,7 @@ NORMALISERS = ("gated_tokens", "group_mean")
 
 
 def distill_weights(mask: jax.Array, gate: jax.Array, *, normaliser: str) -> jax.Array:
-  """Weights of the distillation term.
+  """Returns weights of the distillation term.
 
   Args:
     mask: bool[P, G, T] of the global batch.
@@ -106,7 +106,7 @@ MODES = ("positive", "negative", "none")
 
 
 def quality_gate(signal: jax.Array | np.ndarray, *, threshold: float, mode: str = "positive") -> jax.Array:
-  """The gate g of KEPO (arXiv:2602.00400): true where the teacher's signal enters the loss.
+  """Returns the gate g of KEPO (arXiv:2602.00400): true where the teacher's signal enters the loss.
 
   Args:
     signal: float32[P, G], quality of each rollout, for example its accuracy.

@@ -16,28 +16,6 @@ def eagerly(rewards):
 all_kinds = jax.jit(eagerly)
 
 
-def slow_advantages(rewards, kind, epsilon=1e-4):
-  """Rollout by rollout, in float64."""
-  rewards = np.asarray(rewards, np.float64)
-  out = np.zeros(rewards.shape)
-
-  def deviation(values):
-    mean = sum(values) / len(values)
-    return (sum((r - mean) ** 2 for r in values) / (len(values) - 1)) ** 0.5
-
-  for p, group in enumerate(rewards):
-    for g, reward in enumerate(group):
-      others = [r for i, r in enumerate(group) if i != g]
-      centred = reward - sum(group) / len(group)
-      out[p, g] = {
-        "group_std": centred / (deviation(group) + epsilon),
-        "no_std": centred,
-        "rloo": reward - sum(others) / len(others),
-        "batch_std": centred / (deviation(rewards.ravel()) + epsilon),
-      }[kind]
-  return out
-
-
 def test_worked_examples():
   # Means 1/2 and 1/4; the group of zeros is silent.
   rewards = jnp.array([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
@@ -71,9 +49,3 @@ def test_close_rewards_are_not_dead_and_a_single_rollout_is():
   assert advantages.group_advantages(jnp.array([[1.0, 1.0, 1.0, 1.0 + 2**-20]]))[0, -1] > 0
   for kind, actual in eagerly(jnp.array([[3.0], [0.0]])).items():
     np.testing.assert_array_equal(actual, 0.0, err_msg=kind)
-
-
-def test_equals_a_slow_loop(rng):
-  rewards = rng.choice([0.0, 0.5, 1.0, 2.0], size=(6, 8)).astype(np.float32)
-  for kind, actual in all_kinds(rewards).items():
-    np.testing.assert_allclose(actual, slow_advantages(rewards, kind), rtol=2e-6, atol=1e-7, err_msg=kind)

@@ -54,23 +54,6 @@ def tops(logps):
   return {k: distributions.top_ids(logps, k) for k in (1, 2, 3, 5, 9, 40)}
 
 
-def test_top_ids_worked_example():
-  actual = tops(LOGPS)
-  np.testing.assert_array_equal(actual[1], SHARES >= 0.4)
-  np.testing.assert_array_equal(actual[2], SHARES >= 0.2)  # the second and the third are equal: both stay
-  np.testing.assert_array_equal(actual[3], SHARES >= 0.2)
-  np.testing.assert_array_equal(actual[5], SHARES >= 0.1)
-  # More than there are: every allowed id, whatever is said of the banned one.
-  assert actual[9][SHARES > 0].all()
-
-
-def test_tail_ids_worked_example():
-  # 0.4 + 0.2 + 0.2 first reach 0.7; what is wanted exactly is kept, and no more.
-  tail = jax.jit(distributions.tail_ids)
-  np.testing.assert_array_equal(tail(LOGPS, SHARES, 0.7), SHARES < 0.2)
-  np.testing.assert_array_equal(tail(LOGPS, SHARES, 0.3), SHARES < 0.4)
-
-
 def test_top_ids_equal_sorting(rng):
   # Rounded to tenths, so that ties are many; every fourth id is banned.
   logps = np.where(np.arange(12) % 4 > 0, np.round(rng.normal(size=(30, 12)), 1), -np.inf).astype(np.float32)

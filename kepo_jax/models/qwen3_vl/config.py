@@ -107,7 +107,7 @@ class Qwen3VLConfig:
 
   @classmethod
   def from_dict(cls, record: Mapping[str, Any], name: str = "config.json") -> "Qwen3VLConfig":
-    """The config of a parsed config.json, of the published schema or of the one that transformers 5 writes.
+    """Returns the config of a parsed config.json, of the published schema or of the one that transformers 5 writes.
 
     Args:
       record: the parsed file.
@@ -137,7 +137,7 @@ class Qwen3VLConfig:
 
   @classmethod
   def from_directory(cls, path: str | epath.PathLike) -> "Qwen3VLConfig":
-    """The config in `path`/config.json.
+    """Returns the config in `path`/config.json.
 
     Raises:
       ValueError: no such file, no JSON, or as `from_dict`.
@@ -178,7 +178,7 @@ def _optional_section(section: Mapping[str, Any], key: str, name: str) -> dict[s
 
 
 def _known_fields(kind: type, section: Mapping[str, Any], name: str) -> dict[str, Any]:
-  """The fields of `kind` found in `section`; those without a default must be there."""
+  """Returns the fields of `kind` found in `section`; those without a default must be there."""
   fields = dataclasses.fields(kind)
   missing = [f.name for f in fields if f.default is dataclasses.MISSING and section.get(f.name) is None]
   if missing:
@@ -187,7 +187,7 @@ def _known_fields(kind: type, section: Mapping[str, Any], name: str) -> dict[str
 
 
 def _checked(key: str, value: Any, kind: Any, name: str) -> Any:
-  """A value of a config.json, of the type of its field and of a size that a model can have.
+  """Returns a value of a config.json, of the type of its field and of a size that a model can have.
 
   Raises:
     ValueError: it is not.
@@ -246,7 +246,7 @@ def _vision_config(section: Mapping[str, Any], name: str) -> VisionConfig:
 def _check(config: Qwen3VLConfig) -> None:
   """Refuses sizes that contradict each other, with all contradictions in one error."""
   text, vision = config.text, config.vision
-  taps = vision.deepstack_visual_indexes
+  deepstack = vision.deepstack_visual_indexes
   rules = {
     "num_attention_heads is no multiple of num_key_value_heads": text.num_attention_heads % text.num_key_value_heads,
     "mrope_section does not hold three numbers that sum to head_dim / 2": len(text.mrope_section) != 3
@@ -255,9 +255,9 @@ def _check(config: Qwen3VLConfig) -> None:
     "vision head size is no multiple of 4": vision.head_dim % 4,
     "num_position_embeddings is no square": vision.table_side**2 != vision.num_position_embeddings,
     "vision out_hidden_size differs from the text hidden_size": vision.out_hidden_size != text.hidden_size,
-    "deepstack_visual_indexes are not ascending block numbers": list(taps) != sorted(set(taps))
-    or any(not 0 <= tap < vision.depth for tap in taps),
-    "there are fewer decoder layers than deepstack_visual_indexes": text.num_hidden_layers < len(taps),
+    "deepstack_visual_indexes are not ascending block numbers": list(deepstack) != sorted(set(deepstack))
+    or any(not 0 <= layer < vision.depth for layer in deepstack),
+    "there are fewer decoder layers than deepstack_visual_indexes": text.num_hidden_layers < len(deepstack),
   }
   broken = [rule for rule, violated in rules.items() if violated]
   if broken:
@@ -266,7 +266,7 @@ def _check(config: Qwen3VLConfig) -> None:
 
 def _size(hidden: int, mlp: int, layers: int, heads: int, tied: bool, large_tower: bool) -> Qwen3VLConfig:
   tower = (27, 1152, 4304, (8, 16, 24)) if large_tower else (24, 1024, 4096, (5, 11, 17))
-  depth, vision_hidden, vision_mlp, taps = tower
+  depth, vision_hidden, vision_mlp, deepstack = tower
   return Qwen3VLConfig(
     text=TextConfig(
       vocab_size=151936,
@@ -285,7 +285,7 @@ def _size(hidden: int, mlp: int, layers: int, heads: int, tied: bool, large_towe
       num_heads=16,
       out_hidden_size=hidden,
       num_position_embeddings=2304,
-      deepstack_visual_indexes=taps,
+      deepstack_visual_indexes=deepstack,
     ),
     tie_word_embeddings=tied,
   )

@@ -16,7 +16,7 @@ def _check_grid(grid: Grid, merge: int) -> None:
 
 
 def prompt_positions(tokens: list[int], grids: list[Grid], config: Qwen3VLConfig) -> tuple[np.ndarray, int, np.ndarray]:
-  """Position ids of one prompt, without padding.
+  """Returns position ids of one prompt, without padding.
 
   Text counts upwards on all three axes. An image that starts at p holds (p, p + row, p + column) on its merged
   grid; the token after it continues at the maximum of all axes plus one.
@@ -66,14 +66,14 @@ def prompt_positions(tokens: list[int], grids: list[Grid], config: Qwen3VLConfig
 
 
 def _merge_block_order(rows: int, columns: int, merge: int) -> np.ndarray:
-  """int32[rows * columns, 2]: (row, column) of each patch, block of merge x merge patches after block."""
+  """Returns int32[rows * columns, 2]: (row, column) of each patch, block of merge x merge patches after block."""
   grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
   blocks = grid.reshape(rows // merge, merge, columns // merge, merge, 2)
   return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2).astype(np.int32)
 
 
-def _taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-  """Two table lines and their weights, [r, 2], for each position along an axis of `size` patches."""
+def _table_lines(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns two table lines and their weights, [r, 2], for each position along an axis of `size` patches."""
   source = index.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
   low = np.floor(source)
   fraction = source - low
@@ -82,7 +82,7 @@ def _taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarr
 
 
 def vision_tables(grids: list[Grid], config: Qwen3VLConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Index tables of the vision tower for all images of one prompt, rows in merge-block order.
+  """Returns index tables of the vision tower for all images of one prompt, rows in merge-block order.
 
   The position table is resampled to each image's grid bilinearly with aligned corners.
 
@@ -108,8 +108,8 @@ def _image_tables(number: int, grid: Grid, side: int, merge: int) -> tuple[np.nd
   _check_grid(grid, merge)
   _, rows, columns = grid
   coordinates = _merge_block_order(rows, columns, merge)
-  row_lines, row_weights = _taps(coordinates[:, 0], rows, side)
-  column_lines, column_weights = _taps(coordinates[:, 1], columns, side)
+  row_lines, row_weights = _table_lines(coordinates[:, 0], rows, side)
+  column_lines, column_weights = _table_lines(coordinates[:, 1], columns, side)
   index = row_lines[:, :, None] * side + column_lines[:, None, :]
   weight = row_weights[:, :, None] * column_weights[:, None, :]
   segments = np.full(len(coordinates), number, np.int32)

@@ -42,12 +42,12 @@ class Stored:
   complete: bool  # false when the file ends before the tensor does
 
   def array(self) -> np.ndarray:
-    """The tensor as a read-only memory map."""
+    """Returns the tensor as a read-only memory map."""
     return np.memmap(self.file, DTYPES[self.dtype], "r", offset=self.offset, shape=self.shape)
 
 
 def _header(file: pathlib.Path) -> tuple[dict, int]:
-  """The parsed header and the offset of the first tensor's bytes.
+  """Returns the parsed header and the offset of the first tensor's bytes.
 
   Raises:
     ValueError: the file is not safetensors, or ends inside its header.
@@ -69,7 +69,7 @@ def _header(file: pathlib.Path) -> tuple[dict, int]:
 
 
 def tensors_in(file: pathlib.Path) -> dict[str, Stored]:
-  """Every tensor of one file by name.
+  """Returns every tensor of one file by name.
 
   Raises:
     ValueError: the file is not safetensors, or its header is damaged: as the format has it, the bytes of the tensors
@@ -94,7 +94,7 @@ def tensors_in(file: pathlib.Path) -> dict[str, Stored]:
 
 
 def _is_entry(entry: Any) -> bool:
-  """Whether an entry of a header has a dtype, a shape and the byte range that both ask for."""
+  """Returns whether an entry of a header has a dtype, a shape and a byte range of the matching size."""
   if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
     return False
   shape, offsets = entry.get("shape", ""), entry.get("data_offsets", "")
@@ -110,7 +110,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-  """The safetensors files of a checkpoint: model.safetensors, else those that the index names, as transformers has it.
+  """Returns the weight files of a checkpoint, like transformers: model.safetensors, else those in the index.
 
   Raises:
     ValueError: there are none, the index is damaged, or files that it names are missing.
@@ -136,12 +136,12 @@ def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def few(names: Sequence[str], show: Callable[[str], str] = shown) -> str:
-  """At most five names, and how many more there are."""
+  """Formats at most five names, and the number of further ones."""
   return ", ".join(map(show, names[:5])) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def stored_tensors(directory: pathlib.Path) -> dict[str, Stored]:
-  """Every tensor of a checkpoint folder by name."""
+  """Returns every tensor of a checkpoint folder by name."""
   found: dict[str, Stored] = {}
   for file in weight_files(directory):
     found |= tensors_in(file)

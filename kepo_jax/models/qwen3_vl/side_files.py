@@ -39,7 +39,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 
 def config_record(config: Qwen3VLConfig) -> dict[str, Any]:
-  """A config.json in the schema of the published checkpoints."""
+  """Returns a config.json in the schema of the published checkpoints."""
   text, vision = dataclasses.asdict(config.text), dataclasses.asdict(config.vision)
   rope = {"rope_type": "default", "mrope_section": list(text.pop("mrope_section")), "mrope_interleaved": True}
   vision["deepstack_visual_indexes"] = list(vision["deepstack_visual_indexes"])
@@ -59,7 +59,7 @@ def config_record(config: Qwen3VLConfig) -> dict[str, Any]:
 
 
 def _with_dtype(record: dict[str, Any], dtype: str) -> dict[str, Any]:
-  """The record with every statement of the dtype changed, and one added if there is none."""
+  """Sets the dtype everywhere in a record of config.json, and adds it if it is missing."""
   record = {
     key: _with_dtype(value, dtype) if key in ("text_config", "vision_config") and _states_dtype(value) else value
     for key, value in record.items()
@@ -73,7 +73,7 @@ def _states_dtype(record: dict[str, Any]) -> bool:
 
 
 def is_side_file(file: pathlib.Path) -> bool:
-  """True for tokenizer, template, processor and generation files; false for weights, code and what is written here."""
+  """Returns true for tokenizer, template, processor and generation files; false for weights, code, config and card."""
   return (
     file.is_file()
     and not file.name.startswith(".")
@@ -166,7 +166,7 @@ def settle(partial: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _aside(directory: pathlib.Path) -> pathlib.Path:
-  """Where an earlier export waits while the new one takes its place."""
+  """Returns the path of an earlier export while the new one replaces it."""
   return directory.with_name(f".{directory.name}.replaced")
 
 
