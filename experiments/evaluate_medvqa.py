@@ -262,8 +262,8 @@ def sampler(
   # The decode layout holds weights whole over fsdp, which is what --fsdp is there to avoid.
   layout = "decode" if _FSDP.value == 1 else "train"
   # Side by side, as the token loop of a run has them: out of a stack each layer would be copied for every token.
-  config, params = checkpoint.load_pretrained(model, jnp.dtype(dtype), mesh, layout=layout, separate=True)
-  program = programs.sampling_program(config, processor, settings, stationary=_FSDP.value > 1)
+  config, params = checkpoint.load_pretrained(model, jnp.dtype(dtype), mesh, layout=layout, unstack=True)
+  program = programs.sampling_program(config, processor, settings, weight_stationary=_FSDP.value > 1)
   key = jax.random.key(_SEED.value)
   # One key for all batches: the sampler folds each question's identity into it.
   return lambda batch: program(params, sharding.place(mesh, batch), key)

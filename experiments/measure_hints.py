@@ -182,7 +182,7 @@ def main(_: list[str]) -> None:
   def loaded(role: str) -> BatchedModel:
     tell = functools.partial(display.progress, f"loading {role}")
     parts = checkpoint.load_pretrained(
-      folders[role], jnp.dtype(dtype), mesh, layout="decode", separate=True, progress=tell
+      folders[role], jnp.dtype(dtype), mesh, layout="decode", unstack=True, progress=tell
     )
     return BatchedModel(*parts, processor, mesh, size=_BATCH.value, chunk=config.objective.chunk)
 

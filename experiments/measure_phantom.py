@@ -42,7 +42,7 @@ class Model:
 
   def __init__(self, folder: pathlib.Path, mesh: jax.sharding.Mesh):
     processor = Processor.from_directory(folder, templates=prompts.TEMPLATES["brief"], prompt_buckets=(40, 56))
-    loaded = checkpoint.load_pretrained(folder, mesh=mesh, layout="decode", separate=True)
+    loaded = checkpoint.load_pretrained(folder, mesh=mesh, layout="decode", unstack=True)
     self.batched = BatchedModel(*loaded, processor, mesh, size=BATCH)
 
   def answers(self, examples: list[Example], kind: str, *, samples: int = 1, temperature: float = 0.0, seed: int = 0,

@@ -42,7 +42,7 @@ def sample(
   temperature: float = 1.0,
   top_p: float = 1.0,
   top_k: int = 0,
-  stationary: bool = False,
+  weight_stationary: bool = False,
 ) -> Rollouts:
   """Samples completions of every prompt; image and prompt are run once per group.
 
@@ -52,7 +52,7 @@ def sample(
   Args:
     config: of the model.
     params: its parameters, best in the `decode` layout with `model.unstack_layers`: sharded weights are gathered, and
-      stacked ones sliced, for every token. For the `train` layout, see `stationary`.
+      stacked ones sliced, for every token. For the `train` layout, see `weight_stationary`.
     prompts: [P, S], right-padded.
     key: of this call; derive it from step and purpose.
     samples: G, completions per prompt.
@@ -63,8 +63,8 @@ def sample(
     temperature: divides the logits; 0 takes the most likely token.
     top_p: keep the most likely tokens that hold this much probability, after top_k; 1 keeps all.
     top_k: keep this many of the most likely tokens; 0 keeps all. Ties with the last one kept are kept.
-    stationary: weight-stationary decoding (`sharding.weight_stationary`) from weights in the `train` layout, for a
-      model too large to copy and rows too few to be worth a copy.
+    weight_stationary: decode from the `train` layout without gathering weights (`sharding.weight_stationary`), for a
+      model too large for a copy in the `decode` layout, or for few rows.
 
   Returns:
     Rollouts [P, G, T]; log-probabilities at the temperature (1 when greedy), before top_k and top_p.
@@ -99,9 +99,8 @@ def sample(
 
   first, *longer = cache_lengths(max_new_tokens)
   cache = model.empty_cache(prefix, samples, first)
-  with sharding.weight_stationary(
-    stationary
-  ):  # but not for prompts, whose many tokens are worth gathering a layer at a time
+  # Only the token loop: for the many tokens of prompts, gathering one layer at a time is cheaper.
+  with sharding.weight_stationary(weight_stationary):
     # The prompt itself predicts the first token: a group shares its logits.
     state: Any = append_token(_initial_state(cache, rows, max_new_tokens, pad_id), prefix.last_hidden[:, None], cache)
     state = _decode_until(first, advance, state)

@@ -47,7 +47,7 @@ AnyMesh = Mesh | AbstractMesh  # an abstract mesh places shapes without devices,
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The device mesh with axes data, fsdp and tensor.
+  """Returns the device mesh with axes data, fsdp and tensor.
 
   Args:
     data: devices that hold different prompts and the same weights; -1 takes what the others leave.
@@ -100,7 +100,7 @@ def _fits(dimension: int, mesh_axes: tuple[str, ...], sizes: dict[str, int]) -> 
 
 
 def _row_axes(shape: Sequence[int], axes: LogicalAxes, sizes: dict[str, int]) -> dict[str, Any]:
-  """Mesh axes of prompt and rollout: prompts over data and fsdp, or prompts over data and rollouts over fsdp."""
+  """Returns mesh axes of the rows: prompts over data and fsdp, or prompts over data and rollouts over fsdp."""
   if "prompt" not in axes:
     return {}
   prompts = shape[axes.index("prompt")]

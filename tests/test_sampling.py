@@ -120,7 +120,7 @@ def test_same_tokens_on_every_mesh(layout, axes, layouts, params, mesh_of, rollo
   mesh = mesh_of(**axes)
   placed = jax.device_put(params, sharding.weight_shardings(mesh, params, model.logical_axes(CONFIG), layout))
   with jax.set_mesh(mesh):
-    run = jax.jit(sampler(stationary=layout == "train"))
+    run = jax.jit(sampler(weight_stationary=layout == "train"))
     actual = jax.device_get(run(placed, sharding.place(mesh, prompts_of(layouts)), KEY))
   assert_same_rollouts(actual, rollouts if layouts is TEXTS else pictured)
 

@@ -35,7 +35,7 @@ WEIGHTS = ("policy_weight", "reference_weight", "distill_weight", "supervised_we
 
 
 def masked_sum(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(sum, count) as float32[] of values float32[...] where mask bool[...]; pairs add across micro-batches."""
+  """Returns (sum, count) as float32[] of values float32[...] where mask bool[...]; pairs add across micro-batches."""
   chex.assert_equal_shape((values, mask))
   # `where`, not a product: a nan in padding stays out.
   return jnp.where(mask, values, 0.0).sum(dtype=jnp.float32), mask.sum(dtype=jnp.float32)
@@ -55,7 +55,7 @@ def token_inputs(
   normaliser: str = "gated_tokens",
   max_tokens: int | None = None,
 ) -> TokenInputs:
-  """Inputs of the loss for the global batch; split the result into micro-batches, not from the arguments.
+  """Returns inputs of the loss for the global batch; split this result, not the arguments, into micro-batches.
 
   Args:
     tokens: int32[P, G, T].
@@ -161,7 +161,7 @@ class KepoTokenLoss:
     return loss, aux
 
   def _policy_term(self, logps: jax.Array, inputs: TokenInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted policy term, and what it is made of."""
+    """Returns the weighted policy term, and its per-token parts."""
     mask, clips = inputs.mask, {"clip_low": self.clip_low, "clip_high": self.clip_high}
     detached = jax.lax.stop_gradient(logps)
     old_logps = detached if inputs.old_logps is None else jnp.where(mask, inputs.old_logps, 0.0)
@@ -190,7 +190,7 @@ class KepoTokenLoss:
   def _divergence(
     self, logits: jax.Array, distribution: jax.Array, teacher_logits: jax.Array, inputs: TokenInputs
   ) -> jax.Array:
-    """float32[P, G, C], the divergence from the teacher; 0 off the mask."""
+    """Returns float32[P, G, C], the divergence from the teacher; 0 off the mask."""
     student = distribution
     if self.distill_temperature != self.temperature:
       student = distributions.masked_log_softmax(logits, self.allowed, self.distill_temperature)
@@ -204,6 +204,6 @@ class KepoTokenLoss:
 
 
 def _selected(distribution: jax.Array, inputs: TokenInputs) -> jax.Array:
-  """The log-probability of each token, 0 off the mask."""
+  """Returns the log-probability of each token, 0 off the mask."""
   # A pad token may be banned: its -inf must not reach a subtraction.
   return jnp.where(inputs.mask, distributions.select_token(distribution, inputs.tokens), 0.0)

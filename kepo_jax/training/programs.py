@@ -121,7 +121,7 @@ def sampling_program(
   settings: SamplingSettings,
   *,
   name: str = "a sampler",
-  stationary: bool = False,
+  weight_stationary: bool = False,
 ) -> Callable[[Any, Prompts, jax.Array], Rollouts]:
   """Compiles `sampling.sample` for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T].
 
@@ -132,7 +132,7 @@ def sampling_program(
     processor: of the model.
     settings: of the sampling.
     name: what errors call it.
-    stationary: its weights are in the train layout and stay so, see `sampling.sample`.
+    weight_stationary: its weights are in the train layout and stay so, see `sampling.sample`.
   """
   config = lora.base(config)
   allowed = jnp.asarray(processor.allowed)
@@ -146,7 +146,7 @@ def sampling_program(
       end_ids=processor.end_ids,
       pad_id=processor.pad_id,
       allowed=allowed,
-      stationary=stationary,
+      weight_stationary=weight_stationary,
       **dataclasses.asdict(settings),
     )
 
@@ -224,7 +224,7 @@ def teacher_program(
 
   A second copy of a large teacher costs more memory than its few rows are worth, whatever its layout.
   """
-  sample = sampling_program(teacher.config, processor, settings, name="the teacher's sampler", stationary=True)
+  sample = sampling_program(teacher.config, processor, settings, name="the teacher's sampler", weight_stationary=True)
 
   def sample_teacher(prompts, key):
     with teacher.weights.beside(prompts) as params:

@@ -76,10 +76,10 @@ _COMPILED = {}  # programs differ from test to test by settings and shapes alone
 def evaluate_medvqa(program, monkeypatch):
   make = programs.sampling_program
 
-  def made_once(config, processor, settings, *, stationary):
-    key = (settings, stationary)
+  def made_once(config, processor, settings, *, weight_stationary):
+    key = (settings, weight_stationary)
     if key not in _COMPILED:
-      _COMPILED[key] = make(config, processor, settings, stationary=stationary)
+      _COMPILED[key] = make(config, processor, settings, weight_stationary=weight_stationary)
     return _COMPILED[key]
 
   monkeypatch.setattr(programs, "sampling_program", made_once)

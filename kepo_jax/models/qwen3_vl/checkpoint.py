@@ -1,4 +1,4 @@
-"""Between Hugging Face folders and parameter trees, strictly and without a transpose.
+"""Loads and saves checkpoints: Hugging Face folders to parameter trees and back, strictly and without a transpose.
 
 The tree has the checkpoint's names and layout, so a leaf is one tensor, or one tensor per layer stacked. Loading
 fills every device shard from the slices of the files it needs; saving streams one tensor at a time.
@@ -47,7 +47,7 @@ class _Leaf:
 def _leaf(config: Qwen3VLConfig, path: tuple[str | int, ...], shape: tuple[int, ...]) -> _Leaf:
   stack = next((number for number, name in enumerate(path) if name in _STACKS), None)
   prefix: tuple[str | int, ...] = () if path[0] == "lm_head" else ("model",)
-  if stack is not None and isinstance(path[stack + 1], int):  # one of layers that lie side by side
+  if stack is not None and isinstance(path[stack + 1], int):  # unstacked layers
     stack = None
   if stack is None:
     names: tuple[str, ...] = (".".join(map(str, prefix + path)),)
@@ -64,7 +64,7 @@ def _leaf(config: Qwen3VLConfig, path: tuple[str | int, ...], shape: tuple[int, 
 
 
 def _leaves(config: Qwen3VLConfig, shapes: Any = None) -> dict[tuple[str | int, ...], _Leaf]:
-  """Every leaf of the tree by its path, in the order of the tree; `shapes` is another form of it than stacked."""
+  """Returns every leaf by its path, in the order of the tree; `shapes` are those of an unstacked tree."""
   flat = jax.tree_util.tree_leaves_with_path(model.abstract_params(config) if shapes is None else shapes)
   paths = {tuple(getattr(part, "key", getattr(part, "idx", "")) for part in path): leaf.shape for path, leaf in flat}
   return {path: _leaf(config, path, shape) for path, shape in paths.items()}
@@ -73,7 +73,7 @@ def _leaves(config: Qwen3VLConfig, shapes: Any = None) -> dict[tuple[str | int, 
 def resolved_folder(
   name: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None
 ) -> pathlib.Path:
-  """The local folder of a checkpoint: `name` itself, `model/` in the folder of a run, or a copy in the cache.
+  """Returns the local folder of a checkpoint: `name` itself, `model/` in the folder of a run, or a copy in the cache.
 
   Args:
     name: a folder, a remote one such as gs://bucket/model, or a Hub id such as "org/name".
@@ -101,7 +101,7 @@ def resolved_folder(
 
 
 def _exported(run: pathlib.Path) -> pathlib.Path:
-  """The model that a run has exported.
+  """Returns the model that a run has exported.
 
   Raises:
     ValueError: none yet.
@@ -115,7 +115,7 @@ def _exported(run: pathlib.Path) -> pathlib.Path:
 
 
 def _stored_tensors(folder: pathlib.Path, leaves) -> dict[str, safetensors_files.Stored]:
-  """Every tensor of a folder by its published name; `Qwen3VLModel.save_pretrained` leaves `model.` out."""
+  """Returns every tensor of a folder by its published name; `Qwen3VLModel.save_pretrained` leaves `model.` out."""
   stored = safetensors_files.stored_tensors(folder)
   if any(name.startswith(_PREFIX) for name in stored):
     return stored
@@ -124,7 +124,7 @@ def _stored_tensors(folder: pathlib.Path, leaves) -> dict[str, safetensors_files
 
 
 def _check_names(directory: pathlib.Path, leaves, stored: Mapping[str, safetensors_files.Stored], tied: bool) -> None:
-  """One error for everything that does not fit, with a few names of each kind."""
+  """Raises one error for all tensors that do not fit, with a few names of each problem."""
   expected = {name: leaf.stored_shape for leaf in leaves.values() for name in leaf.names}
   # A tied checkpoint may repeat the embedding under the name of the head.
   unknown = sorted(stored.keys() - expected.keys() - ({_HEAD} if tied else set()))
@@ -192,7 +192,7 @@ def _check_head(directory: pathlib.Path, stored: Mapping[str, safetensors_files.
 
 
 def _read(leaf: _Leaf, stored, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-  """The part `index` of a leaf, cast while it is copied out of the file."""
+  """Reads the slice `index` of a leaf and casts it while copying."""
   shape = (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
   bounds = [part.indices(size) for part, size in zip(index, shape, strict=True)]
   out = np.empty([stop - start for start, stop, _ in bounds], dtype)
@@ -205,7 +205,7 @@ def _read(leaf: _Leaf, stored, index: tuple[slice, ...], dtype: np.dtype) -> np.
 
 
 def _placed(leaf: _Leaf, stored, dtype: np.dtype, place: NamedSharding | None) -> jax.Array:
-  """A leaf on its devices; the host never holds more than one shard of it."""
+  """Loads a leaf to its devices, one shard at a time on the host."""
   shape = (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
   if place is None:
     return jnp.asarray(_read(leaf, stored, (slice(None),) * len(shape), dtype))
@@ -228,17 +228,17 @@ def load_pretrained(
   mesh: Mesh | None = None,
   *,
   layout: str = "train",
-  separate: bool = False,
+  unstack: bool = False,
   progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Qwen3VLConfig, dict[str, Any]]:
-  """Config and parameters of a checkpoint folder.
+  """Loads config and parameters of a checkpoint folder.
 
   Args:
     directory: a Hugging Face folder with safetensors, a folder that `save_orbax` wrote, or a Hub id.
     dtype: of the parameters.
     mesh: every shard is filled straight from the slices of the files it needs; without one, the default device.
     layout: of the weights on the mesh, "train" or "decode".
-    separate: put the decoder's layers side by side, as `model.unstack_layers` does, without a second copy of them.
+    unstack: unstack the decoder's layers, as `model.unstack_layers` does, without a second copy of them.
     progress: receives (leaves loaded, leaves in all) after each leaf.
 
   Raises:
@@ -248,12 +248,12 @@ def load_pretrained(
   config = Qwen3VLConfig.from_directory(folder)
   in_orbax = (folder / _ORBAX).is_dir()  # it reads layers stacked as they were written
   shapes, axes = model.abstract_params(config, dtype), model.logical_axes(config)
-  if separate and not in_orbax:
+  if unstack and not in_orbax:
     shapes, axes = jax.eval_shape(model.unstack_layers, shapes), model.unstacked_axes(config)
   places = sharding.weight_shardings(mesh, shapes, axes, layout) if mesh is not None else None
   if in_orbax:
     params = _restored(folder, shapes, places)
-    return config, _taken_apart(config, params, mesh, layout) if separate else params
+    return config, _unstack_restored(config, params, mesh, layout) if unstack else params
   leaves = _leaves(config, shapes)
   stored = _stored_tensors(folder, leaves)
   _check_names(folder, leaves, stored, config.tie_word_embeddings)
@@ -274,8 +274,8 @@ def load_pretrained(
   return config, jax.tree.unflatten(jax.tree.structure(shapes), list(flat.values()))
 
 
-def _taken_apart(config: Qwen3VLConfig, params: Any, mesh: Mesh | None, layout: str) -> dict[str, Any]:
-  """`model.unstack_layers` leaf by leaf: frees the stack of each before it splits the next."""
+def _unstack_restored(config: Qwen3VLConfig, params: Any, mesh: Mesh | None, layout: str) -> dict[str, Any]:
+  """Applies `model.unstack_layers` leaf by leaf; deletes each stack before it splits the next."""
   decoder = params["language_model"]
   stacks, structure = jax.tree.flatten(decoder["layers"])
   axes = jax.tree.leaves(
@@ -315,7 +315,7 @@ def _check_params(config: Qwen3VLConfig, params: Params) -> None:
 
 @functools.cache
 def _gather(place: NamedSharding, dtype: np.dtype, stacked: bool):
-  """Compiled: (leaf, layer) -> one tensor of a leaf that is spread over several hosts, cast and on all of them."""
+  """Returns a compiled (leaf, layer) -> tensor that casts one tensor and all-gathers it to every host."""
   return jax.jit(
     lambda leaf, layer: (leaf[layer] if stacked else leaf).astype(dtype),
     out_shardings=sharding.replicated(place.mesh),
@@ -323,7 +323,7 @@ def _gather(place: NamedSharding, dtype: np.dtype, stacked: bool):
 
 
 def _tensor_source(leaves, params: Params, dtype: np.dtype):
-  """The function from a tensor's name to its array on the host.
+  """Returns the function from a tensor's name to its array on the host.
 
   On one host a leaf is fetched whole, which compiles nothing; tensors are asked for leaf by leaf. On several hosts
   every process takes part in gathering one tensor at a time.
@@ -449,12 +449,12 @@ def save_orbax(
 
 
 def _prepared(source, config: Qwen3VLConfig, directory: pathlib.Path) -> tuple[pathlib.Path | None, pathlib.Path]:
-  """The local folder of the source, which was checked, and the folder to write into."""
+  """Checks the source; returns its local folder and the folder to write into."""
   return _checked_source(source, config, directory), _partial(directory)
 
 
 def _partial(directory: pathlib.Path) -> pathlib.Path:
-  """An empty folder beside `directory`, to be renamed once it is complete; the first process makes it."""
+  """Makes an empty folder beside `directory`, renamed once it is complete; only the first process makes it."""
   partial = directory.with_name(f".{directory.name}.partial")
   if multihost.is_first():
     side_files.settle(partial, directory)
@@ -519,7 +519,7 @@ def save(directory: pathlib.Path, config: LoraConfig, tensors: Mapping[str, np.n
 
 
 def merged_model(config: Qwen3VLConfig, params: Params, dtype: Any) -> tuple[Qwen3VLConfig, Params]:
-  """Config and parameters without LoRA: weights of `dtype`, merged and sharded as they were; else what was given."""
+  """Merges LoRA, if any, into weights of `dtype` with their sharding; returns config and parameters."""
   if config.lora is None:
     return config, params
   params = jax.tree.map(jnp.asarray, params)
@@ -528,7 +528,7 @@ def merged_model(config: Qwen3VLConfig, params: Params, dtype: Any) -> tuple[Qwe
 
 
 def config_record(config: LoraConfig, base: str | None) -> dict[str, object]:
-  """adapter_config.json."""
+  """Returns the content of adapter_config.json."""
   return {
     "peft_type": "LORA",
     "task_type": None,  # with a task PEFT would wrap the model in a class of that task, for text alone
@@ -548,7 +548,7 @@ def config_record(config: LoraConfig, base: str | None) -> dict[str, object]:
 
 
 def tensors_of(matrices: Params) -> dict[str, np.ndarray]:
-  """PEFT's name -> float32 array on the host: lora_A [r, in] and lora_B [out, r] of every layer and projection.
+  """Returns PEFT's name -> float32 array on the host: lora_A [r, in] and lora_B [out, r] of every layer and projection.
 
   Where they lie on several hosts, all processes must take part.
   """

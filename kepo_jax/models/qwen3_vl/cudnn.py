@@ -38,7 +38,7 @@ def why_unsupported(dtype: Any, head_dim: int) -> str:
 def _causal(
   query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, implementation: Implementation
 ) -> jax.Array:
-  """Causal attention [B, S, N, H] among the first int32[B] tokens of each row; zero behind them."""
+  """Computes causal attention [B, S, N, H] over the first `lengths` int32[B] tokens of each row; zero after them."""
   odd = query.shape[1] % 2  # JAX refuses a gradient over an odd length
   query, key, value = (jnp.pad(x, [(0, 0), (0, odd), (0, 0), (0, 0)]) for x in (query, key, value))
   mixed = jax.nn.dot_product_attention(
@@ -110,7 +110,7 @@ def completions(
   starts = jnp.repeat(mask.sum(axis=-1, dtype=jnp.int32), rollouts)
 
   def behind(shared: jax.Array, own: jax.Array) -> jax.Array:
-    """[B, S + T, ...] of prompts [P, S, ...] and completions [B, T, ...]."""
+    """Returns [B, S + T, ...] of prompts [P, S, ...] and completions [B, T, ...]."""
     room = jnp.pad(shared, [(0, 0), (0, length), (0, 0), (0, 0)])
     return jax.vmap(lambda x, y, start: jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=0))(
       repeated(room, rollouts), own, starts

@@ -50,7 +50,7 @@ class Cache:
 
 
 def _modules(config: Qwen3VLConfig) -> dict[tuple[str, ...], tuple[Any, int]]:
-  """Path in the tree -> (definition, number of stacked layers; 0 for a single module)."""
+  """Returns path in the tree -> (definition, number of stacked layers; 0 for a single module)."""
   tower, decoder = config.vision, config.text
   modules: dict[tuple[str, ...], tuple[Any, int]] = {
     ("visual", "patch_embed"): (definition(vision.PatchEmbed, tower), 0),

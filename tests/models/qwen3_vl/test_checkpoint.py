@@ -222,22 +222,6 @@ def test_truncated_tensors_are_listed(broken):
     checkpoint.load_pretrained(folder)
 
 
-def test_a_missing_shard_is_named(tmp_path):
-  checkpoint.save_pretrained(tmp_path / "out", CONFIG, PARAMS, max_shard_bytes=60_000)
-  sorted((tmp_path / "out").glob("*.safetensors"))[1].unlink()
-  with pytest.raises(ValueError, match="files that do not exist: 'model-00002-of-"):
-    checkpoint.load_pretrained(tmp_path / "out")
-
-
-def test_only_a_tied_checkpoint_goes_without_its_head(broken):
-  def repeat(tensors):
-    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
-
-  assert "lm_head" not in checkpoint.load_pretrained(broken(repeat))[1]
-  with pytest.raises(ValueError, match="1 missing: lm_head.weight"):
-    checkpoint.load_pretrained(broken(lambda tensors: None, RECORD | {"tie_word_embeddings": False}))
-
-
 def test_what_is_no_folder_is_refused(tmp_path):
   with pytest.raises(ValueError, match="is no folder"):
     checkpoint.load_pretrained(tmp_path / "absent")
@@ -246,9 +230,11 @@ def test_what_is_no_folder_is_refused(tmp_path):
     checkpoint.load_pretrained(tmp_path)
   with pytest.raises(ValueError, match="Hub did not deliver it"):
     checkpoint.load_pretrained("org/name")  # the suite is offline
-  (tmp_path / "config.json").write_text(json.dumps(RECORD))
-  with pytest.raises(ValueError, match="only safetensors weights are read"):
-    checkpoint.load_pretrained(tmp_path)
+
+
+def test_an_untied_checkpoint_needs_its_head(broken):
+  with pytest.raises(ValueError, match="1 missing: lm_head.weight"):
+    checkpoint.load_pretrained(broken(lambda tensors: None, RECORD | {"tie_word_embeddings": False}))
 
 
 def test_host_holds_one_shard_at_a_time(tmp_path, mesh_of):
@@ -278,7 +264,7 @@ def test_host_holds_one_shard_at_a_time(tmp_path, mesh_of):
 )
 def test_layers_side_by_side_are_those_of_the_stack(stored, layout, mesh_of):
   mesh, wanted = mesh_of(1, 4, 2), model.unstack_layers(PARAMS)
-  _, params = checkpoint.load_pretrained(stored, mesh=mesh, layout=layout, separate=True)
+  _, params = checkpoint.load_pretrained(stored, mesh=mesh, layout=layout, unstack=True)
   assert_same(params, wanted)
   places = sharding.weight_shardings(mesh, wanted, model.unstacked_axes(CONFIG), layout)
   assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), params, places))
@@ -297,7 +283,7 @@ def test_layers_side_by_side_are_no_second_copy(stored, monkeypatch):
     return result
 
   monkeypatch.setattr(jax, "block_until_ready", waited)
-  _, params = checkpoint.load_pretrained(stored, mesh=sharding.make_mesh(1, 1, 1), separate=True)
+  _, params = checkpoint.load_pretrained(stored, mesh=sharding.make_mesh(1, 1, 1), unstack=True)
   assert 0 < most[0] - kept <= sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + spare
 
 

@@ -129,16 +129,6 @@ def test_other_names_are_told_as_they_stand_in_the_file(folder, rename, said):
   assert all(part in found for part in said), found
 
 
-@pytest.mark.parametrize(
-  "changes", [{"dtype": "F8_E4M3\n" + "x" * 10**6}, {"shape": [1] * 10**5}, {"shape": [2**62] * 10**5}]
-)
-def test_long_values_of_a_header_are_told_shortly(folder, changes):
-  header, data = header_of(folder / "model.safetensors")
-  header[EMBEDDING] |= changes
-  write_header(folder / "model.safetensors", header, data)
-  assert EMBEDDING in why_unsupported(folder)
-
-
 @pytest.mark.parametrize("name", ["", "..", "x" * 5000, "a\nb", "a\0b", "folder"])
 def test_what_an_index_names_must_be_a_file(folder, name):
   (folder / "model.safetensors").rename(folder / "other.safetensors")

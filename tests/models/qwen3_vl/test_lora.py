@@ -161,8 +161,3 @@ def test_a_rank_is_lower_than_both_sides():
   assert lora.largest_rank(CASE.config.text, ("gate_proj", "k_proj")) == 31
   narrow = dataclasses.replace(CASE.config.text, num_key_value_heads=1)
   assert lora.largest_rank(narrow, ("k_proj",)) == 15 and lora.largest_rank(narrow, ("q_proj",)) == 31
-
-
-def test_tokens_are_decoded_from_merged_weights():
-  with pytest.raises(ValueError, match=r"merged weights: use lora\.merged"):
-    model.decode_step(adapted(), {}, None, None, jnp.ones((2, 2), jnp.int32))
