@@ -112,11 +112,11 @@ def _tour(sides: Sequence[int]) -> np.ndarray:
   return order
 
 
-def _wraps(kind: str, lengths: Sequence[int]) -> list[bool]:
+def _wraps(device_kind: str, lengths: Sequence[int]) -> list[bool]:
   """Returns whether each axis of a slice is a ring: of 16 chips on v5e and v6e, else of whole cubes of 4 x 4 x 4.
 
   From docs.cloud.google.com/tpu/docs/v5e and v5p. Where only some axes may be rings, none is taken for one.
   """
-  if any(part in kind for part in ("v5 lite", "v5e", "v6")):
+  if any(part in device_kind for part in ("v5 lite", "v5e", "v6")):
     return [min(lengths[:2]) >= 16] * len(lengths)
   return [all(length % 4 == 0 for length in lengths)] * len(lengths)

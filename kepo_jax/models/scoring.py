@@ -167,18 +167,19 @@ def _head_gradient(d_logits: jax.Array, hidden: jax.Array, shards: tuple[int, in
 
 def _forward(token_loss, chunk, hidden, head, inputs, others):
   """Returns the loss, and the gradients of hidden and head as residuals."""
-  whole, *other_heads = _gathered([head, *(head for _, head in others)])
+  full_head, *other_heads = _gathered([head, *(head for _, head in others)])
   shards = sharding.row_shards(*hidden.shape[:2])
 
   def body(carry, operands):
     loss, d_head = carry
     hidden, other_hiddens, inputs = operands
     other_logits = tuple(map(_logits, other_hiddens, other_heads))
-    logits = _logits(hidden, whole)
+    logits = _logits(hidden, full_head)
     (part, aux), d_logits = jax.value_and_grad(token_loss, has_aux=True)(logits, other_logits, inputs)
     # Back in the compute dtype, so that both products run at its speed; they accumulate in float32.
     d_logits = d_logits.astype(hidden.dtype)
-    d_hidden = jnp.einsum("pgcv,vd->pgcd", d_logits, whole, preferred_element_type=jnp.float32).astype(hidden.dtype)
+    d_hidden = jnp.einsum("pgcv,vd->pgcd", d_logits, full_head, preferred_element_type=jnp.float32)
+    d_hidden = d_hidden.astype(hidden.dtype)
     return (loss + part, d_head + _head_gradient(d_logits, hidden, shards)), (aux, d_hidden)
 
   start = (jnp.float32(0), jnp.zeros((*shards, *head.shape[::-1]), jnp.float32))

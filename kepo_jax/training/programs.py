@@ -132,7 +132,7 @@ def sampling_program(
     processor: of the model.
     settings: of the sampling.
     name: what errors call it.
-    weight_stationary: its weights are in the train layout and stay so, see `sampling.sample`.
+    weight_stationary: decode from weights of the train layout, see `sampling.sample`.
   """
   config = lora.base(config)
   allowed = jnp.asarray(processor.allowed)

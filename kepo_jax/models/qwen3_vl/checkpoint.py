@@ -152,7 +152,9 @@ def _check_names(directory: pathlib.Path, leaves, stored: Mapping[str, safetenso
     ),
   }
   report = [
-    f"{len(names):,} {kind}: {safetensors_files.few(names, show)}" for kind, (names, show) in problems.items() if names
+    f"{len(names):,} {problem}: {safetensors_files.few(names, show)}"
+    for problem, (names, show) in problems.items()
+    if names
   ]
   if report:
     raise ValueError(
@@ -552,10 +554,10 @@ def tensors_of(matrices: Params) -> dict[str, np.ndarray]:
 
   Where they lie on several hosts, all processes must take part.
   """
-  found = {}
+  tensors = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(matrices):
     module, target, matrix = (part.key for part in path)
     for layer, value in enumerate(sharding.to_host(leaf)):
       name = f"base_model.model.model.language_model.layers.{layer}.{module}.{target}.{_SUFFIXES[matrix]}.weight"
-      found[name] = np.ascontiguousarray(np.asarray(value, np.float32).T)
-  return dict(sorted(found.items()))
+      tensors[name] = np.ascontiguousarray(np.asarray(value, np.float32).T)
+  return dict(sorted(tensors.items()))

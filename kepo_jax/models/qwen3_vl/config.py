@@ -171,38 +171,38 @@ def _section(record: Mapping[str, Any], key: str, name: str) -> Mapping[str, Any
 
 
 def _optional_section(section: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
-  found = section.get(key)
-  if not isinstance(found, Mapping | None):
-    raise ValueError(f"{name}: {key} is {shown(found)}, expected a JSON object")
-  return dict(found or {})
+  value = section.get(key)
+  if not isinstance(value, Mapping | None):
+    raise ValueError(f"{name}: {key} is {shown(value)}, expected a JSON object")
+  return dict(value or {})
 
 
-def _known_fields(kind: type, section: Mapping[str, Any], name: str) -> dict[str, Any]:
-  """Returns the fields of `kind` found in `section`; those without a default must be there."""
-  fields = dataclasses.fields(kind)
+def _known_fields(record_type: type, section: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """Returns the fields of `record_type` that are in `section`; those without a default must be there."""
+  fields = dataclasses.fields(record_type)
   missing = [f.name for f in fields if f.default is dataclasses.MISSING and section.get(f.name) is None]
   if missing:
     raise ValueError(f"{name}: missing {', '.join(missing)}")
   return {f.name: _checked(f.name, section[f.name], f.type, name) for f in fields if section.get(f.name) is not None}
 
 
-def _checked(key: str, value: Any, kind: Any, name: str) -> Any:
+def _checked(key: str, value: Any, field_type: Any, name: str) -> Any:
   """Returns a value of a config.json, of the type of its field and of a size that a model can have.
 
   Raises:
     ValueError: it is not.
   """
-  if kind is bool:
+  if field_type is bool:
     fits, expected = isinstance(value, bool), "true or false"
-  elif kind is float:
+  elif field_type is float:
     fits, expected = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
-  elif kind is int and key.endswith("_id"):
+  elif field_type is int and key.endswith("_id"):
     fits, expected = type(value) is int and value >= 0, "a token id"
-  elif kind is int:
+  elif field_type is int:
     most = _MOST_LAYERS if key in ("depth", "num_hidden_layers") else _MOST
     fits, expected = type(value) is int and 0 < value <= most, f"a number from 1 to {most:,}"
   else:
-    fits = isinstance(value, list | tuple) and all(type(each) is int and 0 <= each <= _MOST for each in value)
+    fits = isinstance(value, list | tuple) and all(type(item) is int and 0 <= item <= _MOST for item in value)
     expected = "a list of numbers"
   if not fits:
     raise ValueError(f"{name}: {key} is {shown(value)}, expected {expected}")

@@ -19,18 +19,18 @@ from kepo_jax.sharding import LogicalAxes, align_with_weight
 Params = Mapping[str, Any]
 CosSin = tuple[jax.Array, jax.Array]  # cosine and sine of rotary angles
 
-# Name -> what the backward pass finds of a layer besides its input; it computes the rest once more. A product without
-# batch dimensions is one with a weight: those of attention, whose size grows with the square of the length, are not.
+# Name -> checkpoint policy: the residuals of a layer that are saved besides its input. Products with weights have no
+# batch dimensions; those of attention, whose size grows with the square of the length, have them.
 _KEPT = {
-  "full": None,  # nothing
+  "full": None,  # saves nothing
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-REMAT = ("none", *_KEPT)  # "none" keeps everything and computes nothing twice
+REMAT = ("none", *_KEPT)  # "none" saves all residuals
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition:
-  """A module without its numbers."""
+  """A module without its parameters."""
 
   graph: nnx.GraphDef
   shapes: Params  # nested dict of jax.ShapeDtypeStruct
@@ -38,16 +38,16 @@ class Definition:
 
 
 @functools.cache
-def definition(kind: Callable[..., nnx.Module], *arguments: Any) -> Definition:
-  """Returns the definition of the module `kind(*arguments)`; no array is allocated."""
-  graph, state = nnx.split(nnx.eval_shape(lambda: kind(*arguments)))
+def definition(module_type: Callable[..., nnx.Module], *arguments: Any) -> Definition:
+  """Returns the definition of the module `module_type(*arguments)`; no array is allocated."""
+  graph, state = nnx.split(nnx.eval_shape(lambda: module_type(*arguments)))
   axes = jax.tree.map(lambda leaf: leaf.logical_axes, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
   return Definition(graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
 
 
-def bind(params: Params, kind: Callable[..., nnx.Module], *arguments: Any) -> Any:
-  """Builds the module `kind(*arguments)` on `params`, those of one layer."""
-  return nnx.merge(definition(kind, *arguments).graph, params)
+def bind(params: Params, module_type: Callable[..., nnx.Module], *arguments: Any) -> Any:
+  """Builds the module `module_type(*arguments)` on `params`, those of one layer."""
+  return nnx.merge(definition(module_type, *arguments).graph, params)
 
 
 def _weight(shape: tuple[int, ...], axes: LogicalAxes) -> nnx.Param:
@@ -58,9 +58,9 @@ def _weight(shape: tuple[int, ...], axes: LogicalAxes) -> nnx.Param:
 def wide_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
   """Computes x W^T for out > in: x [..., in], W [out, in], result [..., out].
 
-  The gradient of W is a product over all tokens, for which a CPU transposes one operand. Left to itself it transposes
-  the gradient of the result, and recomputes what leads to it. Here it transposes x, which is smaller and shared by all
-  projections of the same input.
+  The gradient of W is a product over all tokens, for which a CPU transposes one operand. XLA would transpose the
+  gradient of the result and recompute the operations before it. This gradient transposes x, which is smaller and shared
+  by all projections of the same input.
   """
   return jnp.einsum("...i,oi->...o", x, weight)
 
@@ -68,8 +68,8 @@ def wide_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _wide_matmul_backward(residuals, gradient):
   x, weight = residuals
   transposed = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
-  of_weight = jax.lax.optimization_barrier(jnp.tensordot(transposed, gradient, axes=gradient.ndim - 1))
-  return jnp.einsum("...o,oi->...i", gradient, weight), of_weight.T
+  weight_gradient = jax.lax.optimization_barrier(jnp.tensordot(transposed, gradient, axes=gradient.ndim - 1))
+  return jnp.einsum("...o,oi->...i", gradient, weight), weight_gradient.T
 
 
 # The product itself: a rematerialisation policy does not look into a call of `wide_matmul`.
@@ -77,7 +77,7 @@ wide_matmul.defvjp(lambda x, weight: (wide_matmul.fun(x, weight), (x, weight)), 
 
 
 class Linear(nnx.Module):
-  """x W^T + b with the weight [out, in] of the checkpoint; axes are the logical axes of the weight."""
+  """x W^T + b with the weight [out, in] of the checkpoint and its logical axes."""
 
   def __init__(self, inputs: int, outputs: int, axes: LogicalAxes, bias: bool = True):
     self.weight = _weight((outputs, inputs), axes)
@@ -95,7 +95,7 @@ class Linear(nnx.Module):
     y = align_with_weight(y, outputs)
     if self.bias is None:
       return y
-    # In float32, so that the gradient of the bias, a sum over all tokens, adds up in it.
+    # In float32, so that the gradient of the bias, a sum over all tokens, accumulates in float32.
     bias = jnp.expand_dims(self.bias[...].astype(jnp.float32), tuple(range(y.ndim - 1)))
     return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
@@ -104,7 +104,7 @@ class Linear(nnx.Module):
 def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
   """Looks up rows of table [V, D] at int32[...]: [..., D].
 
-  The gradient of a row adds up in float32: in bfloat16 the sum over a token that occurs hundreds of times stalls.
+  The gradient accumulates in float32: in bfloat16 the sum over a token that occurs hundreds of times stalls.
   """
   return jnp.take(table, index, axis=0)
 
@@ -123,7 +123,7 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def repeated(x: jax.Array, times: int) -> jax.Array:
-  """Repeats each row: [P, ...] -> [P * times, ...]; the gradient adds up in float32."""
+  """Repeats each row: [P, ...] -> [P * times, ...]; the gradient accumulates in float32."""
   return jnp.repeat(x.astype(jnp.float32), times, axis=0).astype(x.dtype)
 
 

@@ -60,15 +60,15 @@ def layer_factory(lora: LoraConfig | None) -> Callable[[TextConfig], nnx.Module]
 @functools.cache
 def matrices(config: TextConfig, lora: LoraConfig) -> Definition:
   """Returns shapes and logical axes of the matrices of one layer; axes follow those of the weight."""
-  whole = definition(layer_factory(lora), config)
+  layer = definition(layer_factory(lora), config)
   modules = [(TARGETS[target], target) for target in TARGETS if target in lora.targets]
   shapes: dict[str, Any] = {}
   axes: dict[str, Any] = {}
   for module, target in modules:
-    outputs, inputs = whole.axes[module][target]["weight"]
-    shapes.setdefault(module, {})[target] = {name: whole.shapes[module][target][name] for name in (A, B)}
+    outputs, inputs = layer.axes[module][target]["weight"]
+    shapes.setdefault(module, {})[target] = {name: layer.shapes[module][target][name] for name in (A, B)}
     axes.setdefault(module, {})[target] = {A: (inputs, None), B: (None, outputs)}
-  return Definition(whole.graph, shapes, axes)
+  return Definition(layer.graph, shapes, axes)
 
 
 def largest_rank(config: TextConfig, targets: tuple[str, ...]) -> int:
@@ -128,7 +128,7 @@ def merged(config: Qwen3VLConfig, params: Params, dtype: Any) -> dict[str, Any]:
     merge = functools.partial(_merged_weight, scale=config.lora.alpha / config.lora.rank, dtype=dtype)
     if isinstance(decoder["layers"], tuple):
       matrices = [jax.tree.map(lambda x, i=i: x[i], params[PART]) for i in range(len(decoder["layers"]))]
-      layers: Any = tuple(_merged_modules(*each, merge) for each in zip(decoder["layers"], matrices, strict=True))
+      layers: Any = tuple(_merged_modules(*parts, merge) for parts in zip(decoder["layers"], matrices, strict=True))
     else:
       # Layer by layer: the products of all layers at once would be as large as the weights, in float32.
       layers = _merged_modules(

@@ -91,8 +91,8 @@ def _tree(config: Qwen3VLConfig, leaf_of) -> dict[str, Any]:
 def abstract_params(config: Qwen3VLConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
   """Returns the parameter tree as jax.ShapeDtypeStruct of `dtype`; the matrices of LoRA are float32 in any case."""
   shapes = _tree(config, lambda module, layers: stacked(module.shapes, layers) if layers else module.shapes)
-  whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), lora.without(shapes))
-  return whole | {name: part for name, part in shapes.items() if name == lora.PART}
+  base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), lora.without(shapes))
+  return base | {name: part for name, part in shapes.items() if name == lora.PART}
 
 
 def logical_axes(config: Qwen3VLConfig) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def init_params(
     config: sizes, without `lora`, whose matrices `lora.initial` draws.
     key: jax.random key.
     dtype: of the parameters.
-    by_layer: draw the layers of a stack one after the other, which gives other numbers: what is drawn of a whole stack
-      at once, in float32, is more than a large model's weights in bfloat16.
+    by_layer: draw stacked layers one by one, with other random numbers. The float32 numbers of a stack need more memory
+      than the bfloat16 weights of a large model.
   """
   axes = logical_axes(config)
   numbered = iter(range(10**6))
@@ -133,7 +133,7 @@ def init_params(
       return (jax.random.normal(key, shape) * shape[-1] ** -0.5).astype(leaf.dtype)
 
     if by_layer and _is_stacked(path):
-      return jax.lax.map(lambda each: matrix(each, leaf.shape[1:]), jax.random.split(leaf_key, leaf.shape[0]))
+      return jax.lax.map(lambda layer_key: matrix(layer_key, leaf.shape[1:]), jax.random.split(leaf_key, leaf.shape[0]))
     return matrix(leaf_key, leaf.shape)
 
   return jax.tree_util.tree_map_with_path(draw, abstract_params(config, dtype), axes)

@@ -77,7 +77,7 @@ def tensors_in(file: pathlib.Path) -> dict[str, Stored]:
   """
   header, start = _header(file)
   size = file.stat().st_size
-  found = {}
+  tensors = {}
   for name, entry in header.items():
     if not _is_entry(entry):
       raise ValueError(f"{file}: the entry of {shown(name)} in its header is damaged; download it again")
@@ -87,10 +87,10 @@ def tensors_in(file: pathlib.Path) -> dict[str, Stored]:
     if begin != filled:
       raise ValueError(f"{file}: {shown(name)} begins at byte {begin}, expected {filled}; download the file again")
     filled = end
-    found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), start + begin, start + end <= size)
+    tensors[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), start + begin, start + end <= size)
   if start + filled < size:
     raise ValueError(f"{file} has {size - start - filled:,} bytes behind its last tensor; download it again")
-  return found
+  return tensors
 
 
 def _is_entry(entry: Any) -> bool:
@@ -142,10 +142,10 @@ def few(names: Sequence[str], show: Callable[[str], str] = shown) -> str:
 
 def stored_tensors(directory: pathlib.Path) -> dict[str, Stored]:
   """Returns every tensor of a checkpoint folder by name."""
-  found: dict[str, Stored] = {}
+  tensors: dict[str, Stored] = {}
   for file in weight_files(directory):
-    found |= tensors_in(file)
-  return found
+    tensors |= tensors_in(file)
+  return tensors
 
 
 def write_file(

@@ -148,10 +148,10 @@ def _scan_layers(step: Callable, x: jax.Array, layers: Any, *others: Any, remat:
   if not isinstance(layers, tuple):
     return jax.lax.scan(step, x, (layers, *others))
   outputs = []
-  for each in zip(layers, *others, strict=True):
-    x, output = step(x, each)
+  for layer in zip(layers, *others, strict=True):
+    x, output = step(x, layer)
     outputs.append(output)
-  return x, jax.tree.map(lambda *layer: layer, *outputs)
+  return x, jax.tree.map(lambda *leaves: leaves, *outputs)
 
 
 def _prefix_mask(mask: jax.Array) -> jax.Array:
