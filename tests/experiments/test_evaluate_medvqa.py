@@ -261,8 +261,8 @@ def test_how_a_published_folder_is_loaded_and_asked(evaluate_medvqa, checkpoint,
   folder_that_says(base, **{key: value for key, value in record.items() if not key.startswith("kepo_")})
   layouts = []
 
-  def load(*_, layout, separate):
-    assert separate  # a token loop would slice every layer out of a stack
+  def load(*_, layout, unstack):
+    assert unstack  # a token loop would slice every layer out of a stack
     layouts.append(layout)
     raise ValueError("stop here")
 
