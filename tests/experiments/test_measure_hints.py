@@ -1,5 +1,4 @@
 import json
-import pathlib
 import shutil
 
 import numpy as np
@@ -7,13 +6,13 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import hints as hints_lib
-from experiments import phantom_folder
 from experiments.configs import kepo
 from kepo_jax.types import Example, Rollouts
+from tests.conftest import ROOT
 from tests.experiments.test_evaluate_medvqa import checkpoint  # noqa: F401, a fixture
 from tests.training.runs import changed
 
-PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
+PHANTOM = ROOT / "experiments" / "assets" / "phantom"
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Measures the shipped phantom models: greedy accuracy, learning cliffs, and what hints do.
 
-  python -m experiments.measure_phantom --models=experiments/assets/phantom --output=runs/phantom/measured.json
+  python -m experiments.phantom.measure --models=experiments/assets/phantom --output=runs/phantom/measured.json
 
 Accuracy is on the frozen test items; cliffs (no accurate rollout of 8 at temperature 1) and hints on the training
 items, which no model has seen. Each `record.json` gets its own figures under "measured".
@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import environment, hints, phantom_corpus
+from experiments import environment, hints
+from experiments.phantom import corpus
 from kepo_jax import exploration, rewards
 from kepo_jax.data import prompts
 from kepo_jax.data.phantom import build
@@ -76,12 +77,10 @@ def perception(texts: list[list[str]], examples: list[Example]) -> dict[str, dic
   Only pictures that have the attribute count; a text that leaves it out is wrong.
   """
   shares = {}
-  drawn = [phantom_corpus.true_findings(scenes()[example.id]) for example in examples]
-  for name in phantom_corpus.ATTRIBUTES:
+  drawn = [corpus.true_findings(scenes()[example.id]) for example in examples]
+  for name in corpus.ATTRIBUTES:
     rows = [i for i, true in enumerate(drawn) if name in true]
-    right = [
-      np.mean([phantom_corpus.read_findings(text).get(name) == drawn[i][name] for text in texts[i]]) for i in rows
-    ]
+    right = [np.mean([corpus.read_findings(text).get(name) == drawn[i][name] for text in texts[i]]) for i in rows]
     shares[name] = mean_by(np.array(right), [examples[i].modality for i in rows])
   return shares
 
@@ -92,9 +91,9 @@ def perception_in_place(model: Model, texts: list[str], examples: list[Example])
   The model reads the text up to that word (teacher-forced) and prefers one of the two.
   """
   shares, processor = {}, model.batched.processor
-  for name, classes in phantom_corpus.ATTRIBUTES.items():
-    said = [phantom_corpus.read_findings(text).get(name) for text in texts]
-    true = [phantom_corpus.true_findings(scenes()[example.id]).get(name) for example in examples]
+  for name, classes in corpus.ATTRIBUTES.items():
+    said = [corpus.read_findings(text).get(name) for text in texts]
+    true = [corpus.true_findings(scenes()[example.id]).get(name) for example in examples]
     rows = [i for i, (one, other) in enumerate(zip(said, true, strict=True)) if one and other]
     if len(classes) != 2 or not rows:
       continue
