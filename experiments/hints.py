@@ -68,13 +68,13 @@ def hint_record(
   rounds: int,
   seed: int = 0,
 ) -> dict[str, Any]:
-  """The figures of some cliffs, all of which went through all rounds.
+  """The metrics of some cliffs, all of which went through all rounds.
 
   Args:
     outcome: of the rounds; every accepted candidate is in it, however many there are.
     effects: row -> what its hints do.
     cliffs: the questions by row of the outcome.
-    rows: the cliffs to count, of `outcome`; the figures of none are null.
+    rows: the cliffs to count, of `outcome`; the metrics of none are null.
     questions: asked, of which these are the cliffs.
     rounds: B.
     seed: of the bootstrap.
@@ -86,7 +86,7 @@ def hint_record(
   part = exploration.Exploration(
     **{name: {row: getattr(outcome, name)[row] for row in rows} for name in ("accepted", "candidates", "hints")}
   )
-  figures = exploration.exploration_metrics(part, prompts=max(1, questions), rounds=rounds, examples=cliffs)
+  metrics = exploration.exploration_metrics(part, prompts=max(1, questions), rounds=rounds, examples=cliffs)
   candidates = [part.candidates[row] for row in rows]
   found = [effects[row] for row in rows]
   positive, positive_interval = _mean(
@@ -104,15 +104,15 @@ def hint_record(
     "gain_answers": sum(effect.answers for effect in found),
     "letter_gain": _mean([effect.letter_gain for effect in found], seed)[0],
     "reliance": _mean([effect.reliance for effect in found], seed)[0],
-    "answer_rate": figures.get("hint/answer_rate"),
-    "leak_rate": figures.get("hint/leak_rate"),
-    "quote_rate": figures.get("hint/quote_rate"),
-    "parse_failure_rate": figures.get("hint/parse_failure_rate"),
+    "answer_rate": metrics.get("hint/answer_rate"),
+    "leak_rate": metrics.get("hint/leak_rate"),
+    "quote_rate": metrics.get("hint/quote_rate"),
+    "parse_failure_rate": metrics.get("hint/parse_failure_rate"),
     "accurate_rate": _mean([[each.accurate for each in row] for row in candidates], seed)[0],
     "format_rate": _mean([[each.well_formed for each in row] for row in candidates], seed)[0],
     "positive_rate": positive,
     "positive_rate_interval": positive_interval,
-    "accept_rate": [figures[f"hint/accept_rate@{b}"] for b in range(1, rounds + 1)] if rows else None,
+    "accept_rate": [metrics[f"hint/accept_rate@{b}"] for b in range(1, rounds + 1)] if rows else None,
   }
 
 
@@ -137,8 +137,8 @@ def hint_records(
   """
 
   def record(name: str, rows: Sequence[int], questions: int) -> dict[str, Any]:
-    figures = hint_record(outcome, effects, cliffs, rows, questions=questions, rounds=rounds, seed=seed)
-    return {"modality": name} | figures
+    metrics = hint_record(outcome, effects, cliffs, rows, questions=questions, rounds=rounds, seed=seed)
+    return {"modality": name} | metrics
 
   counts = collections.Counter(example.modality for example in asked)
   rows_of = {name: [i for i, example in enumerate(cliffs) if example.modality == name] for name in sorted(counts)}
@@ -147,7 +147,7 @@ def hint_records(
 
 
 def _mean(values: Sequence[Any], seed: int) -> tuple[float | None, list[float] | None]:
-  """Mean of figures that belong to prompts, float[...] of each, and its interval over the prompts that have any."""
+  """Mean of metrics that belong to prompts, float[...] of each, and its interval over the prompts that have any."""
   parts = [np.asarray(each, float) for each in values if len(each)]
   if not parts:
     return None, None

@@ -273,8 +273,8 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path):
     params, moments, value, shares = update(params, moments, prompts, *_dialogues(pool, rows))
     seconds = before + time.monotonic() - begun
     if (step + 1) % 20 == 0:
-      figures = "loss %.4f words %.3f conclusion %.3f letter %.3f, %.0f s"
-      logging.info(f"%s step %d {figures}", name, step + 1, value, *shares, seconds)
+      line = "loss %.4f words %.3f conclusion %.3f letter %.3f, %.0f s"
+      logging.info(f"%s step %d {line}", name, step + 1, value, *shares, seconds)
     if (step + 1) % _SAVE_EVERY.value == 0 or step + 1 == steps:
       save_progress(progress, step + 1, seconds, (params, moments))
   return config, params, seconds

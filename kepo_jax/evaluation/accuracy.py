@@ -1,4 +1,4 @@
-"""From output records to figures: accuracy per modality, question type and data set, chance beside it, pass@k."""
+"""From output records to metrics: accuracy per modality, question type and data set, chance beside it, pass@k."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -82,14 +82,14 @@ def grouped(values: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def summarised(outputs: Sequence[Record], *, train_modality: str = "MRI") -> dict[str, Any]:
-  """The figures of an evaluation from its output records.
+  """The metrics of an evaluation from its output records.
 
   Args:
     outputs: at least one record of `evaluate`; as many for each question.
     train_modality: canonical name of the in-domain modality.
 
   Returns:
-    JSON-able figures. A block holds `overall`, `in_domain`, `modalities`, `question_types`, `datasets` (entries of
+    JSON-able metrics. A block holds `overall`, `in_domain`, `modalities`, `question_types`, `datasets` (entries of
     `share`; of `mean_share` with several completions per question) and `out_of_domain` (of `mean_over_groups`: each
     modality counts the same). The result is the block of the strict parser and, under `lenient`, that of the
     forgiving one; under `chance` what guessing scores on these questions, with the bounds of 95 % of guessers. With

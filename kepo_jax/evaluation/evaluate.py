@@ -83,7 +83,7 @@ def evaluate(
       the first 16 hexadecimal digits of the SHA-256 of each image file, also under a control.
 
   Returns:
-    the figures of `summarised`.
+    the metrics of `summarised`.
 
   Raises:
     ValueError: there is nothing to evaluate, an image cannot be read, or a prompt cannot be made.
