@@ -167,7 +167,7 @@ def part_of_data(display: progress.Display) -> tuple[list[Example], cleaning.Sum
 
 
 def built_questions(folder: pathlib.Path) -> tuple[list[Example], cleaning.Summary, str]:
-  """The same of a data set that TFDS has built.
+  """Reads the same of a data set that TFDS has built.
 
   Raises:
     ValueError: it has no such split.
@@ -184,7 +184,7 @@ def built_questions(folder: pathlib.Path) -> tuple[list[Example], cleaning.Summa
 
 
 def cut(examples: list[Example]) -> dict[str, list[Example]]:
-  """The split that training makes of a single folder.
+  """Splits a single folder as training does.
 
   Raises:
     ValueError: too few questions of the training modality.
@@ -199,7 +199,7 @@ def cut(examples: list[Example]) -> dict[str, list[Example]]:
 
 
 def askable(examples: list[Example], processor: processor_lib.Processor, display: progress.Display) -> list[Example]:
-  """The questions whose images can be read and whose prompts have room: all of them, unless --lenient.
+  """Returns the questions whose images can be read and whose prompts have room: all of them, unless --lenient.
 
   Raises:
     ValueError: a question cannot be asked; names it and the file.
@@ -217,7 +217,7 @@ def askable(examples: list[Example], processor: processor_lib.Processor, display
 
 
 def image_size(model: pathlib.Path) -> tuple[str, str]:
-  """How images are brought to size, and in words why so.
+  """Returns how images are brought to size, and in words why.
 
   Args:
     model: its folder.
@@ -236,7 +236,7 @@ def image_size(model: pathlib.Path) -> tuple[str, str]:
 
 
 def sampling_settings(tokens: int) -> programs.SamplingSettings:
-  """Greedy or sampled, as the flags say.
+  """Returns greedy or sampled settings, as the flags say.
 
   Raises:
     ValueError: several greedy completions.
@@ -256,7 +256,7 @@ def sampler(
   dtype: str,
   settings: programs.SamplingSettings,
 ) -> Callable[[Prompts], Rollouts]:
-  """Loads the weights: host prompts -> completions."""
+  """Loads the weights and returns a function from host prompts to completions."""
   # The decode layout holds weights whole over fsdp, which is what --fsdp is there to avoid.
   layout = "decode" if _FSDP.value == 1 else "train"
   # Side by side, as the token loop of a run has them: out of a stack each layer would be copied for every token.
@@ -286,7 +286,7 @@ def locked(output: str) -> Iterator[Callable[[], None]]:
     output: the folder, which is made; or "".
 
   Yields:
-    what makes sure that the folder is still ours, and raises ValueError if not.
+    a check that raises ValueError if another process has taken the folder.
 
   Raises:
     ValueError: another evaluation runs in it, or there is no such bucket.
