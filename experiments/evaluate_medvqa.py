@@ -16,7 +16,7 @@ of unparsed and truncated completions (docs/method.md, Evaluation). Images are b
 folder names (kepo_resize in tokenizer_config.json, which a run writes with its export); --resize asks for another.
 
 With --output, about.json says what is asked of whom, outputs.jsonl gets every completion as it comes, and
-evaluation.json the figures; --resume continues where an interrupted evaluation stopped, to the same bytes: model,
+evaluation.json the metrics; --resume continues where an interrupted evaluation stopped, to the same bytes: model,
 questions, images, settings, --batch and devices must be the same. `python -m experiments.compare_medvqa A B` compares
 two such folders. A folder is locked by the evaluation that runs in it.
 """
@@ -120,7 +120,16 @@ _LENIENT = flags.DEFINE_bool("lenient", False, "Drop and count unusable records 
 
 
 def questions(display: progress.Display) -> tuple[list[Example], cleaning.Summary, str]:
-  """The questions that the flags ask for, what the reader found, and in words how they were chosen.
+  """Returns the questions that the flags ask for, the reader's summary, and in words how they were chosen."""
+  examples, summary, how = part_of_data(display)
+  if _LIMIT.value:
+    examples = splits.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
+    how += f", at most {_LIMIT.value} per modality"
+  return examples, summary, f"{len(examples)} of {summary.kept} questions: {how}"
+
+
+def part_of_data(display: progress.Display) -> tuple[list[Example], cleaning.Summary, str]:
+  """Reads the part of the data that --split names, with the reader's summary and its description.
 
   Raises:
     ValueError: the data cannot be read, have no such split, or are too few for the cut.
@@ -132,7 +141,7 @@ def questions(display: progress.Display) -> tuple[list[Example], cleaning.Summar
     str(storage.staged(path, progress=copying)) if path else "" for path in (_DATA.value, _SPLIT_FILES.value)
   )
   if built := data and folders.find(data):
-    return limited(*built_questions(built))
+    return built_questions(built)
   image_root = None
   if split_files:
     roots, where, image_root = splits.published_parts(split_files), _SPLIT_FILES.value, data or None
@@ -154,11 +163,11 @@ def questions(display: progress.Display) -> tuple[list[Example], cleaning.Summar
       f"the {split} part of a cut with --train_modality={_TRAIN_MODALITY.value} --train_items={_TRAIN_ITEMS.value} "
       f"--validation_items={_VALIDATION_ITEMS.value} --test_items={_TEST_ITEMS.value} --split_seed={_SPLIT_SEED.value}"
     )
-  return limited(examples, summary, how)
+  return examples, summary, how
 
 
 def built_questions(folder: pathlib.Path) -> tuple[list[Example], cleaning.Summary, str]:
-  """The same of a data set that TFDS has built.
+  """Reads the same of a data set that TFDS has built.
 
   Raises:
     ValueError: it has no such split.
@@ -174,19 +183,8 @@ def built_questions(folder: pathlib.Path) -> tuple[list[Example], cleaning.Summa
   return found, summary, f"the part {_SPLIT.value}"
 
 
-def limited(
-  examples: list[Example], summary: cleaning.Summary, how: str
-) -> tuple[list[Example], cleaning.Summary, str]:
-  """At most --limit questions of each modality, and their number in words."""
-  kept = examples
-  if _LIMIT.value:
-    kept = splits.limited(examples, _LIMIT.value, _LIMIT_SEED.value)
-    how += f", at most {_LIMIT.value} per modality"
-  return kept, summary, f"{len(kept)} of {summary.kept} questions: {how}"
-
-
 def cut(examples: list[Example]) -> dict[str, list[Example]]:
-  """The split that training makes of a single folder.
+  """Splits a single folder as training does.
 
   Raises:
     ValueError: too few questions of the training modality.
@@ -201,7 +199,7 @@ def cut(examples: list[Example]) -> dict[str, list[Example]]:
 
 
 def askable(examples: list[Example], processor: processor_lib.Processor, display: progress.Display) -> list[Example]:
-  """The questions whose images can be read and whose prompts have room: all of them, unless --lenient.
+  """Returns the questions whose images can be read and whose prompts have room: all of them, unless --lenient.
 
   Raises:
     ValueError: a question cannot be asked; names it and the file.
@@ -219,7 +217,7 @@ def askable(examples: list[Example], processor: processor_lib.Processor, display
 
 
 def image_size(model: pathlib.Path) -> tuple[str, str]:
-  """How images are brought to size, and in words why so.
+  """Returns how images are brought to size, and in words why.
 
   Args:
     model: its folder.
@@ -238,7 +236,7 @@ def image_size(model: pathlib.Path) -> tuple[str, str]:
 
 
 def sampling_settings(tokens: int) -> programs.SamplingSettings:
-  """Greedy or sampled, as the flags say.
+  """Returns greedy or sampled settings, as the flags say.
 
   Raises:
     ValueError: several greedy completions.
@@ -258,7 +256,7 @@ def sampler(
   dtype: str,
   settings: programs.SamplingSettings,
 ) -> Callable[[Prompts], Rollouts]:
-  """Loads the weights: host prompts -> completions."""
+  """Loads the weights and returns a function from host prompts to completions."""
   # The decode layout holds weights whole over fsdp, which is what --fsdp is there to avoid.
   layout = "decode" if _FSDP.value == 1 else "train"
   # Side by side, as the token loop of a run has them: out of a stack each layer would be copied for every token.
@@ -270,7 +268,7 @@ def sampler(
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
-  """Prints the figures."""
+  """Prints the metrics."""
   rows = tables.evaluation_rows(result, datasets=_DATASETS.value or None)
   console.print(tables.rich_table(rows, title="accuracy, %, with 95 % intervals"))
   if "pass_at_k" in result:
@@ -288,7 +286,7 @@ def locked(output: str) -> Iterator[Callable[[], None]]:
     output: the folder, which is made; or "".
 
   Yields:
-    what makes sure that the folder is still ours, and raises ValueError if not.
+    a check that raises ValueError if another process has taken the folder.
 
   Raises:
     ValueError: another evaluation runs in it, or there is no such bucket.

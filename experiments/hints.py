@@ -37,7 +37,7 @@ class HintEffect:
 
 
 def letter_place(tokens: np.ndarray, decode: Callable[[np.ndarray], str]) -> int | None:
-  """Place of the token that says the letter of an answer.
+  """Returns the place of the token that says the letter of an answer.
 
   It is the first token with which the text has a word character behind its answer tag; tokens that merge the letter
   with a space or a part of the tag are found as well.
@@ -68,13 +68,13 @@ def hint_record(
   rounds: int,
   seed: int = 0,
 ) -> dict[str, Any]:
-  """The figures of some cliffs, all of which went through all rounds.
+  """Returns the metrics of some cliffs, all of which went through all rounds.
 
   Args:
     outcome: of the rounds; every accepted candidate is in it, however many there are.
     effects: row -> what its hints do.
     cliffs: the questions by row of the outcome.
-    rows: the cliffs to count, of `outcome`; the figures of none are null.
+    rows: the cliffs to count, of `outcome`; the metrics of none are null.
     questions: asked, of which these are the cliffs.
     rounds: B.
     seed: of the bootstrap.
@@ -86,12 +86,10 @@ def hint_record(
   part = exploration.Exploration(
     **{name: {row: getattr(outcome, name)[row] for row in rows} for name in ("accepted", "candidates", "hints")}
   )
-  figures = exploration.exploration_metrics(part, prompts=max(1, questions), rounds=rounds, examples=cliffs)
+  metrics = exploration.exploration_metrics(part, prompts=max(1, questions), rounds=rounds, examples=cliffs)
   candidates = [part.candidates[row] for row in rows]
   found = [effects[row] for row in rows]
-  positive, positive_interval = _mean(
-    [[each.accurate and each.well_formed for each in row] for row in candidates], seed
-  )
+  positive, positive_interval = _mean([[one.accurate and one.well_formed for one in row] for row in candidates], seed)
   gain, gain_interval = _mean([effect.gain for effect in found], seed)
   return {
     "questions": questions,
@@ -104,15 +102,15 @@ def hint_record(
     "gain_answers": sum(effect.answers for effect in found),
     "letter_gain": _mean([effect.letter_gain for effect in found], seed)[0],
     "reliance": _mean([effect.reliance for effect in found], seed)[0],
-    "answer_rate": figures.get("hint/answer_rate"),
-    "leak_rate": figures.get("hint/leak_rate"),
-    "quote_rate": figures.get("hint/quote_rate"),
-    "parse_failure_rate": figures.get("hint/parse_failure_rate"),
-    "accurate_rate": _mean([[each.accurate for each in row] for row in candidates], seed)[0],
-    "format_rate": _mean([[each.well_formed for each in row] for row in candidates], seed)[0],
+    "answer_rate": metrics.get("hint/answer_rate"),
+    "leak_rate": metrics.get("hint/leak_rate"),
+    "quote_rate": metrics.get("hint/quote_rate"),
+    "parse_failure_rate": metrics.get("hint/parse_failure_rate"),
+    "accurate_rate": _mean([[one.accurate for one in row] for row in candidates], seed)[0],
+    "format_rate": _mean([[one.well_formed for one in row] for row in candidates], seed)[0],
     "positive_rate": positive,
     "positive_rate_interval": positive_interval,
-    "accept_rate": [figures[f"hint/accept_rate@{b}"] for b in range(1, rounds + 1)] if rows else None,
+    "accept_rate": [metrics[f"hint/accept_rate@{b}"] for b in range(1, rounds + 1)] if rows else None,
   }
 
 
@@ -125,7 +123,7 @@ def hint_records(
   rounds: int,
   seed: int = 0,
 ) -> list[dict[str, Any]]:
-  """`hint_record` of every modality, in order of name, and of "all".
+  """Returns `hint_record` of every modality, in order of name, and of "all".
 
   Args:
     outcome: rows 0 to n - 1 are the cliffs.
@@ -137,8 +135,8 @@ def hint_records(
   """
 
   def record(name: str, rows: Sequence[int], questions: int) -> dict[str, Any]:
-    figures = hint_record(outcome, effects, cliffs, rows, questions=questions, rounds=rounds, seed=seed)
-    return {"modality": name} | figures
+    metrics = hint_record(outcome, effects, cliffs, rows, questions=questions, rounds=rounds, seed=seed)
+    return {"modality": name} | metrics
 
   counts = collections.Counter(example.modality for example in asked)
   rows_of = {name: [i for i, example in enumerate(cliffs) if example.modality == name] for name in sorted(counts)}
@@ -147,14 +145,14 @@ def hint_records(
 
 
 def _mean(values: Sequence[Any], seed: int) -> tuple[float | None, list[float] | None]:
-  """Mean of figures that belong to prompts, float[...] of each, and its interval over the prompts that have any."""
-  parts = [np.asarray(each, float) for each in values if len(each)]
+  """Averages metrics that belong to prompts, float[...] of each, and its interval over the prompts that have any."""
+  parts = [np.asarray(numbers, float) for numbers in values if len(numbers)]
   if not parts:
     return None, None
   joined = np.concatenate(parts)
   if len(parts) < 2:  # one prompt drawn again and again would pretend to certainty
     return float(joined.mean()), None
-  clusters = np.repeat(np.arange(len(parts)), [len(each) for each in parts])
+  clusters = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
   draws = resampled_means(joined, np.random.default_rng(seed), clusters)
   return float(joined.mean()), list(percentile_interval(draws))
 
@@ -182,7 +180,7 @@ def all_rounds(
   accept: exploration.Acceptance,
   progress: Progress = quiet,
 ) -> exploration.Exploration:
-  """Hinted sampling for every question in every round, with a new hint each: no success ends it early.
+  """Samples with hints for every question in every round, with a new hint each: no success ends it early.
 
   Training stops a prompt when it has its replacements, so that the prompts of its later rounds are the hard ones; here
   rates are the same in expectation in every round. When a prompt has its first accepted candidate is the same in both.
@@ -230,7 +228,7 @@ def reliances(
   temperature: float,
   progress: Progress = quiet,
 ) -> list[np.ndarray]:
-  """log pi(y | x, h) - log pi(y | x) of the tokens of accepted candidates: float32[n], nats, for each question.
+  """Computes log pi(y | x, h) - log pi(y | x) of the tokens of accepted candidates: float32[n], nats, per question.
 
   Args:
     student: scores both, given the whole text before each token.
@@ -242,21 +240,21 @@ def reliances(
     progress: is told how far this has come.
   """
   found: list[list[np.ndarray]] = [[] for _ in examples]
-  accepted = {id(each) for row in outcome.accepted.values() for each in row}
+  accepted = {id(candidate) for row in outcome.accepted.values() for candidate in row}
   tried = [  # those of a question and a round share their prompt
     (row, list(group))
     for row, candidates in outcome.candidates.items()
-    for _, group in itertools.groupby(candidates, key=lambda each: each.attempt)
+    for _, group in itertools.groupby(candidates, key=lambda candidate: candidate.attempt)
   ]
-  tried = [(row, group) for row, group in tried if any(id(each) in accepted for each in group)]
+  tried = [(row, group) for row, group in tried if any(id(candidate) in accepted for candidate in group)]
   if tried:
-    tokens = np.stack([[each.tokens for each in group] for _, group in tried])
+    tokens = np.stack([[candidate.tokens for candidate in group] for _, group in tried])
     asked, hints = [examples[row] for row, _ in tried], [group[0].hint for _, group in tried]
     score = functools.partial(student.logps, asked, tokens=tokens, temperature=temperature)
     given = score(hint_prompt, hints=hints, progress=functools.partial(progress, "candidates scored with hints"))
     without = score(kind, progress=functools.partial(progress, "and without"))
     for (row, group), difference in zip(tried, given - without, strict=True):
-      found[row] += [difference[i][each.mask] for i, each in enumerate(group) if id(each) in accepted]
+      found[row] += [difference[i][candidate.mask] for i, candidate in enumerate(group) if id(candidate) in accepted]
   return [np.concatenate(parts) if parts else np.zeros(0, np.float32) for parts in found]
 
 
@@ -270,7 +268,7 @@ def gains(
   temperature: float,
   progress: Progress = quiet,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-  """What hints do to answers that were written without them: (rows, values) for each question.
+  """Measures the effect of hints on answers that were written without them: (rows, values) for each question.
 
   Args:
     student: scores the answers, given the whole text before each token.
@@ -340,7 +338,7 @@ def measured(
   *,
   progress: Progress = quiet,
 ) -> list[dict[str, Any]]:
-  """`evaluation.hints.hint_records` of a student's cliffs: sampled, hinted at in all rounds, and scored.
+  """Returns `hint_records` of a student's cliffs: sampled, hinted at in all rounds, and scored.
 
   Random numbers are those of the first step of a run with this config.
 

@@ -44,7 +44,7 @@ DEFAULT = kepo.get_config()
 
 _STUDENT = flags.DEFINE_string("student", DEFAULT.model.student, "Qwen3-VL folder or Hub id.")
 _TEACHER = flags.DEFINE_string("teacher", DEFAULT.model.teacher, "The same, with the student's tokenizer.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the metrics.", required=True)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --output if it exists.")
 _DATA = flags.DEFINE_string("data", "", "Data in a format of docs/data.md; empty: the phantom benchmark.")
 _SPLIT_FILES = flags.DEFINE_string(
@@ -116,7 +116,7 @@ def questions(config: Config, processor: processor_lib.Processor, display: progr
 
 
 def check_output(path: str) -> None:
-  """Refuses to write over figures, and makes their folder, before anything is computed for them.
+  """Refuses to write over metrics, and makes their folder, before anything is computed for them.
 
   Raises:
     ValueError: the file exists, and --overwrite does not say that it may go; or there is no such bucket.

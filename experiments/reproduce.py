@@ -264,7 +264,7 @@ def run_missing(
   def finished(cell: plan.Cell, seconds: float, cpu: float, fault: str) -> None:
     if fault or not settled(cell, cpu):
       faults.setdefault(cell.name, fault or f"it left no result in {place.folder(cell)}")
-    overview.finished(cell.name, seconds, faults.get(cell.name, ""))
+    overview.count(cell.name, seconds, faults.get(cell.name, ""))
 
   missing: dict[str, plan.Cell] = {}
   for cell in cells:
@@ -277,47 +277,32 @@ def run_missing(
   return faults
 
 
-class Overview:
-  """How far a study is, and about how long the rest of it takes."""
+class Overview(Progress):
+  """Shows how far a study is, and about how long the rest of it takes."""
 
   def __init__(self, console: Console, total: int, workers: int):
-    self._bars = Progress(
-      TextColumn("runs"),
-      BarColumn(),
-      MofNCompleteColumn(),
-      TimeElapsedColumn(),
-      TextColumn("{task.fields[left]}"),
-      console=console,
-      disable=not console.is_terminal,
-    )
-    self._console, self._total, self._workers = console, total, workers
-    self._done, self._seconds = 0, list[float]()
-    self._task = self._bars.add_task("", total=total, left="")
-
-  def __enter__(self) -> "Overview":
-    self._bars.start()
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._bars.stop()
+    left = TextColumn("{task.fields[left]}")
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left)
+    super().__init__(*columns, console=console, disable=not console.is_terminal)
+    self._workers, self._seconds, self._skipped, self._total = workers, list[float](), 0, total
+    self._task = self.add_task("", total=total, left="")
 
   def say(self, line: str) -> None:
     """Shows a line above the bar."""
-    self._console.print(line, style="dim", soft_wrap=True)
+    self.console.print(line, style="dim", soft_wrap=True)
 
   def skip(self, count: int) -> None:
     """Counts runs that need not be made."""
-    self._done += count
-    self._bars.update(self._task, completed=self._done)
+    self._skipped += count
+    self.advance(self._task, count)
 
-  def finished(self, name: str, seconds: float, fault: str) -> None:
+  def count(self, name: str, seconds: float, fault: str) -> None:
     """Counts a run that was made."""
-    self._done += 1
     self._seconds.append(seconds)
-    mean = sum(self._seconds) / len(self._seconds)
-    left = f"about {human_time(mean * (self._total - self._done) / self._workers)} left"
-    self._bars.update(self._task, completed=self._done, left=left)
-    self.say(f"{self._done}/{self._total}  {name}: {fault or human_time(seconds)}; {left}")
+    done, mean = self._skipped + len(self._seconds), sum(self._seconds) / len(self._seconds)
+    left = f"about {human_time(mean * (self._total - done) / self._workers)} left"
+    self.update(self._task, completed=done, left=left)
+    self.say(f"{done}/{self._total}  {name}: {fault or human_time(seconds)}; {left}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main(_: list[str]) -> None:
   result = record(ours, phases)
   console.print(phase_table(result))
   if rival:
-    result["against"] = rival.record(result, ours)
+    result["against"] = rival.record(result)
     console.print(ratio_table(result["against"]))
   if before:
     console.print(before_table(before, result))
@@ -167,18 +167,12 @@ def phase_table(result: dict[str, Any]) -> Table:
 
 
 def ratio_table(against: dict[str, Any]) -> Table:
-  """Shows how many times as long torch takes, and what both reach in the same products."""
+  """Shows how many times as long torch takes."""
   table = Table(title=f"against {against['name']}; {against['threads']} threads; turns taken alternately")
   for name in ("", "torch s", "ours s", "ratio"):
     table.add_column(name, justify="left" if not name else "right")
   for name, row in against["phases"].items():
     table.add_row(name, f"{row['torch']:.3f}", f"{row['ours']:.3f}", f"{row['ratio']:.2f}")
-  for shape, rates in against["products"].items():
-    table.add_row(
-      f"{shape}, GFLOP/s",
-      *(f"{rates[who] / 1e9:.0f}" for who in ("torch", "ours")),
-      f"{rates['ours'] / rates['torch']:.2f}",
-    )
   return table
 
 

@@ -1,7 +1,6 @@
 """Measures what a device reaches in products and memory traffic, where no data sheet says it, and times calls."""
 
 import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -61,22 +60,6 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:
   """Times one call until its results are there; compile it first."""
   return timed(function, *arguments)[1]
-
-
-def product_rate(rows: int, inputs: int, outputs: int, dtype: Any) -> float:
-  """Measures FLOP/s of a product [rows, inputs] x [outputs, inputs]: the median of five, about 20 GFLOP each."""
-  work = 2.0 * rows * inputs * outputs
-  left, right = jnp.ones((rows, inputs), dtype), jnp.ones((outputs, inputs), dtype)
-  product = jax.jit(lambda a, b: jnp.einsum("mk,nk->mn", a, b))
-  jax.block_until_ready(product(left, right))
-  repeats = max(1, round(2e10 / work))
-
-  def several(*operands):
-    for _ in range(repeats):
-      result = product(*operands)
-    return result
-
-  return work * repeats / statistics.median(seconds(several, left, right) for _ in range(_REPEATS))
 
 
 def _memory(device: jax.Device) -> float:

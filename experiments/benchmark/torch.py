@@ -16,12 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
-from experiments.benchmark import peaks, step
+from experiments.benchmark import step
 from kepo_jax import sharding
 from kepo_jax.config import Config
 from kepo_jax.models.qwen3_vl import side_files
@@ -180,13 +179,8 @@ class Rival:
     self._optimizer.step()
     self._optimizer.zero_grad()
 
-  def record(self, result: dict[str, Any], ours: step.Benchmark) -> dict[str, Any]:
-    """Medians of both, their ratios, and the rate of the same products in both frameworks.
-
-    Args:
-      result: as `experiments.benchmark.record` gives it.
-      ours: what was run beside it.
-    """
+  def record(self, result: dict[str, Any]) -> dict[str, Any]:
+    """Returns medians of both and their ratios, for `result` of `experiments.benchmark.record`."""
     phases = {}
     theirs = {name: statistics.median(seconds) for name, seconds in self.seconds.items()}
     mine = {name: result["phases"][name]["seconds"] for name in theirs}
@@ -202,43 +196,7 @@ class Rival:
       "name": f"{self._name}, torch {torch.__version__}",
       "threads": self._threads,
       "phases": phases,
-      "products": self._product_rates(ours),
     }
-
-  def _product_rates(self, ours: step.Benchmark) -> dict[str, dict[str, float]]:
-    """FLOP/s of products of the shapes that sampling and the update are made of."""
-    text = ours.configs["student"].text
-    rows = ours.config.batch.prompts * self._samples
-    shapes = {
-      f"head, {rows} rows": (rows, text.hidden_size, text.vocab_size),
-      f"MLP, {rows} rows": (rows, text.hidden_size, text.intermediate_size),
-      f"MLP, {rows * self._sizes.new_tokens} rows": (
-        rows * self._sizes.new_tokens,
-        text.hidden_size,
-        text.intermediate_size,
-      ),
-    }
-    dtype = ours.config.model.compute_dtype
-    return {
-      name: {"torch": self._product_rate(*shape, _DTYPES[dtype]), "ours": peaks.product_rate(*shape, jnp.dtype(dtype))}
-      for name, shape in shapes.items()
-    }
-
-  def _product_rate(self, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> float:
-    left = torch.ones(rows, inputs, dtype=dtype, device=self._device)
-    right = torch.ones(outputs, inputs, dtype=dtype, device=self._device)
-    work, taken = 2.0 * rows * inputs * outputs, []
-    repeats = max(1, round(2e10 / work))
-    with torch.no_grad():
-      torch.nn.functional.linear(left, right)
-      for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(repeats):
-          torch.nn.functional.linear(left, right)
-        if self._device.type == "cuda":
-          torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return work * repeats / statistics.median(taken)
 
 
 def _plain_loss(

@@ -1,10 +1,9 @@
-"""Figures of a study: test accuracies and differences, validation and training curves, and what a study varied.
+"""Figures of a study: test accuracies, validation and training curves, and what a study varied.
 
 A method has the same colour, line and marker in all figures.
 """
 
 import dataclasses
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,6 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import blended_transform_factory
 
 from experiments.studies import statistics, tables
 from experiments.studies.plan import UNTRAINED
@@ -45,8 +43,6 @@ _LINES: tuple[Any, ...] = ("-", (0, (4, 1.4)), (0, (1, 1)), (0, (5, 1.2, 1, 1.2)
 _ONE_PANEL = 5  # methods whose lines can be told apart in one panel
 GREY, LIGHT, TEXT = "#BDBDBD", "#E6E6E6", "#333333"
 WIDTH = 9.0  # inches; at this width letters of 8 points stay readable on a page
-_FAR = 0.12  # larger mean differences are failures or starts, and do not set the scale
-_WIDEST = 0.25  # half the scale at most; longer intervals run over its edge
 INTERVALS = "Bars: 95 % intervals over seeds and questions; of one seed or an untrained model over questions alone."
 BAND = "Lines: mean over seeds; bands: lowest to highest seed."
 # Title, metric, whether it is a share.
@@ -57,12 +53,10 @@ _DYNAMICS = (
   ("Entropy, nats per token", "entropy", False),
   ("Divergence of gated tokens, nats", "divergence/gated", False),
   ("Divergence of other tokens, nats", "divergence/ungated", False),
+  ("Cliff rate: prompts that no rollout solves", "cliff_rate", True),
+  ("Prompts that ask for hints", "hint/trigger_rate", True),
+  ("Of these, helped by the first hint", "hint/accept_rate@1", True),
 )
-_ASKING = (
-  ("Cliff rate: prompts that no rollout solves", "cliff_rate"),
-  ("Prompts that ask for hints", "hint/trigger_rate"),
-)
-_ACCEPTED = "hint/accept_rate@"
 _SUMMARY = ("in_domain", "out_of_domain", "unseen")
 _HINT_QUALITY = (
   ("gain", "gain in log-probability, nats per token"),
@@ -94,20 +88,17 @@ Looks = Mapping[str, Style]
 def study_figures(
   study: str, entries: Sequence[Entry], items: Mapping[str, Any], summaries: tables.Summaries
 ) -> dict[str, Figure]:
-  """Draws a study, name -> figure: the first pair of student and teacher in full, two figures for each other pair."""
+  """Draws a study, name -> figure: the first pair of student and teacher in full, accuracy for each other pair."""
   looks = styles(described(entries))
   figures: dict[str, Figure] = {}
   for number, (pair, group) in enumerate(statistics.pairs(entries).items()):
     suffix, summary = ("" if number == 0 else "-" + "-".join(pair)), summaries[pair]
     figures[f"accuracy{suffix}"] = overview_figure(summary, f"Test accuracy, {' taught by '.join(pair)}", looks)
-    if any(summary["differences"].values()):
-      figures[f"differences{suffix}"] = forest_figure(summary, looks)
     if number == 0:
       figures["modalities"] = modalities_figure(summary, looks)
       if statistics.trained_methods(group):
         figures["validation"] = learning_figure(group, summary["train_modality"], looks)
         figures["training"] = dynamics_figure(group, looks)
-        figures["exploration"] = exploration_figure(group, looks)
       figures |= _varied_figure(study, group, items, summary)
   return figures
 
@@ -224,29 +215,6 @@ def modalities_figure(summary: Summary, looks: Looks) -> Figure:
   return figure
 
 
-def forest_figure(summary: Summary, looks: Looks) -> Figure:
-  """Draws paired differences to the references, out of domain (filled) and on the training modality (hollow)."""
-  differences = {name: entries for name, entries in summary["differences"].items() if entries}
-  methods = [name for name in summary["methods"] if any(name in entries for entries in differences.values())]
-  figure = Figure(figsize=(WIDTH, 0.34 * len(methods) + 1.3), layout="constrained")
-  axes = figure.subplots(1, len(differences), sharey=True, sharex=True, squeeze=False)[0]
-  limit = _limit([entry for entries in differences.values() for entry in entries.values()])
-  for axis, (reference, entries) in zip(axes, differences.items(), strict=True):
-    for place, method in enumerate(methods):
-      if method in entries:
-        _draw_difference(axis, entries[method], len(methods) - 1 - place, looks[method], limit)
-    axis.axvline(0, color=TEXT, linewidth=0.9)
-    axis.set_xlim(-limit, limit)
-    _name_rows(axis, methods, looks, shown=axis is axes[0])
-    axis.xaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):+g}" if value else "0")
-    axis.set_xlabel("percentage points", fontsize=8.5)
-    axis.set_title(f"Difference to {looks[reference].label}", fontsize=9, loc="left", color=TEXT)
-  said = f"Filled: out of domain, also in numbers; hollow: {summary['train_modality']}. {INTERVALS}"
-  said += " Arrows: off the scale. Not corrected for the number of comparisons."
-  _head(figure, "Paired differences of test accuracy", said)
-  return figure
-
-
 def learning_figure(entries: Sequence[Entry], train_modality: str, looks: Looks) -> Figure:
   """Draws validation accuracy, out of domain and on the training modality, a column of panels per family of methods.
 
@@ -280,7 +248,7 @@ def learning_figure(entries: Sequence[Entry], train_modality: str, looks: Looks)
 
 
 def dynamics_figure(entries: Sequence[Entry], looks: Looks) -> Figure:
-  """Draws reward, length, entropy, and the divergence of gated and of other tokens against steps."""
+  """Draws reward, length, entropy, divergence, and exploration against steps."""
   groups, focus = statistics.trained_methods(entries), focused(described(entries))
   bands = {metric: {name: curve_band(group, metric) for name, group in groups.items()} for _, metric, _ in _DYNAMICS}
   panels = [panel for panel in _DYNAMICS if any(bands[panel[1]].values())]
@@ -302,37 +270,6 @@ def dynamics_figure(entries: Sequence[Entry], looks: Looks) -> Figure:
   drawn = [name for name in groups if any(by_method[name] for by_method in bands.values())]
   _legend_below(figure, [looks[name].handle(marker=False) for name in drawn])
   _head(figure, "What happens during training", BAND + _bands_of(focus, groups))
-  return figure
-
-
-def exploration_figure(entries: Sequence[Entry], looks: Looks) -> Figure:
-  """Draws cliffs, hints asked for, and how many of the failed prompts were helped within b attempts, against steps.
-
-  Acceptance has a panel for each of the last two methods that ask for hints.
-  """
-  groups, focus = statistics.trained_methods(entries), focused(described(entries))
-  asking = [
-    name for name, group in groups.items() if any(metric.startswith(_ACCEPTED) for metric in group[0]["curves"])
-  ]
-  figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
-  grid = figure.subplots(2, 2, sharex=True)
-  axes = grid.ravel()
-  for axis, (title, metric) in zip(axes, _ASKING, strict=False):
-    bands = {name: curve_band(group, metric) for name, group in groups.items()}
-    drawn = {name: band for name, band in bands.items() if band is not None}
-    for name, band in drawn.items():
-      _draw_band(axis, band, looks[name], alpha=0.15 if name in focus else 0)
-    _dress(axis, title)
-    axis.set_ylim(bottom=0)
-    handles = [looks[name].handle(marker=False) for name in drawn]
-    axis.legend(handles=handles, frameon=False, fontsize=7, ncols=1 + (len(drawn) > 4), handlelength=2.6)
-  for axis, method in zip(axes[2:], asking[-2:], strict=False):
-    _draw_acceptance(axis, groups[method], looks[method].label)
-  _hide_rest(grid, 2 + len(asking[-2:]))
-  for axis in axes[len(asking[-2:]) : 2 + len(asking[-2:])]:
-    axis.set_xlabel("step", fontsize=8.5, color=TEXT)
-  said = BAND + _bands_of(focus, groups) + " Windows without a failed prompt have no acceptance."
-  _head(figure, "Exploration", said)
   return figure
 
 
@@ -468,25 +405,11 @@ def _validation_bands(entries: Sequence[Entry], metric: str) -> dict[str, Band]:
 
 def _draw_band(axis: Axes, band: Band, look: Style, *, markers: bool = False, alpha: float = 0.18) -> None:
   known = np.isfinite(band["mean"])
-  across, mean, low, high = (band[key][known] for key in ("across", "mean", "low", "high"))
+  across, mean, low, high = (band[key][known] for key in ("across", "mean", "min", "max"))
   if alpha:
     axis.fill_between(across, low, high, color=look.colour, alpha=alpha, linewidth=0, zorder=2)
   axis.plot(across, mean, color=look.colour, linestyle=look.line, marker=look.marker if markers else "", markersize=3.5,
             linewidth=1.6, label=look.label, zorder=3)  # fmt: skip
-
-
-def _draw_acceptance(axis: Axes, entries: Sequence[Entry], method: str) -> None:
-  names = [name for name in entries[0]["curves"] if name.startswith(_ACCEPTED)]
-  colour = _LOOKS.get(config_of(entries[0]), _UNKNOWN)[0]
-  for i, name in enumerate(sorted(names, key=lambda name: int(name.removeprefix(_ACCEPTED)))):
-    attempt = int(name.removeprefix(_ACCEPTED))
-    look = Style("after 1 attempt" if attempt == 1 else f"after {attempt}",
-                 _lighter(colour, 0.6 * (1 - i / max(1, len(names) - 1))), "-", "osD^vPXosD"[i % 10])  # fmt: skip
-    if (band := curve_band(entries, name)) is not None:
-      _draw_band(axis, band, look, markers=True, alpha=0.15 if attempt == 1 else 0)
-  _dress(axis, f"Failed prompts helped: {method}")
-  axis.set_ylim(0, 1.03)
-  axis.legend(frameon=False, fontsize=7.5, ncols=2, loc="lower left")
 
 
 def _draw_accepted_by_round(
@@ -520,33 +443,6 @@ def _draw_intervals(
     if len(entry["values"]) > 1:
       seeds = np.full(len(entry["values"]), place)
       axis.plot(seeds, entry["values"], ".", color=TEXT, markersize=2.5, alpha=0.7, zorder=5)
-
-
-def _limit(entries: Sequence[Mapping[str, Any]]) -> float:
-  """Returns half the scale of differences: it has to show those of methods that are comparable, not of failures."""
-  values = [entry["statistics"][key] for entry in entries for key in ("in_domain", "out_of_domain")
-            if key in entry["statistics"]]  # fmt: skip
-  near = [max(abs(value["low"]), abs(value["high"])) for value in values if abs(value["mean"]) < _FAR]
-  return min(_WIDEST, 1.08 * max([0.03, *near]))
-
-
-def _draw_difference(axis: Axes, entry: Mapping[str, Any], place: float, look: Style, limit: float) -> None:
-  for key, shift, face in (("in_domain", -0.2, "white"), ("out_of_domain", 0.14, look.colour)):
-    value = entry["statistics"].get(key)
-    if value is None:
-      continue
-    if abs(value["mean"]) > limit:
-      axis.plot(math.copysign(0.97 * limit, value["mean"]), place + shift, marker="<" if value["mean"] < 0 else ">",
-                color=look.colour, markerfacecolor=face, markersize=5)  # fmt: skip
-      continue
-    axis.plot([value["low"], value["high"]], [place + shift] * 2, color=look.colour, solid_capstyle="butt",
-              linewidth=1.0 if key == "in_domain" else 2.0)  # fmt: skip
-    axis.plot(value["mean"], place + shift, marker=look.marker, color=look.colour, markerfacecolor=face,
-              markersize=4.5 if key == "in_domain" else 5.5, markeredgewidth=1)  # fmt: skip
-  if "out_of_domain" in entry["statistics"]:
-    beside = blended_transform_factory(axis.transAxes, axis.transData)
-    text = str(tables.percent(entry["statistics"]["out_of_domain"], signed=True))
-    axis.text(1.01, place + 0.1, text, transform=beside, fontsize=7, va="center", color=TEXT)
 
 
 def _name_rows(axis: Axes, methods: Sequence[str], looks: Looks, *, shown: bool, size: float = 8.5) -> None:

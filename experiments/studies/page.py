@@ -20,11 +20,9 @@ _FILES = ("accuracy", "tau", "budget", "hints")  # figures that are also written
 # Name of a figure, without the pair behind it -> what it shows, and how to read it.
 _CAPTIONS: Mapping[str, tuple[str, str]] = {
   "accuracy": ("Test accuracy of every method", "Means over seeds, 95 % intervals over seeds and questions."),
-  "differences": ("Paired differences between methods", "Same questions, same seeds where both have them; 95 %."),
   "modalities": ("Test accuracy per modality", "95 % intervals; a modality that no model has seen is marked."),
   "validation": ("Validation accuracy against tokens", "Tokens that both models wrote, scored or learnt."),
-  "training": ("The student's own rollouts during training", "Means over windows of steps and over seeds."),
-  "exploration": ("Prompts that no rollout solves, and hints", "Acceptance after b hints, of the prompts that asked."),
+  "training": ("The student's own rollouts, and hints, during training", "Means over windows of steps and over seeds."),
   "tau": (
     "Accuracy against the threshold of the gate",
     "One line per signal and learning rate; a point alone has no other threshold at its rate.",
@@ -35,13 +33,13 @@ _CAPTIONS: Mapping[str, tuple[str, str]] = {
 # Heading -> the figures, and the tables behind them.
 _SECTIONS: Mapping[str, Sequence[str]] = {
   "Result": (
-    "tau", "budget", "gate", "hints", "hint_correlations", "accuracy", "differences", "main", "contrasts", "paper",
+    "tau", "budget", "gate", "hints", "hint_correlations", "accuracy", "main", "contrasts", "paper",
   ),
   "Modalities and question types": ("modalities", "question_types"),
   "Validation during training": (
     "validation", "equal_cost_out_of_domain", "equal_cost_in_domain",
   ),
-  "Training": ("training", "exploration", "cost", "learning_rates"),
+  "Training": ("training", "cost", "learning_rates"),
 }  # fmt: skip
 
 

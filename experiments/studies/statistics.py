@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -185,23 +186,24 @@ def rate_means(entries: Sequence[Entry], metric: str = "overall") -> dict[str, d
   Raises:
     ValueError: trainings of a method do not end at the same step.
   """
-  table: dict[str, dict[float, dict[int, float]]] = {}
-  ends: dict[str, int] = {}
+  rows: list[dict[str, Any]] = []
   for entry in entries:
-    if entry["method"] in UNTRAINED or not entry["validation"]:
-      continue
-    last = max(entry["validation"], key=lambda record: record["step"])
-    if ends.setdefault(entry["method"], last["step"]) != last["step"]:
-      raise ValueError(f"{entry['method']} was validated last at steps {ends[entry['method']]} and {last['step']}.")
-    table.setdefault(entry["method"], {}).setdefault(entry["learning_rate"], {})[entry["seed"]] = last[metric]
-  shared = {name: set.intersection(*map(set, rates.values())) for name, rates in table.items()}
-  return {
-    name: {
-      rate: float(np.mean([by_seed[seed] for seed in sorted(shared[name])])) for rate, by_seed in sorted(rates.items())
-    }
-    for name, rates in table.items()
-    if shared[name]
-  }
+    if entry["method"] not in UNTRAINED and entry["validation"]:
+      last = max(entry["validation"], key=lambda record: record["step"])
+      rows.append(
+        {key: entry[key] for key in ("method", "learning_rate", "seed")}
+        | {"step": last["step"], "accuracy": last[metric]}
+      )
+  means = {}
+  for name, runs in pd.DataFrame(rows, columns=["method", "learning_rate", "seed", "step", "accuracy"]).groupby(
+    "method", sort=False
+  ):
+    if len(ends := runs["step"].unique()) > 1:
+      raise ValueError(f"{name} was validated last at steps {' and '.join(map(str, ends))}.")
+    table = runs.pivot(index="seed", columns="learning_rate", values="accuracy").dropna()
+    if len(table):
+      means[str(name)] = {float(rate): float(np.mean(table[rate].to_numpy())) for rate in table}
+  return means
 
 
 def chosen_rates(entries: Sequence[Entry], metric: str = "overall") -> dict[str, float]:
@@ -298,10 +300,9 @@ def accuracy_at_cost(entries: Sequence[Entry], metric: str, *, budget: float) ->
     method -> `mean`, `low` and `high` (the lowest and the highest seed). All three are None where a training ends more
     than `SLACK` below the budget; what ends less below it is read at its end.
   """
-  groups, result = methods(entries), {}
-  for name, group in trained_methods(entries).items():
-    values = [_at(budget, validation_curve(e, start_of(e, groups), metric)) for e in group]
-    known = [value for value in values if value is not None]
+  result: dict[str, dict[str, Any]] = {}
+  for name, values in _reached(entries, metric, budget).items():
+    known = [value for value in values.values() if value is not None]
     if len(known) < len(values):
       result[name] = dict.fromkeys(("mean", "low", "high"))
     else:
@@ -325,28 +326,30 @@ def differences_at_cost(
     method -> `bootstrap.seeds_alone` of the differences. Left out: methods that end before the budget, as the reference
     may, and those without a seed or a validation question in common with it.
   """
-  groups, trained = methods(entries), trained_methods(entries)
-
-  def read(name: str) -> dict[int, float]:
-    curves = {e["seed"]: validation_curve(e, start_of(e, groups), metric) for e in trained[name]}
-    values = {seed: _at(budget, curve) for seed, curve in curves.items()}
-    if any(value is None for value in values.values()):
-      return {}
-    return {seed: value for seed, value in values.items() if value is not None and np.isfinite(value)}
-
-  subtracted = read(reference) if reference in trained else {}
-  gaps = {}
-  for name in trained:
-    values = read(name) if name != reference else {}
-    if shared := [seed for seed in values if seed in subtracted]:
-      gaps[name] = bootstrap.seeds_alone({s: values[s] - subtracted[s] for s in shared}, resamples=resamples)
-  return gaps
+  finite: dict[str, dict[int, float]] = {}
+  for name, values in _reached(entries, metric, budget).items():
+    if None not in values.values():
+      finite[name] = {seed: value for seed, value in values.items() if value is not None and np.isfinite(value)}
+  subtracted = finite.pop(reference, {})
+  shared = {name: [seed for seed in values if seed in subtracted] for name, values in finite.items()}
+  return {
+    name: bootstrap.seeds_alone({s: finite[name][s] - subtracted[s] for s in seeds}, resamples=resamples)
+    for name, seeds in shared.items()
+    if seeds
+  }
 
 
-def _at(budget: float, curve: tuple[np.ndarray, np.ndarray]) -> float | None:
-  across, values = curve
-  reached = len(across) and float(across[-1]) >= budget * (1 - SLACK)
-  return float(np.interp(budget, across, values)) if reached else None
+def _reached(entries: Sequence[Entry], metric: str, budget: float) -> dict[str, dict[int, float | None]]:
+  """Returns method -> seed -> accuracy at the budget; None where a training ends below it."""
+  groups = methods(entries)
+
+  def at_budget(entry: Entry) -> float | None:
+    across, values = validation_curve(entry, start_of(entry, groups), metric)
+    enough = len(across) and float(across[-1]) >= budget * (1 - SLACK)
+    return float(np.interp(budget, across, values)) if enough else None
+
+  trained = trained_methods(entries)
+  return {name: {entry["seed"]: at_budget(entry) for entry in group} for name, group in trained.items()}
 
 
 def banded(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -356,18 +359,12 @@ def banded(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndar
     curves: (across, values) of each seed, with the same number of points; missing values are nan.
 
   Returns:
-    `across` (the mean: seeds cost different amounts at a step), `mean`, `low`, `high`; nan where no seed has a value.
+    `across` (the mean: seeds cost different amounts at a step), `mean`, `min`, `max`; nan where no seed has a value.
   """
   points = min(len(across) for across, _ in curves)
-  across = np.array([curve[0][:points] for curve in curves], float)
-  values = np.array([curve[1][:points] for curve in curves], float)
-  known = np.isfinite(values)
-  count = known.sum(axis=0)
-  with np.errstate(invalid="ignore"):
-    mean = np.where(count > 0, np.where(known, values, 0).sum(axis=0) / count, np.nan)
-  low = np.where(count > 0, np.where(known, values, np.inf).min(axis=0), np.nan)
-  high = np.where(count > 0, np.where(known, values, -np.inf).max(axis=0), np.nan)
-  return {"across": across.mean(axis=0), "mean": mean, "low": low, "high": high}
+  values = pd.DataFrame([curve[1][:points] for curve in curves], dtype=float)
+  across = np.mean([curve[0][:points] for curve in curves], axis=0, dtype=float)
+  return {"across": across} | {name: values.agg(name).to_numpy() for name in ("mean", "min", "max")}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

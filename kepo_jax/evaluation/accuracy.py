@@ -1,4 +1,4 @@
-"""From output records to figures: accuracy per modality, question type and data set, chance beside it, pass@k."""
+"""From output records to metrics: accuracy per modality, question type and data set, chance beside it, pass@k."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -81,20 +81,15 @@ def grouped(values: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
   return {name: values[[each == name for each in names]] for name in sorted({*names} - {""})}
 
 
-def without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
-  """The entries but one."""
-  return {key: entry for key, entry in entries.items() if key != name}
-
-
 def summarised(outputs: Sequence[Record], *, train_modality: str = "MRI") -> dict[str, Any]:
-  """The figures of an evaluation from its output records.
+  """The metrics of an evaluation from its output records.
 
   Args:
     outputs: at least one record of `evaluate`; as many for each question.
     train_modality: canonical name of the in-domain modality.
 
   Returns:
-    JSON-able figures. A block holds `overall`, `in_domain`, `modalities`, `question_types`, `datasets` (entries of
+    JSON-able metrics. A block holds `overall`, `in_domain`, `modalities`, `question_types`, `datasets` (entries of
     `share`; of `mean_share` with several completions per question) and `out_of_domain` (of `mean_over_groups`: each
     modality counts the same). The result is the block of the strict parser and, under `lenient`, that of the
     forgiving one; under `chance` what guessing scores on these questions, with the bounds of 95 % of guessers. With
@@ -118,11 +113,11 @@ def summarised(outputs: Sequence[Record], *, train_modality: str = "MRI") -> dic
       section: {name: entry(found, members[section][name]) for name, found in each.items()}
       for section, each in groups.items()
     }
-    others = [without(each["modalities"], train_modality) for each in (groups, members)]
+    others = [name for name in groups["modalities"] if name != train_modality]
     return {
       "overall": entry(values, shared),
       "in_domain": sections["modalities"].get(train_modality),
-      "out_of_domain": mean(*others),
+      "out_of_domain": mean(*({name: part["modalities"][name] for name in others} for part in (groups, members))),
       **sections,
     }
 
@@ -137,25 +132,28 @@ def summarised(outputs: Sequence[Record], *, train_modality: str = "MRI") -> dic
     "images": image_counts(questions, train_modality),
   }
   if samples > 1:
+    right = [sum(bool(record["correct"]) for record in records) for records in questions]
     result["pass_at_k"] = {
-      str(k): block(_passed(questions, k), statistics.mean_share, statistics.mean_over_groups, brief=True)
-      for k in powers_of_two(samples)
+      str(k): block(
+        np.array([statistics.pass_at_k(samples, count, k) for count in right]),
+        statistics.mean_share,
+        statistics.mean_over_groups,
+        brief=True,
+      )
+      for k in (1 << i for i in range(samples.bit_length()))
     }
+  modalities = [output["modality"] for output in outputs]
+  flags = {
+    "unparsed": np.array([output["parsed"] is None for output in outputs]),
+    "truncated": np.array([bool(output["truncated"]) for output in outputs]),
+    "format": np.array([bool(output["format"]) for output in outputs]),
+  }
+  parts = {name: grouped(flags[name], modalities) for name in ("unparsed", "truncated")}
   return result | {
-    "rates": {
-      name: {"unparsed": _unparsed(found), "truncated": _rate(found, "truncated")}
-      for name, found in _records_by_modality(outputs).items()
-    },
-    "unparsed": _unparsed(outputs),
-    "truncated": _rate(outputs, "truncated"),
-    "format": _rate(outputs, "format"),
+    "rates": {name: {rate: float(part[name].mean()) for rate, part in parts.items()} for name in parts["unparsed"]},
+    **{name: float(values.mean()) for name, values in flags.items()},
     "completion_length": sum(output["tokens"] for output in outputs) / len(outputs),
   }
-
-
-def powers_of_two(samples: int) -> list[int]:
-  """1, 2, 4, .. up to a number of samples."""
-  return [1 << i for i in range(samples.bit_length())]
 
 
 def _counted(values: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
@@ -176,22 +174,3 @@ def _guessed_mean(groups: Mapping[str, np.ndarray], clusters: Mapping[str, np.nd
   mean, low, high = statistics.guessing(groups)
   count = sum(len(values) for values in groups.values())
   return {"mean": mean, "low": low, "high": high, "count": count, "modalities": list(groups)}
-
-
-def _passed(questions: Sequence[Sequence[Record]], k: int) -> np.ndarray:
-  return np.array(
-    [statistics.pass_at_k(len(records), sum(bool(r["correct"]) for r in records), k) for records in questions]
-  )
-
-
-def _records_by_modality(outputs: Sequence[Record]) -> dict[str, list[Record]]:
-  names = sorted({output["modality"] for output in outputs} - {""})
-  return {name: [output for output in outputs if output["modality"] == name] for name in names}
-
-
-def _unparsed(outputs: Sequence[Record]) -> float:
-  return sum(output["parsed"] is None for output in outputs) / len(outputs)
-
-
-def _rate(outputs: Sequence[Record], field: str) -> float:
-  return sum(bool(output[field]) for output in outputs) / len(outputs)

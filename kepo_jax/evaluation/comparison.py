@@ -73,7 +73,7 @@ def compared(
     "overall": _entry(values[0], values[1], drawn, images["overall"], single),
     "in_domain": modalities.get(train_modality),
     "out_of_domain": _mean(
-      accuracy.without(modalities, train_modality), accuracy.without(draws, train_modality), images["out_of_domain"]
+      {name: entry for name, entry in modalities.items() if name != train_modality}, draws, images["out_of_domain"]
     ),
     "modalities": modalities,
   }
@@ -122,7 +122,7 @@ def _mean(
 ) -> dict[str, Any] | None:
   if not modalities:
     return None
-  low, high = statistics.percentile_interval(np.mean(list(draws.values()), axis=0))
+  low, high = statistics.percentile_interval(np.mean([draws[name] for name in modalities], axis=0))
   return {
     "count": sum(entry["count"] for entry in modalities.values()),
     "images": images,

@@ -25,7 +25,7 @@ def shown_prompts(
   *,
   hints: Sequence[str] | None = None,
 ) -> Prompts:
-  """Host prompts of the questions, of which a control takes the pictures away.
+  """Makes host prompts of the questions; a control takes the pictures away.
 
   Args:
     processor: of the model.
@@ -83,11 +83,11 @@ def evaluate(
       the first 16 hexadecimal digits of the SHA-256 of each image file, also under a control.
 
   Returns:
-    the figures of `summarised`.
+    the metrics of `summarised`.
 
   Raises:
     ValueError: there is nothing to evaluate, an image cannot be read, or a prompt cannot be made.
-    OSError: so it is on another process, whose images are others.
+    OSError: another process could not read its images.
   """
   if not examples:
     raise ValueError("no question to evaluate; check the data directory and the split.")

@@ -312,7 +312,7 @@ class Journal:
       self._copied = time.monotonic()
 
   def finish(self, result: Mapping[str, Any]) -> None:
-    """Writes evaluation.json: what about.json says, and the figures."""
+    """Writes evaluation.json: what about.json says, and the metrics."""
     if self._place:
       _write(self._place / RESULT, {**self.about, **result})
 

@@ -59,16 +59,6 @@ def test_clusters_against_every_possible_draw(rng, values, clusters):
   assert {*drawn.round(9)} <= {*exact.round(9)}
 
 
-def test_a_question_asked_twice_about_a_picture_counts_once(rng):
-  values = rng.integers(0, 2, 60).astype(float)
-  once = statistics.mean_share(values)
-  twice = statistics.mean_share(np.repeat(values, 2), np.repeat(np.arange(60), 2))
-  # m equal clusters: the variance of the mean is that of m figures, here p (1 - p) / 60, whatever their size.
-  assert (twice["low"], twice["high"]) == (once["low"], once["high"]) and twice["count"] == 120
-  half = 1.96 * math.sqrt(values.var() / 60)
-  assert twice["accuracy"] == values.mean() and twice["high"] - twice["accuracy"] == pytest.approx(half, abs=0.02)
-
-
 def test_a_mean_over_groups_draws_clusters_inside_each(rng):
   groups = {name: rng.integers(0, 2, 200).astype(float) for name in ("CT", "OCT")}
   groups["CT"] = np.repeat(groups["CT"][:20], 10)  # ten questions about each picture, answered alike

@@ -12,9 +12,10 @@ from absl.testing import flagsaver
 from PIL import Image
 from rich.console import Console
 
-from experiments import environment, phantom_folder
+from experiments import environment
 from experiments.configs import grpo
-from experiments.phantom_recipes import SIZES
+from experiments.phantom import folder as phantom_folder
+from experiments.phantom.recipes import SIZES
 from kepo_jax import evaluation
 from kepo_jax.data import processor as processor_lib
 from kepo_jax.data import prompts, splits, tokenization

@@ -309,7 +309,7 @@ def test_from_questions_to_records():
   assert everything["candidates"] == 2 * 2 * 2 and everything["positive_rate"] == 0.5
   assert everything["accept_rate"] == [1.0, 1.0] and everything["gain_answers"] == 2  # the other one is wrong
   # Log-probabilities 0.75 apart at temperature 1, under that of the student.
-  assert everything["reliance"] == everything["gain"] == 0.75 / 0.5
+  assert everything["reliance"] == everything["gain"] == everything["letter_gain"] == 0.75 / 0.5
   assert [each.temperature for each in teacher.settings] == [0.6, 0.6, 0.7]  # two rounds of hints, then answers
   assert {each.temperature for each in student.settings} == {0.5}
   # Each round has a hint of its own, and no success ends the rounds.

@@ -1,19 +1,13 @@
 import json
-import pathlib
 import shutil
 
-import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from experiments import hints as hints_lib
-from experiments import phantom_folder
-from experiments.configs import kepo
-from kepo_jax.types import Example, Rollouts
+from tests.conftest import ROOT
 from tests.experiments.test_evaluate_medvqa import checkpoint  # noqa: F401, a fixture
-from tests.training.runs import changed
 
-PHANTOM = pathlib.Path(phantom_folder.__file__).parent / "assets" / "phantom"
+PHANTOM = ROOT / "experiments" / "assets" / "phantom"
 
 
 @pytest.fixture
@@ -69,38 +63,3 @@ def test_the_phantom_models(measure_hints, tmp_path, monkeypatch):
   assert everything["questions"] == 40 and 5 <= everything["prompts"] <= 25
   assert everything["accept_rate"][1] > 0.6 and everything["positive_rate"] > 0.3
   assert 0.05 < everything["reliance"] < 1 and everything["gain"] > 0
-
-
-class Voice:
-  """A model that is wrong without a hint and right with one, which makes each token likelier by one nat in logits."""
-
-  WORDS = ("<think>x</think>", "<answer>", "A", "B", "</answer>", "<hint>look</hint>")
-  SAYS = {"think": (0, 1, 3, 4), "hint_and_answer": (0, 1, 2, 4), "hint_request": (5, 5, 5, 5)}
-
-  def __init__(self, **says):
-    self.says, self.processor, self.temperatures = self.SAYS | says, self, {}
-
-  def decode(self, tokens, mask):
-    return ["".join(self.WORDS[token] for token in row[kept]) for row, kept in zip(tokens, mask, strict=True)]
-
-  def rollouts(self, examples, kind, settings, key, *, hints=None, progress=None):
-    self.temperatures[kind] = settings.temperature
-    tokens = np.broadcast_to(np.array(self.says[kind], np.int32), (len(examples), settings.samples, 4))
-    return Rollouts(tokens=tokens, mask=np.ones(tokens.shape, bool), logps=np.zeros(tokens.shape, np.float32))
-
-  def logps(self, examples, kind, tokens, *, temperature, hints=None, progress=None):
-    return np.full(tokens.shape, (0.0 if hints else -1.0) / temperature, np.float32)
-
-
-def test_completions_are_scored_at_the_temperature_that_they_were_sampled_at():
-  temperatures = {"sampling__temperature": 0.5, "exploration__hint_temperature": 0.25, "supervised__temperature": 0.75}
-  config = changed(kepo, **temperatures)
-  student, teacher = Voice(), Voice(think=Voice.SAYS["hint_and_answer"])
-  asked = Example(id="q", question="?", options=("a", "b"), answer="A", images=(), modality="MRI")
-  *_, found = hints_lib.measured(config, student, teacher, [asked])
-  assert found["prompts"] == 1 and found["accept_rate"][-1] == 1
-  assert found["reliance"] == found["gain"] == found["letter_gain"] == 1 / 0.5
-  assert student.temperatures == {"think": 0.5, "hint_and_answer": 0.5}
-  assert teacher.temperatures == {"hint_request": 0.25, "think": 0.75}
-  *_, none = hints_lib.measured(config, student, Voice(hint_request=Voice.SAYS["think"]), [asked])
-  assert (none["parse_failure_rate"], none["candidates"], none["reliance"]) == (1, 0, None)  # no hint can be read

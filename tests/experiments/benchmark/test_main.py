@@ -70,7 +70,6 @@ def test_the_same_step_in_torch(run, against):
     assert row["ratio"] == pytest.approx(row["torch"] / row["ours"]) and row["torch"] > 0
   parts = sum(rival["phases"][name]["torch"] for name in ("sampling", "scoring", "update"))
   assert rival["phases"]["step"]["torch"] == pytest.approx(parts)
-  assert all(rate > 0 for rates in rival["products"].values() for rate in rates.values())
 
 
 @pytest.mark.parity

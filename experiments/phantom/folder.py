@@ -9,7 +9,7 @@ import pathlib
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from experiments import phantom_corpus
+from experiments.phantom import corpus
 
 SPECIAL = (
   "<|endoftext|>",
@@ -51,7 +51,7 @@ def make_tokenizer() -> Tokenizer:
   trainer = trainers.BpeTrainer(
     vocab_size=2000, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
   )
-  tokenizer.train_from_iterator(phantom_corpus.wording(), trainer)
+  tokenizer.train_from_iterator(corpus.wording(), trainer)
   tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
   tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in TAGS])
   return tokenizer

@@ -1,7 +1,7 @@
 """Writes the embedded benchmark PhantomVQA to disk, or a contact sheet of what it draws.
 
-python -m experiments.draw_phantom --directory=runs/phantom-data     # OmniMedVQA's layout, one root per split
-python -m experiments.draw_phantom --sheet=docs/phantom.png          # all modalities, organs and findings
+python -m experiments.phantom.draw --directory=runs/phantom-data     # OmniMedVQA's layout, one root per split
+python -m experiments.phantom.draw --sheet=docs/phantom.png          # all modalities, organs and findings
 """
 
 import numpy as np

@@ -6,7 +6,7 @@ which its beliefs are changed; `record.json` in each folder says what came out.
 
 import dataclasses
 
-from experiments.phantom_corpus import TRUTH, Beliefs
+from experiments.phantom.corpus import TRUTH, Beliefs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Measures the shipped phantom models: greedy accuracy, learning cliffs, and what hints do.
 
-  python -m experiments.measure_phantom --models=experiments/assets/phantom --output=runs/phantom/measured.json
+  python -m experiments.phantom.measure --models=experiments/assets/phantom --output=runs/phantom/measured.json
 
 Accuracy is on the frozen test items; cliffs (no accurate rollout of 8 at temperature 1) and hints on the training
-items, which no model has seen. Each `record.json` gets its own figures under "measured".
+items, which no model has seen. Each `record.json` gets its own results under "measured".
 """
 
 import functools
@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import environment, hints, phantom_corpus
+from experiments import environment, hints
+from experiments.phantom import corpus
 from kepo_jax import exploration, rewards
 from kepo_jax.data import prompts
 from kepo_jax.data.phantom import build
@@ -31,7 +32,7 @@ from kepo_jax.types import Example
 _MODELS = flags.DEFINE_string("models", "experiments/assets/phantom", "Folder that holds the model folders.")
 _NAMES = flags.DEFINE_list("names", ["confused", "noisy", "strong", "weak"], "Models to measure.")
 _DATA = flags.DEFINE_string("data", "runs/phantom-data", "Where the benchmark is, or is written.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the results.")
 _LIMIT = flags.DEFINE_integer("limit", 300, "Test items per modality, and training items for cliffs.")
 BATCH, TOKENS = 100, 32  # questions at a time; longest completion and hint
 STUDENTS, TEACHERS = ("confused", "noisy"), ("strong", "weak")
@@ -76,40 +77,16 @@ def perception(texts: list[list[str]], examples: list[Example]) -> dict[str, dic
   Only pictures that have the attribute count; a text that leaves it out is wrong.
   """
   shares = {}
-  drawn = [phantom_corpus.true_findings(scenes()[example.id]) for example in examples]
-  for name in phantom_corpus.ATTRIBUTES:
+  drawn = [corpus.true_findings(scenes()[example.id]) for example in examples]
+  for name in corpus.ATTRIBUTES:
     rows = [i for i, true in enumerate(drawn) if name in true]
-    right = [
-      np.mean([phantom_corpus.read_findings(text).get(name) == drawn[i][name] for text in texts[i]]) for i in rows
-    ]
+    right = [np.mean([corpus.read_findings(text).get(name) == drawn[i][name] for text in texts[i]]) for i in rows]
     shares[name] = mean_by(np.array(right), [examples[i].modality for i in rows])
   return shares
 
 
-def perception_in_place(model: Model, texts: list[str], examples: list[Example]) -> dict[str, float]:
-  """Per finding of two classes: share of another's texts in which a model would say the true word in its place.
-
-  The model reads the text up to that word (teacher-forced) and prefers one of the two.
-  """
-  shares, processor = {}, model.batched.processor
-  for name, classes in phantom_corpus.ATTRIBUTES.items():
-    said = [phantom_corpus.read_findings(text).get(name) for text in texts]
-    true = [phantom_corpus.true_findings(scenes()[example.id]).get(name) for example in examples]
-    rows = [i for i, (one, other) in enumerate(zip(said, true, strict=True)) if one and other]
-    if len(classes) != 2 or not rows:
-      continue
-    asked = [examples[i] for i in rows]
-    both = [[texts[i].replace(str(said[i]), word, 1) for i in rows] for word in classes]
-    tokens = np.stack([processor.completions(each, TOKENS)[0] for each in both], axis=1)
-    logps = model.batched.logps(asked, "think", tokens)
-    place = (tokens[:, 0] != tokens[:, 1]).argmax(axis=1)  # the word itself
-    chosen = np.take_along_axis(logps, place[:, None, None], axis=2)[:, :, 0].argmax(axis=1)
-    shares[name] = round(float(np.mean([classes[k] == true[i] for k, i in zip(chosen, rows, strict=True)])), 4)
-  return shares
-
-
 def alone(model: Model, test: list[Example], train: list[Example]) -> dict:
-  """Figures of one model without help."""
+  """Metrics of one model without help."""
   begun = time.monotonic()
   greedy = model.answers(test, "evaluation")
   right = accuracies(greedy, test)[:, 0]
@@ -155,15 +132,15 @@ def with_hints(student: Model, teacher: Model, train: list[Example], kind: str) 
     scorer=rewards.Scorer({"accuracy": (rewards.accuracy, 1.0), "format": (rewards.strict_format, 1.0)}),
     accept=exploration.Acceptance(leak_filter=False),
   )
-  figures: dict[str, float] = {"cliffs": len(cliffs)}
+  results: dict[str, float] = {"cliffs": len(cliffs)}
   if cliffs:
     metrics = exploration.exploration_metrics(outcome, prompts=len(train), rounds=5, examples=cliffs)
     first = [each for tried in outcome.candidates.values() for each in tried if each.attempt == 1]
     good = [each.accurate and each.well_formed for each in first]
     parsed = [exploration.parse_hint(texts[0]) is not None for texts in outcome.hints.values()]
-    figures |= {f"accept@{b}": round(metrics[f"hint/accept_rate@{b}"], 4) for b in (1, 5)}
-    figures |= {"candidate_rate": round(float(np.mean(good)), 4), "hints_parsed": round(float(np.mean(parsed)), 4)}
-  return figures
+    results |= {f"accept@{b}": round(metrics[f"hint/accept_rate@{b}"], 4) for b in (1, 5)}
+    results |= {"candidate_rate": round(float(np.mean(good)), 4), "hints_parsed": round(float(np.mean(parsed)), 4)}
+  return results
 
 
 def main(_: list[str]) -> None:
@@ -180,26 +157,22 @@ def measure(mesh: jax.sharding.Mesh) -> None:
   names = sorted({example.modality for example in test})
   test = [e for name in names for e in [e for e in test if e.modality == name][: _LIMIT.value]]
   train = train[: _LIMIT.value]
-  folder, figures = pathlib.Path(_MODELS.value), {}
+  folder, results = pathlib.Path(_MODELS.value), {}
   models = {name: Model(folder / name, mesh) for name in _NAMES.value}
   for name, loaded in models.items():
-    figures[name] = alone(loaded, test, train)
-    logging.info("%s: %s", name, json.dumps(figures[name]))
+    results[name] = alone(loaded, test, train)
+    logging.info("%s: %s", name, json.dumps(results[name]))
     record = json.loads((folder / name / "record.json").read_text())
-    record["measured"] = figures[name]
+    record["measured"] = results[name]
     (folder / name / "record.json").write_text(json.dumps(record, indent=2) + "\n")
   for student in (name for name in STUDENTS if name in models):
-    said = models[student].answers(train, "think", temperature=1.0, seed=1)
     for teacher in (name for name in TEACHERS if name in models):
-      label = f"{teacher} in place of {student}"
-      figures[label] = perception_in_place(models[teacher], [row[0] for row in said], train)
-      logging.info("%s: %s", label, json.dumps(figures[label]))
       for kind in ("hint_and_answer", "hint_only"):
         label = f"{student} helped by {teacher}, {kind}"
-        figures[label] = with_hints(models[student], models[teacher], train, kind)
-        logging.info("%s: %s", label, json.dumps(figures[label]))
+        results[label] = with_hints(models[student], models[teacher], train, kind)
+        logging.info("%s: %s", label, json.dumps(results[label]))
   if _OUTPUT.value:
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps(figures, indent=2) + "\n")
+    pathlib.Path(_OUTPUT.value).write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

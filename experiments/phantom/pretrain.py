@@ -1,7 +1,7 @@
 """Makes the small checkpoints of the embedded benchmark by supervised training on drawn pictures.
 
-  python -m experiments.pretrain_phantom --model=student_base --workdir=runs/phantom
-  python -m experiments.pretrain_phantom --model=confused --workdir=runs/phantom   # continues from student_base
+  python -m experiments.phantom.pretrain --model=student_base --workdir=runs/phantom
+  python -m experiments.phantom.pretrain --model=confused --workdir=runs/phantom   # continues from student_base
 
 A model is written to WORKDIR/<model> as a Hugging Face folder with a `record.json`; progress is kept in
 WORKDIR/<model>.npz and an interrupted command continues from it. `docs/data.md` says what was planted and why.
@@ -19,9 +19,13 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from experiments import environment, phantom_corpus, phantom_folder, phantom_pool, phantom_tower
-from experiments.phantom_pool import Pool
-from experiments.phantom_recipes import RECIPES, SIZES, Recipe
+from experiments import environment
+from experiments.phantom import corpus
+from experiments.phantom import folder as folder_lib
+from experiments.phantom.corpus import Pool
+from experiments.phantom.recipes import RECIPES, SIZES, Recipe
+from kepo_jax.data.phantom import drawing
+from kepo_jax.data.phantom.scenes import Scene
 from kepo_jax.models.qwen3_vl import checkpoint, model, positions
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig
 from kepo_jax.types import Prompts, VisionInputs
@@ -29,6 +33,13 @@ from kepo_jax.types import Prompts, VisionInputs
 _MODEL = flags.DEFINE_enum("model", None, sorted(RECIPES), "Which recipe to run.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/phantom", "Where models and progress are kept.")
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 100, "Steps between two saves of the progress.")
+
+# The vision tower learns to see lesions before words: a throw-away linear head names the lesion in each cell of 16 x 16
+# pixels, one image token. From words alone it learns modality and organ at once, and lesions hardly at all.
+CELLS = 4  # per side
+KINDS = 17  # no lesion, or one of side x level x size x tone
+CLASSES = (KINDS, 4, KINDS, 4)
+TOWER_BATCH = 64  # pictures
 
 
 def prefix_prompts(config: Qwen3VLConfig, token_ids: list[int], images: np.ndarray) -> Prompts:
@@ -48,8 +59,88 @@ def prefix_prompts(config: Qwen3VLConfig, token_ids: list[int], images: np.ndarr
     next_position=np.full(rows, following, np.int32),
     image_slot=repeat(slot),
     row=np.arange(rows, dtype=np.uint32),
-    vision=VisionInputs(patches=phantom_pool.patches(images), **{k: repeat(table) for k, table in tables.items()}),
+    vision=VisionInputs(patches=corpus.patches(images), **{k: repeat(table) for k, table in tables.items()}),
   )
+
+
+def cell_labels(scene: Scene) -> np.ndarray:
+  """int32[16, 4]: kind and number of the lesions whose centre lies in a cell; then kind and number in the picture.
+
+  The last two are the same in every cell: each image token learns to carry the findings of the whole picture, so
+  that the decoder finds them wherever it looks.
+  """
+  bits = (scene.side == "right", scene.level == "lower", scene.size == "large", scene.tone == "bright")
+  kind = 1 + sum(int(bit) << i for i, bit in enumerate(bits)) if scene.count else 0
+  labels = np.zeros((CELLS, CELLS, 4), np.int32)
+  labels[:, :, 2:] = kind, scene.count
+  for lesion in scene.lesions:
+    row = int((31.5 + scene.shift[1] + lesion.y) // 16)
+    column = int((31.5 + scene.shift[0] + lesion.x) // 16)
+    labels[row, column, 0] = kind
+    labels[row, column, 1] += 1
+  return labels.reshape(-1, 4)
+
+
+def cell_loss(config: Qwen3VLConfig, learnt, vision, labels: jax.Array):
+  """Mean cross-entropy of the four labels int32[P, 16, 4] over output and taps; the output's accuracy for each.
+
+  The accuracy of the first two counts cells with lesions only.
+  """
+  visual, heads = learnt
+  features, taps = model.encode_images(config, {"visual": visual}, vision)
+  stages = jnp.concatenate([features[None], taps])  # [stages, P, cells, D]
+  logits = jnp.split(jnp.einsum("npcd,ndk->npck", stages, heads), np.cumsum(CLASSES)[:-1], axis=-1)
+  loss, hits = 0.0, []
+  for i, part in enumerate(logits):
+    truth = labels[..., i]
+    loss += optax.softmax_cross_entropy_with_integer_labels(part, jnp.broadcast_to(truth, part.shape[:-1])).mean()
+    counted = (truth > 0) | (i > 1)
+    hits.append(jnp.sum((part[0].argmax(-1) == truth) & counted) / jnp.maximum(1, counted.sum()))
+  return loss, jnp.stack(hits)
+
+
+def trained_tower(config: Qwen3VLConfig, visual, vision_of, *, seed: int, steps: int, pictures: int = 8000):
+  """The tower's parameters after `steps` steps.
+
+  Args:
+    config: sizes.
+    visual: parameters of the tower.
+    vision_of: uint8[P, 64, 64, 3] -> VisionInputs.
+    seed: of pictures, head and order.
+    steps: 64 pictures each.
+    pictures: in the pool.
+  """
+  rng = np.random.default_rng((seed, 77))
+  drawn = [corpus.draw_training_scene(rng) for _ in range(pictures)]
+  images = np.stack([drawing.draw(scene) for scene in drawn])
+  labels = np.stack([cell_labels(scene) for scene in drawn])
+  stages, width = 1 + len(config.vision.deepstack_visual_indexes), config.text.hidden_size
+  heads = 0.02 * jax.random.normal(jax.random.key(seed), (stages, width, sum(CLASSES)))
+  rate = optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, 3e-3, 30),
+      optax.linear_schedule(3e-3, 3e-3, 1),
+      optax.linear_schedule(3e-3, 0.0, steps // 3),
+    ],
+    [30, steps - steps // 3],
+  )
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01))
+
+  def update(learnt, moments, vision, labels):
+    loss = lambda learnt: cell_loss(config, learnt, vision, labels)  # noqa: E731
+    (value, hit), gradient = jax.value_and_grad(loss, has_aux=True)(learnt)
+    updates, moments = optimizer.update(gradient, moments, learnt)
+    return optax.apply_updates(learnt, updates), moments, value, hit
+
+  update = jax.jit(update)
+  learnt = (visual, heads)
+  moments = optimizer.init(learnt)
+  for step in range(steps):
+    rows = rng.integers(0, pictures, TOWER_BATCH)
+    learnt, moments, value, hit = update(learnt, moments, vision_of(images[rows]), labels[rows])
+    if (step + 1) % 25 == 0:
+      logging.info("tower step %d loss %.4f cells %.3f %.3f pictures %.3f %.3f", step + 1, value, *hit)
+  return learnt[0]
 
 
 def answer_loss(config: Qwen3VLConfig, params, prompts: Prompts, tokens, answer_index, weights, kinds):
@@ -125,13 +216,13 @@ def batches(recipe: Recipe, tokenizer, start: int):
   for number, phase in enumerate(recipe.phases):
     last = first + phase.steps
     if start < last:
-      pool = phantom_pool.make_pool(
+      pool = corpus.make_pool(
         tokenizer,
         seed=recipe.seed * 10 + number,
         size=phase.pictures,
         group=phase.group,
         drills=phase.drills,
-        kinds=phantom_corpus.KINDS[recipe.role],
+        kinds=corpus.KINDS[recipe.role],
         beliefs=recipe.beliefs,
       )
       for step in range(max(start, first), last):
@@ -149,8 +240,8 @@ def picks(seed: int, batch: int, size: int, step: int) -> np.ndarray:
 
 def train(name: str, recipe: Recipe, workdir: pathlib.Path):
   """(configuration, parameters, seconds) of a model trained by its recipe."""
-  tokenizer = phantom_folder.make_tokenizer()
-  config = Qwen3VLConfig.from_dict(phantom_folder.model_config(tokenizer, **SIZES[recipe.role]))
+  tokenizer = folder_lib.make_tokenizer()
+  config = Qwen3VLConfig.from_dict(folder_lib.model_config(tokenizer, **SIZES[recipe.role]))
   if recipe.parent:
     config, params = checkpoint.load_pretrained(workdir / recipe.parent)
   else:
@@ -158,12 +249,12 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path):
   steps = sum(phase.steps for phase in recipe.phases)
   optimizer = make_optimizer(recipe, steps)
   progress = workdir / f"{name}.npz"
-  prefix_ids = tokenizer.encode(phantom_pool.prefix_text()).ids
+  prefix_ids = tokenizer.encode(corpus.prefix_text()).ids
 
   begun = time.monotonic()
   if recipe.sight and not progress.exists():
     vision_of = lambda images: prefix_prompts(config, prefix_ids, images).vision  # noqa: E731
-    visual = phantom_tower.trained_tower(config, params["visual"], vision_of, seed=recipe.seed, steps=recipe.sight)
+    visual = trained_tower(config, params["visual"], vision_of, seed=recipe.seed, steps=recipe.sight)
     params = {**params, "visual": visual}
 
   def update(params, moments, prompts: Prompts, *dialogues):
@@ -182,8 +273,8 @@ def train(name: str, recipe: Recipe, workdir: pathlib.Path):
     params, moments, value, shares = update(params, moments, prompts, *_dialogues(pool, rows))
     seconds = before + time.monotonic() - begun
     if (step + 1) % 20 == 0:
-      figures = "loss %.4f words %.3f conclusion %.3f letter %.3f, %.0f s"
-      logging.info(f"%s step %d {figures}", name, step + 1, value, *shares, seconds)
+      line = "loss %.4f words %.3f conclusion %.3f letter %.3f, %.0f s"
+      logging.info(f"%s step %d {line}", name, step + 1, value, *shares, seconds)
     if (step + 1) % _SAVE_EVERY.value == 0 or step + 1 == steps:
       save_progress(progress, step + 1, seconds, (params, moments))
   return config, params, seconds
@@ -198,13 +289,11 @@ def write_model(
 ) -> None:
   """The Hugging Face folder and the record of how it was made."""
   source = workdir / f"{name}.side"
-  phantom_folder.write_folder(
-    source, phantom_folder.model_config(phantom_folder.make_tokenizer(), **SIZES[recipe.role])
-  )
+  folder_lib.write_folder(source, folder_lib.model_config(folder_lib.make_tokenizer(), **SIZES[recipe.role]))
   checkpoint.save_pretrained(workdir / name, config, params, source=source, dtype=jnp.bfloat16)
   record = {
     "model": name,
-    "command": f"python -m experiments.pretrain_phantom --model={name}",
+    "command": f"python -m experiments.phantom.pretrain --model={name}",
     "recipe": dataclasses.asdict(recipe),
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     "seconds": round(seconds),
