@@ -41,7 +41,7 @@ class ModelConfig:
   teacher_memory: Literal["device", "host"] = "device"  # where frozen models live while they are not used
   freeze_vision: bool = False  # True keeps the vision tower and its mergers as loaded
   remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes; docs/operations.md
-  attention: Literal["auto", "plain", "fused"] = "auto"  # the device's fused kernel: if it can, never, or else an error
+  attention: Literal["auto", "plain", "fused"] = "auto"  # fused kernel: used if possible, never used, or required
   lora_rank: Count = 0  # rank of LoRA matrices, which are then trained alone; 0 trains all weights
   lora_alpha: float = 32.0  # their product is scaled by lora_alpha / lora_rank
   lora_targets: tuple[Projection, ...] = PROJECTIONS  # decoder projections with LoRA matrices
@@ -112,13 +112,13 @@ class RewardConfig:
 class ObjectiveConfig:
   """The loss; docs/method.md."""
 
-  policy_weight: Weight = 1.0  # of the policy term; 0 leaves distillation or supervision alone
+  policy_weight: Weight = 1.0  # of the policy term; 0: only distillation or supervision
   advantage: Literal["group_std", "no_std", "rloo", "batch_std"] = "group_std"  # no_std: Dr.GRPO
   aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"  # DAPO; Dr.GRPO
-  ratio: Literal["token", "sequence"] = "token"  # what is clipped; sequence: GSPO, with clips of about 3e-4
+  ratio: Literal["token", "sequence"] = "token"  # level of the ratio; sequence: GSPO, clips of about 3e-4
   clip_low: Weight = 0.2  # of the policy ratio; idle as long as a batch serves one update
   clip_high: Weight = 0.2
-  importance_cap: Weight = 0.0  # largest weight for what the sampler computed otherwise, for example 2; 0: none
+  importance_cap: Weight = 0.0  # cap on importance weights pi_old / pi_sampler, for example 2; 0: no weights
   mask_truncated: bool = False  # True: completions without an end token enter no term of the loss
   # Importance ratio of injected rollouts, whose hint is dropped.
   off_context: Literal["drop_on_policy", "drop_behaviour_shaped", "drop_unit_shaped"] = "drop_on_policy"
@@ -136,7 +136,7 @@ class ObjectiveConfig:
   reference_weight: Weight = 0.0  # beta; 0 drops the reference model
   reference_estimator: Literal["k1", "k2", "k3"] = "k3"  # k1 has no mean gradient
   supervised_weight: Weight = 0.0  # of the likelihood of supervised rows
-  chunk: Size = 1024  # completion tokens of a device whose logits exist at one time; one per row at least
+  chunk: Size = 1024  # completion tokens per device whose logits are held at once; at least one per row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ class OptimizerConfig:
   weight_decay: Weight = 0.0
   moments: Literal["float32", "bfloat16"] = "float32"  # how Adam's two moments are stored; docs/operations.md
   clip_norm: float = 1.0  # global gradient norm
-  skip_limit: Size = 5  # updates in a row that may be skipped since loss or gradient are not finite
+  skip_limit: Size = 5  # stop after this many updates in a row with loss or gradient not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +204,9 @@ class CheckpointConfig:
   """When the state is saved, and what is kept."""
 
   every: Count = 10  # steps; 0: only by the clock, and the last step
-  minutes: Weight = 10.0  # besides, so long after the last one; 0: never by the clock
+  minutes: Weight = 10.0  # also this long after the last one; 0: never by the clock
   keep: Size = 2  # newest checkpoints kept
-  best: Literal["none", "in_domain", "out_of_domain", "overall"] = "out_of_domain"  # the best validation's is kept too
+  best: Literal["none", "in_domain", "out_of_domain", "overall"] = "out_of_domain"  # keeps the best by this metric too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +232,7 @@ class ProfileConfig:
 _ELSEWHERE: Mapping[str, str] = {
   "grpo": "objective.advantage=group_std with objective.aggregation=sequence_mean",
   "dapo": "objective.aggregation=token_mean",
-  "bnpo": "objective.aggregation=token_mean, over the global batch: one of a micro-batch would depend on their number",
+  "bnpo": "objective.aggregation=token_mean, over the global batch; per micro-batch, it would depend on their number",
   "dr_grpo": "objective.advantage=no_std with objective.aggregation=constant_length",
   "gspo": "objective.ratio=sequence",
   "group": "objective.advantage=group_std",
@@ -394,7 +394,7 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
 
 
 def _check_ranges(config: Config) -> None:
-  """Numbers that have more than a smallest legal value."""
+  """Checks numbers with more than a lower bound."""
   sampling, optimizer, objective = config.sampling, config.optimizer, config.objective
   if not config.mesh.data:
     raise ValueError("mesh.data=0 is a mesh without devices; use -1 for all that fsdp and tensor leave, or 1 or more.")
@@ -417,7 +417,7 @@ def _check_ranges(config: Config) -> None:
     raise ValueError(f"objective.importance_cap={objective.importance_cap} scales every token down; use 1 or more.")
   if not (objective.clip_low > 0 and objective.clip_high > 0):
     raise ValueError(
-      f"objective.clip_low={objective.clip_low} and clip_high={objective.clip_high} must be above 0, where the clip "
+      f"objective.clip_low={objective.clip_low} and clip_high={objective.clip_high} must be above 0; at 0 the clip "
       "would cut the gradient of an unchanged policy; large numbers switch it off."
     )
 
@@ -434,7 +434,7 @@ def _check_lora(model: ModelConfig) -> None:
 
 
 def _check_rows(config: Config) -> None:
-  """Prompts, rollouts, and who writes them."""
+  """Checks prompts, rollouts and sources."""
   batch, exploration = config.batch, config.exploration
   if batch.prompts % batch.micro_batches:
     raise ValueError(
@@ -448,7 +448,7 @@ def _check_rows(config: Config) -> None:
     )
   if batch.on_policy_fraction < 1 and config.supervised.source == "none":
     raise ValueError(
-      f"batch.on_policy_fraction={batch.on_policy_fraction} leaves rows to others; set supervised.source to answer or "
+      f"batch.on_policy_fraction={batch.on_policy_fraction} leaves rows unfilled; set supervised.source to answer or "
       "teacher."
     )
   if config.explores and not exploration.replacements < config.own_rollouts:
@@ -468,7 +468,7 @@ def _check_rows(config: Config) -> None:
 
 
 def _check_terms(config: Config) -> None:
-  """The terms of the loss, and what each of them needs."""
+  """Checks the terms of the loss and what each needs."""
   objective, fraction, own = config.objective, config.batch.on_policy_fraction, config.own_rollouts
   if objective.divergence == "sampled_k2" and objective.divergence_top_k:
     raise ValueError("objective.divergence=sampled_k2 looks at one id; set objective.divergence_top_k=0.")
@@ -476,7 +476,7 @@ def _check_terms(config: Config) -> None:
     raise ValueError("objective.supervised_weight needs supervised rows; set batch.on_policy_fraction below 1.")
   if objective.policy_weight and own == 1:
     raise ValueError(
-      "one rollout of the student's in a group has no other to be compared with, so no advantage; raise batch.rollouts "
+      "the student samples one rollout per group, which therefore has no advantage; raise batch.rollouts "
       "or batch.on_policy_fraction, or set objective.policy_weight=0."
     )
   if fraction < 1 and not (objective.distill_weight or objective.supervised_weight):

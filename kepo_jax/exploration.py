@@ -14,12 +14,12 @@ import numpy as np
 from kepo_jax import rewards
 from kepo_jax.types import Example
 
-QUOTED_WORDS = 12  # consecutive words of a hint that make a quotation, in the figure that is always logged
+QUOTED_WORDS = 12  # consecutive words of a hint that count as a quotation in `hint/quote_rate`
 TRIGGERS = ("accuracy_all_zero", "reward_all_zero", "always", "never")
 RULES = ("accurate_and_formatted", "all_or_none_accurate")
 HINTS = ("each_round", "once")
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
-# What a completion must not say: it would teach the student to talk about help that it will not have.
+# Phrases that the leak filter refuses: the student would learn to mention help that it will not have.
 _LEAKS = re.compile(
   r"\b(?:the|this|that|your|given|provided) (?:\w+ )?hint\b|\bhint(?:ed)? (?:says?|said|tells?|told|points?|is|was)\b"
   r"|\bhint:|\b(?:the|this|that|your|given) advice\b|\bsomething to look for\b"
@@ -65,7 +65,7 @@ class Acceptance:
   leak_filter: bool = True  # refuse texts that talk about the help
 
   def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Returns the accepted ones among the candidates of one prompt and round, in their order."""
+    """Returns the accepted candidates of one prompt and round, in their order."""
     together = self.rule == "all_or_none_accurate"
     good = [
       candidate
@@ -90,7 +90,7 @@ class Exploration:
 
   @property
   def hints_unparsed(self) -> int:
-    """Those of them without a hint block."""
+    """Hints that could not be parsed."""
     return sum(parse_hint(text) is None for texts in self.hints.values() for text in texts)
 
 

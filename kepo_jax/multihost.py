@@ -1,6 +1,6 @@
 """Work shared by the processes of a run, so that all of them act alike and none waits for one that has failed.
 
-All processes must call a function that communicates at the same point of the program.
+Every process must call a communicating function at the same point of the program.
 """
 
 import json
@@ -13,15 +13,15 @@ from jax.experimental import multihost_utils
 
 from kepo_jax import sharding
 
-# Bytes that each process sends at a time. One size for all messages is one program, whatever the lengths of the texts
-# of a step: sizes that follow them would compile anew in the middle of a run.
+# Bytes that each process sends at a time. One size needs one compiled program. Sizes that depend on the texts would
+# recompile in the middle of a run.
 CHUNK = 1 << 16
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 def is_first() -> bool:
-  """Returns whether this process writes what is written once."""
+  """Returns whether this process writes the shared files."""
   return jax.process_index() == 0
 
 
@@ -83,7 +83,7 @@ def all_gather(work: Callable[[], Any]) -> list[Any]:
     work: returns a JSON-able value, of any size.
 
   Raises:
-    OSError: `work` failed on another process. Whatever it raises here passes on, and never leaves the others waiting.
+    OSError: `work` failed on another process. Its own errors here propagate and leave no process waiting.
   """
   if jax.process_count() == 1:
     return [work()]
@@ -110,7 +110,7 @@ def shard_across_hosts(items: Sequence[S], work: Callable[[Sequence[S]], Sequenc
     the values in the order of `items`; in a run of several processes tuples have become lists.
 
   Raises:
-    OSError: `work` failed on another process. Whatever it raises here passes on, and never leaves the others waiting.
+    OSError: `work` failed on another process. Its own errors here propagate and leave no process waiting.
   """
   count, number = jax.process_count(), jax.process_index()
   values: list[Any] = [None] * len(items)

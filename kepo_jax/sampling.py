@@ -19,10 +19,10 @@ SEGMENT = 256  # tokens by which the cache grows
 
 @chex.dataclass(frozen=True)
 class _State:
-  """What the loop carries; `step` tokens of every row are append_token."""
+  """The state of the loop; `step` tokens of every row are written."""
 
   step: jax.Array  # int32[]
-  token: jax.Array  # int32[P, G], the last one append_token, pad id in rows that have ended
+  token: jax.Array  # int32[P, G], the last one written; pad id in rows that have ended
   ended: jax.Array  # bool[P, G]
   rollouts: Rollouts
   cache: model.Cache
@@ -46,8 +46,8 @@ def sample(
 ) -> Rollouts:
   """Samples completions of every prompt; image and prompt are run once per group.
 
-  Token t of completion g is drawn with fold_in(fold_in(fold_in(key, row of the prompt), g), t): padding, the other
-  prompts of the batch and the mesh change nothing. The loop stops when every row has ended.
+  Token t of completion g is drawn with fold_in(fold_in(fold_in(key, row of the prompt), g), t): padding, other prompts
+  and the mesh do not change the draw. The loop stops when every row has ended.
 
   Args:
     config: of the model.
@@ -112,8 +112,8 @@ def sample(
 def cache_lengths(max_new_tokens: int) -> tuple[int, ...]:
   """Returns the lengths through which the cache of completions grows; the last one is max_new_tokens.
 
-  A step reads the whole cache, written or not. Growing by SEGMENT wastes at most SEGMENT / 2 tokens a row in the mean,
-  where one cache of full length would waste half of it. Each length is one more loop to compile.
+  A step reads the whole cache, written or not. Growing by SEGMENT wastes at most SEGMENT / 2 tokens per row on average.
+  One full-length cache would waste half of it. Each length is one more loop to compile.
   """
   return (*range(SEGMENT, max_new_tokens, SEGMENT), max_new_tokens)
 
@@ -162,7 +162,7 @@ def choose_tokens(
 def _draw(logps: jax.Array, keys: jax.Array) -> jax.Array:
   """Draws tokens int32[P, G] from log-probabilities float32[P, G, V], which need not be normalised.
 
-  Gumbel noise turns an argmax into a draw: first of a column of ids, then of an id in that column. This needs m + n
+  Adds Gumbel noise and takes the argmax: first over columns of ids, then inside that column. This needs m + n
   numbers instead of m n; random bits for a whole vocabulary would cost more than all else here. Exact, because the
   probability of an id is that of its column times its share.
   """

@@ -106,7 +106,7 @@ REFUSED = [
   (kepo, {"batch__prompts": 8, "batch__micro_batches": 3}, "batch.prompts=8 does not divide into .*micro_batches=3"),
   (gkd, {"batch__on_policy_fraction": 0.3}, "fraction=0.3 of batch.rollouts=8 is 2.4 rollouts.* multiple of 1/8"),
   (gkd, {"batch__on_policy_fraction": 1.5}, "on_policy_fraction=1.5 .*is 12 rollouts; use a multiple of 1/8"),
-  (grpo, HALF, "on_policy_fraction=0.5 leaves rows to others; set supervised.source to"),
+  (grpo, HALF, "on_policy_fraction=0.5 leaves rows unfilled; set supervised.source to"),
   (kepo, {"exploration__replacements": 8}, "exploration.replacements=8 must lie in 0..7, so that a group keeps"),
   # Half of the eight rollouts are the student's, and one of them must stay.
   (kepo, HALF | {"exploration__replacements": 4, "supervised__source": "teacher"}, "=4 must lie in 0..3"),
@@ -120,11 +120,11 @@ REFUSED = [
   (grpo, {"objective__policy_weight": 0.0}, "nothing is learnt: set objective.policy_weight"),
   # The policy term has no row.
   (sft, {"objective__policy_weight": 1.0, "objective__supervised_weight": 0.0}, "supervised rows enter no term: set"),
-  (grpo, {"batch__rollouts": 1}, "no other to be compared with.*raise batch.rollouts"),
+  (grpo, {"batch__rollouts": 1}, "one rollout per group.*raise batch.rollouts"),
   (sft, {"objective__reference_weight": 0.1}, "reference_weight looks at the student's rollouts, and there are none"),
   (grpo, {"objective__importance_cap": 0.5}, "importance_cap=0.5 scales every token down; use 1 or more"),
   (grpo, {"objective__clip_low": 0.0}, "clip_low=0.0 and clip_high=0.2 must be above 0"),
-  (grpo, {"objective__clip_high": 0.0}, "clip_high=0.0 must be above 0, .*large numbers switch it off"),
+  (grpo, {"objective__clip_high": 0.0}, "clip_high=0.0 must be above 0; .*large numbers switch it off"),
   (kepo, {"objective__gate_threshold": 2.0}, "gate_threshold=2.0 with gate_mode=positive distils nothing: .*0 and 1"),
   (kepo, {"objective__gate_threshold": NAN}, "gate_threshold=nan .* distils nothing"),
   (kepo, {"objective__gate_threshold": 0.0, "objective__gate_mode": "negative"}, "gate_mode=negative distils nothing"),

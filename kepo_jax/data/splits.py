@@ -195,7 +195,7 @@ def _part_of(file: pathlib.Path) -> str:
 
 
 def _limited_parts(parts: Mapping[str, Sequence[Example]], data: Any) -> dict[str, list[Example]]:
-  # 0 training or test items of a given split are all of them; of a pool that we split, none.
+  # 0 training or test items: all of a given split, but none of a pool that we split.
   limits = {"train": data.train_items or None, "validation": data.validation_items, "test": data.test_items or None}
   questions = {}
   for name, examples in parts.items():
@@ -240,7 +240,7 @@ def _compared(
     shared, share = overlap(parts["train"], parts[name], contents=True)
     if shared:
       logging.warning(
-        "%s: %d %s images (%.1f %%) are training images too, by path or content; figures on them say less of images "
+        "%s: %d %s images (%.1f %%) are training images too, by path or content; they tell less about images "
         "that the model has not seen",
         *(where, shared, name, 100 * share),
       )
@@ -289,8 +289,8 @@ def limited(
     examples: the questions.
     per_modality: how many; None: all.
     seed: another seed, another choice.
-    lenient: pass over questions with an image that cannot be read, so that others take their place; only as many
-      images are decoded as that needs, and none if all questions are wanted.
+    lenient: replace questions whose image cannot be read. Decodes only as many images as needed, and none if all
+      questions are wanted.
   """
   if per_modality is None:
     return _sorted(examples)
@@ -307,15 +307,14 @@ def limited(
 def split_by_modality(examples: Sequence[Example], data: Any) -> dict[str, list[Example]]:
   """Splits one pool of questions so that no image is shared between two parts.
 
-  Questions that share an image form a group. A group belongs to one modality, of several to the first by name, and its
-  questions of the others are left out. Within each modality groups are ordered by a hash of the seed and their first
+  Questions that share an image form a group. A group gets one modality, the first by name. Its questions of other
+  modalities are left out. Within each modality groups are ordered by a hash of the seed and their first
   id, and fill test, then validation, then (training modality only) train, until each has its number; what a group
   holds beyond that number is left out. Other modalities give what they have.
 
-  Images are the same if their paths or their bytes are. Bytes are compared among the images of the questions that were
-  chosen, not of the whole pool, since the files of OmniMedVQA have 30 to 70 thousand bytes and most have the size of
-  another: where two are the same, their groups are joined and splitting starts again, until there are none. The same
-  holds for images that cannot be read, if `lenient`: their questions are taken away.
+  Images are the same if their paths or their bytes are. Only images of chosen questions are compared by bytes: most
+  OmniMedVQA files (30 to 70 kB) share their size with another. If two are the same, their groups are joined and the
+  split is repeated, until no two are. If `lenient`, it also repeats without the questions whose images cannot be read.
 
   Args:
     examples: all questions.

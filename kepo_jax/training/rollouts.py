@@ -57,7 +57,7 @@ def scored_groups(processor: Any, scorer: rewards.Scorer, examples: Sequence[Exa
   Args:
     processor: decodes tokens.
     scorer: every reward of the run.
-    examples: the P questions, or fewer: rollouts of prompts behind them are padding.
+    examples: at most P questions; rollouts of later prompts are padding.
     rollouts: [P, G, T] as sampled or given.
 
   Returns:
@@ -100,7 +100,7 @@ def accepted_answers(groups: Groups) -> np.ndarray:
 
 
 def supervised_groups(groups: Groups, *, accepted: np.ndarray | None = None) -> Groups:
-  """Marks groups as written by somebody else than the student.
+  """Marks groups as not sampled by the student.
 
   Args:
     groups: from `scored_groups`.
@@ -164,7 +164,7 @@ def inject(groups: Groups, injections: Sequence[tuple[int, int, exploration.Cand
 
 
 def candidates(groups: Groups, hints: Sequence[str]) -> list[list[exploration.Candidate]]:
-  """Returns scored groups, sampled under one hint per question, as candidates of each question."""
+  """Converts scored groups, sampled under one hint per question, to candidates per question."""
 
   def candidate(p: int, m: int) -> exploration.Candidate:
     scores = {name: float(values[p, m]) for name, values in groups.scores.items()}

@@ -228,7 +228,7 @@ def place_prompts(
     examples: the questions.
     wording: as in `data.prompts.prompt_text`.
     hints: one per question, for the hinted wordings.
-    sizes: rising numbers of prompts, to one of which the batch is padded; None does not pad.
+    sizes: rising batch sizes; pads to the first that is large enough. None does not pad.
 
   Raises:
     ValueError: an image or a prompt cannot be used.
@@ -257,7 +257,7 @@ def prepare(
 ) -> Run:
   """Loads and checks everything that a run needs.
 
-  What cannot be used on one of several processes ends all of them, and so does what is not the same on all.
+  An unusable input on one process ends all processes. So does any difference between them.
 
   Raises:
     ValueError: a field, file or model that does not fit, and the way out.
@@ -424,7 +424,7 @@ def load_models(
 
   Raises:
     ValueError: a folder does not hold the weights that its config describes.
-    OSError: the folder of another process does not.
+    OSError: loading failed on another process.
     Interrupted: the run was asked to stop; checked after each model.
   """
   models = {}
@@ -442,7 +442,7 @@ def model_dtype(config: Config, role: str) -> Any:
 
 
 def model_of(config: Config, role: str, loaded: Qwen3VLConfig, params: Any) -> programs_lib.Model:
-  """Returns a model with the attention of the run, offloaded or with matrices of LoRA where the config says so.
+  """Builds a model with the run's attention. Offloads it or adds LoRA matrices if the config says so.
 
   Args:
     config: of the run.

@@ -88,7 +88,7 @@ def train_step(run: setup.Run, state: TrainState, pending: Pending, clock: Phase
   if own:
     advantage[:, :own] = advantages.group_advantages(groups.scores["total"][:, :own], kind=objective.advantage)
 
-  # 4. Ask teacher and reference about the tokens, and update the student.
+  # 4. Score the tokens with teacher and reference; update the student.
   with clock("teacher"):
     experience = sharding.place(run.mesh, rollouts_lib.experience(groups, prompts, advantage, gate, kept=kept))
     targets = run.programs.targets(experience.prompts, experience.tokens)
@@ -133,14 +133,14 @@ def failed_prompts(config: Config, groups: Groups) -> list[int]:
 
 
 def useful_groups(config: Config, groups: Groups) -> np.ndarray:
-  """Returns bool[P]: groups with a signal, and those that exploration may give one."""
+  """Returns bool[P]: groups that have a signal or may get one by exploration."""
   useful = rollouts_lib.has_signal(groups)
   useful[failed_prompts(config, groups)] = True
   return useful
 
 
 def first_useful(useful: np.ndarray, count: int) -> list[int]:
-  """Returns the first `count` rows that are useful, filled up with others where there are too few, in rising order."""
+  """Returns `count` rows in rising order: the first useful ones, then others if there are too few."""
   return sorted(np.argsort(~useful, kind="stable")[:count])
 
 
@@ -154,7 +154,7 @@ def explore(run: setup.Run, decode_weights: Any, groups: Groups, step: int) -> t
     step: its number, from 0.
 
   Returns:
-    what was tried and accepted, the tokens of all hints, and those of all candidates.
+    the outcome, the number of hint tokens and the number of candidate tokens.
   """
   config, programs, rows = run.config, run.programs, failed_prompts(run.config, groups)
   sizes, tokens = setup.row_sizes(config), {"hint": 0, "candidate": 0}
@@ -189,12 +189,12 @@ def explore(run: setup.Run, decode_weights: Any, groups: Groups, step: int) -> t
 
 
 def supervised_rows(run: setup.Run, examples: Sequence[Example], prompts: Prompts, step: int) -> tuple[Groups, int]:
-  """Returns gold answers, or those answers of the teacher that the reward accepts, as groups; other rows are empty.
+  """Builds groups of gold answers, or of teacher answers that the reward accepts. Other rows are empty.
 
   Args:
     run: the models, data and programs.
     examples: the questions.
-    prompts: that ask them, on the mesh.
+    prompts: theirs, on the mesh.
     step: its number, from 0.
 
   Returns:
