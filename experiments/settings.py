@@ -27,6 +27,7 @@ PHANTOM = {
   "data.patch_buckets": (64, 256, 1024, 4096, 16384),
   "sampling.max_new_tokens": 24,
   "exploration.hint_tokens": 24,
+  "exploration.serial": True,  # on a CPU a batch of five rounds takes five times as long as one
   "optimizer.learning_rate": 3e-4,
   "optimizer.warmup_steps": 5,
   "train.steps": 80,

@@ -154,6 +154,7 @@ class ExplorationConfig:
   trigger: Literal["accuracy_all_zero", "reward_all_zero", "always", "never"] = "accuracy_all_zero"
   replacements: Count = 0  # K, rollouts of a failed group that accepted candidates may replace
   rounds: Count = 0  # B, rounds of hinted sampling per failed prompt
+  serial: bool = False  # True: rounds one after the other, until K are accepted; False: all at once, with more hints
   candidates: Count = 0  # M, sampled per prompt and round; 0: as many as replacements
   hints: Literal["each_round", "once"] = "each_round"  # when the teacher writes a new hint
   hint_prompt: Literal["hint_and_answer", "hint_only"] = "hint_and_answer"  # what a hinted student is shown
@@ -322,6 +323,11 @@ class Config:
   def candidates(self) -> int:
     """Hinted completions sampled for a failed prompt in a round."""
     return max(1, self.exploration.candidates or self.exploration.replacements)
+
+  @property
+  def rounds_at_once(self) -> int:
+    """Rounds of exploration whose hints are asked in one batch."""
+    return 1 if self.exploration.serial else self.exploration.rounds
 
   @property
   def explores(self) -> bool:

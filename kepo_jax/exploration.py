@@ -8,6 +8,7 @@ replaces a random rollout of the group (Algorithm 1 of arXiv 2602.00400, with ac
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -179,6 +180,50 @@ def explore(
     if hints == "each_round":
       parsed.clear()
   return outcome
+
+
+def explore_at_once(
+  failed: Sequence[int],
+  ask_hints: Callable[[Sequence[int], Sequence[int]], Sequence[Sequence[str]]],
+  sample_hinted: Callable[[Sequence[tuple[int, int]], Sequence[str]], Sequence[Sequence[Candidate]]],
+  *,
+  rounds: int,
+  hints: str = "each_round",
+  **settings: Any,
+) -> Exploration:
+  """Does what `explore` does with one batch of hints and one of candidates for all rounds.
+
+  Rounds are independent given the prompt, so the outcome is that of `explore` if hints and candidates are drawn with
+  the same keys. What a prompt that has its replacements would not have asked for is dropped.
+
+  Args:
+    failed: rows of the batch that ask for hints.
+    ask_hints: (rows, rounds) -> the teacher's raw texts, one per row and round.
+    sample_hinted: (pairs of row and round, hints) -> candidates per pair.
+    rounds: B, rounds per prompt.
+    hints: as for `explore`.
+    **settings: further arguments of `explore`.
+  """
+  attempts = range(1, rounds + 1)
+  texts = dict(zip(failed, ask_hints(failed, attempts), strict=True)) if failed else {}
+  hinted: dict[tuple[int, int], str] = {}
+  for row in failed:
+    for attempt, text in zip(attempts, texts[row], strict=True):
+      hint = parse_hint(text)
+      if hints == "once":
+        hint = hinted.get((row, attempt - 1)) or hint
+      if hint:
+        hinted[row, attempt] = hint
+  sampled = sample_hinted(list(hinted), list(hinted.values())) if hinted else ()
+  candidates = dict(zip(hinted, sampled, strict=True))
+  return explore(
+    failed,
+    lambda rows, attempt: [texts[row][attempt - 1] for row in rows],
+    lambda rows, _, attempt: [candidates[row, attempt] for row in rows],
+    rounds=rounds,
+    hints=hints,
+    **settings,
+  )
 
 
 def injections(outcome: Exploration, rollouts: int, seed: Sequence[int]) -> list[tuple[int, int, Candidate]]:

@@ -54,7 +54,8 @@ def sample(
     params: its parameters, best in the `decode` layout with `model.unstack_layers`: sharded weights are gathered, and
       stacked ones sliced, for every token. For the `train` layout, see `weight_stationary`.
     prompts: [P, S], right-padded.
-    key: of this call; derive it from step and purpose.
+    key: of this call, derived from step and purpose; or keys [P, 1], one per prompt; or keys [1, G], one per
+      completion: completion g is then completion 0 of a call with its key.
     samples: G, completions per prompt.
     max_new_tokens: T, the budget of a completion, its end token included.
     end_ids: ids that end a completion.
@@ -187,12 +188,14 @@ def _truncate(logps: jax.Array, top_p: float, top_k: int) -> jax.Array:
 
 
 def _row_keys(key: jax.Array, row: jax.Array, samples: int) -> jax.Array:
-  """Derives keys [P, G], one per completion, from the identity of its prompt uint32[P]."""
-
-  def group(row):
-    return jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, row), g))(jnp.arange(samples))
-
-  return jax.vmap(group)(row)
+  """Derives keys [P, G], one per completion, from the identity of its prompt uint32[P]; `key` as for `sample`."""
+  keys = key if key.ndim else key[None, None]
+  place = jnp.arange(samples) if keys.shape[1] == 1 else jnp.zeros(samples, int)
+  keys = jnp.broadcast_to(keys, (*row.shape, samples))
+  fold = jax.vmap(
+    jax.vmap(lambda key, row, g: jax.random.fold_in(jax.random.fold_in(key, row), g), (0, None, 0)), (0, 0, None)
+  )
+  return fold(keys, row, place)
 
 
 def _put(values: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from kepo_jax import exploration
 from tests.training import cases
@@ -189,3 +190,43 @@ def test_rates_of_leaks_quotations_and_unparsed_hints():
 def test_a_hint_may_name_the_answer():
   told = {"It is two.": True, "option B fits": True, "Two!": True, "b": False, "twofold": False, "A mass": False}
   assert {text: exploration.names_answer(text, EXAMPLE) for text in told} == told
+
+
+@pytest.mark.parametrize("hints", exploration.HINTS)
+def test_all_rounds_at_once_have_the_outcome_of_serial_rounds(hints):
+  rows, rounds = [1, 2, 4, 6], 4
+  texts = {(1, 1): "none", (2, 1): "<hint></hint>", (2, 3): "no", (6, 2): "none"}  # some hints cannot be parsed
+  asks = []
+
+  def text(row, attempt):
+    return texts.get((row, attempt), f"<hint> round {attempt} for {row} </hint>")
+
+  def completions(row, hint, attempt):
+    right = (3 * row + attempt) % 5 < 2 and row != 6  # one prompt never succeeds
+    return [candidate(accurate=right, hint=hint), candidate(accurate=right and row == 4, hint=hint)]
+
+  def ask_all(rows, attempts):
+    asks.append((list(rows), list(attempts)))
+    return [[text(row, attempt) for attempt in attempts] for row in rows]
+
+  settings = {"rounds": rounds, "replacements": 2, "hints": hints}
+  serial = exploration.explore(
+    rows,
+    lambda rows, attempt: [text(row, attempt) for row in rows],
+    lambda rows, hints, attempt: [completions(row, hint, attempt) for row, hint in zip(rows, hints, strict=True)],
+    **settings,
+  )
+  at_once = exploration.explore_at_once(
+    rows,
+    ask_all,
+    lambda pairs, hints: [completions(row, hint, b) for (row, b), hint in zip(pairs, hints, strict=True)],
+    **settings,
+  )
+  assert asks == [(rows, [1, 2, 3, 4])]
+  told = [
+    [{row: [(c.attempt, c.hint, c.accurate) for c in tried] for row, tried in part.items()} for part in parts]
+    for parts in ((outcome.accepted, outcome.candidates) for outcome in (serial, at_once))
+  ]
+  assert told[0] == told[1] and serial.hints == at_once.hints
+  assert 0 < sum(map(len, serial.accepted.values())) < 2 * len(rows)
+  assert exploration.explore_at_once([], ask_all, None, **settings).accepted == {} and len(asks) == 1

@@ -131,6 +131,20 @@ def test_padding_and_the_rest_of_the_batch_change_nothing(params, pictured):
   assert_same_rollouts(actual, jax.tree.map(lambda x: x[np.array([1, 0]), :2], pictured))
 
 
+def test_a_key_per_prompt_or_per_completion_draws_as_calls_of_their_own(params):
+  prompts, keys = prompts_of(TEXTS), jax.random.split(KEY, len(TEXTS))
+  alone = [program(samples=1)(params, prompts, key) for key in keys[:G]]
+  together = program()(params, prompts, keys[:G][None])
+  for g, rollouts in enumerate(alone):
+    assert_same_rollouts(jax.tree.map(lambda x, g=g: x[:, g : g + 1], together), rollouts)
+  by_prompt = program()(params, prompts, keys[:, None])
+  for row in (0, 5):
+    assert_same_rollouts(
+      jax.tree.map(lambda x, row=row: x[row], by_prompt),
+      jax.tree.map(lambda x, row=row: x[row], program()(params, prompts, keys[row])),
+    )
+
+
 def test_a_cache_that_grows_gives_the_same_tokens(params, rollouts, monkeypatch):
   lengths = {}
   for segment in (3, 4, 7, 8):

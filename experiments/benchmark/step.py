@@ -196,10 +196,10 @@ class Benchmark:
       self.state, self.programs = setup.build_programs(config, self._special, self.models)
     count = config.batch.prompts
     self.prompts = sharding.place(self.mesh, made_up_prompts(student, count, sizes))
-    few = max(1, count // 4)  # ask for a hint, and are asked again with it
+    few = max(1, count // 4)  # ask for hints, and are asked again with each of them
     self.few = sharding.place(self.mesh, made_up_prompts(student, few, sizes))
     hinted = dataclasses.replace(sizes, text_tokens=sizes.text_tokens + config.exploration.hint_tokens)
-    self.hinted = sharding.place(self.mesh, made_up_prompts(student, few, hinted))
+    self.hinted = sharding.place(self.mesh, made_up_prompts(student, few * config.rounds_at_once, hinted))
     self._batch: Any = ()  # shapes of the experience and the targets of the last turn
 
   def _model(self, role: str, seed: int) -> programs.Model:
@@ -236,8 +236,11 @@ class Benchmark:
       rollouts, seconds = timed(self.programs.rollout, actor, self.prompts, key)
       yield "sampling", seconds
       if self.config.explores:
-        yield "hints", timed(self.programs.hint, self.few, key)[1]
-        yield "candidates", timed(self.programs.candidate, actor, self.hinted, key)[1]
+        rounds, rows = self.config.rounds_at_once, len(self.hinted.row)
+        keys = np.asarray(jax.random.key_data(jax.random.split(key, rounds)))[None]
+        yield "hints", timed(self.programs.hint, self.few, sharding.place(self.mesh, keys))[1]
+        keys = np.asarray(jax.random.key_data(jax.random.split(key, rows)))[:, None]
+        yield "candidates", timed(self.programs.candidate, actor, self.hinted, sharding.place(self.mesh, keys))[1]
       del actor
       experience = self._experience(rollouts)
       targets, seconds = timed(self.programs.targets, experience.prompts, experience.tokens)
@@ -250,9 +253,9 @@ class Benchmark:
   def _tokens(self, name: str) -> int:
     config = self.config
     if name == "hints":
-      return self.few.tokens.shape[0] * config.exploration.hint_tokens
+      return len(self.few.row) * config.rounds_at_once * config.exploration.hint_tokens
     if name == "candidates":
-      return self.few.tokens.shape[0] * config.candidates * self.sizes.new_tokens
+      return len(self.hinted.row) * config.candidates * self.sizes.new_tokens
     return config.batch.prompts * config.batch.rollouts * self.sizes.new_tokens
 
   def _experience(self, rollouts: Any) -> Experience:
@@ -290,7 +293,9 @@ class Benchmark:
     if "teacher" in self.configs and config.explores:
       few = jax.eval_shape(lambda prompts: prompts, self.few)
       hints = config.exploration.hint_tokens
-      work["hints"] = floors.sampling(others["teacher"], frozen, few, samples=1, new_tokens=hints, **where)
+      work["hints"] = floors.sampling(
+        others["teacher"], frozen, few, samples=config.rounds_at_once, new_tokens=hints, **where
+      )
       hinted = jax.eval_shape(lambda prompts: prompts, self.hinted)
       sampled: dict[str, Any] = {"samples": config.candidates, "new_tokens": rows[2]}
       work["candidates"] = floors.sampling(others["student"], settings.compute_dtype, hinted, **sampled, **where)

@@ -380,8 +380,12 @@ class AbstractRun:
       yield "decode weights", self.actor
       yield "sampling", lambda: programs.rollout(self.actor(), self.prompts(count, lengths.prompt_tokens), self.key)
     if config.explores:
-      yield "hints", lambda: programs.hint(self.prompts(few, lengths.prompt_tokens), self.key)
-      yield "candidates", lambda: programs.candidate(self.actor(), self.prompts(few, lengths.hinted_tokens), self.key)
+      rounds = config.rounds_at_once
+      keys = functools.partial(compile_ahead.key_shapes, self.mesh)
+      yield "hints", lambda: programs.hint(self.prompts(few, lengths.prompt_tokens), keys(1, rounds))
+      rows = few * rounds
+      hinted = functools.partial(self.prompts, rows, lengths.hinted_tokens)
+      yield "candidates", lambda: programs.candidate(self.actor(), hinted(), keys(rows, 1))
     if config.teacher_answers:
       yield "answers", lambda: programs.answer(self.prompts(count, lengths.prompt_tokens), self.key)
     yield "scoring", self.targets

@@ -72,8 +72,12 @@ def estimate(plan: RunPlan) -> dict[str, int]:
   if "teacher" in others and (config.explores or config.teacher_answers):
     # The student's decode copy waits for the candidates meanwhile.
     parts["hints"] = actor + max(_asked(others["teacher"], each, frozen, plan.mesh) for each in _asked_shapes(plan))
+    if config.explores:
+      candidates = _candidate_shape(config, plan.mesh)
+      held = cache_bytes(student, candidates, compute) + _sampler_logits(student, candidates)
+      parts["hints"] = max(parts["hints"], actor + held)
     if on_host:  # it stays for all rounds, so candidates are sampled beside it
-      parts["hints"] = visiting["teacher"] + max(parts["hints"], parts["sampling"])
+      parts["hints"] += visiting["teacher"]
   hidden = sum(_hidden(other, shape, frozen) for other in others.values())
   # A target holds a copy of the head that it was made with.
   heads = sum(frozen * _head_per_device(other, plan.mesh) for other in others.values())
@@ -208,11 +212,19 @@ def _evaluation_shape(config: Config, mesh: dict[str, int]) -> _BatchShape:
 def _asked_shapes(plan: RunPlan) -> list[_BatchShape]:
   """What the teacher may be asked for: a hint for every prompt, and the answers of supervised rows."""
   config = plan.config
-  asked = [(1, config.exploration.hint_tokens)] if config.explores else []
+  asked = [(config.rounds_at_once, config.exploration.hint_tokens)] if config.explores else []
   if config.teacher_answers:
     asked += [(config.batch.rollouts - config.own_rollouts, config.sampling.max_new_tokens)]
   shape = _training_shape(config, plan.mesh)
   return [dataclasses.replace(shape, rollouts=samples * shape.prompts, new_tokens=tokens) for samples, tokens in asked]
+
+
+def _candidate_shape(config: Config, mesh: dict[str, int]) -> _BatchShape:
+  """The candidates of every prompt, with longer prompts, of as many rounds as are asked at once."""
+  shape, buckets = _training_shape(config, mesh), config.data.prompt_buckets
+  prompts = shape.prompts * config.rounds_at_once
+  longer = buckets[min(2, len(buckets) - 1)]
+  return dataclasses.replace(shape, prompts=prompts, rollouts=prompts * config.candidates, prompt_tokens=longer)
 
 
 def _asked(config: Qwen3VLConfig, shape: _BatchShape, itemsize: int, mesh: dict[str, int]) -> int:

@@ -119,7 +119,7 @@ def calls(run: setup.Run, start: int, splits: Sequence[str]) -> list[Call]:
     sizes = setup.row_sizes(config)
     for least, most in zip((1, *(size + 1 for size in sizes)), sizes, strict=False):
       wanted += [("hint", "hint_request", 0, (least, most))]
-      wanted += [("candidate", hinted.hint_prompt, hinted.hint_tokens, (least, most))]
+      wanted += [("candidate", hinted.hint_prompt, hinted.hint_tokens, (least, most))]  # rounds_at_once as many rows
   # Dynamic sampling draws from all questions; else a step explores those of its batch.
   pools = [run.questions["train"]] if dynamic else steps
   possible = collections.Counter(
@@ -136,9 +136,8 @@ def compile_calls(run: setup.Run, state: TrainState) -> Mapping[str, Callable[[i
   """Returns program name -> the call that compiles it, and all that it needs, for (number of prompts, buckets)."""
   config, programs = run.config, run.programs
   student = compiling.shapes_of(state)
-  # Keys have one shape; which one it is compiles the same.
-  names = ("rollout", "hint", "candidate", "evaluation", "answer")
-  rollout, hint, candidate, evaluation, answer = (setup.random_key(config.seed, name, 0) for name in names)
+  # Which key it is compiles the same.
+  rollout, evaluation, answer = (setup.random_key(config.seed, name, 0) for name in ("rollout", "evaluation", "answer"))
 
   def prompts(size: int, pair: Buckets) -> Prompts:
     return sharding.placed_shapes(run.mesh, run.processor.shapes(size, *pair))
@@ -149,6 +148,12 @@ def compile_calls(run: setup.Run, state: TrainState) -> Mapping[str, Callable[[i
   def of_teacher(sample: Callable[..., Any], key: jax.Array) -> Callable[[int, Buckets], Any]:
     return lambda size, pair: sample(prompts(size, pair), key)
 
+  def candidate(size: int, pair: Buckets) -> Any:
+    rows = size * config.rounds_at_once
+    return programs.candidate(
+      programs.decode_weights(student.params), prompts(rows, pair), key_shapes(run.mesh, rows, 1)
+    )
+
   def update(size: int, pair: Buckets) -> None:
     rows = (size, config.batch.rollouts, config.sampling.max_new_tokens)
     experience = experience_shapes(run.mesh, prompts(size, pair), rows)
@@ -158,11 +163,16 @@ def compile_calls(run: setup.Run, state: TrainState) -> Mapping[str, Callable[[i
   return {
     "update": update,
     "rollout": of_student(programs.rollout, rollout),
-    "candidate": of_student(programs.candidate, candidate),
+    "candidate": candidate,
     "evaluation": of_student(programs.greedy, evaluation),
-    "hint": of_teacher(programs.hint, hint),
+    "hint": lambda size, pair: programs.hint(prompts(size, pair), key_shapes(run.mesh, 1, config.rounds_at_once)),
     "answer": of_teacher(programs.answer, answer),
   }
+
+
+def key_shapes(mesh: jax.sharding.Mesh, prompts: int, completions: int) -> Any:
+  """Returns the shape of the data of keys, one per prompt or per completion."""
+  return sharding.placed_shapes(mesh, jax.ShapeDtypeStruct((prompts, completions, 2), np.uint32))
 
 
 def experience_shapes(mesh: jax.sharding.Mesh, prompts: Prompts, rows: tuple[int, int, int]) -> Experience:

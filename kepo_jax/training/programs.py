@@ -125,7 +125,8 @@ def sampling_program(
 ) -> Callable[[Any, Prompts, jax.Array], Rollouts]:
   """Compiles `sampling.sample` for one model and one setting: (params, prompts, key) -> Rollouts [P, G, T].
 
-  Of a model with LoRA it takes merged weights, as `decode_weights_program` gives them.
+  Several keys come as their data, uint32[..., 2]. Of a model with LoRA it takes merged weights, as
+  `decode_weights_program` gives them.
 
   Args:
     config: of the model.
@@ -138,6 +139,7 @@ def sampling_program(
   allowed = jnp.asarray(processor.allowed)
 
   def program(params, prompts, key):
+    key = jax.random.wrap_key_data(key) if key.dtype == jnp.uint32 else key
     return sampling.sample(
       config,
       params,

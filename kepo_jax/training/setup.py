@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kepo_jax import multihost, rewards, sharding
@@ -164,7 +165,7 @@ def build_programs(
     rollout=sampler(max(1, own), *policy),
     candidate=sampler(config.candidates, *policy),
     greedy=sampler(1, config.eval.max_new_tokens, 0.0),
-    hint=teacher(config.explores, 1, exploration.hint_tokens, exploration.hint_temperature),
+    hint=teacher(config.explores, config.rounds_at_once, exploration.hint_tokens, exploration.hint_temperature),
     answer=teacher(
       config.teacher_answers,
       *(config.batch.rollouts - own, sampling.max_new_tokens, config.supervised.temperature),
@@ -182,6 +183,13 @@ def random_key(seed: int, purpose: str, *counters: int) -> jax.Array:
   """Returns the random key of a purpose at a step (and a round)."""
   stream = jax.random.fold_in(jax.random.key(seed), STREAMS.index(purpose))
   return functools.reduce(jax.random.fold_in, counters, stream)
+
+
+def round_keys(config: Config, purpose: str, step: int, attempts: Sequence[int]) -> np.ndarray:
+  """Returns the data uint32[n, 2] of the keys of some rounds of a step."""
+  keys = {attempt: random_key(config.seed, purpose, step, attempt) for attempt in dict.fromkeys(attempts)}
+  data = {attempt: np.asarray(jax.random.key_data(key)) for attempt, key in keys.items()}
+  return np.stack([data[attempt] for attempt in attempts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +214,10 @@ class Run:
 
 
 def row_sizes(config: Config) -> tuple[int, ...]:
-  """Returns the numbers of prompts to which batches of exploration are padded, so that few programs are compiled."""
+  """Returns the numbers of failed prompts to which exploration pads, so that few programs are compiled.
+
+  A batch of candidates has `config.rounds_at_once` times as many prompts.
+  """
   rows = config.batch.prompts
   return tuple(sorted({max(1, rows // 4), rows}))
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,27 +160,36 @@ def explore(run: setup.Run, decode_weights: Any, groups: Groups, step: int) -> t
   config, programs, rows = run.config, run.programs, failed_prompts(run.config, groups)
   sizes, tokens = setup.row_sizes(config), {"hint": 0, "candidate": 0}
 
-  def ask_hints(rows: Sequence[int], attempt: int) -> list[str]:
+  def ask_hints(rows: Sequence[int], attempts: Sequence[int]) -> list[list[str]]:
     prompts = run.prompts([groups.examples[row] for row in rows], "hint_request", sizes=sizes)
-    hints = rollouts_lib.on_host(programs.hint(prompts, setup.random_key(config.seed, "hint", step, attempt)))
+    keys = setup.round_keys(config, "hint", step, attempts)[None]  # one per completion of a prompt
+    hints = rollouts_lib.on_host(programs.hint(prompts, sharding.place(run.mesh, keys)))
     tokens["hint"] += int(hints.mask[: len(rows)].sum())
-    return rollouts_lib.texts_of(run.processor, hints, prompts=len(rows))[:, 0].tolist()
+    return rollouts_lib.texts_of(run.processor, hints, prompts=len(rows)).tolist()
 
-  def sample_hinted(rows: Sequence[int], hints: Sequence[str], attempt: int) -> list[list[exploration.Candidate]]:
-    examples = [groups.examples[row] for row in rows]
-    prompts = run.prompts(examples, config.exploration.hint_prompt, hints=hints, sizes=sizes)
-    key = setup.random_key(config.seed, "candidate", step, attempt)
-    candidates = run.score(examples, programs.candidate(decode_weights, prompts, key))
-    tokens["candidate"] += int(candidates.mask[: len(rows)].sum())
+  def sample_hinted(pairs: Sequence[tuple[int, int]], hints: Sequence[str]) -> list[list[exploration.Candidate]]:
+    examples, attempts = [groups.examples[row] for row, _ in pairs], [attempt for _, attempt in pairs]
+    batches = [size * config.rounds_at_once for size in sizes]
+    prompts = run.prompts(examples, config.exploration.hint_prompt, hints=hints, sizes=batches)
+    padding = [attempts[0]] * (len(prompts.row) - len(pairs))
+    keys = setup.round_keys(config, "candidate", step, attempts + padding)[:, None]  # one per prompt
+    rollouts = programs.candidate(decode_weights, prompts, sharding.place(run.mesh, keys))
+    candidates = run.score(examples, rollouts)
+    tokens["candidate"] += int(candidates.mask[: len(pairs)].sum())
     return rollouts_lib.candidates(candidates, hints)
 
+  rounds: Any = functools.partial(exploration.explore_at_once, rows, ask_hints, sample_hinted)
+  if config.exploration.serial:
+    rounds = functools.partial(
+      exploration.explore,
+      rows,
+      lambda rows, attempt: [text for (text,) in ask_hints(rows, [attempt])],
+      lambda rows, hints, attempt: sample_hinted([(row, attempt) for row in rows], hints),
+    )
   with contextlib.ExitStack() as phase:
     if rows:  # a teacher in host memory comes once for all rounds
       phase.enter_context(run.models["teacher"].weights.on_device())
-    outcome = exploration.explore(
-      rows,
-      ask_hints,
-      sample_hinted,
+    outcome = rounds(
       rounds=config.exploration.rounds,
       replacements=config.exploration.replacements,
       accept=exploration.Acceptance(config.exploration.acceptance, config.exploration.leak_filter),

@@ -18,7 +18,7 @@ from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import SIZES
 from kepo_jax.planning import chips, hlo
 from kepo_jax.planning import compile as compiler
-from kepo_jax.training import compiling, setup
+from kepo_jax.training import compile_ahead, compiling, setup
 from tests.planning.test_memory import compiled_by, updated, with_text
 from tests.test_torus import busiest_link
 from tests.training.runs import changed
@@ -179,7 +179,9 @@ def test_no_weight_and_no_cache_is_gathered_for_a_token_of_the_student(run):
 
 
 def teacher_sampler_of(mesh, prompts):
-  programs = compiled_by(run_of(mesh), lambda run: run.programs.hint(run.prompts(prompts, 64), run.key))
+  programs = compiled_by(
+    run_of(mesh), lambda run: run.programs.hint(run.prompts(prompts, 64), compile_ahead.key_shapes(mesh, 1, 1))
+  )
   assert list(programs) == ["the teacher's sampler"]  # and nothing that would copy its weights
   return programs["the teacher's sampler"].as_text()
 

@@ -36,7 +36,7 @@ def run_of(**changes):
     processor=processor,
     score=functools.partial(rollouts_lib.scored_groups, processor, cases.SCORER),
     mesh=None,
-    prompts=lambda examples, wording, hints=None, sizes=None: None,
+    prompts=lambda examples, wording, hints=None, sizes=None: types.SimpleNamespace(row=examples),
   )
 
 
