@@ -210,7 +210,7 @@ def all_rounds(
     tell = functools.partial(progress, f"candidates of round {attempt}")
     key = keys("candidate", attempt)
     rollouts = student.rollouts(asked, hint_prompt, candidate, key, hints=hints, progress=tell)
-    return rollouts_lib.candidates(rollouts_lib.scored_groups(student.processor, scorer, asked, rollouts), hints)
+    return rollouts_lib.to_candidates(rollouts_lib.scored_groups(student.processor, scorer, asked, rollouts), hints)
 
   enough = rounds * candidate.samples + 1  # more than there can be
   return exploration.explore(

@@ -1,7 +1,7 @@
 """The config of a run: every field with its default, unit and legal values.
 
 The defaults train Qwen3-VL-2B with GRPO at the sizes of arXiv:2602.00400; `objective.distill_weight` and `exploration`
-add the teacher. A field is read in one place and named here: `Config().replace({"train.steps": 300})`.
+add the teacher. Change fields by name: `Config().replace({"train.steps": 300})`.
 """
 
 import dataclasses

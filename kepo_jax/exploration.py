@@ -17,7 +17,6 @@ from kepo_jax.types import Example
 
 QUOTED_WORDS = 12  # consecutive words of a hint that count as a quotation in `hint/quote_rate`
 TRIGGERS = ("accuracy_all_zero", "reward_all_zero", "always", "never")
-RULES = ("accurate_and_formatted", "all_or_none_accurate")
 HINTS = ("each_round", "once")
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
 # Phrases that the leak filter refuses: the student would learn to mention help that it will not have.
@@ -60,20 +59,30 @@ class Candidate:
 class Acceptance:
   """Which candidates may replace a rollout."""
 
-  # One of RULES: "accurate_and_formatted" looks at each candidate alone; under "all_or_none_accurate" those of a prompt
-  # and a round are accepted together, if every one is accurate.
   rule: str = "accurate_and_formatted"
   leak_filter: bool = True  # refuse texts that talk about the help
 
   def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Returns the accepted candidates of one prompt and round, in their order."""
-    together = self.rule == "all_or_none_accurate"
-    good = [
-      candidate
-      for candidate in candidates
-      if candidate.accurate and (together or candidate.well_formed) and not (self.leak_filter and candidate.leaks)
-    ]
-    return [] if together and len(good) < len(candidates) else good
+    return ACCEPTANCE_RULES[self.rule](candidates, self.leak_filter)
+
+
+def _accurate_and_formatted(candidates: Sequence[Candidate], leak_filter: bool) -> list[Candidate]:
+  """Accepts each candidate alone: accurate and well formed."""
+  return [
+    candidate
+    for candidate in candidates
+    if candidate.accurate and candidate.well_formed and not (leak_filter and candidate.leaks)
+  ]
+
+
+def _all_or_none_accurate(candidates: Sequence[Candidate], leak_filter: bool) -> list[Candidate]:
+  """Accepts all candidates of a prompt and round if each is accurate; one that leaks refuses all."""
+  good = all(candidate.accurate and not (leak_filter and candidate.leaks) for candidate in candidates)
+  return list(candidates) if good else []
+
+
+ACCEPTANCE_RULES = {"accurate_and_formatted": _accurate_and_formatted, "all_or_none_accurate": _all_or_none_accurate}
 
 
 @dataclasses.dataclass

@@ -12,8 +12,8 @@ from kepo_jax import exploration, rewards
 from kepo_jax.config import PROJECTIONS, Config
 from kepo_jax.data import images, prompts
 from kepo_jax.models.qwen3_vl import attention, layers, lora
-from kepo_jax.objectives import advantages, divergences, ratios, weights
-from kepo_jax.training import programs, rollouts, update
+from kepo_jax.objectives import advantages, divergences, gate, ratios, weights
+from kepo_jax.training import programs, update
 from tests.training.runs import changed
 
 
@@ -38,12 +38,12 @@ def test_legal_values_are_those_that_the_library_has():
     "objective.off_context": update.OFF_CONTEXT,
     "objective.divergence": divergences.KINDS,
     "objective.distill_normaliser": weights.NORMALISERS,
-    "objective.gate_signal": rollouts.GATE_SIGNALS,
-    "objective.gate_mode": weights.MODES,
+    "objective.gate_signal": gate.SIGNALS,
+    "objective.gate_mode": gate.MODES,
     "objective.reference_estimator": ratios.KL_ESTIMATORS,
     "exploration.trigger": exploration.TRIGGERS,
     "exploration.hints": exploration.HINTS,
-    "exploration.acceptance": exploration.RULES,
+    "exploration.acceptance": exploration.ACCEPTANCE_RULES,
   }.items():
     assert legal(field) == set(values), field
   assert set(PROJECTIONS) == set(lora.TARGETS)

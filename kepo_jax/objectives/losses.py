@@ -1,16 +1,12 @@
 """From per-token values to the loss of a batch, with the weights of `weights`; the loss of a part is a plain sum."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from kepo_jax.objectives import distributions, divergences, ratios, weights
-
-TokenLoss = Callable[[jax.Array, tuple[jax.Array, ...], Any], tuple[jax.Array, Any]]
 
 
 @chex.dataclass(frozen=True)

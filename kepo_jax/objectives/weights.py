@@ -7,7 +7,6 @@ sum, and the parts add to the same value. Every function returns exact zeros off
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def sequence_mean_weights(mask: jax.Array) -> jax.Array:
@@ -100,31 +99,3 @@ def distill_weights(mask: jax.Array, gate: jax.Array, *, normaliser: str) -> jax
     chex.assert_shape(gate, mask.shape[:2])
     return jnp.where(gate[..., None], sequence_mean_weights(mask), 0.0)
   raise ValueError(f"normaliser {normaliser!r} is unknown; choose one of {NORMALISERS}.")
-
-
-MODES = ("positive", "negative", "none")
-
-
-def quality_gate(signal: jax.Array | np.ndarray, *, threshold: float, mode: str = "positive") -> jax.Array:
-  """Returns the gate g of KEPO (arXiv:2602.00400): true where the teacher's signal enters the loss.
-
-  Args:
-    signal: float32[P, G], quality of each rollout, for example its accuracy.
-    threshold: tau, in units of the signal.
-    mode: `positive` distils signal >= tau, `negative` the failures signal < tau, `none` has no gate: every
-      rollout is distilled.
-
-  Returns:
-    bool[P, G].
-
-  Raises:
-    ValueError: an unknown mode.
-  """
-  signal = jnp.asarray(signal)
-  if mode == "positive":
-    return signal >= threshold
-  if mode == "negative":
-    return signal < threshold
-  if mode == "none":
-    return jnp.ones_like(signal, bool)
-  raise ValueError(f"gate mode {mode!r} is unknown; choose one of {MODES}.")

@@ -1,7 +1,7 @@
 """Groups of rollouts on the host: decoded, scored, injected into, and joined for the update."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -163,7 +163,7 @@ def inject(groups: Groups, injections: Sequence[tuple[int, int, exploration.Cand
     groups.injected[row, slot] = True
 
 
-def candidates(groups: Groups, hints: Sequence[str]) -> list[list[exploration.Candidate]]:
+def to_candidates(groups: Groups, hints: Sequence[str]) -> list[list[exploration.Candidate]]:
   """Converts scored groups, sampled under one hint per question, to candidates per question."""
 
   def candidate(p: int, m: int) -> exploration.Candidate:
@@ -182,22 +182,13 @@ def candidates(groups: Groups, hints: Sequence[str]) -> list[list[exploration.Ca
   return [[candidate(p, m) for m in range(groups.tokens.shape[1])] for p in range(len(groups.examples))]
 
 
-# The quality of each rollout for the gate, float32[P, G], from its scores.
-GATE_SIGNALS: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
-  "accuracy": lambda scores: scores["accuracy"],
-  "mean": lambda scores: (scores["accuracy"] + scores["format"]) / 2,
-  "sum": lambda scores: scores["accuracy"] + scores["format"],
-  "product": lambda scores: scores["accuracy"] * scores["format"],
-}
-
-
 def truncated(groups: Groups, end_ids: Sequence[int]) -> np.ndarray:
   """Returns bool[P, G]: rollouts of the student without an end token."""
   ended = (np.isin(groups.tokens, end_ids) & groups.mask).any(axis=2)
   return ~ended & ~groups.supervised
 
 
-def experience(
+def make_experience(
   groups: Groups,
   prompts: Prompts,
   advantages: ArrayLike,

@@ -208,9 +208,9 @@ class Run:
   schedule: optax.Schedule
   state: TrainState  # before the first update
   programs: programs_lib.Programs
-  batch: Callable[[int], tuple[Sequence[Example], Prompts]]  # step, from 0 -> its questions and host prompts
-  prompts: Callable[..., Prompts]  # (examples, wording, hints=None, sizes=None) -> prompts on the mesh
-  score: Callable[[Sequence[Example], Rollouts], Groups]  # decodes and scores rollouts
+  batch: Callable[[int], tuple[Sequence[Example], Prompts]]  # `batches`: step, from 0 -> its questions and host prompts
+  prompts: Callable[..., Prompts]  # `place_prompts`: (examples, wording, hints=None, sizes=None) -> prompts on the mesh
+  score: Callable[[Sequence[Example], Rollouts], Groups]  # `rollouts.scored_groups`: decodes and scores rollouts
 
 
 def row_sizes(config: Config) -> tuple[int, ...]:

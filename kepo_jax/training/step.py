@@ -15,7 +15,8 @@ from kepo_jax import exploration, sharding
 from kepo_jax.config import Config
 from kepo_jax.data import batching
 from kepo_jax.data.prompts import gold_completion
-from kepo_jax.objectives import advantages, weights
+from kepo_jax.objectives import advantages
+from kepo_jax.objectives import gate as gate_lib
 from kepo_jax.training import metrics as metrics_lib
 from kepo_jax.training import rollouts as rollouts_lib
 from kepo_jax.training import setup, update
@@ -82,8 +83,8 @@ def train_step(run: setup.Run, state: TrainState, pending: Pending, clock: Phase
     kept = ~rollouts_lib.truncated(groups, run.processor.end_ids)
   gate = np.zeros_like(groups.supervised)
   if objective.distill_weight:
-    signal = rollouts_lib.GATE_SIGNALS[objective.gate_signal](groups.scores)
-    gate = np.asarray(weights.quality_gate(signal, threshold=objective.gate_threshold, mode=objective.gate_mode))
+    signal = gate_lib.SIGNALS[objective.gate_signal](groups.scores)
+    gate = np.asarray(gate_lib.quality_gate(signal, threshold=objective.gate_threshold, mode=objective.gate_mode))
     gate = gate & kept & (objective.gate_injected | ~groups.injected)
   advantage = np.zeros(groups.supervised.shape, np.float32)
   if own:
@@ -91,7 +92,7 @@ def train_step(run: setup.Run, state: TrainState, pending: Pending, clock: Phase
 
   # 4. Score the tokens with teacher and reference; update the student.
   with clock("teacher"):
-    experience = sharding.place(run.mesh, rollouts_lib.experience(groups, prompts, advantage, gate, kept=kept))
+    experience = sharding.place(run.mesh, rollouts_lib.make_experience(groups, prompts, advantage, gate, kept=kept))
     targets = run.programs.targets(experience.prompts, experience.tokens)
     jax.block_until_ready(targets)
   with clock("update"):
@@ -176,7 +177,7 @@ def explore(run: setup.Run, decode_weights: Any, groups: Groups, step: int) -> t
     rollouts = programs.candidate(decode_weights, prompts, sharding.place(run.mesh, keys))
     candidates = run.score(examples, rollouts)
     tokens["candidate"] += int(candidates.mask[: len(pairs)].sum())
-    return rollouts_lib.candidates(candidates, hints)
+    return rollouts_lib.to_candidates(candidates, hints)
 
   rounds: Any = functools.partial(exploration.explore_at_once, rows, ask_hints, sample_hinted)
   if config.exploration.serial:

@@ -19,8 +19,7 @@ from kepo_jax.data import images, tokenization
 from kepo_jax.data.processor import Processor
 from kepo_jax.models.qwen3_vl import checkpoint
 from kepo_jax.rewards import WeightedRewards
-from kepo_jax.training import compile_ahead as compile_ahead_lib
-from kepo_jax.training import setup
+from kepo_jax.training import compile_ahead, setup
 from kepo_jax.training.metrics import PhaseClock, StepResult, sample_records, step_report
 from kepo_jax.training.monitoring import CompileCounter, Profiler, Watchdog
 from kepo_jax.training.optimizer import TrainState
@@ -151,7 +150,7 @@ def run_steps(run: setup.Run, files: RunFiles, compiled: CompileCounter, *, give
 
   multihost.run_on_all(announce)
   if config.train.compile_ahead and start < steps:
-    compile_ahead(run, files, state, start)
+    compile_remaining(run, files, state, start)
   if config.eval.test and config.eval.before and start == 0:
     evaluate(run, files, prefetch.weights(state), "before", start)
   if files.owes_validation:
@@ -222,7 +221,7 @@ def image_tokens(processor: Processor, examples: Sequence[Example], resize: str)
   return f"{chosen} tokens each ({', '.join(others)})"
 
 
-def compile_ahead(run: setup.Run, files: RunFiles, state: TrainState, start: int) -> None:
+def compile_remaining(run: setup.Run, files: RunFiles, state: TrainState, start: int) -> None:
   """Compiles what the steps that are left, and the evaluations around them, are going to need.
 
   Raises:
@@ -232,7 +231,7 @@ def compile_ahead(run: setup.Run, files: RunFiles, state: TrainState, start: int
   validates = files.owes_validation or (settings.every and steps // settings.every > start // settings.every)
   splits = [*(["validation"] if validates else []), *(["test"] if settings.test else [])]
   try:
-    compile_ahead_lib.compile_ahead(run, state, start, splits)
+    compile_ahead.compile_ahead(run, state, start, splits)
   except Interrupted:
     raise Interrupted(start, files.saved) from None
 

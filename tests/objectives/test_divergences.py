@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kepo_jax.objectives import advantages, distributions, divergences, losses, weights
+from kepo_jax.objectives import advantages, distributions, divergences, gate, losses, weights
 from tests.objectives import slow_loss
 from tests.objectives.cases import ALLOWED, BANNED, V
 
@@ -115,7 +115,7 @@ def test_what_is_no_option_is_refused():
     (lambda: divergences.generalised_jsd(logps, logps, weight=1.5), "1.5"),
     (lambda: divergences.token_divergence(logps, logps, jnp.array([0]), kind="k2", weight=0.5), "sampled_k2"),
     (lambda: advantages.group_advantages(logps, kind="group-std"), "group_std"),
-    (lambda: weights.quality_gate(logps, threshold=1.0, mode="Positive"), "positive"),
+    (lambda: gate.quality_gate(logps, threshold=1.0, mode="Positive"), "positive"),
     (lambda: weights.aggregation_weights(mask, aggregation="mean", length=1), "sequence_mean"),
     (lambda: weights.distill_weights(mask, mask[0], normaliser="group"), "gated_tokens"),
   ):

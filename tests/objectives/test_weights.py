@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kepo_jax.objectives import weights
+from kepo_jax.objectives import gate, weights
 
 T, MOST = 6, 9
 # Rows of all lengths, an empty one among them, and a gate that is closed for some.
@@ -62,6 +62,6 @@ def test_gates_worked_examples():
     (0.0, "negative", [[0, 0, 0], [0, 0, 0]]),
     (1.0, "none", [[1, 1, 1], [1, 1, 1]]),
   ):
-    gate = weights.quality_gate(signal, threshold=threshold, mode=mode)
-    assert gate.dtype == bool
-    np.testing.assert_array_equal(gate, np.array(expected, bool), err_msg=f"{mode} {threshold}")
+    distilled = gate.quality_gate(signal, threshold=threshold, mode=mode)
+    assert distilled.dtype == bool
+    np.testing.assert_array_equal(distilled, np.array(expected, bool), err_msg=f"{mode} {threshold}")

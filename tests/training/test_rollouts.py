@@ -87,7 +87,9 @@ def test_candidates_are_judged_by_the_scorer(processor):
   texts = [[RIGHT, BARE, "the hint says <think></think><answer>B</answer>"], [WRONG, NOTHING, RIGHT], [RIGHT] * 3]
   rollouts = rollouts_of(processor, texts)
   examples = [cases.example("a"), cases.example("b", answer="A")]
-  found = rollouts_lib.candidates(rollouts_lib.scored_groups(processor, SCORER, examples, rollouts), ["left", "right"])
+  found = rollouts_lib.to_candidates(
+    rollouts_lib.scored_groups(processor, SCORER, examples, rollouts), ["left", "right"]
+  )
   assert [len(each) for each in found] == [3, 3]  # the third row is padding
   judged = [[(c.accurate, c.well_formed, c.leaks) for c in each] for each in found]
   assert judged == [
@@ -105,7 +107,7 @@ def test_a_half_right_candidate_is_not_accurate(processor):
   graded = rewards.Scorer({"accuracy": (rewards.medvlm_accuracy, 1.0), "format": (rewards.strict_format, 1.0)})
   rollouts = rollouts_of(processor, [["<answer>B) two</answer>", "<answer>B</answer>"]])
   groups = rollouts_lib.scored_groups(processor, graded, [cases.example("a")], rollouts)
-  (found,) = rollouts_lib.candidates(groups, ["left"])
+  (found,) = rollouts_lib.to_candidates(groups, ["left"])
   assert [c.accurate for c in found] == [False, True]
 
 
@@ -182,7 +184,7 @@ def test_gate_signals():
     "sum": [[2, 1, 1], [0, 1, 1]],
     "product": [[1, 0, 0], [0, 0, 0]],
   }.items():
-    assert rollouts_lib.GATE_SIGNALS[signal](cases.mixed().scores).tolist() == expected, signal
+    assert gate.SIGNALS[signal](cases.mixed().scores).tolist() == expected, signal
 
 
 def test_truncated_rows_are_the_students_without_an_end_token():

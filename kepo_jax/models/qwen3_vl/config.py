@@ -34,7 +34,7 @@ class VisionConfig:
   num_heads: int
   out_hidden_size: int  # width of a merged image token, the text width
   num_position_embeddings: int  # rows of the square position table
-  deepstack_visual_indexes: tuple[int, ...]  # blocks, from 0, whose output is tapped
+  deepstack_visual_indexes: tuple[int, ...]  # blocks, from 0, whose output is DeepStack
   in_channels: int = 3
   patch_size: int = 16  # pixels
   temporal_patch_size: int = 2  # frames

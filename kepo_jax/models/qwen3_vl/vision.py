@@ -133,14 +133,14 @@ def encode_blocks(
   slots[list(deepstack_layers)] = np.arange(len(deepstack_layers))
 
   def step(carry, layer):
-    x, tapped = carry
+    x, deepstack = carry
     weights, slot = layer
     x = bind(weights, Block, config)(x, rope, attention_fn)
-    return (x, jax.lax.dynamic_update_index_in_dim(tapped, x, slot, axis=0)), None
+    return (x, jax.lax.dynamic_update_index_in_dim(deepstack, x, slot, axis=0)), None
 
-  tapped = jnp.zeros((len(deepstack_layers) + 1, *x.shape), x.dtype)
-  (x, tapped), _ = jax.lax.scan(checkpointed(step, remat), (x, tapped), (params["blocks"], slots))
-  return x, tapped[:-1]
+  deepstack = jnp.zeros((len(deepstack_layers) + 1, *x.shape), x.dtype)
+  (x, deepstack), _ = jax.lax.scan(checkpointed(step, remat), (x, deepstack), (params["blocks"], slots))
+  return x, deepstack[:-1]
 
 
 def encode(
@@ -158,9 +158,9 @@ def encode(
   Returns:
     features [P, M, D] and deepstack [n, P, M, D], n the number of deepstack_layers, in the dtype of the parameters.
   """
-  x, tapped = encode_blocks(config, params, vision, remat=remat, implementation=implementation)
+  x, deepstack = encode_blocks(config, params, vision, remat=remat, implementation=implementation)
   features = bind(params["merger"], PatchMerger, config, False)(x)
   if not config.deepstack_visual_indexes:
     return features, jnp.zeros((0, *features.shape), features.dtype)
   merge = jax.vmap(lambda weights, rows: bind(weights, PatchMerger, config, True)(rows))
-  return features, merge(params["deepstack_merger_list"], tapped)
+  return features, merge(params["deepstack_merger_list"], deepstack)
