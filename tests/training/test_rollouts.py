@@ -8,6 +8,7 @@ import pytest
 from kepo_jax import rewards
 from kepo_jax.data import processor as processor_lib
 from kepo_jax.data import prompts
+from kepo_jax.objectives import gate
 from kepo_jax.training import rollouts as rollouts_lib
 from kepo_jax.types import Rollouts
 from tests.conftest import ROOT
