@@ -51,7 +51,7 @@ def reservations(found: dict[str, Any], paths: list[str], settings: list[dict[st
   Args:
     found: of `evaluation.compared`.
     paths: of the two evaluations.
-    settings: of the two, as `journal.read_settings` gives them.
+    settings: of the two, as `outputs.read_settings` gives them.
   """
   notes = [f"The two differ in {text}." for text in [", ".join(differing(*settings))] if text]
   if all("prompts_hash" in each for each in settings) and len({each["prompts_hash"] for each in settings}) > 1:
