@@ -133,11 +133,7 @@ REFUSED = [
   (grpo, {"optimizer__clip_norm": 0.0}, "optimizer.clip_norm=0.0 leaves no gradient; use a value above 0"),
   # LoRA.
   (grpo, {"model__lora_rank": 8, "model__lora_alpha": 0.0}, "model.lora_alpha=0.0 must lie above 0"),
-  (
-    grpo,
-    {"model__lora_rank": 8, "model__lora_targets": ("q_proj", "qkv")},
-    "lora_targets=.qkv. is unknown; use one",
-  ),
+  (grpo, {"model__lora_rank": 8, "model__lora_targets": ("q_proj", "qkv")}, "lora_targets=.qkv. is unknown; use one"),
   (grpo, {"model__lora_rank": 8, "model__lora_targets": ()}, r"model.lora_targets=\(\) must name one or more of"),
   (grpo, {"model__lora_rank": 8, "model__lora_targets": ("q_proj",) * 2}, "model.lora_targets=.* each once"),
 ]

@@ -49,12 +49,9 @@ def test_texts_that_reveal_help():
 
 def test_parse_hint():
   expected = {
-    "<hint> look left </hint>": "look left",
-    "so: <hint>two\nlines</hint> and <hint>another</hint>": "two\nlines",
-    "<hint> </hint>": None,
-    "<hint> never closed": None,
-    "look left": None,
-  }
+    "<hint> look left </hint>": "look left", "so: <hint>two\nlines</hint> and <hint>another</hint>": "two\nlines",
+    "<hint> </hint>": None, "<hint> never closed": None, "look left": None,
+  }  # fmt: skip
   assert {text: exploration.parse_hint(text) for text in expected} == expected
 
 
@@ -174,14 +171,9 @@ def test_rates_of_leaks_quotations_and_unparsed_hints():
   hints = {0: ["<hint> one </hint>", "none", "<hint> two </hint>"], 1: ["<hint></hint>", "<hint> three </hint>"]}
   outcome = exploration.Exploration(accepted={0: [], 1: []}, candidates=said, hints=hints)
   assert exploration.exploration_metrics(outcome, prompts=4, rounds=1, examples=[EXAMPLE] * 2) == {
-    "hint/trigger_rate": 2 / 4,
-    "hint/attempts": 5.0,
-    "hint/parse_failure_rate": 2 / 5,
-    "hint/answer_rate": 1 / 5,
-    "hint/leak_rate": 1 / 4,
-    "hint/quote_rate": 1 / 4,
-    "hint/accept_rate@1": 0.0,
-  }
+    "hint/trigger_rate": 2 / 4, "hint/attempts": 5.0, "hint/parse_failure_rate": 2 / 5, "hint/answer_rate": 1 / 5,
+    "hint/leak_rate": 1 / 4, "hint/quote_rate": 1 / 4, "hint/accept_rate@1": 0.0,
+  }  # fmt: skip
   # Without failures there are no rates.
   nothing = exploration.exploration_metrics(explore(Student({}), []), prompts=8, rounds=5, examples=[])
   assert nothing == {"hint/trigger_rate": 0.0, "hint/attempts": 0.0}

@@ -19,15 +19,9 @@ NOTHING = "no idea"
 
 def example(name, answer="B"):
   return Example(
-    id=f"set/{name}",
-    question=f"What is {name}?",
-    options=("one", "two"),
-    answer=answer,
-    images=(f"{name}.png",),
-    modality="MRI",
-    question_type="Counting",
-    dataset="set",
-  )
+    id=f"set/{name}", question=f"What is {name}?", options=("one", "two"), answer=answer, images=(f"{name}.png",),
+    modality="MRI", question_type="Counting", dataset="set",
+  )  # fmt: skip
 
 
 def groups(texts, lengths, *, name="q", ended=True):
@@ -46,16 +40,11 @@ def groups(texts, lengths, *, name="q", ended=True):
   last = mask & (np.arange(T) == lengths[..., None] - 1) & np.broadcast_to(ended, lengths.shape)[..., None]
   examples = [example(f"{name}{p}") for p in range(len(texts))]
   return Groups(
-    examples=examples,
-    tokens=np.where(last, END, tokens).astype(np.int32),
-    mask=mask,
-    logps=np.where(mask, -0.5, 0).astype(np.float32),
-    texts=np.array(texts, object).reshape(lengths.shape),
-    scores=SCORER(texts, examples),
-    injected=np.zeros(lengths.shape, bool),
-    supervised=np.zeros(lengths.shape, bool),
+    examples=examples, tokens=np.where(last, END, tokens).astype(np.int32), mask=mask,
+    logps=np.where(mask, -0.5, 0).astype(np.float32), texts=np.array(texts, object).reshape(lengths.shape),
+    scores=SCORER(texts, examples), injected=np.zeros(lengths.shape, bool), supervised=np.zeros(lengths.shape, bool),
     hints=np.full(lengths.shape, "", object),
-  )
+  )  # fmt: skip
 
 
 def mixed():
@@ -68,16 +57,10 @@ def candidate(text=RIGHT, hint="look left", fill=50):
   """An accepted candidate of two tokens."""
   mask = np.arange(T) < 2
   return exploration.Candidate(
-    tokens=np.where(mask, [fill, END, 0, 0], PAD).astype(np.int32),
-    logps=np.where(mask, -2.0, 0).astype(np.float32),
-    mask=mask,
-    text=text,
-    hint=hint,
-    accurate=True,
-    well_formed=True,
-    scores={name: float(values[0, 0]) for name, values in SCORER([[text]], [example("x")]).items()},
-    attempt=1,
-  )
+    tokens=np.where(mask, [fill, END, 0, 0], PAD).astype(np.int32), logps=np.where(mask, -2.0, 0).astype(np.float32),
+    mask=mask, text=text, hint=hint, accurate=True, well_formed=True,
+    scores={name: float(values[0, 0]) for name, values in SCORER([[text]], [example("x")]).items()}, attempt=1,
+  )  # fmt: skip
 
 
 def until(condition):

@@ -20,32 +20,19 @@ def tiny_config() -> Qwen3VLConfig:
   """Two decoder layers, one of them with DeepStack, and two vision blocks."""
   return Qwen3VLConfig(
     text=TextConfig(
-      vocab_size=VOCABULARY,
-      hidden_size=16,
-      intermediate_size=24,
-      num_hidden_layers=2,
-      num_attention_heads=2,
-      num_key_value_heads=1,
-      head_dim=8,
-      rope_theta=100.0,
-      mrope_section=(2, 1, 1),
+      vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+      num_key_value_heads=1, head_dim=8, rope_theta=100.0, mrope_section=(2, 1, 1),
     ),
     vision=VisionConfig(
-      depth=2,
-      hidden_size=8,
-      intermediate_size=16,
-      num_heads=2,
-      out_hidden_size=16,
-      num_position_embeddings=16,
-      deepstack_visual_indexes=(0,),
-      patch_size=2,
+      depth=2, hidden_size=8, intermediate_size=16, num_heads=2, out_hidden_size=16, num_position_embeddings=16,
+      deepstack_visual_indexes=(0,), patch_size=2,
     ),
     tie_word_embeddings=True,
     image_token_id=30,
     video_token_id=31,
     vision_start_token_id=32,
     vision_end_token_id=33,
-  )
+  )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -80,13 +67,10 @@ def tiny_prompts(tiny_config) -> Prompts:
     **fields,
     row=np.arange(P, dtype=np.uint32),
     vision=VisionInputs(
-      patches=rng.normal(size=(P, rows, tiny_config.vision.patch_width)).astype(np.float32),
-      segments=stack(segments),
-      coordinates=stack(coordinates),
-      table_index=stack(index),
-      table_weight=stack(weight),
+      patches=rng.normal(size=(P, rows, tiny_config.vision.patch_width)).astype(np.float32), segments=stack(segments),
+      coordinates=stack(coordinates), table_index=stack(index), table_weight=stack(weight),
     ),
-  )
+  )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -98,16 +82,11 @@ def tiny_experience(tiny_prompts) -> Experience:
   injected = np.zeros((P, G), bool)
   injected[1, 2] = injected[3, 0] = True
   return Experience(
-    prompts=tiny_prompts,
-    tokens=np.where(mask, rng.integers(2, 20, (P, G, T)), 0).astype(np.int32),
-    mask=mask,
+    prompts=tiny_prompts, tokens=np.where(mask, rng.integers(2, 20, (P, G, T)), 0).astype(np.int32), mask=mask,
     logps=np.where(mask, -rng.random((P, G, T)), 0).astype(np.float32),
-    advantages=rng.normal(size=(P, G)).astype(np.float32),
-    gate=rng.random((P, G)) < 0.5,
-    injected=injected,
-    supervised=np.zeros((P, G), bool),
-    kept=np.ones((P, G), bool),
-  )
+    advantages=rng.normal(size=(P, G)).astype(np.float32), gate=rng.random((P, G)) < 0.5, injected=injected,
+    supervised=np.zeros((P, G), bool), kept=np.ones((P, G), bool),
+  )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

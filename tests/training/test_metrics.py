@@ -19,14 +19,10 @@ GATE = np.array([[True, False, True], [False, True, False]])
 def test_reward_metrics():
   # Rewards 1.5 0.5 1 and 0 0.5 0.5; the second prompt is a cliff, and neither group is dead.
   assert metrics.reward_metrics(cases.mixed()) == {
-    "reward/accuracy": pytest.approx(2 / 6),
-    "reward/format": pytest.approx(4 / 6),
-    "reward/mean": pytest.approx(4 / 6),
-    "cliff_rate": 0.5,
-    "dead_group_rate": 0.0,
-    "dead_group_rate/right": 0.0,
+    "reward/accuracy": pytest.approx(2 / 6), "reward/format": pytest.approx(4 / 6),
+    "reward/mean": pytest.approx(4 / 6), "cliff_rate": 0.5, "dead_group_rate": 0.0, "dead_group_rate/right": 0.0,
     "dead_group_rate/wrong": 0.0,
-  }
+  }  # fmt: skip
 
 
 def test_dead_groups_are_all_right_or_all_wrong_or_neither():
@@ -107,25 +103,12 @@ def test_sample_records():
   assert len(records) == G and [record["rollout"] for record in records] == [0, 1, 2]
   assert json.loads(json.dumps(records)) == list(records)
   assert records[2] == {
-    "kind": "rollout",
-    "step": 7,
-    "id": "set/q0",
-    "modality": "MRI",
-    "question_type": "Counting",
-    "images": ["q0.png"],
-    "prompt": problem(groups.examples[0], BRIEF),
-    "question": "What is q0?",
-    "options": ["one", "two"],
-    "answer": "B",
-    "rollout": 2,
-    "completion": BARE,
-    "rewards": {"accuracy": 1.0, "format": 0.0},
-    "reward": 1.0,
-    "gate": True,
-    "injected": True,
-    "supervised": False,
+    "kind": "rollout", "step": 7, "id": "set/q0", "modality": "MRI", "question_type": "Counting",
+    "images": ["q0.png"], "prompt": problem(groups.examples[0], BRIEF), "question": "What is q0?",
+    "options": ["one", "two"], "answer": "B", "rollout": 2, "completion": BARE,
+    "rewards": {"accuracy": 1.0, "format": 0.0}, "reward": 1.0, "gate": True, "injected": True, "supervised": False,
     "hint": "look left",
-  }
+  }  # fmt: skip
   marks = [(record["gate"], record["injected"], record["supervised"], record["hint"]) for record in records[:2]]
   assert marks == [(True, False, False, ""), (False, False, True, "")]
 

@@ -161,10 +161,7 @@ def test_a_signal_is_any_difference_however_small():
 
 def test_inject_replaces_a_row_and_its_scores():
   groups, before = cases.mixed(), cases.mixed()
-  placed = [
-    (1, 2, cases.candidate()),
-    (1, 0, cases.candidate(BARE, "up", 60)),
-  ]
+  placed = [(1, 2, cases.candidate()), (1, 0, cases.candidate(BARE, "up", 60))]
   rollouts_lib.inject(groups, placed)
   assert groups.injected.tolist() == [[False] * 3, [True, False, True]]
   assert groups.tokens[1, 2].tolist() == [50, END, 0, 0] and groups.tokens[1, 0].tolist() == [60, END, 0, 0]

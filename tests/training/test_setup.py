@@ -90,19 +90,13 @@ def carried(kind, table, made):
 
 def test_update_settings_carry_every_field():
   table = {
-    "compute_dtype": ("model.compute_dtype", "bfloat16"),
-    "chunk": ("objective.chunk", 5),
-    "parts": ("batch.micro_batches", 4),
-    "updates": ("batch.updates", 3),
-    "frozen": ("model.freeze_vision", True),
-    "remat": ("model.remat", "dots"),
-    "aggregation": ("objective.aggregation", "constant_length"),
-    "normaliser": ("objective.distill_normaliser", "group_mean"),
-    "max_tokens": ("sampling.max_new_tokens", 77),
-    "sequence_ratio": ("objective.ratio", "sequence"),
-    "off_context": ("objective.off_context", "drop_unit_shaped"),
+    "compute_dtype": ("model.compute_dtype", "bfloat16"), "chunk": ("objective.chunk", 5),
+    "parts": ("batch.micro_batches", 4), "updates": ("batch.updates", 3), "frozen": ("model.freeze_vision", True),
+    "remat": ("model.remat", "dots"), "aggregation": ("objective.aggregation", "constant_length"),
+    "normaliser": ("objective.distill_normaliser", "group_mean"), "max_tokens": ("sampling.max_new_tokens", 77),
+    "sequence_ratio": ("objective.ratio", "sequence"), "off_context": ("objective.off_context", "drop_unit_shaped"),
     "distill_factor": ("objective.distill_schedule", "linear"),
-  }
+  }  # fmt: skip
   found = carried(update_lib.UpdateSettings, table, setup.update_settings)
   assert 0 < float(found.pop("distill_factor")(5)) < 1
   assert found == {name: value for name, (_, value) in table.items() if name != "distill_factor"} | {
@@ -114,20 +108,15 @@ def test_update_settings_carry_every_field():
 
 def test_token_loss_carries_every_field():
   table = {
-    "temperature": ("sampling.temperature", 0.9),
-    "policy_coefficient": ("objective.policy_weight", 0.8),
-    "clip_low": ("objective.clip_low", 0.1),
-    "clip_high": ("objective.clip_high", 0.28),
-    "importance_cap": ("objective.importance_cap", 2.0),
-    "distill_coefficient": ("objective.distill_weight", 0.7),
-    "divergence": ("objective.divergence", "reverse_kl"),
-    "jsd_weight": ("objective.divergence_weight", 0.3),
-    "top_k": ("objective.divergence_top_k", 100),
-    "distill_temperature": ("objective.distill_temperature", 2.5),
+    "temperature": ("sampling.temperature", 0.9), "policy_coefficient": ("objective.policy_weight", 0.8),
+    "clip_low": ("objective.clip_low", 0.1), "clip_high": ("objective.clip_high", 0.28),
+    "importance_cap": ("objective.importance_cap", 2.0), "distill_coefficient": ("objective.distill_weight", 0.7),
+    "divergence": ("objective.divergence", "reverse_kl"), "jsd_weight": ("objective.divergence_weight", 0.3),
+    "top_k": ("objective.divergence_top_k", 100), "distill_temperature": ("objective.distill_temperature", 2.5),
     "reference_coefficient": ("objective.reference_weight", 0.04),
     "reference_estimator": ("objective.reference_estimator", "k2"),
     "supervised_coefficient": ("objective.supervised_weight", 0.6),
-  }
+  }  # fmt: skip
   allowed = np.array([True, False, True])
   processor = types.SimpleNamespace(allowed=allowed)
   found = carried(losses.KepoTokenLoss, table, lambda config: setup.token_loss(config, processor))
@@ -203,12 +192,9 @@ def small(**changes):
 
 def usable(config, records=None, hooks=()):
   processor = processor_lib.Processor.from_directory(
-    ASSETS / "confused",
-    templates=prompts.TEMPLATES[config.data.templates],
-    resize=config.data.resize,
-    prompt_buckets=tuple(config.data.prompt_buckets),
-    patch_buckets=tuple(config.data.patch_buckets),
-  )
+    ASSETS / "confused", templates=prompts.TEMPLATES[config.data.templates], resize=config.data.resize,
+    prompt_buckets=tuple(config.data.prompt_buckets), patch_buckets=tuple(config.data.patch_buckets),
+  )  # fmt: skip
   return setup.usable_questions(config, processor, records, hooks)
 
 

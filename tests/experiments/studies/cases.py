@@ -31,16 +31,12 @@ def items(per_modality, questions_per_image=1):
   count = per_modality * len(MODALITIES)
   question_type = np.arange(count) * 7 // 3 % len(TYPES)
   return {
-    "ids": [f"q{n}" for n in range(count)],
-    "modalities": list(MODALITIES),
-    "modality": (np.arange(count) // per_modality).tolist(),
-    "question_types": list(TYPES),
-    "question_type": question_type.tolist(),
-    "image": (np.arange(count) // questions_per_image).tolist(),
-    "chance": np.array([0.25, 0.25, 1 / 3, 0.25, 0.5])[question_type].tolist(),
-    "train_modality": "MRI",
+    "ids": [f"q{n}" for n in range(count)], "modalities": list(MODALITIES),
+    "modality": (np.arange(count) // per_modality).tolist(), "question_types": list(TYPES),
+    "question_type": question_type.tolist(), "image": (np.arange(count) // questions_per_image).tolist(),
+    "chance": np.array([0.25, 0.25, 1 / 3, 0.25, 0.5])[question_type].tolist(), "train_modality": "MRI",
     "unseen": ["Fundus Photography"],
-  }
+  }  # fmt: skip
 
 
 def entries(record):

@@ -117,11 +117,8 @@ def test_what_was_planned_and_has_not_run_is_missing():
     return {"method": method, "label": method.upper(), "student": pair[0], "teacher": pair[1], "seeds": seeds}
 
   lines = [
-    line("start", [None]),
-    line("grpo", [0, 1, 2]),
-    line("rloo", [0, 1]),
-    line("start", [None], ("noisy", "weak")),
-  ]
+    line("start", [None]), line("grpo", [0, 1, 2]), line("rloo", [0, 1]), line("start", [None], ("noisy", "weak")),
+  ]  # fmt: skip
   rows = tables.main_frame(summary, references=("grpo",), plan=lines[:3]).set_index("method").to_dict("index")
   assert rows["GRPO"]["seeds"] == "2 of 3" and set(rows["RLOO"].values()) == {"0 of 2", "missing"}
   lost = "; ".join(tables.missing(lines, entries))
