@@ -1,5 +1,3 @@
-"""Programs that compile for shapes: once, where the call finds them, and saying what went wrong."""
-
 import threading
 
 import jax

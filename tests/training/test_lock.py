@@ -1,5 +1,3 @@
-"""One process per workdir, whatever became of the last one."""
-
 import concurrent.futures
 import errno
 import json

@@ -1,5 +1,3 @@
-"""LoRA in training: the matrices alone move, on any mesh, and runs are exported with an adapter."""
-
 import dataclasses
 import functools
 import json
@@ -160,9 +158,6 @@ def test_a_run_loads_the_base_in_the_compute_dtype(mesh_of):
   assert dtypes(loaded.params) == {"float32"} and config.frozen_parts == ()
 
 
-# ---- whole runs ----
-
-
 def settings(**changes):
   """KEPO with LoRA in a size that runs in seconds."""
   matrices = {"model__lora_rank": 8, "objective__reference_weight": 0.04}
@@ -197,7 +192,3 @@ def test_a_run_trains_the_matrices_and_exports_them_merged(finished):
   assert all(record["ratio/mean"] == pytest.approx(1, abs=1e-5) for record in steps)
   # The reference stays the base, which the student is before its first update.
   assert abs(steps[0]["kl/ref"]) < 1e-7 and steps[-1]["kl/ref"] > 1e-6
-
-
-def contents(folder):
-  return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

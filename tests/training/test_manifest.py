@@ -1,5 +1,3 @@
-"""Every kind of damage to a checkpoint's files is seen and named."""
-
 import pytest
 
 from kepo_jax.training import manifest

@@ -1,5 +1,3 @@
-"""The figures of a step, on groups made by hand."""
-
 import dataclasses
 import json
 

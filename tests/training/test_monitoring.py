@@ -1,5 +1,3 @@
-"""A trace is written also when the run ends before it was to end."""
-
 import threading
 import time
 import types

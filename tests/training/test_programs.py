@@ -1,5 +1,3 @@
-"""A teacher in host memory is on the devices in its phases, and nowhere else; what it says is the same to the bit."""
-
 import gc
 import types
 

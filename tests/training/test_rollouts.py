@@ -1,5 +1,3 @@
-"""Groups on the host: made from rollouts, joined, selected, injected into, and put together for the update."""
-
 import dataclasses
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""Every field of the config arrives at what it names."""
-
 import dataclasses
 import json
 import types
@@ -24,40 +22,27 @@ from tests.data.cases import Layout, record
 from tests.training.cases import RIGHT, example
 from tests.training.runs import ASSETS, changed, shrunk
 
-LENIENT = "<think>a</think><answer>(b)</answer>"
-
 
 def total(scorer, text):
   return float(scorer([[text]], [example("x")])["total"][0, 0])
 
 
 def half_length(completion, example):
-  """Half a point per character."""
-  del example
   return len(completion) / 2
 
 
-def test_the_scorer_of_a_config():
-  config = changed(grpo, reward__accuracy=3.0, reward__format=0.5)
-  scorer = setup.make_scorer(config, {})
-  assert total(scorer, RIGHT) == 3.5 and total(scorer, LENIENT) == 0.5 and total(scorer, "B") == 3.0
-  product = setup.make_scorer(config.replace({"reward.combination": "product"}), {})
-  assert total(product, RIGHT) == 3.0 and total(product, LENIENT) == total(product, "B") == 0.0
-
-
-def test_more_rewards_come_from_the_config_and_the_caller():
-  config = changed(grpo, reward__more="lenient_accuracy:0.25, kepo_jax.rewards.answer_format:4")
+def test_rewards_come_from_the_config_and_the_caller():
+  config = changed(grpo, reward__accuracy=3.0, reward__format=0.5).replace(
+    {"reward.more": "lenient_accuracy:0.25, kepo_jax.rewards.answer_format:4"}
+  )
   scorer = setup.make_scorer(config, {"length": (half_length, 2.0)})
   assert list(scorer.rewards) == ["accuracy", "format", "lenient_accuracy", "answer_format", "length"]
-  # 1 + 1 + 0.25 + 0 + 35 characters; 1 + 0 + 0.25 + 4 + 18.
-  assert total(scorer, RIGHT) == 2.25 + 35 and total(scorer, "<answer>B</answer>") == 5.25 + 18
-
-
-def test_rewards_that_cannot_be_are_refused():
+  # 3 + 0.5 + 0.25 + 0 + 35 characters; 3 + 0 + 0.25 + 4 + 18.
+  assert total(scorer, RIGHT) == 3.75 + 35 and total(scorer, "<answer>B</answer>") == 7.25 + 18
+  product = setup.make_scorer(changed(grpo, reward__combination="product"), {})
+  assert total(product, RIGHT) == 1.0 and total(product, "B") == 0.0
   for more, given, message in (
-    ("kepo_jax.rewards.accuracy:1", {}, r"\['accuracy'\] are there twice"),  # called by the last part of its name
     ("lenient_accuracy:1", {"lenient_accuracy": (half_length, 1.0)}, "twice; give one of them another name"),
-    ("", {"total": (half_length, 1.0)}, "none called 'total'"),
     ("unheard_of:1", {}, "reward 'unheard_of' is neither one of"),
   ):
     with pytest.raises(ValueError, match=message):
@@ -227,13 +212,7 @@ def test_an_image_that_would_stop_a_later_step(asked, tmp_path, caplog):
   Image.effect_noise((64, 64), 50).save(tmp_path / "1.png")
   whole = (tmp_path / "1.png").read_bytes()
   cut = whole[: len(whole) // 2]  # its header can still be read
-  (tmp_path / "1.png").write_bytes(cut)
-  with pytest.raises(ValueError, match=r"train question q1: image .*1.png.* set data.lenient to leave them out"):
-    usable(small(), asked)
-  (tmp_path / "1.png").write_bytes(whole)
   Image.new("L", (3000, 10)).save(tmp_path / "3.png")
-  with pytest.raises(ValueError, match=r"train question q3: image .*3.png: an image of 3000 x 10 .* set data.lenient"):
-    usable(small(), asked)
   assert len(usable(small(data__resize="squash384"), asked)[0]["train"]) == 4
   (tmp_path / "1.png").write_bytes(cut)
   message = r"train question q1: image .*1.png.* \(1 unreadable_image, 1 image_too_narrow.*"

@@ -1,5 +1,3 @@
-"""Signals: the first asks, the second ends; in a process of its own, which they may end."""
-
 import signal
 import subprocess
 import sys

@@ -1,5 +1,3 @@
-"""The host's part of a step, on a run made by hand: who is kept, gated, compared, selected and supervised."""
-
 import contextlib
 import functools
 import types
@@ -42,7 +40,7 @@ def run_of(**changes):
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch):
-  """What random keys are asked for."""
+  """What random keys are asked for; nothing is placed on a mesh."""
   asked = []
 
   def key(seed, purpose, *counters):
@@ -50,6 +48,7 @@ def keys(monkeypatch):
     return jax.random.key(0)
 
   monkeypatch.setattr(step.setup, "random_key", key)
+  monkeypatch.setattr(step.sharding, "place", lambda mesh, batch: batch)
   return asked
 
 
@@ -79,11 +78,6 @@ def stepped(run, rollouts, *, number=0):
   _, trained = step.train_step(run, None, pending, metrics.PhaseClock())
   assert pending.weights is None  # before the update, which needs their memory
   return trained
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_placed(monkeypatch):
-  monkeypatch.setattr(step.sharding, "place", lambda mesh, batch: batch)
 
 
 def test_injected_rollouts_are_distilled_or_not():

@@ -1,5 +1,3 @@
-"""The working directory: claimed once, resumed only by the same config."""
-
 import contextlib
 import dataclasses
 import json
