@@ -1,5 +1,3 @@
-"""Configs that do not fit are refused before anything is loaded: the field is named, and the way out."""
-
 import dataclasses
 import json
 import re
@@ -26,25 +24,15 @@ def legal(field):
 
 def test_legal_values_are_those_that_the_library_has():
   for field, values in {
-    "model.teacher_memory": programs.PLACES,
-    "model.remat": layers.REMAT,
-    "model.attention": attention.IMPLEMENTATIONS,
-    "data.resize": images.RESIZES,
-    "data.templates": prompts.TEMPLATES,
-    "reward.convention": rewards.CONVENTIONS,
-    "reward.combination": rewards.COMBINATIONS,
-    "objective.advantage": advantages.ESTIMATORS,
-    "objective.aggregation": weights.AGGREGATIONS,
-    "objective.off_context": update.OFF_CONTEXT,
-    "objective.divergence": divergences.KINDS,
-    "objective.distill_normaliser": weights.NORMALISERS,
-    "objective.gate_signal": gate.SIGNALS,
-    "objective.gate_mode": gate.MODES,
-    "objective.reference_estimator": ratios.KL_ESTIMATORS,
-    "exploration.trigger": exploration.TRIGGERS,
-    "exploration.hints": exploration.HINTS,
-    "exploration.acceptance": exploration.ACCEPTANCE_RULES,
-  }.items():
+    "model.teacher_memory": programs.PLACES, "model.remat": layers.REMAT, "model.attention": attention.IMPLEMENTATIONS,
+    "data.resize": images.RESIZES, "data.templates": prompts.TEMPLATES, "reward.convention": rewards.CONVENTIONS,
+    "reward.combination": rewards.COMBINATIONS, "objective.advantage": advantages.ESTIMATORS,
+    "objective.aggregation": weights.AGGREGATIONS, "objective.off_context": update.OFF_CONTEXT,
+    "objective.divergence": divergences.KINDS, "objective.distill_normaliser": weights.NORMALISERS,
+    "objective.gate_signal": gate.SIGNALS, "objective.gate_mode": gate.MODES,
+    "objective.reference_estimator": ratios.KL_ESTIMATORS, "exploration.trigger": exploration.TRIGGERS,
+    "exploration.hints": exploration.HINTS, "exploration.acceptance": exploration.ACCEPTANCE_RULES,
+  }.items():  # fmt: skip
     assert legal(field) == set(values), field
   assert set(PROJECTIONS) == set(lora.TARGETS)
   for field in ("data.prompt", "eval.prompt", "exploration.hint_prompt"):
@@ -62,45 +50,31 @@ def test_a_config_is_changed_by_full_names_and_read_back():
     config.seed = 1
 
 
-@pytest.mark.parametrize(
-  ("field", "value", "said"),
-  [
+def test_a_value_of_another_kind_is_refused():
+  for field, value, said in (
     ("objective.advantage", "else", "'else' is unknown; use one of ['batch_std', 'group_std', 'no_std', 'rloo']."),
     ("objective.advantage", "dapo", "(what others call dapo is objective.aggregation=token_mean)"),
     ("exploration.trigger", None, "None is unknown; use one of"),
     ("batch.prompts", 0, "=0 is too small; use 1 or more."),
-    ("batch.prompts", 2.0, "=2.0 must be an int."),
-    ("train.compile_ahead", 1, "=1 must be a bool."),
-    ("model.student", None, "=None must be a str."),
+    ("batch.prompts", 2.0, "=2.0 must be an int."), ("train.compile_ahead", 1, "=1 must be a bool."),
+    ("model.student", None, "=None must be a str."), ("data.prompt_buckets", (64, "x"), "='x' must be an int."),
     ("mesh.data", -2, "=-2 is too small; use -1 or more."),
     ("optimizer.learning_rate", float("nan"), "=nan is too small; use 0 or more."),
-    ("data.prompt_buckets", (64, "x"), "='x' must be an int."),
     ("seed", -1, "=-1 is too small; use 0 or more."),  # NumPy's generators refuse it, at the first injection
-  ],
-)
-def test_a_value_of_another_kind_is_refused(field, value, said):
-  message = refusal(changed(kepo).replace({field: value}))
-  assert message.startswith(field) and message.endswith(said) or said in message, message
-
-
-def refusal(config):
-  """What is said of a config; nothing where it is taken."""
-  try:
-    config.validate()
-  except ValueError as error:
-    return str(error)
-  return ""
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=f"{field}.*{re.escape(said)}"):
+      changed(kepo).replace({field: value}).validate()
 
 
 NAN = float("nan")
 HALF = {"batch__on_policy_fraction": 0.5}
-# What does not fit together: (parent, changes, what is said).
-REFUSED = [
+
+
+@pytest.mark.parametrize(("parent", "changes", "message"), [  # what does not fit together
   (kepo, {"mesh__data": 0}, "mesh.data=0 .* use -1"),
   # Sampling.
   (kepo, {"sampling__temperature": 0.0}, "sampling.temperature=0.0 gives G equal rollouts; use a value above 0"),
   (kepo, {"sampling__top_p": 0.0}, "sampling.top_p=0.0 must lie above 0 and at most at 1"),
-  (kepo, {"sampling__top_p": 1.1}, "sampling.top_p=1.1"),
   (kepo, {"objective__distill_temperature": 0.0}, "objective.distill_temperature=0.0 must lie above 0"),
   # Rows.
   (kepo, {"batch__prompts": 8, "batch__micro_batches": 3}, "batch.prompts=8 does not divide into .*micro_batches=3"),
@@ -136,10 +110,7 @@ REFUSED = [
   (grpo, {"model__lora_rank": 8, "model__lora_targets": ("q_proj", "qkv")}, "lora_targets=.qkv. is unknown; use one"),
   (grpo, {"model__lora_rank": 8, "model__lora_targets": ()}, r"model.lora_targets=\(\) must name one or more of"),
   (grpo, {"model__lora_rank": 8, "model__lora_targets": ("q_proj",) * 2}, "model.lora_targets=.* each once"),
-]
-
-
-@pytest.mark.parametrize(("parent", "changes", "message"), REFUSED)
+])  # fmt: skip
 def test_what_does_not_fit_is_refused(parent, changes, message):
   with pytest.raises(ValueError, match=message) as error:
     changed(parent, **changes).validate()

@@ -1,5 +1,3 @@
-"""None"""
-
 import collections
 import json
 import time

@@ -1,5 +1,3 @@
-"""The examples of README and notebook are programs: they run as printed, for fewer steps, off the network."""
-
 import json
 import os
 import re

@@ -1,5 +1,3 @@
-"""Documents and requirements agree with what is in the repository."""
-
 import configparser
 import pathlib
 import re

@@ -1,5 +1,3 @@
-"""Rewards by name, and the scorer that weighs and adds them."""
-
 import dataclasses
 import sys
 

@@ -1,5 +1,3 @@
-"""Code in a model or checkpoint folder is not run."""
-
 import json
 import pathlib
 import pickle

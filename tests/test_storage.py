@@ -1,5 +1,3 @@
-"""Files appear as wholes, remote folders are copied once, and half a copy is never taken for a whole."""
-
 import os
 import pathlib
 import sys

@@ -1,5 +1,3 @@
-"""Layouts of a mesh over slices of chips that are drawn by hand."""
-
 import collections
 import dataclasses
 import itertools

@@ -1,5 +1,3 @@
-"""Figures from records: which questions share an image, and intervals over questions."""
-
 import pytest
 
 from kepo_jax import evaluation

@@ -1,5 +1,3 @@
-"""Paired comparison against slow ones, and what cannot be compared."""
-
 import numpy as np
 import pytest
 

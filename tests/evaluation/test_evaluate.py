@@ -1,5 +1,3 @@
-"""Questions in batches, and what is counted of the answers."""
-
 import dataclasses
 import hashlib
 

@@ -1,5 +1,3 @@
-"""An interrupted evaluation continued from its folder equals an unbroken one; what does not fit is refused."""
-
 import json
 import os
 import shutil

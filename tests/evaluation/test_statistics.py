@@ -1,5 +1,3 @@
-"""Estimators and tests against scipy, enumeration, published values and slow loops."""
-
 import itertools
 import math
 

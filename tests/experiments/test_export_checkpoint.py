@@ -90,7 +90,7 @@ def test_the_best_is_the_validation_s_by_the_figure_of_the_run(copied, exported,
   assert (tmp_path / "best" / "config.json").exists()
 
 
-REFUSED = [
+@pytest.mark.parametrize(("change", "step", "message"), [
   (lambda run: (run / "config.json").unlink(), "last", r"run holds no run \(no config.json\)"),
   (lambda run: None, "7", r"--step=7: there is no such checkpoint; there are 1, 2, 3\.$"),
   (lambda run: None, "newest", r"--step=newest: give last, best or a number; there are 1, 2, 3\.$"),
@@ -98,16 +98,9 @@ REFUSED = [
   (lambda run: flip_a_bit(run / "checkpoints" / "3"), "last", "checkpoints/3 is damaged: state/"),
   (lambda run: (run / "checkpoints" / "2" / manifest.NAME).unlink(), "2", "no such checkpoint; there are 1, 3"),
   (lambda run: None, "best", "no validation by checkpoint.best=out_of_domain yet"),
-  (
-    lambda run: evaluated(run, step_9=(1.0, 1.0)),
-    "best",
-    "the checkpoint of step 9, .* is not there; there are 1, 2, 3",
-  ),
+  (lambda run: evaluated(run, step_9=(1.0, 1.0)), "best", "checkpoint of step 9, .* is not there; there are 1, 2, 3"),
   (lambda run: (run / "config.json").write_text("{"), "last", "config.json is not JSON"),
-]
-
-
-@pytest.mark.parametrize(("change", "step", "message"), REFUSED)
+])  # fmt: skip
 def test_what_is_refused(copied, exported, tmp_path, change, step, message):
   change(copied)
   with pytest.raises(ValueError, match=message) as refused:

@@ -1,5 +1,3 @@
-"""Figures of hints, on candidates and log-probabilities made by hand."""
-
 import dataclasses
 import functools
 
@@ -8,7 +6,6 @@ import numpy as np
 import pytest
 
 from experiments import hints
-from experiments import hints as hints_lib
 from experiments.configs import kepo
 from kepo_jax import exploration
 from kepo_jax.data import processor
@@ -205,7 +202,7 @@ def test_gain_equals_brute_force(loaded, brute_force, rng):
   right = [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]]
   written = [[BLOCK.format("ab"), "none", BLOCK.format("cde")], [BLOCK.format("a")] * 3, [BLOCK.format("b")], ["none"]]
   outcome = exploration.Exploration({}, {}, dict(enumerate(written)))
-  found = hints_lib.gains(
+  found = hints.gains(
     loaded(3), answers_of(tokens, mask, right), outcome, kind="think", hint_prompt="hint_only", temperature=1.0
   )
   assert [list(numbers) for numbers, _ in found] == [[0, 2], [], [1], []]  # no answer is right, no hint can be read
@@ -230,7 +227,7 @@ def test_reliance_equals_brute_force(loaded, brute_force, rng):
   tried = {0: [*first, *second], 1: refused, 2: other}
   accepted = {0: [first[0], *second], 1: [], 2: [other[1]]}
   outcome = exploration.Exploration(accepted, tried, {})
-  found = hints_lib.reliances(
+  found = hints.reliances(
     loaded(2), EXAMPLES[:3], outcome, kind="think", hint_prompt="hint_and_answer", temperature=1.0
   )
   for row, group in accepted.items():
@@ -302,7 +299,7 @@ def test_from_questions_to_records():
 
   student, teacher = Speaker(said), Speaker(told)
   examples = [EXAMPLES[0], EXAMPLES[1], dataclasses.replace(EXAMPLES[2], modality="CT")]
-  ct, mri, everything = hints_lib.measured(settings(), student, teacher, examples)
+  ct, mri, everything = hints.measured(settings(), student, teacher, examples)
   assert [(each["modality"], each["questions"], each["prompts"]) for each in (ct, mri, everything)] == [
     ("CT", 1, 1), ("MRI", 2, 1), ("all", 3, 2),
   ]  # fmt: skip
@@ -322,6 +319,6 @@ def test_from_questions_to_records():
 
 def test_without_cliffs_nobody_is_asked():
   student, teacher = Speaker(lambda *_: cases.RIGHT), Speaker(lambda *_: "")
-  *_, everything = hints_lib.measured(settings(), student, teacher, EXAMPLES)
+  *_, everything = hints.measured(settings(), student, teacher, EXAMPLES)
   assert everything["questions"] == 5 and everything["prompts"] == 0 and everything["gain"] is None
   assert teacher.asked == [] and len(student.asked) == 1

@@ -1,5 +1,3 @@
-"""The entry point: drawn downloads, from flags to the exit status."""
-
 import json
 import os
 import shutil
@@ -30,29 +28,24 @@ def download(tmp_path):
   return layout.root
 
 
-def test_what_is_printed(inspect_medvqa, download, capsys):
-  inspect_medvqa.main(["", str(download)])
-  printed = capsys.readouterr().out
-  assert "OmniMedVQA layout, 1 files, 3 records, 3 kept, 0 dropped" in printed
-  for text in ("answer_normalised", "modality_spelling", "X-Ray", "33.3 %", "50.0 %", "2:1  4:2", "A:1  B:2"):
-    assert text in printed
-  assert f"first answer_normalised: {download}/QA_information/Open-access/Set A.json, record 1" in printed
-  assert "2 images, 1 of them with several questions\nformats: JPEG 1, PNG 1; 0.0 MB" in printed
-  assert "sizes: 2, 40 to 60 wide, 30 to 40 high; " in printed
-
-
 def test_a_bucket(inspect_medvqa, download, tmp_path, capsys, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   shutil.copytree(download, tmp_path / "cloud" / "bucket" / "download")
   with fake_bucket.served(tmp_path / "cloud"):
     inspect_medvqa.main(["", "gs://bucket/download"])
   captured = capsys.readouterr()
-  assert "gs://bucket/download: OmniMedVQA layout, 1 files, 3 records, 3 kept" in captured.out
+  for text in (
+    "gs://bucket/download: OmniMedVQA layout, 1 files, 3 records, 3 kept, 0 dropped",
+    "2 images, 1 of them with",
+  ):
+    assert text in captured.out
   assert "copying, bytes: " in captured.err
 
 
 def test_json(inspect_medvqa, download, capsys):
-  with flagsaver.flagsaver(json=True, decode=True):
+  os.rename(download / "QA_information" / "Open-access", download / "QA_information" / "Mine")
+  os.rename(download / "Images", download.parent / "Images")
+  with flagsaver.flagsaver(json=True, decode=True, access="Mine", images_root=str(download.parent)):
     inspect_medvqa.main(["", str(download), str(download)])
   captured = capsys.readouterr()
   result = json.loads(captured.out)
@@ -84,15 +77,6 @@ def test_unreadable_images(inspect_medvqa, download, capsys):
     inspect_medvqa.main(["", str(download)])
   printed = capsys.readouterr().out
   assert "images: not opened (--noimages)" in printed and "2 images" not in printed and "formats" not in printed
-
-
-def test_other_folders_and_no_name(inspect_medvqa, download):
-  os.rename(download / "QA_information" / "Open-access", download / "QA_information" / "Mine")
-  os.rename(download / "Images", download.parent / "Images")
-  with flagsaver.flagsaver(access="Mine", images_root=str(download.parent)):
-    inspect_medvqa.main(["", str(download)])
-  with pytest.raises(ValueError, match="no PATH"):
-    inspect_medvqa.main([""])
 
 
 def test_an_error_is_one_line_and_the_exit_status(inspect_medvqa, download, capsys):

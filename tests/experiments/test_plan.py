@@ -71,18 +71,6 @@ def test_the_verdict_says_what_does_not_fit(plan):
     assert plan.verdict(made)[0].startswith(expected)
 
 
-def test_tables_show_totals_with_all_code_and_the_highest_floor(plan):
-  console = Console(width=200, file=io.StringIO())
-  for made in plan.tables(plan_of(program_of(code=5e8))):
-    console.print(made)
-  sizes, floors, collectives = (
-    line.replace("│", " ").split() for line in console.file.getvalue().splitlines() if "the gradients" in line
-  )
-  assert sizes[-2:] == ["10.50", "66"]  # GB, % of 16
-  assert floors[-2:] == ["2", "2.00"] and floors[-6:-2] == ["1.000", "0.100", "0.015", "0.000"]
-  assert collectives[-4:] == ["all-gather", "tensor", "3.000", "0.000"]
-
-
 def test_a_suggestion_is_compiled_before_it_is_made(plan, monkeypatch):
   config = changed(kepo_medvqa, mesh__data=32)
   for now, later, expected in [

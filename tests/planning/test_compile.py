@@ -325,15 +325,11 @@ def test_a_step_compiles_for_gpus(name, devices):
 
 @pytest.mark.tpu
 def test_known_topologies():
-  for name, slices, devices, chip in [
-    ("v5e:4x4", 1, 16, "TPU v5e"),
-    ("2 x v5e:16x16", 1, 512, "TPU v5e"),
-    ("v5p:4x4x4", 1, 64, "TPU v5p"),
-    ("v6e:4x4", 1, 16, "TPU v6e"),
-    ("tpu7x:4x4x4", 1, 128, "TPU7x, one core"),
-    ("v4:4x4x4", 1, 64, "TPU v4"),
-  ]:
-    place = compiler.topology(name, slices)
+  for name, devices, chip in [
+    ("v5e:4x4", 16, "TPU v5e"), ("2 x v5e:16x16", 512, "TPU v5e"), ("v5p:4x4x4", 64, "TPU v5p"),
+    ("v6e:4x4", 16, "TPU v6e"), ("tpu7x:4x4x4", 128, "TPU7x, one core"), ("v4:4x4x4", 64, "TPU v4"),
+  ]:  # fmt: skip
+    place = compiler.topology(name)
     assert (len(place.devices), place.chip.name) == (devices, chip), name
   with pytest.raises(ValueError, match="--topology=v5e:3x5: "):
     compiler.topology("v5e:3x5")

@@ -1,5 +1,3 @@
-"""Pages: nothing of their texts runs or is fetched, and questions, figures and images are as they were."""
-
 import base64
 import collections
 import configparser

@@ -1,5 +1,3 @@
-"""Rows of tables: what stands beside what, and what is left out."""
-
 from kepo_jax import evaluation
 from kepo_jax.reporting import tables
 from tests.evaluation.scripted import output

@@ -1,12 +1,10 @@
-"""The shipped phantom models, their tokenizer and their side files."""
-
 import hashlib
 import json
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from experiments.phantom import corpus, folder
+from experiments.phantom import folder
 from experiments.phantom.recipes import RECIPES, SIZES
 from kepo_jax.data import prompts
 from kepo_jax.data.phantom import build, questions, scenes
@@ -46,11 +44,6 @@ def test_they_load_and_their_side_files_are_those_that_the_code_writes(tmp_path)
   assert all(processor.same_vocabulary(ASSETS / name) for name in NAMES)
 
 
-def test_transformers_reads_the_folder():
-  config = AutoConfig.from_pretrained(ASSETS / "confused")
-  assert type(config).__name__ == "Qwen3VLConfig" and config.text_config.head_dim == 32
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
   return AutoTokenizer.from_pretrained(ASSETS / "confused", trust_remote_code=False)
@@ -77,24 +70,3 @@ def test_any_text_round_trips(tokenizer, rng):
     texts.append("".join(map(chr, points)))
   for text in texts:
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_tags_survive_decoding_and_specials_do_not(tokenizer):
-  ids = tokenizer.encode("<think> cyst</think><answer> B</answer><|im_end|>")
-  assert tokenizer.decode(ids, skip_special_tokens=True) == "<think> cyst</think><answer> B</answer>"
-  assert [tokenizer.convert_ids_to_tokens(i) for i in ids] == [
-    "<think>", "Ġcyst", "</think>", "<answer>", "ĠB", "</answer>", "<|im_end|>",
-  ]  # fmt: skip
-
-
-def test_the_benchmark_fits_a_short_prompt(tokenizer, rng):
-  longest = {}
-  for i in range(400):
-    topic = list(questions.TOPICS)[i % len(questions.TOPICS)]
-    scene = questions.scene_for(topic, scenes.MODALITIES[i % 8], rng)
-    for kind in ("think", "no_think", "hint_request", "hint_only", "hint_and_answer"):
-      texts = corpus.dialogue(scene, questions.ask(topic, scene, rng), kind, corpus.TRUTH, rng)
-      sizes = (len(tokenizer.encode(text)) for text in texts)
-      longest[kind] = tuple(map(max, sizes, longest.get(kind, (0, 0))))
-  assert longest["think"][0] < 20 and longest["hint_and_answer"][0] < 33
-  assert max(answer for _, answer in longest.values()) < 28

@@ -1,5 +1,3 @@
-"""The pretraining loop, end to end at two steps a stage."""
-
 import dataclasses
 import json
 

@@ -1,5 +1,3 @@
-"""The bootstrap over seeds and questions against closed forms, simulated truth and a slow loop."""
-
 import numpy as np
 import pytest
 

@@ -1,5 +1,3 @@
-"""The page and the figures of a study."""
-
 import collections
 
 import numpy as np

@@ -1,5 +1,3 @@
-"""What is kept of a finished run, what is found again, and what is refused."""
-
 import dataclasses
 import json
 import pathlib

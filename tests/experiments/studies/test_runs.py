@@ -1,5 +1,3 @@
-"""What a run of a study computes, its command, and processes side by side."""
-
 import os
 import signal
 import time

@@ -1,5 +1,3 @@
-"""Statistics of a study against closed forms and scipy."""
-
 import numpy as np
 import pytest
 from scipy import stats

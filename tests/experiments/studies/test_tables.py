@@ -1,5 +1,3 @@
-"""Tables of the kept results, against their JSON by other ways; what is missing; formats."""
-
 import numpy as np
 import pandas as pd
 import pytest
