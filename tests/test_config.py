@@ -118,43 +118,37 @@ def test_what_does_not_fit_is_refused(parent, changes, message):
   changed(parent).validate()  # the parent alone is fine
 
 
-@pytest.mark.parametrize(
-  ("parent", "changes"),
-  [
-    (gkd, {"batch__on_policy_fraction": 0.0}),
-    (gkd, {"batch__rollouts": 3, "batch__on_policy_fraction": 0.6666667}),  # as one types it
-    (kepo, {"exploration__replacements": 7}),
-    (kepo, {"exploration__replacements": 9, "exploration__trigger": "never"}),
-    (kepo, {"model__teacher": "", "objective__distill_weight": 0.0, "exploration__trigger": "never"}),
-    (sft, {"model__teacher": ""}),
-    (sft_teacher, {"objective__supervised_weight": 0.0, "objective__distill_weight": 1.0}),
-    (kepo, {"objective__divergence": "reverse_kl", "objective__divergence_top_k": 5}),
-    (kepo, {"objective__gate_signal": "sum", "objective__gate_threshold": 2.0}),
-    (kepo, {"mesh__data": -1}),
-    (kepo, {"model__lora_rank": 1, "model__lora_targets": ("down_proj",), "model__freeze_vision": True}),
-    (kepo, {"model__lora_alpha": 0.0, "model__lora_targets": ("q_proj",)}),  # idle
-  ],
-)
+@pytest.mark.parametrize(("parent", "changes"), [
+  (gkd, {"batch__on_policy_fraction": 0.0}),
+  (gkd, {"batch__rollouts": 3, "batch__on_policy_fraction": 0.6666667}),  # as one types it
+  (kepo, {"exploration__replacements": 7}),
+  (kepo, {"exploration__replacements": 9, "exploration__trigger": "never"}),
+  (kepo, {"model__teacher": "", "objective__distill_weight": 0.0, "exploration__trigger": "never"}),
+  (sft, {"model__teacher": ""}),
+  (sft_teacher, {"objective__supervised_weight": 0.0, "objective__distill_weight": 1.0}),
+  (kepo, {"objective__divergence": "reverse_kl", "objective__divergence_top_k": 5}),
+  (kepo, {"objective__gate_signal": "sum", "objective__gate_threshold": 2.0}),
+  (kepo, {"mesh__data": -1}),
+  (kepo, {"model__lora_rank": 1, "model__lora_targets": ("down_proj",), "model__freeze_vision": True}),
+  (kepo, {"model__lora_alpha": 0.0, "model__lora_targets": ("q_proj",)}),  # idle
+])  # fmt: skip
 def test_what_fits_is_taken(parent, changes):
   changed(parent, **changes).validate()
 
 
-@pytest.mark.parametrize(
-  ("parent", "changes", "explores", "teacher_answers", "needs_teacher"),
-  [
-    (grpo, {}, False, False, False),
-    (kepo_ke, {}, False, False, True),
-    (kepo, {}, True, False, True),
-    (kepo, {"objective__distill_weight": 0.0}, True, False, True),
-    (kepo, {"exploration__trigger": "never"}, False, False, True),
-    (kepo, {"exploration__rounds": 0}, False, False, True),
-    (kepo, {"exploration__replacements": 0, "objective__distill_weight": 0.0}, False, False, False),
-    (gkd, HALF, False, True, True),
-    (sft, {}, False, False, False),
-    (sft_teacher, {}, False, True, True),
-    (sft_teacher, {"batch__on_policy_fraction": 1.0}, False, False, False),
-  ],
-)
+@pytest.mark.parametrize(("parent", "changes", "explores", "teacher_answers", "needs_teacher"), [
+  (grpo, {}, False, False, False),
+  (kepo_ke, {}, False, False, True),
+  (kepo, {}, True, False, True),
+  (kepo, {"objective__distill_weight": 0.0}, True, False, True),
+  (kepo, {"exploration__trigger": "never"}, False, False, True),
+  (kepo, {"exploration__rounds": 0}, False, False, True),
+  (kepo, {"exploration__replacements": 0, "objective__distill_weight": 0.0}, False, False, False),
+  (gkd, HALF, False, True, True),
+  (sft, {}, False, False, False),
+  (sft_teacher, {}, False, True, True),
+  (sft_teacher, {"batch__on_policy_fraction": 1.0}, False, False, False),
+])  # fmt: skip
 def test_who_is_needed(parent, changes, explores, teacher_answers, needs_teacher):
   config = changed(parent, **changes)
   assert config.explores is explores

@@ -106,16 +106,12 @@ def pictured(params):
 EVERY_AXIS = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-@pytest.mark.parametrize(
-  ("layout", "axes", "layouts"),
-  [
-    ("decode", EVERY_AXIS, TEXTS),
-    ("train", {"fsdp": 4, "tensor": 2}, IMAGES),  # three prompts, which do not divide
-    pytest.param("decode", {"data": 8}, TEXTS, marks=pytest.mark.slow),
-    pytest.param("train", EVERY_AXIS, TEXTS, marks=pytest.mark.slow),
-  ],
-  ids=str,
-)
+@pytest.mark.parametrize(("layout", "axes", "layouts"), [
+  ("decode", EVERY_AXIS, TEXTS),
+  ("train", {"fsdp": 4, "tensor": 2}, IMAGES),  # three prompts, which do not divide
+  pytest.param("decode", {"data": 8}, TEXTS, marks=pytest.mark.slow),
+  pytest.param("train", EVERY_AXIS, TEXTS, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_same_tokens_on_every_mesh(layout, axes, layouts, params, mesh_of, rollouts, pictured):
   mesh = mesh_of(**axes)
   placed = jax.device_put(params, sharding.weight_shardings(mesh, params, model.logical_axes(CONFIG), layout))
@@ -173,16 +169,12 @@ def test_the_loop_stops_when_every_row_has_ended(params, monkeypatch):
     assert len(steps) == length - 1  # the first token comes from the prompt
 
 
-@pytest.mark.parametrize(
-  ("settings", "kept"),
-  [
-    ({"temperature": 0.5}, [0, 1, 3, 4, 5]),
-    ({"temperature": 1.0, "top_k": 2}, [0, 3]),
-    ({"temperature": 1.0, "top_p": 0.75}, [0, 1, 3]),
-    ({"temperature": 1.0, "top_k": 3, "top_p": 0.8}, [0, 3]),  # of 40 : 30 : 15 the first two hold 82 %
-  ],
-  ids=str,
-)
+@pytest.mark.parametrize(("settings", "kept"), [
+  ({"temperature": 0.5}, [0, 1, 3, 4, 5]),
+  ({"temperature": 1.0, "top_k": 2}, [0, 3]),
+  ({"temperature": 1.0, "top_p": 0.75}, [0, 1, 3]),
+  ({"temperature": 1.0, "top_k": 3, "top_p": 0.8}, [0, 3]),  # of 40 : 30 : 15 the first two hold 82 %
+], ids=str)  # fmt: skip
 def test_frequencies(settings, kept):
   # Id 2 is banned, however likely; the shares of the others are 40, 15, -, 30, 10, 5 per cent at temperature 1.
   logits, draws = np.log([0.40, 0.15, 9.0, 0.30, 0.10, 0.05]), 20_000

@@ -11,17 +11,14 @@ from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import SIZES
 
 
-@pytest.mark.parametrize(
-  ("axes", "shape", "expected"),
-  [
-    ({"data": 8}, (16, 3), PartitionSpec("data")),
-    ({"data": 2, "fsdp": 4}, (8, 3), PartitionSpec(("data", "fsdp"))),
-    ({"data": 2, "fsdp": 4}, (6, 3), PartitionSpec("data")),  # six prompts do not divide over eight devices
-    ({"data": 8}, (6, 3), PartitionSpec()),
-    ({"data": 2, "tensor": 4}, (4,), PartitionSpec("data")),
-    ({"data": 8}, (), PartitionSpec()),
-  ],
-)
+@pytest.mark.parametrize(("axes", "shape", "expected"), [
+  ({"data": 8}, (16, 3), PartitionSpec("data")),
+  ({"data": 2, "fsdp": 4}, (8, 3), PartitionSpec(("data", "fsdp"))),
+  ({"data": 2, "fsdp": 4}, (6, 3), PartitionSpec("data")),  # six prompts do not divide over eight devices
+  ({"data": 8}, (6, 3), PartitionSpec()),
+  ({"data": 2, "tensor": 4}, (4,), PartitionSpec("data")),
+  ({"data": 8}, (), PartitionSpec()),
+])  # fmt: skip
 def test_rows_go_to_the_devices_that_they_divide_over(mesh_of, axes, shape, expected):
   mesh, array = mesh_of(**axes), np.arange(np.prod(shape)).reshape(shape)
   placed = sharding.place(mesh, array)
@@ -83,19 +80,16 @@ def test_a_chip_that_decodes_from_the_train_layout_holds_its_share(sizes):
 ROWS, PROMPT = [("data", "fsdp")], ("prompt", "rollout")
 
 
-@pytest.mark.parametrize(
-  ("shape", "axes", "usual", "beside"),
-  [
-    # What goes into products and comes out of them: width where a weight has it, rows over data alone.
-    ((4, 2, 1, 8), (*PROMPT, None, "embed"), ROWS, ["data", None, None, "fsdp"]),
-    ((4, 2, 1, 8), (*PROMPT, None, "mlp"), [*ROWS, None, None, "tensor"], ["data", None, None, "tensor"]),
-    # A width that does not divide is whole; so are rows.
-    ((3, 2, 1, 7), (*PROMPT, None, "embed"), [None, "fsdp"], []),
-    # Attention, its caches and what is counted per row lie as ever.
-    ((4, 2, 2, 8, 3), ("prompt", "kv_heads", "rollout", None, None), [*ROWS, "tensor"], [*ROWS, "tensor"]),
-    ((4, 2), PROMPT, ROWS, ROWS),
-  ],
-)
+@pytest.mark.parametrize(("shape", "axes", "usual", "beside"), [
+  # What goes into products and comes out of them: width where a weight has it, rows over data alone.
+  ((4, 2, 1, 8), (*PROMPT, None, "embed"), ROWS, ["data", None, None, "fsdp"]),
+  ((4, 2, 1, 8), (*PROMPT, None, "mlp"), [*ROWS, None, None, "tensor"], ["data", None, None, "tensor"]),
+  # A width that does not divide is whole; so are rows.
+  ((3, 2, 1, 7), (*PROMPT, None, "embed"), [None, "fsdp"], []),
+  # Attention, its caches and what is counted per row lie as ever.
+  ((4, 2, 2, 8, 3), ("prompt", "kv_heads", "rollout", None, None), [*ROWS, "tensor"], [*ROWS, "tensor"]),
+  ((4, 2), PROMPT, ROWS, ROWS),
+])  # fmt: skip
 def test_where_activations_lie_beside_weights_that_stay(mesh_of, shape, axes, usual, beside):
   mesh = mesh_of(data=2, fsdp=2, tensor=2)
   # One function for both, so that a trace of the one would be found for the other if JAX did not keep them apart.

@@ -55,17 +55,14 @@ def test_whole_axes_and_parts_of_a_slice_are_left_to_jax():
     assert (sharding._slice_grid(devices, sizes) == usual).all()
 
 
-@pytest.mark.parametrize(
-  ("parts", "inner", "wraps", "load"),
-  [
-    (((1, 8, 1),), 1, False, 7 / 8),  # an open line: both halves of the ring use every link
-    (((1, 8, 1),), 1, True, 7 / 16),
-    (((1, 2, 1), (1, 4, 1)), 1, False, 7 / 16),  # a block of 2 x 4 has a way round
-    (((1, 2, 2),), 2, False, 2 * 1 / 2),  # every second chip: two groups share a link
-    (((1, 4, 2),), 2, True, 2 * 3 / 8),  # which go round together where the axis does
-    (((1, 1, 8),), 2, False, 0),  # fsdp on the two cores of a chip
-  ],
-)
+@pytest.mark.parametrize(("parts", "inner", "wraps", "load"), [
+  (((1, 8, 1),), 1, False, 7 / 8),  # an open line: both halves of the ring use every link
+  (((1, 8, 1),), 1, True, 7 / 16),
+  (((1, 2, 1), (1, 4, 1)), 1, False, 7 / 16),  # a block of 2 x 4 has a way round
+  (((1, 2, 2),), 2, False, 2 * 1 / 2),  # every second chip: two groups share a link
+  (((1, 4, 2),), 2, True, 2 * 3 / 8),  # which go round together where the axis does
+  (((1, 1, 8),), 2, False, 0),  # fsdp on the two cores of a chip
+])  # fmt: skip
 def test_the_load_of_a_link(parts, inner, wraps, load):
   cores = (1, 1, 1) if load else (1, 2, 1)
   split = torus.Split((*parts, cores), (inner,) * len(parts) + (1,))

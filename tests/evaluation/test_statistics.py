@@ -37,14 +37,11 @@ def all_draws(values, clusters):
   return np.array([np.concatenate(each).mean() for each in drawn])
 
 
-@pytest.mark.parametrize(
-  ("values", "clusters"),
-  [
-    ([1, 0, 0, 1, 1, 1], [0, 1, 1, 2, 2, 2]),  # of sizes 1, 2, 3: the mean of a draw is a ratio of two sums
-    ([0.5, 1, 0, 0.25, 1], [7, 7, 0, 2, 3]),
-    ([1, 0, 1, 0], None),  # every question alone
-  ],
-)
+@pytest.mark.parametrize(("values", "clusters"), [
+  ([1, 0, 0, 1, 1, 1], [0, 1, 1, 2, 2, 2]),  # of sizes 1, 2, 3: the mean of a draw is a ratio of two sums
+  ([0.5, 1, 0, 0.25, 1], [7, 7, 0, 2, 3]),
+  ([1, 0, 1, 0], None),  # every question alone
+])  # fmt: skip
 def test_clusters_against_every_possible_draw(rng, values, clusters):
   values = np.array(values, float)
   clusters = clusters and np.array(clusters)

@@ -102,16 +102,13 @@ def test_modalities_and_all_of_them(worked):
   assert nothing["candidates"] == nothing["hints"] == nothing["accepted"] == 0
 
 
-@pytest.mark.parametrize(
-  ("pieces", "place"),
-  [
-    (["<think>", " B", "</think>", "<answer>", " B", "</answer>"], 4),
-    (["<think> A B</think>", "<", "answer", ">B", "</answer>"], 3),
-    (["<answer>", " ", "\n", "C", "</answer>", " B"], 3),
-    (["<think> B</think>", "<answer>", "</answer>"], None),
-    ([], None),
-  ],
-)
+@pytest.mark.parametrize(("pieces", "place"), [
+  (["<think>", " B", "</think>", "<answer>", " B", "</answer>"], 4),
+  (["<think> A B</think>", "<", "answer", ">B", "</answer>"], 3),
+  (["<answer>", " ", "\n", "C", "</answer>", " B"], 3),
+  (["<think> B</think>", "<answer>", "</answer>"], None),
+  ([], None),
+])  # fmt: skip
 def test_the_token_of_the_letter(pieces, place):
   assert hints.letter_place(np.arange(len(pieces)), lambda tokens: "".join(pieces[n] for n in tokens)) == place
 

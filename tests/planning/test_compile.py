@@ -148,18 +148,14 @@ def test_traffic_by_kind_and_axes():
   rows = ((0, 1), (2, 3), (4, 5), (6, 7))
   collectives = (
     hlo.Collective("all-gather", 1e9, 2, groups=((0, 2), (1, 3), (4, 6), (5, 7))),
-    hlo.Collective("all-reduce", 2e9, 2, groups=rows),
-    hlo.Collective("all-reduce", 1e9, 2, groups=rows),
-    hlo.Collective("all-reduce", 1e9, 8, 2, groups=(tuple(range(8)),)),
-    hlo.Collective("one-to-one", 1e7, 2, 2),
-  )
+    hlo.Collective("all-reduce", 2e9, 2, groups=rows), hlo.Collective("all-reduce", 1e9, 2, groups=rows),
+    hlo.Collective("all-reduce", 1e9, 8, 2, groups=(tuple(range(8)),)), hlo.Collective("one-to-one", 1e7, 2, 2),
+  )  # fmt: skip
   rows = compiler.traffic(hlo.Cost(0, 0, collectives), dict.fromkeys(AXES, 2))
   assert [(row["kind"], row["over"], row["sent"], row["crossed"]) for row in rows] == [
-    ("all-reduce", ("tensor",), 3e9, 0),
-    ("all-reduce", AXES, 1.5e9, 2.5e8),
-    ("all-gather", ("fsdp",), 5e8, 0),
+    ("all-reduce", ("tensor",), 3e9, 0), ("all-reduce", AXES, 1.5e9, 2.5e8), ("all-gather", ("fsdp",), 5e8, 0),
     ("one-to-one", (), 0, 1e7),
-  ]
+  ]  # fmt: skip
 
 
 CACHE = (8, 2, 8, 32, 32)  # P, heads, G, T, width of keys and of values

@@ -111,15 +111,12 @@ def test_groups_in_every_spelling():
     assert hlo._groups(f"channel_id=1, {written}, use_global_device_ids=true") == expected, written
 
 
-@pytest.mark.parametrize(
-  ("size", "out", "window", "taps"),
-  [
-    (8, 6, "size=3", 18),
-    (9, 4, "size=3 stride=2 pad=1_0", 11),
-    (9, 4, "size=3 stride=2", 12),
-    (3, 5, "size=3 pad=1_1 lhs_dilate=2", 7),
-  ],
-)
+@pytest.mark.parametrize(("size", "out", "window", "taps"), [
+  (8, 6, "size=3", 18),
+  (9, 4, "size=3 stride=2 pad=1_0", 11),
+  (9, 4, "size=3 stride=2", 12),
+  (3, 5, "size=3 pad=1_1 lhs_dilate=2", 7),
+])  # fmt: skip
 def test_taps_in_padding_and_between_dilated_places_are_no_work(size, out, window, taps):
   text = f"""ENTRY %main (x: f32[2,{size},5], w: f32[3,5,7]) -> f32[2,{out},7] {{
   %x = f32[2,{size},5]{{2,1,0}} parameter(0)

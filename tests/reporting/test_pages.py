@@ -29,12 +29,10 @@ def hostile_page():
                  options=(text, text), answer=text, images=(text,), tags=(text,), details=((text, text),),
                  groups=(pages.AnswerGroup(text, (answer,), hint=text),))  # fmt: skip
   blocks = (
-    pages.TextBlock(text, warning=True),
-    pages.FigureBlock(b"png", alt=text, caption=text),
-    pages.TableBlock(((text, text), (text, text)), caption=text),
-    pages.TableBlock(((text, text),), words=True),
+    pages.TextBlock(text, warning=True), pages.FigureBlock(b"png", alt=text, caption=text),
+    pages.TableBlock(((text, text), (text, text)), caption=text), pages.TableBlock(((text, text),), words=True),
     pages.BrowserBlock((shown,), text),
-  )
+  )  # fmt: skip
   return pages.Page(text, text, (pages.Fact(text, text, text),), (pages.Section(text, blocks),), text)
 
 

@@ -16,15 +16,12 @@ def after(watch, steps, **figures):
   return [message for _ in range(steps) for message in watch.step(HEALTHY | figures)]
 
 
-@pytest.mark.parametrize(
-  ("figures", "anchor"),
-  [
-    ({"completion/truncated_frac": 0.97}, "truncated-answers"),
-    ({"reward/format": 0.0}, "format-at-zero"),
-    ({"dead_group_rate": 1.0}, "dead-groups"),
-    ({"hint/accept_rate@1": 0.0, "hint/accept_rate@2": 0.0}, "hints-never-accepted"),
-  ],
-)
+@pytest.mark.parametrize(("figures", "anchor"), [
+  ({"completion/truncated_frac": 0.97}, "truncated-answers"),
+  ({"reward/format": 0.0}, "format-at-zero"),
+  ({"dead_group_rate": 1.0}, "dead-groups"),
+  ({"hint/accept_rate@1": 0.0, "hint/accept_rate@2": 0.0}, "hints-never-accepted"),
+])  # fmt: skip
 def test_a_signature_is_said_once_after_a_window_in_a_row(figures, anchor):
   watch = warnings.Watch(window=3)
   bad = HEALTHY | figures

@@ -51,12 +51,10 @@ def tiny_prompts(tiny_config) -> Prompts:
   segments, coordinates, index, weight = positions.vision_tables(grid, tiny_config)
   stack = lambda x: np.broadcast_to(x, (P, *np.shape(x))).copy()  # noqa: E731
   fields = {
-    "tokens": np.zeros((P, length), np.int32),
-    "mask": np.zeros((P, length), bool),
-    "positions": np.zeros((P, 3, length), np.int32),
-    "next_position": np.zeros(P, np.int32),
+    "tokens": np.zeros((P, length), np.int32), "mask": np.zeros((P, length), bool),
+    "positions": np.zeros((P, 3, length), np.int32), "next_position": np.zeros(P, np.int32),
     "image_slot": np.full((P, length), -1, np.int32),
-  }
+  }  # fmt: skip
   for i, text in enumerate(texts):
     place, following, slot = positions.prompt_positions(text, grid, tiny_config)
     for name, value in (("tokens", text), ("mask", True), ("image_slot", slot)):

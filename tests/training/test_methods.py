@@ -56,18 +56,14 @@ def test_gkd_with_answers_of_the_teacher(fraction, questions):
   assert "lambda" in first and "grad_cosine" not in second  # without a policy term there is nothing to compare
 
 
-@pytest.mark.parametrize(
-  "changes",
-  [
-    {"objective__off_context": "drop_unit_shaped", "objective__divergence_top_k": 20, "objective__mask_truncated": True}
-    | {"batch__updates": 2, "batch__micro_batches": 2, "objective__distill_schedule": "linear"},
-    {"objective__off_context": "drop_behaviour_shaped", "objective__ratio": "sequence", "batch__updates": 2}
-    | {"objective__divergence": "sampled_k2", "objective__importance_cap": 2.0, "objective__gate_injected": False}
-    | {"exploration__hints": "once", "exploration__candidates": 3, "exploration__hint_prompt": "hint_only"},
-    {"sampling__dynamic_rounds": 2, "exploration__trigger": "never", "reward__more": "lenient_accuracy:0.5"},
-  ],
-  ids=["unit", "sequence", "dynamic"],
-)
+@pytest.mark.parametrize("changes", [
+  {"objective__off_context": "drop_unit_shaped", "objective__divergence_top_k": 20, "objective__mask_truncated": True}
+  | {"batch__updates": 2, "batch__micro_batches": 2, "objective__distill_schedule": "linear"},
+  {"objective__off_context": "drop_behaviour_shaped", "objective__ratio": "sequence", "batch__updates": 2}
+  | {"objective__divergence": "sampled_k2", "objective__importance_cap": 2.0, "objective__gate_injected": False}
+  | {"exploration__hints": "once", "exploration__candidates": 3, "exploration__hint_prompt": "hint_only"},
+  {"sampling__dynamic_rounds": 2, "exploration__trigger": "never", "reward__more": "lenient_accuracy:0.5"},
+], ids=["unit", "sequence", "dynamic"])  # fmt: skip
 def test_knobs_together(changes, questions):
   first, second = metrics_of(small("kepo", **changes), questions)
   assert second["grad_norm"] > 0

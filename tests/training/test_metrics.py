@@ -54,11 +54,9 @@ def test_mixed_metrics_of_the_students_own_groups():
   rollouts_lib.inject(groups, [(1, 0, cases.candidate())])
   # The row that was cut off becomes a right one of two tokens: rewards 1.5 0.5 1 and 1.5 0.5 0.5.
   assert metrics.mixed_metrics(groups, (END,)) == {
-    "injected_frac": pytest.approx(1 / 6),
-    "injected/reward_mean": pytest.approx(5.5 / 6),
-    "completion/length": pytest.approx(15 / 6),
-    "completion/truncated_frac": 0.0,
-  }
+    "injected_frac": pytest.approx(1 / 6), "injected/reward_mean": pytest.approx(5.5 / 6),
+    "completion/length": pytest.approx(15 / 6), "completion/truncated_frac": 0.0,
+  }  # fmt: skip
 
 
 def test_mixed_metrics_count_own_rows_apart_from_supervised_ones():
@@ -79,10 +77,8 @@ def test_mixed_metrics_count_own_rows_apart_from_supervised_ones():
 def test_gate_metrics():
   # Open for rows of 4, 1 and 2 of 17 tokens; the last of the three is wrong.
   assert metrics.gate_metrics(cases.mixed(), GATE) == {
-    "gate/frac": 3 / 6,
-    "gate/token_frac": pytest.approx(7 / 17),
-    "gate/wrong_share": pytest.approx(1 / 3),
-  }
+    "gate/frac": 3 / 6, "gate/token_frac": pytest.approx(7 / 17), "gate/wrong_share": pytest.approx(1 / 3),
+  }  # fmt: skip
   closed = np.zeros((P, G), bool)
   assert metrics.gate_metrics(cases.mixed(), closed) == {"gate/frac": 0.0, "gate/token_frac": 0.0}
   # Empty rows count among rollouts and not among tokens: rows of 4, 0 and 2 are all that there are.

@@ -50,10 +50,8 @@ def test_scored_groups_are_the_rollouts_decoded_and_scored(processor):
   assert found.texts.tolist() == texts and found.texts.dtype == object
   # The weights are 1 and 0.5.
   assert {name: values.tolist() for name, values in found.scores.items()} == {
-    "accuracy": [[1, 0], [1, 0]],
-    "format": [[1, 1], [0, 0]],
-    "total": [[1.5, 0.5], [1, 0]],
-  }
+    "accuracy": [[1, 0], [1, 0]], "format": [[1, 1], [0, 0]], "total": [[1.5, 0.5], [1, 0]],
+  }  # fmt: skip
   assert not found.injected.any() and not found.supervised.any()
   assert found.hints.tolist() == [["", ""], ["", ""]]
   # They are copies: injection writes into them.

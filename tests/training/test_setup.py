@@ -85,10 +85,8 @@ def test_update_settings_carry_every_field():
   found = carried(update_lib.UpdateSettings, table, setup.update_settings)
   assert 0 < float(found.pop("distill_factor")(5)) < 1
   assert found == {name: value for name, (_, value) in table.items() if name != "distill_factor"} | {
-    "compute_dtype": jnp.dtype("bfloat16"),
-    "frozen": ("visual",),
-    "sequence_ratio": True,
-  }
+    "compute_dtype": jnp.dtype("bfloat16"), "frozen": ("visual",), "sequence_ratio": True,
+  }  # fmt: skip
 
 
 def test_token_loss_carries_every_field():

@@ -30,12 +30,10 @@ def run_of(**changes):
   """The fields of a run that a step uses, with a config of KEPO; changes as `section__field=value`."""
   processor = Processor()
   return types.SimpleNamespace(
-    config=changed(kepo, batch__prompts=3, **changes),
-    processor=processor,
-    score=functools.partial(rollouts_lib.scored_groups, processor, cases.SCORER),
-    mesh=None,
+    config=changed(kepo, batch__prompts=3, **changes), processor=processor,
+    score=functools.partial(rollouts_lib.scored_groups, processor, cases.SCORER), mesh=None,
     prompts=lambda examples, wording, hints=None, sizes=None: types.SimpleNamespace(row=examples),
-  )
+  )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

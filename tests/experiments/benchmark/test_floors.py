@@ -111,19 +111,16 @@ def scanned(x, w):
   return jax.lax.scan(lambda sums, _: ((sums[0] + x @ w, sums[1] + (x @ w).T), None), blank, length=4)[0][0]
 
 
-@pytest.mark.parametrize(
-  ("function", "products"),
-  [
-    (lambda x, w: jnp.einsum("ab,cb->ca", x, w.T), 1),
-    (lambda x, w: jnp.broadcast_to(x, (3, 6, 5)) @ w, 3),
-    (scanned, 4),
-    (lambda x, w: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w + x @ w), 2),  # the longer way
-    (jax.value_and_grad(lambda x, w: (x @ w).sum(), (0, 1)), 3),
-    (jax.grad(lambda x, w: (x @ w).sum(), (0, 1)), 2),  # nobody asks for the sum
-    # The product is computed again for the sine behind it, and each of its two gradients is one more.
-    (jax.value_and_grad(jax.checkpoint(lambda x, w: jnp.sin(x @ w).sum()), (0, 1)), 4),
-  ],
-)
+@pytest.mark.parametrize(("function", "products"), [
+  (lambda x, w: jnp.einsum("ab,cb->ca", x, w.T), 1),
+  (lambda x, w: jnp.broadcast_to(x, (3, 6, 5)) @ w, 3),
+  (scanned, 4),
+  (lambda x, w: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w + x @ w), 2),  # the longer way
+  (jax.value_and_grad(lambda x, w: (x @ w).sum(), (0, 1)), 3),
+  (jax.grad(lambda x, w: (x @ w).sum(), (0, 1)), 2),  # nobody asks for the sum
+  # The product is computed again for the sine behind it, and each of its two gradients is one more.
+  (jax.value_and_grad(jax.checkpoint(lambda x, w: jnp.sin(x @ w).sum()), (0, 1)), 4),
+])  # fmt: skip
 def test_products_of_a_jaxpr(function, products):
   assert floors.count_flops(function, X, W) == products * 2 * 6 * 5 * 7
 
