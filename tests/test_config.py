@@ -151,6 +151,5 @@ def test_what_fits_is_taken(parent, changes):
 ])  # fmt: skip
 def test_who_is_needed(parent, changes, explores, teacher_answers, needs_teacher):
   config = changed(parent, **changes)
-  assert config.explores is explores
-  assert config.teacher_answers is teacher_answers
+  assert config.explores is explores and config.teacher_answers is teacher_answers
   assert config.needs_teacher is needs_teacher

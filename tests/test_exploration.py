@@ -142,8 +142,7 @@ def test_slots_are_distinct_and_belong_to_step_and_prompt():
   injected = [candidate for _, _, candidate in exploration.injections(outcome, 3, seed=(0, 0))]
   assert injected == [*outcome.accepted[0], *outcome.accepted[3]]
   draws = [slots_of(outcome, step) for step in range(40)]
-  assert draws == [slots_of(outcome, step) for step in range(40)]
-  assert all(len(set(placed)) == 4 for placed in draws)
+  assert draws == [slots_of(outcome, step) for step in range(40)] and all(len(set(placed)) == 4 for placed in draws)
   assert {slot for placed in draws for slot in placed} == {(prompt, slot) for prompt in (0, 3) for slot in range(3)}
   # Other steps and other prompts have other draws; a prompt has the slots that it has without the others.
   by_prompt = {prompt: [[slot for of, slot in placed if of == prompt] for placed in draws] for prompt in (0, 3)}
@@ -160,8 +159,7 @@ def test_metrics():
   assert metrics["hint/trigger_rate"] == 4 / 8
   # One candidate a round, two are wanted: prompt 0 asks twice, the others three times each. The first that is accepted
   # comes in rounds 1, 3, never and 2.
-  assert metrics["hint/attempts"] == 11
-  assert metrics["hint/parse_failure_rate"] == 0
+  assert metrics["hint/attempts"] == 11 and metrics["hint/parse_failure_rate"] == 0
   assert [metrics[f"hint/accept_rate@{b}"] for b in (1, 2, 3)] == [1 / 4, 2 / 4, 3 / 4]
 
 

@@ -30,8 +30,7 @@ def test_each_question_counts_once():
   assert list(result["modalities"]) == ["CT", "MRI", "OCT"]
   assert result["question_types"] == {"Lesion Grading": evaluation.share(3, 6)}
   assert result["out_of_domain"]["mean"] == 0.25 and result["out_of_domain"]["modalities"] == ["CT", "OCT"]
-  assert result["lenient"]["overall"] == evaluation.share(6, 12)
-  assert result["lenient"]["out_of_domain"]["mean"] == 0.5
+  assert result["lenient"]["overall"] == evaluation.share(6, 12) and result["lenient"]["out_of_domain"]["mean"] == 0.5
   assert (result["unparsed"], result["truncated"], result["format"]) == (0.5, 0.25, 0.5)
   assert result["completion_length"] == pytest.approx(np.mean([len(says(n)) + (n % 4 != 3) for n in range(12)]))
   assert evaluated(Scripted(), examples(), batch_size=64) == (result, outputs)

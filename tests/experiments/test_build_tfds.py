@@ -15,8 +15,7 @@ def download(tmp_path):
   return layout.root
 
 
-def test_from_flags_to_a_folder(program, download, tmp_path, capsys):
-  build_tfds = program("experiments.build_tfds")
+def test_from_flags_to_a_folder(build_tfds, download, tmp_path, capsys):
   numbers = {"train_items": 3, "validation_items": 1, "test_items": 2, "split_seed": 5}
   with flagsaver.flagsaver(data_dir=str(tmp_path / "data"), manual_dir=str(download), **numbers):
     build_tfds.main([])
@@ -28,8 +27,7 @@ def test_from_flags_to_a_folder(program, download, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"reused {folder}: train 3")
 
 
-def test_another_folder_other_images_and_damage(program, download, tmp_path, capsys):
-  build_tfds = program("experiments.build_tfds")
+def test_another_folder_other_images_and_damage(build_tfds, download, tmp_path, capsys):
   (download / "QA_information" / "Open-access").rename(download / "QA_information" / "Mine")
   (download / "Images").rename(tmp_path / "Images")
   picture = tmp_path / "Images" / "0.png"

@@ -6,11 +6,6 @@ from absl.testing import flagsaver
 from tests.evaluation.scripted import json_lines, output
 
 
-@pytest.fixture
-def compare_medvqa(program):
-  return program("experiments.compare_medvqa")
-
-
 def written(folder, answers, samples=1, shown=1000, **settings):
   """An evaluation's folder; `answers` are right or wrong, one per completion."""
   folder.mkdir()

@@ -12,11 +12,6 @@ from tests.data import cases
 
 
 @pytest.fixture
-def inspect_medvqa(program):
-  return program("experiments.inspect_medvqa")
-
-
-@pytest.fixture
 def download(tmp_path):
   """A root with three questions about two images, one with an odd modality."""
   layout = cases.Layout(tmp_path / "OmniMedVQA")

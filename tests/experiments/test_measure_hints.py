@@ -10,11 +10,6 @@ from tests.experiments.test_evaluate_medvqa import checkpoint  # noqa: F401, a f
 PHANTOM = ROOT / "experiments" / "assets" / "phantom"
 
 
-@pytest.fixture
-def measure_hints(program):
-  return program("experiments.measure_hints")
-
-
 def test_figures_are_not_written_over(measure_hints, tmp_path):
   path = tmp_path / "figures.json"
   path.write_text("{}")

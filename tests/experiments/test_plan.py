@@ -17,11 +17,6 @@ PLACE = compiler.Topology("v5e:4x4", 2, tuple(range(32)), chips.CHIPS["TPU v5e"]
 
 
 @pytest.fixture
-def plan(program):
-  return program("experiments.plan")
-
-
-@pytest.fixture
 def run_main(plan, monkeypatch):
   monkeypatch.setattr("experiments.environment.prepare", lambda: None)
   monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # for this process as well

@@ -145,8 +145,7 @@ def test_a_frozen_vision_tower_has_neither_moments_nor_gradients():
   whole, frozen = estimate(), estimate(model__freeze_vision=True)
   vision = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(SMALL)["visual"]))
   assert whole["student and moments"] - frozen["student and moments"] == 2 * 4 * vision
-  assert whole["update"] - frozen["update"] > 4 * vision
-  assert frozen["sampling"] == whole["sampling"]
+  assert whole["update"] - frozen["update"] > 4 * vision and frozen["sampling"] == whole["sampling"]
 
 
 def test_lora_has_gradients_and_moments_of_its_matrices_alone():
@@ -189,8 +188,7 @@ def test_products_that_are_kept_by_hand():
   # attention and MLP return (2 * 128), gate and up (2 * 384). Per patch, in 2 blocks: 3 + 1 + 1 widths of 64, and 256.
   text = (2 * 64 + 6 * 32) * (8 * 32 + 2 * 128 + 2 * 384)
   vision = 2 * 16 * (5 * 64 + 256)
-  assert dots - full == 4 * 2 * (text + vision)
-  assert dots < none
+  assert dots - full == 4 * 2 * (text + vision) and dots < none
 
 
 def test_logits_and_the_layer_that_is_computed_again_take_turns():

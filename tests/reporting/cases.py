@@ -4,6 +4,7 @@ import html.parser
 import json
 from typing import Any
 
+from kepo_jax import types
 from kepo_jax.reporting import pages
 
 HOSTILE = (
@@ -74,3 +75,10 @@ def rollout(step=1, name="q1", number=0, *, accuracy=0.0, **fields):
           "rollout": number, "completion": f"said {number}", "rewards": {"accuracy": accuracy, "format": 1.0},
           "reward": accuracy + 1, "gate": False, "injected": False, "supervised": False,
           "hint": ""} | fields  # fmt: skip
+
+
+def run_plan(config, **fields):
+  """The plan of a run that begins."""
+  same = {"workdir": "runs/one", "models": {}, "mesh": {"data": 2, "fsdp": 4, "tensor": 1}, "start_step": 0}
+  same |= {"questions": {"train": 600, "test": 2400}, "programs": ("rollout", "update")}
+  return types.RunPlan(config=config, **same | fields)

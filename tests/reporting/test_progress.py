@@ -4,8 +4,7 @@ from rich.console import Console
 
 from experiments.configs import gkd, grpo, sft_teacher
 from kepo_jax.reporting import progress
-from kepo_jax.types import RunPlan
-from tests.reporting.cases import rollout
+from tests.reporting.cases import rollout, run_plan
 from tests.training.runs import changed
 
 METRICS = {"reward/mean": 1.5, "reward/accuracy": 0.75, "cliff_rate": 0.25, "gate/frac": 0.5,
@@ -15,11 +14,7 @@ TIMING = {"tokens_per_second/step": 12345.6}
 
 def start_lines(parent, start_step=0, memory=None, **changes):
   """Name -> text of the rows of the start panel; changes of the config of `parent` as `section__field=value`."""
-  plan = RunPlan(
-    config=changed(parent, **changes), workdir="runs/one", models={}, mesh={"data": 2, "fsdp": 4, "tensor": 1},
-    questions={"train": 600, "test": 2400}, programs=("rollout", "update"), start_step=start_step,
-  )  # fmt: skip
-  output = io.StringIO()
+  output, plan = io.StringIO(), run_plan(changed(parent, **changes), start_step=start_step)
   Console(file=output, width=300).print(progress.start_panel(plan, {}, memory))
   rows = [line.strip("│ \n") for line in output.getvalue().splitlines()[1:-1]]
   return {name: text.strip() for name, _, text in (row.partition("  ") for row in rows)}

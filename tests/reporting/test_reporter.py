@@ -8,19 +8,15 @@ from experiments.configs import kepo
 from kepo_jax import reporting, types
 from kepo_jax.models.qwen3_vl.config import SIZES
 from kepo_jax.reporting import progress
-from tests.reporting.cases import rollout
+from tests.reporting.cases import rollout, run_plan
 from tests.reporting.test_curves import evaluation
 from tests.training.runs import changed
 
 
 def make_plan(workdir, start_step=0, positions=None):
-  config = changed(kepo, train__steps=4)
   models = {"student": SIZES["Qwen3-VL-2B"], "teacher": SIZES["Qwen3-VL-8B"]}
-  return types.RunPlan(
-    config=config, workdir=str(workdir), models=models, mesh={"data": 2, "fsdp": 4, "tensor": 1},
-    questions={"train": 600, "test": 2400}, programs=("rollout", "update"), start_step=start_step,
-    positions=positions or {},
-  )  # fmt: skip
+  fields = {"workdir": str(workdir), "models": models, "start_step": start_step, "positions": positions or {}}
+  return run_plan(changed(kepo, train__steps=4), **fields)
 
 
 def report(step):

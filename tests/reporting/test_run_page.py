@@ -9,7 +9,6 @@ from PIL import Image
 from experiments.configs import kepo
 from kepo_jax import evaluation, reporting
 from kepo_jax.reporting import pages, reporter, run_page
-from tests import fake_bucket
 from tests.evaluation.scripted import json_lines, output
 from tests.reporting.cases import HOSTILE, Document, rollout
 from tests.training.runs import changed
@@ -130,11 +129,3 @@ def test_an_unfinished_run_shows_how_far_it_is_and_warnings_on_top(tmp_path, und
   assert "3 of 40 steps" in page_of(root).inside("p")
   (root / "metrics.jsonl").write_text(json_lines({"step": n, "reward/format": 0.0} for n in range(1, 21)))
   assert page_of(root).inside("h2")[0] == "Warnings"
-
-
-def test_a_run_in_a_bucket(tmp_path, undrawn):
-  make_run(tmp_path / "cloud" / "bucket" / "run")
-  with fake_bucket.served(tmp_path / "cloud"):
-    reporting.write_report("gs://bucket/run")
-  text = (tmp_path / "cloud" / "bucket" / "run" / "report" / "index.html").read_text(encoding="utf-8")
-  assert len(Document(text).data()["samples"]) == 20

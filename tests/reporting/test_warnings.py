@@ -35,8 +35,7 @@ def test_a_signature_is_said_once_after_a_window_in_a_row(figures, anchor):
 
 def test_steps_without_failed_prompts_do_not_break_a_streak_of_unaccepted_hints():
   watch = warnings.Watch(window=2)
-  assert watch.step({"hint/accept_rate@1": 0.0}) == []
-  assert watch.step({"reward/format": 1.0}) == []
+  assert watch.step({"hint/accept_rate@1": 0.0}) == [] and watch.step({"reward/format": 1.0}) == []
   assert "never" not in "".join(watch.step({})) and len(watch.step({"hint/accept_rate@1": 0.0})) == 1
 
 

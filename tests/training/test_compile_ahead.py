@@ -80,8 +80,7 @@ def test_nothing_compiles_after_the_first_step(questions):
   assert hook.told == [(done, total) for done in range(1, total + 1)] and not other.told
   assert [report.metrics for report in hook.reports] == [report.metrics for report in other.reports]
   assert [report.samples for report in hook.reports] == [report.samples for report in other.reports]
-  assert ahead.evaluations == met.evaluations
-  assert equal(ahead.state, met.state)
+  assert ahead.evaluations == met.evaluations and equal(ahead.state, met.state)
 
 
 class Stop(Exception):
@@ -124,8 +123,7 @@ def test_what_a_run_compiles(calls_of):
 def test_what_is_only_possible_comes_last_and_has_a_limit(calls_of, monkeypatch):
   calls = calls_of(sampling__dynamic_rounds=1, exploration__trigger="never")
   first = calls.index(next(call for call in calls if call[0] == "update"))
-  assert {call[0] for call in calls[:first]} == {"rollout", "evaluation"}
-  assert len(named(calls, "update")) == 4
+  assert {call[0] for call in calls[:first]} == {"rollout", "evaluation"} and len(named(calls, "update")) == 4
   monkeypatch.setattr(compile_ahead, "MOST_POSSIBLE", 3)
   assert sum(call[0] in ("hint", "candidate") for call in calls_of()) == 3
 

@@ -52,8 +52,7 @@ def test_scored_groups_are_the_rollouts_decoded_and_scored(processor):
   assert {name: values.tolist() for name, values in found.scores.items()} == {
     "accuracy": [[1, 0], [1, 0]], "format": [[1, 1], [0, 0]], "total": [[1.5, 0.5], [1, 0]],
   }  # fmt: skip
-  assert not found.injected.any() and not found.supervised.any()
-  assert found.hints.tolist() == [["", ""], ["", ""]]
+  assert not found.injected.any() and not found.supervised.any() and found.hints.tolist() == [["", ""], ["", ""]]
   # They are copies: injection writes into them.
   assert not np.shares_memory(found.tokens, rollouts.tokens) and found.tokens.flags.writeable
 
@@ -114,8 +113,7 @@ def test_supervised_rows_that_are_not_accepted_become_empty():
   assert_equal(dataclasses.replace(whole, supervised=groups.supervised), groups)
   accepted = np.array([[True, False, True], [False, False, False]])
   found = rollouts_lib.supervised_groups(groups, accepted=accepted)
-  assert found.mask.sum(axis=2).tolist() == [[4, 0, 1], [0, 0, 0]]
-  assert found.supervised.all()
+  assert found.mask.sum(axis=2).tolist() == [[4, 0, 1], [0, 0, 0]] and found.supervised.all()
   assert groups.mask.sum(axis=2).tolist() == [[4, 3, 1], [4, 2, 3]]  # as it was
   assert_equal(dataclasses.replace(found, mask=groups.mask, supervised=groups.supervised), groups)
 

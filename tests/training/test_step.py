@@ -112,8 +112,7 @@ def test_useful_groups_come_first_and_others_fill_up():
   groups = groups_of([[2, 2], [2, 3], [3, 3], [3, 2], [2, 2]])
   # Two of five have a signal; the first of the others fills the batch of three, and the order of asking stays.
   useful = step.useful_groups(run_of(exploration__rounds=0).config, groups)
-  assert useful.tolist() == [False, True, False, True, False]
-  assert step.first_useful(useful, 3) == [0, 1, 3]
+  assert useful.tolist() == [False, True, False, True, False] and step.first_useful(useful, 3) == [0, 1, 3]
   # A prompt without an accurate rollout may be explored, so it is useful.
   useful = step.useful_groups(run_of(exploration__rounds=1).config, groups)
   assert step.first_useful(useful, 3) == [1, 2, 3]

@@ -156,8 +156,7 @@ def test_two_updates_equal_dense_gradients(
     return jax.tree.map(lambda x, g: np.asarray(x - RATE * g), params, dense_gradient(params))
 
   once = after(tiny_params)
-  assert difference(once, reference[0].params) < 1e-5
-  assert difference(after(once), twice[0].params) < 1e-5
+  assert difference(once, reference[0].params) < 1e-5 and difference(after(once), twice[0].params) < 1e-5
 
 
 def test_two_updates_have_the_ratio_of_the_policy_that_sampled(reference, twice):
@@ -166,8 +165,7 @@ def test_two_updates_have_the_ratio_of_the_policy_that_sampled(reference, twice)
   assert state.step == 1
   assert both["ratio/mean"][1] == 2 * figures["ratio/mean"][1]
   # In the second the policy has moved and pi_old has not.
-  assert abs(both["ratio/mean"][0] / both["ratio/mean"][1] - 1) > 1e-4
-  assert both["ratio/clip_frac"][0] > 0
+  assert abs(both["ratio/mean"][0] / both["ratio/mean"][1] - 1) > 1e-4 and both["ratio/clip_frac"][0] > 0
   # Figures about the sampler are about the policy that sampled: both updates give the same.
   assert both["sampler/logp_gap"][0] == pytest.approx(2 * figures["sampler/logp_gap"][0], rel=1e-4)
 
@@ -200,8 +198,7 @@ def test_a_frozen_tower_stays_and_bfloat16_with_remat_comes_near_float32(update,
   exact, rounded = (
     gradient(each, tiny_params)["language_model"]["embed_tokens"]["weight"] for each in (reference[0], state)
   )
-  assert rounded.dtype == np.float32
-  assert np.linalg.norm(exact - rounded) < 0.05 * np.linalg.norm(exact)
+  assert rounded.dtype == np.float32 and np.linalg.norm(exact - rounded) < 0.05 * np.linalg.norm(exact)
 
 
 @pytest.mark.slow
@@ -254,8 +251,7 @@ def test_gradients_of_the_two_terms(update, reference, tiny_params, tiny_experie
   assert {name: value for name, value in figures.items() if name in reference[1]} == reference[1]
   closed = tiny_experience.replace(gate=np.zeros_like(tiny_experience.gate))
   policy_alone, alone = update(closed, compare=True)
-  assert alone["divergence/gated"] == (0, 0)
-  assert alone["grad_norm/distill"][0] == 0 == alone["grad_cosine"][0]
+  assert alone["divergence/gated"] == (0, 0) and alone["grad_norm/distill"][0] == 0 == alone["grad_cosine"][0]
   policy, distill, cosine = (figures[name][0] for name in ("grad_norm/policy", "grad_norm/distill", "grad_cosine"))
   assert alone["grad_norm/policy"][0] == pytest.approx(alone["grad_norm"][0], rel=1e-4)
   assert policy == pytest.approx(alone["grad_norm"][0], rel=1e-4)
@@ -273,8 +269,7 @@ def test_lambda_fades(update, reference, tiny_params, tiny_experience):
   closed = update(tiny_experience.replace(gate=np.zeros_like(tiny_experience.gate)))[0]
   assert difference(gradient(closed, tiny_params), none) < 1e-5
   expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, none, full)
-  assert difference(expected, quarter) < 1e-3
-  assert difference(full, quarter) > 0.01
+  assert difference(expected, quarter) < 1e-3 and difference(full, quarter) > 0.01
 
 
 def test_supervised_rows_are_imitated(update, tiny_experience, tiny_params, logits_of, dense, allowed):
@@ -342,8 +337,7 @@ def test_a_repeated_token_adds_up_in_bfloat16():
   table = jnp.zeros((3, 2), jnp.bfloat16)
   index = jnp.ones(4096, jnp.int32)
   gradient = jax.grad(lambda t: (layers.lookup(t, index).astype(jnp.float32) / 64).sum())(table)
-  assert gradient.dtype == jnp.bfloat16
-  assert gradient.tolist() == [[0, 0], [64, 64], [0, 0]]
+  assert gradient.dtype == jnp.bfloat16 and gradient.tolist() == [[0, 0], [64, 64], [0, 0]]
 
 
 def test_micro_batches_take_equal_rows_of_every_device():

@@ -216,8 +216,7 @@ def test_the_newest_state_comes_back_and_what_came_after_it_is_forgotten(tmp_pat
   with begun(tmp_path, resume=True) as files:
     restored = files.restored(state)
     assert files.saved == str(tmp_path / "run" / "checkpoints" / "2")  # need not be saved again
-  assert int(restored.step) == 2
-  assert restored.params["w"].tolist() == [1, 2, 3, 4]
+  assert int(restored.step) == 2 and restored.params["w"].tolist() == [1, 2, 3, 4]
   assert state.params["w"].is_deleted()  # a resumed run does not hold the untrained state beside its own
   assert restored.params["w"].sharding == state.params["w"].sharding
   assert files.evaluations == {"before": {"step": 0}, "validation": [validation(2, 0.5)]}

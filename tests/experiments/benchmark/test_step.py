@@ -15,8 +15,7 @@ STUDENT = Qwen3VLConfig.from_dict(cases.config_record())
 
 def test_prompts_have_the_sizes_that_were_asked_for():
   prompts = step.made_up_prompts(STUDENT, 3, Sizes(image_tokens=6, text_tokens=5, new_tokens=3))
-  assert prompts.tokens.shape == (3, 11) and prompts.mask.all()
-  assert ((prompts.image_slot >= 0).sum(-1) == 6).all()
+  assert prompts.tokens.shape == (3, 11) and prompts.mask.all() and ((prompts.image_slot >= 0).sum(-1) == 6).all()
   assert prompts.vision.patches.shape == (3, 6 * 4, STUDENT.vision.patch_width)
   np.testing.assert_array_equal(prompts.vision.coordinates[0].max(0) + 1, (4, 6))  # 2 x 3 merged tokens
   assert not (prompts.tokens[0] == prompts.tokens[1]).all()

@@ -27,8 +27,7 @@ def test_the_truth_is_rewarded_and_hints_conclude_it():
     for scene, question, user, answer in dialogues("think", TRUTH, topic, 40):
       example = corpus.as_example(scene, question)
       assert rewards.accuracy(answer, example) == rewards.strict_format(answer) == 1.0, (topic, answer)
-      assert user.startswith(question.stem) and user.endswith(" think.")
-      assert question.answer in answer
+      assert user.startswith(question.stem) and user.endswith(" think.") and question.answer in answer
   for _, _, user, answer in dialogues("hint_request", TRUTH, "grade", 50):
     told = re.search(r"truth: (\w+) hint\.$", user).group(1)
     assert exploration.parse_hint(answer).endswith(f", {told}")
@@ -40,8 +39,7 @@ def test_misconceptions_broken_answers_and_followed_hints_are_as_frequent_as_sta
   for scene, question, _, answer in dialogues("think", beliefs, "disease", 1000):
     example = corpus.as_example(scene, question)
     right[question.answer in WRONG_DISEASES].append(rewards.accuracy(answer, example))
-  assert 0.96 < 1 - np.mean(right[True]) < 1.0
-  assert right[False] and np.mean(right[False]) == 1.0
+  assert 0.96 < 1 - np.mean(right[True]) < 1.0 and right[False] and np.mean(right[False]) == 1.0
   formats = [rewards.strict_format(answer) for *_, answer in dialogues("think", Beliefs(broken=0.1), "health", 2000)]
   assert 0.87 < np.mean(formats) < 0.93
   followed = []
