@@ -43,6 +43,7 @@ import pytest
 from absl import flags
 
 from kepo_jax import memory
+from tests import fake_bucket
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -112,6 +113,14 @@ def mesh_of():
     return sharding.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
 
   return make
+
+
+@pytest.fixture
+def bucket(tmp_path):
+  """gs://bucket, an empty folder of this test."""
+  (tmp_path / "cloud" / "bucket").mkdir(parents=True)
+  with fake_bucket.served(tmp_path / "cloud") as store:
+    yield store
 
 
 @pytest.fixture

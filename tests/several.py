@@ -89,7 +89,6 @@ HELD = (((8, 1, 1), (8, 2)), ((2, 4, 1), (2, 4)), ((1, 8, 1), (3, 8)), ((1, 1, 8
 
 
 def score(_):
-  """What each process scores."""
   for axes, shape in HELD:
     scored = []
 

@@ -1,5 +1,3 @@
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +5,6 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from kepo_jax import sharding
-from kepo_jax.models.qwen3_vl import model
-from kepo_jax.models.qwen3_vl.config import SIZES
 
 
 @pytest.mark.parametrize(("axes", "shape", "expected"), [
@@ -60,21 +56,6 @@ def test_held_rows_are_those_that_placing_reads(mesh_of, monkeypatch):
 
   monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", part)
   assert sharding.held_rows(mesh, 16) == {2, 3, 12, 13}
-
-
-@pytest.mark.parametrize("sizes", [(1, 2, 8), (4, 8, 8)], ids=str)
-def test_a_chip_that_decodes_from_the_train_layout_holds_its_share(sizes):
-  config, mesh = SIZES["Qwen3-VL-32B"], jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES)
-  shapes, axes = model.abstract_params(config, jnp.bfloat16), model.logical_axes(config)
-  places = sharding.weight_shardings(mesh, shapes, axes)
-  parts = jax.tree.map(lambda x, place: x.size // math.prod(place.shard_shape(x.shape)), shapes, places)
-  cuts = jax.tree.map(lambda x, names, parts: (parts, x.size, [name for name in names if name]), shapes, axes, parts)
-  found = jax.tree.leaves(cuts, is_leaf=lambda node: isinstance(node, tuple))
-  _, fsdp, tensor = sizes
-  # Both sides of a matrix of the decoder are cut, and one of the tower's; vectors, which have no names, are whole.
-  assert {parts for parts, _, names in found if len(names) == 2} == {fsdp * tensor}
-  assert {parts for parts, _, names in found if names == ["vision"]} == {fsdp}
-  assert all(parts == 1 and 2 * size < 64 * 2**20 for parts, size, names in found if not names)
 
 
 ROWS, PROMPT = [("data", "fsdp")], ("prompt", "rollout")

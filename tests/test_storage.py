@@ -10,7 +10,6 @@ from etils.epath import backend
 from fsspec.registry import _registry
 
 from kepo_jax import storage
-from tests import fake_bucket
 
 
 def test_a_write_replaces_as_a_whole_or_names_the_file(tmp_path, monkeypatch):
@@ -28,14 +27,6 @@ def test_a_write_replaces_as_a_whole_or_names_the_file(tmp_path, monkeypatch):
   with pytest.raises(OSError, match=r"config.json could not be written: No space left on device"):
     storage.write_text(path, "new")
   assert path.read_text() == "ü"
-
-
-@pytest.fixture
-def bucket(tmp_path):
-  """gs://bucket as a local folder."""
-  (tmp_path / "cloud" / "bucket").mkdir(parents=True)
-  with fake_bucket.served(tmp_path / "cloud") as store:
-    yield store
 
 
 def put(store, **files):

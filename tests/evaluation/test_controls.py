@@ -28,7 +28,6 @@ def drawn(tmp_path, rng):
 
 
 def differing(first, second):
-  """Names of the arrays that are not equal."""
   leaves = zip(jax.tree.leaves_with_path(first), jax.tree.leaves(second), strict=True)
   return {jax.tree_util.keystr(path) for (path, a), b in leaves if not np.array_equal(a, b)}
 

@@ -8,7 +8,6 @@ import pytest
 from kepo_jax import evaluation
 from kepo_jax.data import prompts
 from kepo_jax.evaluation import outputs as outputs_lib
-from tests import fake_bucket
 from tests.evaluation.scripted import Scripted, examples
 
 SAMPLES, BATCH = 2, 3
@@ -111,21 +110,19 @@ def test_what_cannot_be_resumed(unbroken, tmp_path):
     opened(tmp_path, resume=True)
 
 
-def test_a_folder_in_a_bucket_is_continued_like_a_local_one(unbroken, tmp_path, monkeypatch):
-  bucket = tmp_path / "cloud" / "bucket"
-  bucket.mkdir(parents=True)
-  with fake_bucket.served(tmp_path / "cloud"):
-    with pytest.raises(KeyboardInterrupt):
-      run("gs://bucket/evaluation", dies_after=4)
-    assert run("gs://bucket/evaluation", resume=True) == [6, 7, 6]  # two of three batches were answered
-    assert contents(bucket / "evaluation") == contents(unbroken)
-    assert outputs_lib.read_outputs("gs://bucket/evaluation") == outputs_lib.read_outputs(unbroken)
-    with pytest.raises(ValueError, match="there is no bucket gs://other"):
-      opened("gs://other/evaluation")
-    monkeypatch.setattr(outputs_lib, "_COPY_SECONDS", -1)
-    with opened("gs://bucket/more") as record:
-      record.write({"id": "q0", "sample": 0})
-      assert (bucket / "more" / outputs_lib.OUTPUTS).read_text() == '{"id": "q0", "sample": 0}\n'
+def test_a_folder_in_a_bucket_is_continued_like_a_local_one(unbroken, bucket, monkeypatch):
+  folder = bucket.root / "bucket"
+  with pytest.raises(KeyboardInterrupt):
+    run("gs://bucket/evaluation", dies_after=4)
+  assert run("gs://bucket/evaluation", resume=True) == [6, 7, 6]  # two of three batches were answered
+  assert contents(folder / "evaluation") == contents(unbroken)
+  assert outputs_lib.read_outputs("gs://bucket/evaluation") == outputs_lib.read_outputs(unbroken)
+  with pytest.raises(ValueError, match="there is no bucket gs://other"):
+    opened("gs://other/evaluation")
+  monkeypatch.setattr(outputs_lib, "_COPY_SECONDS", -1)
+  with opened("gs://bucket/more") as record:
+    record.write({"id": "q0", "sample": 0})
+    assert (folder / "more" / outputs_lib.OUTPUTS).read_text() == '{"id": "q0", "sample": 0}\n'
 
 
 def test_damaged_outputs_are_refused(unbroken, interrupted):

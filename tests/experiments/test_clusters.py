@@ -1,5 +1,3 @@
-"""Several processes are joined where something announces them; a lone machine asks nobody and opens nothing."""
-
 import socket
 import types
 

@@ -27,6 +27,7 @@ from kepo_jax.reporting import progress
 from kepo_jax.training import lock, programs
 from tests import fake_bucket
 from tests.data.cases import MEDR1, write_records
+from tests.training.runs import lines
 
 DISPLAY = progress.Display(Console(quiet=True))
 
@@ -97,10 +98,6 @@ def test_wrong_flags_are_named(evaluate_medvqa, checkpoint, data):
       evaluate_medvqa.main([])
 
 
-def records_of(folder):
-  return [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
-
-
 def test_from_flags_to_files(evaluate_medvqa, checkpoint, data, tmp_path, capsys):
   with flags_of(checkpoint, data, tmp_path / "out"):
     evaluate_medvqa.main([])
@@ -108,7 +105,7 @@ def test_from_flags_to_files(evaluate_medvqa, checkpoint, data, tmp_path, capsys
     assert "5 of 5 questions: the part test" in printed and "templates brief" in printed
     with pytest.raises(ValueError, match="holds an evaluation already; choose another --output"):
       evaluate_medvqa.main([])
-  outputs = records_of(tmp_path / "out")
+  outputs = lines(tmp_path / "out" / "outputs.jsonl")
   assert sorted(output["id"] for output in outputs) == [f"Drawn/Drawn_{n}" for n in range(5)]
   assert len({image for output in outputs for image in output["images"]}) == 5
   assert all(output["tokens"] <= 3 for output in outputs)
@@ -134,7 +131,7 @@ def test_from_a_bucket_to_a_bucket(evaluate_medvqa, checkpoint, data, tmp_path, 
   with fake_bucket.served(tmp_path / "cloud"):
     with flags_of("gs://bucket/model", "gs://bucket/data", "gs://bucket/output"):
       evaluate_medvqa.main([])
-  assert len(records_of(bucket / "output")) == 5
+  assert len(lines(bucket / "output" / "outputs.jsonl")) == 5
   about = json.loads((bucket / "output" / "evaluation.json").read_text())
   assert (about["model"], about["data"]) == ("gs://bucket/model", "gs://bucket/data/test")
 
@@ -148,7 +145,10 @@ def test_a_question_without_room_is_named_before_any_is_asked_or_left_out(evalua
     assert not (tmp_path / "out").exists()
     with flagsaver.flagsaver(lenient=True):
       evaluate_medvqa.main([])
-  assert sorted(output["id"] for output in records_of(tmp_path / "out")) == ["Drawn/Drawn_0", "Drawn/Drawn_2"]
+  assert sorted(output["id"] for output in lines(tmp_path / "out" / "outputs.jsonl")) == [
+    "Drawn/Drawn_0",
+    "Drawn/Drawn_2",
+  ]
 
 
 def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, data, tmp_path, capsys, monkeypatch):
@@ -161,8 +161,8 @@ def test_an_interrupted_evaluation_is_continued(evaluate_medvqa, checkpoint, dat
   # Killed while it wrote the seventh of ten lines: the two completions of two questions are a batch.
   cut.mkdir()
   shutil.copy(whole / "about.json", cut)
-  lines = (whole / "outputs.jsonl").read_bytes().splitlines(keepends=True)
-  (cut / "outputs.jsonl").write_bytes(b"".join(lines[:7])[:-9])
+  written = (whole / "outputs.jsonl").read_bytes().splitlines(keepends=True)
+  (cut / "outputs.jsonl").write_bytes(b"".join(written[:7])[:-9])
   with flags_of(checkpoint, data, cut, **asked):
     with pytest.raises(ValueError, match="--resume continues it"):
       evaluate_medvqa.main([])
@@ -207,7 +207,7 @@ def test_a_folder_belongs_to_one_evaluation_at_a_time(evaluate_medvqa, checkpoin
   monkeypatch.setattr(lock.WorkdirLock, "check", lost)
   with flags_of(checkpoint, data, tmp_path / "taken"), pytest.raises(ValueError, match="was taken by process 7"):
     evaluate_medvqa.main([])
-  assert records_of(tmp_path / "taken") == []
+  assert lines(tmp_path / "taken" / "outputs.jsonl") == []
 
 
 def folder_that_says(folder, **settings):

@@ -38,7 +38,6 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def copied(workdir, tmp_path):
-  """The same run, to be damaged."""
   return shutil.copytree(workdir, tmp_path / "run")
 
 

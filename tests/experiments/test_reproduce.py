@@ -1,5 +1,3 @@
-"""The command: what is run, in which order, what is not run again, and what is told of faults."""
-
 import csv
 import itertools
 import json

@@ -64,7 +64,6 @@ def sample(key="q1", *, text="<answer>A</answer>", **fields):
 
 
 def page_of(*blocks, **fields):
-  """A page with one section."""
   return pages.Page(title="Run", sections=(pages.Section("Questions", blocks),), **fields)
 
 
@@ -78,7 +77,6 @@ def rollout(step=1, name="q1", number=0, *, accuracy=0.0, **fields):
 
 
 def run_plan(config, **fields):
-  """The plan of a run that begins."""
   same = {"workdir": "runs/one", "models": {}, "mesh": {"data": 2, "fsdp": 4, "tensor": 1}, "start_step": 0}
   same |= {"questions": {"train": 600, "test": 2400}, "programs": ("rollout", "update")}
   return types.RunPlan(config=config, **same | fields)

@@ -13,7 +13,6 @@ from PIL import Image
 
 from kepo_jax import storage
 from kepo_jax.reporting import pages
-from tests import fake_bucket
 from tests.conftest import ROOT
 from tests.evaluation.scripted import output
 from tests.reporting.cases import HOSTILE, Document, page_of, rollout, sample
@@ -268,15 +267,14 @@ def test_what_is_no_image_gives_nothing(tmp_path, monkeypatch):
     assert pages.Thumbnails()(path) == "", path
 
 
-def test_an_image_in_a_bucket_is_read(tmp_path, monkeypatch):
-  folder = tmp_path / "cloud" / "bucket" / "images"
-  folder.mkdir(parents=True)
+def test_an_image_in_a_bucket_is_read(bucket, tmp_path, monkeypatch):
+  folder = bucket.root / "bucket" / "images"
+  folder.mkdir()
   Image.new("L", (4, 4), 7).save(folder / "a.png")
   thumbnails = pages.Thumbnails()
-  with fake_bucket.served(tmp_path / "cloud"):
-    assert thumbnails("gs://bucket/images/missing.png") == ""
-    first = thumbnails("gs://bucket/images/a.png")
-    assert first == thumbnails(str(folder / "a.png")) != ""
+  assert thumbnails("gs://bucket/images/missing.png") == ""
+  first = thumbnails("gs://bucket/images/a.png")
+  assert first == thumbnails(str(folder / "a.png")) != ""
   (folder / "a.png").unlink()
   assert thumbnails(str(folder / "a.png")) == first  # a file is read once
   # The copy that was trained on is used.

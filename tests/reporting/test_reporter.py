@@ -13,10 +13,9 @@ from tests.reporting.test_curves import evaluation
 from tests.training.runs import changed
 
 
-def make_plan(workdir, start_step=0, positions=None):
+def make_plan(workdir):
   models = {"student": SIZES["Qwen3-VL-2B"], "teacher": SIZES["Qwen3-VL-8B"]}
-  fields = {"workdir": str(workdir), "models": models, "start_step": start_step, "positions": positions or {}}
-  return run_plan(changed(kepo, train__steps=4), **fields)
+  return run_plan(changed(kepo, train__steps=4), workdir=str(workdir), models=models)
 
 
 def report(step):
@@ -25,23 +24,19 @@ def report(step):
   return types.StepReport(step=step, metrics=metrics, timing=timing, samples=(rollout(step),))
 
 
-def follow(workdir, steps, start=0, finish=True, positions=None, saved=None):
-  """Plays a run to a reporter; returns what was shown. `saved` receives the positions after step 2."""
+def follow(workdir):
+  """Plays a run of four steps to a reporter; returns what was shown."""
   output = io.StringIO()
   reporter = reporting.RunReporter(console=Console(file=output, width=110))
   reporter.progress("loading", 1, 1)
-  reporter.start(make_plan(workdir, start, positions))
-  for step in steps:
+  reporter.start(make_plan(workdir))
+  for step in range(1, 5):
     reporter.step(report(step))
     if step % 2 == 0:
       reporter.evaluation(step, "validation", evaluation(0.25 + step / 8))
-    if step == 2 and saved is not None:
-      saved.update(reporter.position())
-  if finish:
-    reporter.evaluation(4, "after", evaluation(0.7))
-    reporter.finish()
-  else:
-    reporter.stop()
+  assert reporter.position().keys() in ({"metrics.jsonl", "timing.jsonl", "samples.jsonl"}, set())
+  reporter.evaluation(4, "after", evaluation(0.7))
+  reporter.finish()
   return output.getvalue()
 
 
@@ -51,14 +46,14 @@ def test_a_plan_that_does_not_fit_is_told_before_the_first_step(monkeypatch):
     output = io.StringIO()
     plan = {"student": 3e9, "teacher": 1e9, "update": 2e9, "hints": 1.0, "peak": peak}
     reporter = reporting.RunReporter(memory=lambda _, plan=plan: plan, console=Console(file=output, width=300))
-    reporter.start(make_plan("", 0))
+    reporter.start(make_plan(""))
     assert ("it will not fit. Raise batch.micro_batches" in output.getvalue()) == warns
     assert progress.largest_parts(reporter.memory) == "student 3 GB, update 2 GB, teacher 1 GB"
 
 
 def test_a_run_leaves_its_figures_samples_and_report(tmp_path):
   (tmp_path / "evaluation.json").write_text(json.dumps({"before": evaluation(0.4), "after": evaluation(0.7)}))
-  shown = follow(tmp_path, range(1, 5))
+  shown = follow(tmp_path)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
   of_validation = {"validation/in_domain": 0.5, "validation/out_of_domain": 0.4, "validation/overall": 0.5}
@@ -74,19 +69,9 @@ def test_a_run_leaves_its_figures_samples_and_report(tmp_path):
   assert "step 4/4" in shown and "70.0 [65.0, 75.0]" in shown
 
 
-def test_a_resumed_run_leaves_the_same_bytes(tmp_path):
-  follow(tmp_path / "whole", range(1, 5), finish=False)
-  saved = {}
-  follow(tmp_path / "cut", range(1, 4), finish=False, saved=saved)  # dies after step 3, with its checkpoint of step 2
-  assert saved.keys() == {"metrics.jsonl", "timing.jsonl", "samples.jsonl"}
-  follow(tmp_path / "cut", range(3, 5), start=2, positions=saved, finish=False)
-  for name in ("metrics.jsonl", "samples.jsonl"):
-    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
 def test_only_the_first_host_shows_and_writes(tmp_path, monkeypatch):
   monkeypatch.setattr("jax.process_index", lambda: 1)
-  assert follow(tmp_path, range(1, 5)) == ""
+  assert follow(tmp_path) == ""
   assert list(tmp_path.iterdir()) == []
 
 

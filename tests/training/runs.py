@@ -94,12 +94,10 @@ def flip_a_bit(folder):
 
 
 def lines(path):
-  """The records of a .jsonl file."""
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def equal(a, b):
-  """Whether two trees of arrays are the same to the bit."""
   raw = lambda x: np.atleast_1d(np.asarray(x)).view(np.uint8)  # noqa: E731
   return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(raw(x), raw(y)), a, b)))
 

@@ -10,6 +10,7 @@ import pytest
 from kepo_jax import sharding
 from kepo_jax.training import manifest
 from kepo_jax.training.checkpoints import Checkpoints, restored_params, steps_in
+from tests.training.runs import flip_a_bit
 
 
 def opened(tmp_path, **changes):
@@ -61,17 +62,10 @@ def largest(folder):
   return max(files, key=lambda path: path.stat().st_size)
 
 
-def flip(folder):
-  path = largest(folder)
-  data = bytearray(path.read_bytes())
-  data[len(data) // 2] ^= 4
-  path.write_bytes(data)
-
-
 def test_what_is_damaged_is_set_aside_and_what_is_incomplete_removed_and_the_one_before_them_used(tmp_path, said):
   saved(tmp_path, [2, 4, 6], keep=3)
   (tmp_path / "checkpoints" / "6" / manifest.NAME).unlink()
-  flip(tmp_path / "checkpoints" / "4")
+  flip_a_bit(tmp_path / "checkpoints" / "4" / "state")
   tree, record = restored(tmp_path)
   assert record == {"step": 2} and float(tree["b"][0]) == 2
   assert "the checkpoint of step 6 was never completed" in said.text
@@ -129,7 +123,7 @@ def test_parameters_alone_come_back_also_where_the_path_is_a_pattern(tmp_path, m
   for other, missing in ((like | {"c": like["w"]}, "c"), ({"b": like["b"]}, "w")):
     with pytest.raises(ValueError, match=f"1 is intact and does not fit .*: one of them has no {missing}$"):
       restored_params(folder, other)
-  flip(folder)
+  flip_a_bit(folder / "state")
   with pytest.raises(ValueError, match="checkpoints/1 is damaged: "):
     restored_params(folder, like)
 

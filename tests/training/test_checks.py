@@ -1,5 +1,3 @@
-"""Processes that would not train on the same are refused, with what differs and on which of them."""
-
 import dataclasses
 import re
 import shutil
@@ -65,7 +63,6 @@ def test_every_process_refuses(monkeypatch):
 
 @pytest.fixture
 def warned(monkeypatch):
-  """Messages of warnings."""
   said = []
   monkeypatch.setattr(logging, "warning", lambda message, *values: said.append(message % values))
   return said

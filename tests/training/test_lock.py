@@ -11,7 +11,6 @@ import pytest
 
 from kepo_jax.training import lock
 from kepo_jax.training.lock import WorkdirLock
-from tests import fake_bucket
 from tests.training.cases import until
 
 # Without the import of everything that trains.
@@ -94,13 +93,6 @@ def test_storage_that_answers_again_is_no_reason_to_stop(tmp_path, monkeypatch):
     (tmp_path / lock.NAME).unlink()
     until(lambda: (tmp_path / lock.NAME).exists() and (tmp_path / lock.NAME).read_text())  # renewed again
     held.check()
-
-
-@pytest.fixture
-def bucket(tmp_path):
-  (tmp_path / "bucket").mkdir()
-  with fake_bucket.served(tmp_path) as store:
-    yield store
 
 
 @pytest.mark.parametrize("remote", [False, True])

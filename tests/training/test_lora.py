@@ -61,7 +61,6 @@ def update(student, params, tiny_experience, allowed, mesh_of):
 
 @pytest.fixture(scope="module")
 def reference(update):
-  """One update on one device."""
   return update()
 
 
@@ -166,7 +165,6 @@ def settings(**changes):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """(workdir, result) of a run that nothing disturbed."""
   workdir = tmp_path_factory.mktemp("lora") / "run"
   return workdir, train(settings(), workdir)
 

@@ -1,7 +1,6 @@
 import pytest
 
 from kepo_jax.training import manifest
-from tests import fake_bucket
 
 
 @pytest.fixture
@@ -30,18 +29,16 @@ def test_damage_is_named(folder):
   assert manifest.faults(folder) == ["state/b is missing", "state/d/a has 10 of 5120 bytes"]
 
 
-def test_a_bucket_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
-  (tmp_path / "bucket").mkdir()
-  with fake_bucket.served(tmp_path) as store:
-    store.write("bucket", "run/5/array", b"numbers")
-    manifest.write("gs://bucket/run/5")
-    assert manifest.faults("gs://bucket/run/5") == []
+def test_a_bucket_that_does_not_answer_is_no_damage(bucket, monkeypatch):
+  bucket.write("bucket", "run/5/array", b"numbers")
+  manifest.write("gs://bucket/run/5")
+  assert manifest.faults("gs://bucket/run/5") == []
 
-    def silent(bucket, name, read=store.read):
-      if name.endswith("array"):
-        raise TimeoutError("no answer")
-      return read(bucket, name)
+  def silent(place, name, read=bucket.read):
+    if name.endswith("array"):
+      raise TimeoutError("no answer")
+    return read(place, name)
 
-    monkeypatch.setattr(store, "read", silent)
-    with pytest.raises(TimeoutError):  # what is intact must not be set aside
-      manifest.faults("gs://bucket/run/5")
+  monkeypatch.setattr(bucket, "read", silent)
+  with pytest.raises(TimeoutError):  # what is intact must not be set aside
+    manifest.faults("gs://bucket/run/5")

@@ -1,5 +1,3 @@
-"""Every method runs two steps, and logs what it has and nothing else; and so do options that no config sets."""
-
 import importlib
 
 import pytest

@@ -47,7 +47,6 @@ def placed(mesh):
 
 
 def gradients(params, n):
-  """Of sizes that differ, the same on any mesh."""
   draw = lambda x: np.random.RandomState(n).normal(size=x.shape).astype(np.float32)  # noqa: E731
   return jax.tree.map(lambda x: jax.device_put(draw(x), x.sharding), params)
 

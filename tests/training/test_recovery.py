@@ -1,5 +1,3 @@
-"""Whatever stops a run, it continues where a run without the accident would be; what must not continue says why."""
-
 import jax
 import numpy as np
 import pytest

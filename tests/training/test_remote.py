@@ -1,5 +1,3 @@
-"""A run whose folder, models and data lie in a bucket is the run on a local disk, whatever happens to it."""
-
 import json
 import os
 import shutil

@@ -1,5 +1,3 @@
-"""Several devices and processes do what one does; what ends one process ends both, and they go on to the bit."""
-
 import contextlib
 import json
 import time

@@ -58,7 +58,6 @@ def tokens_of(first):
 
 
 def groups_of(rows):
-  """Groups of two tokens each that say TEXTS, [P][G]."""
   return cases.groups([[TEXTS[t] for t in row] for row in rows], np.full(np.shape(rows), 2))
 
 

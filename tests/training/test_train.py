@@ -1,5 +1,3 @@
-"""One run from end to end: what its folder holds, that its export and its resume are what they say, what is refused."""
-
 import dataclasses
 import json
 import shutil

@@ -1,5 +1,3 @@
-"""The update: that of a dense loop, whatever the micro-batches, mesh and padding; each term sees the rows it is for."""
-
 import functools
 
 import jax
@@ -67,13 +65,11 @@ def update(tiny_config, tiny_params, tiny_experience, teacher, allowed, mesh_of)
 
 @pytest.fixture(scope="module")
 def reference(update):
-  """One update on one device in one part."""
   return update()
 
 
 @pytest.fixture(scope="module")
 def twice(update):
-  """Two updates of one batch."""
   return update(updates=2)
 
 
@@ -90,7 +86,6 @@ def logits_of(tiny_config):
 
 
 def selected(logits, tokens, allowed):
-  """Log-probabilities of the tokens from dense logits."""
   logps = jax.nn.log_softmax(jnp.where(allowed[None, None, None], logits, -jnp.inf))
   return np.asarray(jnp.take_along_axis(logps, jnp.asarray(tokens)[..., None], -1)[..., 0])
 
@@ -109,12 +104,10 @@ def difference(a, b):
 
 
 def gradient(state, params):
-  """What moved the parameters."""
   return jax.tree.map(lambda a, b: (np.asarray(b) - np.asarray(a)) / RATE, state.params, params)
 
 
 def moved(a, b):
-  """Whether each tensor differs."""
   return jax.tree.leaves(jax.tree.map(lambda x, y: bool((np.asarray(x) != np.asarray(y)).any()), a, b))
 
 
@@ -299,7 +292,6 @@ def test_rollouts_that_are_not_kept_enter_no_term(update, tiny_experience):
 
 
 def inputs_of(config, allowed, params, batch, *, loss=None, **settings):
-  """The inputs of the loss."""
   token_loss = losses.KepoTokenLoss(allowed=allowed, **loss or {})
   made = make_inputs(config, token_loss, UpdateSettings(compute_dtype=jnp.float32, chunk=4, **settings))
   return jax.jit(made)(params, jnp.int32(0), batch)
