@@ -40,7 +40,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import numpy as np
 import pytest
-from absl import flags
+from absl import flags, logging
 
 from kepo_jax import memory
 from tests import fake_bucket
@@ -121,6 +121,13 @@ def bucket(tmp_path):
   (tmp_path / "cloud" / "bucket").mkdir(parents=True)
   with fake_bucket.served(tmp_path / "cloud") as store:
     yield store
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+  """What was logged."""
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  return caplog
 
 
 @pytest.fixture

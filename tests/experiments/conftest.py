@@ -1,6 +1,6 @@
 import pytest
 
-from tests.training.conftest import allowed, tiny_config, tiny_params, tiny_prompts
+from tests.training.conftest import allowed, tiny_config, tiny_params
 
 
 def entry_point(name):
@@ -10,4 +10,4 @@ def entry_point(name):
 
 PROGRAMS = ("build_tfds", "compare_medvqa", "inspect_medvqa", "measure_hints", "plan")
 build_tfds, compare_medvqa, inspect_medvqa, measure_hints, plan = map(entry_point, PROGRAMS)
-__all__ = ["allowed", "tiny_config", "tiny_params", "tiny_prompts"]  # fixtures
+__all__ = ["allowed", "tiny_config", "tiny_params"]  # fixtures

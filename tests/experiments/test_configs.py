@@ -62,22 +62,3 @@ def test_names_of_methods_and_settings():
     assert config_of(method) is not config_of(method)  # changing one changes no other
     with pytest.raises(ValueError, match=r"setting 'mars' is unknown; use one of \['medvqa', 'phantom'\]"):
       config_of(method, "mars")
-
-
-def test_a_setting_says_nothing_about_methods():
-  phantom, medvqa = (run_record._flat(grpo.get_config(setting).to_dict()) for setting in ("phantom", "medvqa"))
-  changed = {name for name, value in medvqa.items() if value != phantom[name]}
-  assert {name for name in changed if name.split(".")[0] in ("objective", "reward", "batch", "supervised")} == set()
-  lengths = {"exploration.hint_tokens", "sampling.max_new_tokens"}
-  assert {name for name in changed if name.startswith(("exploration.", "sampling."))} == lengths
-
-
-def test_the_setting_of_the_paper():
-  config = grpo.get_config("medvqa")
-  # One epoch of 600 questions in steps of 8; 1,024 new tokens in training and evaluation.
-  assert config.train.steps * config.batch.prompts == config.data.train_items == 600
-  assert config.sampling.max_new_tokens == config.eval.max_new_tokens == 1024
-  assert (config.batch.prompts, config.batch.rollouts, config.data.test_items) == (8, 8, 300)
-  assert (config.model.student, config.data.resize) == ("Qwen/Qwen3-VL-2B-Instruct", "squash384")
-  # An image of 384 x 384 is 24 x 24 patches of 16 pixels; the smallest bucket holds one.
-  assert config.data.patch_buckets[0] == 24 * 24

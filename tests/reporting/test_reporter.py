@@ -1,7 +1,6 @@
 import io
 import json
 
-from absl import logging
 from rich.console import Console
 
 from experiments.configs import kepo
@@ -75,12 +74,11 @@ def test_only_the_first_host_shows_and_writes(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_warnings_reach_the_terminal_once(caplog, monkeypatch):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+def test_warnings_reach_the_terminal_once(said):
   output = io.StringIO()
   reporter = reporting.RunReporter(console=Console(file=output, width=300))
   reporter.start(make_plan(""))
   for step in range(1, 31):
     reporter.step(report(step))  # format is 0 throughout
   assert output.getvalue().count("#format-at-zero") == 1
-  assert "#format-at-zero" not in caplog.text  # the display and the log share standard error
+  assert "#format-at-zero" not in said.text  # the display and the log share standard error

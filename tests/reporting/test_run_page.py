@@ -1,9 +1,7 @@
 import itertools
 import json
-import logging as standard_logging
 
 import pytest
-from absl import logging
 from PIL import Image
 
 from experiments.configs import kepo
@@ -98,8 +96,7 @@ def test_what_is_missing_is_left_out(tmp_path, undrawn):
   assert page_of(tmp_path / "empty").inside("h2") == []
 
 
-def test_a_page_that_cannot_be_made_costs_nothing_else(tmp_path, undrawn, caplog, monkeypatch):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+def test_a_page_that_cannot_be_made_costs_nothing_else(tmp_path, undrawn, said):
   for name, text in (
     ("samples.jsonl", "no JSON\n{}\n"),
     ("outputs/after.jsonl", '{"id": 3, "correct": true}\n'),
@@ -107,10 +104,10 @@ def test_a_page_that_cannot_be_made_costs_nothing_else(tmp_path, undrawn, caplog
   ):
     root = make_run(tmp_path / name)
     (root / name).write_text(text)
-    caplog.clear()
-    with caplog.at_level(standard_logging.WARNING):
+    said.clear()
+    with said.at_level("WARNING"):
       assert reporting.write_report(root) == {"before": {}}, text
-    assert "report/index.html could not be made" in caplog.text and not any((root / "report").iterdir()), text
+    assert "report/index.html could not be made" in said.text and not any((root / "report").iterdir()), text
 
 
 def test_warnings_are_found_again():

@@ -3,7 +3,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from absl import logging
 from tensorboardX.proto import event_pb2
 
 from kepo_jax.reporting import writers
@@ -39,14 +38,13 @@ def test_a_file_that_is_cut_back_continues_as_if_nothing_had_been_interrupted(tm
   assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_file_that_lost_its_end_is_told(tmp_path, caplog, monkeypatch):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+def test_a_file_that_lost_its_end_is_told(tmp_path, said):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "x"')
   file = writers.JsonLines(tmp_path / "metrics.jsonl", position=50)
   file.write(3, {})
   file.close()
   assert [record["step"] for record in writers.read_records(tmp_path / "metrics.jsonl")] == [1, 3]
-  assert "has 27 of the 50 bytes that it had: its history has a gap" in caplog.text
+  assert "has 27 of the 50 bytes that it had: its history has a gap" in said.text
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):

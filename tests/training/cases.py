@@ -27,11 +27,7 @@ def example(name, answer="B"):
 def groups(texts, lengths, *, name="q", ended=True):
   """Groups whose rollouts say `texts` [P][G] and have `lengths` [P][G]; tokens count upwards from the first.
 
-  Args:
-    texts: what the scorer judges.
-    lengths: completion tokens, the end token included.
-    name: begins the ids of the questions.
-    ended: bool[P][G] or bool, rows that have an end token.
+  Lengths count the end token, which rows have where `ended`; `name` begins the ids of the questions.
   """
   lengths = np.array(lengths)
   shape = (*lengths.shape, T)

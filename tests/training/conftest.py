@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 
 from kepo_jax.data import splits
-from kepo_jax.models.qwen3_vl import model, positions
+from kepo_jax.models.qwen3_vl import model
 from kepo_jax.models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
-from kepo_jax.types import Experience, Prompts, VisionInputs
+from kepo_jax.types import Experience
+from tests.models.qwen3_vl.cases import make_prompts
 from tests.training import runs
 
 P, G, T, VOCABULARY = 4, 4, 6, 40
@@ -27,11 +27,7 @@ def tiny_config() -> Qwen3VLConfig:
       depth=2, hidden_size=8, intermediate_size=16, num_heads=2, out_hidden_size=16, num_position_embeddings=16,
       deepstack_visual_indexes=(0,), patch_size=2,
     ),
-    tie_word_embeddings=True,
-    image_token_id=30,
-    video_token_id=31,
-    vision_start_token_id=32,
-    vision_end_token_id=33,
+    tie_word_embeddings=True, image_token_id=30, video_token_id=31, vision_start_token_id=32, vision_end_token_id=33,
   )  # fmt: skip
 
 
@@ -42,45 +38,16 @@ def tiny_params(tiny_config):
 
 
 @pytest.fixture(scope="session")
-def tiny_prompts(tiny_config) -> Prompts:
-  """Four prompts of different lengths with one image of 2 x 2 patches each."""
-  rng = np.random.default_rng(2)
-  rows, length = 4, 8
-  texts = [[1, 32, 30, 33, *rng.integers(2, 20, size)] for size in (1, 4, 2, 3)]
-  grid = [(1, 2, 2)]
-  segments, coordinates, index, weight = positions.vision_tables(grid, tiny_config)
-  stack = lambda x: np.broadcast_to(x, (P, *np.shape(x))).copy()  # noqa: E731
-  fields = {
-    "tokens": np.zeros((P, length), np.int32), "mask": np.zeros((P, length), bool),
-    "positions": np.zeros((P, 3, length), np.int32), "next_position": np.zeros(P, np.int32),
-    "image_slot": np.full((P, length), -1, np.int32),
-  }  # fmt: skip
-  for i, text in enumerate(texts):
-    place, following, slot = positions.prompt_positions(text, grid, tiny_config)
-    for name, value in (("tokens", text), ("mask", True), ("image_slot", slot)):
-      fields[name][i, : len(text)] = value
-    fields["positions"][i, :, : len(text)] = place
-    fields["next_position"][i] = following
-  return Prompts(
-    **fields,
-    row=np.arange(P, dtype=np.uint32),
-    vision=VisionInputs(
-      patches=rng.normal(size=(P, rows, tiny_config.vision.patch_width)).astype(np.float32), segments=stack(segments),
-      coordinates=stack(coordinates), table_index=stack(index), table_weight=stack(weight),
-    ),
-  )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def tiny_experience(tiny_prompts) -> Experience:
-  """Rollouts of different lengths, gated and injected here and there."""
+def tiny_experience(tiny_config) -> Experience:
+  """Rollouts of four prompts with an image of 2 x 2 patches each; gated and injected here and there."""
+  prompts = make_prompts(tiny_config, [(1, (2, 2), size) for size in (1, 4, 2, 3)], seed=2)[0]
   rng = np.random.default_rng(3)
   lengths = rng.integers(1, T + 1, (P, G, 1))
   mask = np.arange(T) < lengths
   injected = np.zeros((P, G), bool)
   injected[1, 2] = injected[3, 0] = True
   return Experience(
-    prompts=tiny_prompts, tokens=np.where(mask, rng.integers(2, 20, (P, G, T)), 0).astype(np.int32), mask=mask,
+    prompts=prompts, tokens=np.where(mask, rng.integers(2, 20, (P, G, T)), 0).astype(np.int32), mask=mask,
     logps=np.where(mask, -rng.random((P, G, T)), 0).astype(np.float32),
     advantages=rng.normal(size=(P, G)).astype(np.float32), gate=rng.random((P, G)) < 0.5, injected=injected,
     supervised=np.zeros((P, G), bool), kept=np.ones((P, G), bool),
@@ -104,10 +71,3 @@ def whole(tmp_path_factory, questions):
   """(workdir, result, recorder) of a run that nothing disturbed and nothing may change; copy it first."""
   workdir, recorder = tmp_path_factory.mktemp("run") / "whole", runs.Recorder()
   return workdir, runs.train(runs.small(), workdir, records=questions, hooks=[recorder]), recorder
-
-
-@pytest.fixture
-def said(caplog, monkeypatch):
-  """What was logged."""
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  return caplog
