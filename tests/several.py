@@ -30,8 +30,6 @@ from tests.training.runs import ASSETS
 
 
 class Processor:
-  """Tokens that are their own text."""
-
   def decode(self, tokens, mask):
     return [f"{row[keep].tolist()}" for row, keep in zip(tokens, mask, strict=True)]
 

@@ -35,5 +35,4 @@ def started(folder, *commands, devices, environ=({}, {})):
 
 
 def logs(folder):
-  """The ends of the logs of all processes."""
   return "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("*.log")))

@@ -16,7 +16,6 @@ from tests.training.runs import changed
 
 
 def legal(field):
-  """The values of a field with a few."""
   section, name = field.split(".")
   hint = typing.get_type_hints(type(getattr(Config(), section)))[name]
   return set(typing.get_args(hint))

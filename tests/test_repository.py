@@ -6,7 +6,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def documents(*suffixes):
-  """What a user reads."""
   folders = (ROOT.glob("*"), (ROOT / "docs").rglob("*"))
   return sorted(path for paths in folders for path in paths if path.suffix in suffixes)
 

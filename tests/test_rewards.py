@@ -219,13 +219,9 @@ def test_the_forgiving_parser_is_fast_on_repetition():
 def test_conventions():
   bracket = "<think>a</think><answer>(b)</answer>"
   for name, completion, accuracy, well_formed in (
-    ("med_r1", RIGHT, 1, 1),
-    ("med_r1", bracket, 0, 1),
+    ("med_r1", RIGHT, 1, 1), ("med_r1", bracket, 0, 1), ("no_think", "<answer>A</answer>", 0, 1),
+    ("no_think", RIGHT, 1, 0), ("lenient", bracket, 1, 1), ("lenient", "Brain", 1, 0),
     ("medvlm_r1", "<think>a</think><answer>B) Brain</answer>", 0.5, 1),
-    ("no_think", "<answer>A</answer>", 0, 1),
-    ("no_think", RIGHT, 1, 0),
-    ("lenient", bracket, 1, 1),
-    ("lenient", "Brain", 1, 0),
-  ):
+  ):  # fmt: skip
     found = rewards.CONVENTIONS[name]
     assert (found.accuracy(completion, BRAIN), found.format(completion, BRAIN)) == (accuracy, well_formed), name

@@ -62,7 +62,6 @@ def folder(tmp_path, marker, monkeypatch):
 
 
 def load(folder: pathlib.Path) -> None:
-  """All that a run reads of a model folder."""
   Processor.from_directory(folder, templates=prompts.TEMPLATES["brief"])
   checkpoint.load_pretrained(folder)
 
@@ -85,15 +84,6 @@ def test_a_tokenizer_class_of_the_folder_s_own_is_ignored(folder):
     change(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=auto_map)
     load(folder)
     assert tokenization.load(folder, 1024)(text)["input_ids"] == genuine
-
-
-def test_pickled_weights_are_refused(folder):
-  (folder / "model.safetensors").unlink()
-  with pytest.raises(ValueError, match="only safetensors weights are read"):
-    load(folder)
-  (folder / "model.safetensors").write_bytes((folder / "pytorch_model.bin").read_bytes())
-  with pytest.raises(ValueError, match="truncated or not a safetensors file"):
-    load(folder)
 
 
 def test_a_chat_template_cannot_leave_its_sandbox(folder):

@@ -10,7 +10,6 @@ from tests.evaluation.scripted import Scripted, examples, says
 
 
 def evaluated(model, asked, **options):
-  """(figures, output records)."""
   outputs = []
   result = evaluation.evaluate(model, model, asked, **{"batch_size": 5} | options, on_output=outputs.append)
   return result, outputs

@@ -6,7 +6,6 @@ from tests.data.cases import Layout, record
 
 @pytest.fixture
 def download(tmp_path):
-  """Six MRI questions in OmniMedVQA's layout."""
   layout = Layout(tmp_path / "OmniMedVQA")
   names = [f"Images/{number}.png" for number in range(6)]
   for number, name in enumerate(names):

@@ -141,8 +141,6 @@ def prompts_of(rows, config):
 
 
 class Processor:
-  """Tokens are words of themselves."""
-
   end_ids, pad_id = (END,), PAD
 
   def __init__(self, config, allowed):

@@ -56,7 +56,6 @@ class Document(html.parser.HTMLParser):
 
 
 def sample(key="q1", *, text="<answer>A</answer>", **fields):
-  """A question with one answer."""
   group = pages.AnswerGroup("Rollouts", (pages.Answer("rollout 1", text, right=True, values=(("total", "2"),)),))
   given = {"source": "test", "outcome": "right", "id": key, "modality": "MRI", "question_type": "Lesion Grading",
            "question": "How many?", "options": ("one", "two"), "answer": "A", "groups": (group,)} | fields  # fmt: skip

@@ -57,12 +57,6 @@ def display(**console):
   return progress.Display(Console(file=output, width=120, **console), clock=lambda: float(next(ticks))), output
 
 
-def test_the_figures_of_a_step():
-  expected = "reward 1.50  accuracy 0.75  cliff 0.25  gate 0.50  hints accepted 0.60  12,346 tokens/s"
-  assert progress.figures_line(METRICS, TIMING) == expected
-  assert progress.figures_line({"supervised/nll": 0.69315, "lr": 1e-4}, TIMING) == "nll 0.693  12,346 tokens/s"
-
-
 def test_plain_lines_come_about_every_twentieth_of_the_run():
   shown, output = display()
   shown.begin(80)

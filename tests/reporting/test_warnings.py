@@ -12,7 +12,6 @@ HEALTHY = {
 
 
 def after(watch, steps, **figures):
-  """All messages of some equal steps."""
   return [message for _ in range(steps) for message in watch.step(HEALTHY | figures)]
 
 

@@ -86,7 +86,6 @@ def copied(run, folder, last=STEPS):
 
 
 def flip_a_bit(folder):
-  """Damages the largest file below a folder."""
   path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
@@ -110,8 +109,6 @@ def assert_the_same(workdir, result, whole):
 
 
 class Recorder(Hook):
-  """Keeps every report."""
-
   def __init__(self):
     self.reports = []
 

@@ -189,6 +189,5 @@ def test_reachable_buckets_are_those_of_all_choices():
   crossed = (Need((64,), 64), Need((256,), 16))  # no one fills both buckets
   for chosen in (needs, needs[:3], needs[1:], crossed, needs[:1] * 4):
     for least, most in [(1, 1), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]:
-      assert compile_ahead.reachable(chosen, least, most) == slowly_reachable(chosen, least, most), (
-        chosen, least, most,
-      )  # fmt: skip
+      found, expected = (find(chosen, least, most) for find in (compile_ahead.reachable, slowly_reachable))
+      assert found == expected, (chosen, least, most)

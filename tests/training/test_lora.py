@@ -163,15 +163,9 @@ def settings(**changes):
   return small(train__steps=3, optimizer__warmup_steps=1, **matrices | changes)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("lora") / "run"
-  return workdir, train(settings(), workdir)
-
-
 @pytest.mark.slow
-def test_a_run_trains_the_matrices_and_exports_them_merged(finished):
-  workdir, result = finished
+def test_a_run_trains_the_matrices_and_exports_them_merged(tmp_path):
+  workdir, result = tmp_path / "run", train(settings(), tmp_path / "run")
   config, base = checkpoint.load_pretrained(ASSETS / "confused")
   described = dataclasses.replace(config, lora=setup.lora_config(settings().model))
   params = result.state.params

@@ -68,11 +68,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, local, tmp_path):
   assert asked[0] == asked[1]
   assert steps_in("gs://bucket/run/broken") == [2] and steps_in("gs://bucket/run/checkpoints") == [1, 2, 3]
   parts = [
-    {
-      path.relative_to(root).as_posix()
-      for path in root.rglob("*")
-      if path.relative_to(root).parts[0] in ("model", "report")
-    }
+    {path.relative_to(root).as_posix() for name in ("model", "report") for path in (root / name).rglob("*")}
     for root in (tmp_path / "run", folder)
   ]
   assert parts[0] == parts[1] >= {"model/model.safetensors", "model/tokenizer.json"}

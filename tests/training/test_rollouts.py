@@ -75,8 +75,6 @@ def test_given_rollouts_repeat_what_was_written_and_are_not_cut(processor):
   assert (given.mask == (np.arange(6) < 4)).all() and given.mask.shape == (2, 3, 6)
   assert (given.tokens[..., 3] == processor.end_ids[0]).all() and (given.tokens[..., 4:] == processor.pad_id).all()
   assert given.logps.dtype == np.float32 and given.logps.shape == (2, 3, 6) and not given.logps.any()
-  with pytest.raises(ValueError, match=r"'<answer> A</answer>' needs 4 tokens; raise sampling.max_new_tokens=3"):
-    rollouts_lib.given_rollouts(processor, texts, 2, 3)
 
 
 def test_candidates_are_judged_by_the_scorer(processor):

@@ -18,8 +18,6 @@ TEXTS = {0: "<hint>look</hint>", 2: cases.RIGHT, 3: cases.WRONG, 4: cases.BARE} 
 
 
 class Processor:
-  """Tokens that stand for whole completions."""
-
   end_ids = (END,)
 
   def decode(self, tokens, mask):

@@ -75,8 +75,6 @@ def twice(update):
 
 @pytest.fixture(scope="module")
 def logits_of(tiny_config):
-  """(params, prompts, tokens) -> all logits at once."""
-
   @jax.jit
   def logits(params, prompts, tokens):
     hidden = update_lib.hidden_of(tiny_config, params, prompts, tokens, remat="none")

@@ -53,13 +53,11 @@ def moved(state, steps):
 
 
 def saved(tmp_path, state, settings=None, **how):
-  """A run with a checkpoint after two steps."""
   with begun(tmp_path, settings, **how) as files:
     files.save(2, moved(state, 2), now=True)
 
 
 def refused(match, error=ValueError, **how):
-  """The folder cannot be used."""
   with pytest.raises(error, match=match), opened(**how):
     pass
 

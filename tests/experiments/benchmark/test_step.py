@@ -43,11 +43,7 @@ def test_peaks_are_work_over_the_shortest_time(monkeypatch):
   monkeypatch.setattr(peaks, "_sweeps", lambda rows: [4.0, 2.0])
   chip = peaks.chip_of(jax.devices()[0], "float32")
   assert (chip.flops, chip.bandwidth, chip.measured) == (2 * 2048**3, 2 * 4 * 2**24 / 2, True)
-
-
-def test_a_data_sheet_is_for_bfloat16(monkeypatch):
-  sheet = chips.CHIPS["H100"]
-  monkeypatch.setattr(peaks, "data_sheet", lambda device: sheet)
-  monkeypatch.setattr(peaks, "measured", lambda device, dtype: "measured")
-  assert peaks.chip_of(jax.devices()[0], "bfloat16") is sheet
-  assert peaks.chip_of(jax.devices()[0], "float32") == "measured"
+  # A data sheet is for bfloat16.
+  monkeypatch.setattr(peaks, "data_sheet", lambda device: chips.CHIPS["H100"])
+  assert peaks.chip_of(jax.devices()[0], "bfloat16") is chips.CHIPS["H100"]
+  assert peaks.chip_of(jax.devices()[0], "float32").measured

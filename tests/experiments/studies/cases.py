@@ -17,12 +17,10 @@ FREE = {"start": (0.53, 0.3), "teacher": (0.77, 0.45)}
 
 
 def kept(study, file="runs.json"):
-  """The runs of docs/results."""
   return json.loads((RESULTS / study / file).read_text())["runs"]
 
 
 def kept_items():
-  """The test questions of docs/results."""
   return json.loads((RESULTS / "items.json").read_text())
 
 
