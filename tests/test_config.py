@@ -71,11 +71,9 @@ HALF = {"batch__on_policy_fraction": 0.5}
 
 @pytest.mark.parametrize(("parent", "changes", "message"), [  # what does not fit together
   (kepo, {"mesh__data": 0}, "mesh.data=0 .* use -1"),
-  # Sampling.
   (kepo, {"sampling__temperature": 0.0}, "sampling.temperature=0.0 gives G equal rollouts; use a value above 0"),
   (kepo, {"sampling__top_p": 0.0}, "sampling.top_p=0.0 must lie above 0 and at most at 1"),
   (kepo, {"objective__distill_temperature": 0.0}, "objective.distill_temperature=0.0 must lie above 0"),
-  # Rows.
   (kepo, {"batch__prompts": 8, "batch__micro_batches": 3}, "batch.prompts=8 does not divide into .*micro_batches=3"),
   (gkd, {"batch__on_policy_fraction": 0.3}, "fraction=0.3 of batch.rollouts=8 is 2.4 rollouts.* multiple of 1/8"),
   (gkd, {"batch__on_policy_fraction": 1.5}, "on_policy_fraction=1.5 .*is 12 rollouts; use a multiple of 1/8"),
@@ -84,9 +82,7 @@ HALF = {"batch__on_policy_fraction": 0.5}
   # Half of the eight rollouts are the student's, and one of them must stay.
   (kepo, HALF | {"exploration__replacements": 4, "supervised__source": "teacher"}, "=4 must lie in 0..3"),
   (sft, {"sampling__dynamic_rounds": 2}, "dynamic_rounds looks at the student's rollouts, and .*fraction=0 has none"),
-  # Teachers.
   (kepo_ke, {"model__teacher": ""}, "need model.teacher; set it, or set objective.distill_weight=0"),
-  # Terms.
   (kepo, {"objective__divergence_weight": 1.5}, r"objective.divergence_weight=1.5 must lie in \[0, 1\]"),
   (kepo, {"objective__divergence": "sampled_k2", "objective__divergence_top_k": 5}, "set objective.divergence_top_k=0"),
   (grpo, {"objective__supervised_weight": 1.0}, "supervised_weight needs supervised rows; set batch.on_policy_fra"),
@@ -104,7 +100,6 @@ HALF = {"batch__on_policy_fraction": 0.5}
   (grpo, {"optimizer__b2": 1.0}, r"optimizer.b2=1.0 must lie in \[0, 1\)"),
   (grpo, {"optimizer__eps": 0.0}, "optimizer.eps=0.0 must lie above 0"),
   (grpo, {"optimizer__clip_norm": 0.0}, "optimizer.clip_norm=0.0 leaves no gradient; use a value above 0"),
-  # LoRA.
   (grpo, {"model__lora_rank": 8, "model__lora_alpha": 0.0}, "model.lora_alpha=0.0 must lie above 0"),
   (grpo, {"model__lora_rank": 8, "model__lora_targets": ("q_proj", "qkv")}, "lora_targets=.qkv. is unknown; use one"),
   (grpo, {"model__lora_rank": 8, "model__lora_targets": ()}, r"model.lora_targets=\(\) must name one or more of"),
@@ -117,22 +112,20 @@ def test_what_does_not_fit_is_refused(parent, changes, message):
   changed(parent).validate()  # the parent alone is fine
 
 
-@pytest.mark.parametrize(("parent", "changes"), [
-  (gkd, {"batch__on_policy_fraction": 0.0}),
-  (gkd, {"batch__rollouts": 3, "batch__on_policy_fraction": 0.6666667}),  # as one types it
-  (kepo, {"exploration__replacements": 7}),
-  (kepo, {"exploration__replacements": 9, "exploration__trigger": "never"}),
-  (kepo, {"model__teacher": "", "objective__distill_weight": 0.0, "exploration__trigger": "never"}),
-  (sft, {"model__teacher": ""}),
-  (sft_teacher, {"objective__supervised_weight": 0.0, "objective__distill_weight": 1.0}),
-  (kepo, {"objective__divergence": "reverse_kl", "objective__divergence_top_k": 5}),
-  (kepo, {"objective__gate_signal": "sum", "objective__gate_threshold": 2.0}),
-  (kepo, {"mesh__data": -1}),
-  (kepo, {"model__lora_rank": 1, "model__lora_targets": ("down_proj",), "model__freeze_vision": True}),
-  (kepo, {"model__lora_alpha": 0.0, "model__lora_targets": ("q_proj",)}),  # idle
-])  # fmt: skip
-def test_what_fits_is_taken(parent, changes):
-  changed(parent, **changes).validate()
+def test_what_fits_is_taken():
+  for parent, changes in (
+    (gkd, {"batch__on_policy_fraction": 0.0}), (sft, {"model__teacher": ""}), (kepo, {"mesh__data": -1}),
+    (gkd, {"batch__rollouts": 3, "batch__on_policy_fraction": 0.6666667}),  # as one types it
+    (kepo, {"exploration__replacements": 7}),
+    (kepo, {"exploration__replacements": 9, "exploration__trigger": "never"}),
+    (kepo, {"model__teacher": "", "objective__distill_weight": 0.0, "exploration__trigger": "never"}),
+    (sft_teacher, {"objective__supervised_weight": 0.0, "objective__distill_weight": 1.0}),
+    (kepo, {"objective__divergence": "reverse_kl", "objective__divergence_top_k": 5}),
+    (kepo, {"objective__gate_signal": "sum", "objective__gate_threshold": 2.0}),
+    (kepo, {"model__lora_rank": 1, "model__lora_targets": ("down_proj",), "model__freeze_vision": True}),
+    (kepo, {"model__lora_alpha": 0.0, "model__lora_targets": ("q_proj",)}),  # idle
+  ):  # fmt: skip
+    changed(parent, **changes).validate()
 
 
 def test_who_is_needed():

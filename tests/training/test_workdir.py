@@ -182,15 +182,6 @@ def test_the_questions_of_a_run_are_on_record_and_must_stay(tmp_path):
         files.begin(others, rule="none")
 
 
-def test_checkpoints_fall_on_their_steps_and_on_the_last(tmp_path, state):
-  with opened(tmp_path) as files:
-    for step in (1, 2, 3, 4, 5):
-      files.save(step, state, now=step == 5)
-      assert (files.timing().keys() == {"seconds/checkpoint"}) == (step in (2, 4, 5))
-    assert files.saved == str(tmp_path / "run" / "checkpoints" / "5")
-  assert steps_in(tmp_path / "run" / "checkpoints") == [4, 5]
-
-
 def validation(step, accuracy):
   return {"step": step, "out_of_domain": {"mean": accuracy}, "in_domain": {"accuracy": 1 - accuracy}}
 
